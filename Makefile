@@ -1,0 +1,62 @@
+# `make demo` and `make test` need nothing but Python 3.11 or later: each sets up .venv first, and a
+# second run finds it ready. BFT_BUILD (see setup.py) says what is compiled.
+PYTHON ?= python3
+BFT_BUILD ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+
+INSTALLED := $(VENV)/.installed
+COMPILED := build/.compiled-$(BFT_BUILD)
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format format-check types readme-check venv clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: venv  ## fine-tune a real model on real biomedical questions with BFT
+	$(BIN)/bft demo
+
+# Two processes of one thread each: most tests are too small to share out. What measures time or
+# memory is marked slow, and runs alone, with all threads.
+test: venv  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+
+test-slow: venv  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED)  ## look for mistakes
+	$(BIN)/ruff check
+
+format: $(INSTALLED)  ## format Python, C++ and CUDA in place
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+format-check: $(INSTALLED)  ## fail if `make format` would change anything
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+types: $(INSTALLED)  ## check the type annotations
+	$(BIN)/mypy
+
+readme-check: venv  ## run the commands and Python snippets of README.md and docs/
+	$(BIN)/python tests/readme_check.py
+
+venv: $(INSTALLED) $(COMPILED)  ## make .venv and compile, without running anything
+
+# Pure Python here; the next rule compiles, so that a change in csrc/ does not go through pip.
+$(INSTALLED): pyproject.toml constraints.txt requirements-demo.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	BFT_BUILD=none $(BIN)/pip install -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/pip install --no-deps -r requirements-demo.txt
+	touch $@
+
+$(COMPILED): $(INSTALLED) setup.py $(wildcard csrc/*.py) $(CXX_FILES)
+	BFT_BUILD=$(BFT_BUILD) $(BIN)/python setup.py build_ext --inplace
+	touch $@
+
+clean:  ## remove what was built, but not .venv
+	rm -rf build dist *.egg-info bft_kernels/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find bft bft_kernels benchmarks csrc tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,6 @@
+openmp: bool
+
+def sampling_uniforms(
+    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int
+) -> None: ...
+def sampling_bits(seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int) -> None: ...
