@@ -1,0 +1,27 @@
+"""Fused linear cross-entropy with per-token confidence, and Balanced Fine-Tuning's loss."""
+
+from bft_kernels.functional import (
+    BalancedTokenStats,
+    TokenStats,
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+)
+from bft_kernels.info import info
+from bft_kernels.modules import BalancedLinearCrossEntropyLoss, LinearCrossEntropyLoss
+from bft_kernels.weighting import TokenWeights, token_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BalancedLinearCrossEntropyLoss",
+    "BalancedTokenStats",
+    "LinearCrossEntropyLoss",
+    "TokenStats",
+    "TokenWeights",
+    "balanced_linear_cross_entropy",
+    "info",
+    "linear_cross_entropy",
+    "linear_nll",
+    "token_weights",
+]

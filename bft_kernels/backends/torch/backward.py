@@ -1,0 +1,204 @@
+"""The backward of the core op, from recomputed logits or from the sampled entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.torch.matmul import Products, multiply
+from bft_kernels.backends.torch.rows import LabelledRows
+from bft_kernels.backends.torch.sweep import gradient_factors, transform_logits
+from bft_kernels.config import CoreConfig, accumulator
+from bft_kernels.results import Gradients, Saved, Wanted
+from bft_kernels.plan import plan_columns
+
+
+def linear_nll_backward(
+    grad: Tensor,  # [N]
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    saved: Saved,
+    config: CoreConfig,
+    wanted: Wanted,
+    grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
+) -> Gradients:
+    rows = LabelledRows(target, config.ignore_index)
+    grad = torch.where(rows.labelled, grad, 0).to(accumulator(hidden.dtype))
+    if wanted.weight and grad_weight is None:
+        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if not wanted.weight:
+        grad_weight = None
+    backward = _from_entries if config.residual == "entries" else _recompute
+    result = backward(grad, hidden, weight, target, bias, saved, config, wanted, rows, grad_weight)
+    return Gradients(result[0], grad_weight, result[1])
+
+
+def _recompute(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    saved: Saved,
+    config: CoreConfig,
+    wanted: Wanted,
+    rows: LabelledRows,
+    grad_weight: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Vocabulary blocks outside, row blocks inside: ``dW`` is written once, block by block.
+
+    Only ``dH`` is accumulated over blocks, in float32: ``N x D``, where a row-wise order would need
+    a float32 ``V x D``.
+    """
+    wide = accumulator(hidden.dtype)
+    vocabulary, width = weight.shape
+    scratch = 2 * (config.softcap is not None)
+    plan = plan_columns(
+        rows.count, vocabulary, width, wide.itemsize, config.max_buffer_bytes, scratch=scratch
+    )
+    products = Products(weight, config.operand_dtype, wide, plan.columns)
+    buffer = hidden.new_empty(max(1, min(plan.rows, rows.count)) * plan.columns, dtype=wide)
+    grad_hidden = hidden.new_zeros(rows.count, width, dtype=wide) if wanted.hidden else None
+    grad_bias = weight.new_zeros(vocabulary, dtype=wide) if wanted.bias else None
+    bias = None if bias is None else bias.to(wide)
+    for first in range(0, vocabulary, plan.columns):
+        stop = min(first + plan.columns, vocabulary)
+        columns = products.columns(first, stop)
+        into = None
+        if grad_weight is not None:
+            into = grad_weight[first:stop]
+            into = into if into.dtype == wide else into.new_zeros(into.shape, dtype=wide)
+        for a in range(0, rows.count, plan.rows):
+            b = min(a + plan.rows, rows.count)
+            operand = products.rows(rows.take(hidden, a, b))
+            dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
+            multiply(operand, columns.T, wide, out=dy)
+            part = [rows.take(x, a, b) for x in (grad, target, saved.lse, saved.nll)]
+            block_bias = None if bias is None else bias[first:stop]
+            _logit_gradient(dy, part, first, vocabulary, block_bias, config)
+            narrow = dy.to(columns.dtype)
+            if grad_hidden is not None:
+                if columns.dtype == wide:
+                    grad_hidden[a:b].addmm_(narrow, columns)
+                else:
+                    grad_hidden[a:b].add_(multiply(narrow, columns, wide))
+            if into is not None and operand.dtype == wide:
+                into.addmm_(narrow.T, operand)
+            elif into is not None:
+                into.add_(multiply(narrow.T, operand, wide))
+            if grad_bias is not None:
+                grad_bias[first:stop].add_(dy.sum(dim=0))
+        if grad_weight is not None and grad_weight.dtype != wide:
+            grad_weight[first:stop].add_(into)
+    if grad_hidden is not None:
+        grad_hidden = rows.spread(grad_hidden, hidden.dtype)
+    return grad_hidden, grad_bias
+
+
+def _logit_gradient(
+    y: Tensor,  # [n, columns], raw logits, overwritten by grad * dy
+    row_values: list[Tensor],  # grad, target, lse, nll, each [n]
+    first: int,
+    vocabulary: int,
+    bias: Tensor | None,
+    config: CoreConfig,
+) -> None:
+    grad, target, lse, nll = row_values
+    slope = transform_logits(y, bias, config, slope=True)
+    probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, config)
+    y.sub_(lse[:, None]).exp_()
+    if config.z_loss:
+        y.mul_(probability[:, None])
+    if uniform:
+        y.sub_(uniform)
+    column = (target - first)[:, None]
+    inside = (column >= 0) & (column < y.shape[1])
+    column = column.clamp(0, y.shape[1] - 1)
+    y.scatter_(1, column, torch.where(inside, at_target[:, None], y.gather(1, column)))
+    if slope is not None:
+        y.mul_(slope)
+    y.mul_((grad / config.temperature)[:, None])
+
+
+def _from_entries(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    saved: Saved,
+    config: CoreConfig,
+    wanted: Wanted,
+    rows: LabelledRows,
+    grad_weight: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column."""
+    count, width = hidden.shape
+    vocabulary = weight.shape[0]
+    budget = config.max_buffer_bytes
+    counts = saved.entry_offsets.diff()
+    row = torch.repeat_interleave(
+        torch.arange(count, dtype=torch.int32, device=hidden.device),
+        counts,
+        output_size=saved.entry_columns.numel(),
+    )
+    value = saved.entry_values * grad[row]
+    grad_hidden = grad_bias = None
+    if wanted.hidden:
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        offsets = saved.entry_offsets[:-1]
+        add_weighted_rows(weight, saved.entry_columns, offsets, value, grad_hidden, budget)
+    if grad_weight is None and not wanted.bias:
+        return grad_hidden, grad_bias
+    # Grouping by column makes every row of dW the work of one group, written once and in row order.
+    column, order = torch.sort(saved.entry_columns, stable=True)
+    row, value = row[order], value[order]
+    every = torch.arange(vocabulary, dtype=torch.int32, device=column.device)
+    offsets = torch.searchsorted(column, every)
+    if grad_weight is not None:
+        add_weighted_rows(hidden, row, offsets, value, grad_weight, budget)
+    if wanted.bias:
+        ones = value.new_ones(count, 1)
+        grad_bias = value.new_zeros(vocabulary, 1)
+        add_weighted_rows(ones, row, offsets, value, grad_bias, budget)
+        grad_bias = grad_bias.squeeze(1)
+    return grad_hidden, grad_bias
+
+
+def add_weighted_rows(
+    table: Tensor,  # [R, D]
+    index: Tensor,  # [E] int32, rows of table
+    offsets: Tensor,  # [G] int64, first entry of each group
+    value: Tensor,  # [E], in the accumulator's type
+    out: Tensor,  # [G, D]
+    budget: int,
+) -> None:
+    """``out[g] += sum_e value[e] * table[index[e]]`` over the entries of group ``g``.
+
+    Sums run in the type of ``value``, in the order of the entries, so they are the same from run to
+    run. A table of that type is read in place, by blocks of groups; another one is converted in
+    slices of its columns. Temporaries fit the budget.
+    """
+    bag = torch.nn.functional.embedding_bag
+    groups, width = out.shape
+    if table.dtype == value.dtype and table.is_contiguous():
+        block = max(1, budget // (value.element_size() * width))
+        starts = list(range(0, groups, block))
+        bounds = [*offsets[starts].tolist(), index.numel()]
+        for first, begin, end in zip(starts, bounds, bounds[1:], strict=False):
+            inside = (offsets[first : first + block] - begin).to(index.dtype)
+            part, values = index[begin:end], value[begin:end]
+            out[first : first + block] += bag(
+                part, table, inside, mode="sum", per_sample_weights=values
+            )
+        return
+    slice_width = budget // (value.element_size() * (table.shape[0] + groups))
+    slice_width = max(1, min(width, slice_width))
+    offsets = offsets.to(index.dtype)
+    for first in range(0, width, slice_width):
+        stop = min(first + slice_width, width)
+        part = table[:, first:stop].to(value.dtype).contiguous()
+        sums = bag(index, part, offsets, mode="sum", per_sample_weights=value)
+        out[:, first:stop] += sums.to(out.dtype)

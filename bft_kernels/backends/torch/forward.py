@@ -1,0 +1,180 @@
+"""The forward of the core op: row blocks of logits under the byte budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.torch.matmul import Products, converts
+from bft_kernels.backends.torch.rows import LabelledRows
+from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+from bft_kernels.backends.torch.sweep import (
+    Softmax,
+    softmax_tile,
+    token_loss,
+    write_unit_gradient,
+)
+from bft_kernels.config import CoreConfig, accumulator, storage
+from bft_kernels.results import Forward
+from bft_kernels.plan import plan_rows
+
+
+@dataclass
+class Collected:
+    """Per-token results of the tiles so far, in row order."""
+
+    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.columns.setdefault(name, []).append(value)
+
+    def get(self, name: str, like: Tensor) -> Tensor:
+        """All values of ``name``; an empty tensor like ``like`` if there are none."""
+        parts = self.columns.get(name)
+        return torch.cat(parts) if parts else like.new_empty(0)
+
+
+def products_and_plan(
+    hidden: Tensor, weight: Tensor, rows: int, config: CoreConfig, scratch: int
+) -> tuple[Products, int, int]:
+    """The products, rows of a chunk and rows of a tile for passes over whole rows."""
+    wide = accumulator(hidden.dtype)
+    vocabulary, width = weight.shape
+    plan = plan_rows(
+        rows,
+        vocabulary,
+        width,
+        wide.itemsize,
+        config.max_buffer_bytes,
+        widen=converts(weight, config.operand_dtype, wide),
+        scratch=scratch,
+    )
+    products = Products(weight, config.operand_dtype, wide, plan.weight_rows)
+    return products, plan.chunk_rows, plan.tile_rows
+
+
+def linear_nll(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    seed: Tensor | None,  # []
+    config: CoreConfig,
+) -> Forward:
+    wide = accumulator(hidden.dtype)
+    rows = LabelledRows(target, config.ignore_index)
+    sampled = config.residual == "entries" or config.variance
+    scratch = 5 if sampled else 2 + (config.softcap is not None)
+    slope = config.residual != "none" or config.variance or config.hidden_variance
+    products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
+    norms = squared_norms(weight, wide, config.max_buffer_bytes) if config.hidden_variance else None
+    bias = None if bias is None else bias.to(wide)
+    buffer = hidden.new_empty(min(chunk, rows.count), weight.shape[0], dtype=wide)
+    out = Collected()
+    for first in range(0, rows.count, chunk):
+        stop = min(first + chunk, rows.count)
+        y = products.logits(products.rows(rows.take(hidden, first, stop)), buffer[: stop - first])
+        targets = rows.take(target, first, stop)
+        for a in range(0, stop - first, tile_rows):
+            b = min(a + tile_rows, stop - first)
+            tile = softmax_tile(y[a:b], targets[a:b], bias, config, slope)
+            nll = tile.nll
+            out.add(nll=nll, loss=token_loss(tile, nll, config))
+            collect_statistics(out, tile, config)
+            if config.residual == "unit":
+                write_unit_gradient(tile, nll, config)
+            elif config.residual == "entries":
+                assert seed is not None
+                live = rows.take(rows.labelled, first + a, first + b)
+                position = rows.positions(first + a, first + b)
+                sample_tile(out, tile, nll, position, live, seed, config)
+            if config.variance or config.hidden_variance:
+                certify_tile(out, tile, norms, config)
+        if config.residual == "unit":
+            out.add(unit=products.hidden_gradient(y).to(storage(hidden.dtype)))
+    return pack(out, rows, hidden, config)
+
+
+def collect_statistics(out: Collected, tile: Softmax, config: CoreConfig) -> None:
+    out.add(lse=tile.lse)
+    if config.statistics:
+        out.add(entropy=tile.entropy, correct=tile.argmax == tile.target)
+
+
+def sample_tile(
+    out: Collected,
+    tile: Softmax,
+    nll: Tensor,  # [n]
+    position: Tensor,  # [n], rows in the flattened input
+    live: Tensor,  # [n] bool, False for rows that carry no label
+    seed: Tensor,
+    config: CoreConfig,
+) -> None:
+    """Draws the kept entries of a tile of complete rows and their values of ``dy``."""
+    p = tile.probability
+    multiplier, offset = row_keys(seed, position)
+    columns = torch.arange(p.shape[1], dtype=torch.int32, device=p.device)
+    kept = scaled_uniforms(multiplier, offset, columns, config.eps) < p
+    kept.scatter_(1, tile.target[:, None], True).logical_and_(live[:, None])
+    row, column = kept.nonzero(as_tuple=True)
+    value = torch.where(
+        column == tile.target[row], torch.expm1(-nll)[row], p[row, column].clamp_min_(config.eps)
+    )
+    value /= config.temperature
+    if tile.slope is not None:
+        value *= tile.slope[row, column]
+    out.add(counts=kept.sum(dim=1), entry_columns=column.to(torch.int32), entry_values=value)
+
+
+def certify_tile(out: Collected, tile: Softmax, norms: Tensor | None, config: CoreConfig) -> None:
+    """``sum_{v != target} p (eps - p)^+ slope^2`` of each row, and with ``|W_v|^2`` if asked for."""
+    p = tile.probability
+    term = torch.sub(config.eps, p, out=tile.shifted).clamp_(min=0).mul_(p)
+    if tile.slope is not None:
+        term *= tile.slope.square()
+    term.scatter_(1, tile.target[:, None], 0.0)
+    out.add(variance=term.sum(dim=1) / config.temperature**2)
+    if norms is not None:
+        out.add(hidden_variance=term @ norms / config.temperature**2)
+
+
+def squared_norms(weight: Tensor, wide: torch.dtype, budget: int) -> Tensor:
+    """``|W_v|^2`` of each row, ``[V]`` in ``wide``."""
+    block = max(1, budget // (2 * weight.shape[1] * wide.itemsize))
+    return torch.cat([part.to(wide).square().sum(dim=1) for part in weight.split(block)])
+
+
+def pack(out: Collected, rows: LabelledRows, hidden: Tensor, config: CoreConfig) -> Forward:
+    wide = hidden.new_empty(0, dtype=accumulator(hidden.dtype))
+    empty = {
+        "correct": wide.new_empty(0, dtype=torch.bool),
+        "counts": wide.new_empty(0, dtype=torch.int64),
+        "entry_columns": wide.new_empty(0, dtype=torch.int32),
+        "unit": hidden.new_empty(0, hidden.shape[1], dtype=storage(hidden.dtype)),
+    }
+
+    def full(name: str, wanted: bool) -> Tensor:
+        like = empty.get(name, wide)
+        if not wanted:
+            return torch.empty_like(like)
+        values = out.get(name, like)
+        return rows.spread(values)
+
+    sampled = config.residual == "entries"
+    ends = full("counts", sampled).cumsum(0)
+    return Forward(
+        loss=full("loss", True),
+        nll=full("nll", True),
+        lse=full("lse", True),
+        entropy=full("entropy", config.statistics),
+        correct=full("correct", config.statistics),
+        variance=full("variance", config.variance),
+        hidden_variance=full("hidden_variance", config.hidden_variance),
+        unit=full("unit", config.residual == "unit"),
+        entry_offsets=torch.nn.functional.pad(ends, (1, 0)) if sampled else ends,
+        entry_columns=out.get("entry_columns", empty["entry_columns"]),
+        entry_values=out.get("entry_values", wide),
+    )

@@ -1,0 +1,129 @@
+"""One sweep over a tile of complete rows of logits: statistics, and what the gradient needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bft_kernels.config import CoreConfig
+
+
+@dataclass
+class Softmax:
+    """A tile after :func:`softmax_tile`. ``n`` rows; ``shifted`` and ``exponential`` are ``[n, V]``."""
+
+    target: Tensor  # [n]
+    maximum: Tensor  # [n]
+    argmax: Tensor  # [n]
+    shifted: Tensor  # z - maximum, in the caller's logit buffer
+    exponential: Tensor  # exp(shifted)
+    total: Tensor  # [n], sum of exponential
+    log_total: Tensor  # [n]
+    slope: Tensor | None  # [n, V], dz/dy without the temperature; None without a softcap
+    normalized: bool = False
+
+    @property
+    def probability(self) -> Tensor:
+        """``[n, V]``, in place of ``exponential``, which is gone after the first call."""
+        if not self.normalized:
+            self.exponential.div_(self.total[:, None])
+            self.normalized = True
+        return self.exponential
+
+    @property
+    def nll(self) -> Tensor:
+        # The target's logit comes from the same tile as the sum, so only rounding of the logarithm
+        # can bring this below 0.
+        shifted = self.shifted.gather(1, self.target[:, None]).squeeze(1)
+        return (self.log_total - shifted).clamp_min_(0)
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_total
+
+    @property
+    def entropy(self) -> Tensor:
+        # Relative to the maximum, so that large common offsets of the logits cancel exactly.
+        mean = torch.bmm(self.exponential[:, None], self.shifted[:, :, None]).flatten() / self.total
+        return (self.log_total - mean).clamp_min_(0)
+
+    @property
+    def smooth(self) -> Tensor:
+        """``lse - mean_v z_v``, the loss of a uniform label."""
+        return self.log_total - self.shifted.mean(dim=1)
+
+
+def transform_logits(y: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool) -> Tensor | None:
+    """``y -> z`` in place; returns the softcap's slope ``[n, V]`` if there is one and it is asked for."""
+    if bias is not None:
+        y += bias
+    result = None
+    scale = 1.0 / config.temperature
+    if config.softcap is not None:
+        y.div_(config.softcap).tanh_()
+        if slope:
+            result = torch.square(y).neg_().add_(1)
+        scale *= config.softcap
+    if scale != 1.0:
+        y.mul_(scale)
+    if bias is not None:
+        # A bias of -inf masks entries; 0 * -inf would poison the sums. A quarter of the range leaves
+        # room to subtract the maximum.
+        y.clamp_(min=torch.finfo(y.dtype).min / 4)
+    return result
+
+
+def softmax_tile(
+    y: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool
+) -> Softmax:
+    """Softmax of raw logits ``y [n, V]``, which it overwrites."""
+    slopes = transform_logits(y, bias, config, slope)
+    maximum, argmax = y.max(dim=1)
+    y -= maximum[:, None]
+    exponential = torch.exp(y)
+    total = exponential.sum(dim=1)
+    return Softmax(target, maximum, argmax, y, exponential, total, total.log(), slopes)
+
+
+def token_loss(tile: Softmax, nll: Tensor, config: CoreConfig) -> Tensor:
+    """``(1 - a) nll + a smooth + z_loss lse^2``, ``[n]``."""
+    loss = nll
+    if config.label_smoothing:
+        loss = (1 - config.label_smoothing) * nll + config.label_smoothing * tile.smooth
+    if config.z_loss:
+        loss = loss + config.z_loss * tile.lse.square()
+    return loss
+
+
+def write_unit_gradient(tile: Softmax, nll: Tensor, config: CoreConfig) -> None:
+    """Overwrites ``tile.shifted`` with ``dy``, the gradient of the token loss by the raw logits."""
+    probability, at_target, uniform = gradient_factors(tile.lse, nll, tile.shifted.shape[1], config)
+    dy = torch.mul(tile.exponential, (probability / tile.total)[:, None], out=tile.shifted)
+    if uniform:
+        dy -= uniform
+    dy.scatter_(1, tile.target[:, None], at_target[:, None])
+    if tile.slope is not None:
+        dy *= tile.slope
+    if config.temperature != 1.0:
+        dy /= config.temperature
+
+
+def gradient_factors(
+    lse: Tensor, nll: Tensor, vocabulary: int, config: CoreConfig
+) -> tuple[Tensor, Tensor, float]:
+    """``dz_v = probability * p_v - uniform`` away from the target, and ``dz_target`` itself.
+
+    ``p_target - 1`` is formed as ``expm1(-nll)``: for confident tokens the subtraction would lose
+    most of its digits.
+    """
+    probability = torch.ones_like(lse)
+    if config.z_loss:
+        probability = 1 + 2 * config.z_loss * lse
+    confidence = torch.exp(-nll)
+    uniform = config.label_smoothing / vocabulary
+    at_target = (1 - config.label_smoothing) * torch.expm1(-nll)
+    at_target = at_target + (probability - 1 + config.label_smoothing) * confidence - uniform
+    return probability, at_target, uniform
+

@@ -1,0 +1,186 @@
+"""A weighted sum of token losses and its gradients, made in the pass that makes the logits (3G).
+
+Documents whose labelled tokens fit one block of logits get their weights while those logits are
+still there. A longer document takes two passes: losses first, gradients from recomputed logits (4G).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.torch.forward import Collected, collect_statistics, products_and_plan
+from bft_kernels.backends.torch.matmul import Products
+from bft_kernels.backends.torch.rows import LabelledRows
+from bft_kernels.backends.torch.sweep import softmax_tile, token_loss, write_unit_gradient
+from bft_kernels.config import CoreConfig, Weighting, accumulator, storage
+from bft_kernels.results import Wanted, WeightedLoss
+from bft_kernels.weighting import balance, labelled_layout
+
+
+def weighted_loss(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
+    cu_seqlens: Tensor | None,  # [S + 1] on the CPU; None for weights local to a token
+    bias: Tensor | None,  # [V]
+    config: CoreConfig,
+    weighting: Weighting,
+    wanted: Wanted,
+) -> WeightedLoss:
+    rows = LabelledRows(target, config.ignore_index)
+    scratch = 2 + (config.softcap is not None)
+    products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
+    engine = _Engine(hidden, weight, target, bias, rows, products, tile_rows, config, wanted)
+    share = rows.take(share.to(engine.wide), 0, rows.count)
+    for bounds in _pieces(rows, cu_seqlens, weighting, chunk):
+        first, stop = bounds[0], bounds[-1]
+        if stop - first <= chunk:
+            engine.logits(first, stop)
+            engine.sweep(first, stop, gradient=True)
+            coefficient = share[first:stop] * _weights(engine, rows, bounds, weighting)
+            engine.add_gradients(first, stop, coefficient)
+            continue
+        parts = [(a, min(a + chunk, stop)) for a in range(first, stop, chunk)]
+        for a, b in parts:
+            engine.logits(a, b)
+            engine.sweep(a, b, gradient=False)
+        coefficient = share[first:stop] * _weights(engine, rows, bounds, weighting)
+        for a, b in parts:
+            engine.logits(a, b)
+            engine.sweep(a, b, gradient=True, collect=False)
+            engine.add_gradients(a, b, coefficient[a - first : b - first])
+    return engine.result()
+
+
+class _Engine:
+    """Block buffers, the running gradients and the token losses of one call."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        rows: LabelledRows,
+        products: Products,
+        tile_rows: int,
+        config: CoreConfig,
+        wanted: Wanted,
+    ) -> None:
+        self.hidden, self.weight, self.target, self.rows = hidden, weight, target, rows
+        self.products, self.tile_rows = products, tile_rows
+        self.config, self.wanted = config, wanted
+        self.wide = accumulator(hidden.dtype)
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.buffer: Tensor | None = None
+        self.operand: Tensor | None = None
+        self.collected = Collected()
+        self.nll = hidden.new_zeros(rows.count, dtype=self.wide)
+        self.token_loss = hidden.new_zeros(rows.count, dtype=self.wide)
+        self.loss = hidden.new_zeros((), dtype=self.wide)
+        vocabulary, width = weight.shape
+        self.grad_hidden = hidden.new_zeros(
+            (rows.count if wanted.hidden else 0, width), dtype=storage(hidden.dtype)
+        )
+        self.grad_weight = weight.new_zeros(
+            (vocabulary if wanted.weight else 0, width), dtype=self.wide
+        )
+        self.grad_bias = weight.new_zeros(vocabulary if wanted.bias else 0, dtype=self.wide)
+
+    def logits(self, first: int, stop: int) -> None:
+        """Raw logits of rows ``first:stop`` into the buffer."""
+        if self.buffer is None or self.buffer.shape[0] < stop - first:
+            self.buffer = None  # freed before its successor is made
+            self.buffer = self.hidden.new_empty(
+                stop - first, self.weight.shape[0], dtype=self.wide
+            )
+        self.operand = self.products.rows(self.rows.take(self.hidden, first, stop))
+        self.products.logits(self.operand, self.buffer[: stop - first])
+
+    def sweep(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
+        """Token losses of the buffer's rows; with ``gradient`` their ``dy`` replaces the logits."""
+        assert self.buffer is not None
+        targets = self.rows.take(self.target, first, stop)
+        for a in range(0, stop - first, self.tile_rows):
+            b = min(a + self.tile_rows, stop - first)
+            tile = softmax_tile(self.buffer[a:b], targets[a:b], self.bias, self.config, gradient)
+            nll = tile.nll
+            if collect:
+                self.nll[first + a : first + b] = nll
+                self.token_loss[first + a : first + b] = token_loss(tile, nll, self.config)
+                collect_statistics(self.collected, tile, self.config)
+            if gradient:
+                write_unit_gradient(tile, nll, self.config)
+
+    def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
+        """Adds the buffer's rows, weighted, to the loss and the gradients."""
+        assert self.buffer is not None and self.operand is not None
+        losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
+        self.loss += (coefficient * losses).sum()
+        dy = self.buffer[: stop - first].mul_(coefficient[:, None])
+        if self.wanted.hidden:
+            self.grad_hidden[first:stop] = self.products.hidden_gradient(dy)
+        if self.wanted.weight:
+            self.products.add_weight_gradient(dy, self.operand, self.grad_weight)
+        if self.wanted.bias:
+            self.grad_bias += dy.sum(dim=0)
+
+    def result(self) -> WeightedLoss:
+        def full(name: str, dtype: torch.dtype) -> Tensor:
+            values = self.collected.get(name, self.hidden.new_empty(0, dtype=dtype))
+            wanted = self.config.statistics or name == "lse"
+            return self.rows.spread(values) if wanted else values
+
+        wide = self.wide
+        return WeightedLoss(
+            loss=self.loss,
+            grad_hidden=self.rows.spread(self.grad_hidden) if self.wanted.hidden
+            else self.grad_hidden,
+            grad_weight=self.grad_weight.to(storage(self.weight.dtype)),
+            grad_bias=self.grad_bias,
+            nll=self.rows.spread(self.nll),
+            lse=full("lse", wide),
+            entropy=full("entropy", wide),
+            correct=full("correct", torch.bool),
+        )
+
+
+def _pieces(
+    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
+) -> Iterator[list[int]]:
+    """Bounds of documents taken together, in rows; each piece fits a chunk unless one document
+    is longer. Weights local to a token need no documents: any rows go together."""
+    if weighting.local or cu_seqlens is None:
+        for first in range(0, rows.count, chunk):
+            yield [first, min(first + chunk, rows.count)]
+        return
+    bounds = cu_seqlens
+    if rows.index is not None:
+        bounds = torch.searchsorted(rows.index, cu_seqlens.to(torch.int64))
+    piece = [0]
+    for stop in bounds.tolist():
+        if stop == piece[-1]:
+            continue
+        if stop - piece[0] > chunk and len(piece) > 1:
+            yield piece
+            piece = [piece[-1]]
+        piece.append(stop)
+    if len(piece) > 1:
+        yield piece
+
+
+def _weights(
+    engine: _Engine, rows: LabelledRows, bounds: list[int], weighting: Weighting
+) -> Tensor:
+    """Token weight times sequence weight of the rows of one piece."""
+    first, stop = bounds[0], bounds[-1]
+    nll = engine.nll[first:stop]
+    labelled = rows.take(rows.labelled, first, stop)
+    cu_seqlens = torch.tensor([bound - first for bound in bounds], device=nll.device)
+    layout = labelled_layout(labelled, cu_seqlens)
+    settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
+    return balance(nll, layout, *settings).weight

@@ -1,0 +1,156 @@
+"""Argument checks. Each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """Raises unless ``value`` is a tensor of ``shape`` (``None``: any size), dtype and device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    matches = value.dim() == len(shape) and all(
+        want is None or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not matches:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: got device {value.device}, expected {device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
+    """Raises unless ``low <= value <= high`` and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not (low <= value <= high) or math.isinf(value):
+        expected = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+        raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
+
+
+def check_positive(name: str, value: object, high: float = math.inf) -> None:
+    """Raises unless ``0 < value <= high`` and finite."""
+    check_number(name, value, 0, high)
+    if value == 0:
+        raise ValueError(f"{name}: got {value}, expected a number above 0")
+
+
+def check_int(name: str, value: object, low: int) -> None:
+    """Raises unless ``value`` is an int of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low}")
+
+
+def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
+    """``[S + 1]``, from 0 to ``total``, never falling. Values are looked at on a CPU only.
+
+    The boundaries may lie on the CPU while the tokens are on an accelerator: that lets the
+    engines see where documents end without waiting for the device.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32, torch.int64))
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
+        raise ValueError(
+            f"cu_seqlens: got device {cu_seqlens.device}, expected {device} or the CPU"
+        )
+    if cu_seqlens.numel() == 0:
+        raise ValueError("cu_seqlens: got shape (0,), expected (S + 1,) with at least one entry")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens: starts at {first}, expected 0")
+    if last != total:
+        raise ValueError(f"cu_seqlens: ends at {last}, expected the number of tokens, {total}")
+    falls = (cu_seqlens[1:] < cu_seqlens[:-1]).nonzero()
+    if falls.numel():
+        place = int(falls[0])
+        here, there = int(cu_seqlens[place]), int(cu_seqlens[place + 1])
+        raise ValueError(
+            f"cu_seqlens: falls from {here} to {there} at entry {place + 1}, expected lengths of "
+            "at least 0"
+        )
+
+
+def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> None:
+    """The settings of :func:`bft_kernels.weighting.token_weights`."""
+    if isinstance(scheme, str):
+        check_choice("scheme", scheme, SCHEMES)
+    elif not callable(scheme):
+        raise TypeError(f"scheme: got {type(scheme).__name__}, expected a name or a callable")
+    check_int("window", window, 1)
+    check_positive("gamma", gamma)
+    check_positive("floor", floor)
+
+
+def check_core(hidden: object, weight: object, target: object, bias: object) -> None:
+    """Types, shapes, dtypes and devices of the core op's tensors."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: got {type(hidden).__name__}, expected a torch.Tensor")
+    if hidden.dim() < 1:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
+    check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
+    check_tensor("weight", weight, (None, hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
+    assert isinstance(weight, Tensor)
+    vocabulary, width = weight.shape
+    if vocabulary == 0 or width == 0:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected (V, D) with V and D at least 1"
+        )
+    if vocabulary >= 2**31:
+        raise ValueError(f"weight: got V = {vocabulary}, expected less than 2**31")
+    check_tensor("target", target, hidden.shape[:-1], (torch.int64,), hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
+    wide = [t for t in (hidden, weight, bias) if isinstance(t, Tensor)]
+    if any(t.dtype == torch.float64 for t in wide) and any(t.dtype != torch.float64 for t in wide):
+        raise TypeError(
+            f"weight: got dtype {weight.dtype} with hidden {hidden.dtype}, expected both float64 "
+            "or neither: float64 is not mixed with narrower types"
+        )
+
+
+def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Every target is a column of the vocabulary or ``ignore_index``. Waits for the device."""
+    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if bool(wrong.any()):
+        position = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"target: got {int(target.flatten()[position])} at flattened position {position}, "
+            f"expected 0 to V - 1 = {vocabulary - 1} or ignore_index = {ignore_index}"
+        )
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raises where ``value [N, D]`` holds a NaN or an infinity. Waits for the device."""
+    wrong = ~torch.isfinite(value)
+    if bool(wrong.any()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        raise ValueError(
+            f"{name}: got {float(value[row, column])} in row {row}, column {column} "
+            f"({int(wrong.sum())} such values), expected finite numbers"
+        )

@@ -1,0 +1,131 @@
+"""Which backend runs a call.
+
+A backend says why it cannot take some inputs; ``auto`` takes the first that has no reason and says
+so once in the log. A forced backend that cannot raises with its reasons: nothing falls back
+silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.results import Forward, Gradients, Saved, Wanted, WeightedLoss
+
+logger = logging.getLogger("bft_kernels")
+
+
+class Implementation(Protocol):
+    """What a backend's module offers."""
+
+    def linear_nll(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        config: CoreConfig,
+    ) -> Forward: ...
+
+    def linear_nll_backward(
+        self,
+        grad: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        saved: Saved,
+        config: CoreConfig,
+        wanted: Wanted,
+        grad_weight: Tensor | None,
+    ) -> Gradients: ...
+
+    def weighted_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        share: Tensor,
+        cu_seqlens: Tensor | None,
+        bias: Tensor | None,
+        config: CoreConfig,
+        weighting: Weighting,
+        wanted: Wanted,
+    ) -> WeightedLoss: ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A named implementation and the reasons why it may not apply."""
+
+    name: str
+    why_not: Callable[[Tensor, Tensor], list[str]]
+    module: str
+
+    def load(self) -> Implementation:
+        return importlib.import_module(self.module)  # type: ignore[return-value]
+
+
+def _why_not_torch(hidden: Tensor, weight: Tensor) -> list[str]:
+    reasons = []
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
+        if tensor.device.type == "meta":
+            reasons.append(f"{name} is on the meta device and has no values")
+    return reasons
+
+
+# In order of preference.
+BACKENDS = (Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),)
+
+
+def backend_names() -> tuple[str, ...]:
+    return tuple(backend.name for backend in BACKENDS)
+
+
+def why_not(name: str, hidden: Tensor, weight: Tensor) -> list[str]:
+    """Reasons why backend ``name`` cannot run on these tensors; empty if it can."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend.why_not(hidden, weight)
+    raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {backend_names()}")
+
+
+def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
+    """The implementation to run.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the forced backend, or every backend, has a reason not to run.
+    """
+    wanted = backend_names() if name == "auto" else (name,)
+    refusals = {}
+    for backend in wanted:
+        reasons = why_not(backend, hidden, weight)
+        if not reasons:
+            if name == "auto":
+                _announce(backend, str(hidden.device), str(hidden.dtype))
+            return _load(backend)
+        refusals[backend] = "; ".join(reasons)
+    text = ", ".join(f"{backend}: {reasons}" for backend, reasons in refusals.items())
+    raise RuntimeError(f"backend: got {name!r}, which cannot run here ({text})")
+
+
+@functools.cache
+def _load(name: str) -> Implementation:
+    return next(backend for backend in BACKENDS if backend.name == name).load()
+
+
+@functools.cache
+def _announce(name: str, device: str, dtype: str) -> None:
+    logger.info("backend %s for %s on %s", name, dtype, device)

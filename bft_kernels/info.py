@@ -1,0 +1,56 @@
+"""What this installation consists of and what it can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from bft_kernels.dispatch import BACKENDS
+
+_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
+_EXTENSIONS = {"cpu": "bft_kernels._cpu", "cuda": "bft_kernels._cuda"}
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, compiled extensions, and each backend's reasons not to run, by device.
+
+    Returns:
+        A dictionary of ``versions``, ``devices``, ``extensions`` and ``backends``;
+        ``backends[name][device]`` lists reasons and is empty where the backend runs.
+    """
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    return {
+        "versions": {
+            "bft-kernels": _version("bft-kernels"),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "devices": devices,
+        "extensions": {
+            name: "built" if importlib.util.find_spec(module) else "not built"
+            for name, module in _EXTENSIONS.items()
+        },
+        "backends": {
+            backend.name: {device: _reasons(backend.why_not, device) for device in devices}
+            for backend in BACKENDS
+        },
+    }
+
+
+def _reasons(why_not: Any, device: str) -> list[str]:
+    probe = torch.empty(1, 1, device=device)
+    reasons: list[str] = why_not(probe, probe)
+    return reasons
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

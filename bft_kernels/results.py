@@ -1,0 +1,65 @@
+"""What the ops return and pass on. ``wide`` is float32, or float64 for float64 inputs.
+
+Tensors that were not asked for have size 0 in their first dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Forward(NamedTuple):
+    """Results of ``linear_nll``."""
+
+    loss: Tensor  # [N] wide, the only differentiable one
+    nll: Tensor  # [N] wide
+    lse: Tensor  # [N] wide
+    entropy: Tensor  # [N] wide
+    correct: Tensor  # [N] bool
+    variance: Tensor  # [N] wide
+    hidden_variance: Tensor  # [N] wide
+    unit: Tensor  # [N, D] storage type of hidden, dH for unit upstream gradient
+    entry_offsets: Tensor  # [N + 1] int64
+    entry_columns: Tensor  # [E] int32
+    entry_values: Tensor  # [E] wide, dy for unit upstream gradient
+
+
+class Saved(NamedTuple):
+    """What ``linear_nll``'s backward reads of its forward."""
+
+    nll: Tensor
+    lse: Tensor
+    entry_offsets: Tensor
+    entry_columns: Tensor
+    entry_values: Tensor
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """``None`` where not wanted. The bias's is in the accumulator's type, the others in their own."""
+
+    hidden: Tensor | None  # [N, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+
+
+class WeightedLoss(NamedTuple):
+    """Results of ``weighted_loss``."""
+
+    loss: Tensor  # [] wide, the only differentiable one
+    grad_hidden: Tensor  # [N, D] storage type of hidden, for unit upstream gradient
+    grad_weight: Tensor  # [V, D] storage type of weight
+    grad_bias: Tensor  # [V] wide
+    nll: Tensor  # [N] wide
+    lse: Tensor  # [N] wide
+    entropy: Tensor  # [N] wide
+    correct: Tensor  # [N] bool
