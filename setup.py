@@ -35,8 +35,10 @@ class BuildExt(NinjaBuildExt):
                 self.build_extension(ext)
             except CompileError as error:
                 if MODE != "auto":
-                    raise CompileError(f"BFT_BUILD={MODE}: no {ext.name}: {error}") from None
-                print(f"BFT_BUILD=auto: leaving out {ext.name}: {error}", file=sys.stderr)
+                    raise CompileError(
+                        f"BFT_BUILD={MODE} cannot build {ext.name}: {error}"
+                    ) from None
+                print(f"BFT_BUILD=auto leaves out {ext.name}: {error}", file=sys.stderr)
                 self.extensions.remove(ext)
                 # An older build of it in the source tree would be imported in its place.
                 Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)

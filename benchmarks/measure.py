@@ -1,0 +1,102 @@
+"""Interleaved timings as multiples of a bare product, and peak memory in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import Problem, Shape, make_problem
+
+
+def step(provider: str, problem: Problem) -> None:
+    """Forward and both gradients."""
+    problem.hidden.grad = problem.weight.grad = None
+    PROVIDERS[provider](problem).backward()
+
+
+def synchronize(device: str) -> None:
+    """Waits for a device that runs behind the host."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], None], device: str) -> float:
+    """Wall time of one run, the device's work included."""
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def bare_product(problem: Problem, rows: int = 256) -> None:
+    """1G: the logits by blocks of rows, in one reused buffer."""
+    hidden, weight = problem.hidden, problem.weight
+    out = hidden.new_empty(rows, weight.shape[0])
+    for part in hidden.split(rows):
+        torch.mm(part, weight.T, out=out[: part.shape[0]])
+
+
+def time_all(
+    shape: Shape, dtype: torch.dtype, device: str, repeats: int, names: list[str]
+) -> dict[str, float]:
+    """Median seconds of each provider and of ``"1G"``, in turns so that noise hits all alike."""
+    problem = make_problem(shape, dtype, device)
+    runs: dict[str, Callable[[], None]] = {"1G": lambda: bare_product(problem)}
+    for name in names:
+        runs[name] = lambda name=name: step(name, problem)  # type: ignore[misc]
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            taken = seconds(run, device)
+            if turn > 0:  # the first turn warms up
+                samples[name].append(taken)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def extra_memory(provider: str, shape: Shape, dtype: torch.dtype, device: str) -> int:
+    """Peak bytes of one step beyond the inputs and their gradients, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_extra_memory, args=(sender, provider, shape, dtype, device))
+    process.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    except EOFError:
+        raise RuntimeError(f"{provider}: its process ended with {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _extra_memory(
+    sender: Connection, provider: str, shape: Shape, dtype: torch.dtype, device: str
+) -> None:
+    warm = make_problem(Shape(8, 16, 64), dtype, device)
+    step(provider, warm)  # libraries and thread pools are loaded before the baseline is read
+    problem = make_problem(shape, dtype, device)
+    gradients = problem.hidden.nbytes + problem.weight.nbytes
+    before = _in_use(device, reset=True)
+    step(provider, problem)
+    sender.send(max(0, _in_use(device, peak=True) - before - gradients))
+
+
+def _in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if reset:  # makes the kernel forget the highest mark of the set-up
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    field = "VmHWM" if peak else "VmRSS"
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024

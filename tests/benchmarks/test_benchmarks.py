@@ -1,0 +1,63 @@
+"""The benchmark measures what it says."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.__main__ import Config, main
+from benchmarks.measure import extra_memory
+from benchmarks.providers import PROVIDERS
+from benchmarks.shapes import SHAPES, Shape, make_problem
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in PROVIDERS if name not in ("eager", "bft balanced")]
+)
+def test_providers_compute_the_mean_loss(name: str) -> None:
+    problem = make_problem(Shape(64, 16, 500), torch.float32, "cpu")
+    expected = PROVIDERS["eager"](problem)
+    torch.testing.assert_close(PROVIDERS[name](problem), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_csv_has_a_row_a_provider(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    config = Config(
+        shape="tiny",
+        device="cpu",
+        repeats=1,
+        providers=("eager", "bft exact"),
+        memory=False,
+        output=path,
+    )
+    main(config)
+    main(config)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["provider"] for row in rows] == ["1G", "eager", "bft exact"] * 2
+    assert float(rows[0]["times_g"]) == 1.0
+
+
+@pytest.mark.slow
+def test_memory_of_eager_is_that_of_its_logits() -> None:
+    shape = Shape(512, 64, 49_152)
+    logits = shape.tokens * shape.vocabulary * 4
+    eager = extra_memory("eager", shape, torch.float32, "cpu")
+    ours = extra_memory("bft sampled", shape, torch.float32, "cpu")
+    assert 1.9 * logits < eager < 4 * logits
+    assert ours < logits
+
+
+@pytest.mark.parametrize("name", [name for name in PROVIDERS if name.startswith("bft")])
+def test_speed(name: str, benchmark) -> None:
+    """Not a threshold: `pytest --benchmark-only` compares versions of the code on one machine."""
+    problem = make_problem(SHAPES["tiny"], torch.float32, "cpu")
+
+    def step() -> None:
+        problem.hidden.grad = problem.weight.grad = None
+        PROVIDERS[name](problem).backward()
+
+    benchmark.pedantic(step, rounds=3, warmup_rounds=1)

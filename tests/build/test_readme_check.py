@@ -1,0 +1,80 @@
+"""The README check passes what works, and fails on whatever a reader would stumble over."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECK = Path(__file__).parents[1] / "readme_check.py"
+
+
+def check(folder, text):
+    document = folder / "README.md"
+    document.write_text(text)
+    return subprocess.run(
+        [sys.executable, str(CHECK), str(document)], capture_output=True, text=True
+    )
+
+
+def test_passes_blocks_in_order_and_in_one_folder(tmp_path):
+    done = check(
+        tmp_path,
+        """
+```python
+open("made_here", "w").write("x")
+```
+1. In a list:
+   ```console
+   $ python -c 'print(open("made_here").read())' | \\
+     python -c 'print(input())'
+   x
+   ```
+```bash
+# a comment
+NAME=value make test
+```
+```text
+$ anything
+```
+""",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("readme: 3 passed, 0 failed, 0 skipped\n")
+
+
+def test_skips_a_block_with_a_reason_and_says_it(tmp_path):
+    done = check(tmp_path, "<!-- no-run: needs two GPUs -->\n\n```bash\ntorchrun x\n```\n")
+    assert done.returncode == 0
+    assert done.stdout == (
+        "README.md:3: skipped: needs two GPUs\nreadme: 0 passed, 0 failed, 1 skipped\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\nraise KeyError('gone')\n```", "KeyError: 'gone'"),
+        ("```python\nimport sys; sys.exit(3)\n```", "exit status 3"),
+        ("```bash\npython -c 'import no_such_module'\npython -V\n```", "no_such_module"),
+        ("```bash\npython -c 'exit(1)' | python -V\n```", "exit status 1"),
+        ("```bash\nmake no-such-target\n```", "no-such-target"),
+        ("```console\n$ rm -rf x\n```", "rm -rf x\nonly bft, python and make are run"),
+        ("```bash\npython -V && curl x\n```", "only bft, python and make are run"),
+        ("```bash\npython $(curl x)\n```", "only bft, python and make are run"),
+        ("```bash\npython -c 'unclosed\n```", "No closing quotation"),
+        ("<!-- no-run: -->\n```python\n```", "no-run gives no reason"),
+        ("<!-- no-run: why -->\ntext", "expected a block"),
+        ("```python\nprint()", "not closed"),
+    ],
+)
+def test_fails(tmp_path, text, message):
+    done = check(tmp_path, text)
+    assert done.returncode == 1, done.stdout
+    assert message in done.stdout
+    assert "1 failed" in done.stdout
+
+
+def test_a_reason_covers_one_block_only(tmp_path):
+    text = "<!-- no-run: why -->\n```python\n1 / 0\n```\n```python\n1 / 0\n```\n"
+    assert "0 passed, 1 failed, 1 skipped" in check(tmp_path, text).stdout

@@ -1,0 +1,189 @@
+"""Runs what README.md and docs/*.md tell a reader to run.
+
+    python tests/readme_check.py [FILE.md ...]
+
+The blocks of one document run from top to bottom in one temporary folder, each in a fresh process.
+A ```python block passes if it exits with 0. In a ```bash, ```sh or ```console block every command
+runs (in a console block what follows `$ `, the rest is output) if it is of `bft` or `python`; of a
+`make` target only that it exists is checked; any other command fails the check. A block that cannot
+run here has its reason on the line above:
+
+    <!-- no-run: needs two GPUs -->
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 300
+LANGUAGES = ("python", "bash", "sh", "console")
+PROGRAMS = ("bft", "python")
+NO_RUN = re.compile(r"<!--\s*no-run:?\s*(.*?)\s*-->")
+FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)")
+
+
+class SnippetError(Exception):
+    """A snippet did not do what the document promises."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, and why it is not to be run, where the document says so."""
+
+    line: int
+    language: str
+    text: str
+    no_run: str | None
+
+
+def blocks(document: Path) -> Iterator[Block]:
+    """The fenced blocks in a language that runs, in order.
+
+    Raises:
+        SnippetError: a no-run comment without a reason or a block, or a fence that is not closed.
+    """
+    lines = enumerate(document.read_text(encoding="utf-8").splitlines(), start=1)
+    no_run: str | None = None
+    for number, line in lines:
+        fence = FENCE.match(line)
+        comment = NO_RUN.search(line)
+        if comment:
+            if not comment[1]:
+                raise SnippetError(f"{document.name}:{number}: no-run gives no reason")
+            no_run = comment[1]
+        elif fence:
+            body = []
+            for _, inner in lines:
+                if inner.strip() == fence["fence"]:
+                    break
+                body.append(inner)
+            else:
+                raise SnippetError(f"{document.name}:{number}: the fence is not closed")
+            language = fence["language"].lower()
+            if language in LANGUAGES:
+                yield Block(number, language, dedent("\n".join(body)), no_run)
+            no_run = None
+        elif line.strip() and no_run is not None:
+            raise SnippetError(
+                f"{document.name}:{number}: expected a block after the no-run comment"
+            )
+
+
+def commands(block: Block) -> list[str]:
+    """The command lines of a shell block, with continued lines joined."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line[2:] for line in lines if line.startswith("$ ")]
+    return [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+
+
+def programs(command: str) -> list[list[str]]:
+    """The words of each program in a command line: of both sides of a pipe, say.
+
+    Leading assignments are left out.
+    """
+    lexer = shlex.shlex(command, posix=True, punctuation_chars="();&|")
+    lexer.whitespace_split = True
+    found: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("();&|"):
+            found.append([])
+        elif found[-1] or not re.match(r"\w+=", word):
+            found[-1].append(word)
+    return [words for words in found if words]
+
+
+def run(arguments: list[str], folder: Path) -> None:
+    """Run in ``folder``, with this interpreter's programs first on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "MPLBACKEND": "Agg"}
+    try:
+        subprocess.run(
+            arguments,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        raise SnippetError(f"exit status {error.returncode}\n{error.stdout}") from None
+    except subprocess.TimeoutExpired:
+        raise SnippetError(f"still running after {TIMEOUT_S} s") from None
+
+
+def run_command(command: str, folder: Path) -> None:
+    """Run one command line, or refuse it."""
+    try:
+        called = programs(command)
+    except ValueError as error:
+        raise SnippetError(str(error)) from None
+    if [words[0] for words in called] == ["make"]:
+        run(["make", "-n", *called[0][1:]], ROOT)
+    elif {words[0] for words in called} <= set(PROGRAMS) and not re.search(r"[$]\(|`", command):
+        run(["bash", "-euo", "pipefail", "-c", command], folder)
+    else:
+        raise SnippetError(f"only {', '.join(PROGRAMS)} and make are run: give a no-run reason")
+
+
+def run_block(block: Block, folder: Path) -> None:
+    """Run one block's program or commands."""
+    if block.language == "python":
+        script = folder / f"line_{block.line}.py"
+        script.write_text(block.text, encoding="utf-8")
+        run([sys.executable, script.name], folder)
+        return
+    for command in commands(block):
+        try:
+            run_command(command, folder)
+        except SnippetError as error:
+            raise SnippetError(f"{command}\n{error}") from None
+
+
+def check(document: Path) -> Counter[str]:
+    """Run a document's blocks, print how each went, and count the outcomes."""
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for block in blocks(document):
+            if block.no_run is not None:
+                outcome, detail = "skipped", f": {block.no_run}"
+            else:
+                try:
+                    run_block(block, Path(folder))
+                    outcome, detail = "passed", ""
+                except SnippetError as error:
+                    outcome, detail = "failed", f": {error}"
+            print(f"{document.name}:{block.line}: {outcome}{detail}", flush=True)
+            outcomes[outcome] += 1
+    return outcomes
+
+
+def main(arguments: list[str]) -> int:
+    """Check the documents named, or the project's; return the exit status."""
+    documents = [Path(argument) for argument in arguments]
+    outcomes: Counter[str] = Counter()
+    for document in documents or [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
+        try:
+            outcomes += check(document)
+        except SnippetError as error:
+            print(error)
+            outcomes["failed"] += 1
+    counts = (f"{outcomes[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    print("readme:", ", ".join(counts))
+    return 1 if outcomes["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
