@@ -63,6 +63,9 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
     hidden, weight, target, bias, *rest = ctx.saved_tensors
     saved = Saved(*rest)
     into = _gradient_to_add_to(weight) if wanted.weight else None
+    dh: Tensor | None
+    dw: Tensor | None
+    db: Tensor | None
     if into is not None:
         gradients = ops.run_backward(
             grad, hidden, weight, target, bias, saved, config, wanted, into
@@ -72,13 +75,8 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         dh, dw, db = ops.linear_nll_backward(
             grad, hidden, weight, target, bias, *saved, *config.arguments(), *wanted
         )
-    return (
-        dh if wanted.hidden else None,
-        dw if wanted.weight else None,
-        None,
-        db.to(ctx.bias_dtype) if wanted.bias else None,
-        *nothing,
-    )
+    db = None if db is None or not wanted.bias else db.to(ctx.bias_dtype)
+    return (dh if wanted.hidden else None, dw if wanted.weight else None, None, db, *nothing)
 
 
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
@@ -97,9 +95,11 @@ def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
     if weight.grad.dtype != weight.dtype or weight.grad.layout != torch.strided:
         return None
     accumulate = torch.autograd.graph.get_gradient_edge(weight).node
-    if not torch._C._will_engine_execute_node(accumulate):
+    try:
+        executes = torch._C._will_engine_execute_node(accumulate)
+    except RuntimeError:  # torch.autograd.grad asks for this very gradient
         return None
-    return weight.grad
+    return weight.grad if executes else None
 
 
 def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -128,7 +128,7 @@ def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` in ``dtype``; in place unless the graph is kept for another backward."""
+    """``gradient * factor`` in ``dtype``; in place unless the graph is kept."""
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or _keeps_graph():
         return (gradient.to(factor.dtype) * factor).to(dtype)
     for block in gradient.flatten().split(_SCALE_BLOCK):
@@ -137,7 +137,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keeps_graph() -> bool:
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 torch.library.register_autograd(

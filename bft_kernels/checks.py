@@ -45,7 +45,7 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
     """Raises unless ``low <= value <= high`` and finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (low <= value <= high) or math.isinf(value):
+    if not (low <= value <= high and value < math.inf):  # isinf cannot be traced
         expected = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
         raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
 

@@ -72,7 +72,7 @@ class Backend:
     module: str
 
     def load(self) -> Implementation:
-        return importlib.import_module(self.module)  # type: ignore[return-value]
+        return importlib.import_module(self.module)
 
 
 def _why_not_torch(hidden: Tensor, weight: Tensor) -> list[str]:
@@ -90,6 +90,7 @@ BACKENDS = (Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),)
 
 
 def backend_names() -> tuple[str, ...]:
+    """Names that ``backend=`` takes besides ``"auto"``."""
     return tuple(backend.name for backend in BACKENDS)
 
 

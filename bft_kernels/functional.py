@@ -46,7 +46,9 @@ class TokenStats(NamedTuple):
     confidence: Tensor  # float32, exp(-nll)
     entropy: Tensor  # float32, nats
     correct: Tensor  # bool; ties go to the lowest index
-    variance: Tensor | None = None  # sampled: expected squared error of the row of dy, unit upstream
+    variance: Tensor | None = (
+        None  # sampled: expected squared error of the row of dy, unit upstream
+    )
     hidden_variance: Tensor | None = None  # the same for the row of dH, when asked for
 
 
@@ -214,6 +216,7 @@ def linear_cross_entropy(
         ``return_stats=True``: ``(loss, TokenStats)``.
     """
     check_choice("reduction", reduction, ("none", "mean", "sum"))
+    result: Forward | WeightedLoss
     call = _prepare(
         hidden,
         weight,
@@ -273,7 +276,9 @@ def balanced_linear_cross_entropy(
     return_stats: bool = False,
     hidden_variance: bool = False,
 ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
-    """The Balanced Fine-Tuning loss (arXiv 2511.21075), with constant weights::
+    """The Balanced Fine-Tuning loss (arXiv 2511.21075), with constant weights.
+
+    ::
 
         L = (1/B) sum_b s_b ( sum_t w_bt nll_bt ) / T_b          normalize="sequence"
         L = ( sum_b s_b sum_t w_bt nll_bt ) / n                  normalize="token"
@@ -380,7 +385,9 @@ def _prepare(
     if max_buffer_bytes is not None:
         check_int("max_buffer_bytes", max_buffer_bytes, 1)
     if gradient == "sampled" and (label_smoothing or z_loss):
-        name, value = ("label_smoothing", label_smoothing) if label_smoothing else ("z_loss", z_loss)
+        name, value = (
+            ("label_smoothing", label_smoothing) if label_smoothing else ("z_loss", z_loss)
+        )
         raise ValueError(
             f"{name}: got {value} with gradient='sampled', expected 0: the sample and its "
             "certificate are those of p - onehot(target). Use gradient='exact'"
@@ -423,7 +430,8 @@ def _operand(hidden: Tensor, weight: Tensor) -> str:
     """Name of the type the products' operands are rounded to, as autocast would."""
     device = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+    available = torch.amp.is_autocast_available(device)  # it is not on the meta device
+    if dtype != torch.float64 and available and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return str(dtype).removeprefix("torch.")
 
@@ -456,9 +464,7 @@ def _run(call: _Call) -> Forward:
     if config.residual == "entries":
         seed = _seed_tensor(call.seed, call.hidden.device)
     return Forward(
-        *ops.linear_nll(
-            call.hidden, call.weight, call.target, call.bias, seed, *config.arguments()
-        )
+        *ops.linear_nll(call.hidden, call.weight, call.target, call.bias, seed, *config.arguments())
     )
 
 

@@ -162,7 +162,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     _, _, wanted = _split_backward(rest)
-    return Gradients(
+    return (
         hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
         weight.new_empty(weight.shape) if wanted.weight else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=accumulator(hidden.dtype))

@@ -1,8 +1,8 @@
 """From one byte budget to block sizes.
 
-The budget covers every temporary of the ``torch`` backend that grows with ``V`` or with a block of
-it: the block of logits, its scratch, widened copies of ``weight`` and a block of ``dW``. It does not
-cover ``[N]`` vectors, the sparse entries of ``gradient="sampled"``, nor the gradients themselves.
+The budget covers every temporary of the ``torch`` backend that grows with ``V`` or with a block
+of it: the block of logits, its scratch, widened copies of ``weight`` and a block of ``dW``. It does
+not cover ``[N]`` vectors, the sparse entries of ``gradient="sampled"``, nor the gradients.
 """
 
 from __future__ import annotations

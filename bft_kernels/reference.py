@@ -1,4 +1,4 @@
-"""The specification: the core op, the weights, both gradients and the sampling hash, in plain PyTorch.
+"""The specification: the core op, the weights, both gradients, the sampling hash, in plain PyTorch.
 
 Everything here is written to be read, runs in any floating dtype (float64 is the truth the tests
 compare with), holds the full ``[N, V]`` logits and loops over sequences in Python. Nothing else in
@@ -11,6 +11,7 @@ confidence ``c = exp(-nll)``.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ def logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:  # [N, V]
+    """``softcap(hidden @ weight.T + bias) / temperature``."""
     y = hidden @ weight.T
     if bias is not None:
         y = y + bias
@@ -59,8 +61,9 @@ def linear_nll(
     z = logits(hidden[labelled], weight, bias, softcap, temperature)
     lse = torch.logsumexp(z, dim=-1)
     nll = lse - z.gather(1, target[labelled, None]).squeeze(1)
-    smooth = lse - z.mean(dim=-1)
-    loss = (1 - label_smoothing) * nll + label_smoothing * smooth + z_loss * lse**2
+    loss = (1 - label_smoothing) * nll + z_loss * lse**2
+    if label_smoothing:  # else a logit of -inf, a masked column, would make 0 * inf
+        loss = loss + label_smoothing * (lse - z.mean(dim=-1))
     return hidden.new_zeros(target.shape, dtype=loss.dtype).masked_scatter(labelled, loss)
 
 
@@ -150,7 +153,7 @@ def token_coefficients(
 ) -> Tensor:  # [n]
     """The constant that multiplies each token's nll: ``s w / (T B)``, or ``s w / n`` by token."""
     bounds = cu_seqlens.tolist()
-    lengths = [stop - first for first, stop in zip(bounds, bounds[1:], strict=False)]
+    lengths = [stop - first for first, stop in itertools.pairwise(bounds)]
     sequences = sum(length > 0 for length in lengths)
     coefficient = torch.zeros_like(confidence)
     own = scheme(confidence, cu_seqlens) if callable(scheme) else None
@@ -159,7 +162,7 @@ def token_coefficients(
             continue
         part = slice(first, first + length)
         if own is not None:
-            w, sequence_weight = own[0][part], own[1][s]
+            w, sequence_weight = own[0][part], float(own[1][s])
         else:
             assert isinstance(scheme, str)
             w, sequence_weight = sequence_weights(confidence[part], scheme, window, gamma, floor)
@@ -251,7 +254,7 @@ def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SampledGradient:
-    """The sampled ``dz`` for unit upstream gradient, and its certificate. All ``[N, V]`` or ``[N]``.
+    """The sampled gradient for unit upstream gradient, and its certificate.
 
     ``dy`` is with respect to the raw logits ``y``: it contains the softcap's slope and the
     temperature. ``variance_i = sum_{v != target} p (eps - p)^+ slope^2``.
@@ -280,7 +283,7 @@ def sampled_gradient(
     The target entry is kept exactly. Every other entry is kept if ``u * eps < p``, that is with
     probability ``pi = min(1, p / eps)``, and then carries ``p / pi = max(p, eps)``. Because ``u``
     has 24 bits, the probability is a multiple of 2^-24: the expectation of an entry differs from
-    ``p`` by at most ``eps * 2^-25``.
+    ``p`` by at most ``eps * 2^-24`` (the values of ``u`` above a half are ``2^-23`` apart).
     """
     z = logits(hidden, weight, bias, softcap, temperature)
     p = torch.softmax(z, dim=-1)

@@ -45,7 +45,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """``None`` where not wanted. The bias's is in the accumulator's type, the others in their own."""
+    """``None`` where not wanted. The bias's is wide, the others have their input's type."""
 
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]

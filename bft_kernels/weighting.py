@@ -38,17 +38,18 @@ def token_weights(
 ) -> TokenWeights:
     """Weights of labelled tokens from their confidences.
 
-    ============== ============================ =========================================== ========
-    scheme         token weight ``w``           sequence weight ``s``                       source
-    ============== ============================ =========================================== ========
-    ``sft``        1                            1
-    ``dft``        ``c``                        1                                           2508.05629
-    ``bft``        ``clip(c/(C + floor), 0, 1)``  ``1 - min C``, ``C`` the centred window mean  BFT v3
-    ``bft-v1``     ``c``                        ``1 - min`` of full windows' means          BFT v1/v2
-    ``bft-v1-code`` ``c``                       ``1 - clamp(min geometric mean)**gamma``    released code
-    ============== ============================ =========================================== ========
+    =============== ========================= =================================== =============
+    scheme          token weight ``w``        sequence weight ``s``               source
+    =============== ========================= =================================== =============
+    ``sft``         1                         1
+    ``dft``         ``c``                     1                                   2508.05629
+    ``bft``         ``clip(c/(C+floor),0,1)`` ``1 - min C``                       BFT v3
+    ``bft-v1``      ``c``                     ``1 - min C`` of full windows       BFT v1, v2
+    ``bft-v1-code`` ``c``                     ``1 - clamp(min C)**gamma``         released code
+    =============== ========================= =================================== =============
 
-    ``bft``'s window of token ``t`` is ``[t - g//2, t + g - g//2 - 1]`` clipped to its sequence.
+    ``C`` is the window's mean. ``bft``'s window of token ``t`` is ``[t - g//2, t + g - g//2 - 1]``,
+    clipped to its sequence.
     ``bft-v1*`` use full windows only, each reported at its first token (the last tokens report the
     last full window); a sequence shorter than ``g`` is one window. The released code takes a
     geometric mean where the paper's text says arithmetic; both are kept. ``sft`` and ``dft`` report
@@ -72,9 +73,7 @@ def token_weights(
     check_tensor("confidence", confidence, (None,), (torch.float32, torch.float64))
     check_cu_seqlens(cu_seqlens, confidence.numel(), confidence.device)
     check_weighting(scheme, window, gamma, floor)
-    return weigh(
-        confidence, cu_seqlens, scheme=scheme, window=window, gamma=gamma, floor=floor
-    )
+    return weigh(confidence, cu_seqlens, scheme=scheme, window=window, gamma=gamma, floor=floor)
 
 
 @torch.no_grad()
@@ -210,7 +209,7 @@ def shift_labels(
 
 
 def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Document boundaries of rows in which ``position_ids`` restart, as packing collators make them.
+    """Document boundaries of rows in which ``position_ids`` restart, as packing makes them.
 
     A document starts at the beginning of each row and wherever a position is not its
     predecessor's plus one. Padding becomes documents of its own, which hold no labels.
@@ -309,7 +308,8 @@ def balance(
     floor: float,
 ) -> Balanced:
     """Weights from token losses. A callable scheme sees exactly the labelled tokens, which takes
-    one wait for the device where there is one."""
+    one wait for the device where there is one.
+    """
     confidence = layout.compact(torch.exp(-nll.detach()))
     if not isinstance(scheme, str):
         confidence = confidence[: int(layout.cu_labelled[-1])]
@@ -328,7 +328,7 @@ def balance(
 
 
 def sequence_shares(layout: Layout, dtype: torch.dtype) -> Tensor:
-    """``1 / T_b`` for each position of document ``b`` with ``T_b`` labels, 0 where ignored; ``[N]``."""
+    """``1 / T_b`` for each position of document ``b`` of ``T_b`` labels, ``[N]``; 0 if ignored."""
     lengths = layout.cu_labelled.diff().clamp_min(1)
     if lengths.numel() == 0:
         return layout.labelled.to(dtype)

@@ -9,8 +9,8 @@ from bft_kernels.backends.torch.matmul import Products, multiply
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.sweep import gradient_factors, transform_logits
 from bft_kernels.config import CoreConfig, accumulator
-from bft_kernels.results import Gradients, Saved, Wanted
 from bft_kernels.plan import plan_columns
+from bft_kernels.results import Gradients, Saved, Wanted
 
 
 def linear_nll_backward(
@@ -24,6 +24,7 @@ def linear_nll_backward(
     wanted: Wanted,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
+    """Gradients of ``sum(grad * loss)`` by what is wanted."""
     rows = LabelledRows(target, config.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).to(accumulator(hidden.dtype))
     if wanted.weight and grad_weight is None:
@@ -90,7 +91,7 @@ def _recompute(
                 into.add_(multiply(narrow.T, operand, wide))
             if grad_bias is not None:
                 grad_bias[first:stop].add_(dy.sum(dim=0))
-        if grad_weight is not None and grad_weight.dtype != wide:
+        if grad_weight is not None and into is not None and grad_weight.dtype != wide:
             grad_weight[first:stop].add_(into)
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden, hidden.dtype)
@@ -135,7 +136,7 @@ def _from_entries(
     grad_weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column."""
-    count, width = hidden.shape
+    count = hidden.shape[0]
     vocabulary = weight.shape[0]
     budget = config.max_buffer_bytes
     counts = saved.entry_offsets.diff()

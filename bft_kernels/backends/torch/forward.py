@@ -17,8 +17,8 @@ from bft_kernels.backends.torch.sweep import (
     write_unit_gradient,
 )
 from bft_kernels.config import CoreConfig, accumulator, storage
-from bft_kernels.results import Forward
 from bft_kernels.plan import plan_rows
+from bft_kernels.results import Forward
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Collected:
             self.columns.setdefault(name, []).append(value)
 
     def get(self, name: str, like: Tensor) -> Tensor:
-        """All values of ``name``; an empty tensor like ``like`` if there are none."""
+        """All values of ``name``; an empty tensor like ``like [0, ...]`` if there are none."""
         parts = self.columns.get(name)
-        return torch.cat(parts) if parts else like.new_empty(0)
+        return torch.cat(parts) if parts else torch.empty_like(like)
 
 
 def products_and_plan(
@@ -64,6 +64,7 @@ def linear_nll(
     seed: Tensor | None,  # []
     config: CoreConfig,
 ) -> Forward:
+    """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
     wide = accumulator(hidden.dtype)
     rows = LabelledRows(target, config.ignore_index)
     sampled = config.residual == "entries" or config.variance
@@ -99,6 +100,7 @@ def linear_nll(
 
 
 def collect_statistics(out: Collected, tile: Softmax, config: CoreConfig) -> None:
+    """What a tile tells beyond its losses."""
     out.add(lse=tile.lse)
     if config.statistics:
         out.add(entropy=tile.entropy, correct=tile.argmax == tile.target)
@@ -130,7 +132,7 @@ def sample_tile(
 
 
 def certify_tile(out: Collected, tile: Softmax, norms: Tensor | None, config: CoreConfig) -> None:
-    """``sum_{v != target} p (eps - p)^+ slope^2`` of each row, and with ``|W_v|^2`` if asked for."""
+    """``sum_{v != target} p (eps - p)^+ slope^2`` of each row, and with ``|W_v|^2`` if asked."""
     p = tile.probability
     term = torch.sub(config.eps, p, out=tile.shifted).clamp_(min=0).mul_(p)
     if tile.slope is not None:
@@ -148,6 +150,7 @@ def squared_norms(weight: Tensor, wide: torch.dtype, budget: int) -> Tensor:
 
 
 def pack(out: Collected, rows: LabelledRows, hidden: Tensor, config: CoreConfig) -> Forward:
+    """The collected tiles as tensors over all ``N`` rows."""
     wide = hidden.new_empty(0, dtype=accumulator(hidden.dtype))
     empty = {
         "correct": wide.new_empty(0, dtype=torch.bool),

@@ -9,8 +9,9 @@ from torch import Tensor
 class LabelledRows:
     """The rows that carry a label.
 
-    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator their number is not
-    known without waiting for the device: there they stay, as rows of zeros whose results are masked.
+    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator their number is
+    not known without waiting for the device: there they stay, as rows of zeros whose results are
+    masked.
 
     Attributes:
         count: rows that are computed.
@@ -35,7 +36,7 @@ class LabelledRows:
         return self.index[first:stop]
 
     def take(self, values: Tensor, first: int, stop: int) -> Tensor:
-        """``values[rows[first:stop]]``, zeros in place of ignored rows. ``values``: ``[N, ...]``."""
+        """``values[rows[first:stop]]`` of ``values [N, ...]``, zeros in place of ignored rows."""
         if self.index is not None:
             return values[self.index[first:stop]]
         part = values[first:stop]

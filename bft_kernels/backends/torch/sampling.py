@@ -27,7 +27,7 @@ def _mix64(z: Tensor) -> Tensor:
 
 
 def row_keys(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiplier and offset of each row, int32 ``[n]``. ``seed``: int64 ``[]``, ``rows``: ``[n]``."""
+    """Multiplier and offset of each row, int32 ``[n]``, from int64 ``seed []`` and ``rows [n]``."""
     key = _mix64(_mix64(seed + _GAMMA) + rows * _GAMMA)
     return ((key >> 32) | 1).to(torch.int32), (key << 32 >> 32).to(torch.int32)
 

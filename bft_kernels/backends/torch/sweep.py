@@ -12,13 +12,13 @@ from bft_kernels.config import CoreConfig
 
 @dataclass
 class Softmax:
-    """A tile after :func:`softmax_tile`. ``n`` rows; ``shifted`` and ``exponential`` are ``[n, V]``."""
+    """A tile of ``n`` rows after :func:`softmax_tile`; two of its tensors are ``[n, V]``."""
 
     target: Tensor  # [n]
     maximum: Tensor  # [n]
     argmax: Tensor  # [n]
-    shifted: Tensor  # z - maximum, in the caller's logit buffer
-    exponential: Tensor  # exp(shifted)
+    shifted: Tensor  # [n, V], z - maximum, in the caller's logit buffer
+    exponential: Tensor  # [n, V], exp(shifted)
     total: Tensor  # [n], sum of exponential
     log_total: Tensor  # [n]
     slope: Tensor | None  # [n, V], dz/dy without the temperature; None without a softcap
@@ -55,8 +55,10 @@ class Softmax:
         return self.log_total - self.shifted.mean(dim=1)
 
 
-def transform_logits(y: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool) -> Tensor | None:
-    """``y -> z`` in place; returns the softcap's slope ``[n, V]`` if there is one and it is asked for."""
+def transform_logits(
+    y: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool
+) -> Tensor | None:
+    """Makes ``z`` of ``y`` in place; returns the softcap's slope ``[n, V]`` if it is asked for."""
     if bias is not None:
         y += bias
     result = None
@@ -69,8 +71,8 @@ def transform_logits(y: Tensor, bias: Tensor | None, config: CoreConfig, slope: 
     if scale != 1.0:
         y.mul_(scale)
     if bias is not None:
-        # A bias of -inf masks entries; 0 * -inf would poison the sums. A quarter of the range leaves
-        # room to subtract the maximum.
+        # A bias of -inf masks entries; 0 * -inf would poison the sums. A quarter of the range
+        # leaves room to subtract the maximum.
         y.clamp_(min=torch.finfo(y.dtype).min / 4)
     return result
 
@@ -126,4 +128,3 @@ def gradient_factors(
     at_target = (1 - config.label_smoothing) * torch.expm1(-nll)
     at_target = at_target + (probability - 1 + config.label_smoothing) * confidence - uniform
     return probability, at_target, uniform
-

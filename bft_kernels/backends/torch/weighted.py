@@ -1,7 +1,7 @@
 """A weighted sum of token losses and its gradients, made in the pass that makes the logits (3G).
 
 Documents whose labelled tokens fit one block of logits get their weights while those logits are
-still there. A longer document takes two passes: losses first, gradients from recomputed logits (4G).
+still there. A longer document takes two passes: losses first, then gradients from new logits (4G).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def weighted_loss(
     weighting: Weighting,
     wanted: Wanted,
 ) -> WeightedLoss:
+    """The loss and its gradients for unit upstream gradient."""
     rows = LabelledRows(target, config.ignore_index)
     scratch = 2 + (config.softcap is not None)
     products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
@@ -95,9 +96,7 @@ class _Engine:
         """Raw logits of rows ``first:stop`` into the buffer."""
         if self.buffer is None or self.buffer.shape[0] < stop - first:
             self.buffer = None  # freed before its successor is made
-            self.buffer = self.hidden.new_empty(
-                stop - first, self.weight.shape[0], dtype=self.wide
-            )
+            self.buffer = self.hidden.new_empty(stop - first, self.weight.shape[0], dtype=self.wide)
         self.operand = self.products.rows(self.rows.take(self.hidden, first, stop))
         self.products.logits(self.operand, self.buffer[: stop - first])
 
@@ -118,7 +117,8 @@ class _Engine:
 
     def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
         """Adds the buffer's rows, weighted, to the loss and the gradients."""
-        assert self.buffer is not None and self.operand is not None
+        assert self.buffer is not None
+        assert self.operand is not None
         losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
         self.loss += (coefficient * losses).sum()
         dy = self.buffer[: stop - first].mul_(coefficient[:, None])
@@ -138,7 +138,8 @@ class _Engine:
         wide = self.wide
         return WeightedLoss(
             loss=self.loss,
-            grad_hidden=self.rows.spread(self.grad_hidden) if self.wanted.hidden
+            grad_hidden=self.rows.spread(self.grad_hidden)
+            if self.wanted.hidden
             else self.grad_hidden,
             grad_weight=self.grad_weight.to(storage(self.weight.dtype)),
             grad_bias=self.grad_bias,
@@ -152,8 +153,11 @@ class _Engine:
 def _pieces(
     rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
 ) -> Iterator[list[int]]:
-    """Bounds of documents taken together, in rows; each piece fits a chunk unless one document
-    is longer. Weights local to a token need no documents: any rows go together."""
+    """Bounds of documents taken together, in rows.
+
+    Each piece fits a chunk unless one document is longer. Weights local to a token need no
+    documents: any rows go together.
+    """
     if weighting.local or cu_seqlens is None:
         for first in range(0, rows.count, chunk):
             yield [first, min(first + chunk, rows.count)]
