@@ -1,0 +1,279 @@
+"""Shared by the kernel tests: seeds, problems, tolerances and allocation tracking.
+
+Every run draws new inputs. The seed is printed with a failure; ``BFT_TEST_SEED=... pytest`` draws
+the same inputs again, test by test.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+
+# No database: a run must not depend on files an earlier one left. No deadline: the first example
+# pays for loading torch's kernels.
+hypothesis.settings.register_profile(
+    "kernels", database=None, deadline=None, max_examples=60, print_blob=True
+)
+hypothesis.settings.load_profile("kernels")
+
+# A statistical test fails where chance alone would give a p-value this small. The suite computes
+# well under a thousand of them, so that a correct program fails less than one run in a million.
+P_VALUE = 1e-9
+
+
+def pytest_report_header() -> str:
+    return f"kernel tests: BFT_TEST_SEED={RUN_SEED}"
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this run and this test, which torch's generator also starts from."""
+    # Its own for every test, so that a test fails alone as it fails in the whole suite.
+    own = zlib.crc32(f"{RUN_SEED}:{request.node.name}".encode())
+    print(f"BFT_TEST_SEED={RUN_SEED}")
+    torch.manual_seed(own)
+    return own
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Matrices this small gain nothing from more threads, and lose much on a machine whose other
+    processes make them wait for each other. Tests with real work ask for ``all_threads``."""
+    before = torch.get_num_threads()
+    if "all_threads" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def all_threads() -> None:
+    """See :func:`one_thread`."""
+
+
+@pytest.fixture(scope="session")
+def p_value() -> float:
+    return P_VALUE
+
+
+@dataclass
+class Problem:
+    """Inputs of the core op. Tensors are leaves that require gradients unless frozen."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [N]
+    bias: Tensor | None = None  # [V]
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.detach().requires_grad_(name not in self.frozen))
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.target
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that require a gradient."""
+        found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {k: v for k, v in found.items() if v is not None and v.requires_grad}
+
+    def copy(self, dtype: torch.dtype | None = None, **changes: Any) -> Problem:
+        """Leaves of its own with the same values, without gradients."""
+
+        def clone(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().clone().to(dtype or x.dtype)
+
+        own = {"hidden": clone(self.hidden), "weight": clone(self.weight), "bias": clone(self.bias)}
+        return replace(self, **{**own, **changes})
+
+    def grads(self) -> dict[str, Tensor | None]:
+        return {name: leaf.grad for name, leaf in self.leaves.items()}
+
+
+def draw_problem(
+    rows: int,
+    width: int,
+    vocabulary: int,
+    *,
+    ignored: float = 0.3,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    frozen: tuple[str, ...] = (),
+    ignore_index: int = -100,
+) -> Problem:
+    """Logits of standard deviation ``scale``; each token is ignored with probability ``ignored``."""
+    hidden = torch.randn(rows, width, dtype=torch.float64) * scale
+    weight = torch.randn(vocabulary, width, dtype=torch.float64) / math.sqrt(width)
+    target = torch.randint(vocabulary, (rows,))
+    target[torch.rand(rows) < ignored] = ignore_index
+    offset = torch.randn(vocabulary, dtype=torch.float64) if bias else None
+    offset = None if offset is None else offset.to(dtype)
+    return Problem(hidden.to(dtype), weight.to(dtype), target, offset, frozen)
+
+
+@pytest.fixture(scope="session")
+def problem() -> Callable[..., Problem]:
+    """:func:`draw_problem`; session-scoped, so that hypothesis tests may use it."""
+    return draw_problem
+
+
+@pytest.fixture(scope="session")
+def problem_from() -> type[Problem]:
+    return Problem
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected| / |expected|`` in the Euclidean norm, in float64."""
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+@pytest.fixture(scope="session")
+def error() -> Callable[[Tensor, Tensor], float]:
+    return relative_error
+
+
+@pytest.fixture(scope="session")
+def close() -> Callable[..., None]:
+    """Asserts that ``got`` equals ``expected`` to ``tolerance`` of its largest entry (or of 1)."""
+
+    def check(got: Any, expected: Any, tolerance: float = 1e-11, what: str = "") -> None:
+        if isinstance(expected, dict):
+            assert got.keys() == expected.keys()
+            for name in expected:
+                check(got[name], expected[name], tolerance, f"{what} {name}")
+            return
+        if expected is None or got is None:
+            assert got is expected, f"{what}: got {got}, expected {expected}"
+            return
+        assert got.shape == expected.shape, f"{what}: {got.shape}, not {expected.shape}"
+        if got.dtype == torch.bool:
+            assert torch.equal(got, expected), what
+            return
+        got, expected = got.detach().double(), expected.detach().double()
+        finite = torch.isfinite(expected)
+        # Infinities must be the same ones, and a NaN is never right.
+        assert torch.equal(got[~finite], expected[~finite]), what
+        got, expected = got[finite], expected[finite]
+        if expected.numel() == 0:
+            return
+        scale = float(expected.abs().max().clamp_min(1.0))
+        worst = float((got - expected).abs().max())
+        assert worst <= tolerance * scale, f"{what}: off by {worst:.3g} at a scale of {scale:.3g}"
+
+    return check
+
+
+_GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix64(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def draw_bits(seed: Any, rows: Any, columns: Any) -> np.ndarray:
+    """The 32 bits behind each draw, from the definition in unsigned numpy arithmetic.
+
+    ``seed`` is an int or an int64 array beside ``rows``; the result is uint32 ``[rows, columns]``.
+    """
+    seeds = np.atleast_1d(np.asarray(seed, dtype=np.int64)).view(np.uint64)
+    rows = np.asarray(rows, dtype=np.int64).view(np.uint64)
+    key = _mix64(_mix64(seeds + _GOLDEN_RATIO) + _GOLDEN_RATIO * rows)
+    multiplier = (key >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+    offset = (key & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+    x = multiplier[:, None] * np.asarray(columns).astype(np.uint32) + offset[:, None]
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
+        x ^= x >> np.uint32(shift)
+        x *= np.uint32(factor)
+    return x
+
+
+@pytest.fixture(scope="session")
+def raw_bits() -> Callable[[Any, Any, Any], np.ndarray]:
+    return draw_bits
+
+
+@pytest.fixture(scope="session")
+def inclusion() -> Callable[[Tensor, float], Tensor]:
+    """The exact chance of ``u * eps < p``, from all 2^24 values that ``u`` can take."""
+    u = (np.arange(2**24, dtype=np.float32) + np.float32(0.5)) * np.float32(2**-24)
+
+    def chance(p: Tensor, eps: float) -> Tensor:
+        grid = u * np.float32(eps)  # never falls, so that a search counts
+        kept = np.searchsorted(grid.astype(np.float64), p.double().numpy(), side="left")
+        return torch.from_numpy(kept / 2**24)
+
+    return chance
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """``torch.empty`` gives NaN instead of whatever was there, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Compiled code of other tests does not count towards this one's limit of recompilations."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@dataclass
+class Allocations:
+    """What a call asked of torch's CPU allocator, inside torch's own kernels too."""
+
+    largest: int = 0  # bytes of the largest single block
+    peak: int = 0  # bytes of all blocks alive at once, beyond those alive before
+    sizes: list[int] = field(default_factory=list)
+
+
+@pytest.fixture(scope="session")
+def allocations() -> Callable[[Callable[[], object]], Allocations]:
+    """Runs a function and reports its allocations; what it returns counts as alive."""
+
+    def measure(run: Callable[[], object]) -> Allocations:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            held = run()
+        assert profile.profiler is not None
+        events = profile.profiler.kineto_results.events()
+        events = sorted(events, key=lambda event: event.start_ns())
+        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        del held
+        result, alive = Allocations(), 0
+        for change in changes:
+            alive += change
+            result.peak = max(result.peak, alive)
+            if change > 0:
+                result.sizes.append(change)
+        result.largest = max(result.sizes, default=0)
+        return result
+
+    return measure

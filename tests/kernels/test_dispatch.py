@@ -1,0 +1,86 @@
+"""Which backend runs, what the installation tells of itself, and the module twins."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from bft_kernels import (
+    BalancedLinearCrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    balanced_linear_cross_entropy,
+    dispatch,
+    info,
+    linear_cross_entropy,
+    linear_nll,
+)
+
+
+@pytest.fixture
+def crippled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first choice that never runs, before the real backends."""
+    broken = dispatch.Backend("broken", lambda hidden, weight: ["it is Sunday"], "no.such.module")
+    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
+
+
+def test_a_forced_backend_that_cannot_run_says_why(crippled, problem) -> None:
+    p = problem(4, 3, 7)
+    assert dispatch.why_not("broken", p.hidden, p.weight) == ["it is Sunday"]
+    with pytest.raises(RuntimeError, match=r"backend: got .broken.*it is Sunday"):
+        linear_nll(*p.args, backend="broken")
+
+
+def test_auto_takes_the_first_that_runs(crippled, problem, close) -> None:
+    p = problem(4, 3, 7)
+    close(linear_nll(*p.args), linear_nll(*p.args, backend="torch"))
+
+
+def test_auto_says_its_choice_once(problem, caplog) -> None:
+    dispatch._announce.cache_clear()
+    p = problem(4, 3, 7)
+    with caplog.at_level(logging.INFO, logger="bft_kernels"):
+        for _ in range(3):
+            linear_nll(*p.args).sum().backward()
+        linear_nll(*p.args, backend="torch")
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend torch for torch.float64 on cpu"
+    ]
+
+
+def test_reasons_name_the_tensor() -> None:
+    dense = torch.ones(2, 2)
+    assert dispatch.why_not("torch", dense, dense) == []
+    assert "weight" in dispatch.why_not("torch", dense, dense.to_sparse())[0]
+    assert "meta" in dispatch.why_not("torch", dense.to("meta"), dense)[0]
+    with pytest.raises(ValueError, match="backend: got 'none'"):
+        dispatch.why_not("none", dense, dense)
+
+
+def test_info_tells_versions_devices_extensions_and_backends() -> None:
+    facts = info()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert "cpu" in facts["devices"]
+    assert facts["backends"]["torch"]["cpu"] == []
+    assert set(facts["extensions"].values()) <= {"built", "not built"}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_module_equals_function(reduction, problem, close) -> None:
+    p = problem(9, 4, 17, bias=True)
+    settings = {"reduction": reduction, "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1}
+    module = LinearCrossEntropyLoss(**settings)
+    close(module(*p.args, bias=p.bias), linear_cross_entropy(*p.args, bias=p.bias, **settings))
+    assert "softcap=5.0" in repr(module)
+    assert list(module.parameters()) == []
+
+
+def test_balanced_module_equals_function(problem, close) -> None:
+    p = problem(9, 4, 17)
+    settings = {"scheme": "bft-v1", "window": 3, "normalize": "token", "return_stats": True}
+    cu_seqlens = torch.tensor([0, 4, 9])
+    got = BalancedLinearCrossEntropyLoss(**settings)(*p.args, cu_seqlens=cu_seqlens, num_items=5)
+    want = balanced_linear_cross_entropy(*p.args, cu_seqlens=cu_seqlens, num_items=5, **settings)
+    close(got[0], want[0])
+    close(got[1]._asdict(), want[1]._asdict())

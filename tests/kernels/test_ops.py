@@ -1,0 +1,159 @@
+"""The custom ops: schemas, fakes and autograd registrations; torch.compile; autocast."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
+from bft_kernels.config import CoreConfig
+from bft_kernels.results import Forward, Saved, Wanted
+
+CONFIG = CoreConfig(
+    ignore_index=-100,
+    softcap=None,
+    temperature=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    eps=0.05,
+    residual="recompute",
+    statistics=True,
+    variance=False,
+    hidden_variance=False,
+    operand="float64",
+    backend="auto",
+    max_buffer_bytes=4096,
+    check_values=True,
+    check_finite=False,
+)
+CONFIGS = {
+    "none": replace(CONFIG, residual="none", statistics=False),
+    "recompute": CONFIG,
+    "transformed": replace(CONFIG, softcap=4.0, temperature=0.8, z_loss=0.1, label_smoothing=0.1),
+    "unit": replace(CONFIG, residual="unit"),
+    "entries": replace(CONFIG, residual="entries", variance=True, hidden_variance=True),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [0, 13])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_opcheck_linear_nll(name, rows, bias, problem) -> None:
+    config = CONFIGS[name]
+    frozen = {"none": ("hidden", "weight", "bias"), "unit": ("weight", "bias")}.get(name, ())
+    p = problem(rows, 5, 11, bias=bias, frozen=frozen)
+    seed = torch.tensor(3) if name == "entries" else None
+    torch.library.opcheck(ops.linear_nll, (*p.args, p.bias, seed, *config.arguments()))
+
+
+@pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
+def test_opcheck_backward(name, problem) -> None:
+    config = CONFIGS[name]
+    p = problem(13, 5, 11, bias=True, frozen=("hidden", "weight", "bias"))
+    out = Forward(*ops.linear_nll(*p.args, p.bias, torch.tensor(3), *config.arguments()))
+    saved = Saved(*(getattr(out, field) for field in Saved._fields))
+    grad = torch.randn_like(out.loss)
+    for wanted in (
+        Wanted(True, True, True),
+        Wanted(True, False, False),
+        Wanted(False, True, False),
+    ):
+        torch.library.opcheck(
+            ops.linear_nll_backward, (grad, *p.args, p.bias, *saved, *config.arguments(), *wanted)
+        )
+
+
+@pytest.mark.parametrize("scheme", ["sft", "bft"])
+@pytest.mark.parametrize("rows", [0, 13])
+def test_opcheck_weighted_loss(rows, scheme, problem) -> None:
+    p = problem(rows, 5, 11, bias=True)
+    share = torch.rand(rows, dtype=torch.float64)
+    documents = torch.tensor([0, rows // 3, rows // 3, rows])
+    weighting = (scheme, 4, 1.0, 1e-8)
+    arguments = (*p.args, share, documents, p.bias, *CONFIG.arguments(), *weighting)
+    torch.library.opcheck(ops.weighted_loss, (*arguments, *Wanted(True, True, True)))
+
+
+def mean(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden, weight, target, label_smoothing=0.1, z_loss=0.01)
+
+
+def per_token(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    nll, stats = linear_nll(hidden, weight, target, softcap=9.0, return_stats=True)
+    return (nll.sin() * stats.confidence).sum() + stats.entropy.sum()
+
+
+def per_token_sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    nll, stats = linear_nll(
+        hidden, weight, target, gradient="sampled", eps=0.05, seed=7, return_stats=True
+    )
+    return nll.sin().sum() + stats.variance.sum()
+
+
+def balanced(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    loss, stats = balanced_linear_cross_entropy(hidden, weight, target, window=4, return_stats=True)
+    return loss + stats.sequence_weight.sum()
+
+
+def balanced_sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return balanced_linear_cross_entropy(
+        hidden, weight, target, window=4, gradient="sampled", eps=0.05, seed=7
+    )
+
+
+@pytest.mark.parametrize(
+    "function", [mean, per_token, per_token_sampled, balanced, balanced_sampled]
+)
+def test_compiled_equals_eager(function, problem, close) -> None:
+    """One graph, the same numbers, also when the number of tokens changes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    for rows in (12, 20, 16):
+        p = problem(rows, 5, 31)
+        shape = (2, rows // 2)
+        arguments = p.hidden.view(*shape, 5), p.weight, p.target.view(shape)
+        expected = function(*arguments)
+        close(compiled(*arguments), expected)
+        for got, want in zip(
+            torch.autograd.grad(compiled(*arguments), (p.hidden, p.weight)),
+            torch.autograd.grad(expected, (p.hidden, p.weight)),
+            strict=True,
+        ):
+            close(got, want)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_autocast_rounds_as_eager_does(gradient, problem) -> None:
+    """Operands are rounded to bfloat16, sums are not; gradients have their parameter's type."""
+    p = problem(40, 64, 200, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll = linear_nll(*p.args, gradient=gradient, eps=2**-20, seed=1)
+    rounded = p.hidden.bfloat16().float() @ p.weight.bfloat16().float().T
+    expected = torch.nn.functional.cross_entropy(
+        rounded, p.target, reduction="none", ignore_index=-100
+    )
+    assert nll.dtype == torch.float32
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(nll.sum(), (p.hidden, p.weight))
+    want = torch.autograd.grad(expected.sum(), (p.hidden, p.weight))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32
+        # eager rounds dz to bfloat16 on the way back through autocast's casts; ours does not
+        assert (a - b).norm() <= 0.01 * b.norm()
+
+
+def test_fake_tensors_have_the_shapes_and_types_of_real_ones(problem) -> None:
+    p = problem(10, 6, 21, dtype=torch.bfloat16)
+    real = linear_nll(*p.args, return_stats=True)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x) for x in p.args]
+        fake = linear_nll(*fakes, return_stats=True)
+    for name, a in {"nll": real[0], **real[1]._asdict()}.items():
+        b = fake[0] if name == "nll" else getattr(fake[1], name)
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), name
