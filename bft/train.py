@@ -63,6 +63,7 @@ def train(config: TrainConfig) -> TrainResult:
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         seed=config.seed,
+        lengths=None if config.packing else dataset.lengths,
     )
     steps = config.steps or batches.steps_in(config.epochs)
     collate = collate_packed if config.packing else Collator.of(tokenizer)

@@ -36,6 +36,7 @@ def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
         saved = Saved(
             result.nll,
             result.lse,
+            result.lse_low,
             result.entry_offsets,
             result.entry_columns,
             result.entry_values,

@@ -20,7 +20,7 @@ class CoreConfig:
     eps: float
     # What the forward keeps for the backward:
     #   none       nothing: no gradient is wanted
-    #   recompute  only lse; logits are computed again (exact, 4G)
+    #   recompute  only lse, to twice the precision; logits are computed again (exact, 4G)
     #   unit       dH for unit upstream gradient (exact with a frozen head, 2G)
     #   entries    the sparse sample of dz (sampled, 1G)
     residual: str

@@ -247,7 +247,8 @@ def linear_cross_entropy(
         loss, result = fused.loss, fused
     else:
         result = _run(call)
-        loss = result.loss * share
+        # Where a weight is 0 an infinite loss must not turn the sum into NaN.
+        loss = torch.where(share != 0, result.loss * share, 0)
         loss = loss.view(call.shape) if reduction == "none" else loss.sum()
     return (loss, _token_stats(call, result)) if return_stats else loss
 

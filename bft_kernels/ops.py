@@ -26,7 +26,10 @@ from bft_kernels.results import Forward, Gradients, Saved, Wanted, WeightedLoss
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
-_SAVED = "Tensor nll, Tensor lse, Tensor entry_offsets, Tensor entry_columns, Tensor entry_values"
+_SAVED = (
+    "Tensor nll, Tensor lse, Tensor lse_low, Tensor entry_offsets, Tensor entry_columns, "
+    "Tensor entry_values"
+)
 _WEIGHTING = "str scheme, int window, float gamma, float floor"
 
 # Arguments of linear_nll before its settings, and of weighted_loss before its settings.
@@ -90,6 +93,7 @@ def _(
         loss=tokens(True),
         nll=tokens(True),
         lse=tokens(True),
+        lse_low=tokens(config.residual == "recompute"),
         entropy=tokens(config.statistics),
         correct=tokens(config.statistics, torch.bool),
         variance=tokens(config.variance),

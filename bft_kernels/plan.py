@@ -67,17 +67,25 @@ def plan_rows(
 
 
 def plan_columns(
-    rows: int, vocabulary: int, width: int, itemsize: int, budget: int, *, scratch: int
+    rows: int,
+    vocabulary: int,
+    width: int,
+    itemsize: int,
+    budget: int,
+    *,
+    copies: bool,
+    scratch: int,
 ) -> ColumnPlan:
     """Block sizes for the recomputing backward, whose ``lse`` is known.
 
-    A block costs ``(1 + scratch) * rows * columns`` logits, a widened block of ``weight`` and one
-    of ``dW``. All rows against a few columns is best for the products, as long as the block keeps
-    some hundreds of columns; beyond that rows are split too.
+    A block costs ``(1 + scratch) * rows * columns`` logits, a widened block of ``weight``, one of
+    ``dW`` and, with ``copies``, one of ``hidden``. All rows against a few columns is best for the
+    products, as long as the block keeps some hundreds of columns; beyond that rows are split too.
     """
     elements = max(1, budget // itemsize)
     wanted = min(vocabulary, 512)
-    most_rows = elements // (1 + scratch) // wanted - 2 * width // (1 + scratch)
+    copied = width if copies else 0
+    most_rows = (elements - 2 * width * wanted) // ((1 + scratch) * wanted + copied)
     block_rows = max(1, min(rows, most_rows))
-    columns = elements // ((1 + scratch) * block_rows + 2 * width)
+    columns = (elements - copied * block_rows) // ((1 + scratch) * block_rows + 2 * width)
     return ColumnPlan(block_rows, max(1, min(vocabulary, columns)))

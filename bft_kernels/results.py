@@ -16,6 +16,7 @@ class Forward(NamedTuple):
     loss: Tensor  # [N] wide, the only differentiable one
     nll: Tensor  # [N] wide
     lse: Tensor  # [N] wide
+    lse_low: Tensor  # [N] wide, what rounding took from lse; for residual "recompute"
     entropy: Tensor  # [N] wide
     correct: Tensor  # [N] bool
     variance: Tensor  # [N] wide
@@ -31,6 +32,7 @@ class Saved(NamedTuple):
 
     nll: Tensor
     lse: Tensor
+    lse_low: Tensor
     entry_offsets: Tensor
     entry_columns: Tensor
     entry_values: Tensor

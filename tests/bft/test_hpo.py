@@ -108,12 +108,12 @@ def test_only_unambiguous_defined_living_terms_of_the_systems_are_asked() -> Non
     assert [row["id"] for row in rows] == ["HP:0000001", "HP:0000005"]
     assert rows[0] == {
         "prompt": 'Which body system does ""Quoted" eye" affect? Define the term.',
-        "completion": 'It affects the eye. An eye, e.g. A blue one, "so called", that is odd.',
-        "answer": "It affects the eye.",
+        "completion": 'Eye. An eye, e.g. A blue one, "so called", that is odd.',
+        "answer": "Eye.",
         "group": "HP:0000001",
         "id": "HP:0000001",
     }
-    assert rows[1]["completion"] == "It affects the ear. An ear that is odd. It has no lobe."
+    assert rows[1]["completion"] == "Ear. An ear that is odd. It has no lobe."
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_records_say_what_the_ontology_says(
     systems = hpo.systems_of(terms)
     for row in [row for rows in splits.values() for row in rows]:
         (system,) = systems[row["id"]]
-        assert row["answer"] == f"It affects {SYSTEMS[system]}."
+        assert row["answer"] == f"{SYSTEMS[system]}."
         assert f'"{terms[row["id"]].name}"' in row["prompt"]
         assert row["completion"].startswith(row["answer"] + " ")
         definition = row["completion"].removeprefix(row["answer"] + " ")
@@ -279,5 +279,5 @@ def test_the_table_counts_and_shows_a_sample(tmp_path: Path) -> None:
     text = console.export_text()
     rows = (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()
     assert f"{len(rows)}" in text
-    assert "It affects the nervous system." in text
+    assert "Nervous system." in text
     assert json.loads(rows[0])["prompt"][:60] in text

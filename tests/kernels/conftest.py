@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bft_kernels import ops
 
 RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
@@ -242,6 +245,28 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def backend_under(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchDispatchMode], None]:
+    """Makes backends run under a dispatch mode, which custom ops otherwise keep out of their body."""
+    select = ops.select
+
+    def install(mode: TorchDispatchMode) -> None:
+        class Watched:
+            def __init__(self, backend: Any) -> None:
+                self.backend = backend
+
+            def __getattr__(self, name: str) -> Callable[..., Any]:
+                def run(*args: Any) -> Any:
+                    with mode:
+                        return getattr(self.backend, name)(*args)
+
+                return run
+
+        monkeypatch.setattr(ops, "select", lambda *args: Watched(select(*args)))
+
+    return install
 
 
 @dataclass

@@ -1,210 +1,213 @@
-"""No tensor of N x V elements, temporaries within the budget, and a flat process peak."""
+"""The memory contract: blocks under a byte budget, ``[N]`` vectors, and the gradients asked for."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Callable
-from typing import Any
-from weakref import WeakValueDictionary
+import textwrap
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
-from bft_kernels.plan import plan_columns, plan_rows
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 
-ROWS, WIDTH, VOCABULARY = 256, 8, 3000
-BUDGET = 2**18  # the logits would take 12 times as much
+ROWS, WIDTH, VOCABULARY = 512, 24, 4000
+BUDGET = 2**18  # bytes; the logits would take 8 MB
+EPS = 2**-5
 
 
-class Allocations(TorchDispatchMode):
-    """The largest tensor that any op returns, and the most bytes of new storage alive at a time."""
+def packed(p, **how) -> Tensor:
+    cu = torch.linspace(0, ROWS, 129).long()  # four tokens each: several fit a block
+    return balanced_linear_cross_entropy(*p.args, cu_seqlens=cu, window=2, **how)
+
+
+# Every way through the engine: name -> (what is frozen, the loss).
+PATHS = {
+    "recompute": ((), lambda p, **how: linear_nll(*p.args, **how).sum()),
+    "recompute, softcap": ((), lambda p, **how: linear_nll(*p.args, softcap=9.0, **how).sum()),
+    "unit": (("weight",), lambda p, **how: linear_nll(*p.args, **how).sum()),
+    "weighted": ((), lambda p, **how: linear_cross_entropy(*p.args, z_loss=1e-4, **how)),
+    "balanced": ((), packed),
+    "balanced, one long document": (
+        (),
+        lambda p, **how: balanced_linear_cross_entropy(*p.args, window=64, **how),
+    ),
+    "balanced, statistics": ((), lambda p, **how: packed(p, return_stats=True, **how)[0]),
+    "sampled": ((), lambda p, **how: linear_nll(*p.args, gradient="sampled", eps=EPS, **how).sum()),
+    "sampled, certificate": (
+        (),
+        lambda p, **how: linear_nll(
+            *p.args, gradient="sampled", eps=EPS, return_stats=True, hidden_variance=True, **how
+        )[0].sum(),
+    ),
+    "balanced, sampled": ((), lambda p, **how: packed(p, gradient="sampled", eps=EPS, **how)),
+}
+
+
+@pytest.fixture(params=list(PATHS))
+def path(request) -> str:
+    return request.param
+
+
+class Sizes(TorchDispatchMode):
+    """The elements of the largest tensor that any op returned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
-        self.peak = 0
-        self.alive: WeakValueDictionary[int, Any] = WeakValueDictionary()
+        self.ops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if _is(x)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not _is(tensor):
-                continue
-            self.largest = max(self.largest, tensor.numel())
-            storage = tensor.untyped_storage()
-            if storage._cdata not in old:
-                self.alive[storage._cdata] = storage
-        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.alive.values()))
-        return result
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel(), x.untyped_storage().nbytes() // 8)
+        self.ops += 1
+        return out
 
 
-def _is(value: Any) -> bool:
-    return isinstance(value, Tensor)
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_has_n_times_v_elements(path, dtype, ignored, problem, backend_under):
+    frozen, run = PATHS[path]
+    p = problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen)
+    for grad in (False, True):
+        with Sizes() as sizes:
+            backend_under(sizes)
+            with torch.set_grad_enabled(grad):
+                loss = run(p, max_buffer_bytes=BUDGET)
+            if grad:
+                loss.backward()
+        assert sizes.ops > 100, "the backend was not watched"
+        # The gradient of the head is the largest tensor there is, and the blocks fit the budget.
+        assert sizes.largest <= max(VOCABULARY * WIDTH, BUDGET // 4)
+    assert ROWS * VOCABULARY > 20 * max(VOCABULARY * WIDTH, BUDGET // 4)
 
 
-class Watched:
-    """A backend that runs under a dispatch mode, which is off inside custom ops otherwise."""
-
-    def __init__(self, backend: Any, mode: TorchDispatchMode) -> None:
-        self.backend, self.mode = backend, mode
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            with self.mode:
-                return getattr(self.backend, name)(*arguments)
-
-        return run
+def entries_of(p) -> int:
+    """How many entries the sampled gradient of ``p`` keeps, about: what it stores grows with it."""
+    with torch.no_grad():
+        z = p.hidden.float() @ p.weight.float().T
+        kept = (z.softmax(1) / EPS).clamp(max=1).sum(1) + 1
+    return int(kept[p.target != -100].sum() * 1.02) + 200
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Allocations:
-    mode, select = Allocations(), ops.select
-    monkeypatch.setattr(ops, "select", lambda *arguments: Watched(select(*arguments), mode))
-    return mode
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", [BUDGET, 2**20])
+def test_memory_stays_within_the_contract(path, dtype, ignored, budget, problem, allocations):
+    frozen, run = PATHS[path]
+    p = problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen, scale=2.0)
+
+    def step() -> Tensor:
+        loss = run(p, max_buffer_bytes=budget)
+        loss.backward()
+        return loss
+
+    step()
+    for leaf in p.leaves.values():
+        leaf.grad = None
+    found = allocations(step)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in p.leaves.values())
+    allowed = gradients + 1.02 * budget
+    allowed += ROWS * 250 + VOCABULARY * 40  # vectors of N and of V
+    # dH is accumulated over blocks of the vocabulary in float32, or made without ignored rows.
+    allowed += ROWS * WIDTH * 4
+    if "sampled" in path:
+        allowed += 16 * entries_of(p)  # 8 an entry, and as much again while they are sorted
+    elif dtype == torch.bfloat16 and not frozen:
+        allowed += VOCABULARY * WIDTH * 4  # dW in float32
+    assert found.peak <= allowed, f"{found.peak / allowed:.2f} of what is allowed"
+    assert found.largest < ROWS * VOCABULARY  # not even one byte for each logit
+
+    with torch.no_grad():
+        bare = allocations(lambda: run(p, max_buffer_bytes=budget))
+    assert bare.peak <= 1.02 * budget + ROWS * 250 + VOCABULARY * 40
 
 
-def reduced(p: Any, **options: Any) -> Tensor:
-    return linear_cross_entropy(*p.args, **options)
+def test_a_frozen_head_costs_no_memory_for_it(problem, allocations):
+    p = problem(64, 200, VOCABULARY, dtype=torch.float32, frozen=("weight",))
+    found = allocations(lambda: linear_nll(*p.args, max_buffer_bytes=BUDGET).sum().backward())
+    assert found.largest < VOCABULARY * 200 * 4 / 8
 
 
-def per_token(p: Any, **options: Any) -> Tensor:
-    return linear_nll(*p.args, **options).square().sum()
-
-
-def short_documents(p: Any, **options: Any) -> Tensor:
-    documents = torch.arange(0, ROWS + 1, 4)
-    return balanced_linear_cross_entropy(*p.args, cu_seqlens=documents, window=3, **options)
-
-
-def one_long_document(p: Any, **options: Any) -> Tensor:
-    return balanced_linear_cross_entropy(*p.args, window=16, **options)
-
-
-FROZEN_HEAD = ("weight",)
-PATHS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[str, ...]]] = {
-    "recompute": (per_token, {}, ()),
-    "unit": (per_token, {}, FROZEN_HEAD),
-    "in the forward": (reduced, {}, ()),
-    "short documents": (short_documents, {}, ()),
-    "a long document": (one_long_document, {}, ()),
-    "sampled": (per_token, {"gradient": "sampled", "eps": 2**-6}, ()),
-    "sampled, frozen head": (one_long_document, {"gradient": "sampled", "eps": 2**-6}, FROZEN_HEAD),
-    "softcap": (per_token, {"softcap": 5.0}, ()),
-    "softcap in the forward": (reduced, {"softcap": 5.0, "label_smoothing": 0.1}, ()),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("path", PATHS)
-def test_no_tensor_of_all_logits(path, dtype, problem, seen) -> None:
-    function, options, frozen = PATHS[path]
-    p = problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, frozen=frozen, scale=4.0)
-    with seen:
-        function(p, max_buffer_bytes=BUDGET, **options).backward()
-    assert seen.largest < ROWS * VOCABULARY / 4
-    assert seen.largest > VOCABULARY, "the mode saw no block at all"
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_statistics_without_gradients_stay_in_blocks(path, problem, seen) -> None:
-    function, options, _ = PATHS[path]
+def test_autocast_stays_near_the_budget(problem, allocations):
+    # A block rounded to bf16 and widened again is there twice for a moment, the narrow copy taking
+    # half the bytes: an eighth of the budget on top.
     p = problem(ROWS, WIDTH, VOCABULARY, dtype=torch.float32)
-    with torch.no_grad(), seen:
-        result = function(p, max_buffer_bytes=BUDGET, **options)
-    assert not result.requires_grad
-    assert seen.largest < ROWS * VOCABULARY / 4
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_nll(*p.args, max_buffer_bytes=BUDGET).sum()
+        loss.backward()
+
+    step()
+    p.hidden.grad = p.weight.grad = None
+    gradients = (ROWS + VOCABULARY) * WIDTH * 4
+    allowed = gradients + 1.125 * BUDGET + ROWS * (250 + WIDTH * 4)
+    assert allocations(step).peak <= allowed
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if "sampled" not in path])
-def test_temporaries_fit_the_budget(path, problem, seen) -> None:
-    """Storage alive at a time: gradients, vectors, and what the budget allows."""
-    function, options, frozen = PATHS[path]
-    p = problem(ROWS, WIDTH, VOCABULARY, dtype=torch.float32, frozen=frozen)
-    with seen:
-        function(p, max_buffer_bytes=BUDGET, **options).backward()
-    gradients = 4 * WIDTH * (2 * ROWS + VOCABULARY * ("weight" not in frozen))
-    vectors = 4 * 64 * (ROWS + VOCABULARY // 64)
-    assert seen.peak <= BUDGET + gradients + vectors
+PROCESS = textwrap.dedent("""
+    import json, sys, torch
+    from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+
+    rows, vocabulary, width, budget = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+
+    def peak():
+        with open("/proc/self/status") as status:
+            line = next(line for line in status if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+    def steps(rows):
+        hidden = torch.randn(rows, width, requires_grad=True)
+        weight = torch.randn(vocabulary, width, requires_grad=True)
+        target = torch.randint(vocabulary, (rows,))
+        how = {"max_buffer_bytes": budget}
+        cu = torch.arange(0, rows + 1, 8)
+        losses = [
+            lambda: linear_nll(hidden, weight, target, **how).sum(),
+            lambda: linear_nll(hidden, weight.detach(), target, **how).sum(),
+            lambda: linear_cross_entropy(hidden, weight, target, **how),
+            lambda: balanced_linear_cross_entropy(hidden, weight, target, cu_seqlens=cu, **how),
+            lambda: balanced_linear_cross_entropy(hidden, weight, target, **how),
+            lambda: linear_nll(
+                hidden, weight, target, gradient="sampled", return_stats=True, **how
+            )[0].sum(),
+        ]
+        for loss in losses:
+            with torch.no_grad():
+                loss()
+            hidden.grad = weight.grad = None
+            loss().backward()
+
+    steps(8)
+    before = peak()
+    steps(rows)
+    print(json.dumps(peak() - before))
+""")
 
 
-PEAK = """
-import sys, torch
-from bft_kernels import linear_cross_entropy, linear_nll
-rows, gradient, function = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-torch.manual_seed(0)
-weight = torch.randn(32_000, 16).requires_grad_()
-hidden = (2 * torch.randn(rows, 16)).requires_grad_()
-target = torch.randint(32_000, (rows,))
-def step(h, w, t):
-    if function == "per_token":
-        linear_nll(h, w, t, gradient=gradient, max_buffer_bytes=2**22, eps=2**-6).sum().backward()
-    else:
-        linear_cross_entropy(h, w, t, gradient=gradient, max_buffer_bytes=2**22).backward()
-step(hidden[:2], weight, target[:2])
-hidden.grad = weight.grad = None
-open("/proc/self/clear_refs", "w").write("5")
-step(hidden, weight, target)
-print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("function", "gradient"),
-    [("per_token", "exact"), ("reduced", "exact"), ("per_token", "sampled")],
-)
-def test_peak_of_the_process_hardly_grows_with_rows(function, gradient) -> None:
-    """At 4 times the rows, logits would grow by 183 MiB; what may grow is O(N)."""
-    peaks = []
-    for rows in (500, 2000):
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(rows), gradient, function],
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+def test_the_peak_of_the_process_does_not_grow_with_n_times_v():
+    vocabulary, width, budget = 2**15, 16, 2**22
+    growth = []
+    for rows in (512, 2048):
+        arguments = map(str, (rows, vocabulary, width, budget))
+        run = subprocess.run(
+            [sys.executable, "-c", PROCESS, *arguments],
             capture_output=True,
             text=True,
-            check=True,
+            check=False,
+            timeout=300,
         )
-        peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 20, peaks
-
-
-@given(
-    rows=st.integers(1, 5000),
-    vocabulary=st.integers(1, 300_000),
-    width=st.integers(1, 5000),
-    budget=st.integers(1, 2**28),
-    widen=st.booleans(),
-    scratch=st.integers(1, 5),
-)
-def test_row_plans_fit_the_budget(rows, vocabulary, width, budget, widen, scratch) -> None:
-    plan = plan_rows(rows, vocabulary, width, 4, budget, widen=widen, scratch=scratch)
-    assert 1 <= plan.tile_rows <= plan.chunk_rows <= rows
-    assert 1 <= plan.weight_rows <= vocabulary
-    used = 4 * vocabulary * (plan.chunk_rows + scratch * plan.tile_rows)
-    used += 4 * width * plan.weight_rows if widen else 0
-    least = 4 * vocabulary * (1 + scratch) + 4 * width * widen  # one row of each is always held
-    assert used <= max(budget, least)
-
-
-@given(
-    rows=st.integers(1, 100_000),
-    vocabulary=st.integers(1, 300_000),
-    width=st.integers(1, 5000),
-    budget=st.integers(1, 2**28),
-    scratch=st.integers(0, 2),
-)
-def test_column_plans_fit_the_budget(rows, vocabulary, width, budget, scratch) -> None:
-    plan = plan_columns(rows, vocabulary, width, 4, budget, scratch=scratch)
-    assert 1 <= plan.rows <= rows
-    assert 1 <= plan.columns <= vocabulary
-    used = 4 * plan.columns * ((1 + scratch) * plan.rows + 2 * width)
-    assert used <= max(budget, 4 * (1 + scratch + 2 * width))
+        assert run.returncode == 0, run.stderr
+        growth.append(json.loads(run.stdout))
+    # 512 rows of logits are 64 MiB and 2048 rows are 256. The blocks, two gradients of the head and
+    # what the allocator keeps are allowed; entries of the sample are about 3 KB a row.
+    assert growth[0] < budget + 2 * vocabulary * width * 4 + 16 * 2**20
+    assert growth[1] - growth[0] < 1536 * 16_000

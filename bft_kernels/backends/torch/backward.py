@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.torch.matmul import Products, multiply
+from bft_kernels.backends.torch.matmul import Products, converts, multiply
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.sweep import gradient_factors, transform_logits
 from bft_kernels.config import CoreConfig, accumulator
@@ -57,7 +59,13 @@ def _recompute(
     vocabulary, width = weight.shape
     scratch = 2 * (config.softcap is not None)
     plan = plan_columns(
-        rows.count, vocabulary, width, wide.itemsize, config.max_buffer_bytes, scratch=scratch
+        rows.count,
+        vocabulary,
+        width,
+        wide.itemsize,
+        config.max_buffer_bytes,
+        copies=rows.copies or converts(hidden, config.operand_dtype, wide),
+        scratch=scratch,
     )
     products = Products(weight, config.operand_dtype, wide, plan.columns)
     buffer = hidden.new_empty(max(1, min(plan.rows, rows.count)) * plan.columns, dtype=wide)
@@ -76,7 +84,8 @@ def _recompute(
             operand = products.rows(rows.take(hidden, a, b))
             dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
             multiply(operand, columns.T, wide, out=dy)
-            part = [rows.take(x, a, b) for x in (grad, target, saved.lse, saved.nll)]
+            values = (grad, target, saved.lse, saved.lse_low, saved.nll)
+            part = [rows.take(x, a, b) for x in values]
             block_bias = None if bias is None else bias[first:stop]
             _logit_gradient(dy, part, first, vocabulary, block_bias, config)
             narrow = dy.to(columns.dtype)
@@ -100,27 +109,30 @@ def _recompute(
 
 def _logit_gradient(
     y: Tensor,  # [n, columns], raw logits, overwritten by grad * dy
-    row_values: list[Tensor],  # grad, target, lse, nll, each [n]
+    row_values: list[Tensor],  # grad, target, lse, lse_low, nll, each [n]
     first: int,
     vocabulary: int,
     bias: Tensor | None,
     config: CoreConfig,
 ) -> None:
-    grad, target, lse, nll = row_values
+    grad, target, lse, lse_low, nll = row_values
     slope = transform_logits(y, bias, config, slope=True)
     probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, config)
+    # The rest of lse is one factor of the row, so it rides on the last product.
+    rest = torch.exp(-lse_low)
+    at_target = at_target / rest
     y.sub_(lse[:, None]).exp_()
     if config.z_loss:
         y.mul_(probability[:, None])
     if uniform:
-        y.sub_(uniform)
+        y.sub_((uniform / rest)[:, None])
     column = (target - first)[:, None]
     inside = (column >= 0) & (column < y.shape[1])
     column = column.clamp(0, y.shape[1] - 1)
     y.scatter_(1, column, torch.where(inside, at_target[:, None], y.gather(1, column)))
     if slope is not None:
         y.mul_(slope)
-    y.mul_((grad / config.temperature)[:, None])
+    y.mul_((grad * rest / config.temperature)[:, None])
 
 
 def _from_entries(
@@ -135,37 +147,61 @@ def _from_entries(
     rows: LabelledRows,
     grad_weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column."""
+    """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column.
+
+    Grouping makes every row of ``dW`` the work of one group, written once and in row order.
+    """
     count = hidden.shape[0]
     vocabulary = weight.shape[0]
     budget = config.max_buffer_bytes
-    counts = saved.entry_offsets.diff()
-    row = torch.repeat_interleave(
-        torch.arange(count, dtype=torch.int32, device=hidden.device),
-        counts,
-        output_size=saved.entry_columns.numel(),
-    )
-    value = saved.entry_values * grad[row]
+    columns, offsets = saved.entry_columns, saved.entry_offsets
     grad_hidden = grad_bias = None
     if wanted.hidden:
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        offsets = saved.entry_offsets[:-1]
-        add_weighted_rows(weight, saved.entry_columns, offsets, value, grad_hidden, budget)
+        lengths = offsets.diff().to(columns.dtype)  # int32, for an index of half the bytes
+        row = torch.repeat_interleave(lengths, output_size=columns.numel())
+        value = grad.index_select(0, row).mul_(saved.entry_values)
+        del row
+        add_weighted_rows(weight, columns, offsets[:-1], value, grad_hidden, budget)
+        del value
     if grad_weight is None and not wanted.bias:
         return grad_hidden, grad_bias
-    # Grouping by column makes every row of dW the work of one group, written once and in row order.
-    column, order = torch.sort(saved.entry_columns, stable=True)
-    row, value = row[order], value[order]
-    every = torch.arange(vocabulary, dtype=torch.int32, device=column.device)
-    offsets = torch.searchsorted(column, every)
-    if grad_weight is not None:
-        add_weighted_rows(hidden, row, offsets, value, grad_weight, budget)
-    if wanted.bias:
-        ones = value.new_ones(count, 1)
-        grad_bias = value.new_zeros(vocabulary, 1)
-        add_weighted_rows(ones, row, offsets, value, grad_bias, budget)
-        grad_bias = grad_bias.squeeze(1)
-    return grad_hidden, grad_bias
+    ones = grad.new_ones(count, 1)
+    grad_bias = grad.new_zeros(vocabulary, 1)
+    for first, stop, entry, starts in _by_column(columns, vocabulary):
+        row = torch.searchsorted(offsets, entry, right=True) - 1
+        value = saved.entry_values[entry] * grad[row]
+        row = row.to(columns.dtype)
+        if grad_weight is not None:
+            add_weighted_rows(hidden, row, starts, value, grad_weight[first:stop], budget)
+        if wanted.bias:
+            add_weighted_rows(ones, row, starts, value, grad_bias[first:stop], budget)
+    return grad_hidden, grad_bias.squeeze(1) if wanted.bias else None
+
+
+def _by_column(
+    columns: Tensor,  # [E] int32, sorted within a row
+    vocabulary: int,
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Entries grouped by column, an eighth of them at a time.
+
+    Sorting all at once would hold two to three times the bytes of the entries themselves.
+
+    Yields:
+        The columns ``first:stop`` of the part; its entries, int64, by column and then by row; the
+        first of them of each column.
+    """
+    counts = torch.bincount(columns, minlength=vocabulary)
+    ends = counts.cumsum(0)
+    eighths = torch.arange(1, 8, device=columns.device) * columns.numel() // 8
+    bounds = [0, *torch.searchsorted(ends, eighths).tolist(), vocabulary]
+    for first, stop in zip(bounds, bounds[1:], strict=False):
+        if first == stop:
+            continue
+        entry = ((columns >= first) & (columns < stop)).nonzero().squeeze(1)
+        entry = entry[torch.sort(columns[entry], stable=True).indices]
+        starts = ends[first:stop] - counts[first:stop]
+        yield first, stop, entry, starts - starts[0]
 
 
 def add_weighted_rows(

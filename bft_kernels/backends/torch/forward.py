@@ -101,7 +101,7 @@ def linear_nll(
 
 def collect_statistics(out: Collected, tile: Softmax, config: CoreConfig) -> None:
     """What a tile tells beyond its losses."""
-    out.add(lse=tile.lse)
+    out.add(lse=tile.lse, lse_low=tile.lse_low)
     if config.statistics:
         out.add(entropy=tile.entropy, correct=tile.argmax == tile.target)
 
@@ -172,6 +172,7 @@ def pack(out: Collected, rows: LabelledRows, hidden: Tensor, config: CoreConfig)
         loss=full("loss", True),
         nll=full("nll", True),
         lse=full("lse", True),
+        lse_low=full("lse_low", config.residual == "recompute"),
         entropy=full("entropy", config.statistics),
         correct=full("correct", config.statistics),
         variance=full("variance", config.variance),

@@ -22,10 +22,10 @@ def as_operand(x: Tensor, operand: torch.dtype, accumulator: torch.dtype) -> Ten
     return x.to(operand).to(gemm_dtype(operand, accumulator, x.device.type))
 
 
-def converts(weight: Tensor, operand: torch.dtype, accumulator: torch.dtype) -> bool:
-    """Whether ``weight`` has to be copied to another type, in blocks, before a product."""
-    wanted = gemm_dtype(operand, accumulator, weight.device.type)
-    return not weight.dtype == operand == wanted
+def converts(x: Tensor, operand: torch.dtype, accumulator: torch.dtype) -> bool:
+    """Whether ``x`` has to be copied to another type, in blocks, before a product."""
+    wanted = gemm_dtype(operand, accumulator, x.device.type)
+    return not x.dtype == operand == wanted
 
 
 def multiply(a: Tensor, b: Tensor, accumulator: torch.dtype, out: Tensor | None = None) -> Tensor:

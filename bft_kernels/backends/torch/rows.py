@@ -16,6 +16,7 @@ class LabelledRows:
     Attributes:
         count: rows that are computed.
         labelled: ``[N]`` bool.
+        copies: whether :meth:`take` copies rows, where it could otherwise give a view.
     """
 
     def __init__(self, target: Tensor, ignore_index: int) -> None:
@@ -28,6 +29,7 @@ class LabelledRows:
                 self.index = index
         self.count = target.numel() if self.index is None else self.index.numel()
         self.total = target.numel()
+        self.copies = self.masked or self.index is not None  # whether take() does
 
     def positions(self, first: int, stop: int) -> Tensor:
         """Positions in the flattened input, int64."""

@@ -44,8 +44,22 @@ class Softmax:
         return self.maximum + self.log_total
 
     @property
+    def lse_low(self) -> Tensor:
+        """What rounding took from :attr:`lse`, by Knuth's exact sum.
+
+        ``exp(z - lse)`` recomputed without it is off by one common factor in the whole row, up to
+        half a unit in the last place of ``lse``: where all logits are large, or the rows of
+        ``weight`` have a large mean, that is the largest error of the gradient.
+        """
+        lse = self.lse
+        log_total = lse - self.maximum
+        return (self.maximum - (lse - log_total)) + (self.log_total - log_total)
+
+    @property
     def entropy(self) -> Tensor:
-        # Relative to the maximum, so that large common offsets of the logits cancel exactly.
+        # Relative to the maximum, so that large common offsets of the logits cancel exactly. Nothing
+        # reads the shifted logits after this, so those of -inf can go: 0 * -inf is not 0.
+        self.shifted.clamp_(min=torch.finfo(self.shifted.dtype).min)
         mean = torch.bmm(self.exponential[:, None], self.shifted[:, :, None]).flatten() / self.total
         return (self.log_total - mean).clamp_min_(0)
 
@@ -70,10 +84,6 @@ def transform_logits(
         scale *= config.softcap
     if scale != 1.0:
         y.mul_(scale)
-    if bias is not None:
-        # A bias of -inf masks entries; 0 * -inf would poison the sums. A quarter of the range
-        # leaves room to subtract the maximum.
-        y.clamp_(min=torch.finfo(y.dtype).min / 4)
     return result
 
 

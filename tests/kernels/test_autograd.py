@@ -1,0 +1,444 @@
+"""How gradients reach their tensors: accumulation in place, hooks, kept graphs, sharing."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+
+LOSSES = {
+    "nll": lambda p, **how: (linear_nll(*p.args, bias=p.bias, **how) ** 2).sum(),
+    "sampled": lambda p, **how: (
+        linear_nll(*p.args, bias=p.bias, gradient="sampled", eps=2**-5, seed=7, **how) ** 2
+    ).sum(),
+    "mean": lambda p, **how: linear_cross_entropy(*p.args, bias=p.bias, **how),
+    "balanced": lambda p, **how: balanced_linear_cross_entropy(
+        *p.args, bias=p.bias, window=4, **how
+    ),
+}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=list(LOSSES))
+def loss_of(request):
+    return LOSSES[request.param]
+
+
+@pytest.fixture
+def p(problem):
+    return problem(40, 8, 60, bias=True)
+
+
+def fresh_gradients(p, loss_of) -> dict[str, Tensor]:
+    own = p.copy()
+    loss_of(own).backward()
+    return own.grads()
+
+
+# --- existing gradients --------------------------------------------------------------------------
+
+
+def test_backward_adds_to_existing_gradients_in_place(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    before = {name: torch.randn_like(leaf) for name, leaf in p.leaves.items()}
+    for name, leaf in p.leaves.items():
+        leaf.grad = before[name].clone()
+    places = {name: grad.data_ptr() for name, grad in p.grads().items()}
+    tensors = p.grads()
+    loss_of(p).backward()
+    for name, grad in p.grads().items():
+        assert grad.data_ptr() == places[name], name
+        assert grad is tensors[name], name
+        close(grad, before[name] + expected[name], 1e-12, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_micro_batches_sum_up(gradient, dtype, problem, close):
+    how = {"gradient": gradient, "seed": 1, "eps": 2**-8}
+    p = problem(40, 8, 60, dtype=dtype)
+    parts = []
+    for rows in torch.arange(40).split(10):
+        h, t = p.hidden.detach()[rows], p.target[rows]
+        own = p.weight.detach().clone().requires_grad_()
+        linear_nll(h, own, t, **how).sum().backward()
+        linear_nll(h, p.weight, t, **how).sum().backward()
+        parts.append(own.grad.double())
+    # Each addition rounds once to the gradient's type.
+    close(p.weight.grad, torch.stack(parts).sum(0), 4 * torch.finfo(dtype).eps)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts storages of at least ``numel`` elements that ops return and that are new.
+
+    The mode is off inside the custom ops; ``backend_under`` puts it on around the backend.
+    """
+
+    def __init__(self, numel: int, known: list[Tensor]) -> None:
+        super().__init__()
+        self.numel = numel
+        self.seen = {x.untyped_storage().data_ptr() for x in known}
+        self.keep: list[Tensor] = []  # so that no address is used twice
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if not isinstance(x, Tensor) or x.untyped_storage().nbytes() == 0:
+                continue
+            place = x.untyped_storage().data_ptr()
+            if place in self.seen:
+                continue
+            self.seen.add(place)
+            self.keep.append(x.detach())
+            if x.untyped_storage().nbytes() // x.element_size() >= self.numel:
+                self.found.append(f"{func} {tuple(x.shape)}")
+        return out
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_accumulation_makes_no_second_gradient(gradient, problem, backend_under):
+    # V * D is larger than everything else here: N * D, the blocks and the entries together.
+    p = problem(6, 64, 500, dtype=torch.float32)
+    how = {"gradient": gradient, "seed": 1, "eps": 2**-4, "max_buffer_bytes": 40_000}
+    counts = []
+    for _ in range(2):
+        known = [p.hidden, p.weight, *(g for g in p.grads().values() if g is not None)]
+        with LargeTensors(500 * 64, known) as mode:
+            backend_under(mode)
+            linear_nll(*p.args, **how).sum().backward()
+        counts.append(len(mode.found))
+    assert counts == [1, 0], mode.found  # the gradient itself, once
+
+
+# --- where it must not be in place ---------------------------------------------------------------
+
+
+def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    for leaf in p.leaves.values():
+        leaf.grad = torch.full_like(leaf, 3.0)
+    for wanted in (("weight",), ("hidden",), ("hidden", "weight"), ("bias",),
+                   ("hidden", "weight", "bias")):
+        got = torch.autograd.grad(loss_of(p), [p.leaves[name] for name in wanted])
+        for name, grad in zip(wanted, got, strict=True):
+            close(grad, expected[name], 1e-12, name)
+    for name, grad in p.grads().items():
+        assert bool((grad == 3).all()), name
+
+
+@pytest.mark.parametrize("inputs", [("hidden",), ("weight",), ("weight", "bias")], ids=str)
+def test_backward_with_inputs_touches_only_those(inputs, p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    for leaf in p.leaves.values():
+        leaf.grad = torch.ones_like(leaf)
+    loss_of(p).backward(inputs=[p.leaves[name] for name in inputs])
+    for name, grad in p.grads().items():
+        close(grad, 1 + expected[name] if name in inputs else torch.ones_like(grad), 1e-12, name)
+
+
+def test_hooks_see_the_gradient(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    p.weight.grad = torch.ones_like(p.weight)
+    seen = []
+    p.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    loss_of(p).backward()
+    assert len(seen) == 1
+    close(seen[0], expected["weight"], 1e-12)
+    close(p.weight.grad, 1 + expected["weight"], 1e-12)
+
+
+def test_hooks_may_replace_the_gradient(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    p.weight.grad = torch.ones_like(p.weight)
+    p.weight.register_hook(lambda grad: 10 * grad)
+    loss_of(p).backward()
+    close(p.weight.grad, 1 + 10 * expected["weight"], 1e-11)
+
+
+def test_hooks_after_accumulation_fire_once(p, loss_of, close):
+    # An optimizer inside the backward steps here and drops the gradient.
+    expected = fresh_gradients(p, loss_of)
+    p.weight.grad = torch.ones_like(p.weight)
+    seen = []
+
+    def step(weight: Tensor) -> None:
+        seen.append(weight.grad.clone())
+        weight.grad = None
+
+    p.weight.register_post_accumulate_grad_hook(step)
+    loss_of(p).backward()
+    assert len(seen) == 1
+    close(seen[0], 1 + expected["weight"], 1e-12)
+    assert p.weight.grad is None
+
+
+def test_hooks_on_several_tensors_fire(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    p.weight.grad = torch.ones_like(p.weight)
+    seen = []
+    torch.autograd.graph.register_multi_grad_hook(
+        [p.hidden, p.weight], lambda grads: seen.append([g.clone() for g in grads])
+    )
+    loss_of(p).backward()
+    assert len(seen) == 1
+    close(seen[0][1], expected["weight"], 1e-12)
+
+
+def test_hooks_on_the_accumulating_node_fire(p, loss_of, close):
+    # Data-parallel wrappers hook this node to know that a gradient is ready.
+    p.weight.grad = torch.ones_like(p.weight)
+    ready = []
+    node = torch.autograd.graph.get_gradient_edge(p.weight).node
+    node.register_hook(lambda *_: ready.append(p.weight.grad.clone()))
+    expected = fresh_gradients(p, loss_of)
+    loss_of(p).backward()
+    assert len(ready) == 1
+    close(ready[0], 1 + expected["weight"], 1e-12)
+
+
+def test_a_weight_that_is_no_leaf(p, loss_of, close):
+    # A scaled head: the gradient goes on to what it was made from.
+    expected = fresh_gradients(p, loss_of)
+    base = (p.weight.detach() / 2).requires_grad_()
+    base.grad = torch.ones_like(base)
+    q = p.copy()
+    q.weight = base * 2
+    loss_of(q).backward()
+    close(base.grad, 1 + 2 * expected["weight"], 1e-12)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_tied_weights(existing, loss_of, problem, close):
+    # Embedding and head are one parameter, and both uses add to its gradient.
+    p = problem(40, 8, 60, bias=True)
+    tokens = torch.randint(60, (40,))
+
+    def run(function, weight: Tensor) -> Tensor:
+        q = p.copy()
+        q.weight, q.hidden = weight, torch.nn.functional.embedding(tokens, weight).tanh()
+        return function(q)
+
+    tied = torch.nn.Parameter(p.weight.detach().clone())
+    other = p.weight.detach().clone().requires_grad_()
+    inner = p.weight.detach().clone().requires_grad_()
+    q = p.copy()
+    q.weight, q.hidden = other, torch.nn.functional.embedding(tokens, inner).tanh()
+    loss_of(q).backward()
+    expected = other.grad + inner.grad
+    if existing:
+        tied.grad = torch.ones_like(tied)
+        expected = expected + 1
+    run(loss_of, tied).backward()
+    close(tied.grad, expected, 1e-11)
+
+
+def test_two_losses_share_a_head(p, close):
+    expected = fresh_gradients(p, LOSSES["nll"])["weight"] + sum(
+        fresh_gradients(p, LOSSES[name])["weight"] for name in ("mean", "balanced")
+    )
+    for existing in (False, True):
+        p.weight.grad = torch.zeros_like(p.weight) if existing else None
+        total = sum(LOSSES[name](p) for name in ("nll", "mean", "balanced"))
+        total.backward()
+        close(p.weight.grad, expected, 1e-11)
+
+
+# --- kept graphs and second derivatives ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    for leaf in p.leaves.values():
+        leaf.grad = torch.zeros_like(leaf) if existing else None
+    loss = loss_of(p)
+    loss.backward(retain_graph=True)
+    (3 * loss).backward(retain_graph=True)
+    loss.backward()
+    for name, grad in p.grads().items():
+        close(grad, 5 * expected[name], 1e-11, name)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_retained_gradients_are_not_shared(p, loss_of, close):
+    # What a kept graph handed out must not change when it is asked again.
+    loss = loss_of(p)
+    first = torch.autograd.grad(loss, list(p.leaves.values()), retain_graph=True)
+    copies = [x.clone() for x in first]
+    torch.autograd.grad(5 * loss, list(p.leaves.values()), retain_graph=True)
+    torch.autograd.grad(7 * loss, list(p.leaves.values()))
+    for x, y in zip(first, copies, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=str)
+def test_double_backward_is_refused(frozen, p, loss_of):
+    q = p.copy(frozen=frozen)
+    with pytest.raises(RuntimeError, match=r"create_graph: got True, expected False.*second"):
+        torch.autograd.grad(loss_of(q), list(q.leaves.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        loss_of(q).backward(create_graph=True)
+
+
+def test_scaled_upstream(p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+    for factor in (0.0, -2.5):
+        q = p.copy()
+        (factor * loss_of(q)).backward()
+        close(q.grads(), {k: factor * v for k, v in expected.items()}, 1e-12)
+
+
+def test_statistics_need_no_graph(p):
+    # Only the loss is differentiable; a statistic in a loss must not silently give zeros.
+    loss, stats = balanced_linear_cross_entropy(
+        *p.args, gradient="sampled", return_stats=True, hidden_variance=True
+    )
+    assert loss.requires_grad
+    for name, value in stats._asdict().items():
+        assert not value.requires_grad, name
+
+
+# --- what is kept for the backward ---------------------------------------------------------------
+
+
+def saved_bytes(run) -> tuple[int, object]:
+    """Bytes of the tensors that autograd keeps, inputs left out."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = run()
+    return kept, out
+
+
+def test_no_grad_keeps_nothing(p, loss_of):
+    with torch.no_grad():
+        kept, loss = saved_bytes(lambda: loss_of(p))
+    assert not kept
+    assert loss.grad_fn is None
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["recompute", "unit"])
+def test_little_is_kept(frozen, problem):
+    # 400 rows of 2000 logits in float64 would be 6.4 MB.
+    p = problem(400, 8, 2000, frozen=frozen)
+    kept, _ = saved_bytes(lambda: linear_nll(*p.args))
+    for x in (p.hidden, p.weight, p.target):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    rows = 400 * 8
+    assert sum(kept.values()) <= (rows * 8 if frozen else rows * 3) + 100
+
+
+def test_a_frozen_head_does_no_work_on_it(problem, monkeypatch):
+    from bft_kernels.backends.torch.matmul import Products
+
+    def refuse(*_):
+        raise AssertionError("a gradient of a frozen weight is made")
+
+    monkeypatch.setattr(Products, "add_weight_gradient", refuse)
+    p = problem(20, 8, 50, bias=True, frozen=("weight", "bias"))
+    for loss in (
+        linear_nll(*p.args, bias=p.bias).sum(),
+        linear_cross_entropy(*p.args, bias=p.bias),
+        balanced_linear_cross_entropy(*p.args, bias=p.bias),
+    ):
+        loss.backward()
+    assert p.weight.grad is None
+
+
+def test_nothing_is_left_behind(p):
+    # No reference cycle holds the tensors of a finished step.
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+        for run in LOSSES.values():
+            for _ in range(3):
+                run(p.copy()).backward()
+        after = sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+    finally:
+        gc.enable()
+    assert after <= before
+
+
+# --- checkpointing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant, existing, p, loss_of, close):
+    expected = fresh_gradients(p, loss_of)
+
+    def body(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        q = p.copy()
+        q.hidden, q.weight, q.bias = hidden, weight, bias
+        return loss_of(q)
+
+    if existing:
+        p.weight.grad = torch.ones_like(p.weight)
+    loss = checkpoint(body, p.hidden, p.weight, p.bias, use_reentrant=reentrant)
+    loss.backward()
+    if existing:
+        expected["weight"] = expected["weight"] + 1
+    close(p.grads(), expected, 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_with_a_seed_from_the_generator(reentrant, p):
+    # The recomputation restores the generator, so that it draws the same sample.
+    def body(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_nll(hidden, weight, p.target, gradient="sampled", eps=2**-4).sum()
+
+    torch.manual_seed(11)
+    plain = torch.autograd.grad(body(p.hidden, p.weight), [p.hidden, p.weight])
+    torch.manual_seed(11)
+    checkpoint(body, p.hidden, p.weight, use_reentrant=reentrant).backward()
+    assert torch.equal(p.hidden.grad, plain[0])
+    assert torch.equal(p.weight.grad, plain[1])
+
+
+def test_saved_tensors_may_be_packed(p, loss_of, close):
+    # Offloading gives the backward other tensors than the forward had.
+    expected = fresh_gradients(p, loss_of)
+    p.weight.grad = torch.ones_like(p.weight)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True), torch.tensor):
+        loss = loss_of(p)
+    loss.backward()
+    close(p.weight.grad, 1 + expected["weight"], 1e-12)
+    close(p.hidden.grad, expected["hidden"], 1e-12)
+
+
+def test_inside_a_model(close):
+    # As in training: activations before, an optimizer after, several steps.
+    def train(loss_of) -> list[Tensor]:
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh()).double()
+        head = torch.nn.Linear(8, 30).double()
+        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=1e-2)
+        x, target = torch.randn(20, 6, dtype=torch.float64), torch.randint(30, (20,))
+        for _ in range(4):
+            for part in (slice(0, 12), slice(12, 20)):
+                loss = loss_of(body(x[part]), head.weight, target[part], head.bias)
+                (loss / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        return [*body.parameters(), *head.parameters()]
+
+    fused = train(lambda h, w, t, b: linear_nll(h, w, t, bias=b).mean())
+    weighted = train(lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b))
+    plain = train(lambda h, w, t, b: reference.linear_nll(h, w, t, bias=b).mean())
+    for a, b, c in zip(fused, weighted, plain, strict=True):
+        close(a, c, 1e-9)
+        close(b, c, 1e-9)

