@@ -128,8 +128,8 @@ class DemoConfig:
     """gemma3-270m is under the Gemma Terms of Use and has to be installed first."""
     scheme: Scheme = "bft"
     gradient: Literal["exact", "sampled"] = "exact"
-    steps: int = 24
-    eval_limit: int = 160
+    steps: int = 20
+    eval_limit: int = 128
     """Held-out questions."""
     seed: int = 0
 

@@ -51,7 +51,7 @@ def _accuracy_bars(axes: Any, before: dict[str, Any], after: dict[str, Any]) -> 
     axes.axvline(after["majority_accuracy"], color="grey", linestyle=":", label="commonest answer")
     axes.set_xlim(0, 1)
     axes.set_xlabel("held-out questions right")
-    axes.legend(fontsize=8, loc="lower right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, 1.1), ncol=3, frameon=False)
 
 
 def _share(counts: dict[str, int] | None) -> float:

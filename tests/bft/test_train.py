@@ -55,7 +55,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its settings for the life of a process; each test is a run of its own."""
+    """Accelerate keeps its settings for the life of a process; each test is a run of its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -179,9 +179,10 @@ def test_a_run_that_dies_resumes(config: TrainConfig, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return original(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(train_module, "training_step", dies)
-        train(dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(dying)
     result = train(replace(dying, resume=True))
     assert_same(parameters(whole.model_dir), parameters(result.model_dir), atol=1e-6)
     assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
@@ -197,9 +198,10 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(
         raise OSError("no space left on device")
 
     train(replace(config, steps=2, save_every=2))
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+    with monkeypatch.context() as patch:
         patch.setattr(Accelerator, "save_state", breaks)
-        train(replace(config, steps=4, save_every=4, resume=True))
+        with pytest.raises(OSError, match="no space"):
+            train(replace(config, steps=4, save_every=4, resume=True))
     assert [p.name for p in (config.output_dir / "checkpoints").glob("step-*")] == ["step-0000002"]
     assert len(train(replace(config, steps=4, resume=True)).history) == 4
 

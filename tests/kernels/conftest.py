@@ -53,7 +53,8 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """Matrices this small gain nothing from more threads, and lose much on a machine whose other
-    processes make them wait for each other. Tests with real work ask for ``all_threads``."""
+    processes make them wait for each other. Tests with real work ask for ``all_threads``.
+    """
     before = torch.get_num_threads()
     if "all_threads" not in request.fixturenames:
         torch.set_num_threads(1)
@@ -122,7 +123,7 @@ def draw_problem(
     frozen: tuple[str, ...] = (),
     ignore_index: int = -100,
 ) -> Problem:
-    """Logits of standard deviation ``scale``; each token is ignored with probability ``ignored``."""
+    """Logits of standard deviation ``scale``; a token is ignored with probability ``ignored``."""
     hidden = torch.randn(rows, width, dtype=torch.float64) * scale
     weight = torch.randn(vocabulary, width, dtype=torch.float64) / math.sqrt(width)
     target = torch.randint(vocabulary, (rows,))
@@ -232,7 +233,7 @@ def inclusion() -> Callable[[Tensor, float], Tensor]:
 
 @pytest.fixture
 def poison() -> Iterator[None]:
-    """``torch.empty`` gives NaN instead of whatever was there, so that an unwritten output shows."""
+    """``torch.empty`` gives NaN instead of what was there, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -249,7 +250,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def backend_under(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchDispatchMode], None]:
-    """Makes backends run under a dispatch mode, which custom ops otherwise keep out of their body."""
+    """Makes backends run under a dispatch mode, which custom ops keep out of their body."""
     select = ops.select
 
     def install(mode: TorchDispatchMode) -> None:

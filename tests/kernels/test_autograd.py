@@ -124,8 +124,13 @@ def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, close):
     expected = fresh_gradients(p, loss_of)
     for leaf in p.leaves.values():
         leaf.grad = torch.full_like(leaf, 3.0)
-    for wanted in (("weight",), ("hidden",), ("hidden", "weight"), ("bias",),
-                   ("hidden", "weight", "bias")):
+    for wanted in (
+        ("weight",),
+        ("hidden",),
+        ("hidden", "weight"),
+        ("bias",),
+        ("hidden", "weight", "bias"),
+    ):
         got = torch.autograd.grad(loss_of(p), [p.leaves[name] for name in wanted])
         for name, grad in zip(wanted, got, strict=True):
             close(grad, expected[name], 1e-12, name)

@@ -21,7 +21,7 @@ from bft_kernels.checks import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# N, D, V and the share of ignored tokens: one of everything, odd and ragged ones, no rows, no labels.
+# N, D, V and the share of ignored tokens: one of everything, odd and ragged, no rows, no labels.
 SHAPES = [
     (1, 1, 1, 0.0),
     (1, 5, 2, 0.0),
@@ -242,8 +242,12 @@ def test_gradcheck(options, frozen, problem):
         named = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
         named |= dict(zip(p.leaves, leaves, strict=True))
         nll = linear_nll(
-            named["hidden"], named["weight"], p.target, bias=named["bias"],
-            max_buffer_bytes=300, **settings(options),
+            named["hidden"],
+            named["weight"],
+            p.target,
+            bias=named["bias"],
+            max_buffer_bytes=300,
+            **settings(options),
         )
         # One output each, and a random combination of them.
         return nll, (upstream * nll).sum()
@@ -407,8 +411,13 @@ def test_balanced_statistics(scheme, gradient, budget, problem, close):
     cu = cumulative((0, 12, 1, 20))
     p.target[12] = -100  # the document of one token has no label
     _, stats = balanced_linear_cross_entropy(
-        *p.args, cu_seqlens=cu, scheme=scheme, window=5, gradient=gradient,
-        max_buffer_bytes=budget, return_stats=True,
+        *p.args,
+        cu_seqlens=cu,
+        scheme=scheme,
+        window=5,
+        gradient=gradient,
+        max_buffer_bytes=budget,
+        return_stats=True,
     )
     labelled = p.target != -100
     own = reference.token_stats(p.hidden[labelled], p.weight, p.target[labelled])

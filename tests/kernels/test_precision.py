@@ -138,7 +138,9 @@ def test_float16_gradients_survive_until_the_loss_scale_arrives(error):
             linear_nll(h, w, target).mean(),
         ):
             leaves = [x for x in (h, w) if x.requires_grad]
-            for got, expected in zip(torch.autograd.grad(loss * 2**16, leaves), exact, strict=False):
+            for got, expected in zip(
+                torch.autograd.grad(loss * 2**16, leaves), exact, strict=False
+            ):
                 assert error(got, expected) < 1e-3
 
 
@@ -169,14 +171,15 @@ def test_extreme_logits(name, budget):
     # The unit matrix for a head: hidden states are logits and their gradient is that of the logits.
     logits = torch.tensor([EXTREMES[name]] * 6)
     target, upstream = torch.arange(6), torch.rand(6)
-    head, exact = torch.eye(6), reference.token_stats(logits.double(), torch.eye(6).double(), target)
+    head, exact = (
+        torch.eye(6),
+        reference.token_stats(logits.double(), torch.eye(6).double(), target),
+    )
     p = logits.double().softmax(1)
     expected = (p - torch.eye(6)) * upstream[:, None]
     for frozen in (False, True):
         hidden, weight = logits.clone().requires_grad_(), head.clone().requires_grad_(not frozen)
-        nll, stats = linear_nll(
-            hidden, weight, target, return_stats=True, max_buffer_bytes=budget
-        )
+        nll, stats = linear_nll(hidden, weight, target, return_stats=True, max_buffer_bytes=budget)
         narrow = exact["nll"].float()  # infinite where float32 ends
         assert torch.allclose(nll, narrow, rtol=2e-6, atol=2**-23), nll
         assert torch.allclose(stats.lse, exact["lse"].float(), rtol=1e-6)
@@ -197,8 +200,11 @@ def test_extreme_logits(name, budget):
             hidden, weight, target, gradient="sampled", eps=1e-20, max_buffer_bytes=budget
         )
         # eps of 1e-20 keeps everything that could show.
-        runs = {"nll": (nll * upstream).sum(), "weighted": weighted,
-                "sampled": (sampled * upstream).sum()}
+        runs = {
+            "nll": (nll * upstream).sum(),
+            "weighted": weighted,
+            "sampled": (sampled * upstream).sum(),
+        }
         for path, loss in runs.items():
             (grad,) = torch.autograd.grad(loss, hidden)
             rows = finite if path == "weighted" else slice(None)

@@ -46,8 +46,13 @@ def test_backend_draws_bit_for_bit(raw_bits):
     for seed_ in [0, 1, -1, 2**63 - 1, -(2**63), 2**32, *wide]:
         far = torch.randint(2**32, 2**62, (4,)).tolist()
         rows = [0, 1, 2047, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, *far]
-        columns = torch.cat([torch.tensor([0, 1, 2**31 - 1, 2**31 - 2, 2**16]),
-                             torch.randint(2**31 - 1, (500,)), torch.arange(500)])
+        columns = torch.cat(
+            [
+                torch.tensor([0, 1, 2**31 - 1, 2**31 - 2, 2**16]),
+                torch.randint(2**31 - 1, (500,)),
+                torch.arange(500),
+            ]
+        )
         expected = reference.uniforms(seed_, rows, columns)
         assert expected.dtype == torch.float32
         assert torch.equal(backend_uniforms(seed_, rows, columns), expected)

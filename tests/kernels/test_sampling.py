@@ -37,7 +37,10 @@ def two_sided(p: float) -> float:
 
 def chi_square(counts: np.ndarray, expected: float) -> float:
     statistic = float(((counts - expected) ** 2 / expected).sum())
-    lower, upper = stats.chi2.cdf(statistic, counts.size - 1), stats.chi2.sf(statistic, counts.size - 1)
+    lower, upper = (
+        stats.chi2.cdf(statistic, counts.size - 1),
+        stats.chi2.sf(statistic, counts.size - 1),
+    )
     return 2 * min(float(lower), float(upper))
 
 
@@ -419,7 +422,9 @@ def test_gradients_are_unbiased(options, rng, problem, p_value):
     for name, difference, variance in draw_differences(problem, options, seeds, rng):
         z = difference.mean(axis=0) / np.sqrt(variance / seeds)
         worst = 2 * stats.norm.sf(np.abs(z).max()) * z.size
-        assert worst > p_value, f"{name}: the mean of a projection is {np.abs(z).max():.1f} sigma off"
+        assert worst > p_value, (
+            f"{name}: the mean of a projection is {np.abs(z).max():.1f} sigma off"
+        )
         # Hotelling's T^2, which needs no known variance.
         k = z.size
         covariance = np.cov(difference, rowvar=False)
@@ -475,7 +480,7 @@ passes the tricuspid valve into the right ventricle and is ejected into the pulm
 Cystic fibrosis is caused by mutations in the gene that encodes a chloride channel of epithelial
 cells. Thick mucus obstructs the airways and the ducts of the pancreas, which leads to recurrent
 infections of the lung, malabsorption and growth that lags behind. Treatment combines physiotherapy,
-antibiotics, pancreatic enzymes and, for many patients, drugs that correct or potentiate the channel.
+antibiotics, pancreatic enzymes and, for many, drugs that correct or potentiate the channel.
 
 Insulin lowers the concentration of glucose in the blood. It is released by the beta cells of the
 pancreatic islets after a meal and makes muscle and fat take up glucose. When these cells are

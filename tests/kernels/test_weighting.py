@@ -32,7 +32,7 @@ def confidences(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def independent_weights(
     c: list[float], scheme: str, g: int, gamma: float, floor: float
 ) -> tuple[list[float], list[float], float, float]:
-    """``w``, window confidences, ``s`` and the lowest window of one document, in exact fractions."""
+    """``w``, window confidences, ``s`` and the lowest window of a document, in exact fractions."""
     n, exact = len(c), [Fraction(x) for x in c]
 
     def mean(a: int, b: int) -> float:
@@ -102,7 +102,9 @@ def test_packed_equals_one_by_one(scheme, dtype, close):
     ]
     for name in packed._fields:
         # Not to rounding: exactly, since a window is put together in the same order wherever it is.
-        assert torch.equal(getattr(packed, name), torch.cat([getattr(a, name) for a in alone])), name
+        assert torch.equal(getattr(packed, name), torch.cat([getattr(a, name) for a in alone])), (
+            name
+        )
 
 
 def exact_means(values: Tensor, spans: list[tuple[int, int]]) -> Tensor:
@@ -195,8 +197,9 @@ def test_properties(lengths, window, scheme, dtype, data):
     flipped = torch.cat(list(reversed(c.split(lengths))))
     again = token_weights(flipped, cumulative(tuple(back)), scheme=scheme, window=window)
     assert torch.equal(again.sequence_weight, got.sequence_weight.flip(0))
-    for a, b in zip(again.token_weight.split(back), reversed(got.token_weight.split(lengths)),
-                    strict=True):
+    for a, b in zip(
+        again.token_weight.split(back), reversed(got.token_weight.split(lengths)), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -288,10 +291,8 @@ def test_compiled_by_inductor(close, fresh_compiler):
 # --- the authors' released loss ------------------------------------------------------------------
 
 
-def released_loss(
-    logits: Tensor, labels: Tensor, group_size: int, gamma: float = 1.0
-) -> Tensor:
-    """The released code's loss as DESIGN describes it: full logits, one sample a row, ``B`` rows.
+def released_loss(logits: Tensor, labels: Tensor, group_size: int, gamma: float = 1.0) -> Tensor:
+    """The loss of the authors' released code: full logits, one sample a row, ``B`` rows.
 
     ``logits [B, T, V]``, ``labels [B, T]``, not yet shifted. Its two softmaxes are written out.
     """

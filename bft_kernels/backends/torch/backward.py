@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -116,7 +117,8 @@ def _logit_gradient(
     config: CoreConfig,
 ) -> None:
     grad, target, lse, lse_low, nll = row_values
-    slope = transform_logits(y, bias, config, slope=True)
+    slope = None if config.softcap is None else torch.empty_like(y)
+    transform_logits(y, bias, config, slope)
     probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, config)
     # The rest of lse is one factor of the row, so it rides on the last product.
     rest = torch.exp(-lse_low)
@@ -195,7 +197,7 @@ def _by_column(
     ends = counts.cumsum(0)
     eighths = torch.arange(1, 8, device=columns.device) * columns.numel() // 8
     bounds = [0, *torch.searchsorted(ends, eighths).tolist(), vocabulary]
-    for first, stop in zip(bounds, bounds[1:], strict=False):
+    for first, stop in itertools.pairwise(bounds):
         if first == stop:
             continue
         entry = ((columns >= first) & (columns < stop)).nonzero().squeeze(1)

@@ -11,6 +11,7 @@ from bft_kernels.backends.torch.matmul import Products, converts
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
 from bft_kernels.backends.torch.sweep import (
+    Scratch,
     Softmax,
     softmax_tile,
     token_loss,
@@ -23,18 +24,36 @@ from bft_kernels.results import Forward
 
 @dataclass
 class Collected:
-    """Per-token results of the tiles so far, in row order."""
+    """Results of the tiles so far, in row order: one vector a name, and the sampled entries."""
 
-    columns: dict[str, list[Tensor]] = field(default_factory=dict)
+    count: int  # rows in all
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    entries: dict[str, list[Tensor]] = field(default_factory=dict)
+    settled: int = 0  # pieces of entries that join_entries has dealt with
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, first: int, **values: Tensor) -> None:
+        """Results of the rows from ``first`` on."""
         for name, value in values.items():
-            self.columns.setdefault(name, []).append(value)
+            if name not in self.vectors:
+                self.vectors[name] = value.new_empty(self.count, *value.shape[1:])
+            self.vectors[name][first : first + value.shape[0]] = value
+
+    def add_entries(self, **values: Tensor) -> None:
+        """Entries of the next rows; their number is not known before."""
+        for name, value in values.items():
+            self.entries.setdefault(name, []).append(value)
+
+    def join_entries(self) -> None:
+        """Joins the pieces since the last call, so that few small ones lie about (see Scratch)."""
+        for parts in self.entries.values():
+            parts[self.settled :] = [torch.cat(parts[self.settled :])]
+        self.settled += bool(self.entries)
 
     def get(self, name: str, like: Tensor) -> Tensor:
         """All values of ``name``; an empty tensor like ``like [0, ...]`` if there are none."""
-        parts = self.columns.get(name)
-        return torch.cat(parts) if parts else torch.empty_like(like)
+        if name in self.entries:
+            return torch.cat(self.entries[name])
+        return self.vectors.get(name, torch.empty_like(like))
 
 
 def products_and_plan(
@@ -69,57 +88,59 @@ def linear_nll(
     rows = LabelledRows(target, config.ignore_index)
     sampled = config.residual == "entries" or config.variance
     scratch = 5 if sampled else 2 + (config.softcap is not None)
-    slope = config.residual != "none" or config.variance or config.hidden_variance
+    slope = config.softcap is not None and (config.residual == "unit" or sampled)
     products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
     norms = squared_norms(weight, wide, config.max_buffer_bytes) if config.hidden_variance else None
     bias = None if bias is None else bias.to(wide)
     buffer = hidden.new_empty(min(chunk, rows.count), weight.shape[0], dtype=wide)
-    out = Collected()
+    tiles = Scratch.make(buffer, tile_rows, slope=slope, sample=config.residual == "entries")
+    out = Collected(rows.count)
     for first in range(0, rows.count, chunk):
         stop = min(first + chunk, rows.count)
         y = products.logits(products.rows(rows.take(hidden, first, stop)), buffer[: stop - first])
         targets = rows.take(target, first, stop)
         for a in range(0, stop - first, tile_rows):
             b = min(a + tile_rows, stop - first)
-            tile = softmax_tile(y[a:b], targets[a:b], bias, config, slope)
+            tile = softmax_tile(y[a:b], targets[a:b], bias, config, tiles)
             nll = tile.nll
-            out.add(nll=nll, loss=token_loss(tile, nll, config))
-            collect_statistics(out, tile, config)
+            out.add(first + a, nll=nll, loss=token_loss(tile, nll, config))
+            collect_statistics(out, first + a, tile, config)
             if config.residual == "unit":
                 write_unit_gradient(tile, nll, config)
             elif config.residual == "entries":
-                assert seed is not None
+                assert seed is not None and tiles.draws is not None
                 live = rows.take(rows.labelled, first + a, first + b)
-                position = rows.positions(first + a, first + b)
-                sample_tile(out, tile, nll, position, live, seed, config)
+                keys = row_keys(seed, rows.positions(first + a, first + b))
+                kept = sample_tile(out, tile, nll, keys, live, tiles.draws[:, : b - a], config)
+                out.add(first + a, counts=kept)
             if config.variance or config.hidden_variance:
-                certify_tile(out, tile, norms, config)
+                certify_tile(out, first + a, tile, norms, config)
+        out.join_entries()
         if config.residual == "unit":
-            out.add(unit=products.hidden_gradient(y).to(storage(hidden.dtype)))
+            out.add(first, unit=products.hidden_gradient(y).to(storage(hidden.dtype)))
     return pack(out, rows, hidden, config)
 
 
-def collect_statistics(out: Collected, tile: Softmax, config: CoreConfig) -> None:
-    """What a tile tells beyond its losses."""
-    out.add(lse=tile.lse, lse_low=tile.lse_low)
+def collect_statistics(out: Collected, first: int, tile: Softmax, config: CoreConfig) -> None:
+    """What a tile, whose rows begin at ``first``, tells beyond its losses."""
+    out.add(first, lse=tile.lse, lse_low=tile.lse_low)
     if config.statistics:
-        out.add(entropy=tile.entropy, correct=tile.argmax == tile.target)
+        out.add(first, entropy=tile.entropy, correct=tile.argmax == tile.target)
 
 
 def sample_tile(
     out: Collected,
     tile: Softmax,
     nll: Tensor,  # [n]
-    position: Tensor,  # [n], rows in the flattened input
+    keys: tuple[Tensor, Tensor],  # of row_keys
     live: Tensor,  # [n] bool, False for rows that carry no label
-    seed: Tensor,
+    scratch: Tensor,  # [2, n, V] int32
     config: CoreConfig,
-) -> None:
+) -> Tensor:  # [n], entries kept in each row
     """Draws the kept entries of a tile of complete rows and their values of ``dy``."""
     p = tile.probability
-    multiplier, offset = row_keys(seed, position)
     columns = torch.arange(p.shape[1], dtype=torch.int32, device=p.device)
-    kept = scaled_uniforms(multiplier, offset, columns, config.eps) < p
+    kept = scaled_uniforms(*keys, columns, config.eps, scratch) < p
     kept.scatter_(1, tile.target[:, None], True).logical_and_(live[:, None])
     row, column = kept.nonzero(as_tuple=True)
     value = torch.where(
@@ -128,25 +149,31 @@ def sample_tile(
     value /= config.temperature
     if tile.slope is not None:
         value *= tile.slope[row, column]
-    out.add(counts=kept.sum(dim=1), entry_columns=column.to(torch.int32), entry_values=value)
+    out.add_entries(entry_columns=column.to(torch.int32), entry_values=value)
+    return kept.sum(dim=1)
 
 
-def certify_tile(out: Collected, tile: Softmax, norms: Tensor | None, config: CoreConfig) -> None:
+def certify_tile(
+    out: Collected, first: int, tile: Softmax, norms: Tensor | None, config: CoreConfig
+) -> None:
     """``sum_{v != target} p (eps - p)^+ slope^2`` of each row, and with ``|W_v|^2`` if asked."""
     p = tile.probability
     term = torch.sub(config.eps, p, out=tile.shifted).clamp_(min=0).mul_(p)
     if tile.slope is not None:
-        term *= tile.slope.square()
+        term.mul_(tile.slope).mul_(tile.slope)
     term.scatter_(1, tile.target[:, None], 0.0)
-    out.add(variance=term.sum(dim=1) / config.temperature**2)
+    out.add(first, variance=term.sum(dim=1) / config.temperature**2)
     if norms is not None:
-        out.add(hidden_variance=term @ norms / config.temperature**2)
+        out.add(first, hidden_variance=term @ norms / config.temperature**2)
 
 
 def squared_norms(weight: Tensor, wide: torch.dtype, budget: int) -> Tensor:
     """``|W_v|^2`` of each row, ``[V]`` in ``wide``."""
     block = max(1, budget // (2 * weight.shape[1] * wide.itemsize))
-    return torch.cat([part.to(wide).square().sum(dim=1) for part in weight.split(block)])
+    norms = weight.new_empty(weight.shape[0], dtype=wide)
+    for part, out in zip(weight.split(block), norms.split(block), strict=True):
+        torch.sum(part.to(wide).square(), dim=1, out=out)
+    return norms
 
 
 def pack(out: Collected, rows: LabelledRows, hidden: Tensor, config: CoreConfig) -> Forward:

@@ -32,7 +32,13 @@ def row_keys(seed: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return ((key >> 32) | 1).to(torch.int32), (key << 32 >> 32).to(torch.int32)
 
 
-def scaled_uniforms(multiplier: Tensor, offset: Tensor, columns: Tensor, scale: float) -> Tensor:
+def scaled_uniforms(
+    multiplier: Tensor,
+    offset: Tensor,
+    columns: Tensor,
+    scale: float,
+    scratch: Tensor | None = None,
+) -> Tensor:
     """``u * scale`` as float32 ``[n, V]``.
 
     Args:
@@ -40,10 +46,13 @@ def scaled_uniforms(multiplier: Tensor, offset: Tensor, columns: Tensor, scale: 
         columns: int32 ``[V]``.
         scale: ``eps``, or 1 for the draws themselves. Scaling ``u`` by ``2^-24`` first is exact, so
             both are folded into one factor.
+        scratch: ``[2, n, V]`` int32 to work in; the result lies in it.
     """
-    x = multiplier[:, None] * columns
+    if scratch is None:
+        scratch = columns.new_empty(2, multiplier.numel(), columns.numel())
+    x, shifted = scratch
+    torch.mul(multiplier[:, None], columns, out=x)
     x += offset[:, None]
-    shifted = torch.empty_like(x)
     for shift, factor in ((16, _MIX32[0]), (15, _MIX32[1]), (16, None)):
         torch.bitwise_right_shift(x, shift, out=shifted)
         shifted &= (1 << (32 - shift)) - 1
@@ -52,4 +61,4 @@ def scaled_uniforms(multiplier: Tensor, offset: Tensor, columns: Tensor, scale: 
             x *= factor
     x >>= 8
     x &= (1 << 24) - 1
-    return x.float().add_(0.5).mul_(scale * 2.0**-24)
+    return shifted.view(torch.float32).copy_(x).add_(0.5).mul_(scale * 2.0**-24)

@@ -11,6 +11,29 @@ from bft_kernels.config import CoreConfig
 
 
 @dataclass
+class Scratch:
+    """The buffers of a tile, ``[rows, V]`` each, for all tiles of a call.
+
+    Allocated anew for every tile they would leave holes between the small results that outlive it:
+    on a CPU the process then grows by most of ``N x V`` although no more than a tile is alive.
+    """
+
+    exponential: Tensor
+    slope: Tensor | None
+    draws: Tensor | None  # [2, rows, V] int32
+
+    @staticmethod
+    def make(y: Tensor, rows: int, *, slope: bool = False, sample: bool = False) -> Scratch:
+        """For tiles of up to ``rows`` rows of the logit buffer ``y [n, V]``."""
+        shape = rows, y.shape[1]
+        return Scratch(
+            y.new_empty(shape),
+            y.new_empty(shape) if slope else None,
+            y.new_empty((2, *shape), dtype=torch.int32) if sample else None,
+        )
+
+
+@dataclass
 class Softmax:
     """A tile of ``n`` rows after :func:`softmax_tile`; two of its tensors are ``[n, V]``."""
 
@@ -57,8 +80,8 @@ class Softmax:
 
     @property
     def entropy(self) -> Tensor:
-        # Relative to the maximum, so that large common offsets of the logits cancel exactly. Nothing
-        # reads the shifted logits after this, so those of -inf can go: 0 * -inf is not 0.
+        # Relative to the maximum, so that large common offsets of the logits cancel exactly.
+        # Nothing reads the shifted logits after this, so those of -inf can go: 0 * -inf is not 0.
         self.shifted.clamp_(min=torch.finfo(self.shifted.dtype).min)
         mean = torch.bmm(self.exponential[:, None], self.shifted[:, :, None]).flatten() / self.total
         return (self.log_total - mean).clamp_min_(0)
@@ -70,33 +93,33 @@ class Softmax:
 
 
 def transform_logits(
-    y: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool
-) -> Tensor | None:
-    """Makes ``z`` of ``y`` in place; returns the softcap's slope ``[n, V]`` if it is asked for."""
+    y: Tensor, bias: Tensor | None, config: CoreConfig, slope: Tensor | None
+) -> None:
+    """Makes ``z`` of ``y`` in place, and of ``slope`` the softcap's slope if both are there."""
     if bias is not None:
         y += bias
-    result = None
     scale = 1.0 / config.temperature
     if config.softcap is not None:
         y.div_(config.softcap).tanh_()
-        if slope:
-            result = torch.square(y).neg_().add_(1)
+        if slope is not None:
+            torch.square(y, out=slope).neg_().add_(1)
         scale *= config.softcap
     if scale != 1.0:
         y.mul_(scale)
-    return result
 
 
 def softmax_tile(
-    y: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig, slope: bool
+    y: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig, scratch: Scratch
 ) -> Softmax:
     """Softmax of raw logits ``y [n, V]``, which it overwrites."""
-    slopes = transform_logits(y, bias, config, slope)
+    count = y.shape[0]
+    slope = None if scratch.slope is None else scratch.slope[:count]
+    transform_logits(y, bias, config, slope)
     maximum, argmax = y.max(dim=1)
     y -= maximum[:, None]
-    exponential = torch.exp(y)
+    exponential = torch.exp(y, out=scratch.exponential[:count])
     total = exponential.sum(dim=1)
-    return Softmax(target, maximum, argmax, y, exponential, total, total.log(), slopes)
+    return Softmax(target, maximum, argmax, y, exponential, total, total.log(), slope)
 
 
 def token_loss(tile: Softmax, nll: Tensor, config: CoreConfig) -> Tensor:

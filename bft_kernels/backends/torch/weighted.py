@@ -14,7 +14,12 @@ from torch import Tensor
 from bft_kernels.backends.torch.forward import Collected, collect_statistics, products_and_plan
 from bft_kernels.backends.torch.matmul import Products
 from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.sweep import softmax_tile, token_loss, write_unit_gradient
+from bft_kernels.backends.torch.sweep import (
+    Scratch,
+    softmax_tile,
+    token_loss,
+    write_unit_gradient,
+)
 from bft_kernels.config import CoreConfig, Weighting, accumulator, storage
 from bft_kernels.results import Wanted, WeightedLoss
 from bft_kernels.weighting import balance, labelled_layout
@@ -79,7 +84,8 @@ class _Engine:
         self.bias = None if bias is None else bias.to(self.wide)
         self.buffer: Tensor | None = None
         self.operand: Tensor | None = None
-        self.collected = Collected()
+        self.scratch: Scratch | None = None
+        self.collected = Collected(rows.count)
         self.nll = hidden.new_zeros(rows.count, dtype=self.wide)
         self.token_loss = hidden.new_zeros(rows.count, dtype=self.wide)
         self.loss = hidden.new_zeros((), dtype=self.wide)
@@ -99,19 +105,24 @@ class _Engine:
             self.buffer = self.hidden.new_empty(stop - first, self.weight.shape[0], dtype=self.wide)
         self.operand = self.products.rows(self.rows.take(self.hidden, first, stop))
         self.products.logits(self.operand, self.buffer[: stop - first])
+        if self.scratch is None:
+            softcap = self.config.softcap is not None
+            self.scratch = Scratch.make(self.buffer, self.tile_rows, slope=softcap)
 
     def sweep(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
         """Token losses of the buffer's rows; with ``gradient`` their ``dy`` replaces the logits."""
-        assert self.buffer is not None
+        assert self.buffer is not None and self.scratch is not None
         targets = self.rows.take(self.target, first, stop)
         for a in range(0, stop - first, self.tile_rows):
             b = min(a + self.tile_rows, stop - first)
-            tile = softmax_tile(self.buffer[a:b], targets[a:b], self.bias, self.config, gradient)
+            tile = softmax_tile(
+                self.buffer[a:b], targets[a:b], self.bias, self.config, self.scratch
+            )
             nll = tile.nll
             if collect:
                 self.nll[first + a : first + b] = nll
                 self.token_loss[first + a : first + b] = token_loss(tile, nll, self.config)
-                collect_statistics(self.collected, tile, self.config)
+                collect_statistics(self.collected, first + a, tile, self.config)
             if gradient:
                 write_unit_gradient(tile, nll, self.config)
 
