@@ -108,7 +108,8 @@ def linear_nll(
             if config.residual == "unit":
                 write_unit_gradient(tile, nll, config)
             elif config.residual == "entries":
-                assert seed is not None and tiles.draws is not None
+                assert seed is not None
+                assert tiles.draws is not None
                 live = rows.take(rows.labelled, first + a, first + b)
                 keys = row_keys(seed, rows.positions(first + a, first + b))
                 kept = sample_tile(out, tile, nll, keys, live, tiles.draws[:, : b - a], config)

@@ -111,7 +111,8 @@ class _Engine:
 
     def sweep(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
         """Token losses of the buffer's rows; with ``gradient`` their ``dy`` replaces the logits."""
-        assert self.buffer is not None and self.scratch is not None
+        assert self.buffer is not None
+        assert self.scratch is not None
         targets = self.rows.take(self.target, first, stop)
         for a in range(0, stop - first, self.tile_rows):
             b = min(a + self.tile_rows, stop - first)
