@@ -41,11 +41,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config: Any = tyro.cli(config_type, args=_with_config_file(flags), prog=f"bft {name}")
         run(config)
-    except (ValueError, FileNotFoundError) as error:
-        logger.debug("bft %s failed", name, exc_info=True)
+    except Exception as error:
+        if not _says_it_all(error):
+            raise
         print(f"bft {name}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _says_it_all(error: Exception) -> bool:
+    """Whether an error's message is for the user: a missing file, or one of our own checks.
+
+    What a library raises from its depths is a fault to be found, with its traceback.
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    ours = raised_in.partition(".")[0] in ("bft", "bft_kernels")
+    return ours and isinstance(error, ValueError | TypeError | RuntimeError)
 
 
 # Functions import what they need: `bft info` has to work where transformers does not.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from bft.loss import HeadLoss
+from bft_kernels.checks import check_int, check_number, check_positive
 
 Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
@@ -95,10 +96,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, low in _LOWEST.items():
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ValueError(f"{name}: got {value}, expected at least {low}")
+            if value is None:
+                continue
+            if isinstance(low, int):
+                check_int(name, value, low)
+            else:
+                check_number(name, value, low)
         if self.warmup_ratio > 1:
             raise ValueError(f"warmup_ratio: got {self.warmup_ratio}, expected at most 1")
+        if self.lora_alpha is not None:
+            check_positive("lora_alpha", self.lora_alpha)
+        self.loss()  # checks its own settings
 
     def loss(self) -> HeadLoss:
         """The loss that these settings describe."""
@@ -168,16 +176,17 @@ class InfoConfig:
     """Machine-readable."""
 
 
-_LOWEST = {
+# The lowest value of each; a whole number where the setting is one.
+_LOWEST: dict[str, int | float] = {
     "window": 1,
     "steps": 1,
-    "epochs": 0,
+    "epochs": 0.0,
     "batch_size": 1,
     "accumulation": 1,
-    "learning_rate": 0,
-    "warmup_ratio": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
+    "learning_rate": 0.0,
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
     "max_length": 2,
     "lora_rank": 0,
     "eval_every": 1,

@@ -39,7 +39,7 @@ def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
     """
     path = Path(path)
     records: list[Record] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if limit is not None and len(records) >= limit:
                 break
@@ -50,9 +50,11 @@ def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
     return records
 
 
-def _parse(line: str, where: str) -> Record:
+def _parse(line: bytes, where: str) -> Record:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); expected one JSON object a line") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from error
     return make_record(row, where)

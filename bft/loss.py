@@ -10,7 +10,7 @@ Notation: ``B`` rows of ``T`` positions, hidden size ``D``, vocabulary size ``V`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy
+from bft_kernels.checks import check_cu_seqlens, check_int, check_settings, check_tensor
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
-NORMALIZE = ("sequence", "token")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,10 @@ class HeadLoss:
     normalize: str = "sequence"
 
     def __post_init__(self) -> None:
-        if self.normalize not in NORMALIZE:
-            raise ValueError(f"normalize: got {self.normalize!r}, expected one of {NORMALIZE}")
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        if settings.pop("seed") is not None:
+            check_int("seed", self.seed, -(2**63))
+        check_settings(settings)
 
     def __call__(
         self,
@@ -162,13 +164,16 @@ def batch_targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         ``target [B, T]`` int64 and ``cu_seqlens [S + 1]`` or ``None``.
 
     Raises:
-        ValueError: no labels, or ``position_ids`` of several dimensions per token (multimodal
-            rotary positions) without ``cu_seqlens``: they do not say where a document starts.
+        TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
+            several dimensions per token (multimodal rotary positions) without ``cu_seqlens``: they
+            do not say where a document starts.
     """
     shifted, labels = batch.get("shift_labels"), batch.get("labels")
     rows = shifted if shifted is not None else labels
     if rows is None:
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
+    name = "labels" if shifted is None else "shift_labels"
+    check_tensor(name, rows, (None, None), (torch.int64,))
     cu_seqlens, positions = batch.get("cu_seqlens"), batch.get("position_ids")
     if cu_seqlens is None:
         cu_seqlens = batch.get("cu_seq_lens_q")
@@ -178,7 +183,14 @@ def batch_targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
                 f"position_ids: got shape {tuple(positions.shape)}, expected (B, T); with "
                 "positions of several dimensions, say where documents start with cu_seqlens"
             )
+        if positions.shape not in (rows.shape, (1, rows.shape[1])):
+            raise ValueError(
+                f"position_ids: got shape {tuple(positions.shape)}, expected {tuple(rows.shape)}, "
+                f"that of {name}, or one row of it"
+            )
         cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
+    elif cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, rows.numel(), rows.device)
     if shifted is not None:
         return shifted, cu_seqlens
     return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens

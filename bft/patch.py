@@ -70,9 +70,11 @@ def patch_model(
     """Makes ``model(..., labels=...)`` compute ``loss`` with the fused op, in place.
 
     The output then has ``loss`` and ``logits=None``, in ``train()`` and ``eval()`` alike; calls
-    without labels, and ``generate()``, are the model's own. ``shift_labels``, ``cu_seqlens``,
-    ``num_items_in_batch`` and ``position_ids`` that restart are honoured; see
-    :func:`bft.loss.batch_targets`.
+    without labels, and ``generate()``, are the model's own. ``shift_labels``, ``cu_seqlens`` and
+    ``position_ids`` that restart are honoured; see :func:`bft.loss.batch_targets`. ``num_items`` is
+    what the loss divides by (documents or labelled tokens, as its ``normalize`` says).
+    ``num_items_in_batch`` is Hugging Face's number of labelled tokens, and is refused by a loss
+    that divides by documents.
     A router's auxiliary loss, where the model returns one, is added with the model's coefficient.
     ``use_cache`` is off with labels unless asked for: a cache costs memory, and with one
     transformers lets packed documents attend to each other.
@@ -90,8 +92,11 @@ def patch_model(
     Raises:
         UnsupportedModel: an encoder-decoder, no output embedding, one with an adapter on it or
             quantised; or, on the first labelled call, logits that the op cannot express.
+        TypeError: ``loss`` cannot be called.
         RuntimeError: the model is patched already.
     """
+    if not callable(loss):
+        raise TypeError(f"loss: got {type(loss).__name__}, expected a callable such as a HeadLoss")
     inner = causal_lm(model)
     if _STATE in inner.__dict__:
         raise RuntimeError("model: already patched; unpatch_model first, or use_loss to change it")
@@ -191,7 +196,7 @@ def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         return state.forward(*args, **kwargs)
 
     target, cu_seqlens = batch_targets(call)
-    num_items = call.pop("num_items_in_batch", None)
+    num_items = _num_items(state.loss, call)
     call = {k: v for k, v in call.items() if k not in ("labels", "shift_labels")}
     if "cu_seqlens" not in state.parameters:
         call.pop("cu_seqlens", None)
@@ -215,6 +220,23 @@ def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         loss = loss + _share(state.loss, target, cu_seqlens, num_items) * auxiliary.to(loss.device)
     output = type(output)(**{**output, "loss": loss, "logits": None})
     return output if as_dict else output.to_tuple()
+
+
+def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
+    """What the loss divides by, taken out of the arguments of a call."""
+    num_items, tokens = call.pop("num_items", None), call.pop("num_items_in_batch", None)
+    if num_items is not None:
+        return num_items
+    # Trainer passes it unasked: dividing a sum over documents by it would scale the loss down by
+    # the length of a document, without a sign of it.
+    normalize = getattr(loss, "normalize", "token")
+    if tokens is not None and normalize != "token":
+        raise ValueError(
+            "num_items_in_batch: got the step's number of labelled tokens with a loss of "
+            f"normalize={normalize!r}, expected normalize='token', or num_items: the step's number "
+            "of documents"
+        )
+    return tokens
 
 
 def _call_head(

@@ -141,7 +141,7 @@ def training_step(
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**batch, num_items_in_batch=num_items)
+            output = model(**batch, num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
         meter.add(output.loss, targets[index][0], last_stats(model))
     return meter.read(accelerator)

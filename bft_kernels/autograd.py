@@ -129,8 +129,12 @@ def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` in ``dtype``; in place unless the graph is kept."""
-    if torch.compiler.is_compiling() or type(gradient) is not Tensor or _keeps_graph():
+    """``gradient * factor`` in ``dtype``; in place unless the graph is kept, or ``factor`` is a
+    batch of factors (``is_grads_batched``).
+    """
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor or batched or _keeps_graph():
         return (gradient.to(factor.dtype) * factor).to(dtype)
     for block in gradient.flatten().split(_SCALE_BLOCK):
         block.copy_(block.to(factor.dtype) * factor)

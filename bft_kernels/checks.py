@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,16 +58,32 @@ def check_positive(name: str, value: object, high: float = math.inf) -> None:
         raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
-def check_int(name: str, value: object, low: int) -> None:
-    """Raises unless ``value`` is an int of at least ``low``."""
+def check_int(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
+    """Raises unless ``value`` is an int of at least ``low`` that 64 bits (or ``high``) hold."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < low:
         raise ValueError(f"{name}: got {value}, expected at least {low}")
+    if value > high:
+        raise ValueError(f"{name}: got {value}, expected at most {high}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
 
 
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
-    """``[S + 1]``, from 0 to ``total``, never falling. Values are looked at on a CPU only.
+    """``[S + 1]``, from 0 to ``total``, never falling. Values are looked at on a CPU only."""
+    check_boundaries(cu_seqlens, device)
+    assert isinstance(cu_seqlens, Tensor)
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_boundary_values(cu_seqlens, total)
+
+
+def check_boundaries(cu_seqlens: object, device: torch.device) -> None:
+    """Type, shape and device of ``cu_seqlens [S + 1]``.
 
     The boundaries may lie on the CPU while the tokens are on an accelerator: that lets the
     engines see where documents end without waiting for the device.
@@ -79,8 +96,10 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> No
         )
     if cu_seqlens.numel() == 0:
         raise ValueError("cu_seqlens: got shape (0,), expected (S + 1,) with at least one entry")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
+
+
+def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
+    """From 0 to ``total``, never falling. Waits for the device."""
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0:
         raise ValueError(f"cu_seqlens: starts at {first}, expected 0")
@@ -107,10 +126,59 @@ def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> 
     check_positive("floor", floor)
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Each keyword of the public functions that is no tensor, as far as it is given.
+
+    Raises:
+        TypeError, ValueError: one is out of its domain, or two do not go together.
+    """
+    for name, value in settings.items():
+        if value is None and name in _OPTIONAL:
+            continue
+        if name in _CHOICES:
+            check_choice(name, value, _CHOICES[name])
+        elif name in _POSITIVE:
+            check_positive(name, value, _POSITIVE[name])
+        elif name in _NUMBERS:
+            check_number(name, value, 0.0, _NUMBERS[name])
+        elif name in _INTEGERS:
+            check_int(name, value, _INTEGERS[name])
+        elif name in _BOOLS:
+            check_bool(name, value)
+        elif name == "backend" and not isinstance(value, str):
+            raise TypeError(f"backend: got {type(value).__name__}, expected a name")
+    if "scheme" in settings:
+        check_weighting(settings["scheme"], settings["window"], settings["gamma"], 1e-8)
+    sampled = settings.get("gradient", "exact") == "sampled"
+    for name in ("label_smoothing", "z_loss"):
+        if sampled and settings.get(name):
+            raise ValueError(
+                f"{name}: got {settings[name]} with gradient='sampled', expected 0: the sample and "
+                "its certificate are those of p - onehot(target). Use gradient='exact'"
+            )
+    if settings.get("hidden_variance") and not sampled:
+        raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
+
+
+_CHOICES = {
+    "gradient": ("exact", "sampled"),
+    "normalize": ("sequence", "token"),
+    "reduction": ("none", "mean", "sum"),
+}
+_POSITIVE = {"softcap": math.inf, "temperature": math.inf, "eps": 1.0}  # up to
+_NUMBERS = {"label_smoothing": 1.0, "z_loss": math.inf}  # 0 up to
+_INTEGERS = {"ignore_index": -(2**63), "max_buffer_bytes": 1}  # from
+_BOOLS = ("check", "return_stats", "hidden_variance")
+_OPTIONAL = ("softcap", "max_buffer_bytes", "check")
+
+
 def check_core(hidden: object, weight: object, target: object, bias: object) -> None:
     """Types, shapes, dtypes and devices of the core op's tensors."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden: got {type(hidden).__name__}, expected a torch.Tensor")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {value.layout}, expected {torch.strided}")
     if hidden.dim() < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
     check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
@@ -126,12 +194,14 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
     check_tensor("target", target, hidden.shape[:-1], (torch.int64,), hidden.device)
     if bias is not None:
         check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
-    wide = [t for t in (hidden, weight, bias) if isinstance(t, Tensor)]
-    if any(t.dtype == torch.float64 for t in wide) and any(t.dtype != torch.float64 for t in wide):
-        raise TypeError(
-            f"weight: got dtype {weight.dtype} with hidden {hidden.dtype}, expected both float64 "
-            "or neither: float64 is not mixed with narrower types"
-        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor) and (
+            (value.dtype == torch.float64) != (hidden.dtype == torch.float64)
+        ):
+            raise TypeError(
+                f"{name}: got dtype {value.dtype} with hidden {hidden.dtype}, expected both "
+                "float64 or neither: float64 is not mixed with narrower types"
+            )
 
 
 def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
@@ -145,12 +215,33 @@ def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
         )
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raises where ``value [N, D]`` holds a NaN or an infinity. Waits for the device."""
+def check_finite(name: str, value: Tensor, *, rows: Tensor | None = None) -> None:
+    """Raises where ``value`` holds a NaN or an infinity. Waits for the device.
+
+    ``rows``: a mask ``[N]`` of the rows of ``value [N, D]`` that are looked at; ``None``: all.
+    """
     wrong = ~torch.isfinite(value)
+    if rows is not None:
+        wrong &= rows[:, None]
+    _raise_at(name, value, wrong, "finite numbers")
+
+
+def check_bias(bias: Tensor) -> None:
+    """Raises where ``bias [V]`` holds a NaN or +inf; -inf masks a column. Waits for the device."""
+    _raise_at("bias", bias, torch.isnan(bias) | (bias == math.inf), "finite numbers or -inf")
+
+
+def check_confidence(confidence: Tensor) -> None:
+    """Raises unless ``confidence [n]`` lies in 0 to 1. Waits for the device."""
+    wrong = ~((confidence >= 0) & (confidence <= 1))
+    _raise_at("confidence", confidence, wrong, "probabilities, 0 to 1")
+
+
+def _raise_at(name: str, value: Tensor, wrong: Tensor, expected: str) -> None:
     if bool(wrong.any()):
-        row, column = (int(i) for i in wrong.nonzero()[0])
+        place = tuple(int(i) for i in wrong.nonzero()[0])
+        where = f"row {place[0]}, column {place[1]}" if len(place) == 2 else f"position {place[0]}"
         raise ValueError(
-            f"{name}: got {float(value[row, column])} in row {row}, column {column} "
-            f"({int(wrong.sum())} such values), expected finite numbers"
+            f"{name}: got {float(value[place])} in {where} ({int(wrong.sum())} such values), "
+            f"expected {expected}"
         )

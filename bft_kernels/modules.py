@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bft_kernels.checks import check_settings
 from bft_kernels.functional import (
     BalancedTokenStats,
     TokenStats,
@@ -19,6 +20,7 @@ from bft_kernels.weighting import SchemeFunction
 class _Loss(torch.nn.Module):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
+        check_settings(settings)
         self.settings = settings
 
     def extra_repr(self) -> str:

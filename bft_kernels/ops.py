@@ -19,7 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import check_finite, check_values
+from bft_kernels.checks import (
+    check_bias,
+    check_boundary_values,
+    check_finite,
+    check_values,
+)
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
 from bft_kernels.dispatch import select
 from bft_kernels.results import Forward, Gradients, Saved, Wanted, WeightedLoss
@@ -41,12 +46,28 @@ def _returns(record: type) -> str:
     return ", ".join(f"Tensor {name}" for name in record._fields)  # type: ignore[attr-defined]
 
 
-def _check(hidden: Tensor, weight: Tensor, target: Tensor, config: CoreConfig) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
+) -> None:
     if config.check_values:
         check_values(target, weight.shape[0], config.ignore_index)
     if config.check_finite:
-        check_finite("hidden", hidden)
+        check_finite("hidden", hidden, rows=target != config.ignore_index)
         check_finite("weight", weight)
+        if bias is not None:
+            check_bias(bias)
+
+
+@torch.library.custom_op("bft_kernels::documents", mutates_args=())
+def documents(cu_seqlens: Tensor, total: int) -> Tensor:
+    """``cu_seqlens`` as int64, its values checked: an op, so that compiled code checks them too."""
+    check_boundary_values(cu_seqlens, total)
+    return cu_seqlens.to(torch.int64, copy=True)
+
+
+@documents.register_fake
+def _(cu_seqlens: Tensor, total: int) -> Tensor:
+    return torch.empty_like(cu_seqlens, dtype=torch.int64)
 
 
 @torch.library.custom_op(
@@ -64,7 +85,7 @@ def linear_nll(
 ) -> tuple[Tensor, ...]:
     """See :class:`bft_kernels.results.Forward`. ``settings``: the fields of ``CoreConfig``."""
     config = CoreConfig(*settings)
-    _check(hidden, weight, target, config)
+    _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
@@ -194,7 +215,7 @@ def weighted_loss(
 ) -> tuple[Tensor, ...]:
     """``rest``: the fields of ``CoreConfig``, of ``Weighting`` and of ``Wanted``."""
     config, weighting, wanted = split_weighted(rest)
-    _check(hidden, weight, target, config)
+    _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return tuple(

@@ -22,6 +22,13 @@ def default_buffer_bytes(device_type: str) -> int:
     return DEFAULT_BUFFER_BYTES.get(device_type, DEFAULT_ACCELERATOR_BUFFER_BYTES)
 
 
+# What a block of logits of the cpu backend may take of the caches, and how many columns of the
+# vocabulary are best for the vendor's product; see docs/performance.md.
+CPU_BLOCK_BYTES = 8 * 2**20
+CPU_BLOCK_COLUMNS = 1024
+CPU_LEAST_CHUNK = 128
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """Blocks of whole rows of logits: ``[chunk_rows, V]``, swept in tiles of ``tile_rows``."""
@@ -83,9 +90,79 @@ def plan_columns(
     products, as long as the block keeps some hundreds of columns; beyond that rows are split too.
     """
     elements = max(1, budget // itemsize)
-    wanted = min(vocabulary, 512)
     copied = width if copies else 0
-    most_rows = (elements - 2 * width * wanted) // ((1 + scratch) * wanted + copied)
-    block_rows = max(1, min(rows, most_rows))
+    block_rows, wanted = 0, min(vocabulary, 512)
+    while True:
+        block_rows = (elements - 2 * width * wanted) // ((1 + scratch) * wanted + copied)
+        # A block of one row against many columns is no product: as many rows as columns.
+        if block_rows >= min(rows, wanted) or wanted == 1:
+            break
+        wanted //= 2
+    block_rows = max(1, min(rows, block_rows))
     columns = (elements - copied * block_rows) // ((1 + scratch) * block_rows + 2 * width)
     return ColumnPlan(block_rows, max(1, min(vocabulary, columns)))
+
+
+@dataclass(frozen=True)
+class CpuPlan:
+    """Blocks of the ``cpu`` backend: ``[rows, columns]`` float32 logits at a time."""
+
+    rows: int
+    columns: int
+    whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
+
+
+def plan_cpu_blocks(
+    rows: int,
+    vocabulary: int,
+    width: int,
+    budget: int,
+    *,
+    widens: bool,
+    copies: bool,
+    products: int = 1,
+    narrow_gradient: bool = False,
+) -> CpuPlan:
+    """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
+
+    A block of ``weight`` should stay in cache over all rows, and a block of logits from its product
+    to its sweep. Both want few columns; the products' speed and, with a gradient, the passes over
+    ``dH`` want many.
+
+    Args:
+        rows, vocabulary, width: ``N``, ``V`` and ``D``.
+        budget: bytes for the block of logits and for the copies below.
+        widens: whether blocks of ``weight`` are copied to float32 first.
+        copies: whether rows of ``hidden`` are copied first.
+        products: how many products use a block of logits.
+        narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
+    """
+    elements = budget // 4
+    column_copies = int(width * (1.5 * widens + 2 * narrow_gradient))
+    columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
+    if column_copies:
+        columns = max(1, min(columns, elements // 2 // column_copies))
+        elements -= columns * column_copies
+    whole = copies and rows * width <= elements // 2
+    if whole:
+        elements -= rows * width
+    row_copies = 2 * width if copies and not whole else 0
+    block = min(elements, CPU_BLOCK_BYTES * products // 4)
+    columns = max(1, min(columns, block - row_copies))
+    return CpuPlan(max(1, min(rows, block // (columns + row_copies))), columns, whole)
+
+
+def plan_cpu_chunk(rows: int, vocabulary: int, width: int, budget: int, plan: CpuPlan) -> int:
+    """Rows of whole logits that the ``cpu`` backend's 3G path takes at a time; 0: not worth it.
+
+    A chunk of ``c`` rows saves one product, ``2 c V D`` flops, and costs a pass over ``dW``,
+    ``8 V D`` bytes: below about a hundred rows the pass takes longer on a CPU.
+
+    Args:
+        rows, vocabulary, width: ``N``, ``V`` and ``D``.
+        budget: bytes for the chunk, its rows of ``dH`` and a widened block of ``weight``.
+        plan: of the blocks.
+    """
+    chunk = (budget // 4 - 2 * plan.columns * width) // (vocabulary + 2 * width)
+    chunk = min(rows, chunk)
+    return chunk if chunk >= min(rows, CPU_LEAST_CHUNK) else 0

@@ -13,7 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import check_cu_seqlens, check_tensor, check_weighting
+from bft_kernels.checks import (
+    check_confidence,
+    check_cu_seqlens,
+    check_tensor,
+    check_weighting,
+)
 
 SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -73,6 +78,8 @@ def token_weights(
     check_tensor("confidence", confidence, (None,), (torch.float32, torch.float64))
     check_cu_seqlens(cu_seqlens, confidence.numel(), confidence.device)
     check_weighting(scheme, window, gamma, floor)
+    if confidence.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_confidence(confidence)
     return weigh(confidence, cu_seqlens, scheme=scheme, window=window, gamma=gamma, floor=floor)
 
 
@@ -85,8 +92,12 @@ def weigh(
     window: int,
     gamma: float,
     floor: float = 1e-8,
+    nll: Tensor | None = None,  # [n]
 ) -> TokenWeights:
-    """:func:`token_weights` without its checks, and with room for padding behind the last token."""
+    """:func:`token_weights` without its checks, and with room for padding behind the last token.
+
+    ``nll`` says what a confidence too small for its type was.
+    """
     count = confidence.numel()
     sequences = cu_seqlens.numel() - 1
     cu = cu_seqlens.to(confidence.device, torch.int64)
@@ -103,10 +114,14 @@ def weigh(
     else:
         start = torch.maximum(position - window // 2, first)
         length = torch.minimum(position + (window - window // 2), stop) - start
-    values = confidence.log() if name == "bft-v1-code" else confidence
-    local = window_sums(values, start, length, window) / length
     if name == "bft-v1-code":
-        local = local.exp()
+        # A mean of logarithms is exact to its last digit only; its exponential needs it exact to
+        # some absolute error, so the sum is float64 (where the device has it).
+        wide = torch.float32 if confidence.device.type == "mps" else torch.float64
+        values = confidence.to(wide).log() if nll is None else -nll.to(wide)
+        local = (window_sums(values, start, length, window) / length).exp().to(confidence.dtype)
+    else:
+        local = window_sums(confidence, start, length, window) / length
 
     lowest = confidence.new_full((sequences + 1,), torch.inf)
     lowest = lowest.scatter_reduce(0, sequence, local, "amin")[:sequences]
@@ -115,9 +130,7 @@ def weigh(
 
     token, per_sequence = torch.ones_like(confidence), torch.ones_like(lowest)
     if not isinstance(scheme, str):
-        token, per_sequence = scheme(confidence, cu_seqlens)
-        token = _from_callable("token_weight", token, confidence)
-        per_sequence = _from_callable("sequence_weight", per_sequence, lowest)
+        token, per_sequence = _call_scheme(scheme, confidence, cu_seqlens, lowest)
     elif scheme == "bft":
         token, per_sequence = (confidence / (local + floor)).clamp(0, 1), 1 - lowest
     elif scheme == "bft-v1-code":
@@ -133,6 +146,27 @@ def weigh(
         torch.where(filled, per_sequence, 0.0),
         lowest,
     )
+
+
+def _call_scheme(
+    scheme: SchemeFunction, confidence: Tensor, cu_seqlens: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A callable's weights. It sees the tokens of the sequences, not the padding behind them,
+    which takes one wait for the device where there is one.
+    """
+    padded = confidence.shape[0]
+    count = int(cu_seqlens[-1])
+    torch._check(count >= 0)  # for a count that tracing does not know
+    torch._check(count <= padded)
+    seen = confidence.narrow(0, 0, count)
+    result = scheme(seen, cu_seqlens)
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(
+            f"scheme: returned {type(result).__name__}, expected (token_weight, sequence_weight)"
+        )
+    token = _from_callable("token_weight", result[0], seen)
+    token = torch.cat([token, token.new_zeros(padded - count)])
+    return token, _from_callable("sequence_weight", result[1], like)
 
 
 def _from_callable(name: str, value: Tensor, like: Tensor) -> Tensor:
@@ -307,14 +341,16 @@ def balance(
     gamma: float,
     floor: float,
 ) -> Balanced:
-    """Weights from token losses. A callable scheme sees exactly the labelled tokens, which takes
-    one wait for the device where there is one.
-    """
-    confidence = layout.compact(torch.exp(-nll.detach()))
-    if not isinstance(scheme, str):
-        confidence = confidence[: int(layout.cu_labelled[-1])]
+    """Weights from token losses."""
+    compacted = layout.compact(nll.detach())
     weights = weigh(
-        confidence, layout.cu_labelled, scheme=scheme, window=window, gamma=gamma, floor=floor
+        torch.exp(-compacted),
+        layout.cu_labelled,
+        scheme=scheme,
+        window=window,
+        gamma=gamma,
+        floor=floor,
+        nll=compacted,
     )
     token = layout.spread(weights.token_weight)
     sequence = weights.sequence_weight

@@ -9,6 +9,10 @@ runs (in a console block what follows `$ `, the rest is output) if it is of `bft
 run here has its reason on the line above:
 
     <!-- no-run: needs two GPUs -->
+
+and one that takes too long here, the flags that make it short, for each of its commands:
+
+    <!-- run-with: --steps 1 -->
 """
 
 import os
@@ -26,8 +30,8 @@ from textwrap import dedent
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 300
 LANGUAGES = ("python", "bash", "sh", "console")
-PROGRAMS = ("bft", "python")
-NO_RUN = re.compile(r"<!--\s*no-run:?\s*(.*?)\s*-->")
+PROGRAMS = ("accelerate", "bft", "python")
+COMMENT = re.compile(r"<!--\s*(no-run|run-with):?\s*(.*?)\s*-->")
 FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,}) *(?P<language>[\w+-]*)")
 
 
@@ -37,12 +41,13 @@ class SnippetError(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block, and why it is not to be run, where the document says so."""
+    """A fenced block, and what the comment above it says of it."""
 
     line: int
     language: str
     text: str
-    no_run: str | None
+    no_run: str | None  # why it is not to be run
+    flags: str = ""  # for each of its commands
 
 
 def blocks(document: Path) -> Iterator[Block]:
@@ -52,14 +57,15 @@ def blocks(document: Path) -> Iterator[Block]:
         SnippetError: a no-run comment without a reason or a block, or a fence that is not closed.
     """
     lines = enumerate(document.read_text(encoding="utf-8").splitlines(), start=1)
-    no_run: str | None = None
+    said: dict[str, str] = {}
     for number, line in lines:
         fence = FENCE.match(line)
-        comment = NO_RUN.search(line)
+        comment = COMMENT.search(line)
         if comment:
-            if not comment[1]:
-                raise SnippetError(f"{document.name}:{number}: no-run gives no reason")
-            no_run = comment[1]
+            if not comment[2]:
+                missing = {"no-run": "reason", "run-with": "flags"}[comment[1]]
+                raise SnippetError(f"{document.name}:{number}: {comment[1]} gives no {missing}")
+            said[comment[1]] = comment[2]
         elif fence:
             body = []
             for _, inner in lines:
@@ -70,11 +76,12 @@ def blocks(document: Path) -> Iterator[Block]:
                 raise SnippetError(f"{document.name}:{number}: the fence is not closed")
             language = fence["language"].lower()
             if language in LANGUAGES:
-                yield Block(number, language, dedent("\n".join(body)), no_run)
-            no_run = None
-        elif line.strip() and no_run is not None:
+                text = dedent("\n".join(body))
+                yield Block(number, language, text, said.get("no-run"), said.get("run-with", ""))
+            said = {}
+        elif line.strip() and said:
             raise SnippetError(
-                f"{document.name}:{number}: expected a block after the no-run comment"
+                f"{document.name}:{number}: expected a block after the {next(iter(said))} comment"
             )
 
 
@@ -146,6 +153,7 @@ def run_block(block: Block, folder: Path) -> None:
         run([sys.executable, script.name], folder)
         return
     for command in commands(block):
+        command = f"{command} {block.flags}".rstrip()
         try:
             run_command(command, folder)
         except SnippetError as error:

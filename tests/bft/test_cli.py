@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 import yaml
 
 from bft.cli import COMMANDS, main
-from bft.config import TrainConfig, yaml_flags
+from bft.config import DataConfig, InfoConfig, TrainConfig, yaml_flags
+from bft.pretrained import SOURCES, Source
 
 
 def parse(flags: list[str]) -> TrainConfig:
@@ -69,6 +71,27 @@ def test_errors_name_what_is_wrong(
         status = exit_.code
     assert status != 0
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_missing_package_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BFT_CACHE", str(tmp_path))
+    gone = Source("no-such-package", (("no-such-package", "x.gguf"),), "MIT", "pip install it")
+    monkeypatch.setitem(SOURCES, "gone", gone)
+    assert main(["eval", "--model", "gone", "--file", "a"]) == 1
+    error = capsys.readouterr().err
+    assert "pip install it" in error
+    assert "Traceback" not in error
+
+
+def test_faults_inside_a_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, lambda config: torch.zeros(2).view(3)))
+    monkeypatch.setitem(COMMANDS, "data", (DataConfig, lambda config: json.loads("{")))
+    with pytest.raises(RuntimeError):
+        main(["info"])
+    with pytest.raises(json.JSONDecodeError):
+        main(["data"])
 
 
 def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture) -> None:

@@ -212,6 +212,13 @@ def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path: Path) -> None
     assert read_jsonl(path)[0].extra == {"answer": "x"}
 
 
+def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin.jsonl:2: not UTF-8"):
+        read_jsonl(path)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -68,6 +68,19 @@ def test_bad_batches_are_refused():
 # --- normaliser ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"position_ids": torch.arange(4)[None]}, r"position_ids: got shape \(1, 4\), expected"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: ends at 5, expected .* 6"),
+    ],
+)
+@pytest.mark.parametrize("key", ["labels", "shift_labels"])
+def test_boundaries_that_do_not_fit_are_refused(key: str, extra: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        batch_targets({key: torch.zeros(2, 3, dtype=torch.int64), **extra})
+
+
 def test_items_are_labelled_documents_or_labelled_tokens():
     target, _ = batch_targets({"labels": torch.tensor(ROWS)})
     cu_seqlens = torch.tensor([0, 2, 2, 4, 9, 12])

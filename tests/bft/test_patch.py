@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -196,9 +197,24 @@ def test_packed_padded_and_one_by_one_are_the_same(name: str, normalize: str):
     expected = gradients(model, whole)
     for batches in ([packed], [left], documents, [left, right]):
         times = len(batches) if batches == [left, right] else 1
-        parts = [model(**b, num_items_in_batch=items * times).loss for b in batches]
+        parts = [model(**b, num_items=items * times).loss for b in batches]
         close(sum(parts), whole)
         assert_same(gradients(model, *parts), expected)
+
+
+def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    tokens = (batch["labels"] != IGNORE).sum()
+    with pytest.raises(ValueError, match=r"^num_items_in_batch: .*expected normalize='token'"):
+        model(**batch, num_items_in_batch=tokens)
+    by_token = patch_model(build("llama"), dataclasses.replace(BFT, normalize="token"))
+    want = by_token(**batch, num_items=tokens).loss
+    close(by_token(**batch, num_items_in_batch=tokens).loss, want)
+
+
+def test_a_loss_that_cannot_be_called_is_refused():
+    with pytest.raises(TypeError, match=r"^loss: got int, expected a callable"):
+        patch_model(build("llama"), 3)
 
 
 def test_shift_labels_are_honoured():
@@ -231,8 +247,7 @@ def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate: bool):
     # The same micro-batch twice: the step's auxiliary loss is their mean, not their sum.
     times = 2 if accumulate else 1
     parts = [
-        model(**batch, output_router_logits=True, num_items_in_batch=items * times)
-        for _ in range(times)
+        model(**batch, output_router_logits=True, num_items=items * times) for _ in range(times)
     ]
     assert parts[0].aux_loss is not None
     close(sum(p.loss for p in parts).float(), want.loss)

@@ -52,7 +52,7 @@ def step(model: Any, rows: dict[str, Tensor], micro_batches: int) -> float:
     total = 0.0
     for part in range(micro_batches):
         some = {k: v[part::micro_batches] for k, v in rows.items()}
-        loss = model(**some, num_items_in_batch=items).loss
+        loss = model(**some, num_items=items).loss
         undo_rank_mean(loss).backward()
         total += loss.item()
     return total

@@ -59,12 +59,14 @@ def test_skips_a_block_with_a_reason_and_says_it(tmp_path):
         ("```bash\npython -c 'import no_such_module'\npython -V\n```", "no_such_module"),
         ("```bash\npython -c 'exit(1)' | python -V\n```", "exit status 1"),
         ("```bash\nmake no-such-target\n```", "no-such-target"),
-        ("```console\n$ rm -rf x\n```", "rm -rf x\nonly bft, python and make are run"),
-        ("```bash\npython -V && curl x\n```", "only bft, python and make are run"),
-        ("```bash\npython $(curl x)\n```", "only bft, python and make are run"),
+        ("```console\n$ rm -rf x\n```", "rm -rf x\nonly accelerate, bft, python and make are run"),
+        ("```bash\npython -V && curl x\n```", "only accelerate, bft, python and make are run"),
+        ("```bash\npython $(curl x)\n```", "only accelerate, bft, python and make are run"),
         ("```bash\npython -c 'unclosed\n```", "No closing quotation"),
         ("<!-- no-run: -->\n```python\n```", "no-run gives no reason"),
         ("<!-- no-run: why -->\ntext", "expected a block"),
+        ("<!-- run-with: -->\n```bash\npython -V\n```", "run-with gives no flags"),
+        ("<!-- run-with: -x -->\ntext", "expected a block after the run-with comment"),
         ("```python\nprint()", "not closed"),
     ],
 )
@@ -78,3 +80,9 @@ def test_fails(tmp_path, text, message):
 def test_a_reason_covers_one_block_only(tmp_path):
     text = "<!-- no-run: why -->\n```python\n1 / 0\n```\n```python\n1 / 0\n```\n"
     assert "0 passed, 1 failed, 1 skipped" in check(tmp_path, text).stdout
+
+
+def test_flags_are_given_to_each_command_of_one_block(tmp_path):
+    echo = 'python -c \'import sys; sys.exit(sys.argv[1:] != ["--steps", "1"])\''
+    text = f"<!-- run-with: --steps 1 -->\n```bash\n{echo}\n{echo}\n```\n```bash\n{echo}\n```\n"
+    assert "1 passed, 1 failed, 0 skipped" in check(tmp_path, text).stdout

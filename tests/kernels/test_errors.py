@@ -4,6 +4,7 @@ expected.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,11 @@ CORE: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ({"eps": 0.0}, ValueError, ("eps", "0.0", "above 0")),
     ({"eps": 1.5}, ValueError, ("eps", "1.5", "between 0 and 1")),
     ({"seed": 1.0, "gradient": "sampled"}, TypeError, ("seed", "float", "int")),
-    ({"seed": 2**63, "gradient": "sampled"}, ValueError, ("seed", str(2**63), "less than 2**63")),
+    (
+        {"seed": 2**63, "gradient": "sampled"},
+        ValueError,
+        ("seed", str(2**63), f"at most {2**63 - 1}"),
+    ),
     ({"seed": torch.tensor([1])}, ValueError, ("seed", "(1,)", "()")),
     ({"seed": torch.tensor(1.0)}, TypeError, ("seed", "float32", "int64")),
     ({"backend": "cuda-magic"}, ValueError, ("backend", "cuda-magic", "torch")),
@@ -87,6 +92,22 @@ CORE: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ({"max_buffer_bytes": 1e6}, TypeError, ("max_buffer_bytes", "float", "int")),
     ({"hidden": with_nan((N, D)), "check": True}, ValueError, ("hidden", "nan in row 1", "finite")),
     ({"weight": with_nan((V, D)), "check": True}, ValueError, ("weight", "nan in row 1", "finite")),
+    (
+        {"hidden": torch.randn(N, D).to_sparse()},
+        TypeError,
+        ("hidden", "sparse_coo", "torch.strided"),
+    ),
+    ({"bias": torch.randn(V).double()}, TypeError, ("bias", "float64", "both float64")),
+    (
+        {"bias": torch.tensor([math.inf, *[0.0] * (V - 1)]), "check": True},
+        ValueError,
+        ("bias", "inf in position 0", "-inf"),
+    ),
+    ({"ignore_index": 2**63}, ValueError, ("ignore_index", str(2**63), "at most")),
+    ({"max_buffer_bytes": 2**70}, ValueError, ("max_buffer_bytes", str(2**70), "at most")),
+    ({"backend": None}, TypeError, ("backend", "NoneType", "name")),
+    ({"check": "yes"}, TypeError, ("check", "str", "bool")),
+    ({"return_stats": 1}, TypeError, ("return_stats", "int", "bool")),
     ({"hidden_variance": True}, ValueError, ("hidden_variance", "True", "sampled")),
 ]
 
@@ -104,6 +125,11 @@ REDUCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ({"token_weight": torch.ones(N - 1)}, ValueError, ("token_weight", f"({N - 1},)", f"({N})")),
     ({"token_weight": torch.ones(N).long()}, TypeError, ("token_weight", "int64", "float32")),
     (
+        {"token_weight": torch.full((N,), NAN), "check": True},
+        ValueError,
+        ("token_weight", "nan in row 0", "finite"),
+    ),
+    (
         {"token_weight": torch.ones(N, requires_grad=True)},
         ValueError,
         ("token_weight", "requires a gradient", "constant"),
@@ -119,6 +145,12 @@ BALANCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ({"normalize": "batch"}, ValueError, ("normalize", "batch", "'sequence', 'token'")),
     ({"num_items": 0}, ValueError, ("num_items", "0", "above 0")),
     ({"num_items": -2}, ValueError, ("num_items", "-2", "at least 0")),
+    ({"num_items": torch.tensor(0)}, ValueError, ("num_items", "0", "above 0")),
+    ({"num_items": torch.tensor(-3.0)}, ValueError, ("num_items", "-3.0", "at least 0")),
+    ({"num_items": torch.tensor(NAN)}, ValueError, ("num_items", "nan", "finite")),
+    ({"num_items": torch.tensor(2j)}, TypeError, ("num_items", "complex64", "count")),
+    ({"num_items": torch.tensor(True)}, TypeError, ("num_items", "bool", "count")),
+    ({"window": 2**63}, ValueError, ("window", str(2**63), "at most")),
     ({"num_items": torch.ones(2)}, ValueError, ("num_items", "(2,)", "[]")),
     ({"cu_seqlens": [0, N]}, TypeError, ("cu_seqlens", "list", "Tensor")),
     ({"cu_seqlens": torch.tensor([0.0, N])}, TypeError, ("cu_seqlens", "float32", "int32")),
@@ -146,6 +178,8 @@ BALANCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
         ValueError,
         ("scheme", "sequence_weight has shape float", "(1,)"),
     ),
+    ({"scheme": lambda c, cu: None}, ValueError, ("scheme", "NoneType", "sequence_weight")),
+    ({"scheme": lambda c, cu: (c, c, c)}, ValueError, ("scheme", "tuple", "sequence_weight")),
 ]
 
 
@@ -208,6 +242,16 @@ def test_a_target_of_three_dimensions_needs_boundaries() -> None:
         ({"window": True}, TypeError, ("window", "bool", "int")),
         ({"gamma": -1.0}, ValueError, ("gamma", "-1.0", "at least 0")),
         ({"floor": 0.0}, ValueError, ("floor", "0.0", "above 0")),
+        (
+            {"confidence": torch.tensor([0.5, NAN, 1, 1])},
+            ValueError,
+            ("confidence", "nan in position 1", "0 to 1"),
+        ),
+        (
+            {"confidence": torch.tensor([0.5, 1, 3, -1])},
+            ValueError,
+            ("confidence", "3.0 in position 2 (2", "0 to 1"),
+        ),
     ],
 )
 def test_token_weights_arguments(changes, error, parts) -> None:
@@ -243,6 +287,41 @@ def test_layout_helpers(function, arguments, parts) -> None:
 @pytest.mark.parametrize("module", [LinearCrossEntropyLoss, BalancedLinearCrossEntropyLoss])
 def test_modules_refuse_unknown_settings(module) -> None:
     refused(module, {"softcapp": 3.0}, TypeError, ("softcapp", "unexpected", "softcap"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "parts"),
+    [
+        ({"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
+        ({"gradient": "x"}, ValueError, ("gradient", "x", "'exact'")),
+        ({"max_buffer_bytes": "1"}, TypeError, ("max_buffer_bytes", "str", "int")),
+    ],
+)
+@pytest.mark.parametrize("module", [LinearCrossEntropyLoss, BalancedLinearCrossEntropyLoss])
+def test_modules_check_settings_when_made(module, settings, error, parts) -> None:
+    refused(module, settings, error, parts)
+
+
+def test_a_balanced_module_checks_its_weighting_when_made() -> None:
+    arguments = {"scheme": "foo"}
+    refused(BalancedLinearCrossEntropyLoss, arguments, ValueError, ("scheme", "foo", "'bft'"))
+    arguments = {"window": 0}
+    refused(BalancedLinearCrossEntropyLoss, arguments, ValueError, ("window", "0", "at least 1"))
+
+
+def test_nan_in_an_ignored_row_costs_nothing_and_is_not_reported() -> None:
+    target = torch.arange(N)
+    target[1] = -100
+    result = linear_nll(**good(hidden=with_nan((N, D)), target=target, check=True))
+    assert bool(torch.isfinite(result).all())
+
+
+def test_check_false_looks_at_no_boundaries() -> None:
+    bounds = torch.tensor([0, 4, 2, N])
+    loss = balanced_linear_cross_entropy(
+        **good(cu_seqlens=bounds, check=False, gradient="sampled", seed=0)
+    )
+    assert bool(torch.isfinite(loss))
 
 
 def test_check_false_looks_at_no_values() -> None:

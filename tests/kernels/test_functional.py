@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -759,3 +761,53 @@ def test_exact_gradients_are_deterministic(problem):
         first, second = gradients(run(), p), gradients(run(), p)
         for name in first:
             assert torch.equal(first[name], second[name]), name
+
+
+# --- as on an accelerator -------------------------------------------------------------------------
+
+
+ACCELERATED: dict[str, Callable[..., Any]] = {
+    "exact": lambda *args, **how: linear_nll(*args, **how).square().sum(),
+    "sampled": lambda *args, **how: linear_nll(
+        *args, gradient="sampled", eps=0.05, seed=3, **how
+    ).sum(),
+    "mean": linear_cross_entropy,
+    "balanced": lambda *args, **how: balanced_linear_cross_entropy(
+        *args, cu_seqlens=torch.tensor([0, 7, 7, 20, 33]), window=4, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [None, 600])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_ignored_rows_that_stay_change_nothing(
+    name, softcap, budget, frozen, problem, close, monkeypatch
+):
+    """On an accelerator nobody waits for the number of labelled rows: ignored ones are masked."""
+    p = problem(33, 5, 12, bias=True, frozen=("weight", "bias") if frozen else ())
+    p.hidden.data[p.target == -100] = math.nan  # what padding holds must not matter
+    results = []
+    for known in (True, False):
+        monkeypatch.setattr(
+            "bft_kernels.backends.torch.rows.count_is_known", lambda device, known=known: known
+        )
+        own = p.copy(frozen=p.frozen)
+        loss = ACCELERATED[name](
+            *own.args, bias=own.bias, softcap=softcap, max_buffer_bytes=budget, backend="torch"
+        )
+        loss.backward()
+        results.append((loss, own.grads()))
+    close(results[1][0], results[0][0], 1e-12)
+    close(results[1][1], results[0][1], 1e-12)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, balanced_linear_cross_entropy])
+def test_a_batch_of_upstream_gradients(function, problem, close):
+    p = problem(9, 4, 7)
+    loss = function(*p.args)
+    (one,) = torch.autograd.grad(loss, p.weight, retain_graph=True)
+    factors = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
+    (many,) = torch.autograd.grad(loss, p.weight, factors, is_grads_batched=True)
+    close(many, factors[:, None, None] * one, 1e-12)

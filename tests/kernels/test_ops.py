@@ -105,8 +105,16 @@ def balanced_sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     )
 
 
+def balanced_callable(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        return confidence.sqrt(), cu_seqlens.diff().to(confidence.dtype)
+
+    return balanced_linear_cross_entropy(hidden, weight, target, scheme=scheme)
+
+
 @pytest.mark.parametrize(
-    "function", [mean, per_token, per_token_sampled, balanced, balanced_sampled]
+    "function",
+    [mean, per_token, per_token_sampled, balanced, balanced_sampled, balanced_callable],
 )
 def test_compiled_equals_eager(function, problem, close) -> None:
     """One graph, the same numbers, also when the number of tokens changes."""
@@ -157,3 +165,22 @@ def test_fake_tensors_have_the_shapes_and_types_of_real_ones(problem) -> None:
         assert (a is None) == (b is None), name
         if a is not None:
             assert (a.shape, a.dtype) == (b.shape, b.dtype), name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [([0, 5, 3, 8], "falls from 5 to 3"), ([2, 8], "starts at 2"), ([0, 3], "ends at 3")],
+)
+def test_compiled_code_refuses_wrong_boundaries(
+    bounds, message, frozen, problem, fresh_compiler
+) -> None:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return balanced_linear_cross_entropy(hidden, weight, target, cu_seqlens=cu_seqlens)
+
+    p = problem(8, 4, 9, ignored=0.0, frozen=("weight",) if frozen else ())
+    compiled = torch.compile(loss, fullgraph=True)
+    good = torch.tensor([0, 5, 8] if len(bounds) == 3 else [0, *bounds[2:], 8])
+    compiled(*p.args, good)
+    with pytest.raises(Exception, match=message):
+        compiled(*p.args, torch.tensor(bounds))

@@ -216,11 +216,15 @@ def add_weighted_rows(
 ) -> None:
     """``out[g] += sum_e value[e] * table[index[e]]`` over the entries of group ``g``.
 
+    ``index`` may be int32 while there are fewer than 2^31 entries.
+
     Sums run in the type of ``value``, in the order of the entries, so they are the same from run to
     run. A table of that type is read in place, by blocks of groups; another one is converted in
     slices of its columns. Temporaries fit the budget.
     """
     bag = torch.nn.functional.embedding_bag
+    if index.numel() >= 2**31:  # offsets have the type of the index
+        index = index.long()
     groups, width = out.shape
     if table.dtype == value.dtype and table.is_contiguous():
         block = max(1, budget // (value.element_size() * width))

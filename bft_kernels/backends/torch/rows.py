@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def count_is_known(device_type: str) -> bool:
+    """Whether the host can count rows without waiting for the device."""
+    return device_type == "cpu"
+
+
 class LabelledRows:
     """The rows that carry a label.
 
@@ -22,7 +27,7 @@ class LabelledRows:
     def __init__(self, target: Tensor, ignore_index: int) -> None:
         self.labelled = target != ignore_index
         self.index: Tensor | None = None
-        self.masked = target.device.type != "cpu"
+        self.masked = not count_is_known(target.device.type)
         if not self.masked:
             index = self.labelled.nonzero().squeeze(1)
             if index.numel() < target.numel():
@@ -45,7 +50,8 @@ class LabelledRows:
         if not self.masked:
             return part
         mask = self.labelled[first:stop]
-        return torch.where(mask.view(-1, *[1] * (part.dim() - 1)), part, 0)
+        mask = mask.view(-1, *[1] * (part.dim() - 1))
+        return torch.where(mask, part, part.new_zeros(()))  # the scalar 0 would widen a bool
 
     def spread(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """``[count, ...] -> [N, ...]``, zeros where ignored."""

@@ -1,0 +1,62 @@
+"""Block sizes: they fit the budget, and stay of a useful shape when it is small."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bft_kernels.plan import plan_columns, plan_cpu_blocks, plan_cpu_chunk, plan_rows
+
+sizes = st.integers(1, 20_000)
+budgets = st.integers(1, 2**28)
+
+
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(0, 5))
+def test_row_blocks(rows, vocabulary, width, budget, widen, scratch):
+    plan = plan_rows(rows, vocabulary, width, 4, budget, widen=widen, scratch=scratch)
+    assert 1 <= plan.tile_rows <= plan.chunk_rows <= rows
+    assert 1 <= plan.weight_rows <= vocabulary
+    taken = plan.chunk_rows + plan.tile_rows * scratch
+    assert plan.chunk_rows == 1 or taken * vocabulary * 4 <= budget
+
+
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(0, 2))
+def test_column_blocks(rows, vocabulary, width, budget, copies, scratch):
+    plan = plan_columns(rows, vocabulary, width, 4, budget, copies=copies, scratch=scratch)
+    assert 1 <= plan.rows <= rows
+    assert 1 <= plan.columns <= vocabulary
+    taken = (1 + scratch) * plan.rows * plan.columns + 2 * width * plan.columns
+    taken += width * plan.rows * copies
+    assert plan.columns == 1 or plan.rows == 1 or taken * 4 <= budget
+
+
+@pytest.mark.parametrize(
+    ("width", "budget"), [(2048, 2**23), (4096, 2**24), (16384, 2**26), (4096, 2**20)]
+)
+def test_wide_rows_still_get_blocks_of_many_rows(width, budget):
+    plan = plan_columns(4096, 100_000, width, 4, budget, copies=False, scratch=0)
+    assert plan.rows >= min(plan.columns, 32), plan
+
+
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans())
+def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow):
+    plan = plan_cpu_blocks(
+        rows,
+        vocabulary,
+        width,
+        budget,
+        widens=widens,
+        copies=copies,
+        products=3,
+        narrow_gradient=narrow,
+    )
+    assert 1 <= plan.rows <= rows
+    assert 1 <= plan.columns <= vocabulary
+    assert copies or not plan.whole
+    taken = plan.rows * plan.columns + int(width * (1.5 * widens + 2 * narrow)) * plan.columns
+    if copies:
+        taken += rows * width if plan.whole else 2 * width * plan.rows
+    assert plan.columns == 1 or plan.rows == 1 or taken * 4 <= budget
+    chunk = plan_cpu_chunk(rows, vocabulary, width, budget, plan)
+    assert chunk == 0 or (chunk <= rows and chunk * vocabulary * 4 <= budget)
