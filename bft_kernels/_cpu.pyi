@@ -1,6 +1,83 @@
-openmp: bool
+_Matrix = tuple[int, str, int, int, int]
+_Block = tuple[int, int, int, int, int, int]
 
-def sampling_uniforms(
-    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int
+class Sweep:
+    def __init__(
+        self,
+        *,
+        rows: int,
+        vocabulary: int,
+        targets: int,
+        positions: int = 0,
+        floors: int = 0,
+        bias: int = 0,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+        norms: int = 0,
+        eps: float = 1.0,
+        seed: int = 0,
+        statistics: bool = False,
+        sample: bool = False,
+        certificate: bool = False,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None: ...
+    def add(self, block: _Block, threads: int) -> None: ...
+    def add_exponentials(self, block: _Block, sums: int, width: int, threads: int) -> None: ...
+    def finish(self, first_row: int, rows: int, out: dict[str, int], threads: int) -> None: ...
+    def entries(self, offsets: int, columns: int, values: int, threads: int) -> None: ...
+    def unit_factors(self, first_row: int, rows: int, factors: int, target_values: int) -> None: ...
+
+def gradient_block(
+    *,
+    block: _Block,
+    vocabulary: int,
+    raw: bool,
+    targets: int,
+    lse: int,
+    lse_low: int,
+    nll: int,
+    upstream: int,
+    bias: int = 0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    threads: int,
 ) -> None: ...
-def sampling_bits(seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int) -> None: ...
+def gather_hidden(
+    *,
+    rows: int,
+    offsets: int,
+    columns: int,
+    values: int,
+    upstream: int,
+    weight: _Matrix,
+    grad_hidden: _Matrix,
+    threads: int,
+) -> None: ...
+def scatter_weight(
+    *,
+    rows: int,
+    offsets: int,
+    columns: int,
+    values: int,
+    upstream: int,
+    hidden: _Matrix,
+    grad_weight: _Matrix | None,
+    add: bool,
+    grad_bias: int,
+    vocabulary: int,
+    threads: int,
+) -> None: ...
+def advise_huge_pages(address: int, bytes: int) -> None: ...
+def has_openmp() -> bool: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...
+def sampling_bits(
+    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int, threads: int = 1
+) -> None: ...
+def sampling_uniforms(
+    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int, threads: int = 1
+) -> None: ...

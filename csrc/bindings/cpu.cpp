@@ -1,37 +1,302 @@
 // bft_kernels._cpu: arrays come as addresses and sizes, so that no torch header is needed.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
 
 #include "csrc/bindings/checks.h"
+#include "csrc/cpu/backward.h"
+#include "csrc/cpu/kernels.h"
+#include "csrc/cpu/memory.h"
+#include "csrc/cpu/parallel.h"
 #include "csrc/cpu/sampling.h"
+#include "csrc/cpu/sweep.h"
 
 namespace py = pybind11;
+using py::arg;
+using Address = std::uintptr_t;  // 0 where an array is not given
 
 namespace {
 
+constexpr int64_t kMaxCount = int64_t{1} << 48;
+
+int checked_threads(int threads) {
+    bft::check_range("threads", threads, 1, 1 << 16);
+    return threads;
+}
+
+// --- arrays --------------------------------------------------------------------------------------
+
+template <typename T>
+T* optional_array(const char* name, Address address, int64_t elements) {
+    return address == 0 ? nullptr : bft::checked_pointer<T>(name, address, elements);
+}
+
+template <typename T>
+const T* array(const char* name, Address address, int64_t elements) {
+    return bft::checked_pointer<const T>(name, address, elements);
+}
+
+bft::cpu::DType checked_type(const std::string& name) {
+    if (name == "float32") return bft::cpu::DType::kFloat32;
+    if (name == "bfloat16") return bft::cpu::DType::kBFloat16;
+    if (name == "float16") return bft::cpu::DType::kFloat16;
+    throw std::invalid_argument("type: got '" + name +
+                                "', expected 'float32', 'bfloat16' or 'float16'");
+}
+
+// Address, type and stride of a matrix: (data_ptr, "float32", rows, width, stride).
+using MatrixArguments = std::tuple<Address, std::string, int64_t, int64_t, int64_t>;
+
+bft::cpu::Matrix checked_matrix(const char* name, const MatrixArguments& arguments) {
+    const auto& [address, type, rows, width, stride] = arguments;
+    bft::check_range("rows", rows, 0, kMaxCount);
+    bft::check_range("width", width, 1, kMaxCount);
+    bft::check_range("stride", stride, rows > 1 ? width : 0, kMaxCount);
+    void* data = bft::checked_pointer<uint16_t>(name, address, rows * width);
+    return {data, checked_type(type), rows, width, stride};
+}
+
+// Where a block of logits lies: (data_ptr, stride, first_row, rows, first_column, columns).
+using BlockArguments = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+bft::cpu::Block checked_block(const BlockArguments& arguments, int64_t vocabulary) {
+    const auto& [address, stride, first_row, rows, first_column, columns] = arguments;
+    bft::check_range("first_row", first_row, 0, kMaxCount);
+    bft::check_range("rows", rows, 0, kMaxCount);
+    bft::check_range("first_column", first_column, 0, vocabulary);
+    bft::check_range("columns", columns, 1, vocabulary - first_column);
+    bft::check_range("stride", stride, columns, kMaxCount);
+    return {bft::checked_pointer<float>("logits", address, rows),
+            stride,
+            first_row,
+            rows,
+            first_column,
+            columns};
+}
+
+// --- the forward ---------------------------------------------------------------------------------
+
+class Sweep {
+  public:
+    Sweep(const bft::cpu::SweepSettings& settings, int64_t rows, Address targets, Address positions,
+          Address floors)
+        : vocabulary_(settings.vocabulary),
+          rows_(rows),
+          sweep_(settings, rows, array<int64_t>("targets", targets, rows),
+                 array<int64_t>("positions", positions, settings.sample ? rows : 0),
+                 optional_array<float>("floors", floors, rows)) {}
+
+    void add(const BlockArguments& block, int threads) {
+        sweep_.add(checked(block), checked_threads(threads));
+    }
+
+    void add_exponentials(const BlockArguments& block, Address sums, int64_t width, int threads) {
+        sweep_.add_exponentials(checked(block),
+                                bft::checked_pointer<float>("sums", sums, rows_ * width), width,
+                                checked_threads(threads));
+    }
+
+    void finish(int64_t first_row, int64_t rows, const py::dict& out, int threads) {
+        check_rows(first_row, rows);
+        const auto address = [&](const char* name) {
+            return out.contains(name) ? out[name].cast<Address>() : Address{0};
+        };
+        const auto floats = [&](const char* name) {
+            return optional_array<float>(name, address(name), rows);
+        };
+        const bft::cpu::SweepResults results{
+            floats("loss"),
+            floats("nll"),
+            floats("lse"),
+            floats("lse_low"),
+            floats("entropy"),
+            optional_array<bool>("correct", address("correct"), rows),
+            floats("variance"),
+            floats("hidden_variance"),
+            optional_array<int64_t>("counts", address("counts"), rows)};
+        const py::gil_scoped_release unlocked;
+        sweep_.finish(first_row, rows, results, checked_threads(threads));
+    }
+
+    void entries(Address offsets, Address columns, Address values, int threads) {
+        const int64_t* first = array<int64_t>("offsets", offsets, rows_ + 1);
+        const int64_t count = first[rows_];
+        sweep_.entries(first, bft::checked_pointer<int32_t>("columns", columns, count),
+                       bft::checked_pointer<float>("values", values, count),
+                       checked_threads(threads));
+    }
+
+    void unit_factors(int64_t first_row, int64_t rows, Address factors, Address values) {
+        check_rows(first_row, rows);
+        sweep_.unit_factors(first_row, rows, bft::checked_pointer<float>("factors", factors, rows),
+                            bft::checked_pointer<float>("target_values", values, rows));
+    }
+
+  private:
+    bft::cpu::Block checked(const BlockArguments& arguments) const {
+        const bft::cpu::Block block = checked_block(arguments, vocabulary_);
+        check_rows(block.first_row, block.rows);
+        return block;
+    }
+
+    void check_rows(int64_t first_row, int64_t rows) const {
+        bft::check_range("first_row", first_row, 0, rows_);
+        bft::check_range("rows", rows, 0, rows_ - first_row);
+    }
+
+    int64_t vocabulary_, rows_;
+    bft::cpu::Sweep sweep_;
+};
+
+bft::cpu::Transform checked_transform(Address bias, float softcap, float temperature,
+                                      int64_t vocabulary) {
+    bft::check_range("vocabulary", vocabulary, 1, (int64_t{1} << 31) - 1);
+    return {optional_array<const float>("bias", bias, vocabulary), softcap, temperature};
+}
+
+void define_sweep(py::module_& module) {
+    using Release = py::call_guard<py::gil_scoped_release>;
+    py::class_<Sweep>(module, "Sweep",
+                      "The forward of some rows; blocks come in ascending order of columns. The "
+                      "arrays of bias and norms must outlive it.")
+        .def(py::init([](int64_t rows, int64_t vocabulary, Address targets, Address positions,
+                         Address floors, Address bias, float softcap, float temperature,
+                         Address norms, float eps, int64_t seed, bool statistics, bool sample,
+                         bool certificate, float label_smoothing, float z_loss) {
+                 bft::check_range("rows", rows, 0, kMaxCount);
+                 bft::cpu::SweepSettings settings;
+                 settings.vocabulary = vocabulary;
+                 settings.transform = checked_transform(bias, softcap, temperature, vocabulary);
+                 settings.norms = optional_array<const float>("norms", norms, vocabulary);
+                 settings.eps = eps;
+                 settings.seed = static_cast<uint64_t>(seed);
+                 settings.statistics = statistics;
+                 settings.sample = sample;
+                 settings.certificate = certificate;
+                 settings.label_smoothing = label_smoothing;
+                 settings.z_loss = z_loss;
+                 return new Sweep(settings, rows, targets, positions, floors);
+             }),
+             py::kw_only(), arg("rows"), arg("vocabulary"), arg("targets"), arg("positions") = 0,
+             arg("floors") = 0, arg("bias") = 0, arg("softcap") = 0.0f, arg("temperature") = 1.0f,
+             arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("statistics") = false,
+             arg("sample") = false, arg("certificate") = false, arg("label_smoothing") = 0.0f,
+             arg("z_loss") = 0.0f)
+        .def("add", &Sweep::add, arg("block"), arg("threads"), Release(),
+             "Take a block of raw products; leaves its logits in place.")
+        .def("add_exponentials", &Sweep::add_exponentials, arg("block"), arg("sums"), arg("width"),
+             arg("threads"), Release(),
+             "Take a block; leaves slope * exp(z - maximum) in place, 0 at the target, and scales "
+             "sums [rows, width] when the maximum rises.")
+        .def("finish", &Sweep::finish, arg("first_row"), arg("rows"), arg("out"), arg("threads"),
+             "Write results [rows] to the addresses in out, by name.")
+        .def("entries", &Sweep::entries, arg("offsets"), arg("columns"), arg("values"),
+             arg("threads"), Release(), "Write the sampled entries of all rows.")
+        .def("unit_factors", &Sweep::unit_factors, arg("first_row"), arg("rows"), arg("factors"),
+             arg("target_values"), Release(),
+             "Write what the sums of exponentials are to be multiplied by, and the target's dy.");
+
+    module.def(
+        "gradient_block",
+        [](const BlockArguments& block, int64_t vocabulary, bool raw, Address targets, Address lse,
+           Address lse_low, Address nll, Address upstream, Address bias, float softcap,
+           float temperature, float label_smoothing, float z_loss, int threads) {
+            const bft::cpu::Transform transform =
+                checked_transform(bias, softcap, temperature, vocabulary);
+            const bft::cpu::Block checked = checked_block(block, vocabulary);
+            const int64_t rows = checked.rows;
+            bft::cpu::gradient_block(
+                {transform, raw, vocabulary, label_smoothing, z_loss,
+                 array<int64_t>("targets", targets, rows), array<float>("lse", lse, rows),
+                 array<float>("lse_low", lse_low, rows), array<float>("nll", nll, rows),
+                 array<float>("upstream", upstream, rows)},
+                checked, checked_threads(threads));
+        },
+        py::kw_only(), arg("block"), arg("vocabulary"), arg("raw"), arg("targets"), arg("lse"),
+        arg("lse_low"), arg("nll"), arg("upstream"), arg("bias") = 0, arg("softcap") = 0.0f,
+        arg("temperature") = 1.0f, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f,
+        arg("threads"), Release(),
+        "Overwrite a block of raw products (or of logits, raw=False) with upstream * dy.");
+}
+
+// --- the backward --------------------------------------------------------------------------------
+
+bft::cpu::Entries checked_entries(int64_t rows, Address offsets, Address columns, Address values,
+                                  Address upstream) {
+    bft::check_range("rows", rows, 0, kMaxCount);
+    const int64_t* first = array<int64_t>("offsets", offsets, rows + 1);
+    const int64_t count = first[rows];
+    return {rows, first, array<int32_t>("columns", columns, count),
+            array<float>("values", values, count), array<float>("upstream", upstream, rows)};
+}
+
+void define_backward(py::module_& module) {
+    using Release = py::call_guard<py::gil_scoped_release>;
+    module.def(
+        "gather_hidden",
+        [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
+           const MatrixArguments& weight, const MatrixArguments& grad_hidden, int threads) {
+            bft::cpu::gather_hidden(checked_entries(rows, offsets, columns, values, upstream),
+                                    checked_matrix("weight", weight),
+                                    checked_matrix("grad_hidden", grad_hidden),
+                                    checked_threads(threads));
+        },
+        py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
+        arg("weight"), arg("grad_hidden"), arg("threads"), Release(),
+        "dH [rows, D] from the entries of dy and the rows of weight.");
+    module.def(
+        "scatter_weight",
+        [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
+           const MatrixArguments& hidden, const std::optional<MatrixArguments>& grad_weight,
+           bool add, Address grad_bias, int64_t vocabulary, int threads) {
+            bft::check_range("vocabulary", vocabulary, 1, (int64_t{1} << 31) - 1);
+            std::optional<bft::cpu::Matrix> out;
+            if (grad_weight) out = checked_matrix("grad_weight", *grad_weight);
+            bft::cpu::scatter_weight(checked_entries(rows, offsets, columns, values, upstream),
+                                     checked_matrix("hidden", hidden), out ? &*out : nullptr, add,
+                                     optional_array<float>("grad_bias", grad_bias, vocabulary),
+                                     vocabulary, checked_threads(threads));
+        },
+        py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
+        arg("hidden"), arg("grad_weight"), arg("add"), arg("grad_bias"), arg("vocabulary"),
+        arg("threads"), Release(),
+        "dW [V, D], added or stored, and db [V] from the entries of dy and the rows of hidden.");
+}
+
+// --- the draws -----------------------------------------------------------------------------------
+
 template <typename T>
 void fill_draws(int64_t seed, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-                std::uintptr_t out_ptr) {
+                Address out_ptr, int threads) {
     const bft::Region region = bft::checked_region(row0, rows, col0, cols);
     T* out = bft::checked_pointer<T>("out_ptr", out_ptr, rows * cols);
-    bft::cpu::fill_draws(static_cast<uint64_t>(seed), region, out);
+    bft::cpu::fill_draws(static_cast<uint64_t>(seed), region, out, checked_threads(threads));
 }
 
 template <typename T>
 void define_draws(py::module_& module, const char* name, const char* doc) {
-    using py::arg;
     module.def(name, &fill_draws<T>, doc, arg("seed"), arg("row0"), arg("rows"), arg("col0"),
-               arg("cols"), arg("out_ptr"), py::call_guard<py::gil_scoped_release>());
+               arg("cols"), arg("out_ptr"), arg("threads") = 1,
+               py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.doc() = "C++ kernels for the CPU. Raw addresses: the caller owns and sizes the memory.";
-#ifdef _OPENMP
-    module.attr("openmp") = true;
-#else
-    module.attr("openmp") = false;
-#endif
+    module.def("advise_huge_pages", &bft::cpu::advise_huge_pages, arg("address"), arg("bytes"),
+               "Ask for huge pages in memory that nobody has touched yet.");
+    module.def("has_openmp", &bft::cpu::has_openmp,
+               "Whether loops run on an OpenMP runtime of this process, else on std::thread.");
+    module.def("instruction_sets", &bft::cpu::available_kernels,
+               "What was compiled and this processor runs, best first.");
+    module.def("instruction_set", [] { return bft::cpu::kernels().name; }, "What is used.");
+    module.def("use_instruction_set", &bft::cpu::select_kernels, arg("name"),
+               "Use another of instruction_sets() from now on.");
+    define_sweep(module);
+    define_backward(module);
     define_draws<float>(module, "sampling_uniforms",
                         "Write u of every entry as float32 [rows, cols] to out_ptr.");
     define_draws<uint32_t>(module, "sampling_bits",

@@ -124,7 +124,7 @@ def test_cpu_builds_one_module_that_works(built):
         (None, set()),
         ("csrc/cpu/sampling.cpp", {"csrc/cpu/sampling.cpp"}),
         ("csrc/bindings/checks.h", {"csrc/bindings/cpu.cpp"}),
-        ("csrc/sampling.h", {"csrc/bindings/cpu.cpp", "csrc/cpu/sampling.cpp"}),
+        ("csrc/cpu/candidates.h", {"csrc/bindings/cpu.cpp", "csrc/cpu/sweep.cpp"}),
     ],
 )
 def test_a_second_build_compiles_only_what_changed(built, changed, rebuilt):

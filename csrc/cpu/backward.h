@@ -1,0 +1,38 @@
+// The backward of the sampled gradient: dH gathers rows of weight, dW gathers rows of hidden.
+#pragma once
+
+#include <cstdint>
+
+#include "csrc/cpu/kernels.h"
+
+namespace bft::cpu {
+
+// A row-major matrix whose rows are contiguous.
+struct Matrix {
+    void* data;
+    DType type;
+    int64_t rows, width, stride;
+};
+
+// dy of unit upstream gradient, row by row; columns ascend in each row.
+struct Entries {
+    int64_t rows;
+    const int64_t* offsets;  // [rows + 1]
+    const int32_t* columns;  // [offsets[rows]]
+    const float* values;
+    const float* upstream;  // [rows]
+};
+
+// dH [rows, D] = dy @ weight, a row of dH at a time.
+void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
+                   int threads);
+
+// dW [V, D] = dy^T @ hidden, added or stored, and the sums of dy into grad_bias [V] if it is given.
+//
+// Entries are sorted by column and row (a counting sort: each thread takes a range of columns and
+// reads all entries), so that each row of dW is written once, by one thread, in row order: the
+// result does not depend on the number of threads. Holds 8 bytes an entry and 12 a column.
+void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
+                    bool add, float* grad_bias, int64_t vocabulary, int threads);
+
+}  // namespace bft::cpu

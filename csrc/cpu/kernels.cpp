@@ -1,0 +1,64 @@
+#include "csrc/cpu/kernels.h"
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace bft::cpu {
+
+namespace portable {
+const Kernels& table();
+}
+#if defined(__x86_64__)
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+#endif
+
+namespace {
+
+// Best first.
+std::vector<const Kernels*> runnable() {
+    std::vector<const Kernels*> tables;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx512f = __builtin_cpu_supports("avx512f");
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx512f && fma) tables.push_back(&avx512::table());
+    if (fma) tables.push_back(&avx2::table());
+#endif
+    tables.push_back(&portable::table());
+    return tables;
+}
+
+std::atomic<const Kernels*>& selected() {
+    static std::atomic<const Kernels*> kernels{runnable().front()};
+    return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *selected().load(std::memory_order_relaxed); }
+
+std::vector<const char*> available_kernels() {
+    std::vector<const char*> names;
+    for (const Kernels* table : runnable()) names.push_back(table->name);
+    return names;
+}
+
+void select_kernels(const char* name) {
+    std::string known;
+    for (const Kernels* table : runnable()) {
+        if (std::string(table->name) == name) {
+            selected().store(table, std::memory_order_relaxed);
+            return;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(table->name);
+    }
+    throw std::invalid_argument("name: got '" + std::string(name) + "', expected one of " + known);
+}
+
+}  // namespace bft::cpu

@@ -1,0 +1,444 @@
+#include "csrc/cpu/sweep.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "csrc/cpu/parallel.h"
+
+namespace bft::cpu {
+namespace {
+
+constexpr int64_t kRowGrain = 8;
+constexpr double kDoubleInfinity = std::numeric_limits<double>::infinity();
+constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
+
+// The bound of lse and the exponentials are rounded; a candidate too many is dropped later, one too
+// few is lost.
+constexpr double kSlack = 1 + 1e-4;
+
+// Draws are compared in units of 2^-24; an entry at the threshold must not be lost to rounding.
+constexpr float kDraws = 0x1.0001p24f;
+
+// A row is thinned when it holds this many candidates and twice what the last thinning left.
+constexpr uint32_t kThinFrom = 1024;
+
+}  // namespace
+
+// The state of one row. `maximum` is 0-based at -inf: nothing was seen.
+struct Sweep::Row {
+    double sum = 0;          // of e = exp(z - maximum)
+    double moment = 0;       // of e * (z - maximum)
+    double shifted_sum = 0;  // of z - maximum
+    // The certificate: sums over entries below eps but the target, of e and e^2 times slope^2, and
+    // the same times |W_v|^2.
+    double small[2] = {0, 0};
+    double weighted_small[2] = {0, 0};
+    double maximum = -kDoubleInfinity;
+    double target_logit = std::numeric_limits<double>::quiet_NaN();
+    double log_sum = std::numeric_limits<double>::quiet_NaN();  // this and nll are set by finish
+    double nll = std::numeric_limits<double>::quiet_NaN();
+    float floor = -kFloatInfinity;
+
+    double lse() const { return maximum + log_sum; }
+    int32_t argmax = 0;
+    int32_t target = 0;
+    uint32_t thin_at = kThinFrom;
+    RowKey key{};
+    Candidates candidates;
+};
+
+// One a thread, on cache lines of its own.
+struct alignas(128) Sweep::Scratch {
+    std::vector<float> exponentials;  // also the probabilities of candidates
+    std::vector<uint32_t> hits;
+    std::vector<uint32_t> columns;
+    std::vector<float> logits;
+
+    void reserve(size_t count) {
+        if (exponentials.size() >= count) return;
+        exponentials.resize(count);
+        hits.resize(count + kPadding);
+    }
+};
+
+Sweep::Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets,
+             const int64_t* positions, const float* floors)
+    : settings_(settings), rows_(static_cast<size_t>(rows)) {
+    for (int64_t i = 0; i < rows; ++i) {
+        Row& row = rows_[i];
+        row.target = static_cast<int32_t>(targets[i]);
+        if (settings.sample) {
+            row.key = row_key(settings.seed, static_cast<uint64_t>(positions[i]));
+        }
+        if (floors) row.floor = floors[i];
+    }
+}
+
+Sweep::~Sweep() = default;
+
+void Sweep::reserve_pools(int threads) {
+    if (pools_.size() < static_cast<size_t>(threads)) pools_.resize(threads);
+}
+
+void Sweep::add(const Block& block, int threads) { add_block<false>(block, nullptr, 0, threads); }
+
+void Sweep::add_exponentials(const Block& block, float* sums, int64_t width, int threads) {
+    add_block<true>(block, sums, width, threads);
+}
+
+template <bool kExponentials>
+void Sweep::add_block(const Block& block, float* sums, int64_t width, int threads) {
+    const Kernels& kernel = kernels();
+    reserve_pools(threads);
+    std::vector<Scratch> scratches(threads);
+    const size_t columns = static_cast<size_t>(block.columns);
+    parallel_static(threads, block.rows, [&](int thread, int64_t first, int64_t stop) {
+        Scratch& scratch = scratches[thread];
+        scratch.reserve(columns);
+        for (int64_t i = first; i < stop; ++i) {
+            Row& row = rows_[block.first_row + i];
+            fetch_ahead(block.first_row + i, block.first_row + stop);
+            float* z = block.logits + i * block.stride;
+            const float most =
+                kernel.transform(z, block.columns, block.first_column, settings_.transform);
+            double factor = 1;
+            if (std::isnan(most)) row.sum += most;  // where all is NaN there is no maximum
+            if (most > row.maximum) {
+                if (settings_.label_smoothing != 0 && block.first_column > 0) {
+                    row.shifted_sum += block.first_column * (row.maximum - most);
+                }
+                row.argmax = static_cast<int32_t>(block.first_column +
+                                                  kernel.find_at_least(z, block.columns, most));
+                raise_maximum(row, most, &factor);
+            }
+            if (settings_.label_smoothing != 0) {
+                row.shifted_sum += kernel.sum(z, block.columns, static_cast<float>(row.maximum));
+            }
+            const int64_t place = row.target - block.first_column;
+            const bool has_target = place >= 0 && place < block.columns;
+            float target_logit = 0;
+            if (has_target) {
+                // The target is neither drawn nor certified: to the kernels it is not there.
+                target_logit = z[place];
+                z[place] = -kFloatInfinity;
+            }
+            float* e = scratch.exponentials.data();
+            if (row.maximum == -kDoubleInfinity) {  // every column so far is masked
+                std::fill(e, e + block.columns, 0.0f);
+            } else {
+                const ExponentialSums sums_ =
+                    kernel.exponentials(z, block.columns, static_cast<float>(row.maximum), e);
+                row.sum += sums_.sum;
+                row.moment += sums_.moment;
+            }
+            if (has_target) take_target(row, target_logit);
+            if (settings_.sample || settings_.certificate) {
+                find_candidates(row, z, e, block, scratch, pools_[thread]);
+            }
+            if constexpr (kExponentials) {
+                if (settings_.transform.softcap != 0) {
+                    kernel.multiply_slope(e, z, block.columns, settings_.transform);
+                    if (has_target) e[place] = 0;  // its slope is that of -inf
+                }
+                std::copy(e, e + block.columns, z);
+                if (factor != 1) {
+                    float* sum = sums + (block.first_row + i) * width;
+                    kernel.multiply(sum, width, static_cast<float>(factor));
+                }
+            } else if (has_target) {
+                z[place] = target_logit;
+            }
+        }
+    });
+}
+
+// Rows come round once a block of the vocabulary, long after their state has left the caches.
+void Sweep::fetch_ahead(int64_t row, int64_t stop) const {
+    if (row + 1 < stop) rows_[row + 1].candidates.prefetch();
+    if (row + 2 < stop) {
+        const char* state = reinterpret_cast<const char*>(&rows_[row + 2]);
+        for (size_t line = 0; line < sizeof(Row); line += 64) __builtin_prefetch(state + line, 1);
+    }
+}
+
+void Sweep::take_target(Row& row, float logit) const {
+    row.target_logit = logit;
+    if (row.maximum == -kDoubleInfinity) return;
+    const double below = logit - row.maximum;
+    const double e = std::exp(below);
+    row.sum += e;
+    if (e > 0) row.moment += e * below;
+}
+
+// Makes the sums relative to a larger maximum; *factor is what they are multiplied by.
+void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
+    *factor = 0;
+    if (row.maximum != -kDoubleInfinity) {
+        const double change = row.maximum - maximum;
+        *factor = std::exp(change);
+        row.moment = *factor * (row.moment + row.sum * change);
+        row.sum *= *factor;
+        for (double* small : {row.small, row.weighted_small}) {
+            small[0] *= *factor;
+            small[1] *= *factor * *factor;
+        }
+    }
+    row.maximum = maximum;
+}
+
+// What exp(z - maximum) is multiplied by to be at least p / eps.
+float Sweep::draw_factor(const Row& row) const {
+    const double bound = std::max(row.sum, std::exp(row.floor - row.maximum));
+    const double factor = kSlack / (bound * settings_.eps);
+    return static_cast<float>(std::min(factor, 1e30));
+}
+
+void Sweep::find_candidates(Row& row, const float* z, const float* e, const Block& block,
+                            Scratch& scratch, CandidatePool& pool) const {
+    const Kernels& kernel = kernels();
+    if (row.maximum == -kDoubleInfinity) return;
+    const float factor = draw_factor(row);
+    const uint32_t first = static_cast<uint32_t>(block.first_column);
+    uint32_t* hits = scratch.hits.data();
+    const int64_t found = settings_.sample ? kernel.draw_below(e, block.columns, first, row.key,
+                                                               factor * kDraws, hits)
+                                           : kernel.at_least(e, block.columns, 1 / factor, hits);
+    const float threshold = 1 / factor;
+    if (settings_.certificate) {
+        const float* norms = settings_.norms ? settings_.norms + block.first_column : nullptr;
+        const SmallSums sums =
+            kernel.small_sums(e, z, block.columns, threshold, settings_.transform, norms);
+        row.small[0] += sums.first;
+        row.small[1] += sums.second;
+        row.weighted_small[0] += sums.weighted_first;
+        row.weighted_small[1] += sums.weighted_second;
+    }
+    for (int64_t k = 0; k < found; ++k) {
+        const uint32_t place = hits[k];
+        const bool counted = e[place] < threshold;
+        const uint32_t tag = counted ? 0 : Candidate::kUncounted;
+        row.candidates.add({(first + place) | tag, z[place]}, pool);
+    }
+    if (row.candidates.count() >= row.thin_at) {
+        thin(row, pool);
+        row.thin_at = std::max(kThinFrom, 2 * row.candidates.count());
+    }
+}
+
+// Drops the candidates that the bound of lse now rules out.
+void Sweep::thin(Row& row, CandidatePool& pool) const {
+    const float factor = draw_factor(row);
+    row.candidates.filter(
+        [&](Candidate& entry) {
+            const double e = std::exp(entry.logit - row.maximum);
+            const float scaled = static_cast<float>(e) * factor;
+            if (entry.uncounted() && scaled < 1) {
+                count_small(row, entry.logit, e, entry.column());
+                entry.tagged_column = entry.column();
+            }
+            if (!settings_.sample) return entry.uncounted();
+            return draw<float>(row.key, entry.column()) < scaled;
+        },
+        pool);
+}
+
+void Sweep::count_small(Row& row, double logit, double e, uint32_t column) const {
+    const double s = slope(logit);
+    double term = e * s * s;
+    row.small[0] += term;
+    row.small[1] += term * e;
+    if (settings_.norms) {
+        term *= settings_.norms[column];
+        row.weighted_small[0] += term;
+        row.weighted_small[1] += term * e;
+    }
+}
+
+// dz/dy without the temperature, where the softcap gave z.
+double Sweep::slope(double logit) const {
+    const Transform& transform = settings_.transform;
+    if (transform.softcap == 0) return 1;
+    const double t = logit * transform.temperature / transform.softcap;
+    return 1 - t * t;
+}
+
+void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads) {
+    reserve_pools(threads);
+    std::vector<Scratch> scratches(threads);
+    const double unit = 1 / static_cast<double>(settings_.transform.temperature);
+    const double a = settings_.label_smoothing;
+    const float eps = settings_.eps;
+    parallel_for(threads, rows, kRowGrain, [&](int thread, int64_t first, int64_t stop) {
+        for (int64_t i = first; i < stop; ++i) {
+            Row& row = rows_[first_row + i];
+            row.log_sum = std::log(row.sum);
+            // A sum of positive terms, the target's among them: below 0 only by rounding.
+            const double nll = (row.maximum - row.target_logit) + row.log_sum;
+            row.nll = nll < 0 ? 0 : nll;
+            const float rounded = static_cast<float>(row.lse());
+            if (results.nll) results.nll[i] = static_cast<float>(row.nll);
+            if (results.lse) results.lse[i] = rounded;
+            if (results.lse_low) {
+                const double low = (row.maximum - rounded) + row.log_sum;
+                results.lse_low[i] = static_cast<float>(low);
+            }
+            if (results.loss) {
+                double total = row.nll;
+                if (a != 0) {
+                    const double smooth =
+                        row.log_sum - row.shifted_sum / static_cast<double>(settings_.vocabulary);
+                    total = (1 - a) * row.nll + a * smooth;
+                }
+                if (settings_.z_loss != 0) total += settings_.z_loss * row.lse() * row.lse();
+                results.loss[i] = static_cast<float>(total);
+            }
+            if (results.entropy) {
+                const double entropy = row.log_sum - row.moment / row.sum;
+                results.entropy[i] = static_cast<float>(std::max(entropy, 0.0));
+            }
+            if (results.correct) results.correct[i] = row.argmax == row.target;
+
+            double variance = 0, weighted = 0;
+            if (settings_.certificate) {
+                const double scale = 1 / row.sum;
+                variance = scale * (eps * row.small[0] - scale * row.small[1]);
+                weighted = scale * (eps * row.weighted_small[0] - scale * row.weighted_small[1]);
+            }
+            thin_for_good(row, scratches[thread], pools_[thread], &variance, &weighted);
+            const double squared = unit * unit;
+            if (results.variance) {
+                results.variance[i] = static_cast<float>(std::max(variance, 0.0) * squared);
+            }
+            if (results.hidden_variance) {
+                results.hidden_variance[i] = static_cast<float>(std::max(weighted, 0.0) * squared);
+            }
+            if (results.counts) results.counts[i] = row.candidates.count() + 1;
+        }
+    });
+}
+
+// Keeps what a second pass would have kept, with the value of dy in place of the logit, and adds
+// the entries that the certificate's sums do not hold yet.
+void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
+                          double* weighted) const {
+    const size_t count = row.candidates.count();
+    scratch.reserve(count);
+    scratch.columns.clear();
+    scratch.logits.clear();
+    row.candidates.each([&](const Candidate& entry) {
+        scratch.columns.push_back(entry.column());
+        scratch.logits.push_back(entry.logit);
+    });
+    const float eps = settings_.eps;
+    const float* p = scratch.exponentials.data();
+    const uint32_t* kept = scratch.hits.data();
+    const int64_t survivors = kernels().survivors(
+        scratch.columns.data(), scratch.logits.data(), static_cast<int64_t>(count),
+        static_cast<float>(row.maximum), static_cast<float>(row.log_sum), row.key, eps,
+        scratch.exponentials.data(), scratch.hits.data());
+    const bool slopes = settings_.transform.softcap != 0;
+    const float unit = 1 / settings_.transform.temperature;
+    uint32_t place = 0;
+    int64_t next = 0;
+    row.candidates.filter(
+        [&](Candidate& entry) {
+            const uint32_t here = place++;
+            const float s = slopes ? static_cast<float>(slope(entry.logit)) : 1.0f;
+            if (entry.uncounted() && p[here] < eps) {
+                const double term = double{p[here]} * (double{eps} - p[here]) * s * s;
+                *variance += term;
+                if (settings_.norms) *weighted += term * settings_.norms[entry.column()];
+            }
+            entry.tagged_column = entry.column();
+            if (!settings_.sample || next == survivors || kept[next] != here) return false;
+            ++next;
+            entry.logit = std::max(p[here], eps) * s * unit;
+            return true;
+        },
+        pool);
+}
+
+void Sweep::entries(const int64_t* offsets, int32_t* columns, float* values, int threads) {
+    reserve_pools(threads);
+    const double unit = 1 / static_cast<double>(settings_.transform.temperature);
+    const int64_t count = static_cast<int64_t>(rows_.size());
+    parallel_for(threads, count, kRowGrain, [&](int thread, int64_t first, int64_t stop) {
+        for (int64_t i = first; i < stop; ++i) {
+            Row& row = rows_[i];
+            int64_t place = offsets[i];
+            const auto put = [&](int32_t column, float value) {
+                columns[place] = column;
+                values[place++] = value;
+            };
+            const float at_target =
+                static_cast<float>(std::expm1(-row.nll) * slope(row.target_logit) * unit);
+            bool target_put = false;
+            row.candidates.each([&](const Candidate& entry) {
+                const int32_t column = static_cast<int32_t>(entry.column());
+                if (!target_put && column > row.target) {
+                    put(row.target, at_target);
+                    target_put = true;
+                }
+                put(column, entry.logit);  // by now the value of dy
+            });
+            if (!target_put) put(row.target, at_target);
+            row.candidates.clear(pools_[thread]);
+        }
+    });
+}
+
+void Sweep::unit_factors(int64_t first_row, int64_t rows, float* factors,
+                         float* target_values) const {
+    for (int64_t i = 0; i < rows; ++i) {
+        const Row& row = rows_[first_row + i];
+        const double extra = 2 * settings_.z_loss * row.lse();
+        const double unit = 1 / settings_.transform.temperature;
+        factors[i] = static_cast<float>((1 + extra) / row.sum * unit);
+        target_values[i] = static_cast<float>((std::expm1(-row.nll) + extra * std::exp(-row.nll)) *
+                                              slope(row.target_logit) * unit);
+    }
+}
+
+void gradient_block(const GradientSettings& settings, const Block& block, int threads) {
+    const Kernels& kernel = kernels();
+    const Transform& transform = settings.transform;
+    const double unit = 1 / static_cast<double>(transform.temperature);
+    const double a = settings.label_smoothing;
+    const double uniform = a / static_cast<double>(settings.vocabulary);
+    parallel_static(threads, block.rows, [&](int, int64_t first, int64_t stop) {
+        for (int64_t i = first; i < stop; ++i) {
+            float* z = block.logits + i * block.stride;
+            if (settings.raw) {
+                kernel.transform(z, block.columns, block.first_column, transform);
+            }
+            const int64_t place = settings.targets[i] - block.first_column;
+            const bool has_target = place >= 0 && place < block.columns;
+            const float target_logit = has_target ? z[place] : 0;
+            const double upstream = settings.upstream[i] * unit;
+            const double extra =
+                2.0 * settings.z_loss * (double{settings.lse[i]} + settings.lse_low[i]);
+            // What rounding took from lse is a factor of the whole row.
+            const double scale = upstream * (1 + extra) * std::exp(-double{settings.lse_low[i]});
+            kernel.gradient(z, block.columns,
+                            {settings.lse[i], static_cast<float>(scale),
+                             static_cast<float>(upstream * uniform)},
+                            transform);
+            if (has_target) {
+                // p - 1 as expm1(-nll): for confident tokens the difference would lose its digits.
+                const double nll = settings.nll[i];
+                double slope = 1;
+                if (transform.softcap != 0) {
+                    const double t =
+                        double{target_logit} * transform.temperature / transform.softcap;
+                    slope = 1 - t * t;
+                }
+                const double value =
+                    (1 - a) * std::expm1(-nll) + (extra + a) * std::exp(-nll) - uniform;
+                z[place] = static_cast<float>(upstream * value * slope);
+            }
+        }
+    });
+}
+
+}  // namespace bft::cpu

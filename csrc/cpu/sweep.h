@@ -1,0 +1,113 @@
+// The forward: logits come block by block of the vocabulary, and after the last one every row's
+// loss, statistics and sampled gradient are known, though no block was looked at twice.
+//
+// A row's sums are relative to the largest logit so far and are rescaled when it rises (online
+// softmax). Entries are tested against a lower bound of lse, which lets too many through, and are
+// thinned with the same draws when the bound has risen; what is left at the end is the set that a
+// second pass would have kept.
+//
+// In a block the sums are float32, over its columns only; from block to block they are double.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "csrc/cpu/candidates.h"
+#include "csrc/cpu/kernels.h"
+
+namespace bft::cpu {
+
+struct SweepSettings {
+    int64_t vocabulary = 0;
+    Transform transform;
+    const float* norms = nullptr;  // [V], |W_v|^2, for the certificate of dH; may be null
+    float eps = 1;
+    uint64_t seed = 0;
+    bool statistics = false;   // entropy and correct
+    bool sample = false;       // keep the sampled entries
+    bool certificate = false;  // their variance
+    float label_smoothing = 0;
+    float z_loss = 0;
+};
+
+// A block of logits: rows of the batch against columns of the vocabulary.
+struct Block {
+    float* logits;
+    int64_t stride;  // between rows
+    int64_t first_row, rows;
+    int64_t first_column, columns;
+};
+
+// Where results go, one value a row; null where one is not wanted.
+struct SweepResults {
+    float *loss, *nll, *lse, *lse_low, *entropy;
+    bool* correct;
+    float *variance, *hidden_variance;
+    int64_t* counts;  // sampled entries, the target's included
+};
+
+class Sweep {
+  public:
+    // targets [rows] in 0..V-1; positions [rows] in the flattened input; floors [rows], lower
+    // bounds of lse, or null.
+    Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets,
+          const int64_t* positions, const float* floors);
+    ~Sweep();
+    Sweep(const Sweep&) = delete;
+    Sweep& operator=(const Sweep&) = delete;
+
+    // Takes the next columns of some rows, in ascending order of columns; leaves the logits z in
+    // place of the raw products.
+    void add(const Block& block, int threads);
+
+    // The same, and leaves slope * exp(z - m) in place of the products, 0 at the target, where m is
+    // the largest logit so far; sums [rows, width], which are relative to the m before, are scaled.
+    void add_exponentials(const Block& block, float* sums, int64_t width, int threads);
+
+    // After the last block. Sampled entries are thinned for good.
+    void finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads);
+
+    // After finish(): entries of all rows, ascending columns in each; offsets [rows + 1].
+    void entries(const int64_t* offsets, int32_t* columns, float* values, int threads);
+
+    // After finish(), with the sums of add_exponentials: dH of unit upstream gradient but for the
+    // target's term, which is target_values [rows] times the target's row of weight.
+    void unit_factors(int64_t first_row, int64_t rows, float* factors, float* target_values) const;
+
+  private:
+    struct Row;
+    struct Scratch;
+
+    template <bool kExponentials>
+    void add_block(const Block& block, float* sums, int64_t width, int threads);
+    void fetch_ahead(int64_t row, int64_t stop) const;
+    void take_target(Row& row, float logit) const;
+    void raise_maximum(Row& row, double maximum, double* factor) const;
+    float draw_factor(const Row& row) const;
+    void find_candidates(Row& row, const float* z, const float* e, const Block& block,
+                         Scratch& scratch, CandidatePool& pool) const;
+    void thin(Row& row, CandidatePool& pool) const;
+    void thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
+                       double* weighted) const;
+    void count_small(Row& row, double logit, double e, uint32_t column) const;
+    double slope(double logit) const;
+    void reserve_pools(int threads);
+
+    SweepSettings settings_;
+    std::vector<Row> rows_;
+    std::vector<CandidatePool> pools_;  // one a thread
+};
+
+// z or y -> dy of the exact gradient, for rows whose lse is known; see the fields.
+struct GradientSettings {
+    Transform transform;
+    bool raw;  // the block holds products y; else logits z, as Sweep::add leaves them
+    int64_t vocabulary;
+    float label_smoothing, z_loss;
+    const int64_t* targets;  // each [rows of the block]
+    const float *lse, *lse_low, *nll, *upstream;
+};
+
+void gradient_block(const GradientSettings& settings, const Block& block, int threads);
+
+}  // namespace bft::cpu
