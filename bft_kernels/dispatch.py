@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ class Backend:
         return importlib.import_module(self.module)
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
 def _why_not_torch(hidden: Tensor, weight: Tensor) -> list[str]:
     reasons = []
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -82,11 +86,38 @@ def _why_not_torch(hidden: Tensor, weight: Tensor) -> list[str]:
             reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
         if tensor.device.type == "meta":
             reasons.append(f"{name} is on the meta device and has no values")
+    narrow = hidden.dtype in _HALF and weight.dtype in _HALF
+    if narrow and hidden.device.type not in ("cpu", "cuda"):
+        reasons.append(
+            f"hidden and weight are {hidden.dtype} on {hidden.device.type}, where torch.mm gives "
+            "no float32 result"
+        )
+    return reasons
+
+
+def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
+    reasons = []
+    if importlib.util.find_spec("bft_kernels._cpu") is None:
+        reasons.append("bft_kernels._cpu is not built (see BFT_BUILD in setup.py)")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.device.type != "cpu":
+            reasons.append(f"{name} is on {tensor.device}, it takes tensors on the CPU")
+        elif tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
+        elif tensor.dtype == torch.float64:
+            reasons.append(f"{name} is float64, it computes in float32")
+    if weight.layout == torch.strided and weight.dim() == 2:
+        rows, columns = weight.stride()
+        if (columns != 1 and weight.shape[1] > 1) or (rows < weight.shape[1] < 2**31):
+            reasons.append(f"weight has strides {weight.stride()}, it takes contiguous rows")
     return reasons
 
 
 # In order of preference.
-BACKENDS = (Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),)
+BACKENDS = (
+    Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu"),
+    Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),
+)
 
 
 def backend_names() -> tuple[str, ...]:

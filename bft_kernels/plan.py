@@ -24,8 +24,8 @@ def default_buffer_bytes(device_type: str) -> int:
 
 # What a block of logits of the cpu backend may take of the caches, and how many columns of the
 # vocabulary are best for the vendor's product; see docs/performance.md.
-CPU_BLOCK_BYTES = 8 * 2**20
-CPU_BLOCK_COLUMNS = 1024
+CPU_BLOCK_BYTES = 2 * 2**20
+CPU_BLOCK_COLUMNS = 512
 CPU_LEAST_CHUNK = 128
 
 

@@ -40,29 +40,38 @@ def weighted_loss(
     rows = LabelledRows(target, config.ignore_index)
     scratch = 2 + (config.softcap is not None)
     products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
-    engine = _Engine(hidden, weight, target, bias, rows, products, tile_rows, config, wanted)
+    engine = WeightedEngine(hidden, weight, target, bias, rows, products, tile_rows, config, wanted)
+    run_pieces(engine, share, cu_seqlens, weighting, chunk)
+    return engine.result()
+
+
+def run_pieces(
+    engine: WeightedEngine,
+    share: Tensor,
+    cu_seqlens: Tensor | None,
+    weighting: Weighting,
+    chunk: int,
+) -> None:
+    """Takes all rows through ``engine``, at most ``chunk`` rows of logits at a time."""
+    rows = engine.rows
     share = rows.take(share.to(engine.wide), 0, rows.count)
-    for bounds in _pieces(rows, cu_seqlens, weighting, chunk):
+    for bounds in pieces(rows, cu_seqlens, weighting, chunk):
         first, stop = bounds[0], bounds[-1]
         if stop - first <= chunk:
-            engine.logits(first, stop)
-            engine.sweep(first, stop, gradient=True)
-            coefficient = share[first:stop] * _weights(engine, rows, bounds, weighting)
+            engine.load(first, stop, gradient=True)
+            coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
             engine.add_gradients(first, stop, coefficient)
             continue
         parts = [(a, min(a + chunk, stop)) for a in range(first, stop, chunk)]
         for a, b in parts:
-            engine.logits(a, b)
-            engine.sweep(a, b, gradient=False)
-        coefficient = share[first:stop] * _weights(engine, rows, bounds, weighting)
+            engine.load(a, b, gradient=False)
+        coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
         for a, b in parts:
-            engine.logits(a, b)
-            engine.sweep(a, b, gradient=True, collect=False)
+            engine.load(a, b, gradient=True, collect=False)
             engine.add_gradients(a, b, coefficient[a - first : b - first])
-    return engine.result()
 
 
-class _Engine:
+class WeightedEngine:
     """Block buffers, the running gradients and the token losses of one call."""
 
     def __init__(
@@ -93,12 +102,20 @@ class _Engine:
         self.grad_hidden = hidden.new_zeros(
             (rows.count if wanted.hidden else 0, width), dtype=storage(hidden.dtype)
         )
-        self.grad_weight = weight.new_zeros(
-            (vocabulary if wanted.weight else 0, width), dtype=self.wide
-        )
+        self.grad_weight = self.new_grad_weight()
         self.grad_bias = weight.new_zeros(vocabulary if wanted.bias else 0, dtype=self.wide)
 
-    def logits(self, first: int, stop: int) -> None:
+    def new_grad_weight(self) -> Tensor:
+        """What ``dW`` is added to, in the accumulator's type; ``[0, D]`` if it is not wanted."""
+        shape = (self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1])
+        return self.weight.new_zeros(shape, dtype=self.wide)
+
+    def load(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
+        """Losses of rows ``first:stop``; with ``gradient``, what :meth:`add_gradients` needs."""
+        self._logits(first, stop)
+        self._sweep(first, stop, gradient=gradient, collect=collect)
+
+    def _logits(self, first: int, stop: int) -> None:
         """Raw logits of rows ``first:stop`` into the buffer."""
         if self.buffer is None or self.buffer.shape[0] < stop - first:
             self.buffer = None  # freed before its successor is made
@@ -109,7 +126,7 @@ class _Engine:
             softcap = self.config.softcap is not None
             self.scratch = Scratch.make(self.buffer, self.tile_rows, slope=softcap)
 
-    def sweep(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
+    def _sweep(self, first: int, stop: int, *, gradient: bool, collect: bool) -> None:
         """Token losses of the buffer's rows; with ``gradient`` their ``dy`` replaces the logits."""
         assert self.buffer is not None
         assert self.scratch is not None
@@ -131,8 +148,7 @@ class _Engine:
         """Adds the buffer's rows, weighted, to the loss and the gradients."""
         assert self.buffer is not None
         assert self.operand is not None
-        losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
-        self.loss += (coefficient * losses).sum()
+        self.add_losses(first, stop, coefficient)
         dy = self.buffer[: stop - first].mul_(coefficient[:, None])
         if self.wanted.hidden:
             self.grad_hidden[first:stop] = self.products.hidden_gradient(dy)
@@ -140,6 +156,11 @@ class _Engine:
             self.products.add_weight_gradient(dy, self.operand, self.grad_weight)
         if self.wanted.bias:
             self.grad_bias += dy.sum(dim=0)
+
+    def add_losses(self, first: int, stop: int, coefficient: Tensor) -> None:
+        """Adds the weighted token losses; where a weight is 0 an infinite one counts nothing."""
+        losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
+        self.loss += (coefficient * losses).sum()
 
     def result(self) -> WeightedLoss:
         def full(name: str, dtype: torch.dtype) -> Tensor:
@@ -162,7 +183,7 @@ class _Engine:
         )
 
 
-def _pieces(
+def pieces(
     rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
 ) -> Iterator[list[int]]:
     """Bounds of documents taken together, in rows.
@@ -170,6 +191,8 @@ def _pieces(
     Each piece fits a chunk unless one document is longer. Weights local to a token need no
     documents: any rows go together.
     """
+    if rows.count == 0:
+        return
     if weighting.local or cu_seqlens is None:
         for first in range(0, rows.count, chunk):
             yield [first, min(first + chunk, rows.count)]
@@ -189,12 +212,12 @@ def _pieces(
         yield piece
 
 
-def _weights(
-    engine: _Engine, rows: LabelledRows, bounds: list[int], weighting: Weighting
+def piece_weights(
+    nll: Tensor, rows: LabelledRows, bounds: list[int], weighting: Weighting
 ) -> Tensor:
-    """Token weight times sequence weight of the rows of one piece."""
+    """Token weight times sequence weight of the rows of one piece, from all rows' ``nll [n]``."""
     first, stop = bounds[0], bounds[-1]
-    nll = engine.nll[first:stop]
+    nll = nll[first:stop]
     labelled = rows.take(rows.labelled, first, stop)
     cu_seqlens = torch.tensor([bound - first for bound in bounds], device=nll.device)
     layout = labelled_layout(labelled, cu_seqlens)

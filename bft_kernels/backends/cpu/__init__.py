@@ -1,0 +1,14 @@
+"""The fast path on a CPU: the vendor's product on a cache-sized block, then one sweep in C++.
+
+While a block of logits is in cache, ``csrc/cpu`` takes from it everything the forward needs (see
+``csrc/cpu/sweep.h``); nothing of size ``N x V`` is written, and no logit is looked at twice. The
+products are ``torch.mm``; threads are those of torch's own OpenMP runtime.
+"""
+
+from __future__ import annotations
+
+from bft_kernels.backends.cpu.backward import linear_nll_backward
+from bft_kernels.backends.cpu.forward import linear_nll
+from bft_kernels.backends.cpu.weighted import weighted_loss
+
+__all__ = ["linear_nll", "linear_nll_backward", "weighted_loss"]

@@ -1,0 +1,174 @@
+"""The backward of the core op, from recomputed logits or from the sampled entries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bft_kernels import _cpu
+from bft_kernels.backends.cpu.native import (
+    Block,
+    KnownRows,
+    Operands,
+    address,
+    blocks,
+    fresh,
+    matrix,
+    plan,
+    threads,
+    transform,
+)
+from bft_kernels.backends.torch.rows import LabelledRows
+from bft_kernels.config import CoreConfig
+from bft_kernels.results import Gradients, Saved, Wanted
+
+
+def linear_nll_backward(
+    grad: Tensor,  # [N]
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    saved: Saved,
+    config: CoreConfig,
+    wanted: Wanted,
+    grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
+) -> Gradients:
+    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    rows = LabelledRows(target, config.ignore_index)
+    grad = torch.where(rows.labelled, grad, 0).float()
+    if config.residual == "entries":
+        return _from_entries(grad, hidden, weight, saved, wanted, grad_weight)
+    add = grad_weight is not None
+    if not wanted.weight:
+        grad_weight = None
+    elif grad_weight is None:
+        grad_weight = fresh(weight.shape, weight.dtype)
+    sizes = plan(hidden, weight, rows, config, products=3, trains_weight=wanted.weight)
+    operands = Operands(hidden, weight, rows, config, sizes)
+    saved_values = (target, saved.lse, saved.lse_low, saved.nll, grad)
+    known = KnownRows(*[rows.take(x, 0, rows.count).contiguous() for x in saved_values])
+    bias = None if bias is None else bias.float().contiguous()
+    grad_hidden, grad_bias = recompute(operands, known, bias, config, wanted, grad_weight, add=add)
+    if grad_hidden is not None:
+        grad_hidden = rows.spread(grad_hidden, hidden.dtype)
+    return Gradients(grad_hidden, grad_weight, grad_bias)
+
+
+def recompute(
+    operands: Operands,
+    known: KnownRows,
+    bias: Tensor | None,  # [V] float32
+    config: CoreConfig,
+    wanted: Wanted,
+    grad_weight: Tensor | None = None,  # [V, D], stored to, or added to
+    *,
+    add: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dH [n, D]`` and ``db [V]`` in float32, from logits computed again.
+
+    Vocabulary blocks outside, row blocks inside: each block of ``dW`` is accumulated in float32
+    while it is in cache, and written once.
+    """
+    vocabulary, width = operands.weight.shape
+    count = operands.rows.count
+    grad_hidden = torch.zeros(count, width) if wanted.hidden else None
+    grad_bias = torch.zeros(vocabulary) if wanted.bias else None
+    if grad_weight is not None and count == 0 and not add:
+        grad_weight.zero_()
+    into: Tensor | None = None
+    for block in blocks(operands):
+        part = slice(block.first_row, block.stop_row)
+        rows = known.part(block.first_row, block.stop_row)
+        write_gradient(block, rows, bias, config, vocabulary, raw=True)
+        columns = slice(block.first_column, block.stop_column)
+        if grad_hidden is not None:
+            grad_hidden[part].addmm_(block.logits, block.columns)
+        if grad_bias is not None:
+            grad_bias[columns].add_(block.logits.sum(dim=0))
+        if grad_weight is None:
+            continue
+        last = block.stop_row == count
+        if grad_weight.dtype == torch.float32:
+            beta = 1 if add or block.first_row > 0 else 0
+            grad_weight[columns].addmm_(block.logits.T, block.operand, beta=beta)
+        else:
+            if block.first_row == 0:
+                into = grad_weight[columns].float() if add else None
+            if into is None:
+                into = block.logits.T @ block.operand
+            else:
+                into.addmm_(block.logits.T, block.operand)
+            if last:
+                grad_weight[columns] = into
+                into = None
+    return grad_hidden, grad_bias
+
+
+def write_gradient(
+    block: Block,
+    rows: KnownRows,
+    bias: Tensor | None,
+    config: CoreConfig,
+    vocabulary: int,
+    *,
+    raw: bool,
+) -> None:
+    """Overwrites a block of products (``raw``) or of logits with ``upstream * dy``.
+
+    Args:
+        block: what is overwritten.
+        rows: the block's.
+        bias: ``[V]`` float32.
+        config: the call's settings.
+        vocabulary: ``V``.
+        raw: whether the block still holds the products.
+    """
+    _cpu.gradient_block(
+        block=block.arguments(),
+        vocabulary=vocabulary,
+        raw=raw,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        threads=threads(),
+        **{name: address(values) for name, values in rows._asdict().items()},
+        **transform(bias, config),
+    )
+
+
+def _from_entries(
+    grad: Tensor,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    saved: Saved,
+    wanted: Wanted,
+    grad_weight: Tensor | None,
+) -> Gradients:
+    """``dH`` gathers rows of ``weight``, ``dW`` rows of ``hidden``; both are written once."""
+    entries = {
+        "rows": hidden.shape[0],
+        "offsets": address(saved.entry_offsets),
+        "columns": address(saved.entry_columns),
+        "values": address(saved.entry_values),
+        "upstream": address(grad),
+        "threads": threads(),
+    }
+    grad_hidden = grad_bias = None
+    if wanted.hidden:
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        _cpu.gather_hidden(weight=matrix(weight), grad_hidden=matrix(grad_hidden), **entries)
+    add = grad_weight is not None
+    if wanted.weight and grad_weight is None:
+        grad_weight = fresh(weight.shape, weight.dtype)
+    if wanted.bias:
+        grad_bias = torch.empty(weight.shape[0])
+    if wanted.weight or wanted.bias:
+        _cpu.scatter_weight(
+            hidden=matrix(hidden.contiguous()),
+            grad_weight=None if grad_weight is None else matrix(grad_weight),
+            add=add,
+            grad_bias=address(grad_bias),
+            vocabulary=weight.shape[0],
+            **entries,
+        )
+    return Gradients(grad_hidden, grad_weight if wanted.weight else None, grad_bias)

@@ -1,0 +1,385 @@
+"""The cpu backend on every instruction set that runs here, against the float64 specification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    ops,
+    reference,
+)
+from bft_kernels.config import CoreConfig
+from bft_kernels.dispatch import why_not
+from bft_kernels.results import Forward
+
+_cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Rows, width, vocabulary: smaller than a vector, no multiple of one, and several blocks of columns.
+SHAPES = [(1, 1, 1), (5, 7, 3), (0, 4, 9), (37, 24, 501), (33, 65, 1600), (70, 16, 515)]
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 5.0, "temperature": 1.3},
+    "bias": {"bias": True, "temperature": 0.7},
+}
+
+
+@pytest.fixture(autouse=True, params=_cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _cpu.instruction_set()
+    _cpu.use_instruction_set(request.param)
+    yield request.param
+    _cpu.use_instruction_set(before)
+
+
+def upstream_of(count: int) -> Tensor:
+    return torch.linspace(0.5, 2, count)
+
+
+BOUNDS = (0.0, 0.1, 0.1, 0.55, 1.0)  # documents, as fractions of the rows; one is empty
+
+
+def boundaries(rows: int) -> Tensor:
+    return torch.tensor([int(rows * b) for b in BOUNDS])
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "nll": lambda p, **how: (linear_nll(*p.args, **how) * upstream_of(p.target.numel())).sum(),
+    "smoothed": lambda p, **how: linear_cross_entropy(
+        *p.args, label_smoothing=0.2, z_loss=0.01, reduction="sum", **how
+    ),
+    "balanced": lambda p, **how: balanced_linear_cross_entropy(
+        *p.args, cu_seqlens=boundaries(p.target.numel()), window=4, **how
+    ),
+}
+
+
+def run(loss: Callable[..., Any], p: Any, **how: Any) -> dict[str, Tensor]:
+    if how.pop("bias", False):
+        how["bias"] = p.bias
+    value = loss(p, **how)
+    value.backward()
+    return {"loss": value.detach(), **{k: v for k, v in p.grads().items() if v is not None}}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [None, 30_000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_less_accurate_than_plain_torch(
+    name, transform, shape, dtype, budget, frozen, problem, error, poison
+):
+    how = TRANSFORMS[transform]
+    frozen = ("weight", "bias") if frozen else ()
+    drawn = problem(*shape, bias="bias" in how, dtype=dtype, scale=2.0, frozen=frozen)
+    # The truth: the torch backend in float64 on the same values, itself tested elsewhere.
+    truth = run(LOSSES[name], drawn.copy(torch.float64, frozen=frozen), backend="torch", **how)
+    # What eager torch makes of them: logits rounded to dtype, as a model's head rounds them.
+    plain = run(LOSSES[name], drawn.copy(torch.float32, frozen=frozen), backend="torch", **how)
+    got = run(
+        LOSSES[name],
+        drawn.copy(frozen=frozen),
+        backend="cpu",
+        max_buffer_bytes=budget,
+        **how,
+    )
+    assert got.keys() == truth.keys()
+    for part, expected in truth.items():
+        assert got[part].dtype == (torch.float32 if part == "loss" else dtype)
+        # Gradients are rounded to dtype once, at the end.
+        rounding = torch.finfo(dtype if part != "loss" else torch.float32).eps
+        # Hundreds of blocks are hundreds of partial sums; a scalar's error is a matter of luck.
+        few = budget is None and part != "loss"
+        allowed = (2 if few else 4) * error(plain[part], expected) + 6 * rounding
+        tiny = float(expected.abs().max()) < 1e-6 if expected.numel() else True
+        if tiny:  # gradients that cancel
+            assert float((got[part].double() - expected).abs().sum()) < 1e-4
+            continue
+        assert error(got[part], expected) <= allowed, part
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_statistics(transform, shape, problem, close, poison):
+    how = dict(TRANSFORMS[transform])
+    p = problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
+    if how.pop("bias", False):
+        how["bias"] = p.bias
+        p.bias.data[::3] = -math.inf
+        p.bias.data[p.target[p.target >= 0]] = 0.5
+    wide = p.copy(torch.float64)
+    options = {"gradient": "sampled", "eps": 0.02, "seed": 3, "return_stats": True}
+    options["hidden_variance"] = True
+    nll, stats = linear_nll(*p.args, backend="cpu", **options, **how)
+    if "bias" in how:
+        how["bias"] = wide.bias
+    want, expected = linear_nll(*wide.args, backend="torch", **options, **how)
+    close(nll, want, 1e-5)
+    for field in expected._fields:
+        close(getattr(stats, field), getattr(expected, field), 1e-5, field)
+
+
+# --- the sample ----------------------------------------------------------------------------------
+
+
+def entries(p: Any, seed: int, eps: float, budget: int, **changes: Any) -> Forward:
+    settings: dict[str, Any] = {
+        "ignore_index": -100,
+        "softcap": None,
+        "temperature": 1.0,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "eps": eps,
+        "residual": "entries",
+        "statistics": False,
+        "variance": True,
+        "hidden_variance": False,
+        "operand": str(p.hidden.dtype).removeprefix("torch."),
+        "backend": "cpu",
+        "max_buffer_bytes": budget,
+        "check_values": True,
+        "check_finite": False,
+    }
+    config = CoreConfig(**(settings | changes))
+    return Forward(*ops.linear_nll(*p.args, p.bias, torch.tensor(seed), *config.arguments()))
+
+
+def pairs(result: Forward) -> set[tuple[int, int]]:
+    count = result.entry_offsets.numel() - 1
+    row = torch.repeat_interleave(torch.arange(count), result.entry_offsets.diff())
+    return set(zip(row.tolist(), result.entry_columns.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kept_set_is_the_specifications(dtype, transform, seed, problem, close):
+    how = dict(TRANSFORMS[transform])
+    p = problem(60, 24, 3000, ignored=0.0, dtype=dtype, scale=3.0, bias=how.pop("bias", False))
+    eps = 2**-9
+    with torch.no_grad():
+        wide = p.copy(torch.float64)
+        expected = reference.sampled_gradient(*wide.args, seed, eps=eps, bias=wide.bias, **how)
+        z = reference.logits(wide.hidden, wide.weight, wide.bias, **how)
+        probability = z.softmax(1)
+    kept = {(i, v) for i, v in expected.kept.nonzero().tolist()}
+    assert len(kept) > 3000
+    u = reference.uniforms(seed, range(60), torch.arange(3000)).double()
+    rounding = (float(z.abs().max()) + 1) * 24 * torch.finfo(torch.float32).eps
+    for budget, threads in ((2**26, 1), (2**26, 3), (40_000, 2), (1, 1)):
+        torch.set_num_threads(threads)
+        result = entries(p, seed, eps, budget, **how)
+        for i, v in kept ^ pairs(result):
+            assert abs(float(u[i, v]) * eps / float(probability[i, v]) - 1) < rounding
+        row = torch.repeat_interleave(torch.arange(60), result.entry_offsets.diff())
+        assert bool((result.entry_columns.diff()[row.diff() == 0] > 0).all())
+        want = expected.dy[row, result.entry_columns.long()]
+        both = want != 0
+        close(result.entry_values[both], want[both], 1e-4)
+        close(result.variance, expected.variance, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "target last"])
+def test_candidates_are_bounded_on_hostile_logits(kind, seed):
+    """The running bound lets everything through here until late; nothing may be lost or pile up."""
+    rows, vocabulary, eps = 12, 40_000, 2**-10
+    steps = torch.linspace(0, 30, vocabulary)
+    logits = {
+        "flat": torch.zeros(vocabulary),
+        "ascending": steps,
+        "descending": -steps,
+        "target last": torch.cat([torch.zeros(vocabulary - 1), torch.tensor([25.0])]),
+    }[kind]
+    hidden, weight = torch.ones(rows, 1), logits[:, None].contiguous()
+    target = torch.full((rows,), vocabulary - 1)
+    nll, stats = linear_nll(
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        target,
+        gradient="sampled",
+        eps=eps,
+        seed=seed,
+        backend="cpu",
+        return_stats=True,
+    )
+    nll.sum().backward()
+    expected = reference.sampled_gradient(
+        hidden.detach().double(), weight.detach().double(), target, seed, eps=eps
+    )
+    assert torch.allclose(weight.grad.double(), expected.dy.sum(0)[:, None], atol=1e-5, rtol=1e-4)
+    assert torch.allclose(stats.variance.double(), expected.variance, rtol=1e-3, atol=1e-9)
+
+
+def test_gradients_are_the_same_for_any_number_of_threads(problem, seed):
+    p = problem(90, 33, 2000, bias=True, dtype=torch.float32, scale=2.0)
+    saved = entries(p, seed, 2**-8, 2**24)
+    config = CoreConfig(
+        -100, None, 1.0, 0.0, 0.0, 2**-8, "entries", False, False, False, "float32", "cpu", 2**24,
+        True, False,
+    )  # fmt: skip
+    grad = torch.randn(90)
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        rest = (saved.nll, saved.lse, saved.lse_low)
+        rest += (saved.entry_offsets, saved.entry_columns, saved.entry_values)
+        results.append(
+            ops.linear_nll_backward(
+                grad, *p.args, p.bias, *rest, *config.arguments(), True, True, True
+            )
+        )
+    for other in results[1:]:
+        for part, first in zip(other, results[0], strict=True):
+            assert torch.equal(part, first)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_adds_to_a_gradient_that_is_there(gradient, problem, close):
+    p = problem(40, 24, 700, dtype=torch.float32)
+    how = {"gradient": gradient, "seed": 1, "backend": "cpu", "eps": 2**-6}
+    linear_nll(*p.args, **how).sum().backward()
+    once, place = p.weight.grad.clone(), p.weight.grad.data_ptr()
+    linear_nll(*p.args, **how).sum().backward()
+    assert p.weight.grad.data_ptr() == place
+    close(p.weight.grad, 2 * once, 1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_nan_stays_in_its_row(gradient, problem):
+    p = problem(20, 9, 300, ignored=0.0, dtype=torch.float32)
+    p.hidden.data[7, 3] = math.nan
+    nll, stats = linear_nll(*p.args, gradient=gradient, seed=0, backend="cpu", return_stats=True)
+    nll.sum().backward()
+    bad = torch.arange(20) == 7
+    assert torch.equal(nll.isnan(), bad)
+    assert torch.equal(stats.lse.isnan(), bad)
+    assert torch.equal(p.hidden.grad.isnan().any(1), bad)
+
+
+# --- the pieces ----------------------------------------------------------------------------------
+
+
+def gathered(table: Tensor, out: Tensor) -> None:
+    """``out = table``, by way of the kernel that adds up weighted rows."""
+    count = table.shape[0]
+    offsets, columns = torch.arange(count + 1), torch.arange(count, dtype=torch.int32)
+    ones = torch.ones(count)
+
+    def matrix(x: Tensor) -> tuple[int, str, int, int, int]:
+        return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, x.stride(0)
+
+    _cpu.gather_hidden(
+        rows=count,
+        offsets=offsets.data_ptr(),
+        columns=columns.data_ptr(),
+        values=ones.data_ptr(),
+        upstream=ones.data_ptr(),
+        weight=matrix(table),
+        grad_hidden=matrix(out),
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_is_widened_exactly(dtype):
+    table = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
+    out = torch.full((256, 256), 7.0)
+    gathered(table, out)
+    expected = table.float()
+    finite = expected.isfinite()
+    assert torch.equal(out[finite], expected[finite])
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_floats_are_rounded_as_torch_rounds(dtype):
+    bits = torch.randint(-(2**31), 2**31, (300, 333)).to(torch.int32)
+    table = bits.view(torch.float32)
+    # Ties, the ends of the range and subnormal halves.
+    exact = torch.arange(0, 2**15, dtype=torch.int16).view(dtype)[:333].float()
+    table[0], table[1] = exact, exact * (1 + 2**-9)
+    table[2, :6] = torch.tensor([65519.9, 65520.0, 65504.0, 2**-24, 2**-25, 2**-26])
+    table[3] = torch.randn(333) * 1e-6
+    table[4] = (exact + exact.roll(1)) / 2
+    out = torch.full(table.shape, 7.0, dtype=dtype)
+    gathered(table, out)
+    expected = table.to(dtype)
+    same = (out == expected) | (out.isnan() & expected.isnan())
+    assert bool(same.all()), (table[~same][:4], out[~same][:4], expected[~same][:4])
+
+
+def test_exponentials_are_within_two_units_in_the_last_place():
+    x = -torch.linspace(0, 87, 4001)[None].contiguous()
+    z = x.clone()
+    one, zero = torch.ones(1), torch.zeros(1)
+    target = torch.tensor([4000])
+    _cpu.gradient_block(
+        block=(z.data_ptr(), 4001, 0, 1, 0, 4001),
+        vocabulary=4001,
+        raw=False,
+        targets=target.data_ptr(),
+        lse=zero.data_ptr(),
+        lse_low=zero.data_ptr(),
+        nll=zero.data_ptr(),
+        upstream=one.data_ptr(),
+        threads=1,
+    )
+    exact = x.double().exp()
+    worst = ((z.double() - exact) / exact)[0, :4000].abs().max()
+    assert float(worst) <= 2 * 2**-24 * 2
+
+
+def test_softcap_is_accurate_near_zero_and_at_its_ends():
+    y = torch.cat([torch.linspace(-50, 50, 2001), torch.logspace(-8, 0, 200)])
+    hidden, weight = torch.ones(1, 1), y[:, None].contiguous()
+    for v in (0, 1000, 1500, 2050, 2200):
+        nll = linear_nll(hidden, weight, torch.tensor([v]), softcap=10.0, backend="cpu")
+        z = 10 * (y.double() / 10).tanh()
+        assert float(nll) == pytest.approx(float(z.logsumexp(0) - z[v]), rel=1e-6, abs=1e-6)
+
+
+def test_says_why_it_does_not_run(problem):
+    p = problem(4, 3, 5)
+    assert "hidden is float64, it computes in float32" in why_not("cpu", p.hidden, p.weight)
+    narrow = p.copy(torch.float32)
+    assert why_not("cpu", narrow.hidden, narrow.weight) == []
+    columns = torch.randn(3, 5).t()
+    assert "strides (1, 5)" in why_not("cpu", narrow.hidden, columns)[0]
+    meta = torch.empty(4, 3, device="meta")
+    assert "hidden is on meta" in why_not("cpu", meta, narrow.weight)[0]
+    with pytest.raises(RuntimeError, match="backend: got 'cpu', which cannot run here"):
+        linear_nll(*p.args, backend="cpu")
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(ValueError, match=r"name: got 'mmx', expected one of .*portable"):
+        _cpu.use_instruction_set("mmx")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block": (64, 4, 0, 1, 0, 9)}, "columns: got 9, expected a number from 1 to 8"),
+        ({"block": (64, 3, 0, 1, 0, 4)}, "stride: got 3, expected a number from 4"),
+        ({"block": (0, 4, 0, 1, 0, 4)}, "logits: got address 0"),
+        ({"targets": 3}, "targets: got address 3"),
+        ({"threads": 0}, "threads: got 0, expected a number from 1"),
+        ({"vocabulary": 0}, "vocabulary: got 0"),
+    ],
+)
+def test_bindings_name_what_is_wrong(change, message):
+    good = {"block": (64, 4, 0, 1, 0, 4), "vocabulary": 8, "raw": True, "threads": 1}
+    good |= dict.fromkeys(("targets", "lse", "lse_low", "nll", "upstream"), 64)
+    with pytest.raises(ValueError, match=message):
+        _cpu.gradient_block(**(good | change))
