@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import extra_memory, time_all
-from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import SHAPES
+from benchmarks.providers import PEERS, PROVIDERS
+from benchmarks.shapes import SHAPES, Recorded, Shape, Source, make_problem
 from bft_kernels import info
 
 
@@ -27,6 +27,10 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
+    inputs: Path | None = None
+    """torch.save((hidden [N, D], weight [V, D], target [N])) of a real model; replaces `shape`."""
+    tokens: int = 2048
+    """Of `inputs`."""
     providers: tuple[str, ...] = tuple(PROVIDERS)
     memory: bool = True
     output: Path | None = None
@@ -35,18 +39,25 @@ class Config:
 
 def main(config: Config) -> None:
     """Measures and prints."""
-    unknown = [name for name in config.providers if name not in PROVIDERS]
+    known = PROVIDERS | PEERS
+    unknown = [name for name in config.providers if name not in known]
     if unknown:
-        raise SystemExit(f"providers: got {unknown[0]!r}, expected some of {', '.join(PROVIDERS)}")
-    shape, dtype = SHAPES[config.shape], getattr(torch, config.dtype)
-    names = list(config.providers)
-    times = time_all(shape, dtype, config.device, config.repeats, names)
+        raise SystemExit(f"providers: got {unknown[0]!r}, expected some of {', '.join(known)}")
+    source: Source = SHAPES[config.shape]
+    if config.inputs is not None:
+        source = Recorded(config.inputs, config.tokens)
+    dtype, names = getattr(torch, config.dtype), list(config.providers)
+    problem = make_problem(source, dtype, config.device)
+    shape = problem.shape
+    times = time_all(problem, config.device, config.repeats, names)
+    del problem
     memory = {
-        name: extra_memory(name, shape, dtype, config.device) if config.memory else 0
+        name: extra_memory(name, source, dtype, config.device) if config.memory else 0
         for name in names
     }
+    label = config.shape if config.inputs is None else config.inputs.stem
     table = Table(
-        title=f"{config.shape}: N {shape.tokens}, D {shape.width}, V {shape.vocabulary}, "
+        title=f"{label}: N {shape.tokens}, D {shape.width}, V {shape.vocabulary}, "
         f"{config.dtype}, {config.device}"
     )
     for column in ("", "seconds", "x G", "extra MiB"):
@@ -56,18 +67,19 @@ def main(config: Config) -> None:
         table.add_row(name, f"{taken:.3f}", f"{taken / times['1G']:.2f}", extra)
     Console().print(table)
     if config.output is not None:
-        write_csv(config, times, memory)
+        write_csv(config, label, shape, times, memory)
 
 
-def write_csv(config: Config, times: dict[str, float], memory: dict[str, int]) -> None:
+def write_csv(
+    config: Config, label: str, shape: Shape, times: dict[str, float], memory: dict[str, int]
+) -> None:
     """One row a provider, with what is needed to compare it with another run."""
     assert config.output is not None
     facts = info()
-    shape = SHAPES[config.shape]
     rows = [
         {
             "provider": name,
-            "shape": config.shape,
+            "shape": label,
             "tokens": shape.tokens,
             "width": shape.width,
             "vocabulary": shape.vocabulary,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,37 +32,60 @@ def torch_chunked(problem: Problem) -> Tensor:
     )
 
 
-def exact(problem: Problem) -> Tensor:
-    """Ours, with the exact gradient."""
-    loss = linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(functional.linear(hidden, weight).float(), target)
+
+    return torch.compile(loss)
+
+
+def compiled(problem: Problem) -> Tensor:
+    """Eager, compiled."""
+    return _compiled()(problem.hidden, problem.weight, problem.target)
+
+
+def cut_cross_entropy(problem: Problem) -> Tensor:
+    """Apple's; off a GPU its implementation for torch.compile."""
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    how = "cce" if problem.hidden.is_cuda else "torch_compile"
+    return cce(problem.hidden, problem.weight, problem.target, impl=how)
+
+
+def _ours(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
+    weight = problem.weight.detach() if frozen else problem.weight
+    loss = linear_cross_entropy(problem.hidden, weight, problem.target, **how)
     assert isinstance(loss, Tensor)
     return loss
 
 
-def sampled(problem: Problem) -> Tensor:
-    """Ours, with the sampled gradient at its default ``eps``."""
-    loss = linear_cross_entropy(
-        problem.hidden, problem.weight, problem.target, gradient="sampled", seed=0
-    )
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def balanced(problem: Problem) -> Tensor:
+def _balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     """The BFT loss over documents of 128 tokens."""
     count = problem.target.numel()
     bounds = torch.tensor([*range(0, count, 128), count])
+    weight = problem.weight.detach() if frozen else problem.weight
     loss = balanced_linear_cross_entropy(
-        problem.hidden, problem.weight, problem.target, cu_seqlens=bounds
+        problem.hidden, weight, problem.target, cu_seqlens=bounds, **how
     )
     assert isinstance(loss, Tensor)
     return loss
 
+
+SAMPLED = {"gradient": "sampled", "seed": 0}
+MIB = 2**20
 
 PROVIDERS: dict[str, Provider] = {
     "eager": eager,
     **({"torch chunked": torch_chunked} if hasattr(functional, "linear_cross_entropy") else {}),
-    "bft exact": exact,
-    "bft balanced": balanced,
-    "bft sampled": sampled,
+    "bft exact": _ours,
+    "bft sampled": functools.partial(_ours, **SAMPLED),
+    "bft balanced": _balanced,
+    "bft balanced, 256 MiB": functools.partial(_balanced, max_buffer_bytes=256 * MIB),
+    "bft balanced, 16 MiB": functools.partial(_balanced, max_buffer_bytes=16 * MIB),
+    "bft balanced sampled": functools.partial(_balanced, **SAMPLED),
+    "bft balanced, frozen head": functools.partial(_balanced, frozen=True),
+    "bft balanced sampled, frozen head": functools.partial(_balanced, frozen=True, **SAMPLED),
 }
+# Slow to start, or installed apart: asked for by name.
+PEERS: dict[str, Provider] = {"compiled eager": compiled, "cut-cross-entropy": cut_cross_entropy}

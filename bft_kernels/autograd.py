@@ -136,8 +136,13 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or batched or _keeps_graph():
         return (gradient.to(factor.dtype) * factor).to(dtype)
+    if factor.device.type == "cpu" and factor.item() == 1:  # as in loss.backward()
+        return gradient.to(dtype)
     for block in gradient.flatten().split(_SCALE_BLOCK):
-        block.copy_(block.to(factor.dtype) * factor)
+        if block.dtype == factor.dtype:
+            block.mul_(factor)
+        else:
+            block.copy_(block.to(factor.dtype) * factor)
     return gradient.to(dtype)
 
 
