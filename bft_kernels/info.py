@@ -32,15 +32,23 @@ def info() -> dict[str, Any]:
             **{name: _version(name) for name in _PACKAGES},
         },
         "devices": devices,
-        "extensions": {
-            name: "built" if importlib.util.find_spec(module) else "not built"
-            for name, module in _EXTENSIONS.items()
-        },
+        "extensions": {name: _extension(module) for name, module in _EXTENSIONS.items()},
         "backends": {
             backend.name: {device: _reasons(backend.why_not, device) for device in devices}
             for backend in BACKENDS
         },
     }
+
+
+def _extension(module: str) -> str:
+    if importlib.util.find_spec(module) is None:
+        return "not built"
+    if module != _EXTENSIONS["cpu"]:
+        return "built"
+    from bft_kernels import _cpu
+
+    threads = "OpenMP" if _cpu.has_openmp() else "std::thread"
+    return f"built, runs {_cpu.instruction_set()} on {threads}"
 
 
 def _reasons(why_not: Any, device: str) -> list[str]:
