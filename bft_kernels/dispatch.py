@@ -108,7 +108,8 @@ def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
             reasons.append(f"{name} is float64, it computes in float32")
     if weight.layout == torch.strided and weight.dim() == 2:
         rows, columns = weight.stride()
-        if (columns != 1 and weight.shape[1] > 1) or (rows < weight.shape[1] < 2**31):
+        count, width = weight.shape
+        if (columns != 1 and width > 1) or (rows < width and count > 1):
             reasons.append(f"weight has strides {weight.stride()}, it takes contiguous rows")
     return reasons
 

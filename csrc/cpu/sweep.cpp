@@ -25,7 +25,7 @@ constexpr uint32_t kThinFrom = 1024;
 
 }  // namespace
 
-// The state of one row. `maximum` is 0-based at -inf: nothing was seen.
+// The state of one row. A maximum of -inf: nothing was seen yet but masked columns.
 struct Sweep::Row {
     double sum = 0;          // of e = exp(z - maximum)
     double moment = 0;       // of e * (z - maximum)
@@ -39,13 +39,14 @@ struct Sweep::Row {
     double log_sum = std::numeric_limits<double>::quiet_NaN();  // this and nll are set by finish
     double nll = std::numeric_limits<double>::quiet_NaN();
     float floor = -kFloatInfinity;
-
-    double lse() const { return maximum + log_sum; }
     int32_t argmax = 0;
     int32_t target = 0;
     uint32_t thin_at = kThinFrom;
     RowKey key{};
     Candidates candidates;
+
+    bool empty() const { return maximum == -kDoubleInfinity; }
+    double lse() const { return maximum + log_sum; }
 };
 
 // One a thread, on cache lines of its own.
@@ -113,7 +114,9 @@ void Sweep::add_block(const Block& block, float* sums, int64_t width, int thread
                 raise_maximum(row, most, &factor);
             }
             if (settings_.label_smoothing != 0) {
-                row.shifted_sum += kernel.sum(z, block.columns, static_cast<float>(row.maximum));
+                row.shifted_sum +=
+                    row.empty() ? -kDoubleInfinity
+                                : kernel.sum(z, block.columns, static_cast<float>(row.maximum));
             }
             const int64_t place = row.target - block.first_column;
             const bool has_target = place >= 0 && place < block.columns;
@@ -124,7 +127,7 @@ void Sweep::add_block(const Block& block, float* sums, int64_t width, int thread
                 z[place] = -kFloatInfinity;
             }
             float* e = scratch.exponentials.data();
-            if (row.maximum == -kDoubleInfinity) {  // every column so far is masked
+            if (row.empty()) {  // every column so far is masked
                 std::fill(e, e + block.columns, 0.0f);
             } else {
                 const ExponentialSums sums_ =
@@ -164,7 +167,7 @@ void Sweep::fetch_ahead(int64_t row, int64_t stop) const {
 
 void Sweep::take_target(Row& row, float logit) const {
     row.target_logit = logit;
-    if (row.maximum == -kDoubleInfinity) return;
+    if (row.empty()) return;
     const double below = logit - row.maximum;
     const double e = std::exp(below);
     row.sum += e;
@@ -174,7 +177,7 @@ void Sweep::take_target(Row& row, float logit) const {
 // Makes the sums relative to a larger maximum; *factor is what they are multiplied by.
 void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
     *factor = 0;
-    if (row.maximum != -kDoubleInfinity) {
+    if (!row.empty()) {
         const double change = row.maximum - maximum;
         *factor = std::exp(change);
         row.moment = *factor * (row.moment + row.sum * change);
@@ -197,7 +200,7 @@ float Sweep::draw_factor(const Row& row) const {
 void Sweep::find_candidates(Row& row, const float* z, const float* e, const Block& block,
                             Scratch& scratch, CandidatePool& pool) const {
     const Kernels& kernel = kernels();
-    if (row.maximum == -kDoubleInfinity) return;
+    if (row.empty()) return;
     const float factor = draw_factor(row);
     const uint32_t first = static_cast<uint32_t>(block.first_column);
     uint32_t* hits = scratch.hits.data();

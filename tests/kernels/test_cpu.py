@@ -255,6 +255,29 @@ def test_adds_to_a_gradient_that_is_there(gradient, problem, close):
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+def test_rows_that_do_not_lie_together(layout, gradient, problem, close):
+    p = problem(24, 24, 300, dtype=torch.float32)
+    hidden = {
+        "transposed": p.hidden.detach().t().contiguous().t(),
+        "expanded": p.hidden.detach()[:1].expand(24, 24),
+        "sliced": torch.cat([p.hidden.detach()] * 2, 1)[:, :24],
+    }[layout]
+    results = []
+    for backend in ("torch", "cpu"):
+        x = hidden.clone() if backend == "torch" else hidden
+        x = x.requires_grad_()
+        weight = p.weight.detach().clone().requires_grad_()
+        # A gradient in a layout of its own, as a user may have made it.
+        weight.grad = torch.ones(24, 300).t() if layout == "transposed" else None
+        how = {"gradient": gradient, "seed": 2, "eps": 2**-6, "backend": backend}
+        linear_nll(x, weight, p.target, **how).sum().backward()
+        results.append((x.grad, weight.grad))
+    close(results[1][0], results[0][0], 1e-5)
+    close(results[1][1], results[0][1], 1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
 def test_nan_stays_in_its_row(gradient, problem):
     p = problem(20, 9, 300, ignored=0.0, dtype=torch.float32)
     p.hidden.data[7, 3] = math.nan

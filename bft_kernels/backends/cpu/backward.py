@@ -13,6 +13,7 @@ from bft_kernels.backends.cpu.native import (
     address,
     blocks,
     fresh,
+    has_rows,
     matrix,
     plan,
     threads,
@@ -157,18 +158,22 @@ def _from_entries(
     if wanted.hidden:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         _cpu.gather_hidden(weight=matrix(weight), grad_hidden=matrix(grad_hidden), **entries)
-    add = grad_weight is not None
-    if wanted.weight and grad_weight is None:
-        grad_weight = fresh(weight.shape, weight.dtype)
+    into: Tensor | None = None
+    if wanted.weight:
+        add = grad_weight is not None and has_rows(grad_weight)
+        into = grad_weight if add else fresh(weight.shape, weight.dtype)
     if wanted.bias:
         grad_bias = torch.empty(weight.shape[0])
     if wanted.weight or wanted.bias:
+        table = hidden if has_rows(hidden) else hidden.contiguous()
         _cpu.scatter_weight(
-            hidden=matrix(hidden.contiguous()),
-            grad_weight=None if grad_weight is None else matrix(grad_weight),
-            add=add,
+            hidden=matrix(table),
+            grad_weight=None if into is None else matrix(into),
+            add=into is grad_weight,
             grad_bias=address(grad_bias),
             vocabulary=weight.shape[0],
             **entries,
         )
-    return Gradients(grad_hidden, grad_weight if wanted.weight else None, grad_bias)
+    if into is not None and grad_weight is not None and into is not grad_weight:
+        into = grad_weight.add_(into)
+    return Gradients(grad_hidden, into, grad_bias)

@@ -21,9 +21,15 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def has_rows(tensor: Tensor) -> bool:
+    """Whether a matrix consists of contiguous rows that do not overlap."""
+    rows, width = tensor.shape
+    return (tensor.stride(1) == 1 or width == 1) and (tensor.stride(0) >= width or rows <= 1)
+
+
 def matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
-    """A matrix of contiguous rows as ``_cpu`` takes it."""
-    assert tensor.stride(1) == 1 or tensor.shape[1] == 1
+    """A matrix of contiguous rows as ``_cpu`` takes it. ``tensor`` must outlive the call."""
+    assert has_rows(tensor)
     name = str(tensor.dtype).removeprefix("torch.")
     return tensor.data_ptr(), name, *tensor.shape, tensor.stride(0)
 
