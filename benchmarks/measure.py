@@ -100,10 +100,11 @@ def _extra_memory(
     warm = make_problem(Shape(8, 16, 64), dtype, device)
     step(provider, warm)  # libraries and thread pools are loaded before the baseline is read
     problem = make_problem(source, dtype, device)
-    gradients = problem.hidden.nbytes + problem.weight.nbytes
     before = _in_use(device, reset=True)
     step(provider, problem)
-    sender.send(max(0, _in_use(device, peak=True) - before - gradients))
+    peak = _in_use(device, peak=True)
+    made = [x.grad.nbytes for x in (problem.hidden, problem.weight) if x.grad is not None]
+    sender.send(max(0, peak - before - sum(made)))
 
 
 def _in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:

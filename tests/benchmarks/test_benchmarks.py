@@ -49,6 +49,8 @@ def test_memory_of_eager_is_that_of_its_logits() -> None:
     ours = extra_memory("bft sampled", shape, torch.float32, "cpu")
     assert 1.9 * logits < eager < 4 * logits
     assert ours < logits
+    # A frozen head has no gradient that could be taken for memory saved.
+    assert extra_memory("bft balanced sampled, frozen head", shape, torch.float32, "cpu") > 2**20
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name.startswith("bft")])
