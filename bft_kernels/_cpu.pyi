@@ -16,7 +16,6 @@ class Sweep:
         norms: int = 0,
         eps: float = 1.0,
         seed: int = 0,
-        statistics: bool = False,
         sample: bool = False,
         certificate: bool = False,
         label_smoothing: float = 0.0,

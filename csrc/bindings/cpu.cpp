@@ -163,8 +163,8 @@ void define_sweep(py::module_& module) {
                       "arrays of bias and norms must outlive it.")
         .def(py::init([](int64_t rows, int64_t vocabulary, Address targets, Address positions,
                          Address floors, Address bias, float softcap, float temperature,
-                         Address norms, float eps, int64_t seed, bool statistics, bool sample,
-                         bool certificate, float label_smoothing, float z_loss) {
+                         Address norms, float eps, int64_t seed, bool sample, bool certificate,
+                         float label_smoothing, float z_loss) {
                  bft::check_range("rows", rows, 0, kMaxCount);
                  bft::cpu::SweepSettings settings;
                  settings.vocabulary = vocabulary;
@@ -172,7 +172,6 @@ void define_sweep(py::module_& module) {
                  settings.norms = optional_array<const float>("norms", norms, vocabulary);
                  settings.eps = eps;
                  settings.seed = static_cast<uint64_t>(seed);
-                 settings.statistics = statistics;
                  settings.sample = sample;
                  settings.certificate = certificate;
                  settings.label_smoothing = label_smoothing;
@@ -181,9 +180,8 @@ void define_sweep(py::module_& module) {
              }),
              py::kw_only(), arg("rows"), arg("vocabulary"), arg("targets"), arg("positions") = 0,
              arg("floors") = 0, arg("bias") = 0, arg("softcap") = 0.0f, arg("temperature") = 1.0f,
-             arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("statistics") = false,
-             arg("sample") = false, arg("certificate") = false, arg("label_smoothing") = 0.0f,
-             arg("z_loss") = 0.0f)
+             arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("sample") = false,
+             arg("certificate") = false, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f)
         .def("add", &Sweep::add, arg("block"), arg("threads"), Release(),
              "Take a block of raw products; leaves its logits in place.")
         .def("add_exponentials", &Sweep::add_exponentials, arg("block"), arg("sums"), arg("width"),

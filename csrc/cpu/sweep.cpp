@@ -23,6 +23,13 @@ constexpr float kDraws = 0x1.0001p24f;
 // A row is thinned when it holds this many candidates and twice what the last thinning left.
 constexpr uint32_t kThinFrom = 1024;
 
+// dz/dy without the temperature, where the softcap gave z.
+double slope_of(const Transform& transform, double z) {
+    if (transform.softcap == 0) return 1;
+    const double t = z * transform.temperature / transform.softcap;
+    return 1 - t * t;
+}
+
 }  // namespace
 
 // The state of one row. A maximum of -inf: nothing was seen yet but masked columns.
@@ -202,12 +209,12 @@ void Sweep::find_candidates(Row& row, const float* z, const float* e, const Bloc
     const Kernels& kernel = kernels();
     if (row.empty()) return;
     const float factor = draw_factor(row);
+    const float threshold = 1 / factor;
     const uint32_t first = static_cast<uint32_t>(block.first_column);
     uint32_t* hits = scratch.hits.data();
     const int64_t found = settings_.sample ? kernel.draw_below(e, block.columns, first, row.key,
                                                                factor * kDraws, hits)
-                                           : kernel.at_least(e, block.columns, 1 / factor, hits);
-    const float threshold = 1 / factor;
+                                           : kernel.at_least(e, block.columns, threshold, hits);
     if (settings_.certificate) {
         const float* norms = settings_.norms ? settings_.norms + block.first_column : nullptr;
         const SmallSums sums =
@@ -247,7 +254,7 @@ void Sweep::thin(Row& row, CandidatePool& pool) const {
 }
 
 void Sweep::count_small(Row& row, double logit, double e, uint32_t column) const {
-    const double s = slope(logit);
+    const double s = slope_of(settings_.transform, logit);
     double term = e * s * s;
     row.small[0] += term;
     row.small[1] += term * e;
@@ -256,14 +263,6 @@ void Sweep::count_small(Row& row, double logit, double e, uint32_t column) const
         row.weighted_small[0] += term;
         row.weighted_small[1] += term * e;
     }
-}
-
-// dz/dy without the temperature, where the softcap gave z.
-double Sweep::slope(double logit) const {
-    const Transform& transform = settings_.transform;
-    if (transform.softcap == 0) return 1;
-    const double t = logit * transform.temperature / transform.softcap;
-    return 1 - t * t;
 }
 
 void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads) {
@@ -340,14 +339,13 @@ void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, doubl
         scratch.columns.data(), scratch.logits.data(), static_cast<int64_t>(count),
         static_cast<float>(row.maximum), static_cast<float>(row.log_sum), row.key, eps,
         scratch.exponentials.data(), scratch.hits.data());
-    const bool slopes = settings_.transform.softcap != 0;
     const float unit = 1 / settings_.transform.temperature;
     uint32_t place = 0;
     int64_t next = 0;
     row.candidates.filter(
         [&](Candidate& entry) {
             const uint32_t here = place++;
-            const float s = slopes ? static_cast<float>(slope(entry.logit)) : 1.0f;
+            const float s = static_cast<float>(slope_of(settings_.transform, entry.logit));
             if (entry.uncounted() && p[here] < eps) {
                 const double term = double{p[here]} * (double{eps} - p[here]) * s * s;
                 *variance += term;
@@ -374,8 +372,8 @@ void Sweep::entries(const int64_t* offsets, int32_t* columns, float* values, int
                 columns[place] = column;
                 values[place++] = value;
             };
-            const float at_target =
-                static_cast<float>(std::expm1(-row.nll) * slope(row.target_logit) * unit);
+            const float at_target = static_cast<float>(
+                std::expm1(-row.nll) * slope_of(settings_.transform, row.target_logit) * unit);
             bool target_put = false;
             row.candidates.each([&](const Candidate& entry) {
                 const int32_t column = static_cast<int32_t>(entry.column());
@@ -398,8 +396,9 @@ void Sweep::unit_factors(int64_t first_row, int64_t rows, float* factors,
         const double extra = 2 * settings_.z_loss * row.lse();
         const double unit = 1 / settings_.transform.temperature;
         factors[i] = static_cast<float>((1 + extra) / row.sum * unit);
-        target_values[i] = static_cast<float>((std::expm1(-row.nll) + extra * std::exp(-row.nll)) *
-                                              slope(row.target_logit) * unit);
+        target_values[i] =
+            static_cast<float>((std::expm1(-row.nll) + extra * std::exp(-row.nll)) *
+                               slope_of(settings_.transform, row.target_logit) * unit);
     }
 }
 
@@ -430,15 +429,9 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
             if (has_target) {
                 // p - 1 as expm1(-nll): for confident tokens the difference would lose its digits.
                 const double nll = settings.nll[i];
-                double slope = 1;
-                if (transform.softcap != 0) {
-                    const double t =
-                        double{target_logit} * transform.temperature / transform.softcap;
-                    slope = 1 - t * t;
-                }
                 const double value =
                     (1 - a) * std::expm1(-nll) + (extra + a) * std::exp(-nll) - uniform;
-                z[place] = static_cast<float>(upstream * value * slope);
+                z[place] = static_cast<float>(upstream * value * slope_of(transform, target_logit));
             }
         }
     });

@@ -23,7 +23,6 @@ struct SweepSettings {
     const float* norms = nullptr;  // [V], |W_v|^2, for the certificate of dH; may be null
     float eps = 1;
     uint64_t seed = 0;
-    bool statistics = false;   // entropy and correct
     bool sample = false;       // keep the sampled entries
     bool certificate = false;  // their variance
     float label_smoothing = 0;
@@ -90,7 +89,6 @@ class Sweep {
     void thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
                        double* weighted) const;
     void count_small(Row& row, double logit, double e, uint32_t column) const;
-    double slope(double logit) const;
     void reserve_pools(int threads);
 
     SweepSettings settings_;

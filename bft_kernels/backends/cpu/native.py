@@ -192,7 +192,6 @@ def make_sweep(
         norms=address(norms),
         eps=config.eps,
         seed=seed,
-        statistics=config.statistics,
         sample=config.residual == "entries",
         certificate=config.variance or config.hidden_variance,
         label_smoothing=config.label_smoothing,
