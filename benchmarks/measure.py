@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -26,13 +27,32 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
     """Wall time of one run, the device's work included."""
     synchronize(device)
     started = time.perf_counter()
     run()
     synchronize(device)
     return time.perf_counter() - started
+
+
+def keep_memory() -> None:
+    """Has the C library keep what is freed, so that only the first run touches fresh pages.
+
+    By default glibc returns every large tensor to the system, and a step pays for mapping and
+    clearing its gradients anew: work of the system, the same whichever loss asked for them, but
+    on a virtual machine as much as a tenth of a step.
+
+    Raises:
+        RuntimeError: the C library is not glibc, or refuses.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        raise RuntimeError("keep_memory: the C library has no mallopt, expected glibc") from None
+    if not (mallopt(trim_threshold, -1) and mallopt(mmap_max, 0)):
+        raise RuntimeError("keep_memory: mallopt refused the setting")
 
 
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.

@@ -22,13 +22,12 @@ def eager(problem: Problem) -> Tensor:
     return functional.cross_entropy(logits.float(), problem.target)
 
 
-def torch_chunked(problem: Problem) -> Tensor:
-    """PyTorch's own chunked loss, of torch 2.13 on, with its default choice of chunks."""
+def torch_chunked(problem: Problem, *, rows: int | None = None) -> Tensor:
+    """PyTorch's own chunked loss (torch 2.13); without ``rows`` by its own choice of chunks."""
+    options = torch.nn.LinearCrossEntropyOptions
+    how = options() if rows is None else options(chunking_method=None, batch_chunk_size=rows)
     return functional.linear_cross_entropy(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        options=torch.nn.LinearCrossEntropyOptions(),
+        problem.hidden, problem.weight, problem.target, options=how
     )
 
 
@@ -53,6 +52,35 @@ def cut_cross_entropy(problem: Problem) -> Tensor:
     return cce(problem.hidden, problem.weight, problem.target, impl=how)
 
 
+def trl_chunked(problem: Problem) -> Tensor:
+    """TRL's log-probabilities in chunks, as its SFTTrainer calls them, without statistics."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    log_probabilities = ChunkedLogProbFunction.apply(
+        problem.hidden,
+        problem.weight,
+        None,  # bias
+        problem.target,
+        1.0,  # temperature
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,  # softcap
+        1.0,  # scale
+        (),  # no entropy, no accuracy
+    )[0]
+    return -log_probabilities.mean()
+
+
+def liger_chunked(problem: Problem) -> Tensor:
+    """Liger's log-probabilities in chunks: its one linear loss that runs without a GPU."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    log_probabilities = LigerFusedLinearPPOBase.chunk_forward(
+        problem.hidden[None], problem.weight, problem.target[None]
+    )
+    return -log_probabilities.mean()
+
+
 def _ours(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     weight = problem.weight.detach() if frozen else problem.weight
     loss = linear_cross_entropy(problem.hidden, weight, problem.target, **how)
@@ -72,7 +100,7 @@ def _balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     return loss
 
 
-SAMPLED = {"gradient": "sampled", "seed": 0}
+SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
 MIB = 2**20
 
 PROVIDERS: dict[str, Provider] = {
@@ -87,5 +115,15 @@ PROVIDERS: dict[str, Provider] = {
     "bft balanced, frozen head": functools.partial(_balanced, frozen=True),
     "bft balanced sampled, frozen head": functools.partial(_balanced, frozen=True, **SAMPLED),
 }
-# Slow to start, or installed apart: asked for by name.
-PEERS: dict[str, Provider] = {"compiled eager": compiled, "cut-cross-entropy": cut_cross_entropy}
+# Slow to start, or installed apart (pip install --no-deps): asked for by name.
+PEERS: dict[str, Provider] = {
+    "compiled eager": compiled,
+    "cut-cross-entropy": cut_cross_entropy,
+    "trl": trl_chunked,
+    "liger": liger_chunked,
+    **(
+        {"torch chunked, 1024 rows": functools.partial(torch_chunked, rows=1024)}
+        if hasattr(functional, "linear_cross_entropy")
+        else {}
+    ),
+}

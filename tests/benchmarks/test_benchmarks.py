@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import Config, main
+import benchmarks.loss
+import benchmarks.scale
 from benchmarks.measure import extra_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import SHAPES, Shape, make_problem
@@ -25,7 +26,7 @@ def test_providers_compute_the_mean_loss(name: str) -> None:
 
 def test_csv_has_a_row_a_provider(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    config = Config(
+    config = benchmarks.loss.Config(
         shape="tiny",
         device="cpu",
         repeats=1,
@@ -33,12 +34,37 @@ def test_csv_has_a_row_a_provider(tmp_path: Path) -> None:
         memory=False,
         output=path,
     )
-    main(config)
-    main(config)
+    benchmarks.loss.main(config)
+    benchmarks.loss.main(config)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["provider"] for row in rows] == ["1G", "eager", "bft exact"] * 2
     assert float(rows[0]["times_g"]) == 1.0
+
+
+def test_fit_finds_the_two_slopes() -> None:
+    shapes = [Shape(n, 64, v) for n in (256, 4096) for v in (1000, 50_000)]
+    exact = [benchmarks.scale.predict(shape, 3e-9, 2e-12) for shape in shapes]
+    fixed, slope = benchmarks.scale.fit(shapes, exact)
+    assert fixed == pytest.approx(3e-9)
+    assert slope == pytest.approx(2e-12)
+
+
+def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scale.csv"
+    config = benchmarks.scale.Config(
+        width=32, tokens=(64, 256), vocabularies=(512, 2048), device="cpu", repeats=1, output=path
+    )
+    benchmarks.scale.main(config)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["tokens"]), int(row["vocabulary"])) for row in rows] == [
+        (64, 512),
+        (256, 512),
+        (64, 2048),
+        (256, 2048),
+    ]
+    assert "passes over dW" in capsys.readouterr().out
 
 
 @pytest.mark.slow

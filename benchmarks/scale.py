@@ -1,0 +1,136 @@
+"""``python -m benchmarks scale``: how the time of one loss grows with tokens and vocabulary."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure import bare_product, keep_memory, seconds, step
+from benchmarks.providers import PEERS, PROVIDERS
+from benchmarks.results import append, environment
+from benchmarks.shapes import Shape, make_problem
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N and V.
+
+    a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
+    told as a multiple of the bare product's own slope, fitted to its times in the same run.
+    """
+
+    provider: str = "bft balanced sampled"
+    width: int = 576
+    tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
+    vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats: int = 3
+    keep_memory: bool = False
+    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    output: Path | None = None
+    """Append long-form CSV here."""
+
+
+def main(config: Config) -> None:
+    """Measures, fits and prints.
+
+    Raises:
+        SystemExit: an unknown provider.
+    """
+    known = PROVIDERS | PEERS
+    if config.provider not in known:
+        raise SystemExit(f"provider: got {config.provider!r}, expected one of {', '.join(known)}")
+    if config.keep_memory:
+        keep_memory()
+    shapes = [Shape(n, config.width, v) for v in config.vocabularies for n in config.tokens]
+    measured = [_measure(config, shape) for shape in shapes]
+    times, products, passes = zip(*measured, strict=True)
+    fixed, slope = fit(shapes, times)
+    bare_slope = fit(shapes, products)[1]
+    # The slope of a pass over dW in V D, that is its seconds an element.
+    pass_slope = statistics.median(
+        taken / (shape.vocabulary * shape.width)
+        for taken, shape in zip(passes, shapes, strict=True)
+    )
+    fitted = [predict(shape, fixed, slope) for shape in shapes]
+    table = Table(title=f"{config.provider}, D {config.width}, {config.dtype}, {config.device}")
+    for column in ("N", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
+        table.add_column(column, justify="right")
+    for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
+        table.add_row(
+            str(shape.tokens),
+            str(shape.vocabulary),
+            f"{taken:.3f}",
+            f"{taken / product:.2f}",
+            f"{value:.3f}",
+            f"{taken / value - 1:+.1%}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"a: {fixed / pass_slope:.2f} passes over dW; b: {slope / bare_slope:.3f} G")
+    if config.output is not None:
+        facts = environment(config.device)
+        append(
+            config.output,
+            [
+                {
+                    "provider": config.provider,
+                    "tokens": shape.tokens,
+                    "width": shape.width,
+                    "vocabulary": shape.vocabulary,
+                    "dtype": config.dtype,
+                    "memory_kept": config.keep_memory,
+                    **facts,
+                    "seconds": taken,
+                    "bare_product_seconds": product,
+                    "pass_seconds": a_pass,
+                    "fitted_seconds": value,
+                }
+                for shape, taken, product, a_pass, value in zip(
+                    shapes, times, products, passes, fitted, strict=True
+                )
+            ],
+        )
+
+
+def _measure(config: Config, shape: Shape) -> tuple[float, float, float]:
+    """Median seconds of the loss, of the bare product and of a pass over dW, interleaved."""
+    problem = make_problem(shape, getattr(torch, config.dtype), config.device)
+    like_gradient = torch.ones_like(problem.weight, requires_grad=False)
+    runs: tuple[Callable[[], object], ...] = (
+        lambda: step(config.provider, problem),
+        lambda: bare_product(problem, 1024, 512),
+        lambda: like_gradient.mul_(2),
+    )
+    turns = [[seconds(run, config.device) for run in runs] for _ in range(config.repeats + 1)]
+    step_, product, a_pass = (statistics.median(column) for column in zip(*turns[1:], strict=True))
+    return step_, product, a_pass
+
+
+def predict(shape: Shape, fixed: float, slope: float) -> float:
+    """``a V D + b N V D``, seconds."""
+    return (fixed + slope * shape.tokens) * shape.vocabulary * shape.width
+
+
+def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:
+    """``a`` and ``b`` that make the sum of squared relative deviations least."""
+    terms: Tensor = torch.tensor(
+        [
+            [predict(shape, 1, 0) / taken, predict(shape, 0, 1) / taken]
+            for shape, taken in zip(shapes, times, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    scale = terms.norm(dim=0)  # a is in seconds an element, b a thousandth of that
+    solution = torch.linalg.lstsq(terms / scale, torch.ones(len(shapes), 1, dtype=torch.float64))
+    fixed, slope = (solution.solution[:, 0] / scale).tolist()
+    return fixed, slope
