@@ -7,6 +7,7 @@ not cover ``[N]`` vectors, the sparse entries of ``gradient="sampled"``, nor the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 DEFAULT_BUFFER_BYTES = {"cpu": 64 * 2**20}
@@ -26,7 +27,10 @@ def default_buffer_bytes(device_type: str) -> int:
 # vocabulary are best for the vendor's product; see docs/performance.md.
 CPU_BLOCK_BYTES = 2 * 2**20
 CPU_BLOCK_COLUMNS = 512
-CPU_LEAST_CHUNK = 128
+
+# A pass over ``dW`` and two over ``weight``, 16 V D bytes at 10 GB/s, take as long as the product
+# of about so many rows, 2 V D flops each at 160 GFLOPS.
+CPU_PASS_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -152,17 +156,70 @@ def plan_cpu_blocks(
     return CpuPlan(max(1, min(rows, block // (columns + row_copies))), columns, whole)
 
 
-def plan_cpu_chunk(rows: int, vocabulary: int, width: int, budget: int, plan: CpuPlan) -> int:
-    """Rows of whole logits that the ``cpu`` backend's 3G path takes at a time; 0: not worth it.
+@dataclass(frozen=True)
+class CpuWeightedPlan:
+    """Blocks of the weighted loss, and of how many rows the logits outlive their sweep."""
 
-    A chunk of ``c`` rows saves one product, ``2 c V D`` flops, and costs a pass over ``dW``,
-    ``8 V D`` bytes: below about a hundred rows the pass takes longer on a CPU.
+    rows: int  # of a block, where the ones below need no more
+    columns: int  # of a block that is swept
+    group: int  # how many of them make a block of the gradient, which goes through two products
+    in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
+    in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
+
+
+def plan_cpu_weighted(
+    rows: int,
+    vocabulary: int,
+    width: int,
+    budget: int,
+    *,
+    widens: bool,
+    copies: bool,
+    trains_weight: bool,
+) -> CpuWeightedPlan:
+    """Where logits wait for the weights of their tokens.
+
+    ``dW`` is a float32 ``[V, D]`` that nothing is written to before the weights are known: a block
+    of its rows has room for the same block of columns of ``D`` rows of logits. The rest of the
+    budget holds whole rows.
 
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
-        budget: bytes for the chunk, its rows of ``dH`` and a widened block of ``weight``.
-        plan: of the blocks.
+        budget: bytes for waiting logits outside ``dW``, one block, and copies of operands.
+        widens: whether blocks of ``weight`` are copied to float32 first.
+        copies: whether rows of ``hidden`` are copied first.
+        trains_weight: whether there is a ``dW``.
     """
-    chunk = (budget // 4 - 2 * plan.columns * width) // (vocabulary + 2 * width)
-    chunk = min(rows, chunk)
-    return chunk if chunk >= min(rows, CPU_LEAST_CHUNK) else 0
+    in_gradient = min(rows, width) if trains_weight else 0
+    elements = budget // 4
+    if copies:
+        in_gradient = min(in_gradient, elements // 4 // width)
+        elements -= in_gradient * width
+    blocks = plan_cpu_blocks(
+        rows, vocabulary, width, 4 * elements, widens=widens, copies=copies, products=3
+    )
+    wide = blocks.columns
+    if in_gradient:  # a block of them is read before dW is written
+        wide = max(1, min(wide, elements // 2 // in_gradient))
+    group = min(3, wide)
+    columns = wide // group
+    wide = group * columns
+    elements -= wide * int(1.5 * width * widens)
+    elements -= max(blocks.rows * (wide + 2 * width * copies), in_gradient * wide)
+    in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
+    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer)
+
+
+def one_piece_is_faster(pieces: Sequence[int], plan: CpuWeightedPlan) -> bool:
+    """Whether to take all rows at once and compute the logits that cannot wait again.
+
+    Each further piece passes over ``dW`` and twice over ``weight``; see ``CPU_PASS_ROWS``.
+
+    Args:
+        pieces: rows of each piece, as :func:`plan_cpu_weighted` lets them wait.
+        plan: of the call.
+    """
+    first, later = plan.in_gradient + plan.in_buffer, plan.in_buffer
+    again = max(0, pieces[0] - first) + sum(max(0, rows - later) for rows in pieces[1:])
+    apart = again + CPU_PASS_ROWS * (len(pieces) - 1)
+    return max(0, sum(pieces) - first) <= apart

@@ -88,8 +88,10 @@ class Sweep {
                  array<int64_t>("positions", positions, settings.sample ? rows : 0),
                  optional_array<float>("floors", floors, rows)) {}
 
-    void add(const BlockArguments& block, int threads) {
-        sweep_.add(checked(block), checked_threads(threads));
+    void add(const BlockArguments& arguments, Address keep, int threads) {
+        const bft::cpu::Block block = checked(arguments);
+        sweep_.add(block, optional_array<float>("keep", keep, block.rows * block.columns),
+                   checked_threads(threads));
     }
 
     void add_exponentials(const BlockArguments& block, Address sums, int64_t width, int threads) {
@@ -182,8 +184,10 @@ void define_sweep(py::module_& module) {
              arg("floors") = 0, arg("bias") = 0, arg("softcap") = 0.0f, arg("temperature") = 1.0f,
              arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("sample") = false,
              arg("certificate") = false, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f)
-        .def("add", &Sweep::add, arg("block"), arg("threads"), Release(),
-             "Take a block of raw products; leaves its logits in place.")
+        .def("add", &Sweep::add, arg("block"), arg("keep") = 0, py::kw_only(), arg("threads"),
+             Release(),
+             "Take a block of raw products; leaves its logits in place, and in keep [rows, "
+             "columns].")
         .def("add_exponentials", &Sweep::add_exponentials, arg("block"), arg("sums"), arg("width"),
              arg("threads"), Release(),
              "Take a block; leaves slope * exp(z - maximum) in place, 0 at the target, and scales "
@@ -198,25 +202,27 @@ void define_sweep(py::module_& module) {
 
     module.def(
         "gradient_block",
-        [](const BlockArguments& block, int64_t vocabulary, bool raw, Address targets, Address lse,
-           Address lse_low, Address nll, Address upstream, Address bias, float softcap,
+        [](const BlockArguments& block, int64_t vocabulary, Address kept, Address targets,
+           Address lse, Address lse_low, Address nll, Address upstream, Address bias, float softcap,
            float temperature, float label_smoothing, float z_loss, int threads) {
             const bft::cpu::Transform transform =
                 checked_transform(bias, softcap, temperature, vocabulary);
             const bft::cpu::Block checked = checked_block(block, vocabulary);
             const int64_t rows = checked.rows;
             bft::cpu::gradient_block(
-                {transform, raw, vocabulary, label_smoothing, z_loss,
+                {transform, optional_array<const float>("kept", kept, rows * checked.columns),
+                 vocabulary, label_smoothing, z_loss,
                  array<int64_t>("targets", targets, rows), array<float>("lse", lse, rows),
                  array<float>("lse_low", lse_low, rows), array<float>("nll", nll, rows),
                  array<float>("upstream", upstream, rows)},
                 checked, checked_threads(threads));
         },
-        py::kw_only(), arg("block"), arg("vocabulary"), arg("raw"), arg("targets"), arg("lse"),
+        py::kw_only(), arg("block"), arg("vocabulary"), arg("kept") = 0, arg("targets"), arg("lse"),
         arg("lse_low"), arg("nll"), arg("upstream"), arg("bias") = 0, arg("softcap") = 0.0f,
         arg("temperature") = 1.0f, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f,
         arg("threads"), Release(),
-        "Overwrite a block of raw products (or of logits, raw=False) with upstream * dy.");
+        "Overwrite a block of raw products with upstream * dy; given the logits kept [rows, "
+        "columns], whatever the block holds.");
 }
 
 // --- the backward --------------------------------------------------------------------------------

@@ -65,8 +65,9 @@ struct Kernels {
                             const Transform&, const float* norms);
     // e *= softcap's slope at z.
     void (*multiply_slope)(float* e, const float* z, int64_t count, const Transform&);
-    // z -> dy in place, but for the target's entry.
-    void (*gradient)(float* z, int64_t count, const GradientRow&, const Transform&);
+    // z -> dy but for the target's entry; dy may be z.
+    void (*gradient)(const float* z, float* dy, int64_t count, const GradientRow&,
+                     const Transform&);
     // out[j] *= factor.
     void (*multiply)(float* out, int64_t count, float factor);
     // sum[j] = sum_k value[k] * table[index[k] * stride + j], in the order of k.

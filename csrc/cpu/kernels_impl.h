@@ -202,12 +202,13 @@ void multiply_slope(float* e, const float* z, int64_t count, const Transform& tr
     });
 }
 
-void gradient(float* z, int64_t count, const GradientRow& row, const Transform& transform) {
+void gradient(const float* z, float* dy, int64_t count, const GradientRow& row,
+              const Transform& transform) {
     const float to_tanh = slope_factor(transform);
     each_vector(z, count, 0.0f, [&](int64_t j, Floats x, int64_t lanes) {
-        Floats dy = exp_down(x - row.lse) * row.scale - row.uniform;
-        if (to_tanh != 0) dy *= slope_at(x, to_tanh);
-        store_lanes(z + j, dy, lanes);
+        Floats value = exp_down(x - row.lse) * row.scale - row.uniform;
+        if (to_tanh != 0) value *= slope_at(x, to_tanh);
+        store_lanes(dy + j, value, lanes);
     });
 }
 

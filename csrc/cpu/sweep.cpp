@@ -89,14 +89,16 @@ void Sweep::reserve_pools(int threads) {
     if (pools_.size() < static_cast<size_t>(threads)) pools_.resize(threads);
 }
 
-void Sweep::add(const Block& block, int threads) { add_block<false>(block, nullptr, 0, threads); }
+void Sweep::add(const Block& block, float* keep, int threads) {
+    add_block<false>(block, keep, nullptr, 0, threads);
+}
 
 void Sweep::add_exponentials(const Block& block, float* sums, int64_t width, int threads) {
-    add_block<true>(block, sums, width, threads);
+    add_block<true>(block, nullptr, sums, width, threads);
 }
 
 template <bool kExponentials>
-void Sweep::add_block(const Block& block, float* sums, int64_t width, int threads) {
+void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t width, int threads) {
     const Kernels& kernel = kernels();
     reserve_pools(threads);
     std::vector<Scratch> scratches(threads);
@@ -156,8 +158,9 @@ void Sweep::add_block(const Block& block, float* sums, int64_t width, int thread
                     float* sum = sums + (block.first_row + i) * width;
                     kernel.multiply(sum, width, static_cast<float>(factor));
                 }
-            } else if (has_target) {
-                z[place] = target_logit;
+            } else {
+                if (has_target) z[place] = target_logit;
+                if (keep) kernel.write[0](keep + i * block.columns, z, block.columns, false);
             }
         }
     });
@@ -410,9 +413,12 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
     const double uniform = a / static_cast<double>(settings.vocabulary);
     parallel_static(threads, block.rows, [&](int, int64_t first, int64_t stop) {
         for (int64_t i = first; i < stop; ++i) {
-            float* z = block.logits + i * block.stride;
-            if (settings.raw) {
-                kernel.transform(z, block.columns, block.first_column, transform);
+            float* dy = block.logits + i * block.stride;
+            const float* z = dy;
+            if (settings.kept) {
+                z = settings.kept + i * block.columns;
+            } else {
+                kernel.transform(dy, block.columns, block.first_column, transform);
             }
             const int64_t place = settings.targets[i] - block.first_column;
             const bool has_target = place >= 0 && place < block.columns;
@@ -422,7 +428,7 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
                 2.0 * settings.z_loss * (double{settings.lse[i]} + settings.lse_low[i]);
             // What rounding took from lse is a factor of the whole row.
             const double scale = upstream * (1 + extra) * std::exp(-double{settings.lse_low[i]});
-            kernel.gradient(z, block.columns,
+            kernel.gradient(z, dy, block.columns,
                             {settings.lse[i], static_cast<float>(scale),
                              static_cast<float>(upstream * uniform)},
                             transform);
@@ -431,7 +437,7 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
                 const double nll = settings.nll[i];
                 const double value =
                     (1 - a) * std::expm1(-nll) + (extra + a) * std::exp(-nll) - uniform;
-                z[place] = static_cast<float>(upstream * value * slope_of(transform, target_logit));
+                dy[place] = static_cast<float>(upstream * value * slope_of(transform, target_logit));
             }
         }
     });

@@ -56,8 +56,9 @@ class Sweep {
     Sweep& operator=(const Sweep&) = delete;
 
     // Takes the next columns of some rows, in ascending order of columns; leaves the logits z in
-    // place of the raw products.
-    void add(const Block& block, int threads);
+    // place of the raw products, and a copy that bypasses the caches in keep [rows, columns], which
+    // may be null.
+    void add(const Block& block, float* keep, int threads);
 
     // The same, and leaves slope * exp(z - m) in place of the products, 0 at the target, where m is
     // the largest logit so far; sums [rows, width], which are relative to the m before, are scaled.
@@ -78,7 +79,7 @@ class Sweep {
     struct Scratch;
 
     template <bool kExponentials>
-    void add_block(const Block& block, float* sums, int64_t width, int threads);
+    void add_block(const Block& block, float* keep, float* sums, int64_t width, int threads);
     void fetch_ahead(int64_t row, int64_t stop) const;
     void take_target(Row& row, float logit) const;
     void raise_maximum(Row& row, double maximum, double* factor) const;
@@ -96,16 +97,18 @@ class Sweep {
     std::vector<CandidatePool> pools_;  // one a thread
 };
 
-// z or y -> dy of the exact gradient, for rows whose lse is known; see the fields.
+// The exact gradient dy of rows whose lse is known; see the fields.
 struct GradientSettings {
     Transform transform;
-    bool raw;  // the block holds products y; else logits z, as Sweep::add leaves them
+    const float* kept;  // [rows, columns], logits z as Sweep::add keeps them; null: the block holds
+                        // raw products
     int64_t vocabulary;
     float label_smoothing, z_loss;
     const int64_t* targets;  // each [rows of the block]
     const float *lse, *lse_low, *nll, *upstream;
 };
 
+// Overwrites the block with dy.
 void gradient_block(const GradientSettings& settings, const Block& block, int threads);
 
 }  // namespace bft::cpu

@@ -92,7 +92,11 @@ void run(const Case& c) {
     settings.sample = c.sample;
     settings.certificate = c.certificate;
     Sweep sweep(settings, c.rows, p.targets.data(), p.positions.data(), nullptr);
-    each_block(c, p, [&](const Block& block, std::vector<float>&) { sweep.add(block, c.threads); });
+    std::vector<std::vector<float>> kept_blocks;
+    each_block(c, p, [&](const Block& block, std::vector<float>&) {
+        kept_blocks.emplace_back(static_cast<size_t>(block.rows * block.columns));
+        sweep.add(block, kept_blocks.back().data(), c.threads);
+    });
 
     const size_t n = static_cast<size_t>(c.rows);
     std::vector<float> loss(n), nll(n), lse(n), lse_low(n), entropy(n), variance(n), weighted(n);
@@ -145,15 +149,19 @@ void run(const Case& c) {
     }
 
     const std::vector<float> ones(n, 1.0f);
+    size_t number = 0;
     each_block(c, p, [&](const Block& block, std::vector<float>& copy) {
         const int64_t i = block.first_row;
-        gradient_block({settings.transform, true, c.vocabulary, 0, 0, p.targets.data() + i,
-                        lse.data() + i, lse_low.data() + i, nll.data() + i, ones.data() + i},
-                       block, c.threads);
-        for (int64_t k = 0; k < block.rows * block.columns; ++k) {
-            const int64_t at =
-                (i + k / block.columns) * c.vocabulary + block.first_column + k % block.columns;
-            check_close("dy", copy[static_cast<size_t>(k)], dy[static_cast<size_t>(at)]);
+        const float* kept = kept_blocks[number++].data();
+        for (const float* from : {static_cast<const float*>(nullptr), kept}) {
+            gradient_block({settings.transform, from, c.vocabulary, 0, 0, p.targets.data() + i,
+                            lse.data() + i, lse_low.data() + i, nll.data() + i, ones.data() + i},
+                           block, c.threads);
+            for (int64_t k = 0; k < block.rows * block.columns; ++k) {
+                const int64_t at =
+                    (i + k / block.columns) * c.vocabulary + block.first_column + k % block.columns;
+                check_close("dy", copy[static_cast<size_t>(k)], dy[static_cast<size_t>(at)]);
+            }
         }
     });
     if (!c.sample) return;

@@ -350,7 +350,7 @@ def test_exponentials_are_within_two_units_in_the_last_place():
     _cpu.gradient_block(
         block=(z.data_ptr(), 4001, 0, 1, 0, 4001),
         vocabulary=4001,
-        raw=False,
+        kept=x.data_ptr(),
         targets=target.data_ptr(),
         lse=zero.data_ptr(),
         lse_low=zero.data_ptr(),
@@ -402,7 +402,7 @@ def test_an_unknown_instruction_set_is_refused():
     ],
 )
 def test_bindings_name_what_is_wrong(change, message):
-    good = {"block": (64, 4, 0, 1, 0, 4), "vocabulary": 8, "raw": True, "threads": 1}
+    good = {"block": (64, 4, 0, 1, 0, 4), "vocabulary": 8, "kept": 64, "threads": 1}
     good |= dict.fromkeys(("targets", "lse", "lse_low", "nll", "upstream"), 64)
     with pytest.raises(ValueError, match=message):
         _cpu.gradient_block(**(good | change))

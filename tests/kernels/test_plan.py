@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bft_kernels.plan import plan_columns, plan_cpu_blocks, plan_cpu_chunk, plan_rows
+from bft_kernels.plan import (
+    CpuWeightedPlan,
+    one_piece_is_faster,
+    plan_columns,
+    plan_cpu_blocks,
+    plan_cpu_weighted,
+    plan_rows,
+)
 
 sizes = st.integers(1, 20_000)
 budgets = st.integers(1, 2**28)
@@ -58,5 +65,27 @@ def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow):
     if copies:
         taken += rows * width if plan.whole else 2 * width * plan.rows
     assert plan.columns == 1 or plan.rows == 1 or taken * 4 <= budget
-    chunk = plan_cpu_chunk(rows, vocabulary, width, budget, plan)
-    assert chunk == 0 or (chunk <= rows and chunk * vocabulary * 4 <= budget)
+
+
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans())
+def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains):
+    plan = plan_cpu_weighted(
+        rows, vocabulary, width, budget, widens=widens, copies=copies, trains_weight=trains
+    )
+    assert 1 <= plan.rows <= rows
+    columns = plan.columns * plan.group
+    assert 1 <= plan.columns <= columns <= vocabulary
+    assert 0 <= plan.in_gradient <= (min(rows, width) if trains else 0)
+    assert 0 <= plan.in_buffer <= rows
+    taken = max(plan.rows, plan.in_gradient) * columns + plan.in_buffer * vocabulary
+    taken += copies * width * (plan.in_gradient + plan.in_buffer)
+    taken += columns * int(1.5 * width * widens)
+    assert columns == 1 or plan.rows == 1 or taken * 4 <= budget
+
+
+def test_pieces_are_worth_their_passes_or_not_made():
+    plan = CpuWeightedPlan(rows=1, columns=1, group=1, in_gradient=500, in_buffer=300)
+    assert one_piece_is_faster([800, 100], plan), "100 rows again, or a pass"
+    assert not one_piece_is_faster([800, 300], plan)
+    assert one_piece_is_faster([800, *[128] * 10], plan)
+    assert one_piece_is_faster([100, 2000], plan), "a long document gains from the room in dW"

@@ -81,7 +81,7 @@ def recompute(
     for block in blocks(operands):
         part = slice(block.first_row, block.stop_row)
         rows = known.part(block.first_row, block.stop_row)
-        write_gradient(block, rows, bias, config, vocabulary, raw=True)
+        write_gradient(block, rows, bias, config, vocabulary)
         columns = slice(block.first_column, block.stop_column)
         if grad_hidden is not None:
             grad_hidden[part].addmm_(block.logits, block.columns)
@@ -112,10 +112,9 @@ def write_gradient(
     bias: Tensor | None,
     config: CoreConfig,
     vocabulary: int,
-    *,
-    raw: bool,
+    kept: Tensor | None = None,
 ) -> None:
-    """Overwrites a block of products (``raw``) or of logits with ``upstream * dy``.
+    """Overwrites a block of raw products with ``upstream * dy``.
 
     Args:
         block: what is overwritten.
@@ -123,12 +122,13 @@ def write_gradient(
         bias: ``[V]`` float32.
         config: the call's settings.
         vocabulary: ``V``.
-        raw: whether the block still holds the products.
+        kept: ``[rows * columns]``, the block's logits where :meth:`_cpu.Sweep.add` kept them; then
+            the block may hold anything.
     """
     _cpu.gradient_block(
         block=block.arguments(),
         vocabulary=vocabulary,
-        raw=raw,
+        kept=address(kept),
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         threads=threads(),

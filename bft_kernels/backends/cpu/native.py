@@ -75,11 +75,11 @@ class KnownRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Raw products of some rows with some columns of the vocabulary, in a contiguous buffer."""
+    """Raw products of some rows with some columns of the vocabulary."""
 
     first_row: int
     first_column: int
-    logits: Tensor  # [rows, columns]
+    logits: Tensor  # [rows, columns], contiguous rows
     operand: Tensor  # [rows, D], what was multiplied
     columns: Tensor  # [columns, D], by what
 
@@ -92,8 +92,9 @@ class Block:
         return self.first_column + self.logits.shape[1]
 
     def arguments(self) -> tuple[int, int, int, int, int, int]:
-        rows, columns = self.logits.shape
-        return self.logits.data_ptr(), columns, self.first_row, rows, self.first_column, columns
+        z = self.logits
+        rows, columns = z.shape
+        return z.data_ptr(), z.stride(0), self.first_row, rows, self.first_column, columns
 
 
 def plan(
@@ -169,7 +170,7 @@ def blocks(operands: Operands) -> Iterator[Block]:
 def sweep_all(sweep: _cpu.Sweep, operands: Operands) -> None:
     """Takes all blocks through ``sweep``; the buffer is gone afterwards."""
     for block in blocks(operands):
-        sweep.add(block.arguments(), threads())
+        sweep.add(block.arguments(), threads=threads())
 
 
 def make_sweep(

@@ -1,36 +1,40 @@
-"""A weighted sum of token losses and its gradients: 3G where documents fit the budget, else 4G."""
+"""A weighted sum of token losses and its gradients, in two passes over blocks of the vocabulary.
+
+The first pass gives the losses, hence the weights; the second turns logits into gradients. Logits
+wait in between where there is room for them, which costs three products (3G), or are computed again
+(4G).
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from bft_kernels import _cpu
-from bft_kernels.backends.cpu.backward import recompute, write_gradient
+from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
     Block,
     KnownRows,
     Operands,
+    address,
     finish,
     fresh,
     make_sweep,
-    plan,
-    sweep_all,
     threads,
     wanted_results,
 )
-from bft_kernels.backends.torch.matmul import Products
+from bft_kernels.backends.torch.matmul import converts
 from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.weighted import (
-    WeightedEngine,
-    piece_weights,
-    pieces,
-    run_pieces,
+from bft_kernels.backends.torch.weighted import WeightedSums, piece_weights, pieces
+from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.plan import (
+    CPU_PASS_ROWS,
+    CpuPlan,
+    CpuWeightedPlan,
+    one_piece_is_faster,
+    plan_cpu_weighted,
 )
-from bft_kernels.config import CoreConfig, Weighting, storage
-from bft_kernels.plan import CpuPlan, plan_cpu_chunk
 from bft_kernels.results import Wanted, WeightedLoss
 
 
@@ -47,25 +51,71 @@ def weighted_loss(
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
     rows = LabelledRows(target, config.ignore_index)
-    sizes = plan(hidden, weight, rows, config, products=3, trains_weight=wanted.weight)
     vocabulary, width = weight.shape
-    chunk = plan_cpu_chunk(rows.count, vocabulary, width, config.max_buffer_bytes, sizes)
-    if chunk:  # the chunk takes the budget; its own rows are copied with it
-        sizes = replace(sizes, whole=False)
-    engine = _Engine(hidden, weight, target, bias, rows, sizes, config, wanted)
-    if chunk == 0:
-        engine.two_passes(share, cu_seqlens, weighting)
-    else:
-        run_pieces(engine, share, cu_seqlens, weighting, chunk)
+    plan = plan_cpu_weighted(
+        rows.count,
+        vocabulary,
+        width,
+        config.max_buffer_bytes,
+        widens=converts(weight, config.operand_dtype, torch.float32),
+        copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
+        trains_weight=wanted.weight,
+    )
+    engine = _Engine(hidden, weight, target, bias, rows, plan, config, wanted)
+    share = rows.take(share.float(), 0, rows.count)
+    for bounds in _pieces(rows, cu_seqlens, weighting, plan):
+        first, stop = bounds[0], bounds[-1]
+        engine.find_losses(first, stop)
+        coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
+        engine.add_gradients(first, stop, coefficient)
     return engine.result()
 
 
-class _Engine(WeightedEngine):
-    """Keeps a chunk's logits as contiguous blocks of the vocabulary.
+def _pieces(
+    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, plan: CpuWeightedPlan
+) -> list[list[int]]:
+    """Bounds of the documents of each piece."""
+    if plan.in_buffer < CPU_PASS_ROWS:  # a piece would not be worth its passes
+        return list(pieces(rows, cu_seqlens, weighting, rows.count))
+    room = plan.in_gradient + plan.in_buffer
+    parts = list(pieces(rows, cu_seqlens, weighting, plan.in_buffer, room))
+    if len(parts) > 1 and one_piece_is_faster([part[-1] - part[0] for part in parts], plan):
+        return list(pieces(rows, cu_seqlens, weighting, rows.count))
+    return parts
 
-    Each block is swept while it is in cache, and later turned into ``dy`` and multiplied twice
-    while it is in cache again; nothing passes over whole rows of logits.
+
+class _Waiting:
+    """The logits of the first rows of a piece, between their sweep and their gradient.
+
+    Columns of the vocabulary lie one after the other in the memory of ``dW`` and in a buffer, in
+    blocks as they were swept; of each block first the rows in ``dW``, ``D`` at most, then others.
     """
+
+    def __init__(self, in_gradient: int, in_buffer: int, grad_weight: Tensor, buffer: Tensor):
+        self.in_gradient, self.rows = in_gradient, in_gradient + in_buffer
+        width = grad_weight.shape[1]
+        self.places = (
+            # first and last row, the memory, floats of it for a column of the vocabulary
+            (0, in_gradient, grad_weight.view(-1), width),
+            (in_gradient, self.rows, buffer, in_buffer),
+        )
+
+    def parts(
+        self, first: int, stop: int, columns: tuple[int, int]
+    ) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Rows ``first:stop`` of a block by where they wait: their bounds, and the place."""
+        width = columns[1] - columns[0]
+        for begin, end, memory, per_column in self.places:
+            a, b = max(first, begin), min(stop, end)
+            if a < b:
+                place = columns[0] * per_column + (a - begin) * width
+                yield a, b, memory[place : place + (b - a) * width]
+        if stop > self.rows:
+            yield max(first, self.rows), stop, None
+
+
+class _Engine(WeightedSums):
+    """Takes pieces of the batch; each logit is looked at while its block is in cache."""
 
     def __init__(
         self,
@@ -74,127 +124,134 @@ class _Engine(WeightedEngine):
         target: Tensor,
         bias: Tensor | None,
         rows: LabelledRows,
-        sizes: CpuPlan,
+        plan: CpuWeightedPlan,
         config: CoreConfig,
         wanted: Wanted,
     ) -> None:
-        products = Products(weight, config.operand_dtype, torch.float32, sizes.columns)
-        super().__init__(hidden, weight, target, bias, rows, products, 1, config, wanted)
+        super().__init__(hidden, weight, target, bias, rows, config, wanted)
         self.bias = None if self.bias is None else self.bias.contiguous()
-        self.columns = sizes.columns
-        self.operands = Operands(hidden, weight, rows, config, sizes)
+        self.plan = plan
+        wide = plan.columns * plan.group
+        blocks = CpuPlan(plan.rows, wide, whole=False)
+        self.operands = Operands(hidden, weight, rows, config, blocks)
         self.targets = rows.take(target, 0, rows.count).contiguous()
         self.lse_low = torch.zeros(rows.count)
         self.lse = torch.zeros(rows.count)
-        self.blocks: list[Block] = []
-        self.raw = False  # whether the blocks hold products that no sweep has made logits of
-        self.added = False  # whether grad_weight holds anything
+        self.buffer = torch.empty(0)
+        self.block = torch.empty(wide * max(plan.rows, plan.in_gradient))
+        self.waiting: _Waiting | None = None
+        self.operand = hidden[:0]  # of the rows that wait
+        self.added = False  # whether grad_weight holds gradients, and not logits or nothing
 
     def new_grad_weight(self) -> Tensor:
         """Not filled: the first product is stored, not added."""
         return fresh((self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1]))
 
-    def load(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
-        """Losses of rows ``first:stop``; their logits stay in the buffer."""
+    def _wait(self, first: int, stop: int) -> _Waiting:
+        """Makes room for the logits of a piece."""
+        count, vocabulary = stop - first, self.weight.shape[0]
+        in_gradient = 0 if self.added else min(count, self.plan.in_gradient)
+        in_buffer = min(count - in_gradient, self.plan.in_buffer)
+        if self.buffer.numel() < in_buffer * vocabulary:
+            self.buffer = torch.empty(0)  # freed before its successor is made
+            self.buffer = fresh((in_buffer * vocabulary,))
+        self.operand = self.operands.take(first, first + in_gradient + in_buffer)
+        return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
+
+    def _row_blocks(self, count: int, least: int) -> Iterator[tuple[int, int]]:
+        """Even parts of the rows that wait, the first of ``least`` rows or more, and of others."""
+        assert self.waiting is not None
+        for begin, end in ((0, self.waiting.rows), (self.waiting.rows, count)):
+            parts = -(-(end - begin) // max(self.plan.rows, least))
+            if parts:
+                size = max(-(-(end - begin) // parts), least)
+                yield from _steps(begin, end, size)
+
+    def _operand(self, first: int, rows: tuple[int, int]) -> Tensor:
+        """Rows of the piece that starts at row ``first``."""
+        assert self.waiting is not None
+        if rows[1] <= self.waiting.rows:
+            return self.operand[slice(*rows)]
+        return self.operands.take(first + rows[0], first + rows[1])
+
+    def _space(self, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        """The one block of logits or of their gradient."""
+        shape = rows[1] - rows[0], columns[1] - columns[0]
+        return self.block[: shape[0] * shape[1]].view(shape)
+
+    def find_losses(self, first: int, stop: int) -> None:
+        """Losses of rows ``first:stop``, a piece; logits wait as far as there is room."""
         vocabulary = self.weight.shape[0]
-        self.blocks, self.raw = [], not collect
-        if self.buffer is None or self.buffer.numel() < (stop - first) * vocabulary:
-            self.buffer = None  # freed before its successor is made
-            self.buffer = fresh(((stop - first) * vocabulary,))
-        operand = self.operands.take(first, stop)
-        sweep = self._sweep_of(first, stop) if collect else None
-        place = 0
-        for column in range(0, vocabulary, self.columns):
-            last = min(column + self.columns, vocabulary)
-            weight = self.operands.columns(column, last)
-            size = (stop - first) * (last - column)
-            out = self.buffer[place : place + size].view(stop - first, last - column)
-            place += size
-            torch.mm(operand, weight.T, out=out)
-            # A widened block of weight is not kept: it is made again for the gradients.
-            block = Block(0, column, out, operand, weight[:0])
-            if sweep is not None:
-                sweep.add(block.arguments(), threads())
-            self.blocks.append(block)
-        if sweep is not None:
-            self._collect(sweep, first, stop)
-
-    def _sweep_of(self, first: int, stop: int) -> _cpu.Sweep:
+        self.waiting = self._wait(first, stop)
         targets = self.targets[first:stop]
-        return make_sweep(
-            targets, targets[:0], self.bias, None, None, 0, self.weight.shape[0], self.config
-        )
-
-    def _collect(self, sweep: _cpu.Sweep, first: int, stop: int) -> None:
+        sweep = make_sweep(targets, targets[:0], self.bias, None, None, 0, vocabulary, self.config)
+        for columns in _steps(0, vocabulary, self.plan.columns):
+            weight = self.operands.columns(*columns)
+            for rows in self._row_blocks(stop - first, 0):
+                operand = self._operand(first, rows)
+                logits = torch.mm(operand, weight.T, out=self._space(rows, columns))
+                for a, b, place in self.waiting.parts(*rows, columns):
+                    part = logits[a - rows[0] : b - rows[0]]
+                    block = Block(a, columns[0], part, operand, weight)
+                    sweep.add(block.arguments(), address(place), threads=threads())
         results = finish(sweep, 0, stop - first, wanted_results(self.config))
-        part = slice(first, stop)
-        self.nll[part], self.token_loss[part] = results["nll"], results["loss"]
-        self.lse[part], self.lse_low[part] = results["lse"], results["lse_low"]
+        piece = slice(first, stop)
+        self.nll[piece], self.token_loss[piece] = results["nll"], results["loss"]
+        self.lse[piece], self.lse_low[piece] = results["lse"], results["lse_low"]
         self.collected.add(first, lse=results["lse"])
         if self.config.statistics:
             self.collected.add(first, entropy=results["entropy"], correct=results["correct"])
 
     def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
-        """Adds the buffer's rows, weighted, to the loss and the gradients."""
+        """Adds the piece of the last :meth:`find_losses`, weighted, to the loss and gradients."""
+        assert self.waiting is not None
         self.add_losses(first, stop, coefficient)
+        piece = slice(first, stop)
         known = KnownRows(
-            targets=self.targets[first:stop],
-            lse=self.lse[first:stop],
-            lse_low=self.lse_low[first:stop],
-            nll=self.nll[first:stop],
+            targets=self.targets[piece],
+            lse=self.lse[piece],
+            lse_low=self.lse_low[piece],
+            nll=self.nll[piece],
             upstream=coefficient.contiguous(),
         )
-        vocabulary = self.weight.shape[0]
-        grad_hidden = None
-        for block in self.blocks:
-            write_gradient(block, known, self.bias, self.config, vocabulary, raw=self.raw)
-            columns = slice(block.first_column, block.stop_column)
-            dy = block.logits
-            if self.wanted.hidden:
-                weight = self.operands.columns(block.first_column, block.stop_column)
-                if grad_hidden is None:
-                    grad_hidden = dy @ weight
-                else:
-                    grad_hidden.addmm_(dy, weight)
-            if self.wanted.weight:
-                self.grad_weight[columns].addmm_(dy.T, block.operand, beta=int(self.added))
-            if self.wanted.bias:
-                self.grad_bias[columns] += dy.sum(dim=0)
-        if grad_hidden is not None:
-            self.grad_hidden[first:stop] = grad_hidden
-        self.added = True
-
-    def two_passes(self, share: Tensor, cu_seqlens: Tensor | None, weighting: Weighting) -> None:
-        """Losses of all rows first, then gradients from logits computed again (4G).
-
-        With a budget of few whole rows this is faster than 3G: each chunk of rows has to pass over
-        all of ``dW``, but this writes it once.
-        """
-        count = self.rows.count
-        sweep = self._sweep_of(0, count)
-        sweep_all(sweep, self.operands)
-        self._collect(sweep, 0, count)
-        coefficient = self.rows.take(share.float(), 0, count).clone()
-        for bounds in pieces(self.rows, cu_seqlens, weighting, count):
-            part = slice(bounds[0], bounds[-1])
-            coefficient[part] *= piece_weights(self.nll, self.rows, bounds, weighting)
-        self.add_losses(0, count, coefficient)
-        grad_hidden, grad_bias = recompute(
-            self.operands,
-            KnownRows(self.targets, self.lse, self.lse_low, self.nll, coefficient),
-            self.bias,
-            self.config,
-            self.wanted,
-            self.grad_weight if self.wanted.weight else None,
-        )
-        self.added = True
-        if grad_hidden is not None:
-            self.grad_hidden = grad_hidden.to(storage(self.hidden.dtype))
-        if grad_bias is not None:
-            self.grad_bias = grad_bias
+        direct = self.grad_hidden.dtype == torch.float32
+        vocabulary, width = self.weight.shape
+        grad_hidden = self.grad_hidden[piece] if direct else torch.empty(stop - first, width)
+        for columns in _steps(0, vocabulary, self.plan.columns * self.plan.group):
+            weight = self.operands.columns(*columns)
+            into = self.grad_weight[slice(*columns)]
+            # The first block holds all that waits in dW, which is then written there.
+            for rows in self._row_blocks(stop - first, self.waiting.in_gradient):
+                operand = self._operand(first, rows)
+                dy = self._space(rows, columns)
+                if rows[1] > self.waiting.rows:
+                    torch.mm(operand, weight.T, out=dy)
+                for narrow in _steps(*columns, self.plan.columns):
+                    for a, b, place in self.waiting.parts(*rows, narrow):
+                        within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
+                        part = dy[a - rows[0] : b - rows[0], within]
+                        block = Block(a, narrow[0], part, operand, weight)
+                        values = known.part(a, b)
+                        write_gradient(block, values, self.bias, self.config, vocabulary, place)
+                if self.wanted.hidden:
+                    beta = int(columns[0] > 0)
+                    grad_hidden[slice(*rows)].addmm_(dy, weight, beta=beta)
+                if self.wanted.weight:
+                    into.addmm_(dy.T, operand, beta=int(self.added or rows[0] > 0))
+                if self.wanted.bias:
+                    self.grad_bias[slice(*columns)] += dy.sum(dim=0)
+        if self.wanted.hidden and not direct:
+            self.grad_hidden[piece] = grad_hidden
+        self.waiting, self.added = None, True
 
     def result(self) -> WeightedLoss:
         """The results over all ``N`` rows."""
-        if self.wanted.weight and not self.added:
+        if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
         return super().result()
+
+
+def _steps(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the parts of ``first:stop``."""
+    for begin in range(first, stop, step):
+        yield begin, min(begin + step, stop)

@@ -71,8 +71,8 @@ def run_pieces(
             engine.add_gradients(a, b, coefficient[a - first : b - first])
 
 
-class WeightedEngine:
-    """Block buffers, the running gradients and the token losses of one call."""
+class WeightedSums:
+    """The token losses, statistics and running gradients of one call."""
 
     def __init__(
         self,
@@ -81,19 +81,13 @@ class WeightedEngine:
         target: Tensor,
         bias: Tensor | None,
         rows: LabelledRows,
-        products: Products,
-        tile_rows: int,
         config: CoreConfig,
         wanted: Wanted,
     ) -> None:
         self.hidden, self.weight, self.target, self.rows = hidden, weight, target, rows
-        self.products, self.tile_rows = products, tile_rows
         self.config, self.wanted = config, wanted
         self.wide = accumulator(hidden.dtype)
         self.bias = None if bias is None else bias.to(self.wide)
-        self.buffer: Tensor | None = None
-        self.operand: Tensor | None = None
-        self.scratch: Scratch | None = None
         self.collected = Collected(rows.count)
         self.nll = hidden.new_zeros(rows.count, dtype=self.wide)
         self.token_loss = hidden.new_zeros(rows.count, dtype=self.wide)
@@ -109,6 +103,53 @@ class WeightedEngine:
         """What ``dW`` is added to, in the accumulator's type; ``[0, D]`` if it is not wanted."""
         shape = (self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1])
         return self.weight.new_zeros(shape, dtype=self.wide)
+
+    def add_losses(self, first: int, stop: int, coefficient: Tensor) -> None:
+        """Adds the weighted token losses; where a weight is 0 an infinite one counts nothing."""
+        losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
+        self.loss += (coefficient * losses).sum()
+
+    def result(self) -> WeightedLoss:
+        def full(name: str, dtype: torch.dtype) -> Tensor:
+            values = self.collected.get(name, self.hidden.new_empty(0, dtype=dtype))
+            wanted = self.config.statistics or name == "lse"
+            return self.rows.spread(values) if wanted else values
+
+        wide = self.wide
+        return WeightedLoss(
+            loss=self.loss,
+            grad_hidden=self.rows.spread(self.grad_hidden)
+            if self.wanted.hidden
+            else self.grad_hidden,
+            grad_weight=self.grad_weight.to(storage(self.weight.dtype)),
+            grad_bias=self.grad_bias,
+            nll=self.rows.spread(self.nll),
+            lse=full("lse", wide),
+            entropy=full("entropy", wide),
+            correct=full("correct", torch.bool),
+        )
+
+
+class WeightedEngine(WeightedSums):
+    """Adds to the sums chunk by chunk: the logits of whole rows are in a buffer."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        rows: LabelledRows,
+        products: Products,
+        tile_rows: int,
+        config: CoreConfig,
+        wanted: Wanted,
+    ) -> None:
+        super().__init__(hidden, weight, target, bias, rows, config, wanted)
+        self.products, self.tile_rows = products, tile_rows
+        self.buffer: Tensor | None = None
+        self.operand: Tensor | None = None
+        self.scratch: Scratch | None = None
 
     def load(self, first: int, stop: int, *, gradient: bool, collect: bool = True) -> None:
         """Losses of rows ``first:stop``; with ``gradient``, what :meth:`add_gradients` needs."""
@@ -157,45 +198,28 @@ class WeightedEngine:
         if self.wanted.bias:
             self.grad_bias += dy.sum(dim=0)
 
-    def add_losses(self, first: int, stop: int, coefficient: Tensor) -> None:
-        """Adds the weighted token losses; where a weight is 0 an infinite one counts nothing."""
-        losses = torch.where(coefficient != 0, self.token_loss[first:stop], 0)
-        self.loss += (coefficient * losses).sum()
-
-    def result(self) -> WeightedLoss:
-        def full(name: str, dtype: torch.dtype) -> Tensor:
-            values = self.collected.get(name, self.hidden.new_empty(0, dtype=dtype))
-            wanted = self.config.statistics or name == "lse"
-            return self.rows.spread(values) if wanted else values
-
-        wide = self.wide
-        return WeightedLoss(
-            loss=self.loss,
-            grad_hidden=self.rows.spread(self.grad_hidden)
-            if self.wanted.hidden
-            else self.grad_hidden,
-            grad_weight=self.grad_weight.to(storage(self.weight.dtype)),
-            grad_bias=self.grad_bias,
-            nll=self.rows.spread(self.nll),
-            lse=full("lse", wide),
-            entropy=full("entropy", wide),
-            correct=full("correct", torch.bool),
-        )
-
 
 def pieces(
-    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
+    rows: LabelledRows,
+    cu_seqlens: Tensor | None,
+    weighting: Weighting,
+    chunk: int,
+    first_chunk: int | None = None,
 ) -> Iterator[list[int]]:
     """Bounds of documents taken together, in rows.
 
-    Each piece fits a chunk unless one document is longer. Weights local to a token need no
-    documents: any rows go together.
+    Each piece fits a chunk, the first ``first_chunk`` rows if given, unless one document is longer.
+    Weights local to a token need no documents: any rows go together.
     """
+    room = chunk if first_chunk is None else first_chunk
     if rows.count == 0:
         return
     if weighting.local or cu_seqlens is None:
-        for first in range(0, rows.count, chunk):
-            yield [first, min(first + chunk, rows.count)]
+        first = 0
+        while first < rows.count:
+            stop = min(first + room, rows.count)
+            yield [first, stop]
+            first, room = stop, chunk
         return
     bounds = cu_seqlens
     if rows.index is not None:
@@ -204,9 +228,9 @@ def pieces(
     for stop in bounds.tolist():
         if stop == piece[-1]:
             continue
-        if stop - piece[0] > chunk and len(piece) > 1:
+        if stop - piece[0] > room and len(piece) > 1:
             yield piece
-            piece = [piece[-1]]
+            piece, room = [piece[-1]], chunk
         piece.append(stop)
     if len(piece) > 1:
         yield piece
