@@ -5,6 +5,7 @@
 // memory follows the entries that are there, at most one half-empty node a row apart.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -32,9 +33,16 @@ struct CandidateNode {
 class alignas(128) CandidatePool {
   public:
     CandidateNode* take() {
-        if (free_ == nullptr) grow();
         CandidateNode* node = free_;
-        free_ = node->next;
+        if (node != nullptr) {
+            free_ = node->next;
+        } else {
+            if (unused_ == 0) grow();
+            node = slabs_.back().get() + (kSlab - unused_--);  // in the order in which they lie
+            const auto ahead = reinterpret_cast<uintptr_t>(node) + kAhead * sizeof(CandidateNode);
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead), 1);
+            __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64), 1);
+        }
         node->next = nullptr;
         return node;
     }
@@ -46,13 +54,15 @@ class alignas(128) CandidatePool {
 
   private:
     static constexpr size_t kSlab = 512;  // nodes, 64 KiB
+    static constexpr size_t kAhead = 3;   // fetched before they are taken
 
     void grow() {
         slabs_.emplace_back(new CandidateNode[kSlab]);
-        for (size_t i = 0; i < kSlab; ++i) give(&slabs_.back()[i]);
+        unused_ = kSlab;
     }
 
     std::vector<std::unique_ptr<CandidateNode[]>> slabs_;
+    size_t unused_ = 0;  // nodes at the end of the last slab
     CandidateNode* free_ = nullptr;
 };
 
@@ -67,47 +77,85 @@ class Candidates {
         __builtin_prefetch(reinterpret_cast<const char*>(last_) + 64, 1);
     }
 
-    void add(Candidate entry, CandidatePool& pool) {
-        const uint32_t place = count_ % CandidateNode::kEntries;
-        if (place == 0) {
-            CandidateNode* node = pool.take();
-            (last_ == nullptr ? first_ : last_->next) = node;
-            last_ = node;
+    // Appends entry(0), ..., entry(count - 1).
+    template <typename Entry>
+    void add(int64_t count, Entry entry, CandidatePool& pool) {
+        CandidateNode* node = last_;
+        uint32_t place = count_ % CandidateNode::kEntries;
+        for (int64_t k = 0; k < count; ++k) {
+            if (place == 0) {  // the last node is full, or there is none
+                node = pool.take();
+                (last_ == nullptr ? first_ : last_->next) = node;
+                last_ = node;
+            }
+            node->entries[place] = entry(k);
+            place = place + 1 == CandidateNode::kEntries ? 0 : place + 1;
         }
-        last_->entries[place] = entry;
-        ++count_;
+        count_ += static_cast<uint32_t>(count);
     }
+
+    // Fetches what each() will read first.
+    void prefetch_first() const { fetch(first_); }
 
     // visit(entry) for each entry, in order.
     template <typename Visit>
     void each(Visit visit) const {
         const CandidateNode* node = first_;
-        for (uint32_t i = 0; i < count_; ++i) {
-            const uint32_t place = i % CandidateNode::kEntries;
-            if (i > 0 && place == 0) node = node->next;
-            visit(node->entries[place]);
+        for (uint32_t left = count_; left > 0; node = node->next) {
+            fetch(node->next);
+            const uint32_t here = std::min(left, CandidateNode::kEntries);
+            for (uint32_t place = 0; place < here; ++place) visit(node->entries[place]);
+            left -= here;
         }
     }
 
     // Keeps the entries for which keep(entry) is true; keep may change an entry.
     template <typename Keep>
     void filter(Keep keep, CandidatePool& pool) {
-        CandidateNode* from = first_;
         CandidateNode* to = first_;
-        const uint32_t before = count_;
-        uint32_t kept = 0;
-        CandidateNode* last = nullptr;
-        for (uint32_t i = 0; i < before; ++i) {
-            const uint32_t place = i % CandidateNode::kEntries;
-            if (i > 0 && place == 0) from = from->next;
-            Candidate entry = from->entries[place];
-            if (!keep(entry)) continue;
-            const uint32_t target = kept % CandidateNode::kEntries;
-            if (kept > 0 && target == 0) to = to->next;
-            to->entries[target] = entry;
-            last = to;
-            ++kept;
+        CandidateNode* last = nullptr;  // the last node that holds something
+        uint32_t kept = 0, target = 0;
+        uint32_t left = count_;
+        for (CandidateNode* from = first_; left > 0; from = from->next) {
+            fetch(from->next);
+            const uint32_t here = std::min(left, CandidateNode::kEntries);
+            left -= here;
+            for (uint32_t place = 0; place < here; ++place) {
+                Candidate entry = from->entries[place];
+                if (!keep(entry)) continue;
+                if (target == CandidateNode::kEntries) {
+                    to = to->next;
+                    target = 0;
+                }
+                to->entries[target++] = entry;
+                last = to;
+                ++kept;
+            }
         }
+        cut(kept, last, pool);
+    }
+
+    // Puts entry(0), ..., entry(count - 1) in place of all entries, of which there are no fewer.
+    template <typename Entry>
+    void replace(int64_t count, Entry entry, CandidatePool& pool) {
+        CandidateNode* last = nullptr;
+        for (int64_t k = 0; k < count;) {
+            last = last == nullptr ? first_ : last->next;
+            for (Candidate& to : last->entries) {
+                if (k == count) break;
+                to = entry(k++);
+            }
+        }
+        cut(static_cast<uint32_t>(count), last, pool);
+    }
+
+    void clear(CandidatePool& pool) {
+        cut(0, nullptr, pool);
+    }
+
+  private:
+    // Gives back what lies behind the last node in use, null if there is none.
+    void cut(uint32_t count, CandidateNode* last, CandidatePool& pool) {
         CandidateNode* rest = last == nullptr ? first_ : last->next;
         while (rest != nullptr) {
             CandidateNode* next = rest->next;
@@ -120,14 +168,14 @@ class Candidates {
             last->next = nullptr;
         }
         last_ = last;
-        count_ = kept;
+        count_ = count;
     }
 
-    void clear(CandidatePool& pool) {
-        filter([](Candidate&) { return false; }, pool);
+    static void fetch(const CandidateNode* node) {
+        __builtin_prefetch(node);
+        __builtin_prefetch(reinterpret_cast<const char*>(node) + 64);
     }
 
-  private:
     CandidateNode* first_ = nullptr;
     CandidateNode* last_ = nullptr;
     uint32_t count_ = 0;

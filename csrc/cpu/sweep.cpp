@@ -45,6 +45,7 @@ struct Sweep::Row {
     double target_logit = std::numeric_limits<double>::quiet_NaN();
     double log_sum = std::numeric_limits<double>::quiet_NaN();  // this and nll are set by finish
     double nll = std::numeric_limits<double>::quiet_NaN();
+    double floor_sum = 0;  // exp(floor - maximum)
     float floor = -kFloatInfinity;
     int32_t argmax = 0;
     int32_t target = 0;
@@ -58,15 +59,26 @@ struct Sweep::Row {
 
 // One a thread, on cache lines of its own.
 struct alignas(128) Sweep::Scratch {
-    std::vector<float> exponentials;  // also the probabilities of candidates
+    std::vector<float> exponentials;
     std::vector<uint32_t> hits;
+    // Of the candidates of a row.
     std::vector<uint32_t> columns;
     std::vector<float> logits;
+    std::vector<float> probabilities;
+    std::vector<uint32_t> kept;
 
     void reserve(size_t count) {
         if (exponentials.size() >= count) return;
         exponentials.resize(count);
         hits.resize(count + kPadding);
+    }
+
+    void reserve_candidates(size_t count) {
+        if (columns.size() >= count) return;
+        columns.resize(count);
+        logits.resize(count);
+        probabilities.resize(count);
+        kept.resize(count + kPadding);
     }
 };
 
@@ -198,11 +210,12 @@ void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
         }
     }
     row.maximum = maximum;
+    if (settings_.sample || settings_.certificate) row.floor_sum = std::exp(row.floor - maximum);
 }
 
 // What exp(z - maximum) is multiplied by to be at least p / eps.
 float Sweep::draw_factor(const Row& row) const {
-    const double bound = std::max(row.sum, std::exp(row.floor - row.maximum));
+    const double bound = std::max(row.sum, row.floor_sum);
     const double factor = kSlack / (bound * settings_.eps);
     return static_cast<float>(std::min(factor, 1e30));
 }
@@ -227,31 +240,63 @@ void Sweep::find_candidates(Row& row, const float* z, const float* e, const Bloc
         row.weighted_small[0] += sums.weighted_first;
         row.weighted_small[1] += sums.weighted_second;
     }
-    for (int64_t k = 0; k < found; ++k) {
+    const auto entry = [=](int64_t k) -> Candidate {
         const uint32_t place = hits[k];
-        const bool counted = e[place] < threshold;
-        const uint32_t tag = counted ? 0 : Candidate::kUncounted;
-        row.candidates.add({(first + place) | tag, z[place]}, pool);
-    }
+        const uint32_t tag = e[place] < threshold ? 0 : Candidate::kUncounted;
+        return {(first + place) | tag, z[place]};
+    };
+    row.candidates.add(found, entry, pool);
     if (row.candidates.count() >= row.thin_at) {
-        thin(row, pool);
+        thin(row, scratch, pool);
         row.thin_at = std::max(kThinFrom, 2 * row.candidates.count());
     }
 }
 
+// Probabilities of a row's candidates, given a logarithm of the sum, and which ones are kept: their
+// places in order; returns how many.
+int64_t Sweep::draw_again(const Row& row, double log_sum, Scratch& scratch) const {
+    scratch.reserve_candidates(row.candidates.count());
+    uint32_t* column = scratch.columns.data();
+    float* logit = scratch.logits.data();
+    row.candidates.each([&](const Candidate& entry) {
+        *column++ = entry.column();
+        *logit++ = entry.logit;
+    });
+    return kernels().survivors(scratch.columns.data(), scratch.logits.data(),
+                               row.candidates.count(), static_cast<float>(row.maximum),
+                               static_cast<float>(log_sum), row.key, settings_.eps,
+                               scratch.probabilities.data(), scratch.kept.data());
+}
+
 // Drops the candidates that the bound of lse now rules out.
-void Sweep::thin(Row& row, CandidatePool& pool) const {
-    const float factor = draw_factor(row);
+void Sweep::thin(Row& row, Scratch& scratch, CandidatePool& pool) const {
+    const double bound = std::max(row.sum, row.floor_sum);
+    const int64_t survivors = draw_again(row, std::log(bound / kSlack), scratch);
+    const uint32_t* kept = scratch.kept.data();
+    if (!settings_.certificate) {
+        row.candidates.replace(
+            survivors,
+            [&](int64_t k) -> Candidate {
+                return {scratch.columns[kept[k]], scratch.logits[kept[k]]};
+            },
+            pool);
+        return;
+    }
+    const float* p = scratch.probabilities.data();
+    uint32_t place = 0;
+    int64_t next = 0;
     row.candidates.filter(
         [&](Candidate& entry) {
-            const double e = std::exp(entry.logit - row.maximum);
-            const float scaled = static_cast<float>(e) * factor;
-            if (entry.uncounted() && scaled < 1) {
+            const uint32_t here = place++;
+            if (entry.uncounted() && p[here] < settings_.eps) {
+                const double e = std::exp(entry.logit - row.maximum);
                 count_small(row, entry.logit, e, entry.column());
                 entry.tagged_column = entry.column();
             }
             if (!settings_.sample) return entry.uncounted();
-            return draw<float>(row.key, entry.column()) < scaled;
+            if (next == survivors || kept[next] != here) return false;
+            ++next;
+            return true;
         },
         pool);
 }
@@ -277,6 +322,7 @@ void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results,
     parallel_for(threads, rows, kRowGrain, [&](int thread, int64_t first, int64_t stop) {
         for (int64_t i = first; i < stop; ++i) {
             Row& row = rows_[first_row + i];
+            if (i + 1 < stop) rows_[first_row + i + 1].candidates.prefetch_first();
             row.log_sum = std::log(row.sum);
             // A sum of positive terms, the target's among them: below 0 only by rounding.
             const double nll = (row.maximum - row.target_logit) + row.log_sum;
@@ -327,38 +373,29 @@ void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results,
 // the entries that the certificate's sums do not hold yet.
 void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
                           double* weighted) const {
-    const size_t count = row.candidates.count();
-    scratch.reserve(count);
-    scratch.columns.clear();
-    scratch.logits.clear();
-    row.candidates.each([&](const Candidate& entry) {
-        scratch.columns.push_back(entry.column());
-        scratch.logits.push_back(entry.logit);
-    });
+    const int64_t survivors = draw_again(row, row.log_sum, scratch);
     const float eps = settings_.eps;
-    const float* p = scratch.exponentials.data();
-    const uint32_t* kept = scratch.hits.data();
-    const int64_t survivors = kernels().survivors(
-        scratch.columns.data(), scratch.logits.data(), static_cast<int64_t>(count),
-        static_cast<float>(row.maximum), static_cast<float>(row.log_sum), row.key, eps,
-        scratch.exponentials.data(), scratch.hits.data());
+    const float* p = scratch.probabilities.data();
+    const uint32_t* kept = scratch.kept.data();
+    if (settings_.certificate) {
+        uint32_t place = 0;
+        row.candidates.each([&](const Candidate& entry) {
+            const double here = p[place++];
+            if (!entry.uncounted() || here >= eps) return;
+            const double s = slope_of(settings_.transform, entry.logit);
+            const double term = here * (eps - here) * s * s;
+            *variance += term;
+            if (settings_.norms) *weighted += term * settings_.norms[entry.column()];
+        });
+    }
     const float unit = 1 / settings_.transform.temperature;
-    uint32_t place = 0;
-    int64_t next = 0;
-    row.candidates.filter(
-        [&](Candidate& entry) {
-            const uint32_t here = place++;
-            const float s = static_cast<float>(slope_of(settings_.transform, entry.logit));
-            if (entry.uncounted() && p[here] < eps) {
-                const double term = double{p[here]} * (double{eps} - p[here]) * s * s;
-                *variance += term;
-                if (settings_.norms) *weighted += term * settings_.norms[entry.column()];
-            }
-            entry.tagged_column = entry.column();
-            if (!settings_.sample || next == survivors || kept[next] != here) return false;
-            ++next;
-            entry.logit = std::max(p[here], eps) * s * unit;
-            return true;
+    row.candidates.replace(
+        settings_.sample ? survivors : 0,
+        [&](int64_t k) -> Candidate {
+            const uint32_t place = kept[k];
+            const double s = slope_of(settings_.transform, scratch.logits[place]);
+            return {scratch.columns[place],
+                    std::max(p[place], eps) * static_cast<float>(s) * unit};
         },
         pool);
 }
@@ -370,6 +407,7 @@ void Sweep::entries(const int64_t* offsets, int32_t* columns, float* values, int
     parallel_for(threads, count, kRowGrain, [&](int thread, int64_t first, int64_t stop) {
         for (int64_t i = first; i < stop; ++i) {
             Row& row = rows_[i];
+            if (i + 1 < stop) rows_[i + 1].candidates.prefetch_first();
             int64_t place = offsets[i];
             const auto put = [&](int32_t column, float value) {
                 columns[place] = column;

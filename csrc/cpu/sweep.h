@@ -86,7 +86,8 @@ class Sweep {
     float draw_factor(const Row& row) const;
     void find_candidates(Row& row, const float* z, const float* e, const Block& block,
                          Scratch& scratch, CandidatePool& pool) const;
-    void thin(Row& row, CandidatePool& pool) const;
+    int64_t draw_again(const Row& row, double log_sum, Scratch& scratch) const;
+    void thin(Row& row, Scratch& scratch, CandidatePool& pool) const;
     void thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
                        double* weighted) const;
     void count_small(Row& row, double logit, double e, uint32_t column) const;

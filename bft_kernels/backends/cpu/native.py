@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -73,8 +72,7 @@ class KnownRows(NamedTuple):
         return KnownRows(*[values[first:stop] for values in self])
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Raw products of some rows with some columns of the vocabulary."""
 
     first_row: int
@@ -156,21 +154,26 @@ def blocks(operands: Operands) -> Iterator[Block]:
     plan, count = operands.plan, operands.rows.count
     vocabulary = operands.weight.shape[0]
     buffer = torch.empty(plan.rows * plan.columns)
+    parts = [(a, min(a + plan.rows, count)) for a in range(0, count, plan.rows)]
+    width = 0
     for first in range(0, vocabulary, plan.columns):
         stop = min(first + plan.columns, vocabulary)
         columns = operands.columns(first, stop)
-        for a in range(0, count, plan.rows):
-            b = min(a + plan.rows, count)
-            out = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
+        if width != stop - first:  # little is left to do between two products
+            width = stop - first
+            spaces = [buffer[: (b - a) * width].view(b - a, width) for a, b in parts]
+        transposed = columns.T
+        for (a, b), out in zip(parts, spaces, strict=True):
             operand = operands.take(a, b)
-            torch.mm(operand, columns.T, out=out)
+            torch.mm(operand, transposed, out=out)
             yield Block(a, first, out, operand, columns)
 
 
 def sweep_all(sweep: _cpu.Sweep, operands: Operands) -> None:
     """Takes all blocks through ``sweep``; the buffer is gone afterwards."""
+    team = threads()
     for block in blocks(operands):
-        sweep.add(block.arguments(), threads=threads())
+        sweep.add(block.arguments(), threads=team)
 
 
 def make_sweep(
