@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.shapes import Problem
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, token_weights
 
 Provider = Callable[[Problem], Tensor]
 
@@ -100,6 +100,25 @@ def _balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def _forward_only(problem: Problem) -> Tensor:
+    """The loss with every statistic."""
+    count = problem.target.numel()
+    bounds = torch.tensor([*range(0, count, 128), count])
+    loss, _ = balanced_linear_cross_entropy(
+        problem.hidden, problem.weight, problem.target, cu_seqlens=bounds, return_stats=True
+    )
+    return loss
+
+
+def _weighting(problem: Problem) -> Tensor:
+    """Token and sequence weights alone, of documents of 128 tokens."""
+    count = problem.target.numel()
+    confidence = torch.linspace(0, 1, count, device=problem.target.device)
+    bounds = torch.tensor([*range(0, count, 128), count])
+    return token_weights(confidence, bounds).token_weight
+
+
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
 MIB = 2**20
 
@@ -114,6 +133,8 @@ PROVIDERS: dict[str, Provider] = {
     "bft balanced sampled": functools.partial(_balanced, **SAMPLED),
     "bft balanced, frozen head": functools.partial(_balanced, frozen=True),
     "bft balanced sampled, frozen head": functools.partial(_balanced, frozen=True, **SAMPLED),
+    "bft balanced, no_grad": _forward_only,
+    "bft weighting": _weighting,
 }
 # Slow to start, or installed apart (pip install --no-deps): asked for by name.
 PEERS: dict[str, Provider] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,38 @@ from bft_kernels import info
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, thread count and versions."""
+    """Commit, device, thread count and versions."""
     facts = info()
     return {
+        "commit": _commit(),
+        "processor": _processor(),
         "device": facts["devices"].get(f"{device}:0", platform.machine()),
         "threads": torch.get_num_threads(),
         "torch": facts["versions"]["torch"],
         "bft-kernels": facts["versions"]["bft-kernels"],
     }
+
+
+def _commit() -> str:
+    """Of the working tree, marked if that has changed; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

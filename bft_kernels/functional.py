@@ -202,7 +202,8 @@ def linear_cross_entropy(
 
     The token loss is ``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2``, with
     ``a = label_smoothing``. With ``reduction="mean"`` or ``"sum"`` and a trained head the exact
-    gradient is made in the forward pass (3G) and held until the backward.
+    gradient is made in the forward pass (3G; on a CPU up to 4G where the byte budget is small) and
+    held until the backward.
 
     Args:
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: divided by the number of labelled tokens,

@@ -1,12 +1,14 @@
 """From one byte budget to block sizes.
 
-The budget covers every temporary of the ``torch`` backend that grows with ``V`` or with a block
-of it: the block of logits, its scratch, widened copies of ``weight`` and a block of ``dW``. It does
-not cover ``[N]`` vectors, the sparse entries of ``gradient="sampled"``, nor the gradients.
+The budget covers every temporary of the ``torch`` and ``cpu`` backends that grows with ``V`` or
+with a block of it: blocks of logits, their scratch, widened copies of ``weight`` and a block of
+``dW``. It does not cover ``[N]`` vectors, the sparse entries of ``gradient="sampled"``, nor the
+gradients.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +25,23 @@ def default_buffer_bytes(device_type: str) -> int:
     return DEFAULT_BUFFER_BYTES.get(device_type, DEFAULT_ACCELERATOR_BUFFER_BYTES)
 
 
-# What a block of logits of the cpu backend may take of the caches, and how many columns of the
-# vocabulary are best for the vendor's product; see docs/performance.md.
-CPU_BLOCK_BYTES = 2 * 2**20
+# How many columns of the vocabulary are best for the vendor's product, measured at widths from 576
+# to 4096; see docs/performance.md.
 CPU_BLOCK_COLUMNS = 512
+
+
+def cpu_block_bytes(threads: int) -> int:
+    """What a block of logits of the ``cpu`` backend may take of the caches.
+
+    It is written by the product and read by the sweep, row by row by the same thread: the
+    second-level caches of all threads together, as the system tells their size, or 1 MiB each.
+    """
+    try:
+        one = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        one = 0
+    return max(2, threads) * (one if one > 0 else 2**20)
+
 
 # A pass over ``dW`` and two over ``weight``, 16 V D bytes at 10 GB/s, take as long as the product
 # of about so many rows, 2 V D flops each at 160 GFLOPS.
@@ -126,6 +141,7 @@ def plan_cpu_blocks(
     copies: bool,
     products: int = 1,
     narrow_gradient: bool = False,
+    block_bytes: int = 2 * 2**20,
 ) -> CpuPlan:
     """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
 
@@ -140,6 +156,7 @@ def plan_cpu_blocks(
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
         narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
+        block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
     """
     elements = budget // 4
     column_copies = int(width * (1.5 * widens + 2 * narrow_gradient))
@@ -151,7 +168,7 @@ def plan_cpu_blocks(
     if whole:
         elements -= rows * width
     row_copies = 2 * width if copies and not whole else 0
-    block = min(elements, CPU_BLOCK_BYTES * products // 4)
+    block = min(elements, block_bytes * products // 4)
     columns = max(1, min(columns, block - row_copies))
     return CpuPlan(max(1, min(rows, block // (columns + row_copies))), columns, whole)
 
@@ -160,11 +177,12 @@ def plan_cpu_blocks(
 class CpuWeightedPlan:
     """Blocks of the weighted loss, and of how many rows the logits outlive their sweep."""
 
-    rows: int  # of a block, where the ones below need no more
+    rows: int  # of a block, or in_gradient if that is more
     columns: int  # of a block that is swept
     group: int  # how many of them make a block of the gradient, which goes through two products
     in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
     in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
+    whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
 
 
 def plan_cpu_weighted(
@@ -176,6 +194,7 @@ def plan_cpu_weighted(
     widens: bool,
     copies: bool,
     trains_weight: bool,
+    block_bytes: int = 2 * 2**20,
 ) -> CpuWeightedPlan:
     """Where logits wait for the weights of their tokens.
 
@@ -189,14 +208,26 @@ def plan_cpu_weighted(
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         trains_weight: whether there is a ``dW``.
+        block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
     """
     in_gradient = min(rows, width) if trains_weight else 0
     elements = budget // 4
+    whole = copies and rows * width <= elements // 4
+    if whole:
+        elements -= rows * width
+        copies = False
     if copies:
         in_gradient = min(in_gradient, elements // 4 // width)
         elements -= in_gradient * width
     blocks = plan_cpu_blocks(
-        rows, vocabulary, width, 4 * elements, widens=widens, copies=copies, products=3
+        rows,
+        vocabulary,
+        width,
+        4 * elements,
+        widens=widens,
+        copies=copies,
+        products=3,
+        block_bytes=block_bytes,
     )
     wide = blocks.columns
     if in_gradient:  # a block of them is read before dW is written
@@ -207,7 +238,7 @@ def plan_cpu_weighted(
     elements -= wide * int(1.5 * width * widens)
     elements -= max(blocks.rows * (wide + 2 * width * copies), in_gradient * wide)
     in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
-    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer)
+    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole)
 
 
 def one_piece_is_faster(pieces: Sequence[int], plan: CpuWeightedPlan) -> bool:

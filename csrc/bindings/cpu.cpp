@@ -8,7 +8,6 @@
 #include "csrc/bindings/checks.h"
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/kernels.h"
-#include "csrc/cpu/memory.h"
 #include "csrc/cpu/parallel.h"
 #include "csrc/cpu/sampling.h"
 #include "csrc/cpu/sweep.h"
@@ -211,10 +210,9 @@ void define_sweep(py::module_& module) {
             const int64_t rows = checked.rows;
             bft::cpu::gradient_block(
                 {transform, optional_array<const float>("kept", kept, rows * checked.columns),
-                 vocabulary, label_smoothing, z_loss,
-                 array<int64_t>("targets", targets, rows), array<float>("lse", lse, rows),
-                 array<float>("lse_low", lse_low, rows), array<float>("nll", nll, rows),
-                 array<float>("upstream", upstream, rows)},
+                 vocabulary, label_smoothing, z_loss, array<int64_t>("targets", targets, rows),
+                 array<float>("lse", lse, rows), array<float>("lse_low", lse_low, rows),
+                 array<float>("nll", nll, rows), array<float>("upstream", upstream, rows)},
                 checked, checked_threads(threads));
         },
         py::kw_only(), arg("block"), arg("vocabulary"), arg("kept") = 0, arg("targets"), arg("lse"),
@@ -290,8 +288,6 @@ void define_draws(py::module_& module, const char* name, const char* doc) {
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.doc() = "C++ kernels for the CPU. Raw addresses: the caller owns and sizes the memory.";
-    module.def("advise_huge_pages", &bft::cpu::advise_huge_pages, arg("address"), arg("bytes"),
-               "Ask for huge pages in memory that nobody has touched yet.");
     module.def("has_openmp", &bft::cpu::has_openmp,
                "Whether loops run on an OpenMP runtime of this process, else on std::thread.");
     module.def("instruction_sets", &bft::cpu::available_kernels,

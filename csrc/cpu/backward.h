@@ -31,7 +31,7 @@ void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& g
 //
 // Entries are sorted by column and row (a counting sort: each thread takes a range of columns and
 // reads all entries), so that each row of dW is written once, by one thread, in row order: the
-// result does not depend on the number of threads. Holds 8 bytes an entry and 12 a column.
+// result does not depend on the number of threads. Holds 8 bytes an entry and 16 a column.
 void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
                     bool add, float* grad_bias, int64_t vocabulary, int threads);
 

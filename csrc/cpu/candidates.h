@@ -17,7 +17,7 @@ struct Candidate {
 
     // The vocabulary index; kUncounted is set while the certificate's sums do not hold the entry.
     uint32_t tagged_column;
-    float logit;
+    float logit;  // after the last thinning the value of dy
 
     uint32_t column() const { return tagged_column & ~kUncounted; }
     bool uncounted() const { return tagged_column & kUncounted; }
@@ -73,8 +73,9 @@ class Candidates {
 
     // Fetches what add() will write to.
     void prefetch() const {
-        __builtin_prefetch(last_, 1);
-        __builtin_prefetch(reinterpret_cast<const char*>(last_) + 64, 1);
+        const auto node = reinterpret_cast<uintptr_t>(last_);  // may be null
+        __builtin_prefetch(reinterpret_cast<const void*>(node), 1);
+        __builtin_prefetch(reinterpret_cast<const void*>(node + 64), 1);
     }
 
     // Appends entry(0), ..., entry(count - 1).
@@ -149,9 +150,7 @@ class Candidates {
         cut(static_cast<uint32_t>(count), last, pool);
     }
 
-    void clear(CandidatePool& pool) {
-        cut(0, nullptr, pool);
-    }
+    void clear(CandidatePool& pool) { cut(0, nullptr, pool); }
 
   private:
     // Gives back what lies behind the last node in use, null if there is none.
@@ -172,8 +171,9 @@ class Candidates {
     }
 
     static void fetch(const CandidateNode* node) {
-        __builtin_prefetch(node);
-        __builtin_prefetch(reinterpret_cast<const char*>(node) + 64);
+        const auto first = reinterpret_cast<uintptr_t>(node);  // may be null
+        __builtin_prefetch(reinterpret_cast<const void*>(first));
+        __builtin_prefetch(reinterpret_cast<const void*>(first + 64));
     }
 
     CandidateNode* first_ = nullptr;

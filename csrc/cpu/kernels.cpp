@@ -25,9 +25,10 @@ std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx512f = __builtin_cpu_supports("avx512f");
     const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512f && fma) tables.push_back(&avx512::table());
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && fma) tables.push_back(&avx512::table());
     if (fma) tables.push_back(&avx2::table());
 #endif
     tables.push_back(&portable::table());

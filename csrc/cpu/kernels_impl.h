@@ -148,8 +148,9 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
 
 int64_t at_least(const float* e, int64_t count, float threshold, uint32_t* hits) {
     int64_t found = 0;
-    each_vector(e, count, -kInfinity, [&](int64_t j, Floats x, int64_t) {
-        found = append_lanes(~less_mask(x, splat(threshold)) & kAllLanes, j, hits, found);
+    each_vector(e, count, -kInfinity, [&](int64_t j, Floats x, int64_t lanes) {
+        const uint32_t there = kAllLanes >> (kLanes - lanes);
+        found = append_lanes(~less_mask(x, splat(threshold)) & there, j, hits, found);
     });
     return found;
 }

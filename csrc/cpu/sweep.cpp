@@ -223,7 +223,7 @@ float Sweep::draw_factor(const Row& row) const {
 void Sweep::find_candidates(Row& row, const float* z, const float* e, const Block& block,
                             Scratch& scratch, CandidatePool& pool) const {
     const Kernels& kernel = kernels();
-    if (row.empty()) return;
+    if (row.empty() || std::isnan(row.sum)) return;  // every result of the row is NaN
     const float factor = draw_factor(row);
     const float threshold = 1 / factor;
     const uint32_t first = static_cast<uint32_t>(block.first_column);
@@ -394,8 +394,7 @@ void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, doubl
         [&](int64_t k) -> Candidate {
             const uint32_t place = kept[k];
             const double s = slope_of(settings_.transform, scratch.logits[place]);
-            return {scratch.columns[place],
-                    std::max(p[place], eps) * static_cast<float>(s) * unit};
+            return {scratch.columns[place], std::max(p[place], eps) * static_cast<float>(s) * unit};
         },
         pool);
 }
@@ -475,7 +474,8 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
                 const double nll = settings.nll[i];
                 const double value =
                     (1 - a) * std::expm1(-nll) + (extra + a) * std::exp(-nll) - uniform;
-                dy[place] = static_cast<float>(upstream * value * slope_of(transform, target_logit));
+                dy[place] =
+                    static_cast<float>(upstream * value * slope_of(transform, target_logit));
             }
         }
     });

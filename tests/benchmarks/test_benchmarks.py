@@ -10,13 +10,13 @@ import torch
 
 import benchmarks.loss
 import benchmarks.scale
-from benchmarks.measure import extra_memory
+from benchmarks.measure import extra_memory, step
 from benchmarks.providers import PROVIDERS
 from benchmarks.shapes import SHAPES, Shape, make_problem
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PROVIDERS if name != "eager" and "balanced" not in name]
+    "name", [name for name in ("bft exact", "bft sampled", "torch chunked") if name in PROVIDERS]
 )
 def test_providers_compute_the_mean_loss(name: str) -> None:
     problem = make_problem(Shape(64, 16, 500), torch.float32, "cpu")
@@ -83,9 +83,4 @@ def test_memory_of_eager_is_that_of_its_logits() -> None:
 def test_speed(name: str, benchmark) -> None:
     """Not a threshold: `pytest --benchmark-only` compares versions of the code on one machine."""
     problem = make_problem(SHAPES["tiny"], torch.float32, "cpu")
-
-    def step() -> None:
-        problem.hidden.grad = problem.weight.grad = None
-        PROVIDERS[name](problem).backward()
-
-    benchmark.pedantic(step, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(step, (name, problem), rounds=3, warmup_rounds=1)

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -81,6 +82,14 @@ void each_block(const Case& c, const Problem& p, Visit visit) {
     }
 }
 
+// Floats on a cache line of their own, as a streaming store wants them.
+using Aligned = std::unique_ptr<float[], void (*)(void*)>;
+
+Aligned aligned(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
+    return {static_cast<float*>(std::aligned_alloc(64, bytes)), std::free};
+}
+
 void run(const Case& c) {
     const Problem p(c);
     SweepSettings settings;
@@ -92,10 +101,10 @@ void run(const Case& c) {
     settings.sample = c.sample;
     settings.certificate = c.certificate;
     Sweep sweep(settings, c.rows, p.targets.data(), p.positions.data(), nullptr);
-    std::vector<std::vector<float>> kept_blocks;
+    std::vector<Aligned> kept_blocks;
     each_block(c, p, [&](const Block& block, std::vector<float>&) {
-        kept_blocks.emplace_back(static_cast<size_t>(block.rows * block.columns));
-        sweep.add(block, kept_blocks.back().data(), c.threads);
+        kept_blocks.push_back(aligned(block.rows * block.columns));
+        sweep.add(block, kept_blocks.back().get(), c.threads);
     });
 
     const size_t n = static_cast<size_t>(c.rows);
@@ -150,19 +159,25 @@ void run(const Case& c) {
 
     const std::vector<float> ones(n, 1.0f);
     size_t number = 0;
-    each_block(c, p, [&](const Block& block, std::vector<float>& copy) {
+    each_block(c, p, [&](const Block& block, std::vector<float>&) {
         const int64_t i = block.first_row;
-        const float* kept = kept_blocks[number++].data();
-        for (const float* from : {static_cast<const float*>(nullptr), kept}) {
-            gradient_block({settings.transform, from, c.vocabulary, 0, 0, p.targets.data() + i,
+        const auto check_gradient = [&](const float* kept, const Block& out) {
+            gradient_block({settings.transform, kept, c.vocabulary, 0, 0, p.targets.data() + i,
                             lse.data() + i, lse_low.data() + i, nll.data() + i, ones.data() + i},
-                           block, c.threads);
+                           out, c.threads);
             for (int64_t k = 0; k < block.rows * block.columns; ++k) {
-                const int64_t at =
-                    (i + k / block.columns) * c.vocabulary + block.first_column + k % block.columns;
-                check_close("dy", copy[static_cast<size_t>(k)], dy[static_cast<size_t>(at)]);
+                const int64_t row = k / block.columns, column = k % block.columns;
+                const int64_t at = (i + row) * c.vocabulary + block.first_column + column;
+                check_close("dy", out.logits[row * out.stride + column],
+                            dy[static_cast<size_t>(at)]);
             }
-        }
+        };
+        check_gradient(nullptr, block);
+        Block wide = block;  // a part of wider rows
+        wide.stride = block.columns + 7;
+        std::vector<float> out(static_cast<size_t>((block.rows - 1) * wide.stride + block.columns));
+        wide.logits = out.data();
+        check_gradient(kept_blocks[number++].get(), wide);
     });
     if (!c.sample) return;
 
@@ -209,6 +224,11 @@ int main() {
                     ++done;
                 }
             }
+        }
+        // Flat rows, which are thinned before their end.
+        for (const bool certificate : {false, true}) {
+            run({9, 4000, 5, 4, 700, 3.0f, 1.0f, 2e-4f, true, true, certificate, certificate, 2});
+            ++done;
         }
     }
     std::printf("%d cases on %zu instruction sets\n", done, available_kernels().size());

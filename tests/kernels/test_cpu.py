@@ -85,7 +85,7 @@ def test_no_less_accurate_than_plain_torch(
     drawn = problem(*shape, bias="bias" in how, dtype=dtype, scale=2.0, frozen=frozen)
     # The truth: the torch backend in float64 on the same values, itself tested elsewhere.
     truth = run(LOSSES[name], drawn.copy(torch.float64, frozen=frozen), backend="torch", **how)
-    # What eager torch makes of them: logits rounded to dtype, as a model's head rounds them.
+    # What torch's own products and softmax make of them in float32, in the same blocks.
     plain = run(LOSSES[name], drawn.copy(torch.float32, frozen=frozen), backend="torch", **how)
     got = run(
         LOSSES[name],
@@ -287,6 +287,24 @@ def test_nan_stays_in_its_row(gradient, problem):
     assert torch.equal(nll.isnan(), bad)
     assert torch.equal(stats.lse.isnan(), bad)
     assert torch.equal(p.hidden.grad.isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("vocabulary", [301, 1105])
+def test_a_bad_column_spoils_the_certificate_and_nothing_else(value, vocabulary, problem):
+    p = problem(20, 9, vocabulary, ignored=0.0, dtype=torch.float32)
+    p.weight.data[5] = value
+    with torch.no_grad():
+        nll, stats = linear_nll(
+            *p.args,
+            gradient="sampled",
+            seed=0,
+            backend="cpu",
+            return_stats=True,
+            hidden_variance=True,
+        )
+    assert bool(stats.variance.isnan().all() and stats.hidden_variance.isnan().all())
+    assert not bool(nll.isfinite().any())
 
 
 # --- the pieces ----------------------------------------------------------------------------------

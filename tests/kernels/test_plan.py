@@ -78,13 +78,14 @@ def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains):
     assert 0 <= plan.in_gradient <= (min(rows, width) if trains else 0)
     assert 0 <= plan.in_buffer <= rows
     taken = max(plan.rows, plan.in_gradient) * columns + plan.in_buffer * vocabulary
-    taken += copies * width * (plan.in_gradient + plan.in_buffer)
+    assert copies or not plan.whole
+    taken += copies * width * (rows if plan.whole else plan.in_gradient + plan.in_buffer)
     taken += columns * int(1.5 * width * widens)
     assert columns == 1 or plan.rows == 1 or taken * 4 <= budget
 
 
 def test_pieces_are_worth_their_passes_or_not_made():
-    plan = CpuWeightedPlan(rows=1, columns=1, group=1, in_gradient=500, in_buffer=300)
+    plan = CpuWeightedPlan(rows=1, columns=1, group=1, in_gradient=500, in_buffer=300, whole=False)
     assert one_piece_is_faster([800, 100], plan), "100 rows again, or a pass"
     assert not one_piece_is_faster([800, 300], plan)
     assert one_piece_is_faster([800, *[128] * 10], plan)

@@ -1,8 +1,9 @@
 """The fast path on a CPU: the vendor's product on a cache-sized block, then one sweep in C++.
 
 While a block of logits is in cache, ``csrc/cpu`` takes from it everything the forward needs (see
-``csrc/cpu/sweep.h``); nothing of size ``N x V`` is written, and no logit is looked at twice. The
-products are ``torch.mm``; threads are those of torch's own OpenMP runtime.
+``csrc/cpu/sweep.h``) and looks at no logit twice; only the exact weighted loss keeps logits, under
+the byte budget and in the memory of ``dW`` (see ``weighted.py``). The products are ``torch.mm``;
+threads are those of torch's own OpenMP runtime.
 """
 
 from __future__ import annotations

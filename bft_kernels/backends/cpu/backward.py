@@ -12,7 +12,6 @@ from bft_kernels.backends.cpu.native import (
     Operands,
     address,
     blocks,
-    fresh,
     has_rows,
     matrix,
     plan,
@@ -44,7 +43,7 @@ def linear_nll_backward(
     if not wanted.weight:
         grad_weight = None
     elif grad_weight is None:
-        grad_weight = fresh(weight.shape, weight.dtype)
+        grad_weight = torch.empty(weight.shape, dtype=weight.dtype)
     sizes = plan(hidden, weight, rows, config, products=3, trains_weight=wanted.weight)
     operands = Operands(hidden, weight, rows, config, sizes)
     saved_values = (target, saved.lse, saved.lse_low, saved.nll, grad)
@@ -161,7 +160,7 @@ def _from_entries(
     into: Tensor | None = None
     if wanted.weight:
         add = grad_weight is not None and has_rows(grad_weight)
-        into = grad_weight if add else fresh(weight.shape, weight.dtype)
+        into = grad_weight if add else torch.empty(weight.shape, dtype=weight.dtype)
     if wanted.bias:
         grad_bias = torch.empty(weight.shape[0])
     if wanted.weight or wanted.bias:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from bft_kernels import _cpu
 from bft_kernels.backends.torch.matmul import as_operand, converts
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.config import CoreConfig
-from bft_kernels.plan import CpuPlan, plan_cpu_blocks
+from bft_kernels.plan import CpuPlan, cpu_block_bytes, plan_cpu_blocks
 
 
 def address(tensor: Tensor | None) -> int:
@@ -31,17 +31,6 @@ def matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
     assert has_rows(tensor)
     name = str(tensor.dtype).removeprefix("torch.")
     return tensor.data_ptr(), name, *tensor.shape, tensor.stride(0)
-
-
-def fresh(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """``torch.empty`` in huge pages where the kernel has them.
-
-    A new gradient of ``V x D`` floats is touched for the first time here, and with 4 KiB pages the
-    page faults alone take several percent of 1G.
-    """
-    tensor = torch.empty(shape, dtype=dtype)
-    _cpu.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
 
 
 def threads() -> int:
@@ -115,6 +104,7 @@ def plan(
         copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
         products=products,
         narrow_gradient=trains_weight and weight.dtype != torch.float32,
+        block_bytes=cpu_block_bytes(threads()),
     )
 
 

@@ -19,7 +19,6 @@ from bft_kernels.backends.cpu.native import (
     Operands,
     address,
     finish,
-    fresh,
     make_sweep,
     threads,
     wanted_results,
@@ -32,6 +31,7 @@ from bft_kernels.plan import (
     CPU_PASS_ROWS,
     CpuPlan,
     CpuWeightedPlan,
+    cpu_block_bytes,
     one_piece_is_faster,
     plan_cpu_weighted,
 )
@@ -60,6 +60,7 @@ def weighted_loss(
         widens=converts(weight, config.operand_dtype, torch.float32),
         copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
         trains_weight=wanted.weight,
+        block_bytes=cpu_block_bytes(threads()),
     )
     engine = _Engine(hidden, weight, target, bias, rows, plan, config, wanted)
     share = rows.take(share.float(), 0, rows.count)
@@ -132,7 +133,7 @@ class _Engine(WeightedSums):
         self.bias = None if self.bias is None else self.bias.contiguous()
         self.plan = plan
         wide = plan.columns * plan.group
-        blocks = CpuPlan(plan.rows, wide, whole=False)
+        blocks = CpuPlan(plan.rows, wide, plan.whole)
         self.operands = Operands(hidden, weight, rows, config, blocks)
         self.targets = rows.take(target, 0, rows.count).contiguous()
         self.lse_low = torch.zeros(rows.count)
@@ -145,7 +146,8 @@ class _Engine(WeightedSums):
 
     def new_grad_weight(self) -> Tensor:
         """Not filled: the first product is stored, not added."""
-        return fresh((self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1]))
+        vocabulary, width = self.weight.shape
+        return torch.empty(vocabulary if self.wanted.weight else 0, width)
 
     def _wait(self, first: int, stop: int) -> _Waiting:
         """Makes room for the logits of a piece."""
@@ -154,7 +156,7 @@ class _Engine(WeightedSums):
         in_buffer = min(count - in_gradient, self.plan.in_buffer)
         if self.buffer.numel() < in_buffer * vocabulary:
             self.buffer = torch.empty(0)  # freed before its successor is made
-            self.buffer = fresh((in_buffer * vocabulary,))
+            self.buffer = torch.empty(in_buffer * vocabulary)
         self.operand = self.operands.take(first, first + in_gradient + in_buffer)
         return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
 

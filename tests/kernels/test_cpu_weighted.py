@@ -1,0 +1,124 @@
+"""The cpu backend's exact weighted loss: where its logits wait must not show in its results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+
+pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
+
+from bft_kernels.backends.cpu import weighted
+
+MIB = 2**20
+ROWS, VOCABULARY = 1000, 20_011
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+    """Of each piece: rows, rows that wait, and of these the rows that wait in dW."""
+    found: list[tuple[int, int, int]] = []
+    real = weighted._Engine._wait
+
+    def wait(engine, first: int, stop: int):
+        waiting = real(engine, first, stop)
+        found.append((stop - first, waiting.rows, waiting.in_gradient))
+        return waiting
+
+    monkeypatch.setattr(weighted._Engine, "_wait", wait)
+    return found
+
+
+def boundaries(*, longest: int) -> Tensor:
+    """Documents of 1 to ``longest`` tokens, and an empty one."""
+    cuts = torch.randint(1, longest + 1, (ROWS,)).cumsum(0)
+    cuts = cuts[cuts < ROWS]
+    return torch.cat([torch.tensor([0, 0]), cuts, torch.tensor([ROWS])])
+
+
+def gradients(loss: Tensor, p) -> dict[str, Tensor]:
+    loss.backward()
+    return {"loss": loss.detach(), **p.grads()}
+
+
+def check(p, error, budget: int, **how) -> None:
+    """No less accurate than torch's own products and softmax in float32."""
+
+    def run(copy, **more):
+        if "cu_seqlens" in how:
+            loss = balanced_linear_cross_entropy(*copy.args, **how, **more)
+        else:
+            loss = linear_cross_entropy(*copy.args, **how, **more)
+        return gradients(loss, copy)
+
+    truth = run(p.copy(torch.float64), backend="torch")
+    plain = run(p.copy(torch.float32), backend="torch")
+    got = run(p.copy(), backend="cpu", max_buffer_bytes=budget)
+    for name, expected in truth.items():
+        dtype = torch.float32 if name == "loss" else p.hidden.dtype
+        allowed = 3 * error(plain[name], expected) + 4 * torch.finfo(dtype).eps
+        assert error(got[name], expected) <= allowed, name
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_pieces(dtype, ignored, problem, error, taken):
+    p = problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=dtype, scale=2.0)
+    check(p, error, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
+    assert len(taken) > 2
+    first, *later = taken
+    assert first[2] == 8
+    assert all(rows == waiting and in_gradient == 0 for rows, waiting, in_gradient in later)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, problem, error, taken):
+    p = problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=torch.float32, scale=2.0)
+    check(p, error, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
+    [(rows, waiting, in_gradient)] = taken
+    assert in_gradient == 8 < waiting < rows
+
+
+def test_a_long_document_among_short_ones(problem, error, taken):
+    p = problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
+    bounds = torch.tensor([0, 60, 150, 250, 600, 700, 800, 900, ROWS])
+    check(p, error, 24 * MIB, cu_seqlens=bounds, window=4)
+    assert any(waiting < rows for rows, waiting, _ in taken)
+
+
+@pytest.mark.parametrize("budget", [1, 10_000, 300_000])
+def test_the_gradient_has_room_whatever_the_budget(budget, problem, error, taken):
+    p = problem(300, 96, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error, budget, cu_seqlens=torch.tensor([0, 140, 300]), window=4)
+    [(rows, waiting, in_gradient)] = taken
+    assert in_gradient == 96 <= waiting < rows
+
+
+def test_all_logits_wait_in_the_gradient(problem, error, taken):
+    p = problem(90, 96, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error, MIB, reduction="mean")
+    assert taken == [(90, 90, 90)]
+
+
+def test_pieces_of_a_mean_are_cut_anywhere(problem, error, taken):
+    p = problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error, 24 * MIB, reduction="mean", label_smoothing=0.1, z_loss=0.01)
+    assert len(taken) > 1
+    assert all(rows == waiting for rows, waiting, _ in taken)
+
+
+def test_the_same_result_with_any_number_of_threads(problem, all_threads):
+    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        copy = p.copy()
+        loss = balanced_linear_cross_entropy(
+            *copy.args, window=4, backend="cpu", max_buffer_bytes=24 * MIB
+        )
+        results.append(gradients(loss, copy))
+    for other in results[1:]:
+        for name, expected in results[0].items():
+            torch.testing.assert_close(other[name], expected, rtol=1e-5, atol=1e-7)
