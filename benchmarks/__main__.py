@@ -1,4 +1,4 @@
-"""``python -m benchmarks loss`` and ``python -m benchmarks scale``."""
+"""``python -m benchmarks loss``, ``scale`` and ``record``."""
 
 import sys
 from collections.abc import Callable
@@ -6,11 +6,12 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loss, scale
+from benchmarks import loss, record, scale
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
     "scale": (scale.Config, scale.main),
+    "record": (record.Config, record.main),
 }
 
 

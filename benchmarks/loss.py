@@ -25,7 +25,7 @@ class Config:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
     inputs: Path | None = None
-    """torch.save((hidden [N, D], weight [V, D], target [N])) of a real model; replaces `shape`."""
+    """Of a real model, written by `python -m benchmarks record`; replaces `shape`."""
     tokens: int = 2048
     """Of `inputs`."""
     providers: tuple[str, ...] = tuple(PROVIDERS)

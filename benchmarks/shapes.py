@@ -33,13 +33,19 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Recorded:
-    """Real inputs: a file of ``torch.save((hidden, weight, target))``, cut to so many tokens."""
+    """Real inputs: a file of :func:`save_recorded`, cut to so many tokens."""
 
     path: Path
     tokens: int
 
 
 Source = Shape | Recorded
+
+
+def save_recorded(path: Path, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
+    """Writes the file that :class:`Recorded` names: ``[N, D]``, ``[V, D]`` and ``[N]``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save((hidden.clone(), weight.clone(), target.clone()), path)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import benchmarks.loss
+import benchmarks.record
 import benchmarks.scale
 from benchmarks.measure import extra_memory, step
 from benchmarks.providers import PROVIDERS
-from benchmarks.shapes import SHAPES, Shape, make_problem
+from benchmarks.shapes import SHAPES, Recorded, Shape, make_problem
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,33 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
         (256, 2048),
     ]
     assert "passes over dW" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from bft.pretrained import PretrainedError, pretrained
+
+    try:
+        folder = pretrained("smollm2-135m")
+    except PretrainedError as error:
+        pytest.skip(str(error))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The heart pumps blood\nthrough the vessels.\n\n\nInsulin lowers glucose.\n")
+    assert list(benchmarks.record.documents(texts)) == [
+        "The heart pumps blood through the vessels.",
+        "Insulin lowers glucose.",
+    ]
+    path = tmp_path / "inputs.pt"
+    benchmarks.record.main(benchmarks.record.Config(texts, path, tokens=10))
+    problem = make_problem(Recorded(path, 7), torch.float32, "cpu")
+    assert problem.hidden.shape[0] == 7
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(
+        "The heart pumps blood through the vessels.", return_tensors="pt"
+    ).input_ids[:, :8]
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(PROVIDERS["bft exact"](problem), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

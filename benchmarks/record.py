@@ -1,0 +1,71 @@
+"""``python -m benchmarks record``: hidden states, head and targets of a real model on real text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import save_recorded
+
+
+@dataclass(frozen=True)
+class Config:
+    """Runs a causal language model over documents and saves what its loss would be given.
+
+    The file is what ``python -m benchmarks loss --inputs`` takes.
+    """
+
+    texts: Path
+    """Documents, with blank lines between them."""
+    output: Path
+    model: str = "smollm2-135m"
+    """A name that `bft train --model` takes, or a folder."""
+    tokens: int = 2048
+    longest: int = 256
+    """Targets of one document; the rest of it is left out."""
+
+
+def main(config: Config) -> None:
+    """Records.
+
+    Raises:
+        SystemExit: the text is too short.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bft.pretrained import pretrained
+
+    folder = pretrained(config.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hidden: list[Tensor] = []
+    targets: list[Tensor] = []
+    with torch.no_grad():
+        for document in documents(config.texts):
+            ids = tokenizer(document, return_tensors="pt").input_ids[:, : config.longest + 1]
+            states = model.get_decoder()(input_ids=ids).last_hidden_state
+            hidden.append(states[0, :-1])
+            targets.append(ids[0, 1:])
+            if sum(map(len, targets)) >= config.tokens:
+                break
+    found = sum(map(len, targets))
+    if found < config.tokens:
+        raise SystemExit(f"texts: got {found} tokens in {config.texts}, expected {config.tokens}")
+    weight = model.get_output_embeddings().weight.detach()
+    inputs = torch.cat(hidden)[: config.tokens], weight, torch.cat(targets)[: config.tokens]
+    save_recorded(config.output, *inputs)
+    nll = torch.nn.functional.cross_entropy(inputs[0][:256] @ weight.T, inputs[2][:256])
+    print(f"{config.output}: N {config.tokens}, D {weight.shape[1]}, V {weight.shape[0]}")
+    print(f"nll of the first tokens: {nll:.2f}")
+
+
+def documents(texts: Path) -> Iterator[str]:
+    """Paragraphs of a text file, each on one line."""
+    for paragraph in texts.read_text(encoding="utf-8").split("\n\n"):
+        document = " ".join(paragraph.split())
+        if document:
+            yield document
