@@ -47,6 +47,9 @@ def cpu_block_bytes(threads: int) -> int:
 # of about so many rows, 2 V D flops each at 160 GFLOPS.
 CPU_PASS_ROWS = 128
 
+# The batch is cut into pieces at documents so many rows apart at least.
+PIECE_STEP = 32
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -241,16 +244,41 @@ def plan_cpu_weighted(
     return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole)
 
 
-def one_piece_is_faster(pieces: Sequence[int], plan: CpuWeightedPlan) -> bool:
-    """Whether to take all rows at once and compute the logits that cannot wait again.
+def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:
+    """Which documents to take together, so that the least time is lost.
 
-    Each further piece passes over ``dW`` and twice over ``weight``; see ``CPU_PASS_ROWS``.
+    A piece costs the rows whose logits cannot wait, which are computed again, and each piece but
+    the first ``CPU_PASS_ROWS``. The first has the room in ``dW`` too.
 
     Args:
-        pieces: rows of each piece, as :func:`plan_cpu_weighted` lets them wait.
+        bounds: where documents begin and end, in rows; ascending, from 0.
         plan: of the call.
+
+    Returns:
+        Places in ``bounds`` where pieces begin and end: from 0 to its last.
     """
-    first, later = plan.in_gradient + plan.in_buffer, plan.in_buffer
-    again = max(0, pieces[0] - first) + sum(max(0, rows - later) for rows in pieces[1:])
-    apart = again + CPU_PASS_ROWS * (len(pieces) - 1)
-    return max(0, sum(pieces) - first) <= apart
+    if len(bounds) < 2:
+        return []
+    if plan.in_buffer <= CPU_PASS_ROWS:  # a piece never saves what it costs
+        return [0, len(bounds) - 1]
+    places = [0]
+    for place, bound in enumerate(bounds[:-1]):
+        if bound - bounds[places[-1]] >= PIECE_STEP:
+            places.append(place)
+    places.append(len(bounds) - 1)
+    first_room = plan.in_gradient + plan.in_buffer
+    cost, before = [0], [0]  # of the best pieces up to each place; where the last of them begins
+    for i, place in enumerate(places[1:], start=1):
+        best, begin = max(0, bounds[place] - first_room), 0
+        for j in range(i - 1, 0, -1):
+            again = max(0, bounds[place] - bounds[places[j]] - plan.in_buffer)
+            if again >= best:  # and ever more, the further back a piece begins
+                break
+            if cost[j] + CPU_PASS_ROWS + again < best:
+                best, begin = cost[j] + CPU_PASS_ROWS + again, j
+        cost.append(best)
+        before.append(begin)
+    cuts = [len(places) - 1]
+    while cuts[-1] > 0:
+        cuts.append(before[cuts[-1]])
+    return [places[cut] for cut in reversed(cuts)]

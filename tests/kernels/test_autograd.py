@@ -70,8 +70,8 @@ def test_micro_batches_sum_up(gradient, dtype, problem, close):
         linear_nll(h, own, t, **how).sum().backward()
         linear_nll(h, p.weight, t, **how).sum().backward()
         parts.append(own.grad.double())
-    # Each addition rounds once to the gradient's type.
-    close(p.weight.grad, torch.stack(parts).sum(0), 4 * torch.finfo(dtype).eps)
+    # Each addition rounds once to the gradient's type, and partial sums may exceed the last one.
+    close(p.weight.grad, torch.stack(parts).sum(0), 16 * torch.finfo(dtype).eps)
 
 
 class LargeTensors(TorchDispatchMode):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, combinations, pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bft_kernels.plan import (
+    CPU_PASS_ROWS,
+    PIECE_STEP,
     CpuWeightedPlan,
-    one_piece_is_faster,
     plan_columns,
     plan_cpu_blocks,
+    plan_cpu_pieces,
     plan_cpu_weighted,
     plan_rows,
 )
@@ -84,9 +88,43 @@ def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains):
     assert columns == 1 or plan.rows == 1 or taken * 4 <= budget
 
 
+def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
+    """Rows computed again, and what the passes of further pieces are worth in rows."""
+    room = plan.in_gradient + plan.in_buffer
+    cost = 0
+    for number, (first, stop) in enumerate(pairwise(cuts)):
+        cost += max(0, bounds[stop] - bounds[first] - room) + CPU_PASS_ROWS * (number > 0)
+        room = plan.in_buffer
+    return cost
+
+
+@given(
+    st.lists(st.integers(1, 700), min_size=1, max_size=9),
+    st.integers(0, 600),
+    st.integers(0, 600),
+)
+def test_no_other_pieces_are_cheaper(lengths, in_gradient, in_buffer):
+    plan = CpuWeightedPlan(1, 1, 1, in_gradient, in_buffer, whole=False)
+    lengths = [length + PIECE_STEP for length in lengths]
+    bounds = [0, *accumulate(lengths)]
+    cuts = plan_cpu_pieces(bounds, plan)
+    assert cuts[0] == 0
+    assert cuts[-1] == len(lengths)
+    assert cuts == sorted(set(cuts))
+    inner = range(1, len(lengths))
+    least = min(
+        cost_of(bounds, [0, *chosen, len(lengths)], plan)
+        for number in range(len(lengths))
+        for chosen in combinations(inner, number)
+    )
+    assert cost_of(bounds, cuts, plan) == least
+
+
 def test_pieces_are_worth_their_passes_or_not_made():
     plan = CpuWeightedPlan(rows=1, columns=1, group=1, in_gradient=500, in_buffer=300, whole=False)
-    assert one_piece_is_faster([800, 100], plan), "100 rows again, or a pass"
-    assert not one_piece_is_faster([800, 300], plan)
-    assert one_piece_is_faster([800, *[128] * 10], plan)
-    assert one_piece_is_faster([100, 2000], plan), "a long document gains from the room in dW"
+    assert plan_cpu_pieces([0, 800, 900], plan) == [0, 2], "100 rows again, or a pass"
+    assert plan_cpu_pieces([0, 800, 1100], plan) == [0, 1, 2]
+    assert plan_cpu_pieces([0, 100, 2100], plan) == [0, 2], "a long document: the room in dW"
+    assert plan_cpu_pieces([0, 800, 960, 1120], plan) == [0, 1, 3], "20 rows again, or a pass"
+    assert plan_cpu_pieces([0], plan) == []
+    assert plan_cpu_pieces([*range(16_385)], plan)[-1] == 16_384

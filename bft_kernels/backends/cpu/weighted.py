@@ -8,6 +8,7 @@ wait in between where there is room for them, which costs three products (3G), o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,14 +26,14 @@ from bft_kernels.backends.cpu.native import (
 )
 from bft_kernels.backends.torch.matmul import converts
 from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.weighted import WeightedSums, piece_weights, pieces
+from bft_kernels.backends.torch.weighted import WeightedSums, document_bounds, piece_weights
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.plan import (
-    CPU_PASS_ROWS,
+    PIECE_STEP,
     CpuPlan,
     CpuWeightedPlan,
     cpu_block_bytes,
-    one_piece_is_faster,
+    plan_cpu_pieces,
     plan_cpu_weighted,
 )
 from bft_kernels.results import Wanted, WeightedLoss
@@ -75,14 +76,13 @@ def weighted_loss(
 def _pieces(
     rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, plan: CpuWeightedPlan
 ) -> list[list[int]]:
-    """Bounds of the documents of each piece."""
-    if plan.in_buffer < CPU_PASS_ROWS:  # a piece would not be worth its passes
-        return list(pieces(rows, cu_seqlens, weighting, rows.count))
-    room = plan.in_gradient + plan.in_buffer
-    parts = list(pieces(rows, cu_seqlens, weighting, plan.in_buffer, room))
-    if len(parts) > 1 and one_piece_is_faster([part[-1] - part[0] for part in parts], plan):
-        return list(pieces(rows, cu_seqlens, weighting, rows.count))
-    return parts
+    """Bounds of the documents of each piece; for weights local to a token just its bounds."""
+    any_rows = weighting.local or cu_seqlens is None
+    bounds = document_bounds(rows, None if any_rows else cu_seqlens, PIECE_STEP)
+    cuts = pairwise(plan_cpu_pieces(bounds, plan))
+    if any_rows:
+        return [[bounds[first], bounds[stop]] for first, stop in cuts]
+    return [bounds[first : stop + 1] for first, stop in cuts]
 
 
 class _Waiting:

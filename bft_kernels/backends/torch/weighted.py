@@ -199,38 +199,29 @@ class WeightedEngine(WeightedSums):
             self.grad_bias += dy.sum(dim=0)
 
 
-def pieces(
-    rows: LabelledRows,
-    cu_seqlens: Tensor | None,
-    weighting: Weighting,
-    chunk: int,
-    first_chunk: int | None = None,
-) -> Iterator[list[int]]:
-    """Bounds of documents taken together, in rows.
-
-    Each piece fits a chunk, the first ``first_chunk`` rows if given, unless one document is longer.
-    Weights local to a token need no documents: any rows go together.
-    """
-    room = chunk if first_chunk is None else first_chunk
-    if rows.count == 0:
-        return
-    if weighting.local or cu_seqlens is None:
-        first = 0
-        while first < rows.count:
-            stop = min(first + room, rows.count)
-            yield [first, stop]
-            first, room = stop, chunk
-        return
+def document_bounds(rows: LabelledRows, cu_seqlens: Tensor | None, chunk: int) -> list[int]:
+    """Where documents with labelled tokens begin and end, in rows; every ``chunk`` rows if None."""
+    if cu_seqlens is None:
+        return [*range(0, rows.count, chunk), rows.count]
     bounds = cu_seqlens
     if rows.index is not None:
         bounds = torch.searchsorted(rows.index, cu_seqlens.to(torch.int64))
-    piece = [0]
-    for stop in bounds.tolist():
-        if stop == piece[-1]:
-            continue
-        if stop - piece[0] > room and len(piece) > 1:
+    return [int(bound) for bound in bounds.unique_consecutive()]
+
+
+def pieces(
+    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
+) -> Iterator[list[int]]:
+    """Bounds of documents taken together, in rows; a piece fits the chunk unless one does not.
+
+    Weights local to a token need no documents: any rows go together.
+    """
+    bounds = document_bounds(rows, None if weighting.local else cu_seqlens, chunk)
+    piece = bounds[:1]
+    for stop in bounds[1:]:
+        if stop - piece[0] > chunk and len(piece) > 1:
             yield piece
-            piece, room = [piece[-1]], chunk
+            piece = piece[-1:]
         piece.append(stop)
     if len(piece) > 1:
         yield piece
