@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     measured = [_measure(config, shape) for shape in shapes]
     times, products, passes = zip(*measured, strict=True)
     fixed, slope = fit(shapes, times)
-    bare_slope = fit(shapes, products)[1]
+    bare_fixed, bare_slope = fit(shapes, products)
     # The slope of a pass over dW in V D, that is its seconds an element.
     pass_slope = statistics.median(
         taken / (shape.vocabulary * shape.width)
@@ -76,7 +76,10 @@ def main(config: Config) -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"a: {fixed / pass_slope:.2f} passes over dW; b: {slope / bare_slope:.3f} G")
+    console.print(
+        f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
+        f"bare product's; b: {slope / bare_slope:.3f} G"
+    )
     if config.output is not None:
         facts = environment(config.device)
         append(
