@@ -25,7 +25,7 @@ def _refuse_double_backward() -> None:
 
 
 def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, _ = inputs[: ops.LINEAR_NLL_TENSORS]
+    hidden, weight, target, bias, seed = inputs[: ops.LINEAR_NLL_TENSORS]
     result = Forward(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
@@ -40,6 +40,7 @@ def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
             result.entry_offsets,
             result.entry_columns,
             result.entry_values,
+            seed,
         )
         ctx.save_for_backward(hidden, weight, target, bias, *saved)
     ctx.hidden_dtype = hidden.dtype

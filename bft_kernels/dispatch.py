@@ -71,6 +71,7 @@ class Backend:
     name: str
     why_not: Callable[[Tensor, Tensor], list[str]]
     module: str
+    unasked_on: tuple[str, ...] | None = None  # types of devices where "auto" may take it; any
 
     def load(self) -> Implementation:
         return importlib.import_module(self.module)
@@ -114,9 +115,37 @@ def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
+def _why_not_triton(hidden: Tensor, weight: Tensor) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["triton is not installed"]
+    reasons = []
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.device.type != "cuda" and not _is_interpreted(tensor):
+            reasons.append(
+                f"{name} is on {tensor.device}, it takes CUDA tensors (on a CPU with "
+                "TRITON_INTERPRET=1, for tests)"
+            )
+        elif tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
+        elif tensor.dtype == torch.float64:
+            reasons.append(f"{name} is float64, it computes in float32")
+    if not reasons and weight.device.type == "cuda" and torch.version.cuda is not None:
+        capability = torch.cuda.get_device_capability(weight.device)
+        if capability < (8, 0):
+            reasons.append(f"the device has compute capability {capability}, it takes (8, 0) on")
+    return reasons
+
+
+def _is_interpreted(tensor: Tensor) -> bool:
+    import triton
+
+    return tensor.device.type == "cpu" and bool(triton.knobs.runtime.interpret)
+
+
 # In order of preference.
 BACKENDS = (
     Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu"),
+    Backend("triton", _why_not_triton, "bft_kernels.backends.triton", unasked_on=("cuda",)),
     Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),
 )
 
@@ -141,7 +170,10 @@ def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
         ValueError: an unknown name.
         RuntimeError: the forced backend, or every backend, has a reason not to run.
     """
-    wanted = backend_names() if name == "auto" else (name,)
+    wanted: tuple[str, ...] = (name,)
+    if name == "auto":
+        device = hidden.device.type
+        wanted = tuple(b.name for b in BACKENDS if b.unasked_on is None or device in b.unasked_on)
     refusals = {}
     for backend in wanted:
         reasons = why_not(backend, hidden, weight)

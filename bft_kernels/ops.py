@@ -33,7 +33,7 @@ _INPUTS = "Tensor hidden, Tensor weight, Tensor target"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
 _SAVED = (
     "Tensor nll, Tensor lse, Tensor lse_low, Tensor entry_offsets, Tensor entry_columns, "
-    "Tensor entry_values"
+    "Tensor entry_values, Tensor? seed"
 )
 _WEIGHTING = "str scheme, int window, float gamma, float floor"
 
@@ -109,6 +109,7 @@ def _(
 
     sampled = config.residual == "entries"
     entries = torch.library.get_ctx().new_dynamic_size() if sampled else 0
+    values = torch.library.get_ctx().new_dynamic_size() if sampled else 0
     unit = count if config.residual == "unit" else 0
     return Forward(
         loss=tokens(True),
@@ -122,7 +123,7 @@ def _(
         unit=hidden.new_empty(unit, width, dtype=storage(hidden.dtype)),
         entry_offsets=hidden.new_empty(count + 1 if sampled else 0, dtype=torch.int64),
         entry_columns=hidden.new_empty(entries, dtype=torch.int32),
-        entry_values=hidden.new_empty(entries, dtype=wide),
+        entry_values=hidden.new_empty(values, dtype=wide),
     )
 
 

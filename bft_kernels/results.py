@@ -23,8 +23,10 @@ class Forward(NamedTuple):
     hidden_variance: Tensor  # [N] wide
     unit: Tensor  # [N, D] storage type of hidden, dH for unit upstream gradient
     entry_offsets: Tensor  # [N + 1] int64
+    # A backend may keep more entries than the sample has, without values, and thin them in its
+    # backward.
     entry_columns: Tensor  # [E] int32
-    entry_values: Tensor  # [E] wide, dy for unit upstream gradient
+    entry_values: Tensor  # [E] wide, dy for unit upstream gradient; or [0]
 
 
 class Saved(NamedTuple):
@@ -36,6 +38,7 @@ class Saved(NamedTuple):
     entry_offsets: Tensor
     entry_columns: Tensor
     entry_values: Tensor
+    seed: Tensor | None  # [] int64, with entries
 
 
 class Wanted(NamedTuple):

@@ -22,6 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_kernels import ops
 
+# Triton decides when a kernel is decorated: where there is no GPU, its kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 # No database: a run must not depend on files an earlier one left. No deadline: the first example
@@ -98,13 +102,16 @@ class Problem:
         found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         return {k: v for k, v in found.items() if v is not None and v.requires_grad}
 
-    def copy(self, dtype: torch.dtype | None = None, **changes: Any) -> Problem:
+    def copy(
+        self, dtype: torch.dtype | None = None, *, device: str | None = None, **changes: Any
+    ) -> Problem:
         """Leaves of its own with the same values, without gradients."""
 
         def clone(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().clone().to(dtype or x.dtype)
+            return None if x is None else x.detach().clone().to(device, dtype or x.dtype)
 
         own = {"hidden": clone(self.hidden), "weight": clone(self.weight), "bias": clone(self.bias)}
+        own["target"] = self.target.to(device)
         return replace(self, **{**own, **changes})
 
     def grads(self) -> dict[str, Tensor | None]:
@@ -244,7 +251,9 @@ def poison() -> Iterator[None]:
 def fresh_compiler() -> Iterator[None]:
     """Compiled code of other tests does not count towards this one's limit of recompilations."""
     torch._dynamo.reset()
-    yield
+    # The cache on disk does not know when a custom op's backward changes.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
     torch._dynamo.reset()
 
 

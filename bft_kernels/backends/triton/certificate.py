@@ -1,0 +1,107 @@
+"""The error certificate of the sampled gradient, in a pass of its own once lse is known."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.triton.configs import precision_for, splits_for, tile_for
+from bft_kernels.backends.triton.device import product_tile, slope_of, transform
+from bft_kernels.backends.triton.forward import Inputs, _swizzle
+
+
+@triton.jit
+def _certificate_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    lse_ptr,  # [N]
+    norms_ptr,  # [V], |W_v|^2
+    sums_ptr,  # [2, SPLITS, N], by labelled row
+    rows,  # N
+    V,
+    stride_hn,
+    stride_wv,
+    splits,
+    tiles,
+    inverse_temperature,
+    softcap,
+    eps,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``sum_{v != target} p (eps - p)^+ slope^2`` over a split, and with ``|W_v|^2`` if asked."""
+    block, split = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), splits, GROUP)
+    count = tl.load(count_ptr)
+    if block * BLOCK_N >= count:
+        return
+    local = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local < count
+    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
+    hidden_rows = hidden_ptr + row[:, None] * stride_hn
+    plain = tl.zeros((BLOCK_N,), tl.float32)
+    normed = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
+        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        # Columns past the end repeat the last one, and are masked afterwards.
+        column = tl.minimum(offs_v, V - 1).to(tl.int64)
+        weight_rows = weight_ptr + column[None, :] * stride_wv
+        y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        p = tl.exp(z - lse[:, None])
+        slope = slope_of(z, inverse_temperature, softcap, HAS_CAP)
+        term = p * tl.maximum(eps - p, 0.0) * slope * slope
+        other = (offs_v.to(tl.int64)[None, :] != target[:, None]) & mask_v[None, :]
+        term = tl.where(other, term, 0.0)
+        plain += tl.sum(term, axis=1)
+        if HAS_NORMS:
+            norms = tl.load(norms_ptr + offs_v, mask=mask_v, other=0.0)
+            normed += tl.sum(term * norms[None, :], axis=1)
+    place = sums_ptr + split * rows + local
+    tl.store(place, plain, mask=mask_n)
+    if HAS_NORMS:
+        tl.store(place + splits * rows, normed, mask=mask_n)
+
+
+def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
+    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    tile = tile_for(config.operand_dtype)
+    row_blocks, tiles = triton.cdiv(count, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
+    splits = splits_for(row_blocks, tiles, lse)
+    sums = torch.zeros(1 if norms is None else 2, splits, count, device=lse.device)
+    _certificate_kernel[(row_blocks * splits,)](
+        lse_ptr=lse,
+        norms_ptr=norms,
+        sums_ptr=sums,
+        rows=count,
+        V=vocabulary,
+        splits=splits,
+        tiles=triton.cdiv(tiles, splits),
+        eps=config.eps,
+        HAS_NORMS=norms is not None,
+        PRECISION=precision_for(config.operand_dtype),
+        **inputs.arguments(),
+        **tile.constants(),
+    )
+    totals = [inputs.rows.spread(part) for part in sums.sum(dim=1)]
+    return totals[0], totals[1] if norms is not None else lse.new_empty(0)

@@ -1,0 +1,140 @@
+"""The core op: its forward and its backward, from the kernels of the other modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from bft_kernels.backends.torch.forward import squared_norms
+from bft_kernels.backends.triton.certificate import certify
+from bft_kernels.backends.triton.configs import rows_contiguous, tile_for
+from bft_kernels.backends.triton.entries import (
+    capacity_for,
+    gather_hidden,
+    gather_weight,
+    list_entries,
+    offsets_of,
+    overflowed,
+)
+from bft_kernels.backends.triton.forward import Inputs, TiledForward, find_floors
+from bft_kernels.backends.triton.recompute import RowValues, add_recomputed
+from bft_kernels.backends.triton.rows import DeviceRows
+from bft_kernels.config import CoreConfig, storage
+from bft_kernels.results import Forward, Gradients, Saved, Wanted
+
+
+def linear_nll(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    seed: Tensor | None,  # []
+    config: CoreConfig,
+) -> Forward:
+    """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
+    inputs = Inputs.of(hidden, weight, target, bias, config)
+    count, vocabulary, width = inputs.shape
+
+    def per_row(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(count if wanted else 0, dtype=dtype, device=hidden.device)
+
+    results = {
+        "loss": per_row(True),
+        "nll": per_row(True),
+        "lse": per_row(True),
+        "lse_low": per_row(config.residual in ("recompute", "unit")),
+        "entropy": per_row(config.statistics),
+        "correct": per_row(config.statistics, torch.bool),
+    }
+    sampled = config.residual == "entries"
+    floors = find_floors(inputs) if sampled else None
+    tiled = TiledForward(inputs, seed, floors, results)
+    counts = per_row(sampled, torch.int64)
+    capacity = capacity_for(count, vocabulary, config.eps) if sampled else 0
+    columns = torch.empty(capacity, dtype=torch.int32, device=hidden.device)
+    if sampled:
+        words = triton.cdiv(vocabulary, 32)
+        step = tile_for(config.operand_dtype).block_n
+        step *= max(1, config.max_buffer_bytes // (4 * words) // step)
+        mask = torch.empty(min(step, count), words, dtype=torch.int32, device=hidden.device)
+        for first in range(0, count, step):
+            part = mask[: min(step, count - first)]
+            tiled.run(first, part.shape[0], part)
+            list_entries(inputs, part, first, counts, columns)
+    else:
+        tiled.run(0, count, None)
+    variance, hidden_variance = per_row(False), per_row(False)
+    if config.variance or config.hidden_variance:
+        norms = None
+        if config.hidden_variance:
+            norms = squared_norms(inputs.weight, torch.float32, config.max_buffer_bytes)
+        variance, hidden_variance = certify(inputs, results["lse"], norms)
+    unit = hidden.new_zeros(
+        count if config.residual == "unit" else 0, width, dtype=storage(hidden.dtype)
+    )
+    if config.residual == "unit":
+        ones = inputs.rows.labelled.float()
+        known = RowValues(results["lse"], results["lse_low"], results["nll"], ones)
+        wanted = Wanted(hidden=True, weight=False, bias=False)
+        add_recomputed(inputs, known, None, wanted, Gradients(unit, None, None))
+        results["lse_low"] = per_row(False)
+    return Forward(
+        **results,
+        variance=variance,
+        hidden_variance=hidden_variance,
+        unit=unit,
+        entry_offsets=offsets_of(counts) if sampled else counts,
+        entry_columns=columns,
+        entry_values=per_row(False),
+    )
+
+
+def linear_nll_backward(
+    grad: Tensor,  # [N]
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    target: Tensor,  # [N]
+    bias: Tensor | None,  # [V]
+    saved: Saved,
+    config: CoreConfig,
+    wanted: Wanted,
+    grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
+) -> Gradients:
+    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    inputs = Inputs.of(hidden, weight, target, bias, config)
+    grad = inputs.rows.mask(grad.float())
+    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    own: Tensor | None = None
+    if wanted.weight:
+        own = grad_weight
+        if own is None or rows_contiguous(own) is not own:  # not there, or in a layout of its own
+            own = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    into = Gradients(
+        grad_hidden if wanted.hidden else None,
+        own,
+        torch.zeros(weight.shape[0], device=weight.device) if wanted.bias else None,
+    )
+    known = RowValues(saved.lse, saved.lse_low, saved.nll, grad)
+    if config.residual == "entries":
+        _add_sampled(inputs, known, saved, wanted, into)
+    else:
+        add_recomputed(inputs, known, None, wanted, into)
+    if grad_weight is not None and own is not None and own is not grad_weight:
+        return into._replace(weight=grad_weight.add_(own))
+    return into
+
+
+def _add_sampled(
+    inputs: Inputs, known: RowValues, saved: Saved, wanted: Wanted, into: Gradients
+) -> None:
+    """Adds the listed entries to the gradients, and then the rows whose entries found no room."""
+    assert saved.seed is not None
+    offsets, columns = saved.entry_offsets, saved.entry_columns
+    values = gather_hidden(inputs, known, saved.seed, offsets, columns, into.hidden)
+    if wanted.weight or wanted.bias:
+        gather_weight(inputs, values, offsets, columns, into)
+    rest = DeviceRows.chosen(overflowed(offsets, columns.numel()))
+    add_recomputed(replace(inputs, rows=rest), known, saved.seed, wanted, into)

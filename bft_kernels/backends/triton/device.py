@@ -1,0 +1,153 @@
+"""Device functions that several kernels share.
+
+Logits are float32 tiles here: ``y`` as the product gives them, ``z`` after bias, softcap and
+temperature.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, sums, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """``sums + a @ b``, the operands rounded to ``OPERAND``, accumulated in float32."""
+    a, b = a.to(OPERAND), b.to(OPERAND)
+    if INTERPRETED:  # whose dot takes the bits of a bfloat16 for an integer
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def mix64(z):
+    """The splitmix64 finaliser."""
+    z = (z ^ (z >> 30)) * tl.full([], 0xBF58476D1CE4E5B9, tl.uint64)
+    z = (z ^ (z >> 27)) * tl.full([], 0x94D049BB133111EB, tl.uint64)
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def mix32(x):
+    """A bijection of 32-bit words whose every bit depends on every bit."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_key(seed, rows):
+    """Multiplier and offset, uint32, of int64 positions ``rows``; see ``reference.uniforms``."""
+    gamma = tl.full([], 0x9E3779B97F4A7C15, tl.uint64)
+    key = mix64(mix64(seed.to(tl.uint64) + gamma) + gamma * rows.to(tl.uint64))
+    return (key >> 32).to(tl.uint32) | tl.full([], 1, tl.uint32), key.to(tl.uint32)
+
+
+@triton.jit
+def draw_bits(multiplier, offset, columns):
+    """32 bits for each entry, from uint32 operands that broadcast."""
+    return mix32(multiplier * columns + offset)
+
+
+@triton.jit
+def uniform(bits):
+    """``u`` in (0, 1], exactly as ``reference.uniforms`` has it."""
+    return ((bits >> 8).to(tl.float32) + 0.5) * (2.0**-24)
+
+
+@triton.jit
+def may_be_below(bits, x, factor):
+    """Whether the draw could be below ``x * factor``: true where it is, and seldom where not.
+
+    23 of its 24 bits, as the digits of a float from 1 to 2, need no conversion. Rounding to nearest
+    keeps the order: where ``u23 <= x * factor``, ``1 + u23`` is not above the rounded sum.
+    """
+    above_one = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
+    return above_one <= tl.fma(x, factor, tl.full([], 1.0, tl.float32))
+
+
+@triton.jit
+def exact_tanh(x):
+    """Within a few ulp near 0 too, where ``1 - 2 / (exp(2x) + 1)`` alone would lose all digits."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2.0 * magnitude)
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x
+    p = square * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * square - 5.37397155531e-2
+    p = p * square + 1.33314422036e-1
+    p = p * square - 3.33332819422e-1
+    near = p * square * magnitude + magnitude
+    result = tl.where(magnitude < 0.625, near, far)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def transform(y, bias, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """``z`` of ``y``; ``bias`` is anything that broadcasts, and is not looked at without one."""
+    if HAS_BIAS:
+        y += bias
+    if HAS_CAP:
+        y = softcap * exact_tanh(y / softcap)
+    return y * inverse_temperature
+
+
+@triton.jit
+def slope_of(z, inverse_temperature, softcap, HAS_CAP: tl.constexpr):
+    """``dz/dy`` where the logit is ``z``: a tile with a softcap, else a number."""
+    if HAS_CAP:
+        t = z / (softcap * inverse_temperature)
+        return (1.0 - t * t) * inverse_temperature
+    else:
+        return inverse_temperature
+
+
+@triton.jit
+def expm1_down(x):
+    """``exp(x) - 1`` for ``x <= 0``, whose digits survive near 0."""
+    series = 1.0 + x * 0.125  # Horner, of sum x^k / (k + 1)!
+    for k in tl.static_range(7, 1, -1):
+        series = 1.0 + x * series * (1.0 / k)
+    return tl.where(x > -0.3, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def popcount(x):
+    """Bits set in each uint32."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def finite_or(x, instead):
+    """``x``, or ``instead`` where it is minus infinity, so that no ``-inf - (-inf)`` arises."""
+    return tl.where(x == float("-inf"), instead, x)
+
+
+@triton.jit
+def product_tile(
+    hidden_rows,  # pointers [BLOCK_N, 1], all of them valid
+    weight_rows,  # pointers [1, BLOCK_V], all of them valid
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``hidden @ weight.T`` of a tile, accumulated in float32."""
+    y = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        if D % BLOCK_D == 0:
+            h = tl.load(hidden_rows + offs_d[None, :])
+            w = tl.load(weight_rows + offs_d[:, None])
+        else:
+            h = tl.load(hidden_rows + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
+            w = tl.load(weight_rows + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
+        y = dot(h, w, y, OPERAND, PRECISION)
+    return y

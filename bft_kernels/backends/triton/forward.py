@@ -1,0 +1,446 @@
+"""The tiled forward: logits live in registers, and leave them as a few sums for each row.
+
+The vocabulary is cut into splits, so that few rows fill the chip too. A program takes a block of
+rows and a split, and goes over its tiles of columns with running sums; a second, small kernel joins
+the splits of each row, always in the same order. For the sampled gradient a tile leaves one bit for
+each entry that may be kept: 32 to a word, so that nothing is compacted in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.triton.configs import (
+    precision_for,
+    rows_contiguous,
+    splits_for,
+    tile_for,
+    triton_dtype,
+)
+from bft_kernels.backends.triton.device import (
+    draw_bits,
+    finite_or,
+    may_be_below,
+    product_tile,
+    row_key,
+    transform,
+)
+from bft_kernels.backends.triton.rows import DeviceRows
+from bft_kernels.config import CoreConfig
+
+# Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
+MAXIMUM = tl.constexpr(0)  # of z
+TOTAL = tl.constexpr(1)  # e = exp(z - maximum)
+MOMENT = tl.constexpr(2)  # e * (z - maximum), for the entropy
+SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
+TARGET = tl.constexpr(4)  # the target's z, -inf in the other splits
+BEFORE = tl.constexpr(5)  # the largest z in a column before the target's, where that is
+SUMS = 6
+
+
+@triton.jit
+def _swizzle(program, row_blocks, splits, GROUP: tl.constexpr):
+    """Row block and split of a program: ``GROUP`` row blocks side by side share columns in L2."""
+    per_group = GROUP * splits
+    first = program // per_group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    return first + program % per_group % size, program % per_group // size
+
+
+@triton.jit
+def _pack_words(keep, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Bits ``[BLOCK_N, BLOCK_V]`` as int32 words ``[BLOCK_N, BLOCK_V / 32]``, column 0 lowest."""
+    shifted = keep.to(tl.int32) << (tl.arange(0, BLOCK_V) % 32)[None, :]
+    return tl.sum(tl.reshape(shifted, (BLOCK_N, BLOCK_V // 32, 32)), axis=2)
+
+
+@triton.jit
+def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Columns of a tile below and from the middle on; both lie in the same threads."""
+    pairs = tl.reshape(x, (BLOCK_N, 2, BLOCK_V // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _linear_nll_forward_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N], labelled rows first
+    count_ptr,  # [1]
+    seed_ptr,  # []
+    floor_ptr,  # [N], a lower bound of lse
+    sums_ptr,  # [SUMS, SPLITS, R]
+    mask_ptr,  # [R, WORDS], entries that may be kept
+    first_row,  # of the R rows of this launch, among the labelled
+    rows,  # R
+    V,
+    stride_hn,
+    stride_wv,
+    words,
+    splits,
+    tiles,  # of a split
+    inverse_temperature,
+    softcap,
+    eps,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    EMIT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_blocks = tl.cdiv(rows, BLOCK_N)
+    block, split = _swizzle(tl.program_id(0), row_blocks, splits, GROUP)
+    count = tl.load(count_ptr)
+    if first_row + block * BLOCK_N >= count:
+        return
+    local = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = (local < rows) & (first_row + local < count)
+    row = tl.load(order_ptr + first_row + local, mask=mask_n, other=0)
+    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    hidden_rows = hidden_ptr + row[:, None] * stride_hn
+
+    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    moment = tl.zeros((BLOCK_N,), tl.float32)
+    shifted = tl.zeros((BLOCK_N,), tl.float32)
+    own = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    before = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    if EMIT:
+        floor = tl.load(floor_ptr + row, mask=mask_n, other=0.0)
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
+        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        mask_v = offs_v < V
+        # Columns past the end repeat the last one, and are masked afterwards.
+        column = tl.minimum(offs_v, V - 1).to(tl.int64)
+        weight_rows = weight_ptr + column[None, :] * stride_wv
+        y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        z = tl.where(mask_v[None, :], z, float("-inf"))
+
+        # One tile in many holds a target; only there are its logit and those before it looked for.
+        at = target - tile * BLOCK_V
+        here = (at >= 0) & (at < BLOCK_V) & mask_n
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            inside = tl.arange(0, BLOCK_V)[None, :]
+            found = tl.max(tl.where(inside == at[:, None], z, float("-inf")), axis=1)
+            lower = tl.max(tl.where(inside < at[:, None], z, float("-inf")), axis=1)
+            own = tl.where(here, found, own)
+            before = tl.where(here, tl.maximum(lower, m), before)
+
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        # exp(-inf - (-inf)) where nothing finite came yet.
+        reference = finite_or(m_new, 0.0)
+        if EMIT:
+            offs_word = tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 64)
+            mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
+            # What came before this tile bounds the final lse from below, so that p is overrated;
+            # without this tile's own sum, no entry has to wait for it.
+            bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), floor)
+            overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) / eps
+        e = tl.exp(z - reference[:, None])
+        scale = tl.exp(m - reference)
+        if STATISTICS:
+            step = tl.where(total > 0, total * (m - reference), 0.0)
+            terms = e * tl.maximum(z - reference[:, None], -1e30)
+            moment = scale * (moment + step) + tl.sum(terms, axis=1)
+        if SMOOTHING:
+            done = tl.minimum(tile * BLOCK_V, V) - split * tiles * BLOCK_V
+            step = tl.where(done > 0, (m - reference) * done, 0.0)
+            difference = tl.where(mask_v[None, :], z - reference[:, None], 0.0)
+            shifted += step + tl.sum(difference, axis=1)
+        total = scale * total + tl.sum(e, axis=1)
+        m = m_new
+        if EMIT:
+            # A half at a time, so that a thread holds the draws of half as many entries.
+            left, right = _halves(e, BLOCK_N, BLOCK_V)
+            for half in tl.static_range(2):
+                part = left if half == 0 else right
+                offs = tile * BLOCK_V + half * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
+                bits = draw_bits(multiplier[:, None], offset[:, None], offs.to(tl.uint32)[None, :])
+                keep = may_be_below(bits, part, overrated[:, None])
+                word = offs_word + half * (BLOCK_V // 64)
+                tl.store(
+                    mask_rows + word[None, :],
+                    _pack_words(keep, BLOCK_N, BLOCK_V // 2),
+                    mask=mask_n[:, None] & (word < words)[None, :],
+                )
+
+    at_sum = sums_ptr + split * rows + local
+    step = splits * rows
+    tl.store(at_sum + MAXIMUM * step, m, mask=mask_n)
+    tl.store(at_sum + TOTAL * step, total, mask=mask_n)
+    tl.store(at_sum + TARGET * step, own, mask=mask_n)
+    if STATISTICS:
+        tl.store(at_sum + MOMENT * step, moment, mask=mask_n)
+        tl.store(at_sum + BEFORE * step, before, mask=mask_n)
+    if SMOOTHING:
+        tl.store(at_sum + SHIFTED * step, shifted, mask=mask_n)
+
+
+@triton.jit
+def _combine_kernel(
+    sums_ptr,  # [SUMS, SPLITS, R]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    loss_ptr,  # these are [N]
+    nll_ptr,
+    lse_ptr,
+    lse_low_ptr,
+    entropy_ptr,
+    correct_ptr,
+    first_row,
+    rows,  # R
+    V,
+    splits,
+    split_columns,
+    label_smoothing,
+    z_loss,
+    BLOCK: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    LOW: tl.constexpr,
+):
+    """Joins the splits of each row, in order, and stores what the row gives."""
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = (local < rows) & (first_row + local < tl.load(count_ptr))
+    row = tl.load(order_ptr + first_row + local, mask=mask, other=0)
+    step = splits * rows
+    at = sums_ptr + local
+
+    # Programs of a row share nothing but its target: no split knows the maximum of all.
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    own = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for split in range(splits):
+        here = at + split * rows
+        m = tl.maximum(m, tl.load(here + MAXIMUM * step, mask=mask, other=0.0))
+        own = tl.maximum(own, tl.load(here + TARGET * step, mask=mask, other=0.0))
+    reference = finite_or(m, 0.0)
+
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    shifted = tl.zeros((BLOCK,), tl.float32)
+    earlier = tl.full((BLOCK,), float("-inf"), tl.float32)
+    correct = mask
+    for split in range(splits):
+        here = at + split * rows
+        peak = tl.load(here + MAXIMUM * step, mask=mask, other=0.0)
+        part = tl.load(here + TOTAL * step, mask=mask, other=0.0)
+        scale = tl.exp(peak - reference)
+        total += part * scale
+        if STATISTICS:
+            part_moment = tl.load(here + MOMENT * step, mask=mask, other=0.0)
+            moment += scale * (part_moment + tl.where(part > 0, part * (peak - reference), 0.0))
+            found = tl.load(here + TARGET * step, mask=mask, other=0.0)
+            before = tl.load(here + BEFORE * step, mask=mask, other=0.0)
+            # In columns before the target's there may be none as large; later ones may equal it.
+            holds = found > float("-inf")
+            correct &= (holds == 0) | ((before < own) & (earlier < own))
+            earlier = tl.maximum(earlier, peak)
+        if SMOOTHING:
+            columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
+            shifted += tl.load(here + SHIFTED * step, mask=mask, other=0.0)
+            shifted += (finite_or(peak, 0.0) - reference) * columns
+
+    log_total = tl.log(total)
+    nll = log_total - (own - reference)
+    nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
+    lse = reference + log_total
+    tl.store(nll_ptr + row, nll, mask=mask)
+    tl.store(lse_ptr + row, lse, mask=mask)
+    loss = nll
+    if SMOOTHING:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted / V)
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+    tl.store(loss_ptr + row, loss, mask=mask)
+    if LOW:  # Knuth's exact sum; see Softmax.lse_low of the torch backend
+        high = lse - reference
+        low = (reference - (lse - high)) + (log_total - high)
+        tl.store(lse_low_ptr + row, low, mask=mask)
+    if STATISTICS:
+        entropy = log_total - moment / total
+        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
+        correct &= (own == m) & (lse == lse)
+        tl.store(correct_ptr + row, correct, mask=mask)
+
+
+@triton.jit
+def _floor_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    floor_ptr,  # [N]
+    stride_hn,
+    stride_wv,
+    inverse_temperature,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """A lower bound of each row's lse: its target's logit, less what rounding can make of it.
+
+    Until a program arrives at a confident token's target, this keeps the other entries out.
+    """
+    if tl.program_id(0) >= tl.load(count_ptr):
+        return
+    row = tl.load(order_ptr + tl.program_id(0))
+    target = tl.load(target_ptr + row)
+    total = 0.0
+    size = 0.0
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=offs_d < D, other=0.0).to(OPERAND)
+        w = tl.load(weight_ptr + target * stride_wv + offs_d, mask=offs_d < D, other=0.0)
+        product = h.to(tl.float32) * w.to(OPERAND).to(tl.float32)
+        total += tl.sum(product, axis=0)
+        size += tl.sum(tl.abs(product), axis=0)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + target).to(tl.float32)
+        size += tl.abs(bias)
+    z = transform(total - 1e-5 * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    if HAS_CAP:
+        z -= 1e-5 * softcap * inverse_temperature
+    tl.store(floor_ptr + row, z - 1e-5 * tl.abs(z))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The operands of one call as the kernels take them."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [N]
+    bias: Tensor | None  # [V]
+    rows: DeviceRows
+    config: CoreConfig
+
+    @staticmethod
+    def of(
+        hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
+    ) -> Inputs:
+        rows = DeviceRows.of(target, config.ignore_index)
+        bias = None if bias is None else bias.contiguous()
+        hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
+        return Inputs(hidden, weight, target.contiguous(), bias, rows, config)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``N``, ``V``, ``D``."""
+        return self.hidden.shape[0], *self.weight.shape
+
+    def arguments(self) -> dict[str, object]:
+        """What every kernel that makes logits takes."""
+        config = self.config
+        return {
+            "hidden_ptr": self.hidden,
+            "weight_ptr": self.weight,
+            "bias_ptr": self.bias,
+            "target_ptr": self.target,
+            "order_ptr": self.rows.order,
+            "count_ptr": self.rows.count,
+            "stride_hn": self.hidden.stride(0),
+            "stride_wv": self.weight.stride(0),
+            "inverse_temperature": 1.0 / config.temperature,
+            "softcap": config.softcap or 1.0,
+            "D": self.hidden.shape[1],
+            "HAS_BIAS": self.bias is not None,
+            "HAS_CAP": config.softcap is not None,
+            "OPERAND": triton_dtype(config.operand_dtype),
+        }
+
+
+def find_floors(inputs: Inputs) -> Tensor:
+    """``[N]`` float32, defined for labelled rows."""
+    count, _, width = inputs.shape
+    floors = torch.empty(count, device=inputs.hidden.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _floor_kernel[(count,)](floor_ptr=floors, BLOCK_D=block, **inputs.arguments())
+    return floors
+
+
+@dataclass(frozen=True)
+class TiledForward:
+    """One tiled pass over the logits; :meth:`run` takes a part of the rows at a time."""
+
+    inputs: Inputs
+    seed: Tensor | None  # [], for masks
+    floors: Tensor | None  # [N], for masks
+    results: dict[str, Tensor]  # [N] each; see _combine_kernel
+
+    def run(self, first_row: int, rows: int, mask: Tensor | None) -> None:
+        """Results of the labelled rows ``first_row`` to ``first_row + rows``, as far as there are.
+
+        Args:
+            first_row, rows: among the labelled rows.
+            mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
+        """
+        config, (_, vocabulary, _) = self.inputs.config, self.inputs.shape
+        tile = tile_for(config.operand_dtype)
+        row_blocks, tiles = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
+        splits = splits_for(row_blocks, tiles, self.inputs.hidden)
+        per_split = triton.cdiv(tiles, splits)
+        splits = triton.cdiv(tiles, per_split)
+        sums = torch.empty(SUMS, splits, rows, device=self.inputs.hidden.device)
+        switches = {"STATISTICS": config.statistics, "SMOOTHING": config.label_smoothing > 0}
+        _linear_nll_forward_kernel[(row_blocks * splits,)](
+            seed_ptr=self.seed,
+            floor_ptr=self.floors,
+            sums_ptr=sums,
+            mask_ptr=mask,
+            first_row=first_row,
+            rows=rows,
+            V=vocabulary,
+            words=triton.cdiv(vocabulary, 32),
+            splits=splits,
+            tiles=per_split,
+            eps=config.eps,
+            EMIT=mask is not None,
+            PRECISION=precision_for(config.operand_dtype),
+            **switches,
+            **self.inputs.arguments(),
+            **tile.constants(),
+        )
+        _combine_kernel[(triton.cdiv(rows, 64),)](
+            sums_ptr=sums,
+            order_ptr=self.inputs.rows.order,
+            count_ptr=self.inputs.rows.count,
+            first_row=first_row,
+            rows=rows,
+            V=vocabulary,
+            splits=splits,
+            split_columns=per_split * tile.block_v,
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            BLOCK=64,
+            Z_LOSS=config.z_loss != 0,
+            LOW=self.results["lse_low"].numel() > 0,
+            **{f"{name}_ptr": values for name, values in self.results.items()},
+            **switches,
+        )

@@ -1,0 +1,319 @@
+"""The backward from recomputed logits: ``dy`` in blocks of the vocabulary, then two products.
+
+Three kernels. The first makes a block ``dy [R, C]`` of the logits' gradient, in the type of the
+operands, for all rows and as many columns as the byte budget allows. The second adds ``dy @ W`` to
+``dH``, the third ``dy.T @ H`` to a block of rows of ``dW``. Each element of each result belongs to
+one program, so there are no locks and no atomics, and two runs give the same bits. Programs whose
+rows lie past the number of labelled rows, which only the device knows, return at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.triton.configs import precision_for, tile_for
+from bft_kernels.backends.triton.device import (
+    dot,
+    draw_bits,
+    expm1_down,
+    product_tile,
+    row_key,
+    slope_of,
+    transform,
+    uniform,
+)
+from bft_kernels.backends.triton.forward import Inputs, _swizzle
+from bft_kernels.results import Gradients, Wanted
+
+
+@triton.jit
+def _logit_gradient_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    seed_ptr,  # []
+    lse_ptr,  # [N]
+    lse_low_ptr,  # [N]
+    nll_ptr,  # [N]
+    grad_ptr,  # [N], upstream
+    dy_ptr,  # [R, C]
+    bias_sums_ptr,  # [row blocks, C] float32
+    first_column,
+    columns,  # C
+    V,
+    stride_hn,
+    stride_wv,
+    inverse_temperature,
+    softcap,
+    eps,
+    label_smoothing,
+    z_loss,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # R
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_LOW: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    WANTS_BIAS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
+    tiles = tl.cdiv(columns, BLOCK_V)
+    block, tile = _swizzle(tl.program_id(0), tl.cdiv(ROWS, BLOCK_N), tiles, GROUP)
+    count = tl.load(count_ptr)
+    if block * BLOCK_N >= count:
+        return
+    local = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local < count
+    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = first_column + column
+    mask_v = (column < columns) & (offs_v < V)
+    hidden_rows = hidden_ptr + row[:, None] * stride_hn
+    # Columns past the end repeat the last one, and are masked afterwards.
+    clamped = tl.minimum(offs_v, V - 1).to(tl.int64)
+    weight_rows = weight_ptr + clamped[None, :] * stride_wv
+    y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
+    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+
+    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
+    nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
+    upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
+    p = tl.exp(z - lse[:, None])
+    at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
+    own = expm1_down(-nll)
+    if SAMPLED:
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+        bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
+        keep = uniform(bits) * eps < p
+        dz = tl.where(p != p, p, tl.where(keep, tl.maximum(p, eps), 0.0))
+        dz = tl.where(at_target, own[:, None], dz)
+    else:
+        if HAS_LOW:
+            p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
+        share = 1.0 + 2.0 * z_loss * lse
+        even = label_smoothing / V
+        own = (1.0 - label_smoothing) * own - even
+        own += (share - 1.0 + label_smoothing) * tl.exp(-nll)
+        dz = tl.where(at_target, own[:, None], p * share[:, None] - even)
+    dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
+    dy = tl.where(mask_n[:, None] & mask_v[None, :], dy, 0.0)
+    tl.store(
+        dy_ptr + local.to(tl.int64)[:, None] * columns + column[None, :],
+        dy.to(OPERAND),
+        mask=(local < ROWS)[:, None] & (column < columns)[None, :],
+    )
+    if WANTS_BIAS:
+        place = block.to(tl.int64) * columns + column
+        tl.store(bias_sums_ptr + place, tl.sum(dy, axis=0), mask=column < columns)
+
+
+@triton.jit
+def _hidden_gradient_kernel(
+    dy_ptr,  # [R, C]
+    weight_ptr,  # [V, D]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    sums_ptr,  # [N, D] float32, of the blocks before
+    grad_hidden_ptr,  # [N, D]
+    first_column,
+    columns,
+    V,
+    stride_wv,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile ``[BLOCK_N, BLOCK_D]`` of ``dH``, over the columns of a block."""
+    count = tl.load(count_ptr)
+    if tl.program_id(0) * BLOCK_N >= count:
+        return
+    local = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local < count
+    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    place = row[:, None] * D + offs_d[None, :]
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, columns, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        offs_v = first_column + column
+        mask_v = (column < columns) & (offs_v < V)
+        dy = tl.load(
+            dy_ptr + local.to(tl.int64)[:, None] * columns + column[None, :],
+            mask=mask_n[:, None] & mask_v[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            mask=mask_v[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+        )
+        sums = dot(dy, w, sums, OPERAND, PRECISION)
+    if not FIRST:
+        sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
+    if LAST:
+        tl.store(grad_hidden_ptr + place, sums, mask=mask)
+    else:
+        tl.store(sums_ptr + place, sums, mask=mask)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    dy_ptr,  # [R, C]
+    hidden_ptr,  # [N, D]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    grad_weight_ptr,  # [V, D]
+    first_column,
+    columns,
+    V,
+    stride_hn,
+    stride_gv,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows."""
+    count = tl.load(count_ptr)
+    if count == 0:
+        return
+    column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = first_column + column
+    mask_v = (column < columns) & (offs_v < V)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    sums = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for start in range(0, count, BLOCK_N):
+        local = start + tl.arange(0, BLOCK_N)
+        mask_n = local < count
+        row = tl.load(order_ptr + local, mask=mask_n, other=0)
+        dy = tl.load(
+            dy_ptr + local[None, :] * columns + column[:, None],
+            mask=mask_n[None, :] & mask_v[:, None],
+            other=0.0,
+        )
+        h = tl.load(
+            hidden_ptr + row[:, None] * stride_hn + offs_d[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        sums = dot(dy, h, sums, OPERAND, PRECISION)
+    place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
+    mask = mask_v[:, None] & mask_d[None, :]
+    sums += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, sums, mask=mask)
+
+
+@dataclass(frozen=True)
+class RowValues:
+    """What the backward knows of each row, ``[N]`` each."""
+
+    lse: Tensor
+    lse_low: Tensor  # or [0]
+    nll: Tensor
+    grad: Tensor  # upstream, 0 where ignored
+
+
+def add_recomputed(
+    inputs: Inputs, known: RowValues, seed: Tensor | None, wanted: Wanted, into: Gradients
+) -> None:
+    """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
+
+    Args:
+        inputs: of the call, or of some of its rows.
+        known: of all rows.
+        seed: ``[]``, for the sampled gradient; None for the exact one.
+        wanted: which gradients.
+        into: rows of ``dH`` are written, ``dW`` and ``db`` are added to.
+    """
+    count, vocabulary, width = inputs.shape
+    config = inputs.config
+    operand = config.operand_dtype
+    tile = tile_for(operand)
+    precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
+    device = inputs.hidden.device
+    blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // tile.block_v
+    step = min(triton.cdiv(vocabulary, tile.block_v), max(1, blocks)) * tile.block_v
+    row_blocks = triton.cdiv(count, tile.block_n)
+    dy = torch.empty(count * step, dtype=operand, device=device)
+    bias_sums = torch.zeros(row_blocks if wanted.bias else 0, step, device=device)
+    sums = torch.empty(count if wanted.hidden and step < vocabulary else 0, width, device=device)
+    shared = {"order_ptr": inputs.rows.order, "count_ptr": inputs.rows.count, "D": width}
+    for first in range(0, vocabulary, step):
+        columns = min(step, vocabulary - first)
+        block = {"dy_ptr": dy, "first_column": first, "columns": columns, "V": vocabulary}
+        _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
+            seed_ptr=seed,
+            lse_ptr=known.lse,
+            lse_low_ptr=known.lse_low,
+            nll_ptr=known.nll,
+            grad_ptr=known.grad,
+            bias_sums_ptr=bias_sums,
+            eps=config.eps,
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            ROWS=count,
+            HAS_LOW=known.lse_low.numel() > 0,
+            SAMPLED=seed is not None,
+            WANTS_BIAS=wanted.bias,
+            PRECISION=precision["PRECISION"],
+            **block,
+            **inputs.arguments(),
+            **tile.constants(),
+        )
+        if into.bias is not None:
+            part = bias_sums.view(-1)[: row_blocks * columns].view(row_blocks, columns)
+            into.bias[first : first + columns] += part.sum(0)
+        sizes = tile.constants()
+        sizes.pop("GROUP")
+        if into.hidden is not None:
+            _hidden_gradient_kernel[(row_blocks, triton.cdiv(width, tile.block_d))](
+                weight_ptr=inputs.weight,
+                sums_ptr=sums,
+                grad_hidden_ptr=into.hidden,
+                stride_wv=inputs.weight.stride(0),
+                FIRST=first == 0,
+                LAST=first + columns >= vocabulary,
+                **block,
+                **shared,
+                **sizes,
+                **precision,
+            )
+        if into.weight is not None:
+            grid = (triton.cdiv(columns, tile.block_v), triton.cdiv(width, tile.block_d))
+            _weight_gradient_kernel[grid](
+                hidden_ptr=inputs.hidden,
+                grad_weight_ptr=into.weight,
+                stride_hn=inputs.hidden.stride(0),
+                stride_gv=into.weight.stride(0),
+                **block,
+                **shared,
+                **sizes,
+                **precision,
+            )

@@ -1,0 +1,344 @@
+"""What every fused backend must do, against the float64 specification.
+
+`cpu` on each instruction set that runs here; `triton` on a GPU, or else in its interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    reference,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 5.0, "temperature": 1.3},
+    "bias": {"bias": True, "temperature": 0.7},
+}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A backend under test."""
+
+    name: str
+    instruction_set: str | None
+    device: str
+    # Rows, width, vocabulary: smaller than a tile, no multiple of one, and several tiles.
+    shapes: tuple[tuple[int, int, int], ...]
+
+    def __str__(self) -> str:
+        return self.instruction_set or self.name
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"backend": self.name}
+
+
+def backends() -> Iterator[Fused]:
+    if importlib.util.find_spec("bft_kernels._cpu") is not None:
+        from bft_kernels import _cpu
+
+        shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (37, 24, 501), (33, 65, 1600), (70, 16, 515))
+        for name in _cpu.instruction_sets():
+            yield Fused("cpu", name, "cpu", shapes)
+    if importlib.util.find_spec("triton") is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (19, 24, 150), (35, 33, 70))
+        yield Fused("triton", None, device, shapes)
+
+
+BACKENDS = list(backends())
+
+
+@pytest.fixture(autouse=True)
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Chooses the instruction set of the backend that is a parameter of the test."""
+    fused: Fused = request.node.callspec.params["fused"]
+    if fused.instruction_set is None:
+        yield
+        return
+    from bft_kernels import _cpu
+
+    before = _cpu.instruction_set()
+    _cpu.use_instruction_set(fused.instruction_set)
+    yield
+    _cpu.use_instruction_set(before)
+
+
+every_backend = pytest.mark.parametrize("fused", BACKENDS, ids=str)
+
+
+def some(cases: list[Any], number: int) -> list[Any]:
+    """About ``number`` of the cases, spread over all of them."""
+    step = max(1, len(cases) // number)
+    while step > 1 and any(math.gcd(step, k) > 1 for k in (2, 3, 5)):
+        step -= 1
+    return cases[::step]
+
+
+def spread(*axes: Any) -> list[Any]:
+    """All combinations for ``cpu``; for ``triton``, whose interpreter is slow, a few dozen."""
+    found = []
+    for fused in BACKENDS:
+        own = list(itertools.product([fused], fused.shapes, *axes))
+        found += some(own, 40) if fused.name == "triton" else own
+    return found
+
+
+def upstream_of(target: Tensor) -> Tensor:
+    return torch.linspace(0.5, 2, target.numel(), device=target.device)
+
+
+BOUNDS = (0.0, 0.1, 0.1, 0.55, 1.0)  # documents, as fractions of the rows; one is empty
+
+
+def boundaries(rows: int) -> Tensor:
+    return torch.tensor([int(rows * b) for b in BOUNDS])
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "nll": lambda p, **how: (linear_nll(*p.args, **how) * upstream_of(p.target)).sum(),
+    "smoothed": lambda p, **how: linear_cross_entropy(
+        *p.args, label_smoothing=0.2, z_loss=0.01, reduction="sum", **how
+    ),
+    "balanced": lambda p, **how: balanced_linear_cross_entropy(
+        *p.args, cu_seqlens=boundaries(p.target.numel()), window=4, **how
+    ),
+}
+
+
+def run(loss: Callable[..., Any], p: Any, **how: Any) -> dict[str, Tensor]:
+    if how.pop("bias", False):
+        how["bias"] = p.bias
+    value = loss(p, **how)
+    value.backward()
+    return {"loss": value.detach(), **{k: v for k, v in p.grads().items() if v is not None}}
+
+
+@pytest.mark.parametrize(
+    ("fused", "shape", "name", "transform", "dtype", "budget", "frozen"),
+    spread(LOSSES, TRANSFORMS, DTYPES, [None, 30_000], [False, True]),
+    ids=str,
+)
+def test_no_less_accurate_than_plain_torch(
+    fused, shape, name, transform, dtype, budget, frozen, problem, error, poison
+):
+    how = TRANSFORMS[transform]
+    frozen = ("weight", "bias") if frozen else ()
+    drawn = problem(*shape, bias="bias" in how, dtype=dtype, scale=2.0, frozen=frozen)
+    # The truth: the torch backend in float64 on the same values, itself tested elsewhere.
+    truth = run(LOSSES[name], drawn.copy(torch.float64, frozen=frozen), backend="torch", **how)
+    # What torch's own products and softmax make of them in float32, in the same blocks.
+    plain = run(LOSSES[name], drawn.copy(torch.float32, frozen=frozen), backend="torch", **how)
+    own = drawn.copy(frozen=frozen, device=fused.device)
+    got = run(LOSSES[name], own, max_buffer_bytes=budget, **fused.how, **how)
+    assert got.keys() == truth.keys()
+    for part, expected in truth.items():
+        assert got[part].dtype == (torch.float32 if part == "loss" else dtype)
+        tiny = float(expected.abs().max()) < 1e-6 if expected.numel() else True
+        if tiny:  # gradients that cancel
+            assert float((got[part].cpu().double() - expected).abs().sum()) < 1e-4
+            continue
+        # Gradients are rounded to dtype once, at the end; on a GPU their operands are, too.
+        finfo = torch.finfo(dtype if part != "loss" else torch.float32)
+        rounding = finfo.eps  # and float16 has few digits below 6e-5
+        rounding += finfo.smallest_normal * finfo.eps / float(expected.square().mean().sqrt())
+        # Hundreds of blocks are hundreds of partial sums; a scalar's error is a matter of luck.
+        few = budget is None and part != "loss"
+        allowed = (2 if few else 4) * error(plain[part], expected) + 6 * rounding
+        assert error(got[part].cpu(), expected) <= allowed, part
+
+
+@pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS), ids=str)
+def test_statistics(fused, shape, transform, problem, close, poison):
+    how = dict(TRANSFORMS[transform])
+    p = problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
+    biased = how.pop("bias", False)
+    if biased:
+        p.bias.data[::3] = -math.inf
+        p.bias.data[p.target[p.target >= 0]] = 0.5
+    options = {"gradient": "sampled", "eps": 0.02, "seed": 3, "return_stats": True}
+    options["hidden_variance"] = True
+
+    def stats_of(copy: Any, **more: Any) -> Any:
+        bias = copy.bias if biased else None
+        return linear_nll(*copy.args, bias=bias, **options, **how, **more)
+
+    nll, stats = stats_of(p.copy(device=fused.device), **fused.how)
+    want, expected = stats_of(p.copy(torch.float64), backend="torch")
+    close(nll.cpu(), want, 1e-5)
+    for field in expected._fields:
+        close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
+
+
+@every_backend
+def test_ties_go_to_the_lowest_index(fused):
+    weight = torch.zeros(200, 4)
+    weight[[3, 70, 71, 199]] = 1.0
+    target = torch.tensor([3, 70, 71, 199, 0])
+    hidden = torch.ones(5, 4)
+    with torch.no_grad():
+        inputs = (x.to(fused.device) for x in (hidden, weight, target))
+        _, stats = linear_nll(*inputs, return_stats=True, **fused.how)
+    assert stats.correct.tolist() == [True, False, False, False, False]
+
+
+# --- the sample ----------------------------------------------------------------------------------
+
+
+def logit_gradient(p: Any, fused: Fused, **how: Any) -> Tensor:
+    """``dz [N, V]`` of the sum of losses, from ``dW``: one more column of ``hidden`` for each row,
+    against zeros in ``weight``, leaves the logits as they are.
+    """
+    rows, (vocabulary, width) = p.target.numel(), p.weight.shape
+    hidden = torch.cat([p.hidden.detach(), torch.eye(rows, dtype=p.hidden.dtype)], 1)
+    weight = torch.cat([p.weight.detach(), torch.zeros(vocabulary, rows, dtype=p.weight.dtype)], 1)
+    weight = weight.to(fused.device).requires_grad_()
+    inputs = hidden.to(fused.device), weight, p.target.to(fused.device)
+    bias = None if p.bias is None else p.bias.detach().to(fused.device)
+    linear_nll(*inputs, bias=bias, gradient="sampled", **fused.how, **how).sum().backward()
+    return weight.grad[:, width:].T.cpu()
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_backend
+def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed, problem):
+    slow = fused.name == "triton" and fused.device == "cpu"
+    rows, vocabulary = (18, 300) if slow else (60, 3000)
+    how = dict(TRANSFORMS[transform])
+    bias = how.pop("bias", False)
+    p = problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
+    labelled = p.target >= 0
+    positions = labelled.nonzero().squeeze(1)
+    eps = 2**-7 if slow else 2**-9
+    with torch.no_grad():
+        wide = p.copy(torch.float64)
+        wide.hidden, wide.target = wide.hidden[labelled], wide.target[labelled]
+        expected = reference.sampled_gradient(
+            *wide.args, seed, eps=eps, bias=wide.bias, rows=positions.tolist(), **how
+        )
+        z = reference.logits(wide.hidden, wide.weight, wide.bias, **how)
+    u = reference.uniforms(seed, positions.tolist(), torch.arange(vocabulary)).double()
+    rounding = (float(z.abs().max()) + 1) * 24 * torch.finfo(torch.float32).eps
+    borderline = (u * eps / z.softmax(1) - 1).abs() < rounding
+    for budget in (None, 10_000):
+        dz = logit_gradient(p, fused, seed=seed, eps=eps, max_buffer_bytes=budget, **how)
+        assert bool((dz[~labelled] == 0).all())
+        dz = dz[labelled].double()
+        assert not bool((((dz != 0) != (expected.dy != 0)) & ~borderline).any())
+        both = (dz != 0) & (expected.dy != 0)
+        assert int(both.sum()) > rows * 10
+        torch.testing.assert_close(
+            dz[both], expected.dy[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "target last"])
+@every_backend
+def test_hostile_logits(fused, kind, seed):
+    """The running bound lets everything through here until late; nothing may be lost or pile up."""
+    slow = fused.name == "triton" and fused.device == "cpu"
+    rows, vocabulary, eps = (5, 2000, 2**-6) if slow else (12, 40_000, 2**-10)
+    steps = torch.linspace(0, 30, vocabulary)
+    logits = {
+        "flat": torch.zeros(vocabulary),
+        "ascending": steps,
+        "descending": -steps,
+        "target last": torch.cat([torch.zeros(vocabulary - 1), torch.tensor([25.0])]),
+    }[kind]
+    hidden, weight = torch.ones(rows, 1), logits[:, None].contiguous()
+    target = torch.full((rows,), vocabulary - 1)
+    own = [x.to(fused.device) for x in (hidden, weight, target)]
+    own[1].requires_grad_()
+    options = {"gradient": "sampled", "eps": eps, "seed": seed, "return_stats": True}
+    nll, stats = linear_nll(*own, **options, **fused.how)
+    nll.sum().backward()
+    expected = reference.sampled_gradient(hidden.double(), weight.double(), target, seed, eps=eps)
+    got = own[1].grad.cpu().double()
+    torch.testing.assert_close(got, expected.dy.sum(0)[:, None], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        stats.variance.cpu().double(), expected.variance, rtol=1e-3, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@every_backend
+def test_adds_to_a_gradient_that_is_there(fused, gradient, problem, close):
+    p = problem(20, 24, 150, dtype=torch.float32).copy(device=fused.device)
+    how = {"gradient": gradient, "seed": 1, "eps": 2**-6, **fused.how}
+    linear_nll(*p.args, **how).sum().backward()
+    once, place = p.weight.grad.clone(), p.weight.grad.data_ptr()
+    linear_nll(*p.args, **how).sum().backward()
+    assert p.weight.grad.data_ptr() == place
+    close(p.weight.grad.cpu(), 2 * once.cpu(), 1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+@every_backend
+def test_rows_that_do_not_lie_together(fused, layout, gradient, problem, close):
+    p = problem(24, 24, 120, dtype=torch.float32)
+    hidden = {
+        "transposed": p.hidden.detach().t().contiguous().t(),
+        "expanded": p.hidden.detach()[:1].expand(24, 24),
+        "sliced": torch.cat([p.hidden.detach()] * 2, 1)[:, :24],
+    }[layout]
+    results = []
+    for backend in ("torch", fused.name):
+        device = "cpu" if backend == "torch" else fused.device
+        x = hidden.clone() if backend == "torch" else hidden.to(device)
+        x = x.detach().requires_grad_()
+        weight = p.weight.detach().clone().to(device).requires_grad_()
+        # A gradient in a layout of its own, as a user may have made it.
+        own = torch.ones(24, 120, device=device).t()
+        weight.grad = own if layout == "transposed" else None
+        how = {"gradient": gradient, "seed": 2, "eps": 2**-6, "backend": backend}
+        linear_nll(x, weight, p.target.to(device), **how).sum().backward()
+        results.append((x.grad.cpu(), weight.grad.cpu()))
+    close(results[1][0], results[0][0], 1e-5)
+    close(results[1][1], results[0][1], 1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@every_backend
+def test_nan_stays_in_its_row(fused, gradient, problem):
+    p = problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+    p.hidden.data[7, 3] = math.nan
+    p = p.copy(device=fused.device)
+    nll, stats = linear_nll(*p.args, gradient=gradient, seed=0, return_stats=True, **fused.how)
+    nll.sum().backward()
+    bad = torch.arange(20, device=fused.device) == 7
+    assert torch.equal(nll.isnan(), bad)
+    assert torch.equal(stats.lse.isnan(), bad)
+    assert torch.equal(p.hidden.grad.isnan().any(1), bad)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("vocabulary", [151, 1105])
+@every_backend
+def test_a_bad_column_spoils_the_certificate_and_nothing_else(fused, value, vocabulary, problem):
+    p = problem(20, 9, vocabulary, ignored=0.0, dtype=torch.float32)
+    p.hidden.data[:, :2] = torch.tensor([1.0, -1.0])  # inf - inf, whatever the others are
+    p.weight.data[5] = value
+    p = p.copy(device=fused.device)
+    options = {"gradient": "sampled", "seed": 0, "return_stats": True, "hidden_variance": True}
+    with torch.no_grad():
+        nll, stats = linear_nll(*p.args, **options, **fused.how)
+    assert bool(stats.variance.isnan().all() and stats.hidden_variance.isnan().all())
+    assert not bool(nll.isfinite().any())
