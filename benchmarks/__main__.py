@@ -1,4 +1,4 @@
-"""``python -m benchmarks loss``, ``scale`` and ``record``."""
+"""``python -m benchmarks loss``, ``scale``, ``record`` and ``static``."""
 
 import sys
 from collections.abc import Callable
@@ -6,12 +6,13 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loss, record, scale
+from benchmarks import loss, record, scale, static
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
     "scale": (scale.Config, scale.main),
     "record": (record.Config, record.main),
+    "static": (static.Config, static.main),
 }
 
 

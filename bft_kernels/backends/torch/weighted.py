@@ -163,14 +163,13 @@ class WeightedEngine(WeightedSums):
             self.buffer = self.hidden.new_empty(stop - first, self.weight.shape[0], dtype=self.wide)
         self.operand = self.products.rows(self.rows.take(self.hidden, first, stop))
         self.products.logits(self.operand, self.buffer[: stop - first])
-        if self.scratch is None:
-            softcap = self.config.softcap is not None
-            self.scratch = Scratch.make(self.buffer, self.tile_rows, slope=softcap)
 
     def _sweep(self, first: int, stop: int, *, gradient: bool, collect: bool) -> None:
         """Token losses of the buffer's rows; with ``gradient`` their ``dy`` replaces the logits."""
         assert self.buffer is not None
-        assert self.scratch is not None
+        if self.scratch is None:
+            softcap = self.config.softcap is not None
+            self.scratch = Scratch.make(self.buffer, self.tile_rows, slope=softcap)
         targets = self.rows.take(self.target, first, stop)
         for a in range(0, stop - first, self.tile_rows):
             b = min(a + self.tile_rows, stop - first)
@@ -188,9 +187,12 @@ class WeightedEngine(WeightedSums):
     def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
         """Adds the buffer's rows, weighted, to the loss and the gradients."""
         assert self.buffer is not None
-        assert self.operand is not None
         self.add_losses(first, stop, coefficient)
-        dy = self.buffer[: stop - first].mul_(coefficient[:, None])
+        self._add_products(first, stop, self.buffer[: stop - first].mul_(coefficient[:, None]))
+
+    def _add_products(self, first: int, stop: int, dy: Tensor) -> None:
+        """Adds what ``dy [stop - first, V]``, weighted, gives to the gradients."""
+        assert self.operand is not None
         if self.wanted.hidden:
             self.grad_hidden[first:stop] = self.products.hidden_gradient(dy)
         if self.wanted.weight:

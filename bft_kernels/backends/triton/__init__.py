@@ -7,7 +7,7 @@ and what finds no room is computed again. The modules follow a call: ``rows``, `
 
 from __future__ import annotations
 
+from bft_kernels.backends.triton.chunked import weighted_loss
 from bft_kernels.backends.triton.core import linear_nll, linear_nll_backward
-from bft_kernels.backends.triton.weighted import weighted_loss
 
 __all__ = ["linear_nll", "linear_nll_backward", "weighted_loss"]

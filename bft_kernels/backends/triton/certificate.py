@@ -84,8 +84,8 @@ def _certificate_kernel(
 
 def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
     """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
-    config, (count, vocabulary, _) = inputs.config, inputs.shape
-    tile = tile_for(config.operand_dtype)
+    config, (count, vocabulary, width) = inputs.config, inputs.shape
+    tile = tile_for(config, width)
     row_blocks, tiles = triton.cdiv(count, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
     splits = splits_for(row_blocks, tiles, lse)
     sums = torch.zeros(1 if norms is None else 2, splits, count, device=lse.device)

@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from bft_kernels.config import CoreConfig
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
@@ -22,14 +24,17 @@ class Tile:
     """A tile of logits and how it is computed."""
 
     block_n: int
-    block_v: int  # a multiple of 32
+    block_v: int  # a multiple of 64
     block_d: int
     group: int  # row blocks side by side
     num_warps: int
     num_stages: int
+    registers: int | None = None  # that a thread may have, where the compiler would take too few
 
     def constants(self) -> dict[str, int]:
-        return {
+        """Arguments of a launch."""
+        options = {} if self.registers is None else {"maxnreg": self.registers}
+        return options | {
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
             "BLOCK_D": self.block_d,
@@ -49,19 +54,45 @@ SHIPPED = {
     (100, 2): Tile(128, 128, 32, 8, 8, 5),
     (100, 4): Tile(64, 64, 32, 8, 4, 3),
 }
+# With a softcap, where that is too much for the registers.
+CAPPED = {
+    (80, 2): Tile(64, 64, 32, 8, 4, 4, registers=200),
+    (80, 4): Tile(32, 64, 32, 8, 4, 3),
+    (100, 2): Tile(128, 64, 64, 8, 8, 4),
+    (100, 4): Tile(32, 64, 32, 8, 4, 3),
+}
+# Of the two products with dy, by bytes of an operand: dH [block_n, block_d] over columns, and
+# dW [block_v, block_d] over rows.
+HIDDEN_PRODUCT = {2: Tile(128, 64, 128, 1, 8, 3), 4: Tile(64, 32, 64, 1, 4, 3)}
+WEIGHT_PRODUCT = {2: Tile(64, 128, 128, 1, 8, 3), 4: Tile(32, 64, 64, 1, 4, 3)}
+# Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
+# takes more registers.
+UNALIGNED = Tile(64, 64, 32, 8, 4, 2)
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
 
-def tile_for(operand: torch.dtype) -> Tile:
-    """The tile for products of operands of this type on the current device."""
+def tile_for(config: CoreConfig, width: int) -> Tile:
+    """The tile for a call's products, of rows of ``width`` elements, on the current device."""
     if interpreted():
         return INTERPRETED
+    if width % 16:
+        return UNALIGNED
     arch = triton.runtime.driver.active.get_current_target().arch
     # AMD's names are strings; its compiler takes the first tile.
     known = [capability for capability, _ in SHIPPED]
     capability = max([c for c in known if isinstance(arch, int) and c <= arch], default=min(known))
-    return SHIPPED[capability, operand.itemsize]
+    key = capability, config.operand_dtype.itemsize
+    return CAPPED[key] if config.softcap is not None and key in CAPPED else SHIPPED[key]
+
+
+def product_tiles(operand: torch.dtype, width: int) -> tuple[Tile, Tile]:
+    """The tiles of ``dH`` and ``dW``."""
+    if interpreted():
+        return INTERPRETED, INTERPRETED
+    if width % 16:
+        return UNALIGNED, UNALIGNED
+    return HIDDEN_PRODUCT[operand.itemsize], WEIGHT_PRODUCT[operand.itemsize]
 
 
 def precision_for(operand: torch.dtype) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bft_kernels.backends.torch.forward import squared_norms
 from bft_kernels.backends.triton.certificate import certify
+from bft_kernels.backends.triton.chunked import linear_nll_unit
 from bft_kernels.backends.triton.configs import rows_contiguous, tile_for
 from bft_kernels.backends.triton.entries import (
     capacity_for,
@@ -35,6 +36,8 @@ def linear_nll(
     config: CoreConfig,
 ) -> Forward:
     """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
+    if config.residual == "unit":
+        return _with_unit(hidden, weight, target, bias, config)
     inputs = Inputs.of(hidden, weight, target, bias, config)
     count, vocabulary, width = inputs.shape
 
@@ -45,7 +48,7 @@ def linear_nll(
         "loss": per_row(True),
         "nll": per_row(True),
         "lse": per_row(True),
-        "lse_low": per_row(config.residual in ("recompute", "unit")),
+        "lse_low": per_row(config.residual == "recompute"),
         "entropy": per_row(config.statistics),
         "correct": per_row(config.statistics, torch.bool),
     }
@@ -57,7 +60,7 @@ def linear_nll(
     columns = torch.empty(capacity, dtype=torch.int32, device=hidden.device)
     if sampled:
         words = triton.cdiv(vocabulary, 32)
-        step = tile_for(config.operand_dtype).block_n
+        step = tile_for(config, width).block_n
         step *= max(1, config.max_buffer_bytes // (4 * words) // step)
         mask = torch.empty(min(step, count), words, dtype=torch.int32, device=hidden.device)
         for first in range(0, count, step):
@@ -72,23 +75,39 @@ def linear_nll(
         if config.hidden_variance:
             norms = squared_norms(inputs.weight, torch.float32, config.max_buffer_bytes)
         variance, hidden_variance = certify(inputs, results["lse"], norms)
-    unit = hidden.new_zeros(
-        count if config.residual == "unit" else 0, width, dtype=storage(hidden.dtype)
-    )
-    if config.residual == "unit":
-        ones = inputs.rows.labelled.float()
-        known = RowValues(results["lse"], results["lse_low"], results["nll"], ones)
-        wanted = Wanted(hidden=True, weight=False, bias=False)
-        add_recomputed(inputs, known, None, wanted, Gradients(unit, None, None))
-        results["lse_low"] = per_row(False)
     return Forward(
         **results,
         variance=variance,
         hidden_variance=hidden_variance,
-        unit=unit,
+        unit=hidden.new_empty(0, width, dtype=storage(hidden.dtype)),
         entry_offsets=offsets_of(counts) if sampled else counts,
         entry_columns=columns,
         entry_values=per_row(False),
+    )
+
+
+def _with_unit(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
+) -> Forward:
+    """The forward that makes ``dH`` for unit upstream gradient too, in two products."""
+    out, loss = linear_nll_unit(hidden, weight, target, bias, config)
+
+    def absent(dtype: torch.dtype = torch.float32) -> Tensor:
+        return hidden.new_empty(0, dtype=dtype)
+
+    return Forward(
+        loss=loss,
+        nll=out.nll,
+        lse=out.lse,
+        lse_low=absent(),
+        entropy=out.entropy,
+        correct=out.correct,
+        variance=absent(),
+        hidden_variance=absent(),
+        unit=out.grad_hidden,
+        entry_offsets=absent(torch.int64),
+        entry_columns=absent(torch.int32),
+        entry_values=absent(),
     )
 
 

@@ -30,9 +30,14 @@ from bft_kernels.results import Gradients
 
 
 @triton.jit
-def _load_words(mask_ptr, at, offs, words, target):
-    """Words of a row's bits, the target's set: it is kept whatever its draw says."""
+def _load_words(mask_ptr, at, offs, words, V, target):
+    """Words of a row's bits, the target's set: it is kept whatever its draw says.
+
+    Bits past the vocabulary may be set, where the draw of a column that is not there is 0.
+    """
     word = tl.load(mask_ptr + at + offs, mask=offs < words, other=0).to(tl.uint32, bitcast=True)
+    spare = tl.maximum(tl.minimum((offs + 1) * 32 - V, 31), 0)
+    word &= tl.full([], 0xFFFFFFFF, tl.uint32) >> spare.to(tl.uint32)
     bit = tl.full([], 1, tl.uint32) << (target % 32).to(tl.uint32)
     return tl.where(offs == target // 32, word | bit, word)
 
@@ -46,6 +51,7 @@ def _count_entries_kernel(
     counts_ptr,  # [N] int64
     first_row,
     words,
+    V,
     BLOCK: tl.constexpr,
 ):
     """How many bits of each row are set."""
@@ -57,7 +63,7 @@ def _count_entries_kernel(
     found = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, words, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        found += popcount(_load_words(mask_ptr, local * words, offs, words, target))
+        found += popcount(_load_words(mask_ptr, local * words, offs, words, V, target))
     tl.store(counts_ptr + row, tl.sum(found, axis=0).to(tl.int64))
 
 
@@ -71,6 +77,7 @@ def _list_entries_kernel(
     columns_ptr,  # [capacity] int32
     first_row,
     words,
+    V,
     capacity,
     BLOCK: tl.constexpr,
 ):
@@ -85,7 +92,7 @@ def _list_entries_kernel(
         return
     for start in range(0, words, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        word = _load_words(mask_ptr, local * words, offs, words, target)
+        word = _load_words(mask_ptr, local * words, offs, words, V, target)
         found = popcount(word)
         begin = place + tl.cumsum(found, axis=0) - found
         for bit in range(32):
@@ -248,6 +255,7 @@ def list_entries(
         "count_ptr": inputs.rows.count,
         "first_row": first_row,
         "words": words,
+        "V": inputs.shape[1],
         "BLOCK": block,
     }
     _count_entries_kernel[(rows,)](counts_ptr=counts, **where)

@@ -401,8 +401,8 @@ class TiledForward:
             first_row, rows: among the labelled rows.
             mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
         """
-        config, (_, vocabulary, _) = self.inputs.config, self.inputs.shape
-        tile = tile_for(config.operand_dtype)
+        config, (_, vocabulary, width) = self.inputs.config, self.inputs.shape
+        tile = tile_for(config, width)
         row_blocks, tiles = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
         splits = splits_for(row_blocks, tiles, self.inputs.hidden)
         per_split = triton.cdiv(tiles, splits)

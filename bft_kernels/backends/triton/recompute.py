@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import precision_for, tile_for
+from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
@@ -141,6 +141,7 @@ def _hidden_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -196,6 +197,7 @@ def _weight_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -255,7 +257,8 @@ def add_recomputed(
     count, vocabulary, width = inputs.shape
     config = inputs.config
     operand = config.operand_dtype
-    tile = tile_for(operand)
+    tile = tile_for(config, width)
+    for_hidden, for_weight = product_tiles(operand, width)
     precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // tile.block_v
@@ -290,10 +293,9 @@ def add_recomputed(
         if into.bias is not None:
             part = bias_sums.view(-1)[: row_blocks * columns].view(row_blocks, columns)
             into.bias[first : first + columns] += part.sum(0)
-        sizes = tile.constants()
-        sizes.pop("GROUP")
         if into.hidden is not None:
-            _hidden_gradient_kernel[(row_blocks, triton.cdiv(width, tile.block_d))](
+            grid = (triton.cdiv(count, for_hidden.block_n), triton.cdiv(width, for_hidden.block_d))
+            _hidden_gradient_kernel[grid](
                 weight_ptr=inputs.weight,
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
@@ -302,11 +304,14 @@ def add_recomputed(
                 LAST=first + columns >= vocabulary,
                 **block,
                 **shared,
-                **sizes,
+                **for_hidden.constants(),
                 **precision,
             )
         if into.weight is not None:
-            grid = (triton.cdiv(columns, tile.block_v), triton.cdiv(width, tile.block_d))
+            grid = (
+                triton.cdiv(columns, for_weight.block_v),
+                triton.cdiv(width, for_weight.block_d),
+            )
             _weight_gradient_kernel[grid](
                 hidden_ptr=inputs.hidden,
                 grad_weight_ptr=into.weight,
@@ -314,6 +319,6 @@ def add_recomputed(
                 stride_gv=into.weight.stride(0),
                 **block,
                 **shared,
-                **sizes,
+                **for_weight.constants(),
                 **precision,
             )

@@ -1,0 +1,165 @@
+"""The Triton backend's own paths, in the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels.dispatch import BACKENDS, why_not
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bft_kernels.backends.triton import configs, entries
+from bft_kernels.backends.triton.rows import DeviceRows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+
+
+def gradients(p: Any, backend: str, **how: Any) -> dict[str, Tensor]:
+    copy = p.copy(device=DEVICE if backend == "triton" else "cpu")
+    upstream = torch.linspace(0.5, 2, p.target.numel(), device=copy.target.device)
+    bias = copy.bias
+    (linear_nll(*copy.args, bias=bias, backend=backend, **how) * upstream).sum().backward()
+    return {name: grad.cpu() for name, grad in copy.grads().items() if grad is not None}
+
+
+@pytest.mark.parametrize("room", [0, 40, 300])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
+def test_entries_without_room_are_computed_again(room, frozen, problem, close, monkeypatch):
+    p = problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    expected = gradients(p, "torch", **SAMPLED)
+    monkeypatch.setattr("bft_kernels.backends.triton.core.capacity_for", lambda *_: room)
+    close(gradients(p, "triton", **SAMPLED), expected, 1e-5)
+
+
+@pytest.mark.parametrize("columns", [0, 1, 60])
+def test_popular_columns_take_a_dense_product(columns, problem, close, monkeypatch):
+    p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
+    monkeypatch.setattr(entries, "DENSE_COLUMNS", columns)
+    got, expected = gradients(p, "triton", **SAMPLED), gradients(p, "torch", **SAMPLED)
+    close(got, expected, 2**-6)
+
+
+def test_lists_have_room_for_what_text_keeps():
+    assert entries.capacity_for(10, 1000, 2**-8) == 10 * 65
+    assert entries.capacity_for(10, 100_000, 2**-12) == 10 * 1025
+    assert entries.capacity_for(10, 50, 2**-12) == 10 * 50
+    assert entries.capacity_for(0, 50, 2**-12) == 0
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_two_runs_give_the_same_bits(how, problem):
+    p = problem(21, 12, 180, bias=True, dtype=torch.float32)
+    first, second = gradients(p, "triton", **how), gradients(p, "triton", **how)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_are_listed_on_the_device():
+    rows = DeviceRows.of(torch.tensor([-100, 3, -100, 1, 2]), -100)
+    assert rows.order[: int(rows.count)].tolist() == [1, 3, 4]
+    assert rows.spread(torch.tensor([5.0, 6.0, 7.0, math.nan, 9.0])).tolist() == [0, 5, 0, 6, 7]
+
+
+GUARD = 64
+MARK = 123
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay."""
+    made: list[Tensor] = []
+
+    def guard(filled: bool) -> Any:
+        def allocate(*shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+            shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+            dtype = dtype or torch.float32
+            whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
+            inside = whole[GUARD : GUARD + shape.numel()]
+            inside.fill_(99 if filled else 0)
+            made.append(whole)
+            return inside.view(shape)
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", guard(filled=True))
+    monkeypatch.setattr(torch, "zeros", guard(filled=False))
+    yield
+    monkeypatch.undo()
+    for whole in made:
+        marks = torch.cat([whole[:GUARD], whole[-GUARD:]])
+        assert bool((marks == torch.full_like(marks, MARK)).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 67), (0, 3, 9), (33, 20, 129)], ids=str)
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_nothing_is_written_outside_a_buffer(how, shape, problem, guarded):
+    gradients(problem(*shape, bias=True, dtype=torch.float32), "triton", **how)
+
+
+def test_nothing_is_written_outside_a_chunk(problem, guarded):
+    p = problem(24, 12, 150, dtype=torch.bfloat16).copy(device=DEVICE)
+    bounds = torch.tensor([0, 9, 24])
+    loss = balanced_linear_cross_entropy(
+        *p.args, cu_seqlens=bounds, backend="triton", max_buffer_bytes=8000
+    )
+    loss.backward()
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_offsets_beyond_31_bits(wide, how, problem, close, tmp_path):
+    """Rows far apart in a file of holes: three of them lie beyond 2^31 elements."""
+    p = problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
+    expected = gradients(p, "torch", **how)
+    stride = 2**30
+    memory = torch.from_file(str(tmp_path / "holes"), True, 4 * stride + 8, dtype=torch.bfloat16)
+    rows = memory.as_strided((5, 3), (stride, 1))
+    rows.copy_(getattr(p, wide).detach())
+    inputs = {"hidden": p.hidden.detach().clone(), "weight": p.weight.detach().clone()}
+    inputs[wide] = rows
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    upstream = torch.linspace(0.5, 2, 5)
+    nll = linear_nll(*leaves.values(), p.target, backend="triton", **how)
+    grads = torch.autograd.grad((nll * upstream).sum(), list(leaves.values()))
+    # dy is rounded to bfloat16 before its two products.
+    close(dict(zip(leaves, grads, strict=True)), expected, 2**-5)
+
+
+@pytest.mark.parametrize("budget", [1, 5000, 10**6])
+def test_smoothing_and_ties_in_chunks(budget, problem, close):
+    p = problem(13, 6, 300, dtype=torch.float32, scale=2.0)
+    how = {"label_smoothing": 0.3, "z_loss": 0.02, "return_stats": True, "reduction": "none"}
+    loss, stats = linear_cross_entropy(
+        *p.copy(device=DEVICE, frozen=("weight",)).args,
+        backend="triton",
+        max_buffer_bytes=budget,
+        **how,
+    )
+    want, expected = linear_cross_entropy(*p.copy(torch.float64).args, backend="torch", **how)
+    close(loss.cpu(), want, 1e-5)
+    for field in ("lse", "entropy", "correct"):
+        close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
+
+
+def test_says_why_it_does_not_run(problem):
+    p = problem(4, 3, 5)
+    assert "hidden is float64, it computes in float32" in why_not("triton", p.hidden, p.weight)
+    meta = torch.empty(4, 3, device="meta")
+    assert "hidden is on meta, it takes CUDA tensors" in why_not("triton", meta, meta)[0]
+
+
+def test_is_never_chosen_unasked_on_a_cpu():
+    triton = next(backend for backend in BACKENDS if backend.name == "triton")
+    assert triton.unasked_on == ("cuda",)
+
+
+def test_every_tile_has_whole_words():
+    tiles = [*configs.SHIPPED.values(), *configs.CAPPED.values(), configs.UNALIGNED]
+    assert all(tile.block_v % 64 == 0 for tile in [*tiles, configs.INTERPRETED])
