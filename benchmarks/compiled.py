@@ -95,6 +95,7 @@ def compiling(target: Target) -> Iterator[list[tuple[str, dict[str, Any], Any]]]
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        assert compiled.metadata.target.arch == target.arch, "compiled for another target before"
         constants = {k: v for k, v in kwargs.items() if k.isupper()}
         if all(compiled is not known for _, _, known in found):
             found.append((self.fn.__name__, constants, compiled))

@@ -48,9 +48,9 @@ def main(config: Config) -> None:
     for target in config.targets:
         if target not in TARGETS:
             raise SystemExit(f"targets: got {target!r}, expected some of {', '.join(TARGETS)}")
-    # A process each: Triton keeps what it compiled by device, and a target is none.
+    # A fresh process each: Triton keeps what it compiled by device, and has one target a process.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, max_tasks_per_child=1) as pool:
         jobs = [pool.submit(compile_cases, target, config.peers) for target in config.targets]
         found = [usage for job in jobs for usage in job.result()]
     console = Console()
