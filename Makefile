@@ -10,7 +10,7 @@ COMPILED := build/.compiled-$(BFT_BUILD)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format format-check types static readme-check venv clean
+.PHONY: help demo test test-slow lint format format-check types static gpu readme-check venv clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +43,9 @@ types: $(INSTALLED)  ## check the type annotations
 
 static: venv  ## compile every Triton kernel for GPUs that are not here; none may spill or grow
 	$(BIN)/python -m benchmarks static --check --no-peers
+
+gpu: venv  ## on a GPU: tests, speed, memory and figures, into benchmarks/results/
+	$(BIN)/python -m benchmarks gpu $(ARGS)
 
 readme-check: venv  ## run the commands and Python snippets of README.md and docs/
 	$(BIN)/python tests/readme_check.py

@@ -1,4 +1,4 @@
-"""``python -m benchmarks loss``, ``scale``, ``record`` and ``static``."""
+"""``python -m benchmarks loss``, ``scale``, ``record``, ``static`` and ``gpu``."""
 
 import sys
 from collections.abc import Callable
@@ -6,13 +6,14 @@ from typing import Any
 
 import tyro
 
-from benchmarks import loss, record, scale, static
+from benchmarks import gpu, loss, record, scale, static
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
     "scale": (scale.Config, scale.main),
     "record": (record.Config, record.main),
     "static": (static.Config, static.main),
+    "gpu": (gpu.Config, gpu.main),
 }
 
 

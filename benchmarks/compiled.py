@@ -129,8 +129,8 @@ def compile_cases(name: str, peers: bool) -> list[Usage]:
         for label, case in PEER_CASES.items():
             try:
                 collect(label, case, peer=True)
-            except ImportError as absent:
-                print(f"{label}: {absent}")
+            except Exception as failure:  # a peer that is not there, or does not compile
+                print(f"{name}: {label}: {type(failure).__name__}: {failure}")
     return list(usages.values())
 
 

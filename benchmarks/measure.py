@@ -124,14 +124,15 @@ def _extra_memory(
     problem = make_problem(source, dtype, device)
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # what was freed must not pass for memory in use
-    before = _in_use(device, reset=True)
+    before = in_use(device, reset=True)
     step(provider, problem)
-    peak = _in_use(device, peak=True)
+    peak = in_use(device, peak=True)
     made = [x.grad.nbytes for x in (problem.hidden, problem.weight) if x.grad is not None]
     sender.send(max(0, peak - before - sum(made)))
 
 
-def _in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
+def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
+    """Bytes in use now, or at most since the last reset."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()

@@ -81,14 +81,15 @@ def liger_chunked(problem: Problem) -> Tensor:
     return -log_probabilities.mean()
 
 
-def _ours(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
+def ours(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
+    """The plain mean."""
     weight = problem.weight.detach() if frozen else problem.weight
     loss = linear_cross_entropy(problem.hidden, weight, problem.target, **how)
     assert isinstance(loss, Tensor)
     return loss
 
 
-def _balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
+def balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     """The BFT loss over documents of 128 tokens."""
     count = problem.target.numel()
     bounds = torch.tensor([*range(0, count, 128), count])
@@ -125,14 +126,14 @@ MIB = 2**20
 PROVIDERS: dict[str, Provider] = {
     "eager": eager,
     **({"torch chunked": torch_chunked} if hasattr(functional, "linear_cross_entropy") else {}),
-    "bft exact": _ours,
-    "bft sampled": functools.partial(_ours, **SAMPLED),
-    "bft balanced": _balanced,
-    "bft balanced, 256 MiB": functools.partial(_balanced, max_buffer_bytes=256 * MIB),
-    "bft balanced, 16 MiB": functools.partial(_balanced, max_buffer_bytes=16 * MIB),
-    "bft balanced sampled": functools.partial(_balanced, **SAMPLED),
-    "bft balanced, frozen head": functools.partial(_balanced, frozen=True),
-    "bft balanced sampled, frozen head": functools.partial(_balanced, frozen=True, **SAMPLED),
+    "bft exact": ours,
+    "bft sampled": functools.partial(ours, **SAMPLED),
+    "bft balanced": balanced,
+    "bft balanced, 256 MiB": functools.partial(balanced, max_buffer_bytes=256 * MIB),
+    "bft balanced, 16 MiB": functools.partial(balanced, max_buffer_bytes=16 * MIB),
+    "bft balanced sampled": functools.partial(balanced, **SAMPLED),
+    "bft balanced, frozen head": functools.partial(balanced, frozen=True),
+    "bft balanced sampled, frozen head": functools.partial(balanced, frozen=True, **SAMPLED),
     "bft balanced, no_grad": _forward_only,
     "bft weighting": _weighting,
 }

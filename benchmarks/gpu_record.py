@@ -1,0 +1,166 @@
+"""The folder of one run of ``python -m benchmarks gpu``: every result is written when it exists."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_providers import CANDIDATES
+from benchmarks.results import append, environment
+from bft_kernels import info
+
+COLUMNS = (
+    "provider",
+    "family",
+    "status",  # ok, wrong, failed, out of memory, cut, unavailable
+    "reason",
+    "tokens",
+    "width",
+    "vocabulary",
+    "scaled_down_from",
+    "dtype",
+    "seconds",
+    "fastest_seconds",
+    "slowest_seconds",
+    "turns",
+    "bare_seconds",
+    "times_g",
+    "tokens_per_second",
+    "extra_bytes",
+    "first_seconds",
+    "eps",
+    "entries_per_token",  # expected, from the probabilities
+    "listed_per_token",  # by the forward, before the backward thins them
+    "error_loss",
+    "error_hidden",
+    "error_weight",
+)
+_QUERY = (
+    "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,"
+    "power.limit,temperature.gpu,memory.total,compute_mode"
+)
+_WRITTEN = (
+    "environment.json",
+    "loss.csv",
+    "junit.xml",
+    "failures.txt",
+    "log.txt",
+    "summary.md",
+    "*.png",
+    "*.svg",
+)
+
+
+@dataclass
+class Record:
+    """Where results go, and what went wrong so far."""
+
+    folder: Path
+    device: str  # cuda or cpu
+    started: float = field(default_factory=time.monotonic)
+    failed: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # that every row names
+    noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
+
+    @property
+    def log(self) -> Path:
+        """What the processes print."""
+        return self.folder / "log.txt"
+
+    def clear(self) -> None:
+        """Removes what an earlier run wrote here."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in _WRITTEN:
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def say(self, text: str) -> None:
+        """Prints progress."""
+        print(f"{time.monotonic() - self.started:4.0f} s  {text}", flush=True)
+
+    def failure(self, title: str, detail: str) -> None:
+        """Writes down what failed and why."""
+        self.failed.append(title)
+        with (self.folder / "failures.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{title}\n{detail.rstrip()}\n\n")
+        self.say(f"FAILED {title}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Adds a row to loss.csv."""
+        full = dict.fromkeys(COLUMNS, "") | row
+        self.rows.append(full)
+        append(self.folder / "loss.csv", [full | self.facts])
+
+    def environment(self) -> None:
+        """Writes environment.json, and keeps what every row names of it."""
+        facts = info()
+        cuda = torch.version.cuda or torch.version.hip or ""
+        self.facts = environment(self.device) | {
+            "triton": facts["versions"]["triton"],
+            "cuda": cuda,
+        }
+        peers = [c.distribution for c in CANDIDATES if c.distribution is not None]
+        self.note(
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            **self.facts,
+            bft_kernels=facts,
+            peers={name: _version(name) for name in peers},
+            nvidia_smi=nvidia_smi(),
+        )
+        if self.device == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            self.note(
+                memory_bytes=properties.total_memory,
+                multiprocessors=properties.multi_processor_count,
+                capability=torch.cuda.get_device_capability(0),
+            )
+
+    def note(self, **values: Any) -> None:
+        """Adds to environment.json."""
+        self.noted |= values
+        text = json.dumps(self.noted, indent=1, default=str) + "\n"
+        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks, power and temperature of torch's first GPU, where the tool is there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {"missing": "no nvidia-smi on PATH"}
+    # The tool counts all GPUs of a machine, torch the visible ones.
+    identifiers = ["0"]
+    if torch.cuda.is_available():
+        identifiers.insert(0, f"GPU-{getattr(torch.cuda.get_device_properties(0), 'uuid', '')}")
+    missing = ""
+    for identifier in identifiers:
+        command = [tool, f"--query-gpu={_QUERY}", "--format=csv,noheader", f"--id={identifier}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            missing += f"{error}; "
+            continue
+        values = done.stdout.strip().split(", ")
+        return dict(zip(_QUERY.split(","), values, strict=False))
+    return {"missing": missing}
+
+
+def slug(name: str) -> str:
+    """A name for a folder: ``NVIDIA H100 80GB HBM3`` is ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,190 @@
+"""Measures providers in processes that may fail, hang or run out of time."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_inputs import fit_to
+from benchmarks.gpu_providers import Candidate, find, why_missing
+from benchmarks.gpu_record import Record
+from benchmarks.gpu_suite import ROOT, kill_group, tail
+from benchmarks.gpu_worker import Job, Task
+from benchmarks.shapes import Shape
+
+DTYPE = torch.bfloat16
+TURNS = 11
+# A provider that takes its process down is tried again on other shapes, but not for ever.
+_STRIKES = 2
+# Starting a process costs about as much time as measuring two providers.
+_START = 2
+# Most families need less than their share of the time: one may take this much of it.
+_OVERDRAFT = 1.5
+# An allocator does not get all of a device's memory.
+_USABLE = 0.9
+
+
+@dataclass
+class Family:
+    """Providers that share a process, and which of them took one down how often."""
+
+    jobs: list[Job]
+    end: float
+    limit: float  # seconds of one job
+    strikes: dict[str, int]
+
+
+def measure_all(
+    record: Record,
+    env: dict[str, str],
+    end: float,
+    shapes: Sequence[Shape],
+    names: Sequence[str],
+    turns: int = TURNS,
+) -> None:
+    """A row for every provider and shape; whatever is not measured by ``end`` is cut."""
+    asked = {fit(shape, record.device): shape for shape in shapes}
+    write = _Writer(record, asked)
+    families: dict[str, list[Candidate]] = {}
+    for name in names:
+        candidate = find(name)
+        missing = why_missing(candidate, record.device)
+        if missing:
+            for shape in asked:
+                write(Job(name, shape), {"status": "unavailable", "reason": missing})
+        else:
+            families.setdefault(candidate.family, []).append(candidate)
+    weights = [_START + sum(one.weight for one in members) for members in families.values()]
+    for place, members in enumerate(families.values()):
+        now = time.monotonic()
+        share = _OVERDRAFT * (end - now) * weights[place] / sum(weights[place:])
+        until = min(end, now + share)
+        jobs = [Job(member.name, shape) for shape in asked for member in members]
+        # One that hangs must leave some time for the others of its family.
+        limit = share if len(members) == 1 else share / 3
+        family = Family(jobs, until, limit, {})
+        for job, row in _measure(family, record, env, turns):
+            write(job, row)
+
+
+def fit(shape: Shape, device: str) -> Shape:
+    """The shape as it has room on the device."""
+    if device == "cpu":
+        return shape
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return fit_to(shape, int(memory * _USABLE))
+
+
+@dataclass
+class _Writer:
+    """Turns what a process reports into a row of the results."""
+
+    record: Record
+    asked: dict[Shape, Shape]
+
+    def __call__(self, job: Job, row: dict[str, Any]) -> None:
+        detail = row.pop("detail", row.get("reason", ""))
+        candidate, shape, asked = find(job.provider), job.shape, self.asked[job.shape]
+        where = f"{job.provider}, N {shape.tokens}, D {shape.width}, V {shape.vocabulary}"
+        row |= {
+            "provider": job.provider,
+            "family": candidate.family,
+            "tokens": shape.tokens,
+            "width": shape.width,
+            "vocabulary": shape.vocabulary,
+            "scaled_down_from": "" if asked == shape else f"{asked.tokens} x {asked.vocabulary}",
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "eps": "" if candidate.eps is None else candidate.eps,
+        }
+        self.record.row(row)
+        if "seconds" in row:
+            self.record.say(f"{where}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
+        ours = candidate.family.startswith("bft ")
+        fits = row["status"] == "out of memory" and not ours  # a result about a peer, no failure
+        if row["status"] in ("ok", "unavailable") or fits:
+            if "seconds" not in row:
+                self.record.say(f"{where}: {row['status']}: {row['reason']}")
+            return
+        self.record.failure(f"{where}: {row['status']}", detail)
+
+
+def _measure(
+    family: Family, record: Record, env: dict[str, str], turns: int
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Starts processes until every job of a family has its row."""
+    while family.jobs:
+        left = family.end - time.monotonic()
+        if left <= 0:
+            reason = "no time was left to start it"
+            yield from ((job, {"status": "cut", "reason": reason}) for job in family.jobs)
+            return
+        before = record.log.stat().st_size if record.log.exists() else 0
+        with _process(record, env) as (process, connection):
+            connection.send(Task(tuple(family.jobs), DTYPE, record.device, left, turns))
+            yield from _receive(family, process, connection, record, before)
+        tired = [job for job in family.jobs if family.strikes.get(job.provider, 0) >= _STRIKES]
+        family.jobs = [job for job in family.jobs if job not in tired]
+        reason = f"it took its process down {_STRIKES} times before"
+        yield from ((job, {"status": "failed", "reason": reason}) for job in tired)
+
+
+@contextlib.contextmanager
+def _process(
+    record: Record, env: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
+    ours, theirs = Pipe()
+    code = f"from benchmarks.gpu_worker import serve; serve({theirs.fileno()})"
+    with record.log.open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=env,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        kill_group(process)
+        ours.close()
+
+
+def _receive(
+    family: Family,
+    process: subprocess.Popen[bytes],
+    connection: Connection,
+    record: Record,
+    before: int,
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Rows of one process, until it is done, dead or out of time."""
+    while family.jobs:
+        job = family.jobs.pop(0)
+        allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
+        lives = False
+        try:
+            if connection.poll(allowed):
+                row, lives = connection.recv()
+            else:
+                row = {"status": "cut", "reason": f"not done after {allowed:.0f} s"}
+        except (EOFError, ConnectionError):
+            process.wait()
+            row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
+        if not lives:
+            family.strikes[job.provider] = family.strikes.get(job.provider, 0) + 1
+            row.setdefault("detail", f"{row['reason']}\n{tail(record.log, before)}")
+        yield job, row
+        if not lives:
+            return
