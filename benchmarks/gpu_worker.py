@@ -167,10 +167,10 @@ def _parts(loss: Tensor, problem: Problem) -> Gradients:
 
 
 @functools.cache
-def _truth(shape: Shape, dtype: torch.dtype, device: str, balanced: bool) -> Gradients:
+def _truth(shape: Shape, dtype: torch.dtype, device: str, weighted: bool) -> Gradients:
     """From the exact gradient of the torch backend, itself tested against the specification."""
     problem = text_like(shape, dtype, device)
-    loss = (balanced if balanced else ours)(problem, backend="torch")
+    loss = (balanced if weighted else ours)(problem, backend="torch")
     loss.backward()
     return _parts(loss.detach(), problem)
 
