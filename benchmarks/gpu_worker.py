@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.gpu_inputs import expected_entries, text_like
 from benchmarks.gpu_providers import Candidate, find
 from benchmarks.measure import bare_product, in_use, seconds, synchronize
-from benchmarks.providers import ours
+from benchmarks.providers import balanced, ours
 from benchmarks.shapes import Problem, Shape
 
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.
