@@ -148,6 +148,20 @@ def test_smoothing_and_ties_in_chunks(budget, problem, close):
         close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
 
 
+@pytest.mark.parametrize("how", [{}, SAMPLED, {"frozen": True}], ids=["exact", "sampled", "unit"])
+def test_a_target_that_nobody_checked_gives_nan_in_its_row(how, problem):
+    how = dict(how)
+    frozen = ("weight",) if how.pop("frozen", False) else ()
+    p = problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
+    p.target[2], p.target[5] = 40, -7
+    p = p.copy(device=DEVICE)
+    nll = linear_nll(*p.args, backend="triton", check=False, **how)
+    nll.sum().backward()
+    bad = torch.zeros(9, dtype=torch.bool)
+    bad[[2, 5]] = True
+    assert torch.equal(nll.isnan().cpu(), bad)
+
+
 def test_says_why_it_does_not_run(problem):
     p = problem(4, 3, 5)
     assert "hidden is float64, it computes in float32" in why_not("triton", p.hidden, p.weight)

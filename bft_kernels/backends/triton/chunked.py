@@ -91,11 +91,13 @@ def _sweep_rows_kernel(
         seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
         shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
     sum_all = tl.sum(scale * total, axis=0)
+    column = tl.minimum(tl.maximum(target, 0), V - 1)  # of a target nobody checked
     bias = 0.0
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + target).to(tl.float32)
-    y = tl.load(logits + target)
+        bias = tl.load(bias_ptr + column).to(tl.float32)
+    y = tl.load(logits + column)
     own = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    own = tl.where(column == target, own, float("nan"))
     log_total = tl.log(sum_all)
     nll = log_total - (own - reference)
     nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN

@@ -38,8 +38,8 @@ MAXIMUM = tl.constexpr(0)  # of z
 TOTAL = tl.constexpr(1)  # e = exp(z - maximum)
 MOMENT = tl.constexpr(2)  # e * (z - maximum), for the entropy
 SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
-TARGET = tl.constexpr(4)  # the target's z, -inf in the other splits
-BEFORE = tl.constexpr(5)  # the largest z in a column before the target's, where that is
+TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
+BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
 SUMS = 6
 
 
@@ -64,6 +64,28 @@ def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Columns of a tile below and from the middle on; both lie in the same threads."""
     pairs = tl.reshape(x, (BLOCK_N, 2, BLOCK_V // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def _store_bits(
+    e,  # [BLOCK_N, BLOCK_V]
+    overrated,  # [BLOCK_N], what makes e / eps an upper bound of p / eps
+    multiplier,
+    offset,
+    tile,  # number of the tile, whose columns are BLOCK_V
+    mask_rows,  # pointers [BLOCK_N, 1]
+    mask_n,
+    words,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """One bit for each entry whose draw may be below ``p / eps``."""
+    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
+    packed = _pack_words(may_be_below(bits, e, overrated[:, None]), BLOCK_N, BLOCK_V)
+    word = tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 32)
+    mask = mask_n[:, None] & (word < words)[None, :]
+    tl.store(mask_rows + word[None, :], packed, mask=mask)
 
 
 @triton.jit
@@ -99,6 +121,7 @@ def _linear_nll_forward_kernel(
     STATISTICS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EMIT: tl.constexpr,
+    HALVES: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -117,8 +140,8 @@ def _linear_nll_forward_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment = tl.zeros((BLOCK_N,), tl.float32)
     shifted = tl.zeros((BLOCK_N,), tl.float32)
-    own = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    before = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    at_sum = sums_ptr + split * rows + local
+    plane = splits * rows
     if EMIT:
         floor = tl.load(floor_ptr + row, mask=mask_n, other=0.0)
         multiplier, offset = row_key(tl.load(seed_ptr), row)
@@ -141,17 +164,16 @@ def _linear_nll_forward_kernel(
         here = (at >= 0) & (at < BLOCK_V) & mask_n
         if tl.max(here.to(tl.int32), axis=0) > 0:
             inside = tl.arange(0, BLOCK_V)[None, :]
-            found = tl.max(tl.where(inside == at[:, None], z, float("-inf")), axis=1)
-            lower = tl.max(tl.where(inside < at[:, None], z, float("-inf")), axis=1)
-            own = tl.where(here, found, own)
-            before = tl.where(here, tl.maximum(lower, m), before)
+            own = tl.max(tl.where(inside == at[:, None], z, float("-inf")), axis=1)
+            tl.store(at_sum + TARGET * plane, own, mask=here)
+            if STATISTICS:
+                lower = tl.max(tl.where(inside < at[:, None], z, float("-inf")), axis=1)
+                tl.store(at_sum + BEFORE * plane, tl.maximum(lower, m), mask=here)
 
         m_new = tl.maximum(m, tl.max(z, axis=1))
         # exp(-inf - (-inf)) where nothing finite came yet.
         reference = finite_or(m_new, 0.0)
         if EMIT:
-            offs_word = tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 64)
-            mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), floor)
@@ -170,35 +192,49 @@ def _linear_nll_forward_kernel(
         total = scale * total + tl.sum(e, axis=1)
         m = m_new
         if EMIT:
-            # A half at a time, so that a thread holds the draws of half as many entries.
-            left, right = _halves(e, BLOCK_N, BLOCK_V)
-            for half in tl.static_range(2):
-                part = left if half == 0 else right
-                offs = tile * BLOCK_V + half * (BLOCK_V // 2) + tl.arange(0, BLOCK_V // 2)
-                bits = draw_bits(multiplier[:, None], offset[:, None], offs.to(tl.uint32)[None, :])
-                keep = may_be_below(bits, part, overrated[:, None])
-                word = offs_word + half * (BLOCK_V // 64)
-                tl.store(
-                    mask_rows + word[None, :],
-                    _pack_words(keep, BLOCK_N, BLOCK_V // 2),
-                    mask=mask_n[:, None] & (word < words)[None, :],
+            mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
+            if HALVES:
+                # One after the other, so that a thread holds the draws of half as many entries.
+                left, right = _halves(e, BLOCK_N, BLOCK_V)
+                for half in tl.static_range(2):
+                    _store_bits(
+                        left if half == 0 else right,
+                        overrated,
+                        multiplier,
+                        offset,
+                        tile * 2 + half,
+                        mask_rows,
+                        mask_n,
+                        words,
+                        BLOCK_N,
+                        BLOCK_V // 2,
+                    )
+            else:
+                _store_bits(
+                    e,
+                    overrated,
+                    multiplier,
+                    offset,
+                    tile,
+                    mask_rows,
+                    mask_n,
+                    words,
+                    BLOCK_N,
+                    BLOCK_V,
                 )
 
-    at_sum = sums_ptr + split * rows + local
-    step = splits * rows
-    tl.store(at_sum + MAXIMUM * step, m, mask=mask_n)
-    tl.store(at_sum + TOTAL * step, total, mask=mask_n)
-    tl.store(at_sum + TARGET * step, own, mask=mask_n)
+    tl.store(at_sum + MAXIMUM * plane, m, mask=mask_n)
+    tl.store(at_sum + TOTAL * plane, total, mask=mask_n)
     if STATISTICS:
-        tl.store(at_sum + MOMENT * step, moment, mask=mask_n)
-        tl.store(at_sum + BEFORE * step, before, mask=mask_n)
+        tl.store(at_sum + MOMENT * plane, moment, mask=mask_n)
     if SMOOTHING:
-        tl.store(at_sum + SHIFTED * step, shifted, mask=mask_n)
+        tl.store(at_sum + SHIFTED * plane, shifted, mask=mask_n)
 
 
 @triton.jit
 def _combine_kernel(
     sums_ptr,  # [SUMS, SPLITS, R]
+    target_ptr,  # [N]
     order_ptr,  # [N]
     count_ptr,  # [1]
     loss_ptr,  # these are [N]
@@ -227,20 +263,21 @@ def _combine_kernel(
     step = splits * rows
     at = sums_ptr + local
 
-    # Programs of a row share nothing but its target: no split knows the maximum of all.
+    target = tl.load(target_ptr + row, mask=mask, other=0)
+    holder = tl.minimum(tl.maximum(target // split_columns, 0), splits - 1)
+    own = tl.load(at + TARGET * step + holder * rows, mask=mask, other=0.0)
+    own = tl.where((target >= 0) & (target < V), own, float("nan"))  # a target nobody checked
+
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    own = tl.full((BLOCK,), float("-inf"), tl.float32)
     for split in range(splits):
-        here = at + split * rows
-        m = tl.maximum(m, tl.load(here + MAXIMUM * step, mask=mask, other=0.0))
-        own = tl.maximum(own, tl.load(here + TARGET * step, mask=mask, other=0.0))
+        peak = tl.load(at + MAXIMUM * step + split * rows, mask=mask, other=0.0)
+        m = tl.maximum(m, peak)
     reference = finite_or(m, 0.0)
 
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     shifted = tl.zeros((BLOCK,), tl.float32)
     earlier = tl.full((BLOCK,), float("-inf"), tl.float32)
-    correct = mask
     for split in range(splits):
         here = at + split * rows
         peak = tl.load(here + MAXIMUM * step, mask=mask, other=0.0)
@@ -250,12 +287,8 @@ def _combine_kernel(
         if STATISTICS:
             part_moment = tl.load(here + MOMENT * step, mask=mask, other=0.0)
             moment += scale * (part_moment + tl.where(part > 0, part * (peak - reference), 0.0))
-            found = tl.load(here + TARGET * step, mask=mask, other=0.0)
-            before = tl.load(here + BEFORE * step, mask=mask, other=0.0)
-            # In columns before the target's there may be none as large; later ones may equal it.
-            holds = found > float("-inf")
-            correct &= (holds == 0) | ((before < own) & (earlier < own))
-            earlier = tl.maximum(earlier, peak)
+            # Columns before the target's must hold less; later ones may equal it.
+            earlier = tl.where(split < holder, tl.maximum(earlier, peak), earlier)
         if SMOOTHING:
             columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
             shifted += tl.load(here + SHIFTED * step, mask=mask, other=0.0)
@@ -280,7 +313,8 @@ def _combine_kernel(
     if STATISTICS:
         entropy = log_total - moment / total
         tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
-        correct &= (own == m) & (lse == lse)
+        before = tl.load(at + BEFORE * step + holder * rows, mask=mask, other=0.0)
+        correct = (own == m) & (before < own) & (earlier < own) & (lse == lse)
         tl.store(correct_ptr + row, correct, mask=mask)
 
 
@@ -293,6 +327,7 @@ def _floor_kernel(
     order_ptr,  # [N]
     count_ptr,  # [1]
     floor_ptr,  # [N]
+    V,
     stride_hn,
     stride_wv,
     inverse_temperature,
@@ -310,7 +345,7 @@ def _floor_kernel(
     if tl.program_id(0) >= tl.load(count_ptr):
         return
     row = tl.load(order_ptr + tl.program_id(0))
-    target = tl.load(target_ptr + row)
+    target = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), V - 1)
     total = 0.0
     size = 0.0
     for d in range(0, D, BLOCK_D):
@@ -378,10 +413,10 @@ class Inputs:
 
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for labelled rows."""
-    count, _, width = inputs.shape
+    count, vocabulary, width = inputs.shape
     floors = torch.empty(count, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
-    _floor_kernel[(count,)](floor_ptr=floors, BLOCK_D=block, **inputs.arguments())
+    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
     return floors
 
 
@@ -408,7 +443,9 @@ class TiledForward:
         per_split = triton.cdiv(tiles, splits)
         splits = triton.cdiv(tiles, per_split)
         sums = torch.empty(SUMS, splits, rows, device=self.inputs.hidden.device)
-        switches = {"STATISTICS": config.statistics, "SMOOTHING": config.label_smoothing > 0}
+        smoothing = config.label_smoothing > 0
+        # Bits of a whole tile without statistics spill 8 bytes on sm_100; with them, none.
+        statistics = config.statistics or (mask is not None and not tile.halves)
         _linear_nll_forward_kernel[(row_blocks * splits,)](
             seed_ptr=self.seed,
             floor_ptr=self.floors,
@@ -421,14 +458,17 @@ class TiledForward:
             splits=splits,
             tiles=per_split,
             eps=config.eps,
+            STATISTICS=statistics,
+            SMOOTHING=smoothing,
             EMIT=mask is not None,
+            HALVES=tile.halves,
             PRECISION=precision_for(config.operand_dtype),
-            **switches,
             **self.inputs.arguments(),
             **tile.constants(),
         )
         _combine_kernel[(triton.cdiv(rows, 64),)](
             sums_ptr=sums,
+            target_ptr=self.inputs.target,
             order_ptr=self.inputs.rows.order,
             count_ptr=self.inputs.rows.count,
             first_row=first_row,
@@ -439,8 +479,9 @@ class TiledForward:
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             BLOCK=64,
+            STATISTICS=config.statistics,
+            SMOOTHING=smoothing,
             Z_LOSS=config.z_loss != 0,
             LOW=self.results["lse_low"].numel() > 0,
             **{f"{name}_ptr": values for name, values in self.results.items()},
-            **switches,
         )
