@@ -87,7 +87,7 @@ def linear_nll(
     config = CoreConfig(*settings)
     _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
 
 
@@ -163,7 +163,7 @@ def run_backward(
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
     backend = select(config.backend, hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return backend.linear_nll_backward(
             grad, hidden, weight, target, bias, saved, config, wanted, grad_weight
         )
@@ -218,7 +218,7 @@ def weighted_loss(
     config, weighting, wanted = split_weighted(rest)
     _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return tuple(
             backend.weighted_loss(
                 hidden, weight, target, share, cu_seqlens, bias, config, weighting, wanted

@@ -22,10 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_kernels import ops
 
-# Triton decides when a kernel is decorated: where there is no GPU, its kernels are interpreted.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
 # No database: a run must not depend on files an earlier one left. No deadline: the first example

@@ -81,7 +81,7 @@ def test_no_tensor_has_n_times_v_elements(path, dtype, ignored, problem, backend
                 loss = run(p, max_buffer_bytes=BUDGET)
             if grad:
                 loss.backward()
-        assert sizes.ops > 100, "the backend was not watched"
+        assert sizes.ops > 50, "the backend was not watched"
         # The gradient of the head is the largest tensor there is, and the blocks fit the budget.
         assert sizes.largest <= max(VOCABULARY * WIDTH, BUDGET // 4)
     assert 20 * max(VOCABULARY * WIDTH, BUDGET // 4) < ROWS * VOCABULARY

@@ -47,6 +47,15 @@ def test_popular_columns_take_a_dense_product(columns, problem, close, monkeypat
     close(got, expected, 2**-6)
 
 
+@pytest.mark.parametrize("budget", [32_768, 49_152, None])
+def test_sums_of_a_block_do_not_reach_the_next(budget, problem, close):
+    """Whole row blocks without a label, and a last block of the vocabulary that is narrower."""
+    p = problem(64, 12, 300, bias=True, dtype=torch.float32, ignored=0.0)
+    p.target[20:] = -100
+    how = {"max_buffer_bytes": budget}
+    close(gradients(p, "triton", **how), gradients(p, "torch", **how), 1e-5)
+
+
 def test_lists_have_room_for_what_text_keeps():
     assert entries.capacity_for(10, 1000, 2**-8) == 10 * 65
     assert entries.capacity_for(10, 100_000, 2**-12) == 10 * 1025
@@ -153,12 +162,12 @@ def test_a_target_that_nobody_checked_gives_nan_in_its_row(how, problem):
     how = dict(how)
     frozen = ("weight",) if how.pop("frozen", False) else ()
     p = problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
-    p.target[2], p.target[5] = 40, -7
+    p.target[2], p.target[5], p.target[7] = 40, -7, 10**6
     p = p.copy(device=DEVICE)
     nll = linear_nll(*p.args, backend="triton", check=False, **how)
     nll.sum().backward()
     bad = torch.zeros(9, dtype=torch.bool)
-    bad[[2, 5]] = True
+    bad[[2, 5, 7]] = True
     assert torch.equal(nll.isnan().cpu(), bad)
 
 

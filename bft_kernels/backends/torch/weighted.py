@@ -198,7 +198,7 @@ class WeightedEngine(WeightedSums):
         if self.wanted.weight:
             self.products.add_weight_gradient(dy, self.operand, self.grad_weight)
         if self.wanted.bias:
-            self.grad_bias += dy.sum(dim=0)
+            self.grad_bias += dy.sum(dim=0, dtype=self.wide)
 
 
 def document_bounds(rows: LabelledRows, cu_seqlens: Tensor | None, chunk: int) -> list[int]:

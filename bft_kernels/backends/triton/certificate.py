@@ -12,7 +12,7 @@ from bft_kernels.backends.triton.device import product_tile, slope_of, transform
 from bft_kernels.backends.triton.forward import Inputs, _swizzle
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "splits", "tiles"])
 def _certificate_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]

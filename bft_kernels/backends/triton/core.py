@@ -125,14 +125,16 @@ def linear_nll_backward(
     """Gradients of ``sum(grad * loss)`` by what is wanted."""
     inputs = Inputs.of(hidden, weight, target, bias, config)
     grad = inputs.rows.mask(grad.float())
-    grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    grad_hidden: Tensor | None = None
+    if wanted.hidden:
+        grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     own: Tensor | None = None
     if wanted.weight:
         own = grad_weight
         if own is None or rows_contiguous(own) is not own:  # not there, or in a layout of its own
             own = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
     into = Gradients(
-        grad_hidden if wanted.hidden else None,
+        grad_hidden,
         own,
         torch.zeros(weight.shape[0], device=weight.device) if wanted.bias else None,
     )

@@ -38,11 +38,13 @@ def _load_words(mask_ptr, at, offs, words, V, target):
     word = tl.load(mask_ptr + at + offs, mask=offs < words, other=0).to(tl.uint32, bitcast=True)
     spare = tl.maximum(tl.minimum((offs + 1) * 32 - V, 31), 0)
     word &= tl.full([], 0xFFFFFFFF, tl.uint32) >> spare.to(tl.uint32)
-    bit = tl.full([], 1, tl.uint32) << (target % 32).to(tl.uint32)
-    return tl.where(offs == target // 32, word | bit, word)
+    valid = (target >= 0) & (target < V)  # of one nobody checked, the loss is NaN
+    place = tl.where(valid, target, 0)
+    bit = tl.full([], 1, tl.uint32) << (place % 32).to(tl.uint32)
+    return tl.where(valid & (offs == place // 32), word | bit, word)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])
 def _count_entries_kernel(
     mask_ptr,  # [R, WORDS]
     target_ptr,  # [N]
@@ -67,7 +69,7 @@ def _count_entries_kernel(
     tl.store(counts_ptr + row, tl.sum(found, axis=0).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "capacity"])
 def _list_entries_kernel(
     mask_ptr,  # [R, WORDS]
     target_ptr,  # [N]
@@ -103,7 +105,7 @@ def _list_entries_kernel(
         place += tl.sum(found, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def _gather_hidden_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -331,7 +333,7 @@ def gather_weight(
     if into.weight is not None:
         few = min(DENSE_COLUMNS, vocabulary // 8)
         dense = starts.diff().topk(few).indices
-        skip[dense] = True
+        skip.index_fill_(0, dense, True)
     block_d = min(1024, triton.next_power_of_2(width))
     _gather_weight_kernel[(vocabulary, triton.cdiv(width, block_d))](
         hidden_ptr=inputs.hidden,

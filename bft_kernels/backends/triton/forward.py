@@ -88,7 +88,7 @@ def _store_bits(
     tl.store(mask_rows + word[None, :], packed, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "splits", "tiles"])
 def _linear_nll_forward_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -231,7 +231,7 @@ def _linear_nll_forward_kernel(
         tl.store(at_sum + SHIFTED * plane, shifted, mask=mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "splits"])
 def _combine_kernel(
     sums_ptr,  # [SUMS, SPLITS, R]
     target_ptr,  # [N]

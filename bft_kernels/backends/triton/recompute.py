@@ -31,7 +31,7 @@ from bft_kernels.backends.triton.forward import Inputs, _swizzle
 from bft_kernels.results import Gradients, Wanted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column", "columns", "rows"])
 def _logit_gradient_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -47,7 +47,9 @@ def _logit_gradient_kernel(
     dy_ptr,  # [R, C]
     bias_sums_ptr,  # [row blocks, C] float32
     first_column,
-    columns,  # C
+    columns,  # C, of which the last block may have fewer
+    stride_dy,
+    rows,  # R
     V,
     stride_hn,
     stride_wv,
@@ -61,7 +63,6 @@ def _logit_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,  # R
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -72,7 +73,7 @@ def _logit_gradient_kernel(
 ):
     """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
     tiles = tl.cdiv(columns, BLOCK_V)
-    block, tile = _swizzle(tl.program_id(0), tl.cdiv(ROWS, BLOCK_N), tiles, GROUP)
+    block, tile = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
     count = tl.load(count_ptr)
     if block * BLOCK_N >= count:
         return
@@ -116,16 +117,16 @@ def _logit_gradient_kernel(
     dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
     dy = tl.where(mask_n[:, None] & mask_v[None, :], dy, 0.0)
     tl.store(
-        dy_ptr + local.to(tl.int64)[:, None] * columns + column[None, :],
+        dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
         dy.to(OPERAND),
-        mask=(local < ROWS)[:, None] & (column < columns)[None, :],
+        mask=(local < rows)[:, None] & (column < columns)[None, :],
     )
     if WANTS_BIAS:
-        place = block.to(tl.int64) * columns + column
+        place = block.to(tl.int64) * stride_dy + column
         tl.store(bias_sums_ptr + place, tl.sum(dy, axis=0), mask=column < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column", "columns"])
 def _hidden_gradient_kernel(
     dy_ptr,  # [R, C]
     weight_ptr,  # [V, D]
@@ -135,6 +136,7 @@ def _hidden_gradient_kernel(
     grad_hidden_ptr,  # [N, D]
     first_column,
     columns,
+    stride_dy,
     V,
     stride_wv,
     D: tl.constexpr,
@@ -163,7 +165,7 @@ def _hidden_gradient_kernel(
         offs_v = first_column + column
         mask_v = (column < columns) & (offs_v < V)
         dy = tl.load(
-            dy_ptr + local.to(tl.int64)[:, None] * columns + column[None, :],
+            dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
             mask=mask_n[:, None] & mask_v[None, :],
             other=0.0,
         )
@@ -181,7 +183,7 @@ def _hidden_gradient_kernel(
         tl.store(sums_ptr + place, sums, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_column", "columns"])
 def _weight_gradient_kernel(
     dy_ptr,  # [R, C]
     hidden_ptr,  # [N, D]
@@ -190,6 +192,7 @@ def _weight_gradient_kernel(
     grad_weight_ptr,  # [V, D]
     first_column,
     columns,
+    stride_dy,
     V,
     stride_hn,
     stride_gv,
@@ -216,7 +219,7 @@ def _weight_gradient_kernel(
         mask_n = local < count
         row = tl.load(order_ptr + local, mask=mask_n, other=0)
         dy = tl.load(
-            dy_ptr + local[None, :] * columns + column[:, None],
+            dy_ptr + local[None, :] * stride_dy + column[:, None],
             mask=mask_n[None, :] & mask_v[:, None],
             other=0.0,
         )
@@ -270,7 +273,8 @@ def add_recomputed(
     shared = {"order_ptr": inputs.rows.order, "count_ptr": inputs.rows.count, "D": width}
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
-        block = {"dy_ptr": dy, "first_column": first, "columns": columns, "V": vocabulary}
+        block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
+        block["V"] = vocabulary
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
@@ -281,7 +285,7 @@ def add_recomputed(
             eps=config.eps,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
-            ROWS=count,
+            rows=count,
             HAS_LOW=known.lse_low.numel() > 0,
             SAMPLED=seed is not None,
             WANTS_BIAS=wanted.bias,
@@ -291,8 +295,7 @@ def add_recomputed(
             **tile.constants(),
         )
         if into.bias is not None:
-            part = bias_sums.view(-1)[: row_blocks * columns].view(row_blocks, columns)
-            into.bias[first : first + columns] += part.sum(0)
+            into.bias[first : first + columns] += bias_sums[:, :columns].sum(0)
         if into.hidden is not None:
             grid = (triton.cdiv(count, for_hidden.block_n), triton.cdiv(width, for_hidden.block_d))
             _hidden_gradient_kernel[grid](
