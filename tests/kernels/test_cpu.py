@@ -21,8 +21,6 @@ from bft_kernels.results import Forward
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Rows, width, vocabulary: smaller than a vector, no multiple of one, and several blocks of columns.
-SHAPES = [(1, 1, 1), (5, 7, 3), (0, 4, 9), (37, 24, 501), (33, 65, 1600), (70, 16, 515)]
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "softcap": {"softcap": 5.0, "temperature": 1.3},

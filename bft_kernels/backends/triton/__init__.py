@@ -1,8 +1,9 @@
 """The fast path on a GPU: Triton kernels that hold logits in registers.
 
 The host never waits for the device: rows are counted there, lists have room for what is expected,
-and what finds no room is computed again. The modules follow a call: ``rows``, ``forward``,
-``certificate``, then ``entries`` (the sampled gradient) or ``recompute`` (the exact one).
+and what finds no room is computed again. The modules follow a call: ``rows``, ``inputs``,
+``floor``, ``forward``, ``certificate``, then ``entries`` (the sampled gradient) or ``recompute``
+(the exact one).
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import precision_for, splits_for, tile_for
-from bft_kernels.backends.triton.device import product_tile, slope_of, transform
-from bft_kernels.backends.triton.forward import Inputs, _swizzle
+from bft_kernels.backends.triton.configs import precision_for
+from bft_kernels.backends.triton.device import logit_tile, slope_of, swizzle
+from bft_kernels.backends.triton.inputs import Inputs
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "tiles"])
@@ -44,7 +44,7 @@ def _certificate_kernel(
     PRECISION: tl.constexpr,
 ):
     """``sum_{v != target} p (eps - p)^+ slope^2`` over a split, and with ``|W_v|^2`` if asked."""
-    block, split = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), splits, GROUP)
+    block, split = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), splits, GROUP)
     count = tl.load(count_ptr)
     if block * BLOCK_N >= count:
         return
@@ -59,14 +59,24 @@ def _certificate_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
-        # Columns past the end repeat the last one, and are masked afterwards.
-        column = tl.minimum(offs_v, V - 1).to(tl.int64)
-        weight_rows = weight_ptr + column[None, :] * stride_wv
-        y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        z = logit_tile(
+            hidden_rows,
+            weight_ptr,
+            bias_ptr,
+            offs_v,
+            V,
+            stride_wv,
+            inverse_temperature,
+            softcap,
+            D,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+            HAS_BIAS,
+            HAS_CAP,
+            OPERAND,
+            PRECISION,
+        )
         p = tl.exp(z - lse[:, None])
         slope = slope_of(z, inverse_temperature, softcap, HAS_CAP)
         term = p * tl.maximum(eps - p, 0.0) * slope * slope
@@ -84,24 +94,22 @@ def _certificate_kernel(
 
 def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
     """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
-    config, (count, vocabulary, width) = inputs.config, inputs.shape
-    tile = tile_for(config, width)
-    row_blocks, tiles = triton.cdiv(count, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
-    splits = splits_for(row_blocks, tiles, lse)
-    sums = torch.zeros(1 if norms is None else 2, splits, count, device=lse.device)
-    _certificate_kernel[(row_blocks * splits,)](
+    config, count = inputs.config, inputs.shape[0]
+    splits = inputs.splits(count)
+    sums = torch.zeros(1 if norms is None else 2, splits.count, count, device=lse.device)
+    _certificate_kernel[(splits.row_blocks * splits.count,)](
         lse_ptr=lse,
         norms_ptr=norms,
         sums_ptr=sums,
         rows=count,
-        V=vocabulary,
-        splits=splits,
-        tiles=triton.cdiv(tiles, splits),
+        V=inputs.shape[1],
+        splits=splits.count,
+        tiles=splits.tiles,
         eps=config.eps,
         HAS_NORMS=norms is not None,
         PRECISION=precision_for(config.operand_dtype),
         **inputs.arguments(),
-        **tile.constants(),
+        **splits.tile.constants(),
     )
     totals = [inputs.rows.spread(part) for part in sums.sum(dim=1)]
     return totals[0], totals[1] if norms is not None else lse.new_empty(0)

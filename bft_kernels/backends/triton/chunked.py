@@ -18,7 +18,13 @@ from bft_kernels.backends.torch.matmul import gemm_dtype
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.weighted import WeightedEngine, run_pieces
 from bft_kernels.backends.triton.configs import triton_dtype
-from bft_kernels.backends.triton.device import expm1_down, finite_or, slope_of, transform
+from bft_kernels.backends.triton.device import (
+    exact_factors,
+    finite_or,
+    slope_of,
+    token_loss,
+    transform,
+)
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.results import Wanted, WeightedLoss
 
@@ -87,6 +93,7 @@ def _sweep_rows_kernel(
     if STATISTICS:
         step = tl.where(total > 0, total * (m - reference), 0.0)
         moment_sum = tl.sum(scale * (moment + step), axis=0)
+    shifted_sum = 0.0
     if SMOOTHING:
         seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
         shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
@@ -99,18 +106,12 @@ def _sweep_rows_kernel(
     own = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
     own = tl.where(column == target, own, float("nan"))
     log_total = tl.log(sum_all)
-    nll = log_total - (own - reference)
-    nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
-    lse = reference + log_total
-    high = lse - reference
+    nll, lse, low, loss = token_loss(
+        log_total, reference, own, shifted_sum, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
+    )
     tl.store(nll_ptr + row, nll)
     tl.store(lse_ptr + row, lse)
-    tl.store(lse_low_ptr + row, (reference - (lse - high)) + (log_total - high))
-    loss = nll
-    if SMOOTHING:
-        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted_sum / V)
-    if Z_LOSS:
-        loss += z_loss * lse * lse
+    tl.store(lse_low_ptr + row, low)
     tl.store(loss_ptr + row, loss)
     if STATISTICS:
         entropy = log_total - moment_sum / sum_all
@@ -146,10 +147,7 @@ def _gradient_rows_kernel(
     nll = tl.load(nll_ptr + row)
     coefficient = tl.load(coefficient_ptr + row)
     rest = tl.exp(-tl.load(lse_low_ptr + row))
-    share = 1.0 + 2.0 * z_loss * lse
-    even = label_smoothing / V
-    own = (1.0 - label_smoothing) * expm1_down(-nll) - even
-    own += (share - 1.0 + label_smoothing) * tl.exp(-nll)
+    share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < V

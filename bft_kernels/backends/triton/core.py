@@ -20,7 +20,9 @@ from bft_kernels.backends.triton.entries import (
     offsets_of,
     overflowed,
 )
-from bft_kernels.backends.triton.forward import Inputs, TiledForward, find_floors
+from bft_kernels.backends.triton.floor import find_floors
+from bft_kernels.backends.triton.forward import TiledForward
+from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues, add_recomputed
 from bft_kernels.backends.triton.rows import DeviceRows
 from bft_kernels.config import CoreConfig, storage

@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+from bft_kernels.backends.triton.configs import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -129,17 +131,35 @@ def finite_or(x, instead):
 
 
 @triton.jit
-def product_tile(
+def swizzle(program, row_blocks, splits, GROUP: tl.constexpr):
+    """Row block and split of a program: ``GROUP`` row blocks side by side share columns in L2."""
+    per_group = GROUP * splits
+    first = program // per_group * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    return first + program % per_group % size, program % per_group // size
+
+
+@triton.jit
+def logit_tile(
     hidden_rows,  # pointers [BLOCK_N, 1], all of them valid
-    weight_rows,  # pointers [1, BLOCK_V], all of them valid
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    offs_v,  # [BLOCK_V]; beyond V the last column is repeated, to be masked by the caller
+    V,
+    stride_wv,
+    inverse_temperature,
+    softcap,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``hidden @ weight.T`` of a tile, accumulated in float32."""
+    """``z [BLOCK_N, BLOCK_V]``, its product accumulated in float32."""
+    weight_rows = weight_ptr + tl.minimum(offs_v, V - 1).to(tl.int64)[None, :] * stride_wv
     y = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
@@ -150,4 +170,50 @@ def product_tile(
             h = tl.load(hidden_rows + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
             w = tl.load(weight_rows + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
         y = dot(h, w, y, OPERAND, PRECISION)
-    return y
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+    return transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+
+
+@triton.jit
+def token_loss(
+    log_total,  # of the sum of exp(z - reference)
+    reference,
+    own,  # the target's z
+    shifted,  # sum of z - reference; not looked at without SMOOTHING
+    V,
+    label_smoothing,
+    z_loss,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+):
+    """``nll``, ``lse``, what rounding took from ``lse``, and the loss, smoothing and all."""
+    nll = log_total - (own - reference)
+    nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
+    lse = reference + log_total
+    high = lse - reference  # Knuth's exact sum; see Softmax.lse_low of the torch backend
+    low = (reference - (lse - high)) + (log_total - high)
+    loss = nll
+    if SMOOTHING:
+        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted / V)
+    if Z_LOSS:
+        loss += z_loss * lse * lse
+    return nll, lse, low, loss
+
+
+@triton.jit
+def exact_factors(lse, nll, V, label_smoothing, z_loss):
+    """``dz = share * p - even`` away from the target, and ``own`` there."""
+    share = 1.0 + 2.0 * z_loss * lse
+    even = label_smoothing / V
+    own = (1.0 - label_smoothing) * expm1_down(-nll) - even
+    own += (share - 1.0 + label_smoothing) * tl.exp(-nll)
+    return share, even, own
+
+
+@triton.jit
+def sampled_dz(p, bits, at_target, own, eps):
+    """The sampled gradient: 0 where the draw lets an entry go, NaN where ``p`` is."""
+    kept = tl.where(uniform(bits) * eps < p, tl.maximum(p, eps), 0.0)
+    return tl.where(at_target, own, tl.where(p != p, p, kept))

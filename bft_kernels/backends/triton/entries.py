@@ -20,11 +20,11 @@ from bft_kernels.backends.triton.device import (
     expm1_down,
     popcount,
     row_key,
+    sampled_dz,
     slope_of,
     transform,
-    uniform,
 )
-from bft_kernels.backends.triton.forward import Inputs
+from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues
 from bft_kernels.results import Gradients
 
@@ -169,17 +169,13 @@ def _gather_hidden_kernel(
         y = tl.sum(w * h[None, :], axis=1)
         z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
         p = tl.exp(z - lse)
-        u = uniform(draw_bits(multiplier, offset, column.to(tl.uint32)))
-        is_target = column == target
-        # Of a row that is not finite everything is kept, so that its gradient is not either.
-        keep = (u * eps < p) | is_target | (p != p)
-        value = tl.where(is_target, expm1_down(-nll), tl.maximum(p, eps))
-        value = tl.where(p != p, p, value)
+        bits = draw_bits(multiplier, offset, column.to(tl.uint32))
+        value = sampled_dz(p, bits, column == target, expm1_down(-nll), eps)
         value *= slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream
-        value = tl.where(keep & mask_k, value, 0.0)
+        value = tl.where(mask_k, value, 0.0)
         tl.store(values_ptr + offs_k, value, mask=mask_k)
         if WANTS_HIDDEN:
-            sums += tl.sum(tl.where(keep[:, None], w * value[:, None], 0.0), axis=0)
+            sums += tl.sum(tl.where((value != 0)[:, None], w * value[:, None], 0.0), axis=0)
     if WANTS_HIDDEN:
         tl.store(grad_hidden_ptr + row * D + offs_d, sums, mask=mask_d)
 
@@ -328,6 +324,7 @@ def gather_weight(
     dense = None
     skip = torch.zeros(vocabulary, dtype=torch.bool, device=columns.device)
     key, order = torch.sort(key, stable=True)  # by column, then by row
+    row, values = row[order], values[order]
     bounds = torch.arange(vocabulary + 1, dtype=torch.int32, device=columns.device)
     starts = torch.searchsorted(key, bounds)
     if into.weight is not None:
@@ -338,8 +335,8 @@ def gather_weight(
     _gather_weight_kernel[(vocabulary, triton.cdiv(width, block_d))](
         hidden_ptr=inputs.hidden,
         starts_ptr=starts,
-        rows_ptr=row[order],
-        values_ptr=values[order],
+        rows_ptr=row,
+        values_ptr=values,
         skip_ptr=skip,
         grad_weight_ptr=into.weight,
         grad_bias_ptr=into.bias,
@@ -354,7 +351,7 @@ def gather_weight(
         num_warps=4,
     )
     if dense is not None and into.weight is not None:
-        _add_dense(inputs, dense, key, row[order], values[order], into.weight)
+        _add_dense(inputs, dense, key, row, values, into.weight)
 
 
 def _rows_and_keys(

@@ -15,23 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import (
-    precision_for,
-    rows_contiguous,
-    splits_for,
-    tile_for,
-    triton_dtype,
-)
+from bft_kernels.backends.triton.configs import precision_for
 from bft_kernels.backends.triton.device import (
     draw_bits,
     finite_or,
+    logit_tile,
     may_be_below,
-    product_tile,
     row_key,
-    transform,
+    swizzle,
+    token_loss,
 )
-from bft_kernels.backends.triton.rows import DeviceRows
-from bft_kernels.config import CoreConfig
+from bft_kernels.backends.triton.inputs import Inputs
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
 MAXIMUM = tl.constexpr(0)  # of z
@@ -41,15 +35,6 @@ SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
 TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
 BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
 SUMS = 6
-
-
-@triton.jit
-def _swizzle(program, row_blocks, splits, GROUP: tl.constexpr):
-    """Row block and split of a program: ``GROUP`` row blocks side by side share columns in L2."""
-    per_group = GROUP * splits
-    first = program // per_group * GROUP
-    size = tl.minimum(row_blocks - first, GROUP)
-    return first + program % per_group % size, program % per_group // size
 
 
 @triton.jit
@@ -126,7 +111,7 @@ def _linear_nll_forward_kernel(
     PRECISION: tl.constexpr,
 ):
     row_blocks = tl.cdiv(rows, BLOCK_N)
-    block, split = _swizzle(tl.program_id(0), row_blocks, splits, GROUP)
+    block, split = swizzle(tl.program_id(0), row_blocks, splits, GROUP)
     count = tl.load(count_ptr)
     if first_row + block * BLOCK_N >= count:
         return
@@ -149,14 +134,24 @@ def _linear_nll_forward_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         mask_v = offs_v < V
-        # Columns past the end repeat the last one, and are masked afterwards.
-        column = tl.minimum(offs_v, V - 1).to(tl.int64)
-        weight_rows = weight_ptr + column[None, :] * stride_wv
-        y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        z = logit_tile(
+            hidden_rows,
+            weight_ptr,
+            bias_ptr,
+            offs_v,
+            V,
+            stride_wv,
+            inverse_temperature,
+            softcap,
+            D,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+            HAS_BIAS,
+            HAS_CAP,
+            OPERAND,
+            PRECISION,
+        )
         z = tl.where(mask_v[None, :], z, float("-inf"))
 
         # One tile in many holds a target; only there are its logit and those before it looked for.
@@ -295,20 +290,13 @@ def _combine_kernel(
             shifted += (finite_or(peak, 0.0) - reference) * columns
 
     log_total = tl.log(total)
-    nll = log_total - (own - reference)
-    nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
-    lse = reference + log_total
+    nll, lse, low, loss = token_loss(
+        log_total, reference, own, shifted, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
+    )
     tl.store(nll_ptr + row, nll, mask=mask)
     tl.store(lse_ptr + row, lse, mask=mask)
-    loss = nll
-    if SMOOTHING:
-        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted / V)
-    if Z_LOSS:
-        loss += z_loss * lse * lse
     tl.store(loss_ptr + row, loss, mask=mask)
-    if LOW:  # Knuth's exact sum; see Softmax.lse_low of the torch backend
-        high = lse - reference
-        low = (reference - (lse - high)) + (log_total - high)
+    if LOW:
         tl.store(lse_low_ptr + row, low, mask=mask)
     if STATISTICS:
         entropy = log_total - moment / total
@@ -316,108 +304,6 @@ def _combine_kernel(
         before = tl.load(at + BEFORE * step + holder * rows, mask=mask, other=0.0)
         correct = (own == m) & (before < own) & (earlier < own) & (lse == lse)
         tl.store(correct_ptr + row, correct, mask=mask)
-
-
-@triton.jit
-def _floor_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    floor_ptr,  # [N]
-    V,
-    stride_hn,
-    stride_wv,
-    inverse_temperature,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    OPERAND: tl.constexpr,
-):
-    """A lower bound of each row's lse: its target's logit, less what rounding can make of it.
-
-    Until a program arrives at a confident token's target, this keeps the other entries out.
-    """
-    if tl.program_id(0) >= tl.load(count_ptr):
-        return
-    row = tl.load(order_ptr + tl.program_id(0))
-    target = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), V - 1)
-    total = 0.0
-    size = 0.0
-    for d in range(0, D, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=offs_d < D, other=0.0).to(OPERAND)
-        w = tl.load(weight_ptr + target * stride_wv + offs_d, mask=offs_d < D, other=0.0)
-        product = h.to(tl.float32) * w.to(OPERAND).to(tl.float32)
-        total += tl.sum(product, axis=0)
-        size += tl.sum(tl.abs(product), axis=0)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + target).to(tl.float32)
-        size += tl.abs(bias)
-    z = transform(total - 1e-5 * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-    if HAS_CAP:
-        z -= 1e-5 * softcap * inverse_temperature
-    tl.store(floor_ptr + row, z - 1e-5 * tl.abs(z))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The operands of one call as the kernels take them."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    target: Tensor  # [N]
-    bias: Tensor | None  # [V]
-    rows: DeviceRows
-    config: CoreConfig
-
-    @staticmethod
-    def of(
-        hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
-    ) -> Inputs:
-        rows = DeviceRows.of(target, config.ignore_index)
-        bias = None if bias is None else bias.contiguous()
-        hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
-        return Inputs(hidden, weight, target.contiguous(), bias, rows, config)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``N``, ``V``, ``D``."""
-        return self.hidden.shape[0], *self.weight.shape
-
-    def arguments(self) -> dict[str, object]:
-        """What every kernel that makes logits takes."""
-        config = self.config
-        return {
-            "hidden_ptr": self.hidden,
-            "weight_ptr": self.weight,
-            "bias_ptr": self.bias,
-            "target_ptr": self.target,
-            "order_ptr": self.rows.order,
-            "count_ptr": self.rows.count,
-            "stride_hn": self.hidden.stride(0),
-            "stride_wv": self.weight.stride(0),
-            "inverse_temperature": 1.0 / config.temperature,
-            "softcap": config.softcap or 1.0,
-            "D": self.hidden.shape[1],
-            "HAS_BIAS": self.bias is not None,
-            "HAS_CAP": config.softcap is not None,
-            "OPERAND": triton_dtype(config.operand_dtype),
-        }
-
-
-def find_floors(inputs: Inputs) -> Tensor:
-    """``[N]`` float32, defined for labelled rows."""
-    count, vocabulary, width = inputs.shape
-    floors = torch.empty(count, device=inputs.hidden.device)
-    block = min(1024, triton.next_power_of_2(width))
-    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
-    return floors
 
 
 @dataclass(frozen=True)
@@ -436,17 +322,14 @@ class TiledForward:
             first_row, rows: among the labelled rows.
             mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
         """
-        config, (_, vocabulary, width) = self.inputs.config, self.inputs.shape
-        tile = tile_for(config, width)
-        row_blocks, tiles = triton.cdiv(rows, tile.block_n), triton.cdiv(vocabulary, tile.block_v)
-        splits = splits_for(row_blocks, tiles, self.inputs.hidden)
-        per_split = triton.cdiv(tiles, splits)
-        splits = triton.cdiv(tiles, per_split)
-        sums = torch.empty(SUMS, splits, rows, device=self.inputs.hidden.device)
+        config, vocabulary = self.inputs.config, self.inputs.shape[1]
+        splits = self.inputs.splits(rows)
+        tile = splits.tile
+        sums = torch.empty(SUMS, splits.count, rows, device=self.inputs.hidden.device)
         smoothing = config.label_smoothing > 0
         # Bits of a whole tile without statistics spill 8 bytes on sm_100; with them, none.
         statistics = config.statistics or (mask is not None and not tile.halves)
-        _linear_nll_forward_kernel[(row_blocks * splits,)](
+        _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
             seed_ptr=self.seed,
             floor_ptr=self.floors,
             sums_ptr=sums,
@@ -455,8 +338,8 @@ class TiledForward:
             rows=rows,
             V=vocabulary,
             words=triton.cdiv(vocabulary, 32),
-            splits=splits,
-            tiles=per_split,
+            splits=splits.count,
+            tiles=splits.tiles,
             eps=config.eps,
             STATISTICS=statistics,
             SMOOTHING=smoothing,
@@ -474,8 +357,8 @@ class TiledForward:
             first_row=first_row,
             rows=rows,
             V=vocabulary,
-            splits=splits,
-            split_columns=per_split * tile.block_v,
+            splits=splits.count,
+            split_columns=splits.tiles * tile.block_v,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             BLOCK=64,

@@ -20,14 +20,15 @@ from bft_kernels.backends.triton.configs import precision_for, product_tiles, ti
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
+    exact_factors,
     expm1_down,
-    product_tile,
+    logit_tile,
     row_key,
+    sampled_dz,
     slope_of,
-    transform,
-    uniform,
+    swizzle,
 )
-from bft_kernels.backends.triton.forward import Inputs, _swizzle
+from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.results import Gradients, Wanted
 
 
@@ -73,7 +74,7 @@ def _logit_gradient_kernel(
 ):
     """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
     tiles = tl.cdiv(columns, BLOCK_V)
-    block, tile = _swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
+    block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
     count = tl.load(count_ptr)
     if block * BLOCK_N >= count:
         return
@@ -82,16 +83,26 @@ def _logit_gradient_kernel(
     row = tl.load(order_ptr + local, mask=mask_n, other=0)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_column + column
-    mask_v = (column < columns) & (offs_v < V)
+    mask_v = column < columns
     hidden_rows = hidden_ptr + row[:, None] * stride_hn
-    # Columns past the end repeat the last one, and are masked afterwards.
-    clamped = tl.minimum(offs_v, V - 1).to(tl.int64)
-    weight_rows = weight_ptr + clamped[None, :] * stride_wv
-    y = product_tile(hidden_rows, weight_rows, D, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, PRECISION)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
-    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    z = logit_tile(
+        hidden_rows,
+        weight_ptr,
+        bias_ptr,
+        offs_v,
+        V,
+        stride_wv,
+        inverse_temperature,
+        softcap,
+        D,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_D,
+        HAS_BIAS,
+        HAS_CAP,
+        OPERAND,
+        PRECISION,
+    )
 
     target = tl.load(target_ptr + row, mask=mask_n, other=0)
     lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
@@ -99,31 +110,25 @@ def _logit_gradient_kernel(
     upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
     p = tl.exp(z - lse[:, None])
     at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
-    own = expm1_down(-nll)
     if SAMPLED:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
         bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
-        keep = uniform(bits) * eps < p
-        dz = tl.where(p != p, p, tl.where(keep, tl.maximum(p, eps), 0.0))
-        dz = tl.where(at_target, own[:, None], dz)
+        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
     else:
         if HAS_LOW:
             p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-        share = 1.0 + 2.0 * z_loss * lse
-        even = label_smoothing / V
-        own = (1.0 - label_smoothing) * own - even
-        own += (share - 1.0 + label_smoothing) * tl.exp(-nll)
+        share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
         dz = tl.where(at_target, own[:, None], p * share[:, None] - even)
     dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
-    dy = tl.where(mask_n[:, None] & mask_v[None, :], dy, 0.0)
     tl.store(
         dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
         dy.to(OPERAND),
-        mask=(local < rows)[:, None] & (column < columns)[None, :],
+        mask=mask_n[:, None] & mask_v[None, :],
     )
     if WANTS_BIAS:
         place = block.to(tl.int64) * stride_dy + column
-        tl.store(bias_sums_ptr + place, tl.sum(dy, axis=0), mask=column < columns)
+        sums = tl.sum(tl.where(mask_n[:, None], dy, 0.0), axis=0)
+        tl.store(bias_sums_ptr + place, sums, mask=mask_v)
 
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
@@ -137,7 +142,6 @@ def _hidden_gradient_kernel(
     first_column,
     columns,
     stride_dy,
-    V,
     stride_wv,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -163,7 +167,7 @@ def _hidden_gradient_kernel(
     for start in range(0, columns, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         offs_v = first_column + column
-        mask_v = (column < columns) & (offs_v < V)
+        mask_v = column < columns
         dy = tl.load(
             dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
             mask=mask_n[:, None] & mask_v[None, :],
@@ -193,7 +197,6 @@ def _weight_gradient_kernel(
     first_column,
     columns,
     stride_dy,
-    V,
     stride_hn,
     stride_gv,
     D: tl.constexpr,
@@ -210,7 +213,7 @@ def _weight_gradient_kernel(
         return
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_column + column
-    mask_v = (column < columns) & (offs_v < V)
+    mask_v = column < columns
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     sums = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
@@ -274,7 +277,6 @@ def add_recomputed(
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
-        block["V"] = vocabulary
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
@@ -286,6 +288,7 @@ def add_recomputed(
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
             rows=count,
+            V=vocabulary,
             HAS_LOW=known.lse_low.numel() > 0,
             SAMPLED=seed is not None,
             WANTS_BIAS=wanted.bias,

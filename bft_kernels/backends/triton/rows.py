@@ -24,10 +24,6 @@ class DeviceRows:
     def of(target: Tensor, ignore_index: int) -> DeviceRows:
         return DeviceRows.chosen(target != ignore_index)
 
-    @property
-    def total(self) -> int:
-        return self.labelled.numel()
-
     def spread(self, values: Tensor) -> Tensor:
         """``values [N]`` by labelled row, of which the first ``count`` count, by position."""
         return self.mask(torch.empty_like(values).index_copy_(0, self.order, values))

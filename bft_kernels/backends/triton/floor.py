@@ -1,0 +1,67 @@
+"""A bound of lse that is there before the first logit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.triton.device import transform
+from bft_kernels.backends.triton.inputs import Inputs
+
+
+@triton.jit
+def _floor_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    floor_ptr,  # [N]
+    V,
+    stride_hn,
+    stride_wv,
+    inverse_temperature,
+    softcap,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """A lower bound of each row's lse: its target's logit, less what rounding can make of it.
+
+    Until a program arrives at a confident token's target, this keeps the other entries out.
+    """
+    if tl.program_id(0) >= tl.load(count_ptr):
+        return
+    row = tl.load(order_ptr + tl.program_id(0))
+    target = tl.minimum(tl.maximum(tl.load(target_ptr + row), 0), V - 1)
+    total = 0.0
+    size = 0.0
+    for d in range(0, D, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=offs_d < D, other=0.0).to(OPERAND)
+        w = tl.load(weight_ptr + target * stride_wv + offs_d, mask=offs_d < D, other=0.0)
+        product = h.to(tl.float32) * w.to(OPERAND).to(tl.float32)
+        total += tl.sum(product, axis=0)
+        size += tl.sum(tl.abs(product), axis=0)
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + target).to(tl.float32)
+        size += tl.abs(bias)
+    z = transform(total - 1e-5 * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    if HAS_CAP:
+        z -= 1e-5 * softcap * inverse_temperature
+    tl.store(floor_ptr + row, z - 1e-5 * tl.abs(z))
+
+
+def find_floors(inputs: Inputs) -> Tensor:
+    """``[N]`` float32, defined for labelled rows."""
+    count, vocabulary, width = inputs.shape
+    floors = torch.empty(count, device=inputs.hidden.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
+    return floors
