@@ -21,7 +21,14 @@ from torch import Tensor
 
 from benchmarks.gpu_inputs import expected_entries, text_like
 from benchmarks.gpu_providers import Candidate, find
-from benchmarks.measure import bare_product, in_use, seconds, synchronize
+from benchmarks.measure import (
+    bare_product,
+    gradient_bytes,
+    in_use,
+    seconds,
+    step,
+    synchronize,
+)
 from benchmarks.providers import balanced, ours
 from benchmarks.shapes import Problem, Shape
 
@@ -115,7 +122,7 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     problem = text_like(job.shape, task.dtype, device)
     row: dict[str, Any] = {"status": "ok", "reason": ""}
     started = time.perf_counter()
-    loss = step(candidate, problem)
+    loss = step(candidate.run, problem)
     synchronize(device)
     row["first_seconds"] = time.perf_counter() - started
     row |= _compare(candidate, _parts(loss, problem), job, task)
@@ -125,7 +132,7 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     blocking = _fastest_blocking(job.shape, task.dtype, device)
     runs: dict[str, Callable[[], object]] = {
         "bare": lambda: bare_product(problem, *blocking),
-        "own": lambda: step(candidate, problem),
+        "own": lambda: step(candidate.run, problem),
     }
     samples: dict[str, list[float]] = {name: [] for name in runs}
     least = min(3, task.turns)
@@ -144,15 +151,6 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
         "times_g": taken / bare,
         "tokens_per_second": job.shape.tokens / taken,
     }
-
-
-def step(candidate: Candidate, problem: Problem) -> Tensor:
-    """Forward and the gradients, of a provider that has any."""
-    problem.hidden.grad = problem.weight.grad = None
-    loss = candidate.run(problem)
-    if loss.requires_grad:
-        loss.backward()
-    return loss.detach()
 
 
 def _parts(loss: Tensor, problem: Problem) -> Gradients:
@@ -217,11 +215,10 @@ def _memory(candidate: Candidate, problem: Problem, device: str) -> dict[str, An
     before = in_use(device, reset=True)
     hooks = torch.autograd.graph.saved_tensors_hooks(look, lambda saved: saved)
     with contextlib.nullcontext() if candidate.eps is None else hooks:
-        step(candidate, problem)
+        step(candidate.run, problem)
     synchronize(device)
     peak = in_use(device, peak=True)
-    made = [x.grad.nbytes for x in (problem.hidden, problem.weight) if x.grad is not None]
-    row: dict[str, Any] = {"extra_bytes": max(0, peak - before - sum(made))}
+    row: dict[str, Any] = {"extra_bytes": max(0, peak - before - gradient_bytes(problem))}
     if listed:
         row["listed_per_token"] = int(listed[-1]) / problem.target.numel()
     return row

@@ -10,17 +10,26 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
-from benchmarks.providers import PEERS, PROVIDERS
+from benchmarks.providers import PEERS, PROVIDERS, Provider
 from benchmarks.shapes import Problem, Shape, Source, make_problem
 
 
-def step(provider: str, problem: Problem) -> None:
-    """Forward and the gradients, of a provider that has any."""
+def step(provider: str | Provider, problem: Problem) -> Tensor:
+    """Forward and the gradients, of a provider that has any; the loss."""
     problem.hidden.grad = problem.weight.grad = None
-    loss = (PROVIDERS | PEERS)[provider](problem)
+    run = (PROVIDERS | PEERS)[provider] if isinstance(provider, str) else provider
+    loss = run(problem)
     if loss.requires_grad:
         loss.backward()
+    return loss.detach()
+
+
+def gradient_bytes(problem: Problem) -> int:
+    """Of the gradients that the last step made."""
+    leaves = problem.hidden, problem.weight
+    return sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
 
 
 def synchronize(device: str) -> None:
@@ -85,7 +94,7 @@ def time_all(problem: Problem, device: str, repeats: int, names: list[str]) -> d
 
     ``"1G"`` is the fastest of the ``BLOCKINGS`` of the bare product, timed among them.
     """
-    runs: dict[str, Callable[[], None]] = {}
+    runs: dict[str, Callable[[], object]] = {}
     for rows, columns in BLOCKINGS:
         runs[f"1G {rows} x {columns}"] = lambda r=rows, c=columns: bare_product(problem, r, c)  # type: ignore[misc]
     for name in names:
@@ -127,8 +136,7 @@ def _extra_memory(
     before = in_use(device, reset=True)
     step(provider, problem)
     peak = in_use(device, peak=True)
-    made = [x.grad.nbytes for x in (problem.hidden, problem.weight) if x.grad is not None]
-    sender.send(max(0, peak - before - sum(made)))
+    sender.send(max(0, peak - before - gradient_bytes(problem)))
 
 
 def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:

@@ -89,13 +89,17 @@ def ours(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     return loss
 
 
+def _documents(problem: Problem) -> Tensor:
+    """Boundaries of documents of 128 tokens."""
+    count = problem.target.numel()
+    return torch.tensor([*range(0, count, 128), count])
+
+
 def balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
     """The BFT loss over documents of 128 tokens."""
-    count = problem.target.numel()
-    bounds = torch.tensor([*range(0, count, 128), count])
     weight = problem.weight.detach() if frozen else problem.weight
     loss = balanced_linear_cross_entropy(
-        problem.hidden, weight, problem.target, cu_seqlens=bounds, **how
+        problem.hidden, weight, problem.target, cu_seqlens=_documents(problem), **how
     )
     assert isinstance(loss, Tensor)
     return loss
@@ -104,20 +108,20 @@ def balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
 @torch.no_grad()
 def _forward_only(problem: Problem) -> Tensor:
     """The loss with every statistic."""
-    count = problem.target.numel()
-    bounds = torch.tensor([*range(0, count, 128), count])
     loss, _ = balanced_linear_cross_entropy(
-        problem.hidden, problem.weight, problem.target, cu_seqlens=bounds, return_stats=True
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        cu_seqlens=_documents(problem),
+        return_stats=True,
     )
     return loss
 
 
 def _weighting(problem: Problem) -> Tensor:
     """Token and sequence weights alone, of documents of 128 tokens."""
-    count = problem.target.numel()
-    confidence = torch.linspace(0, 1, count, device=problem.target.device)
-    bounds = torch.tensor([*range(0, count, 128), count])
-    return token_weights(confidence, bounds).token_weight
+    confidence = torch.linspace(0, 1, problem.target.numel(), device=problem.target.device)
+    return token_weights(confidence, _documents(problem)).token_weight
 
 
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
