@@ -10,6 +10,7 @@ from bft_kernels.functional import (
 from bft_kernels.info import info
 from bft_kernels.modules import BalancedLinearCrossEntropyLoss, LinearCrossEntropyLoss
 from bft_kernels.weighting import TokenWeights, token_weights
+from bft_kernels.workspace import empty_cache
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "TokenStats",
     "TokenWeights",
     "balanced_linear_cross_entropy",
+    "empty_cache",
     "info",
     "linear_cross_entropy",
     "linear_nll",

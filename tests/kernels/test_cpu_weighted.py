@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross_entropy, workspace
 
 pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
@@ -124,3 +126,52 @@ def test_the_same_result_with_any_number_of_threads(problem, all_threads):
     for other in results[1:]:
         for name, expected in results[0].items():
             torch.testing.assert_close(other[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_that_waited_in_an_earlier_call_do_not_matter(problem, taken):
+    """The buffer is kept: poisoned, made under inference mode, of another size, and freed."""
+    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+
+    def run(rows: int = ROWS, budget: int = 24 * MIB) -> dict[str, Tensor]:
+        copy = p.copy()
+        hidden, weight, target = copy.args
+        loss = balanced_linear_cross_entropy(
+            hidden[:rows], weight, target[:rows], window=4, backend="cpu", max_buffer_bytes=budget
+        )
+        return gradients(loss, copy)
+
+    empty_cache()
+    with torch.inference_mode():
+        linear_cross_entropy(*(tensor.detach() for tensor in p.args), max_buffer_bytes=24 * MIB)
+    first = run()
+    (kept,) = workspace._kept
+    assert 0 < kept.nbytes <= 24 * MIB
+    kept.fill_(torch.nan)
+    again = run()
+    assert workspace._kept[0] is kept
+    run(rows=ROWS // 8, budget=4 * MIB)
+    assert workspace._kept[0] is kept
+    run(budget=48 * MIB)
+    assert workspace._kept[0].nbytes > kept.nbytes
+    empty_cache()
+    for other in (again, run()):
+        for name, expected in first.items():
+            assert torch.equal(other[name], expected), name
+
+
+def test_calls_side_by_side_have_a_buffer_each(problem):
+    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+
+    def run(_=None) -> dict[str, Tensor]:
+        copy = p.copy()
+        loss = balanced_linear_cross_entropy(
+            *copy.args, window=4, backend="cpu", max_buffer_bytes=24 * MIB
+        )
+        return gradients(loss, copy)
+
+    expected = run()
+    with ThreadPoolExecutor(3) as pool:
+        for got in pool.map(run, range(6)):
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7)
+    assert len(workspace._kept) == 1

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bft_kernels import workspace
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
     Block,
@@ -138,7 +139,7 @@ class _Engine(WeightedSums):
         self.targets = rows.take(target, 0, rows.count).contiguous()
         self.lse_low = torch.zeros(rows.count)
         self.lse = torch.zeros(rows.count)
-        self.buffer = torch.empty(0)
+        self.buffer: Tensor | None = None  # borrowed from the first piece on
         self.block = torch.empty(wide * max(plan.rows, plan.in_gradient))
         self.waiting: _Waiting | None = None
         self.operand = hidden[:0]  # of the rows that wait
@@ -154,9 +155,8 @@ class _Engine(WeightedSums):
         count, vocabulary = stop - first, self.weight.shape[0]
         in_gradient = 0 if self.added else min(count, self.plan.in_gradient)
         in_buffer = min(count - in_gradient, self.plan.in_buffer)
-        if self.buffer.numel() < in_buffer * vocabulary:
-            self.buffer = torch.empty(0)  # freed before its successor is made
-            self.buffer = torch.empty(in_buffer * vocabulary)
+        if self.buffer is None:
+            self.buffer = workspace.borrow(self.plan.in_buffer * vocabulary)
         self.operand = self.operands.take(first, first + in_gradient + in_buffer)
         return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
 
@@ -250,6 +250,8 @@ class _Engine(WeightedSums):
         """The results over all ``N`` rows."""
         if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
+        if self.buffer is not None:
+            workspace.give_back(self.buffer)
         return super().result()
 
 

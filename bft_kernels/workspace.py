@@ -1,0 +1,37 @@
+"""Memory for logits that wait, kept from one call to the next.
+
+The system clears each page of fresh memory before its first use, which for 200 MiB takes as long as
+a quarter of a product. One block is kept for the process, as large as the largest call needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_kept: list[Tensor] = []  # one at most, but for calls that run side by side
+
+
+def borrow(count: int) -> Tensor:
+    """``count`` floats or more, of any values; nobody else has them until they are given back."""
+    space = _kept.pop() if _kept else torch.empty(0)
+    if space.numel() >= count:
+        return space
+    del space  # freed before its successor is made
+    with torch.inference_mode(mode=False):  # so that any later call may write to it
+        return torch.empty(count)
+
+
+def give_back(space: Tensor) -> None:
+    """Keeps what was borrowed for the next call, if nothing else is kept."""
+    if not _kept:
+        _kept.append(space)
+
+
+def empty_cache() -> None:
+    """Frees the memory that the ``cpu`` backend keeps between calls.
+
+    The exact weighted loss keeps its buffer of logits, ``max_buffer_bytes`` at most, as
+    ``torch.cuda`` keeps freed memory. The next call that needs one makes a new one.
+    """
+    _kept.clear()
