@@ -19,6 +19,7 @@ from bft_kernels.backends.triton import configs, entries
 from bft_kernels.backends.triton.rows import DeviceRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
@@ -186,3 +187,57 @@ def test_is_never_chosen_unasked_on_a_cpu():
 def test_every_tile_has_whole_words():
     tiles = [*configs.SHIPPED.values(), *configs.CAPPED.values(), configs.UNALIGNED]
     assert all(tile.block_v % 64 == 0 for tile in [*tiles, configs.INTERPRETED])
+
+
+CALLS: dict[str, Any] = {
+    "nll": lambda args, cu: linear_nll(*args).sum(),
+    "mean": lambda args, cu: linear_cross_entropy(*args),
+    "sampled": lambda args, cu: linear_cross_entropy(*args, **SAMPLED),
+    "balanced": lambda args, cu: balanced_linear_cross_entropy(*args, window=4, cu_seqlens=cu),
+    "balanced, boundaries on the CPU": lambda args, cu: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=torch.tensor([0, 40, 130])
+    ),
+    "balanced, sampled": lambda args, cu: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=cu, return_stats=True, **SAMPLED
+    )[0],
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name, dtype, frozen, problem):
+    p = problem(130, 64, 1000, dtype=dtype, frozen=frozen).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    for mode in ("default", "error"):  # kernels are compiled in the first turn
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            CALLS[name](p.args, boundaries).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if "CPU" not in name])
+def test_is_captured_in_a_graph(name, problem, close):
+    p = problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    loss = CALLS[name](p.args, boundaries)
+    loss.backward()
+    expected = {key: value.clone() for key, value in p.grads().items()}
+    p.hidden.grad = p.weight.grad = None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        CALLS[name](p.args, boundaries).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    p.hidden.grad = p.weight.grad = None
+    with torch.cuda.graph(graph):
+        captured = CALLS[name](p.args, boundaries)
+        captured.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, loss)
+    close(p.grads(), expected, 0)

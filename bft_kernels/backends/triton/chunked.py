@@ -190,12 +190,7 @@ class ChunkedEngine(WeightedEngine):
         if self.config.statistics:
             self.collected.add(first, entropy=results["entropy"], correct=results["correct"])
 
-    def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
-        """Adds the buffer's rows, weighted, to the loss and the gradients."""
-        self.add_losses(first, stop, coefficient)
-        self._add_products(first, stop, self.weighted_dy(first, stop, coefficient))
-
-    def weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
+    def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
         """``coefficient * dy`` of the buffer's rows, in their place and in the products' type."""
         assert self.buffer is not None
         vocabulary = self.weight.shape[0]

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.torch.matmul import as_operand, multiply
+from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
 from bft_kernels.backends.triton.configs import interpreted
 from bft_kernels.backends.triton.device import (
     draw_bits,
@@ -386,13 +386,14 @@ def _add_dense(
     operand = inputs.config.operand_dtype
     hidden = as_operand(inputs.hidden, operand, torch.float32)
     hidden = torch.where(inputs.rows.labelled[:, None], hidden, hidden.new_zeros(()))
-    total = None
     rest = table[:few]
-    # A narrow type holds the values in two parts, to twice its precision.
-    for _ in range(1 if hidden.dtype == torch.float32 else 2):
+    if hidden.dtype == torch.float32:
+        total = multiply(rest, hidden, torch.float32)
+    else:  # a narrow type holds the values in two parts, to twice its precision
+        scale = scale_for(values, values, 1.0, 0.0)
+        rest = rest.mul_(scale)
         part = rest.to(hidden.dtype)
-        product = multiply(part, hidden, torch.float32)
-        total = product if total is None else total.add_(product)
-        rest = rest - part
-    assert total is not None
+        total = multiply(part, hidden, torch.float32)
+        rest = rest.sub_(part).to(hidden.dtype)
+        total = total.add_(multiply(rest, hidden, torch.float32)).div_(scale)
     grad_weight[dense] = (grad_weight[dense].float() + total).to(grad_weight.dtype)
