@@ -246,6 +246,7 @@ def _combine_kernel(
     label_smoothing,
     z_loss,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,  # that are looked at side by side
     STATISTICS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
@@ -264,30 +265,39 @@ def _combine_kernel(
     own = tl.where((target >= 0) & (target < V), own, float("nan"))  # a target nobody checked
 
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for split in range(splits):
-        peak = tl.load(at + MAXIMUM * step + split * rows, mask=mask, other=0.0)
-        m = tl.maximum(m, peak)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        there = mask[None, :] & (split < splits)[:, None]
+        here = at[None, :] + split[:, None] * rows
+        peak = tl.load(here + MAXIMUM * step, mask=there, other=float("-inf"))
+        m = tl.maximum(m, tl.max(peak, axis=0))
     reference = finite_or(m, 0.0)
 
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     shifted = tl.zeros((BLOCK,), tl.float32)
     earlier = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for split in range(splits):
-        here = at + split * rows
-        peak = tl.load(here + MAXIMUM * step, mask=mask, other=0.0)
-        part = tl.load(here + TOTAL * step, mask=mask, other=0.0)
-        scale = tl.exp(peak - reference)
-        total += part * scale
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        there = mask[None, :] & (split < splits)[:, None]
+        here = at[None, :] + split[:, None] * rows
+        peak = tl.load(here + MAXIMUM * step, mask=there, other=float("-inf"))
+        part = tl.load(here + TOTAL * step, mask=there, other=0.0)
+        difference = peak - reference[None, :]
+        scale = tl.exp(difference)
+        total += tl.sum(part * scale, axis=0)
         if STATISTICS:
-            part_moment = tl.load(here + MOMENT * step, mask=mask, other=0.0)
-            moment += scale * (part_moment + tl.where(part > 0, part * (peak - reference), 0.0))
+            part_moment = tl.load(here + MOMENT * step, mask=there, other=0.0)
+            terms = scale * (part_moment + tl.where(part > 0, part * difference, 0.0))
+            moment += tl.sum(terms, axis=0)
             # Columns before the target's must hold less; later ones may equal it.
-            earlier = tl.where(split < holder, tl.maximum(earlier, peak), earlier)
+            lower = tl.where(split[:, None] < holder[None, :], peak, float("-inf"))
+            earlier = tl.maximum(earlier, tl.max(lower, axis=0))
         if SMOOTHING:
             columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
-            shifted += tl.load(here + SHIFTED * step, mask=mask, other=0.0)
-            shifted += (finite_or(peak, 0.0) - reference) * columns
+            terms = tl.load(here + SHIFTED * step, mask=there, other=0.0)
+            terms += (finite_or(peak, 0.0) - reference[None, :]) * columns[:, None]
+            shifted += tl.sum(tl.where(there, terms, 0.0), axis=0)
 
     log_total = tl.log(total)
     nll, lse, low, loss = token_loss(
@@ -349,7 +359,7 @@ class TiledForward:
             **self.inputs.arguments(),
             **tile.constants(),
         )
-        _combine_kernel[(triton.cdiv(rows, 64),)](
+        _combine_kernel[(triton.cdiv(rows, 32),)](
             sums_ptr=sums,
             target_ptr=self.inputs.target,
             order_ptr=self.inputs.rows.order,
@@ -361,7 +371,8 @@ class TiledForward:
             split_columns=splits.tiles * tile.block_v,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
-            BLOCK=64,
+            BLOCK=32,
+            SPLITS=16,
             STATISTICS=config.statistics,
             SMOOTHING=smoothing,
             Z_LOSS=config.z_loss != 0,
