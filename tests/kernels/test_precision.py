@@ -17,9 +17,9 @@ from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, lin
 from bft_kernels.backends.torch import backward, matmul, weighted
 
 try:
-    from bft_kernels.backends.triton import chunked, entries
+    from bft_kernels.backends.triton import chunked, gather
 except ImportError:
-    chunked = entries = None  # type: ignore[assignment]
+    chunked = gather = None  # type: ignore[assignment]
 
 # Float32 does the same arithmetic as torch, in another order: half as much again is chance. Narrow
 # types round their logits in torch and do not here, so here they must be better.
@@ -138,7 +138,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
         for module in (matmul, weighted, *([chunked] if chunked else [])):
             monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
-        for module in (matmul, backward, *([entries] if entries else [])):
+        for module in (matmul, backward, *([gather] if gather else [])):
             monkeypatch.setattr(module, "multiply", wide_product)
         monkeypatch.setattr(matmul, "_ADDS_WIDE", False)
         monkeypatch.setattr(matmul, "_PRODUCT_ELEMENTS", 100)

@@ -14,14 +14,13 @@ from bft_kernels.backends.triton.chunked import linear_nll_unit
 from bft_kernels.backends.triton.configs import rows_contiguous, tile_for
 from bft_kernels.backends.triton.entries import (
     capacity_for,
-    gather_hidden,
-    gather_weight,
     list_entries,
     offsets_of,
     overflowed,
 )
 from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.forward import TiledForward
+from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues, add_recomputed
 from bft_kernels.backends.triton.rows import DeviceRows
@@ -156,8 +155,9 @@ def _add_sampled(
     """Adds the listed entries to the gradients, and then the rows whose entries found no room."""
     assert saved.seed is not None
     offsets, columns = saved.entry_offsets, saved.entry_columns
-    values = gather_hidden(inputs, known, saved.seed, offsets, columns, into.hidden)
-    if wanted.weight or wanted.bias:
-        gather_weight(inputs, values, offsets, columns, into)
+    wants_entries = wanted.weight or wanted.bias
+    listed = gather_hidden(inputs, known, saved.seed, offsets, columns, into.hidden, wants_entries)
+    if wants_entries:
+        gather_weight(inputs, listed, into)
     rest = DeviceRows.chosen(overflowed(offsets, columns.numel()))
     add_recomputed(replace(inputs, rows=rest), known, saved.seed, wanted, into)
