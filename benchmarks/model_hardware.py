@@ -36,6 +36,8 @@ class Gpu:
     multiply_adds: int  # dense bfloat16, of a multiprocessor and cycle
     # Rate of a Triton loop of products, of the vendor's; see docs/triton.md.
     triton: float
+    # Multiprocessors that share an operand of the vendor's products: clusters, since Hopper.
+    cluster: int
     sources: dict[str, str] = field(default_factory=dict)
     schedulers: int = 4
 
@@ -100,6 +102,7 @@ GPUS = {
             processors=108,
             multiply_adds=1024,
             triton=AMPERE_TRITON,
+            cluster=1,
             sources={"vendor": _ASSUMED_RATE, "ceilings": f"{_WHITEPAPER}, SXM 80 GB"},
         ),
         Gpu(
@@ -112,6 +115,7 @@ GPUS = {
             processors=132,
             multiply_adds=2048,
             triton=HOPPER_TRITON,
+            cluster=2,
             sources={
                 "vendor": "published: 3G of N 8192, D 4096, V 151,936 in 42 ms",
                 "ceilings": f"{_WHITEPAPER}, SXM",
@@ -127,6 +131,7 @@ GPUS = {
             processors=132,
             multiply_adds=2048,
             triton=HOPPER_TRITON,
+            cluster=2,
             sources={"vendor": _ASSUMED_RATE, "ceilings": f"{_WHITEPAPER}, SXM"},
         ),
         Gpu(
@@ -139,6 +144,7 @@ GPUS = {
             processors=148,
             multiply_adds=4096,
             triton=HOPPER_TRITON,
+            cluster=2,
             sources={"vendor": _ASSUMED_RATE, "ceilings": f"{_WHITEPAPER}, HGX"},
         ),
     )

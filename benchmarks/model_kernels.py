@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from benchmarks.model_hardware import EMPTY_PROGRAM, LATENCY, LAUNCH, PORT, Gpu
+from benchmarks.model_hardware import EMPTY_PROGRAM, LAUNCH, PORT, Gpu
 from benchmarks.shapes import Shape
 
 # Tiles of the vendor's products, rows and columns.
@@ -17,17 +17,17 @@ VENDOR_TILES = ((256, 128), (128, 256), (128, 128), (64, 128))
 class Kernel:
     """Work of one kernel, or of several alike.
 
-    Tensor cores, issue slots and loads in flight of *one* program exclude each other, as long as
-    nothing but another program on the same multiprocessor can overlap them::
+    One program does one thing after the other: its products, its other instructions, waiting for
+    loads. Only another program on the same multiprocessor overlaps them::
 
-        time = max(tensor, issue, wait, (tensor + issue + wait) / resident, memory, cache)
-               + launches * LAUNCH
+        time = max(tensor, issue, (tensor + issue + wait) / resident, memory / bandwidth,
+                   cache / cache_bandwidth) + launches * LAUNCH
     """
 
     name: str
     tensor: float = 0.0  # seconds at the kernel's rate, tiles and waves filled up
     issue: float = 0.0  # seconds to issue the instructions outside the products' loop
-    wait: float = 0.0  # seconds in which a program waits for loads
+    wait: float = 0.0  # seconds of waiting for loads, a multiprocessor's programs in a row
     resident: int = 1 << 30  # programs of a multiprocessor that overlap; many: a plain roofline
     memory: float = 0.0  # bytes
     cache: float = 0.0  # bytes from the second-level cache
@@ -35,8 +35,8 @@ class Kernel:
 
     def seconds(self, gpu: Gpu) -> float:
         """Time on ``gpu``."""
-        kinds = (self.tensor, self.issue, self.wait)
-        busy = max(*kinds, sum(kinds) / self.resident)
+        one_at_a_time = self.tensor + self.issue + self.wait
+        busy = max(self.tensor, self.issue, one_at_a_time / self.resident)
         moved = max(self.memory / gpu.bandwidth, self.cache / gpu.cache_bandwidth)
         return max(busy, moved) + self.launches * LAUNCH
 
@@ -78,7 +78,7 @@ def product(
     """The vendor's product ``[m, k] @ [k, n]`` of 2-byte operands, with the best of its tiles.
 
     Tiles are filled up and so are waves of them; ``k`` is not split. A small tile is held up by
-    its operands, ``2 (m + n)`` bytes for each ``k`` through ``PORT``.
+    its operands, ``2 (rows + columns / cluster)`` bytes for each ``k`` through ``PORT``.
 
     Args:
         name: of the kernel.
@@ -90,7 +90,8 @@ def product(
     best = math.inf
     for rows, columns in VENDOR_TILES:
         tiles = math.ceil(m / rows) * math.ceil(n / columns)
-        cycles = max(rows * columns / gpu.multiply_adds, 2 * (rows + columns) / PORT)
+        operands = 2 * (min(rows, columns) + max(rows, columns) / gpu.cluster)
+        cycles = max(rows * columns / gpu.multiply_adds, operands / PORT)
         flops = tiles * 2 * gpu.multiply_adds * cycles * k
         best = min(best, flops * waves(tiles, gpu) / gpu.vendor)
     moved = 2 * (m * k + k * n) + out * m * n * (1 + accumulates)
@@ -150,11 +151,6 @@ def row_pass(name: str, rows: int, columns: int, read: float, written: float, gp
     if held(rows * columns, 4, gpu):
         return Kernel(name, cache=moved)
     return Kernel(name, memory=moved)
-
-
-def programs_that_wait(programs: float, loads: float, resident: int, gpu: Gpu) -> float:
-    """Seconds of ``programs`` with ``loads`` that each wait for the one before; one at a time."""
-    return programs * loads * LATENCY / gpu.processors
 
 
 def empty_programs(name: str, programs: float, resident: int, gpu: Gpu) -> Kernel:

@@ -51,7 +51,11 @@ def _grad_weight(rows: int, shape: Shape, gpu: Gpu, out: int = 2, add: bool = Fa
 def bare(shape: Shape, gpu: Gpu) -> list[Kernel]:
     """The three products, all rows at once."""
     rows = shape.tokens
-    return [_logits(rows, shape, gpu), _grad_hidden(rows, shape, gpu), _grad_weight(rows, shape, gpu)]
+    return [
+        _logits(rows, shape, gpu),
+        _grad_hidden(rows, shape, gpu),
+        _grad_weight(rows, shape, gpu),
+    ]
 
 
 def softmax_bytes(rows: int, columns: int, gpu: Gpu) -> tuple[float, float]:
@@ -111,8 +115,6 @@ def _one_pass(shape: Shape, gpu: Gpu, rows: int, wide: bool) -> list[Kernel]:
             _grad_hidden(chunk, shape, gpu),
             _grad_weight(chunk, shape, gpu, out=4 if wide else 2, add=i > 0),
         ]
-    if wide:
-        kernels.append(elementwise("dW to bfloat16", shape.vocabulary * shape.width, 4, 2))
     return kernels
 
 
@@ -127,7 +129,7 @@ def liger_cute_blackwell(shape: Shape, gpu: Gpu) -> list[Kernel]:
 
 
 def quack(shape: Shape, gpu: Gpu) -> list[Kernel]:
-    """Chunks of 4096 rows, ``dW`` in float32."""
+    """Chunks of 4096 rows, ``dW`` in float32 until the last of them."""
     return _one_pass(shape, gpu, 4096, wide=True)
 
 
@@ -222,7 +224,9 @@ def cut_cross_entropy(shape: Shape, gpu: Gpu) -> list[Kernel]:
     """
     width, elements = shape.width, shape.tokens * shape.vocabulary
     operands = 2 * width * (shape.tokens + shape.vocabulary)
-    forward, backward = (compiled(gpu.target, f"cce_{name}") for name in ("lse_forward", "backward"))
+    forward, backward = (
+        compiled(gpu.target, f"cce_{name}") for name in ("lse_forward", "backward")
+    )
 
     def tiled(name: str, figures: Compiled, rows: int, columns: int, share: float) -> Kernel:
         tiles = elements // (rows * columns)
@@ -259,6 +263,11 @@ class Published:
     seconds: float
     algorithm: Algorithm
     calibrates: bool = False  # whether a constant of the model comes from this figure
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it takes 256 rows at a time at most, and a ``V x D`` temporary for each."""
+        return self.algorithm in (liger, trl)
 
     def predicted(self) -> float:
         """Seconds by the model."""
@@ -306,6 +315,7 @@ PUBLISHED = [
 ]
 
 
-def errors(published: Iterable[Published]) -> list[float]:
-    """Of the figures that no constant comes from."""
-    return [figure.error for figure in published if not figure.calibrates]
+def errors(published: Iterable[Published] = PUBLISHED, *, narrow: bool = False) -> list[float]:
+    """Of the figures that no constant comes from, ascending; of one of the two kinds."""
+    chosen = (figure for figure in published if figure.narrow == narrow)
+    return sorted(figure.error for figure in chosen if not figure.calibrates)
