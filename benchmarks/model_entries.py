@@ -28,6 +28,9 @@ EPS = (2**-8, 2**-10, 2**-12)
 TILE, AT_ONCE, RESIDENT, DENSE = 128, 8, 132, 256
 # Parts of the vocabulary, each of which begins without a bound: `splits_for` gives the first here.
 SPLITS = (9, 2, 1)
+# Part of the vocabulary, its first columns, whose sum could be a bound for every part: byte-pair
+# vocabularies are in the order of merges, so common columns come first. Not built.
+FLOOR = 1 / 32
 # Rows of 8 KiB that the second-level caches of A100, H100 and B200 have room for, and half of
 # the second.
 CAPACITIES = (3051, 4882, 6103, 15380)
@@ -46,6 +49,7 @@ class Kept:
     entries: float  # kept, the target's included
     # Not known to go while lse is not known yet, by parts of the vocabulary.
     listed: dict[int, float]
+    listed_floor: dict[int, float]  # the same, where FLOOR of the vocabulary is known beforehand
     distinct: int  # columns that some token keeps
     growth: float  # d log(distinct) / d log(tokens), from half of the tokens to all
     common: float  # share of the entries that is in the DENSE commonest columns
@@ -74,7 +78,7 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
     seed = torch.tensor(SEED)
     kept: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
     listed: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
-    lengths = {(eps, splits): 0 for eps in EPS for splits in SPLITS}
+    lengths = {(eps, splits, floor): 0 for eps in EPS for splits in SPLITS for floor in (0, 1)}
     for first in tqdm(range(0, tokens, block), path.stem, unit="block"):
         rows = torch.arange(first, min(first + block, tokens))
         z = hidden[rows] @ weight.T
@@ -82,18 +86,24 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
         e = in_tiles(z.sub_(z.amax(1, keepdim=True)).exp_(), 0.0)
         draws = in_tiles(scaled_uniforms(*row_keys(seed, rows), columns, 1.0), math.inf)
         own = e.flatten(1).gather(1, target[:, None])
-        bounds = {splits: lower_bounds(e, own, splits) / SLACK for splits in SPLITS}
-        bounds[0] = e.sum((1, 2))[:, None]  # the sum itself
+        first_sum = e[:, : math.ceil(e.shape[1] * FLOOR)].sum((1, 2))[:, None]
+        floors = (own, torch.maximum(own, first_sum))
+        bounds = {
+            (splits, floor): lower_bounds(e, floors[floor], splits) / SLACK
+            for splits in SPLITS
+            for floor in (0, 1)
+        }
+        bounds[0, 0] = e.sum((1, 2))[:, None]  # the sum itself
         for eps in EPS:
-            for splits, bound in bounds.items():
+            for (splits, floor), bound in bounds.items():
                 chosen = (draws * (eps * bound[:, :, None]) < e).flatten(1)
                 chosen.scatter_(1, target[:, None], True)
-                if splits in (0, SPLITS[0]):
+                if not floor and splits in (0, SPLITS[0]):
                     found = listed[eps] if splits else kept[eps]
                     column = chosen.nonzero()[:, 1].to(torch.int32)
                     found += column.split(chosen.sum(1).tolist())
                 if splits:
-                    lengths[eps, splits] += int(chosen.sum())
+                    lengths[eps, splits, floor] += int(chosen.sum())
     return [
         summarise(
             path.stem,
@@ -101,7 +111,7 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
             eps,
             kept[eps],
             listed[eps],
-            {splits: lengths[eps, splits] / tokens for splits in SPLITS},
+            *({n: lengths[eps, n, floor] / tokens for n in SPLITS} for floor in (0, 1)),
         )
         for eps in tqdm(EPS, "cache", unit="eps")
     ]
@@ -114,17 +124,17 @@ def in_tiles(x: Tensor, fill: float, tile: int = TILE) -> Tensor:
     return x.view(x.shape[0], tiles, tile)
 
 
-def lower_bounds(e: Tensor, own: Tensor, splits: int) -> Tensor:
+def lower_bounds(e: Tensor, floor: Tensor, splits: int) -> Tensor:
     """What a tile knows of the sum over all of ``e [n, tiles, tile]``: ``[n, tiles]``.
 
-    The sum over the tiles before it in its part of the vocabulary, or the target's ``own [n, 1]``.
+    The sum over the tiles before it in its part of the vocabulary, or ``floor [n, 1]``.
     """
     count, tiles, _ = e.shape
     each = math.ceil(tiles / splits)
     sums = torch.nn.functional.pad(e.sum(2), (0, splits * each - tiles))
     parts = sums.view(count, splits, each)
     before = (parts.cumsum(2) - parts).reshape(count, splits * each)[:, :tiles]
-    return torch.maximum(before, own)
+    return torch.maximum(before, floor)
 
 
 def summarise(
@@ -134,6 +144,7 @@ def summarise(
     kept: Sequence[Tensor],
     listed: Sequence[Tensor],
     lengths: dict[int, float],
+    lengths_floor: dict[int, float],
 ) -> Kept:
     """Counts and hit rates of the columns ``kept`` and ``listed`` by each token."""
     tokens = len(kept)
@@ -148,6 +159,7 @@ def summarise(
         eps=eps,
         entries=float(counts.sum()) / tokens,
         listed=lengths,
+        listed_floor=lengths_floor,
         distinct=distinct,
         growth=math.log2(distinct / half),
         common=float(common),
@@ -216,7 +228,7 @@ def load(path: Path = KEPT) -> list[Kept]:
     """What :func:`save` wrote."""
     found = []
     for values in json.loads(path.read_text()):
-        for name in ("listed", "hits_kept", "hits_listed"):
+        for name in ("listed", "listed_floor", "hits_kept", "hits_listed"):
             values[name] = {int(key): value for key, value in values[name].items()}
         found.append(Kept(**values))
     return found
