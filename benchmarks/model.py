@@ -22,6 +22,7 @@ from benchmarks.model_ours import (
     DESIGNS,
     GOALS,
     Goal,
+    certificate,
     exact,
     exact_memory,
     forward,
@@ -127,14 +128,16 @@ def goal_rows(goal: Goal, shape: Shape, gpu: Gpu, known: list[Kept]) -> Iterator
 
 
 def extra_rows(shape: Shape, gpu: Gpu) -> Iterator[dict[str, Any]]:
-    """The exact loss with products that write and add in place, and its memory both ways."""
+    """The exact loss with products that write and add in place, with its memory; other calls."""
     for budget in (2**29, 2**30):
         for in_place in (False, True):
             name = f"exact, {budget >> 20} MiB, {'in place' if in_place else BUILT.name}"
-            made = row("exact", name, shape, gpu, exact(shape, gpu, budget, in_place=in_place))
+            made = row("other", name, shape, gpu, exact(shape, gpu, budget, in_place=in_place))
             yield made | {"extra_bytes": exact_memory(shape, budget, in_place=in_place)}
     frozen = exact(shape, gpu, trains_weight=False)
-    yield row("exact", "exact, frozen head", shape, gpu, frozen)
+    yield row("other", "exact, frozen head", shape, gpu, frozen)
+    yield row("other", "losses, chunked (not built)", shape, gpu, forward_chunked(shape, gpu))
+    yield row("other", "certificate of a sampled gradient", shape, gpu, certificate(shape, gpu))
 
 
 def of_goal(goal: Goal, known: list[Kept]) -> list[Kept]:

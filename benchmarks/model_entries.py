@@ -111,7 +111,7 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
             eps,
             kept[eps],
             listed[eps],
-            *({n: lengths[eps, n, floor] / tokens for n in SPLITS} for floor in (0, 1)),
+            [{n: lengths[eps, n, floor] / tokens for n in SPLITS} for floor in (0, 1)],
         )
         for eps in tqdm(EPS, "cache", unit="eps")
     ]
@@ -143,8 +143,7 @@ def summarise(
     eps: float,
     kept: Sequence[Tensor],
     listed: Sequence[Tensor],
-    lengths: dict[int, float],
-    lengths_floor: dict[int, float],
+    lengths: Sequence[dict[int, float]],  # mean, without and with a sum known beforehand
 ) -> Kept:
     """Counts and hit rates of the columns ``kept`` and ``listed`` by each token."""
     tokens = len(kept)
@@ -158,8 +157,8 @@ def summarise(
         tokens=tokens,
         eps=eps,
         entries=float(counts.sum()) / tokens,
-        listed=lengths,
-        listed_floor=lengths_floor,
+        listed=lengths[0],
+        listed_floor=lengths[1],
         distinct=distinct,
         growth=math.log2(distinct / half),
         common=float(common),

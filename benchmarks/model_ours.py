@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks.model_entries import DENSE, SPLITS, Kept
+from benchmarks.model_entries import DENSE, FLOOR, SPLITS, Kept
 from benchmarks.model_hardware import LATENCY, Gpu
 from benchmarks.model_kernels import (
     Kernel,
@@ -37,6 +37,7 @@ class Design:
     name: str
     splits: int | None = None  # parts of the vocabulary in the tiled forward; None: four waves
     chunked: bool = False  # the vendor's product and two passes over its logits instead
+    floor: bool = False  # the sum over a part of the vocabulary is known before
     room: bool = False  # lists have room for all that is listed
     triton: float | None = None  # rate of the forward's loop, of the vendor's
     overlapped: bool = False  # gathers never wait: bytes and instructions alone count
@@ -176,10 +177,12 @@ def exact(
 
 
 def exact_memory(shape: Shape, budget: int, *, in_place: bool) -> float:
-    """Bytes of ``exact`` beyond inputs, gradients and the float32 accumulator of ``dW``."""
+    """Bytes of ``exact`` beyond inputs, gradients and the float32 accumulator of ``dW``.
+
+    The buffer, and as built the larger of what is copied to it and what is added to ``dW``.
+    """
     rows = logits_chunks(shape, budget)[0]
-    copies = 1 if in_place else 2
-    return 4 * shape.vocabulary * (rows * copies + (0 if in_place else shape.width))
+    return 4 * shape.vocabulary * (rows + (0 if in_place else max(rows, shape.width)))
 
 
 def recomputed(
@@ -346,9 +349,14 @@ def sampled(
     """
     splits = design.splits or SPLITS[0]
     listed = kept.entries if design.chunked else kept.listed[splits]
+    if design.floor:
+        listed = kept.listed_floor[splits]
     room = listed if design.room or design.chunked else max(64, 0.25 / kept.eps) + 1
     fits = min(1.0, room / listed) * shape.tokens
     kernels = [prologue(shape), _small("floor", 1, 4 * shape.tokens * shape.width)]
+    if design.floor:
+        part = replace(shape, vocabulary=math.ceil(shape.vocabulary * FLOOR))
+        kernels.append(over_logits("sum over a part", "linear_nll_forward", part, gpu))
     if design.chunked:
         for rows in logits_chunks(shape, DEFAULT_ACCELERATOR_BUFFER_BYTES):
             kernels += _wide_logits(rows, shape, gpu, copied=False)
@@ -360,7 +368,7 @@ def sampled(
         kernels.append(over_logits("forward", name, shape, gpu, mask, design))
         kernels.append(_small("combine", 1, 24 * shape.tokens * splits))
         kernels += lists(shape, gpu, listed)
-    gathered = gathers(shape, gpu, fits, listed, kept, known=design.chunked)
+    gathered = gathers(shape, gpu, fits, listed, kept, known=design.chunked or design.floor)
     if trains_weight:
         kernels.append(elementwise("dW zeroed", shape.vocabulary * shape.width, 0, 2))
         gathered += columns_of_weight(shape, gpu, fits, kept, room)
@@ -402,11 +410,16 @@ GOALS = [
     Goal("forward only", 1.15, None, lambda shape, gpu, _: forward(shape, gpu)),
 ]
 # What would change them; but for the first, none is built.
+_FLOOR = Design("sum over V / 32 known, lists with room", floor=True, room=True)
+_FILLED = replace(_FLOOR, name="the same, 2 splits", splits=2)
+_CHUNKED = Design("vendor's product, lse known to the list", chunked=True)
 DESIGNS = [
     BUILT,
     Design("lists with room", room=True),
     Design("2 splits, lists with room", splits=2, room=True),
-    Design("1 split, lists with room", splits=1, room=True),
-    Design("vendor's product, lse known to the list", chunked=True),
-    Design("the same, gathers overlapped", chunked=True, overlapped=True),
+    _FLOOR,
+    _FILLED,
+    replace(_FILLED, name="the same, gathers overlapped", overlapped=True),
+    _CHUNKED,
+    replace(_CHUNKED, name="the same, then gathers overlapped", overlapped=True),
 ]

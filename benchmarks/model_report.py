@@ -28,7 +28,7 @@ def tables(rows: Rows, gpus: Sequence[Gpu], known: Sequence[Kept]) -> Iterator[T
     yield published(of(rows, "published"))
     yield error_line()
     yield goals(of(rows, "goal"))
-    yield exact(of(rows, "exact"))
+    yield others(of(rows, "other"))
     for name in dict.fromkeys(row["kind"] for row in rows if row["kind"].startswith("kernel")):
         yield breakdown(name, of(rows, name))
     yield designs(of(rows, "design"))
@@ -59,8 +59,8 @@ def ceilings(gpus: Sequence[Gpu]) -> Table:
             ),
             f"vendor: {VENDOR_FRACTION:.1%} of peak; Triton: its loop's rate, of the vendor's",
             f"all: {BANDWIDTH_FRACTION:.0%} of the memory's bandwidth, {LAUNCH * 1e6:.0f} us a "
-            f"launch, {LATENCY * 1e6:.1f} us a load, {EMPTY_PROGRAM * 1e6:.0f} us a program without "
-            "work; L2 bandwidth assumed",
+            f"launch, {LATENCY * 1e6:.1f} us a load, {EMPTY_PROGRAM * 1e6:.0f} us a program "
+            "without work; L2 bandwidth assumed",
         ]
     )
     lines = [gpu.row() for gpu in gpus]
@@ -127,9 +127,9 @@ def span(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def exact(rows: Rows) -> Table:
-    """The exact loss, and what it takes beyond the float32 accumulator of dW."""
-    made = table("Exact weighted loss", ("", "GPU", "ms", "x G", "extra GiB"))
+def others(rows: Rows) -> Table:
+    """Other calls, and what the exact loss takes beyond the float32 accumulator of dW."""
+    made = table("Other calls", ("", "GPU", "ms", "x G", "extra GiB"))
     for row in rows:
         extra = f"{row['extra_bytes'] / 2**30:.1f}" if row["extra_bytes"] != "" else ""
         figures = f"{row['seconds'] * 1e3:.1f}", f"{row['times_g']:.2f}", extra
