@@ -17,20 +17,10 @@ from benchmarks import model_entries, model_static
 from benchmarks.model_entries import Kept
 from benchmarks.model_hardware import GPUS, Gpu
 from benchmarks.model_kernels import Kernel, g_seconds, total
-from benchmarks.model_ours import (
-    BUILT,
-    DESIGNS,
-    GOALS,
-    Goal,
-    certificate,
-    exact,
-    exact_memory,
-    forward,
-    forward_chunked,
-    sampled,
-)
+from benchmarks.model_ours import certificate, exact, exact_memory, forward, forward_chunked
 from benchmarks.model_peers import PUBLISHED, errors
 from benchmarks.model_report import tables
+from benchmarks.model_sampled import BUILT, DESIGNS, GOALS, Goal, sampled
 from benchmarks.results import append, environment
 from benchmarks.shapes import Shape
 

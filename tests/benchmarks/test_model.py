@@ -15,7 +15,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import model, model_entries, model_ours, model_peers, model_static, static
+from benchmarks import (
+    model,
+    model_entries,
+    model_ours,
+    model_peers,
+    model_sampled,
+    model_static,
+    static,
+)
 from benchmarks.model_entries import Kept, hit_rate, interleaved, lower_bounds
 from benchmarks.model_hardware import GPUS, LAUNCH, PUBLISHED_PRODUCTS
 from benchmarks.model_kernels import Kernel, g_seconds, product, total, waves
@@ -80,8 +88,8 @@ def test_nothing_is_faster_than_its_products_or_its_bytes(gpu: model.Gpu) -> Non
     kept = model_entries.load()[0]
     assert total(model_ours.forward(TARGET, gpu), gpu) > once
     assert total(model_ours.exact(TARGET, gpu, in_place=True), gpu) > 3 * once
-    for design in model_ours.DESIGNS:
-        assert total(model_ours.sampled(TARGET, gpu, kept, design), gpu) > once
+    for design in model_sampled.DESIGNS:
+        assert total(model_sampled.sampled(TARGET, gpu, kept, design), gpu) > once
     for figure in model_peers.PUBLISHED:
         kernels = figure.algorithm(figure.shape, GPUS[figure.gpu])
         moved = sum(kernel.memory for kernel in kernels)
@@ -90,10 +98,10 @@ def test_nothing_is_faster_than_its_products_or_its_bytes(gpu: model.Gpu) -> Non
 
 def test_more_entries_and_less_room_cost_more() -> None:
     kept = next(kept for kept in model_entries.load() if kept.eps == 2**-10)
-    built = total(model_ours.sampled(TARGET, H100, kept), H100)
+    built = total(model_sampled.sampled(TARGET, H100, kept), H100)
     fewer = replace(kept, listed=dict.fromkeys(kept.listed, 100.0))
-    assert total(model_ours.sampled(TARGET, H100, fewer), H100) < built - g_seconds(TARGET, H100)
-    frozen = model_ours.sampled(TARGET, H100, kept, trains_weight=False)
+    assert total(model_sampled.sampled(TARGET, H100, fewer), H100) < built - g_seconds(TARGET, H100)
+    frozen = model_sampled.sampled(TARGET, H100, kept, trains_weight=False)
     assert total(frozen, H100) < built
 
 
@@ -216,7 +224,7 @@ def test_csv_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(
         (row["met"] == "True") == (float(row["times_g"]) <= float(row["limit"])) for row in goals
     )
-    for goal in model_ours.GOALS:
+    for goal in model_sampled.GOALS:
         parts = [float(row["seconds"]) for row in rows if row["kind"] == f"kernel of {goal.name}"]
         whole = max(float(row["seconds"]) for row in goals if row["name"] == goal.name)
         assert sum(parts) == pytest.approx(whole)
