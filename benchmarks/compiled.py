@@ -121,7 +121,7 @@ def compile_cases(name: str, peers: bool) -> list[Usage]:
             case()
         for kernel, constants, compiled in found:
             form = _form(kernel, constants, label)
-            usages.setdefault(form, _usage(name, target, form, peer, constants, compiled))
+            usages.setdefault(form, usage_of(name, target, form, peer, constants, compiled))
 
     for label, case in CASES.items():
         collect(label, case, peer=False)
@@ -140,14 +140,15 @@ def _form(kernel: str, constants: dict[str, Any], label: str) -> str:
     return " ".join([kernel.strip("_").removesuffix("_kernel"), label, *switches])
 
 
-def _usage(
+def usage_of(
     name: str, target: Target, form: str, peer: bool, constants: dict[str, Any], compiled: Any
 ) -> Usage:
+    """What one compiled kernel takes, read from its machine code."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         resources = _cuobjdump("-res-usage", cubin)
-        code = instructions(_cuobjdump("-sass", cubin))
+        code = disassemble(cubin)
     registers = int(re.findall(r"REG:(\d+)", resources)[-1])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     loads = {_width(text) for _, text in code if text.startswith("LDG") or " LDG" in text}
@@ -196,6 +197,11 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return run.stdout
 
 
+def disassemble(cubin: Path) -> list[tuple[int, str]]:
+    """Address and text of each instruction of a compiled kernel."""
+    return instructions(_cuobjdump("-sass", cubin))
+
+
 def instructions(sass: str) -> list[tuple[int, str]]:
     """Address and text of each instruction."""
     found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.+?);", sass)
@@ -208,17 +214,23 @@ def _width(text: str) -> int:
     return 32 if match is None else int(match.group(1).lstrip("US"))
 
 
+def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """First and last address of each loop: from where a branch leads back to, to the branch."""
+    loops = []
+    for address, text in code:
+        match = re.match(r"BRA.*?0x([0-9a-f]+)", text)
+        if match and int(match.group(1), 16) <= address:
+            loops.append((int(match.group(1), 16), address))
+    return loops
+
+
 def outside_main_loop(code: list[tuple[int, str]]) -> int:
     """Instructions that a tile takes outside the loop of its matrix products.
 
     The main loop is the shortest one with a matrix instruction; a tile is the shortest loop around
     that one, or all of the program.
     """
-    loops = []
-    for address, text in code:
-        match = re.match(r"BRA.*?0x([0-9a-f]+)", text)
-        if match and int(match.group(1), 16) <= address:
-            loops.append((int(match.group(1), 16), address))
+    loops = loops_of(code)
     products = [address for address, text in code if _MMA.search(text)]
 
     def inside(address: int, loop: tuple[int, int]) -> bool:
