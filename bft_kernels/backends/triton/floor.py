@@ -131,16 +131,24 @@ def _popular_kernel(
     tl.store(parts_ptr + tile.to(tl.int64) * rows + row, m + tl.log(total), mask=mask_n)
 
 
+def popular_columns(inputs: Inputs, few: int) -> Tensor:
+    """``[few]`` int64, ascending, some repeated: targets of labelled rows at even distances.
+
+    What tokens of the batch are labelled with, others are likely to be labelled with too.
+    """
+    sample = torch.arange(few, device=inputs.target.device) * inputs.rows.count // max(1, few)
+    labels = inputs.target[inputs.rows.order[sample]]
+    return labels.clamp(0, inputs.shape[1] - 1).sort().values
+
+
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for labelled rows: lower bounds of lse."""
     count, vocabulary, width = inputs.shape
     floors = torch.empty(count, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
-    # What tokens of the batch are labelled with, others are likely to be labelled with too.
-    few = min(POPULAR, count)
-    sample = torch.arange(few, device=floors.device) * inputs.rows.count // few
-    columns = inputs.target[inputs.rows.order[sample]].clamp(0, vocabulary - 1).sort().values
+    columns = popular_columns(inputs, min(POPULAR, count))
+    few = columns.numel()
     tile = tile_for(inputs.config, width)
     tiles = triton.cdiv(few, tile.block_v)
     parts = torch.empty(tiles, count, device=floors.device)

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import precision_for
+from bft_kernels.backends.triton.certificate import certify
+from bft_kernels.backends.triton.configs import precision_for, tile_for
 from bft_kernels.backends.triton.device import (
     draw_bits,
     finite_or,
@@ -25,6 +26,8 @@ from bft_kernels.backends.triton.device import (
     swizzle,
     token_loss,
 )
+from bft_kernels.backends.triton.entries import list_candidates
+from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.inputs import Inputs
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
@@ -35,6 +38,7 @@ SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
 TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
 BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
 SUMS = 6
+_ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 @triton.jit
@@ -379,3 +383,34 @@ class TiledForward:
             LOW=self.results["lse_low"].numel() > 0,
             **{f"{name}_ptr": values for name, values in self.results.items()},
         )
+
+
+def run_tiles(
+    inputs: Inputs, seed: Tensor | None, norms: Tensor | None, results: dict[str, Tensor]
+) -> None:
+    """The whole forward, in tiles.
+
+    Args:
+        inputs: of the call.
+        seed: ``[]``, for the sampled gradient.
+        norms: ``[V]``, for ``hidden_variance``.
+        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
+    """
+    config, (count, vocabulary, width) = inputs.config, inputs.shape
+    per_row = {name: results[name] for name in _ROW_RESULTS}
+    if config.residual == "entries":
+        tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
+        words = triton.cdiv(vocabulary, 32)
+        step = tile_for(config, width).block_n
+        step *= max(1, config.max_buffer_bytes // (4 * words) // step)
+        size = min(step, count), words
+        mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
+        for first in range(0, count, step):
+            part = mask[: min(step, count - first)]
+            tiled.run(first, part.shape[0], part)
+            list_candidates(inputs, part, first, results["counts"], results["columns"])
+    else:
+        TiledForward(inputs, seed, None, per_row).run(0, count, None)
+    if config.variance or config.hidden_variance:
+        variance, hidden_variance = certify(inputs, results["lse"], norms)
+        results["variance"], results["hidden_variance"] = variance, hidden_variance

@@ -1,8 +1,9 @@
 """The sampled gradient from its lists: ``dH`` row by row, ``dW`` column by column.
 
-The backward looks at each listed column once: it fetches that row of ``weight``, forms the logit
-again, decides by the final lse and adds to ``dH`` while the row is in registers. What is kept is
-sorted by column for ``dW``. Nothing depends on the order in which programs run.
+The backward looks at each listed column once: it fetches that row of ``weight`` and, where the
+list came without values, forms the logit again and decides by the final lse; it adds to ``dH``
+while the row is in registers. What is kept is sorted by column for ``dW``. Nothing depends on the
+order in which programs run.
 """
 
 from __future__ import annotations
@@ -16,14 +17,7 @@ from torch import Tensor
 
 from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
 from bft_kernels.backends.triton.configs import interpreted
-from bft_kernels.backends.triton.device import (
-    draw_bits,
-    expm1_down,
-    row_key,
-    sampled_dz,
-    slope_of,
-    transform,
-)
+from bft_kernels.backends.triton.device import entry_dz, row_key
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues
 from bft_kernels.results import Gradients
@@ -43,6 +37,7 @@ def _gather_hidden_kernel(
     grad_ptr,  # [N], upstream
     offsets_ptr,  # [N + 1]
     columns_ptr,  # [capacity]
+    unit_ptr,  # [capacity] float32, dy for unit upstream gradient, with HAS_VALUES
     keys_ptr,  # [capacity] int32, the column; left alone where thinned out
     rows_ptr,  # [capacity] int32; likewise
     values_ptr,  # [capacity] float32, upstream * dy; likewise
@@ -59,6 +54,7 @@ def _gather_hidden_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     WANTS_HIDDEN: tl.constexpr,
     WANTS_ENTRIES: tl.constexpr,
 ):
@@ -70,15 +66,16 @@ def _gather_hidden_kernel(
     end = tl.load(offsets_ptr + row + 1)
     if end > capacity:
         return
-    target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    nll = tl.load(nll_ptr + row)
     upstream = tl.load(grad_ptr + row)
-    multiplier, offset = row_key(tl.load(seed_ptr), row)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=mask_d, other=0.0)
-    h = h.to(OPERAND).to(tl.float32)
+    if not HAS_VALUES:
+        target = tl.load(target_ptr + row)
+        lse = tl.load(lse_ptr + row)
+        nll = tl.load(nll_ptr + row)
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=mask_d, other=0.0)
+        h = h.to(OPERAND).to(tl.float32)
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(begin, end, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -90,16 +87,26 @@ def _gather_hidden_kernel(
             other=0.0,
         )
         w = w.to(OPERAND).to(tl.float32)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=mask_k, other=0.0).to(tl.float32)
-        y = tl.sum(w * h[None, :], axis=1)
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-        p = tl.exp(z - lse)
-        bits = draw_bits(multiplier, offset, column.to(tl.uint32))
-        value = sampled_dz(p, bits, column == target, expm1_down(-nll), eps)
-        value *= slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream
-        value = tl.where(mask_k, value, 0.0)
+        if HAS_VALUES:
+            value = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0) * upstream
+        else:
+            value, slope = entry_dz(
+                tl.sum(w * h[None, :], axis=1),
+                bias_ptr,
+                column,
+                mask_k,
+                target,
+                lse,
+                nll,
+                multiplier,
+                offset,
+                inverse_temperature,
+                softcap,
+                eps,
+                HAS_BIAS,
+                HAS_CAP,
+            )
+            value *= slope * upstream
         if WANTS_ENTRIES:
             kept = value != 0
             tl.store(keys_ptr + offs_k, column, mask=kept)
@@ -176,10 +183,15 @@ def gather_hidden(
     seed: Tensor,
     offsets: Tensor,
     columns: Tensor,
+    values: Tensor,
     grad_hidden: Tensor | None,
     wants_entries: bool,
 ) -> Listed:
-    """``dH`` of the listed entries, and with ``wants_entries`` the entries."""
+    """``dH`` of the listed entries, and with ``wants_entries`` the entries.
+
+    ``values`` are those for unit upstream gradient, or ``[0]``: then the list may hold more than
+    the sample, and is thinned.
+    """
     count, vocabulary, width = inputs.shape
     places = columns.numel() if wants_entries else 0
     listed = Listed(
@@ -195,6 +207,7 @@ def gather_hidden(
         grad_ptr=known.grad,
         offsets_ptr=offsets,
         columns_ptr=columns,
+        unit_ptr=values,
         keys_ptr=listed.keys,
         rows_ptr=listed.rows,
         values_ptr=listed.values,
@@ -203,6 +216,7 @@ def gather_hidden(
         eps=inputs.config.eps,
         BLOCK_K=rows_at_a_time(block_d),
         BLOCK_D=block_d,
+        HAS_VALUES=values.numel() > 0,
         WANTS_HIDDEN=grad_hidden is not None,
         WANTS_ENTRIES=wants_entries,
         num_warps=8 if block_d >= 2048 else 4,
