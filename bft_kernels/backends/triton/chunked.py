@@ -25,6 +25,7 @@ from bft_kernels.backends.triton.device import (
     token_loss,
     transform,
 )
+from bft_kernels.backends.triton.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.results import Wanted, WeightedLoss
 
@@ -189,6 +190,13 @@ class ChunkedEngine(WeightedEngine):
         self.collected.add(first, lse=results["lse"], lse_low=results["lse_low"])
         if self.config.statistics:
             self.collected.add(first, entropy=results["entropy"], correct=results["correct"])
+
+    def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
+        """Token weight times sequence weight of the rows of one piece."""
+        first, stop = bounds[0], bounds[-1]
+        labelled = self.rows.take(self.rows.labelled, first, stop)
+        cu_seqlens = torch.tensor([bound - first for bound in bounds], device=self.nll.device)
+        return joint_weights(self.nll[first:stop], labelled, cu_seqlens, weighting)
 
     def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
         """``coefficient * dy`` of the buffer's rows, in their place and in the products' type."""
