@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -75,36 +74,6 @@ def test_rows_are_listed_on_the_device():
     rows = DeviceRows.of(torch.tensor([-100, 3, -100, 1, 2]), -100)
     assert rows.order[: int(rows.count)].tolist() == [1, 3, 4]
     assert rows.spread(torch.tensor([5.0, 6.0, 7.0, math.nan, 9.0])).tolist() == [0, 5, 0, 6, 7]
-
-
-GUARD = 64
-MARK = 123
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay."""
-    made: list[Tensor] = []
-
-    def guard(filled: bool) -> Any:
-        def allocate(*shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
-            shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
-            dtype = dtype or torch.float32
-            whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
-            inside = whole[GUARD : GUARD + shape.numel()]
-            inside.fill_(99 if filled else 0)
-            made.append(whole)
-            return inside.view(shape)
-
-        return allocate
-
-    monkeypatch.setattr(torch, "empty", guard(filled=True))
-    monkeypatch.setattr(torch, "zeros", guard(filled=False))
-    yield
-    monkeypatch.undo()
-    for whole in made:
-        marks = torch.cat([whole[:GUARD], whole[-GUARD:]])
-        assert bool((marks == torch.full_like(marks, MARK)).all())
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 67), (0, 3, 9), (33, 20, 129)], ids=str)

@@ -286,7 +286,9 @@ def balanced_loss(
     weighting: Weighting,
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    return _run(loss, labelled, cu_seqlens, num_items, normalize, num_items is None, weighting)
+    counts = num_items is None
+    found = _run(loss, labelled, cu_seqlens, num_items, normalize, counts, weighting)
+    return found._replace(loss=found.loss.sum())
 
 
 def joint_weights(
@@ -305,6 +307,7 @@ def _run(
     counts: bool,  # divides by this call's own number of items
     weighting: Weighting,
 ) -> BalancedLoss:
+    """The loss is not added up yet: ``[TILES]``."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
     tiles = triton.cdiv(count, TILE)
     scheme = weighting.scheme
@@ -371,7 +374,7 @@ def _run(
         **shared,
     )
     return BalancedLoss(
-        loss=sums.sum(),
+        loss=sums,
         coefficient=coefficient,
         token_weight=token_weight,
         window_confidence=window_confidence,
