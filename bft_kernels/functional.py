@@ -536,7 +536,7 @@ def _items(num_items: int | float | Tensor | None, call: _Call) -> Tensor | None
         visible = call.config.check_values and num_items.device.type == "cpu"
         if visible and not torch.compiler.is_compiling():
             check_positive("num_items", float(num_items))
-        return num_items.detach().reshape(()).to(device)
+        return num_items.detach().reshape(()).to(device, non_blocking=True)
     check_positive("num_items", num_items)
     return torch.full((), float(num_items), dtype=call.wide, device=device)
 

@@ -195,7 +195,7 @@ class ChunkedEngine(WeightedEngine):
         """Token weight times sequence weight of the rows of one piece."""
         first, stop = bounds[0], bounds[-1]
         labelled = self.rows.take(self.rows.labelled, first, stop)
-        cu_seqlens = torch.tensor([bound - first for bound in bounds], device=self.nll.device)
+        cu_seqlens = torch.tensor(bounds) - first
         return joint_weights(self.nll[first:stop], labelled, cu_seqlens, weighting)
 
     def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:

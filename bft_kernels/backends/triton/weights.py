@@ -324,7 +324,7 @@ def _run(
     shared = {
         "nll_ptr": loss.contiguous(),
         "labelled_ptr": labelled.contiguous(),
-        "cu_ptr": cu_seqlens.to(loss.device).contiguous(),
+        "cu_ptr": cu_seqlens.to(loss.device, non_blocking=True).contiguous(),
         "before_ptr": before,
         "sequence_ptr": sequence,
         "N": count,
