@@ -9,6 +9,8 @@ and nothing depends on the order in which programs run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -295,6 +297,8 @@ def joint_weights(
     nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
 ) -> Tensor:
     """Token weight times sequence weight, ``[N]``."""
+    if weighting.local:  # whose windows nothing looks at
+        weighting = replace(weighting, window=1)
     return _run(nll, labelled, cu_seqlens, None, "token", False, weighting).coefficient
 
 
