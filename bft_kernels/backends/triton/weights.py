@@ -314,49 +314,12 @@ def _run(
     """The loss is not added up yet: ``[TILES]``."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
     tiles = triton.cdiv(count, TILE)
-    scheme = weighting.scheme
-    geometric = scheme == "bft-v1-code"
-
-    def new(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=loss.device)
-
-    before, sequence = new(count + 1, torch.int32), new(count, torch.int32)
-    values, lowest, sums = new(count), new(count), new(tiles)
-    ended = new(tiles, torch.int32)
-    token_weight, window_confidence, coefficient = new(count), new(count), new(count)
-    sequence_weight, sequence_confidence = new(sequences), new(sequences)
-    shared = {
-        "nll_ptr": loss.contiguous(),
-        "labelled_ptr": labelled.contiguous(),
-        "cu_ptr": cu_seqlens.to(loss.device, non_blocking=True).contiguous(),
-        "before_ptr": before,
-        "sequence_ptr": sequence,
-        "N": count,
-        "S": sequences,
-        "GEOMETRIC": geometric,
-    }
-    _close_gaps_kernel[(triton.cdiv(count + 1, NUMBERED),)](
-        values_ptr=values,
-        steps=sequences.bit_length(),
-        BLOCK=NUMBERED,
-        CHUNK=COUNTED,
-        **shared,
-    )
-    _window_kernel[(tiles,)](
-        values_ptr=values,
-        token_weight_ptr=token_weight,
-        window_confidence_ptr=window_confidence,
-        lowest_ptr=lowest,
-        ended_ptr=ended,
-        window=min(weighting.window, 2 * count + 2),  # as good as any longer one, and int32
-        floor=weighting.floor,
-        BLOCK=TILE,
-        FULL_WINDOWS=scheme.startswith("bft-v1"),
-        CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
-        RATIO=scheme == "bft",
-        num_warps=2,
-        **shared,
-    )
+    shared, values = _close_gaps(loss, labelled, cu_seqlens, weighting)
+    token_weight, window_confidence, lowest, ended = _make_windows(shared, values, weighting)
+    coefficient = torch.empty(count, device=loss.device)
+    sums = torch.empty(tiles, device=loss.device)
+    sequence_weight = torch.empty(sequences, device=loss.device)
+    sequence_confidence = torch.empty(sequences, device=loss.device)
     _weigh_kernel[(tiles + triton.cdiv(sequences, TILE),)](
         token_weight_ptr=token_weight,
         lowest_ptr=lowest,
@@ -385,3 +348,57 @@ def _run(
         sequence_weight=sequence_weight,
         sequence_confidence=sequence_confidence,
     )
+
+
+def _close_gaps(
+    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+) -> tuple[dict[str, object], Tensor]:
+    """What all kernels take, and the values ``[N]`` that windows average, without gaps."""
+    count, sequences = loss.numel(), cu_seqlens.numel() - 1
+    values = torch.empty(count, device=loss.device)
+    shared = {
+        "nll_ptr": loss.contiguous(),
+        "labelled_ptr": labelled.contiguous(),
+        "cu_ptr": cu_seqlens.to(loss.device, non_blocking=True).contiguous(),
+        "before_ptr": torch.empty(count + 1, dtype=torch.int32, device=loss.device),
+        "sequence_ptr": torch.empty(count, dtype=torch.int32, device=loss.device),
+        "N": count,
+        "S": sequences,
+        "GEOMETRIC": weighting.scheme == "bft-v1-code",
+    }
+    _close_gaps_kernel[(triton.cdiv(count + 1, NUMBERED),)](
+        values_ptr=values,
+        steps=sequences.bit_length(),
+        BLOCK=NUMBERED,
+        CHUNK=COUNTED,
+        **shared,
+    )
+    return shared, values
+
+
+def _make_windows(
+    shared: dict[str, object], values: Tensor, weighting: Weighting
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token weights, window confidences, lowest windows and ended documents by tile."""
+    count, scheme = values.numel(), weighting.scheme
+    tiles = triton.cdiv(count, TILE)
+    token_weight = torch.empty(count, device=values.device)
+    window_confidence = torch.empty(count, device=values.device)
+    lowest = torch.empty(count, device=values.device)
+    ended = torch.empty(tiles, dtype=torch.int32, device=values.device)
+    _window_kernel[(tiles,)](
+        values_ptr=values,
+        token_weight_ptr=token_weight,
+        window_confidence_ptr=window_confidence,
+        lowest_ptr=lowest,
+        ended_ptr=ended,
+        window=min(weighting.window, 2 * count + 2),  # as good as any longer one, and int32
+        floor=weighting.floor,
+        BLOCK=TILE,
+        FULL_WINDOWS=scheme.startswith("bft-v1"),
+        CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
+        RATIO=scheme == "bft",
+        num_warps=2,
+        **shared,
+    )
+    return token_weight, window_confidence, lowest, ended
