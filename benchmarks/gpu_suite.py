@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 FILES = (
     "tests/kernels/test_fused.py",
     "tests/kernels/test_triton.py",
+    "tests/kernels/test_triton_weights.py",
     "tests/kernels/test_sampling_native.py",
 )
 # What tests a device among the tests of these files.

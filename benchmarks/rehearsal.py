@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from bft_kernels.checks import SCHEMES
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.results import Saved, Wanted
 
@@ -68,6 +70,17 @@ def ours(dtype: torch.dtype, *, width: int = WIDTH, transformed: bool = False) -
     weighted_loss(hidden, weight, target, grad, bounds, bias, exact, weighting, wanted)
 
 
+def weights() -> None:
+    """Weights and loss of token losses, of every scheme and normaliser."""
+    from bft_kernels.backends.triton import balanced_loss
+
+    loss, labelled = _empty(ROWS), _empty(ROWS, dtype=torch.bool)
+    bounds = _empty(17, dtype=torch.int64)
+    for scheme, normalize in itertools.product(SCHEMES, ("sequence", "token")):
+        for items in (None, _empty()):
+            balanced_loss(loss, labelled, bounds, items, normalize, Weighting(scheme))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "bf16": lambda: ours(torch.bfloat16),
     "bf16 transformed": lambda: ours(torch.bfloat16, transformed=True),
@@ -75,6 +88,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fp32": lambda: ours(torch.float32),
     "fp32 transformed": lambda: ours(torch.float32, transformed=True),
     "bf16 D 1000": lambda: ours(torch.bfloat16, width=1000),
+    "weights": weights,
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bft_kernels import ops
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig
-from bft_kernels.results import Forward, Saved, Wanted, WeightedLoss
+from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
 _CONFIG = CONFIG_SCHEMA.count(",") + 1
 # Elements scaled at a time: a gradient of a narrow type is scaled in float32, block by block.
@@ -129,6 +129,20 @@ def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
     return (scaled[0], scaled[1], None, None, None, scaled[2], *nothing)
 
 
+def _setup_balanced_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result = BalancedLoss(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*result[1:])
+    ctx.save_for_backward(result.coefficient)
+    ctx.others = len(inputs) - 1
+
+
+def _balanced_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    (coefficient,) = ctx.saved_tensors
+    own = None if grad is None else grad * coefficient
+    return (own, *(None,) * ctx.others)
+
+
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * factor`` in ``dtype``; in place unless the graph is kept, or ``factor`` is a
     batch of factors (``is_grads_batched``).
@@ -156,4 +170,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "bft_kernels::weighted_loss", _weighted_loss_backward, setup_context=_setup_weighted_loss
+)
+torch.library.register_autograd(
+    "bft_kernels::balanced_loss", _balanced_loss_backward, setup_context=_setup_balanced_loss
 )

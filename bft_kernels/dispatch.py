@@ -19,9 +19,15 @@ import torch
 from torch import Tensor
 
 from bft_kernels.config import CoreConfig, Weighting
-from bft_kernels.results import Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.results import BalancedLoss, Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.weighting import balanced_loss
 
 logger = logging.getLogger("bft_kernels")
+
+# loss [N], labelled [N], cu_seqlens [S + 1], num_items [] or None, normalize, weighting
+BalancedLossFunction = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, str, Weighting], BalancedLoss
+]
 
 
 class Implementation(Protocol):
@@ -72,6 +78,7 @@ class Backend:
     why_not: Callable[[Tensor, Tensor], list[str]]
     module: str
     unasked_on: tuple[str, ...] | None = None  # types of devices where "auto" may take it; any
+    balances: bool = False  # whether it has a `balanced_loss` of its own
 
     def load(self) -> Implementation:
         return importlib.import_module(self.module)
@@ -145,7 +152,13 @@ def _is_interpreted(tensor: Tensor) -> bool:
 # In order of preference.
 BACKENDS = (
     Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu"),
-    Backend("triton", _why_not_triton, "bft_kernels.backends.triton", unasked_on=("cuda",)),
+    Backend(
+        "triton",
+        _why_not_triton,
+        "bft_kernels.backends.triton",
+        unasked_on=("cuda",),
+        balances=True,
+    ),
     Backend("torch", _why_not_torch, "bft_kernels.backends.torch"),
 )
 
@@ -163,6 +176,12 @@ def why_not(name: str, hidden: Tensor, weight: Tensor) -> list[str]:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {backend_names()}")
 
 
+def _wanted(name: str, device: str) -> tuple[str, ...]:
+    if name != "auto":
+        return (name,)
+    return tuple(b.name for b in BACKENDS if b.unasked_on is None or device in b.unasked_on)
+
+
 def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
     """The implementation to run.
 
@@ -170,12 +189,8 @@ def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
         ValueError: an unknown name.
         RuntimeError: the forced backend, or every backend, has a reason not to run.
     """
-    wanted: tuple[str, ...] = (name,)
-    if name == "auto":
-        device = hidden.device.type
-        wanted = tuple(b.name for b in BACKENDS if b.unasked_on is None or device in b.unasked_on)
     refusals = {}
-    for backend in wanted:
+    for backend in _wanted(name, hidden.device.type):
         reasons = why_not(backend, hidden, weight)
         if not reasons:
             if name == "auto":
@@ -184,6 +199,31 @@ def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
         refusals[backend] = "; ".join(reasons)
     text = ", ".join(f"{backend}: {reasons}" for backend, reasons in refusals.items())
     raise RuntimeError(f"backend: got {name!r}, which cannot run here ({text})")
+
+
+def select_balanced_loss(name: str, loss: Tensor) -> BalancedLossFunction:
+    """What makes weights from token losses: the kernels of a backend that may run, or torch code.
+
+    The losses are there already, so no backend is refused here.
+    """
+    wanted = _wanted(name, loss.device.type)
+    for backend in BACKENDS:
+        if backend.balances and backend.name in wanted and not backend.why_not(loss, loss):
+            function: BalancedLossFunction = importlib.import_module(backend.module).balanced_loss
+            return function
+    return _plain_balanced_loss
+
+
+def _plain_balanced_loss(
+    loss: Tensor,
+    labelled: Tensor,
+    cu_seqlens: Tensor,
+    num_items: Tensor | None,
+    normalize: str,
+    weighting: Weighting,
+) -> BalancedLoss:
+    settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
+    return balanced_loss(loss, labelled, cu_seqlens, num_items, normalize, *settings)
 
 
 @functools.cache

@@ -29,13 +29,12 @@ from bft_kernels.checks import (
 )
 from bft_kernels.config import CoreConfig, Weighting, accumulator
 from bft_kernels.plan import default_buffer_bytes
-from bft_kernels.results import Forward, Wanted, WeightedLoss
+from bft_kernels.results import BalancedLoss, Forward, Wanted, WeightedLoss
 from bft_kernels.weighting import (
-    Balanced,
     SchemeFunction,
-    balance,
+    balanced_loss,
     labelled_layout,
-    sequence_shares,
+    token_shares,
 )
 
 
@@ -328,32 +327,27 @@ def balanced_linear_cross_entropy(
         hidden_variance=hidden_variance,
     )
     documents = _documents(cu_seqlens, call)
-    layout = labelled_layout(call.labelled, documents)
-    if normalize == "sequence":
-        share = sequence_shares(layout, call.wide)
-        count = (layout.cu_labelled.diff() > 0).sum()
-    else:
-        share = call.labelled.to(call.wide)
-        count = call.labelled.sum()
-    share = share / _divisor(num_items, count, call.config.check_values)
+    items = _items(num_items, call)
+    inputs = (call.labelled, documents, items, normalize)
+    settings = (scheme, window, gamma, Weighting.floor)
     weighting = Weighting(scheme, window, gamma) if isinstance(scheme, str) else None
     known = weighting is not None and (weighting.local or documents.device.type == "cpu")
-    balanced: Balanced | None = None
     result: Forward | WeightedLoss
     if gradient == "exact" and call.trains_head and known:
         assert weighting is not None
+        layout = labelled_layout(call.labelled, documents)
+        share = token_shares(layout, normalize, items, call.wide)
         fused = _run_weighted(call, share, documents, weighting)
         loss, result = fused.loss, fused
+        if not return_stats:
+            return loss
+        balanced = _balance(result.nll, inputs, settings, backend)
     else:
         result = _run(call)
-        balanced = balance(result.nll, layout, scheme, window, gamma, 1e-8)
-        # Where a weight is 0 an infinite loss must not turn the sum into NaN.
-        factor = share * balanced.weight
-        loss = torch.where(factor != 0, factor * result.loss, 0).sum()
-    if not return_stats:
-        return loss
-    if balanced is None:
-        balanced = balance(result.nll, layout, scheme, window, gamma, 1e-8)
+        balanced = _balance(result.loss, inputs, settings, backend)
+        loss = balanced.loss
+        if not return_stats:
+            return loss
     return loss, _balanced_stats(call, _token_stats(call, result), balanced)
 
 
@@ -515,11 +509,23 @@ def _documents(cu_seqlens: Tensor | None, call: _Call) -> Tensor:
     return torch.arange(rows + 1, dtype=torch.int64) * length
 
 
-def _divisor(
-    num_items: int | float | Tensor | None, count: Tensor, check_values: bool
-) -> Tensor | float:
+def _balance(
+    loss: Tensor,  # [N], without smoothing and z-loss: the nll
+    inputs: tuple[Tensor, Tensor, Tensor | None, str],
+    settings: tuple[str | SchemeFunction, int, float, float],
+    backend: str,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
+    if isinstance(settings[0], str):
+        return BalancedLoss(*ops.balanced_loss(loss, *inputs, *settings, backend))
+    return balanced_loss(loss, *inputs, *settings)
+
+
+def _items(num_items: int | float | Tensor | None, call: _Call) -> Tensor | None:
+    """``num_items`` as a tensor ``[]`` beside the tokens."""
+    device = call.hidden.device
     if num_items is None:
-        return count.clamp_min(1)
+        return None
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(
@@ -527,12 +533,12 @@ def _divisor(
             )
         if num_items.dtype == torch.bool or num_items.is_complex():
             raise TypeError(f"num_items: got dtype {num_items.dtype}, expected a count")
-        visible = check_values and num_items.device.type == "cpu"
+        visible = call.config.check_values and num_items.device.type == "cpu"
         if visible and not torch.compiler.is_compiling():
             check_positive("num_items", float(num_items))
-        return num_items.detach().reshape(()).to(count.device, non_blocking=True)
+        return num_items.detach().reshape(()).to(device, non_blocking=True)
     check_positive("num_items", num_items)
-    return float(num_items)
+    return torch.full((), float(num_items), dtype=call.wide, device=device)
 
 
 def _check_token_weight(token_weight: object, call: _Call) -> None:
@@ -566,7 +572,7 @@ def _token_stats(call: _Call, result: Forward | WeightedLoss) -> TokenStats:
     )
 
 
-def _balanced_stats(call: _Call, stats: TokenStats, balanced: Balanced) -> BalancedTokenStats:
+def _balanced_stats(call: _Call, stats: TokenStats, balanced: BalancedLoss) -> BalancedTokenStats:
     return BalancedTokenStats(
         *stats,
         window_confidence=balanced.window_confidence.view(call.shape),

@@ -1,12 +1,14 @@
 """Schemas and fakes of the custom ops; the implementations are the backends' (see ``dispatch``).
 
-Two forward ops rest on the backends:
+Three forward ops rest on the backends:
 
 ``bft_kernels::linear_nll``
     per-token losses and statistics, and what its backward needs (``residual``);
 ``bft_kernels::weighted_loss``
     a weighted sum of token losses whose weights are known, or become known, inside a block of
-    logits: it makes the gradients in the same pass, for 3G instead of 4G.
+    logits: it makes the gradients in the same pass, for 3G instead of 4G;
+``bft_kernels::balanced_loss``
+    a weighted sum of token losses that are there, with the weights made from them.
 
 Backends are chosen inside the implementations, where the tensors are real, so that tracing sees one
 opaque op whatever will run it.
@@ -26,8 +28,8 @@ from bft_kernels.checks import (
     check_values,
 )
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
-from bft_kernels.dispatch import select
-from bft_kernels.results import Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.dispatch import select, select_balanced_loss
+from bft_kernels.results import BalancedLoss, Forward, Gradients, Saved, Wanted, WeightedLoss
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
@@ -265,4 +267,56 @@ def _(
         lse=hidden.new_empty(count, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
         correct=hidden.new_empty(statistics, dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op(
+    "bft_kernels::balanced_loss",
+    mutates_args=(),
+    schema=(
+        "(Tensor loss, Tensor labelled, Tensor cu_seqlens, Tensor? num_items, str normalize, "
+        f"{_WEIGHTING}, str backend) -> ({_returns(BalancedLoss)})"
+    ),
+)
+def balanced_loss(
+    loss: Tensor,
+    labelled: Tensor,
+    cu_seqlens: Tensor,
+    num_items: Tensor | None,
+    normalize: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Weighting``, and
+    the backend's name.
+    """
+    *weighting, backend = rest
+    function = select_balanced_loss(backend, loss)
+    with torch.cuda.device_of(loss):
+        return tuple(
+            function(loss, labelled, cu_seqlens, num_items, normalize, Weighting(*weighting))
+        )
+
+
+@balanced_loss.register_fake
+def _(
+    loss: Tensor,
+    labelled: Tensor,
+    cu_seqlens: Tensor,
+    num_items: Tensor | None,
+    normalize: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    def tokens() -> Tensor:
+        return loss.new_empty(loss.shape[0])
+
+    def sequences() -> Tensor:
+        return loss.new_empty(cu_seqlens.shape[0] - 1)
+
+    return BalancedLoss(
+        loss=loss.new_empty(()),
+        coefficient=tokens(),
+        token_weight=tokens(),
+        window_confidence=tokens(),
+        sequence_weight=sequences(),
+        sequence_confidence=sequences(),
     )

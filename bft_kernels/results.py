@@ -68,3 +68,14 @@ class WeightedLoss(NamedTuple):
     lse: Tensor  # [N] wide
     entropy: Tensor  # [N] wide
     correct: Tensor  # [N] bool
+
+
+class BalancedLoss(NamedTuple):
+    """Results of ``balanced_loss``; the weights are 0 where ignored and without labels."""
+
+    loss: Tensor  # [] wide, the only differentiable one
+    coefficient: Tensor  # [N] wide, what multiplies each token's loss
+    token_weight: Tensor  # [N] wide
+    window_confidence: Tensor  # [N] wide
+    sequence_weight: Tensor  # [S] wide
+    sequence_confidence: Tensor  # [S] wide

@@ -19,6 +19,7 @@ from bft_kernels.checks import (
     check_tensor,
     check_weighting,
 )
+from bft_kernels.results import BalancedLoss
 
 SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -369,3 +370,42 @@ def sequence_shares(layout: Layout, dtype: torch.dtype) -> Tensor:
     if lengths.numel() == 0:
         return layout.labelled.to(dtype)
     return torch.where(layout.labelled, 1.0 / lengths[layout.sequence].to(dtype), 0.0)
+
+
+def token_shares(
+    layout: Layout, normalize: str, num_items: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What multiplies each token's weight and loss, ``[N]``; 0 where ignored.
+
+    Args:
+        normalize: ``"sequence"``: ``1 / T_b`` over the number of documents with labels;
+            ``"token"``: 1 over the number of labels.
+        num_items: ``[]``, that number, if it is not this batch's.
+    """
+    if normalize == "sequence":
+        share = sequence_shares(layout, dtype)
+        count = (layout.cu_labelled.diff() > 0).sum()
+    else:
+        share = layout.labelled.to(dtype)
+        count = layout.labelled.sum()
+    return share / (count.clamp_min(1) if num_items is None else num_items)
+
+
+def balanced_loss(
+    loss: Tensor,  # [N], 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    normalize: str,
+    scheme: str | SchemeFunction,
+    window: int,
+    gamma: float,
+    floor: float,
+) -> BalancedLoss:
+    """The weighted sum of token losses, with constant weights made from those losses."""
+    layout = labelled_layout(labelled, cu_seqlens)
+    balanced = balance(loss, layout, scheme, window, gamma, floor)
+    coefficient = token_shares(layout, normalize, num_items, loss.dtype) * balanced.weight
+    # Where a weight is 0 an infinite loss must not turn the sum into NaN.
+    total = torch.where(coefficient != 0, coefficient * loss, 0).sum()
+    return BalancedLoss(total, coefficient, *balanced[1:])

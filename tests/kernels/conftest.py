@@ -243,6 +243,39 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+GUARD = 64
+MARK = 123
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay; in empty
+    tensors an unwritten element shows, as NaN where there is one.
+    """
+    made: list[Tensor] = []
+
+    def guard(filled: bool) -> Any:
+        def allocate(*shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+            shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
+            dtype = dtype or torch.float32
+            whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
+            inside = whole[GUARD : GUARD + shape.numel()]
+            unwritten = math.nan if dtype.is_floating_point else 99
+            inside.fill_(unwritten if filled else 0)
+            made.append(whole)
+            return inside.view(shape)
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", guard(filled=True))
+    monkeypatch.setattr(torch, "zeros", guard(filled=False))
+    yield
+    monkeypatch.undo()
+    for whole in made:
+        marks = torch.cat([whole[:GUARD], whole[-GUARD:]])
+        assert bool((marks == torch.full_like(marks, MARK)).all())
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """Compiled code of other tests does not count towards this one's limit of recompilations."""

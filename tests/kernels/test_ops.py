@@ -79,6 +79,16 @@ def test_opcheck_weighted_loss(rows, scheme, problem) -> None:
     torch.library.opcheck(ops.weighted_loss, (*arguments, *Wanted(True, True, True)))
 
 
+@pytest.mark.parametrize("scheme", ["sft", "bft", "bft-v1-code"])
+@pytest.mark.parametrize("rows", [0, 13])
+def test_opcheck_balanced_loss(rows, scheme) -> None:
+    loss = torch.rand(rows, dtype=torch.float64, requires_grad=True)
+    labelled, documents = torch.rand(rows) < 0.7, torch.tensor([0, rows // 3, rows // 3, rows])
+    for items in (None, torch.tensor(3)):
+        inputs = (loss, labelled, documents, items, "sequence", scheme, 4, 1.0, 1e-8, "auto")
+        torch.library.opcheck(ops.balanced_loss, inputs)
+
+
 def mean(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return linear_cross_entropy(hidden, weight, target, label_smoothing=0.1, z_loss=0.01)
 

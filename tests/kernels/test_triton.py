@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +13,12 @@ from torch import Tensor
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import BACKENDS, why_not
+from bft_kernels.plan import takes_chunks
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bft_kernels.backends.triton import configs, entries, gather
+from bft_kernels.backends.torch import linear_nll as torch_linear_nll
+from bft_kernels.backends.triton import configs, core, entries, gather
 from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.rows import DeviceRows
@@ -43,6 +45,14 @@ CONFIG = CoreConfig(
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
+@pytest.fixture(params=["tiles", "chunks"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the forward."""
+    module = "bft_kernels.backends.triton.core"
+    monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: request.param == "chunks")
+    return str(request.param)
+
+
 def gradients(p: Any, backend: str, **how: Any) -> dict[str, Tensor]:
     copy = p.copy(device=DEVICE if backend == "triton" else "cpu")
     upstream = torch.linspace(0.5, 2, p.target.numel(), device=copy.target.device)
@@ -53,7 +63,7 @@ def gradients(p: Any, backend: str, **how: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("room", [0, 40, 300])
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
-def test_entries_without_room_are_computed_again(room, frozen, problem, close, monkeypatch):
+def test_entries_without_room_are_computed_again(engine, room, frozen, problem, close, monkeypatch):
     p = problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
     expected = gradients(p, "torch", **SAMPLED)
     monkeypatch.setattr("bft_kernels.backends.triton.core.capacity_for", lambda *_: room)
@@ -61,7 +71,7 @@ def test_entries_without_room_are_computed_again(room, frozen, problem, close, m
 
 
 @pytest.mark.parametrize("columns", [0, 1, 60])
-def test_popular_columns_take_a_dense_product(columns, problem, close, monkeypatch):
+def test_popular_columns_take_a_dense_product(engine, columns, problem, close, monkeypatch):
     p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
     got, expected = gradients(p, "triton", **SAMPLED), gradients(p, "torch", **SAMPLED)
@@ -85,7 +95,7 @@ def test_lists_have_room_for_what_text_keeps():
 
 
 @pytest.mark.parametrize("budget", [1, 5000, None])
-def test_entries_are_sorted_as_the_budget_allows(budget, problem, close):
+def test_entries_are_sorted_as_the_budget_allows(engine, budget, problem, close):
     p = problem(41, 12, 300, bias=True, dtype=torch.float32, scale=2.0)
     how = {"max_buffer_bytes": budget, **SAMPLED}
     close(gradients(p, "triton", **how), gradients(p, "torch", **how), 1e-5)
@@ -109,10 +119,36 @@ def test_floors_are_below_lse_and_near_it(options, scale, problem):
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
-def test_two_runs_give_the_same_bits(how, problem):
+def test_two_runs_give_the_same_bits(engine, how, problem):
     p = problem(21, 12, 180, bias=True, dtype=torch.float32)
     first, second = gradients(p, "triton", **how), gradients(p, "triton", **how)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("budget", [1, 3000, None])
+def test_chunks_list_what_is_kept_with_its_value(budget, problem, engine):
+    p = problem(40, 12, 300, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
+    p = p.copy(device=DEVICE)
+    config = replace(CONFIG, max_buffer_bytes=budget or 2**20, variance=True, hidden_variance=True)
+    seed = torch.tensor(7, device=DEVICE)
+    args = [x.detach() for x in p.args]
+    out = core.linear_nll(*args, p.bias.detach(), seed, config)
+    found = int(out.entry_offsets[-1])
+    expected = torch_linear_nll(*args, p.bias.detach(), seed, config)
+    if engine == "chunks":
+        assert torch.equal(out.entry_columns[:found], expected.entry_columns)
+        torch.testing.assert_close(out.entry_values[:found], expected.entry_values)
+    else:
+        assert out.entry_values.numel() == 0
+        assert found >= expected.entry_columns.numel()
+    torch.testing.assert_close(out.variance, expected.variance, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(out.hidden_variance, expected.hidden_variance, rtol=1e-4, atol=1e-7)
+
+
+def test_chunks_are_taken_where_they_fit():
+    assert takes_chunks(8192, 131_072, 2**29)
+    assert not takes_chunks(8192, 131_072, 2**27)
+    assert takes_chunks(64, 131_072, 2**27)
 
 
 def test_rows_are_listed_on_the_device():
@@ -121,39 +157,9 @@ def test_rows_are_listed_on_the_device():
     assert rows.spread(torch.tensor([5.0, 6.0, 7.0, math.nan, 9.0])).tolist() == [0, 5, 0, 6, 7]
 
 
-GUARD = 64
-MARK = 123
-
-
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay."""
-    made: list[Tensor] = []
-
-    def guard(filled: bool) -> Any:
-        def allocate(*shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
-            shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
-            dtype = dtype or torch.float32
-            whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
-            inside = whole[GUARD : GUARD + shape.numel()]
-            inside.fill_(99 if filled else 0)
-            made.append(whole)
-            return inside.view(shape)
-
-        return allocate
-
-    monkeypatch.setattr(torch, "empty", guard(filled=True))
-    monkeypatch.setattr(torch, "zeros", guard(filled=False))
-    yield
-    monkeypatch.undo()
-    for whole in made:
-        marks = torch.cat([whole[:GUARD], whole[-GUARD:]])
-        assert bool((marks == torch.full_like(marks, MARK)).all())
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 67), (0, 3, 9), (33, 20, 129)], ids=str)
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
-def test_nothing_is_written_outside_a_buffer(how, shape, problem, guarded):
+def test_nothing_is_written_outside_a_buffer(engine, how, shape, problem, guarded):
     gradients(problem(*shape, bias=True, dtype=torch.float32), "triton", **how)
 
 
@@ -168,7 +174,7 @@ def test_nothing_is_written_outside_a_chunk(problem, guarded):
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
 @pytest.mark.parametrize("wide", ["hidden", "weight"])
-def test_offsets_beyond_31_bits(wide, how, problem, close, tmp_path):
+def test_offsets_beyond_31_bits(engine, wide, how, problem, close, tmp_path):
     """Rows far apart in a file of holes: three of them lie beyond 2^31 elements."""
     p = problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
     expected = gradients(p, "torch", **how)
@@ -203,7 +209,7 @@ def test_smoothing_and_ties_in_chunks(budget, problem, close):
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED, {"frozen": True}], ids=["exact", "sampled", "unit"])
-def test_a_target_that_nobody_checked_gives_nan_in_its_row(how, problem):
+def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how, problem):
     how = dict(how)
     frozen = ("weight",) if how.pop("frozen", False) else ()
     p = problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)

@@ -59,13 +59,13 @@ def run_pieces(
         first, stop = bounds[0], bounds[-1]
         if stop - first <= chunk:
             engine.load(first, stop, gradient=True)
-            coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
+            coefficient = share[first:stop] * engine.weights(bounds, weighting)
             engine.add_gradients(first, stop, coefficient)
             continue
         parts = [(a, min(a + chunk, stop)) for a in range(first, stop, chunk)]
         for a, b in parts:
             engine.load(a, b, gradient=False)
-        coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
+        coefficient = share[first:stop] * engine.weights(bounds, weighting)
         for a, b in parts:
             engine.load(a, b, gradient=True, collect=False)
             engine.add_gradients(a, b, coefficient[a - first : b - first])
@@ -103,6 +103,10 @@ class WeightedSums:
         """What ``dW`` is added to, in the accumulator's type; ``[0, D]`` if it is not wanted."""
         shape = (self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1])
         return self.weight.new_zeros(shape, dtype=self.wide)
+
+    def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
+        """See :func:`piece_weights`."""
+        return piece_weights(self.nll, self.rows, bounds, weighting)
 
     def add_losses(self, first: int, stop: int, coefficient: Tensor) -> None:
         """Adds the weighted token losses; where a weight is 0 an infinite one counts nothing."""

@@ -26,6 +26,7 @@ from bft_kernels.backends.triton.entries import list_kept
 from bft_kernels.backends.triton.floor import POPULAR, popular_columns
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.sweep import certify_rows, row_arguments, sweep_rows
+from bft_kernels.backends.triton.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.results import Wanted, WeightedLoss
 
@@ -106,6 +107,13 @@ class ChunkedEngine(WeightedEngine):
             entropy=self.nll.new_empty(statistics),
             correct=self.nll.new_empty(statistics, dtype=torch.bool),
         )
+
+    def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
+        """Token weight times sequence weight of the rows of one piece."""
+        first, stop = bounds[0], bounds[-1]
+        labelled = self.rows.take(self.rows.labelled, first, stop)
+        cu_seqlens = torch.tensor(bounds) - first
+        return joint_weights(self.nll[first:stop], labelled, cu_seqlens, weighting)
 
     def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
         """``coefficient * dy`` of the buffer's rows, in their place and in the products' type."""
