@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.triton.configs import precision_for
-from bft_kernels.backends.triton.device import logit_tile, slope_of, swizzle
+from bft_kernels.backends.triton.device import logit_tile, normal_exp, slope_of, swizzle
 from bft_kernels.backends.triton.inputs import Inputs
 
 
@@ -77,7 +77,7 @@ def _certificate_kernel(
             OPERAND,
             PRECISION,
         )
-        p = tl.exp(z - lse[:, None])
+        p = normal_exp(z - lse[:, None])
         slope = slope_of(z, inverse_temperature, softcap, HAS_CAP)
         term = p * tl.maximum(eps - p, 0.0) * slope * slope
         other = (offs_v.to(tl.int64)[None, :] != target[:, None]) & mask_v[None, :]

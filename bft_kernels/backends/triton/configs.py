@@ -29,7 +29,6 @@ class Tile:
     group: int  # row blocks side by side
     num_warps: int
     num_stages: int
-    halves: bool = True  # whether the bits of a tile are made in two halves
     registers: int | None = None  # that a thread may have, where the compiler would take too few
 
     def constants(self) -> dict[str, int]:
@@ -52,7 +51,7 @@ SHIPPED = {
     (80, 4): Tile(64, 64, 32, 8, 4, 3),
     (90, 2): Tile(128, 128, 64, 8, 8, 3),
     (90, 4): Tile(64, 64, 32, 8, 4, 3),
-    (100, 2): Tile(128, 128, 32, 8, 8, 5, halves=False),
+    (100, 2): Tile(128, 128, 32, 8, 8, 5),
     (100, 4): Tile(64, 64, 32, 8, 4, 3),
 }
 # With a softcap, where that is too much for the registers.

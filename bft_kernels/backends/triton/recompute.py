@@ -23,6 +23,7 @@ from bft_kernels.backends.triton.device import (
     exact_factors,
     expm1_down,
     logit_tile,
+    normal_exp,
     row_key,
     sampled_dz,
     slope_of,
@@ -108,7 +109,7 @@ def _logit_gradient_kernel(
     lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
     nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
     upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
-    p = tl.exp(z - lse[:, None])
+    p = normal_exp(z - lse[:, None])
     at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
     if SAMPLED:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
