@@ -62,7 +62,7 @@ def linear_nll(
     columns = torch.empty(capacity, dtype=torch.int32, device=hidden.device)
     if sampled:
         words = triton.cdiv(vocabulary, 32)
-        step = tile_for(config, width).block_n
+        step = tile_for(config, inputs.hidden, inputs.weight).block_n
         step *= max(1, config.max_buffer_bytes // (4 * words) // step)
         mask = torch.empty(min(step, count), words, dtype=torch.int32, device=hidden.device)
         for first in range(0, count, step):

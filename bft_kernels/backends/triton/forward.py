@@ -122,7 +122,6 @@ def _linear_nll_forward_kernel(
 
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
         z = logit_tile(
             hidden_rows,
             weight_ptr,
@@ -146,7 +145,7 @@ def _linear_nll_forward_kernel(
         at = target - tile * BLOCK_V
         here = (at >= 0) & (at < BLOCK_V) & mask_n
         if (tl.max(here.to(tl.int32), axis=0) > 0) | ((tile + 1) * BLOCK_V > V):
-            z = tl.where(mask_v[None, :], z, float("-inf"))
+            z = tl.where((offs_v < V)[None, :], z, float("-inf"))
             inside = tl.arange(0, BLOCK_V)[None, :]
             place = tl.where(here, at, -1).to(tl.int32)[:, None]
             own = tl.max(tl.where(inside == place, z, float("-inf")), axis=1)
@@ -176,7 +175,7 @@ def _linear_nll_forward_kernel(
         if SMOOTHING:
             done = tl.minimum(tile * BLOCK_V, V) - split * tiles * BLOCK_V
             step = tl.where(done > 0, (m - reference) * done, 0.0)
-            difference = tl.where(mask_v[None, :], z - reference[:, None], 0.0)
+            difference = tl.where((offs_v < V)[None, :], z - reference[:, None], 0.0)
             shifted += step + tl.sum(difference, axis=1)
         total = scale * total + tl.sum(e, axis=1)
         m, base = m_new, new_base

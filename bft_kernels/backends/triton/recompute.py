@@ -264,8 +264,8 @@ def add_recomputed(
     count, vocabulary, width = inputs.shape
     config = inputs.config
     operand = config.operand_dtype
-    tile = tile_for(config, width)
-    for_hidden, for_weight = product_tiles(operand, width)
+    tile = tile_for(config, inputs.hidden, inputs.weight)
+    for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // tile.block_v
