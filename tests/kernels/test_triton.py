@@ -191,7 +191,7 @@ def test_every_tile_has_whole_words():
 
 @pytest.mark.parametrize(
     ("arch", "entry"),
-    [(75, 80), (80, 80), (86, 80), (89, 80), (90, 90), (103, 100), (121, 120), ("gfx942", "amd")],
+    [(75, 80), (80, 80), (86, 86), (89, 86), (90, 90), (103, 100), (121, 120), ("gfx942", "amd")],
 )
 def test_tiles_go_by_the_device_and_by_what_is_stored(monkeypatch, arch, entry):
     backend = "cuda" if isinstance(arch, int) else "hip"
