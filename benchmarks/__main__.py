@@ -1,4 +1,4 @@
-"""``python -m benchmarks loss``, ``scale``, ``record``, ``static`` and ``gpu``."""
+"""``python -m benchmarks loss``, ``scale``, ``record``, ``static``, ``model`` and ``gpu``."""
 
 import sys
 from collections.abc import Callable
@@ -6,13 +6,14 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu, loss, record, scale, static
+from benchmarks import gpu, loss, model, record, scale, static
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
     "scale": (scale.Config, scale.main),
     "record": (record.Config, record.main),
     "static": (static.Config, static.main),
+    "model": (model.Config, model.main),
     "gpu": (gpu.Config, gpu.main),
 }
 

@@ -131,7 +131,7 @@ def compile_cases(name: str, peers: bool) -> list[Usage]:
             case()
         for kernel, constants, compiled in found:
             form = _form(kernel, constants, label)
-            usages.setdefault(form, _usage(name, target, form, peer, constants, compiled))
+            usages.setdefault(form, usage_of(name, target, form, peer, constants, compiled))
 
     for label, case in CASES.items():
         if not target.brief or label in BRIEF:
@@ -151,9 +151,10 @@ def _form(kernel: str, constants: dict[str, Any], label: str) -> str:
     return " ".join([kernel.strip("_").removesuffix("_kernel"), label, *switches])
 
 
-def _usage(
+def usage_of(
     name: str, target: Target, form: str, peer: bool, constants: dict[str, Any], compiled: Any
 ) -> Usage:
+    """What one compiled kernel takes, read from its machine code."""
     code, registers, spilled = _read(compiled)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     loads = {_width(text) for _, text in code if _LOAD.search(text)}
@@ -188,7 +189,7 @@ def _read(compiled: Any) -> tuple[list[tuple[int, str]], int, int]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
         resources = _cuobjdump("-res-usage", cubin)
-        code = instructions(_cuobjdump("-sass", cubin))
+        code = disassemble(cubin)
     registers = int(re.findall(r"REG:(\d+)", resources)[-1])
     return code, registers, int(re.findall(r"STACK:(\d+)", resources)[-1])
 
@@ -229,6 +230,11 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return run.stdout
 
 
+def disassemble(cubin: Path) -> list[tuple[int, str]]:
+    """Address and text of each instruction of a compiled kernel."""
+    return instructions(_cuobjdump("-sass", cubin))
+
+
 _BRANCH = re.compile(r"BRA.*?0x([0-9a-f]+)")
 
 
@@ -264,9 +270,14 @@ def _width(text: str) -> int:
     return 32 if match is None else int(match.group(1).lstrip("US"))
 
 
+def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """First and last address of each loop: from where a branch leads back to, to the branch."""
+    return [(to, at) for at, to in _branches(code) if to <= at]
+
+
 def _loops(code: list[tuple[int, str]]) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
     """All loops, and the shortest one with a matrix instruction."""
-    found = [(to, at) for at, to in _branches(code) if to <= at]
+    found = loops_of(code)
     products = [address for address, text in code if _MMA.search(text)]
     main = [loop for loop in found if any(loop[0] <= at <= loop[1] for at in products)]
     return found, min(main, key=lambda loop: loop[1] - loop[0], default=None)

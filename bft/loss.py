@@ -131,7 +131,9 @@ class HeadLoss:
         if cu_seqlens is None:
             return labelled.any(-1).sum()
         before = torch.nn.functional.pad(labelled.flatten().cumsum(0), (1, 0))
-        return (before[cu_seqlens.to(before.device, torch.int64)].diff() > 0).sum()
+        return (
+            before[cu_seqlens.to(before.device, torch.int64, non_blocking=True)].diff() > 0
+        ).sum()
 
 
 def draw_seed(seed: int | None = None) -> int:

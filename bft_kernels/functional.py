@@ -530,7 +530,7 @@ def _divisor(
         visible = check_values and num_items.device.type == "cpu"
         if visible and not torch.compiler.is_compiling():
             check_positive("num_items", float(num_items))
-        return num_items.detach().reshape(()).to(count.device)
+        return num_items.detach().reshape(()).to(count.device, non_blocking=True)
     check_positive("num_items", num_items)
     return float(num_items)
 

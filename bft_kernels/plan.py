@@ -60,6 +60,19 @@ class RowPlan:
     weight_rows: int  # rows of ``weight`` widened at a time; V where nothing is widened
 
 
+# The vendor's product and a pass over its result are faster than a product whose tiles never leave
+# registers, if so many rows are multiplied at a time; see docs/triton.md.
+CHUNK_ROWS = 256
+
+
+def takes_chunks(rows: int, vocabulary: int, budget: int) -> bool:
+    """Whether the ``triton`` backend's forward keeps logits in a buffer, chunk by chunk.
+
+    A logit takes 4 bytes, and for the sampled gradient a bit.
+    """
+    return min(rows, CHUNK_ROWS) * vocabulary * 33 // 8 <= budget
+
+
 @dataclass(frozen=True)
 class ColumnPlan:
     """Blocks of the vocabulary: ``[rows, columns]`` logits of every row against few columns."""

@@ -100,7 +100,7 @@ def weigh(
     """
     count = confidence.numel()
     sequences = cu_seqlens.numel() - 1
-    cu = cu_seqlens.to(confidence.device, torch.int64)
+    cu = cu_seqlens.to(confidence.device, torch.int64, non_blocking=True)
     position = torch.arange(count, device=confidence.device)
     # Padding goes to one extra sequence, which the results leave out again.
     sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
@@ -237,7 +237,7 @@ def shift_labels(
         return target
     check_cu_seqlens(cu_seqlens, labels.numel(), labels.device)
     position = torch.arange(labels.numel(), device=labels.device)
-    ends = (cu_seqlens.to(labels.device, torch.int64) - 1).contiguous()
+    ends = (cu_seqlens.to(labels.device, torch.int64, non_blocking=True) - 1).contiguous()
     found = ends[torch.searchsorted(ends, position).clamp(max=ends.numel() - 1)] == position
     return target.masked_fill(found.view_as(target), ignore_index)
 
@@ -314,7 +314,7 @@ class Layout(NamedTuple):
 
 def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
     """The layout of flattened positions ``labelled [N]`` in documents ``cu_seqlens [S + 1]``."""
-    cu = cu_seqlens.to(labelled.device, torch.int64)
+    cu = cu_seqlens.to(labelled.device, torch.int64, non_blocking=True)
     through = labelled.long().cumsum(0)
     before = torch.nn.functional.pad(through, (1, 0))
     position = torch.arange(labelled.numel(), device=labelled.device)

@@ -40,9 +40,12 @@ class Fused:
     device: str
     # Rows, width, vocabulary: smaller than a tile, no multiple of one, and several tiles.
     shapes: tuple[tuple[int, int, int], ...]
+    chunks: bool | None = None  # whether triton's forward keeps logits, a chunk of rows at a time
 
     def __str__(self) -> str:
-        return self.instruction_set or self.name
+        if self.chunks is None:
+            return self.instruction_set or self.name
+        return f"{self.name}-{'chunks' if self.chunks else 'tiles'}"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -59,16 +62,20 @@ def backends() -> Iterator[Fused]:
     if importlib.util.find_spec("triton") is not None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (19, 24, 150), (35, 33, 70))
-        yield Fused("triton", None, device, shapes)
+        for chunks in (False, True):
+            yield Fused("triton", None, device, shapes, chunks)
 
 
 BACKENDS = list(backends())
 
 
 @pytest.fixture(autouse=True)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Chooses the instruction set of the backend that is a parameter of the test."""
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chooses the instruction set or the engine of the backend that is a parameter of the test."""
     fused: Fused = request.node.callspec.params["fused"]
+    if fused.chunks is not None:
+        module = "bft_kernels.backends.triton.core"
+        monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: fused.chunks)
     if fused.instruction_set is None:
         yield
         return
@@ -132,7 +139,7 @@ def run(loss: Callable[..., Any], p: Any, **how: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("fused", "shape", "name", "transform", "dtype", "budget", "frozen"),
-    spread(LOSSES, TRANSFORMS, DTYPES, [None, 30_000], [False, True]),
+    spread(LOSSES, TRANSFORMS, DTYPES, [None, 6_000], [False, True]),
     ids=str,
 )
 def test_no_less_accurate_than_plain_torch(

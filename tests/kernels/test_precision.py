@@ -14,6 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+from bft_kernels.backends.torch import backward, matmul, weighted
+
+try:
+    from bft_kernels.backends.triton import chunked, gather
+except ImportError:
+    chunked = gather = None  # type: ignore[assignment]
 
 # Float32 does the same arithmetic as torch, in another order: half as much again is chance. Narrow
 # types round their logits in torch and do not here, so here they must be better.
@@ -121,27 +127,70 @@ def test_mixed_types(problem, error):
             assert error(g, e) < max(2e-6, torch.finfo(x.dtype).eps)
 
 
-def test_float16_gradients_survive_until_the_loss_scale_arrives(error):
+@pytest.fixture(params=["wide", "narrow"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``narrow``: half-precision operands enter products as they are, as they do on a GPU."""
+    if request.param == "narrow":
+
+        def wide_product(a: Tensor, b: Tensor, accumulator: torch.dtype, out=None) -> Tensor:
+            assert a.dtype == b.dtype
+            return torch.mm(a.to(accumulator), b.to(accumulator), out=out)
+
+        for module in (matmul, weighted, *([chunked] if chunked else [])):
+            monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
+        for module in (matmul, backward, *([gather] if gather else [])):
+            monkeypatch.setattr(module, "multiply", wide_product)
+        monkeypatch.setattr(matmul, "_ADDS_WIDE", False)
+        monkeypatch.setattr(matmul, "_PRODUCT_ELEMENTS", 100)
+    return str(request.param)
+
+
+BACKENDS = ["torch", *(["triton"] if chunked else [])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("how", [{}, {"z_loss": 0.1, "temperature": 0.05}], ids=["plain", "steep"])
+def test_float16_gradients_survive_until_the_loss_scale_arrives(
+    backend, frozen, how, products, error
+):
     # 1/N of a probability is below float16's range; a scaler multiplies the loss by 2^16 and more.
-    rows, vocabulary = 4096, 60
+    # The divisor, that of many micro-batches, does the same to fewer tokens.
+    rows, vocabulary, divisor = 96, 60, 2**22
     hidden = (torch.randn(rows, 16) / 4).half()
     weight = (torch.randn(vocabulary, 16) / 4).half()
     target = torch.randint(vocabulary, (rows,))
-    for frozen in (False, True):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
-        wide = [x.detach().double().requires_grad_() for x in (h, w)]
-        truth = reference.linear_nll(*wide, target).mean() * 2**16
-        exact = torch.autograd.grad(truth, wide)
-        for loss in (
-            linear_cross_entropy(h, w, target),
-            balanced_linear_cross_entropy(h, w, target, scheme="sft"),
-            linear_nll(h, w, target).mean(),
-        ):
-            leaves = [x for x in (h, w) if x.requires_grad]
-            for got, expected in zip(
-                torch.autograd.grad(loss * 2**16, leaves), exact, strict=False
-            ):
-                assert error(got, expected) < 1e-3
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+    bias = torch.zeros(vocabulary, requires_grad=not frozen)
+    wide = [x.detach().double().requires_grad_() for x in (h, w, bias)]
+    truth = reference.linear_nll(*wide[:2], target, bias=wide[2], **how).sum() * 2**16 / divisor
+    exact = torch.autograd.grad(truth, wide)
+    call = {"bias": bias, "backend": backend, "max_buffer_bytes": 20_000}
+    share = torch.full((rows,), 1 / divisor)
+    losses = [
+        linear_cross_entropy(h, w, target, token_weight=share, reduction="sum", **call, **how),
+        linear_cross_entropy(h, w, target, reduction="none", **call, **how).sum() / divisor,
+    ]
+    if not how:
+        sft = {"scheme": "sft", "normalize": "token", "num_items": divisor}
+        cu_seqlens = torch.tensor([0, rows // 3, rows])
+        losses.append(
+            balanced_linear_cross_entropy(h, w, target, cu_seqlens=cu_seqlens, **sft, **call)
+        )
+    leaves = [x for x in (h, w, bias) if x.requires_grad]
+    for loss in losses:
+        got = torch.autograd.grad(loss * 2**16, leaves)
+        for mine, expected in zip(got, exact, strict=False):
+            assert error(mine, expected) < (2e-3 if products == "narrow" else 1e-3)
+
+
+def test_a_scale_is_a_power_of_two():
+    for upstream in (1e-25, 3e-7, 0.999, 1.0, 5e5):
+        scale = matmul.scale_for(torch.tensor([upstream, -upstream / 2]), torch.ones(2), 1.0, 0.0)
+        assert math.frexp(float(scale))[0] == 0.5
+        assert 128 <= scale * upstream < 256
+    for upstream in (torch.zeros(3), torch.tensor([math.inf]), torch.empty(0)):
+        assert matmul.scale_for(upstream, upstream, 1.0, 0.1) == 1
 
 
 # --- extreme logits ------------------------------------------------------------------------------

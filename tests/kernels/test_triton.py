@@ -11,14 +11,35 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import BACKENDS, why_not
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bft_kernels.backends.triton import configs, entries
+from bft_kernels.backends.triton import configs, entries, gather
+from bft_kernels.backends.triton.floor import find_floors
+from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.rows import DeviceRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+CONFIG = CoreConfig(
+    ignore_index=-100,
+    softcap=None,
+    temperature=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    eps=2**-5,
+    residual="entries",
+    statistics=False,
+    variance=False,
+    hidden_variance=False,
+    operand="float32",
+    backend="triton",
+    max_buffer_bytes=2**20,
+    check_values=False,
+    check_finite=False,
+)
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
@@ -42,7 +63,7 @@ def test_entries_without_room_are_computed_again(room, frozen, problem, close, m
 @pytest.mark.parametrize("columns", [0, 1, 60])
 def test_popular_columns_take_a_dense_product(columns, problem, close, monkeypatch):
     p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
-    monkeypatch.setattr(entries, "DENSE_COLUMNS", columns)
+    monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
     got, expected = gradients(p, "triton", **SAMPLED), gradients(p, "torch", **SAMPLED)
     close(got, expected, 2**-6)
 
@@ -57,10 +78,34 @@ def test_sums_of_a_block_do_not_reach_the_next(budget, problem, close):
 
 
 def test_lists_have_room_for_what_text_keeps():
-    assert entries.capacity_for(10, 1000, 2**-8) == 10 * 65
-    assert entries.capacity_for(10, 100_000, 2**-12) == 10 * 1025
+    for eps, kept in ((2**-8, 72), (2**-10, 193), (2**-12, 481)):
+        assert 2 * kept < entries.capacity_for(10, 100_000, eps) / 10 < 4 * kept
     assert entries.capacity_for(10, 50, 2**-12) == 10 * 50
     assert entries.capacity_for(0, 50, 2**-12) == 0
+
+
+@pytest.mark.parametrize("budget", [1, 5000, None])
+def test_entries_are_sorted_as_the_budget_allows(budget, problem, close):
+    p = problem(41, 12, 300, bias=True, dtype=torch.float32, scale=2.0)
+    how = {"max_buffer_bytes": budget, **SAMPLED}
+    close(gradients(p, "triton", **how), gradients(p, "torch", **how), 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}], ids=["plain", "bias"])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
+def test_floors_are_below_lse_and_near_it(options, scale, problem):
+    p = problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
+    p = p.copy(device=DEVICE)
+    inputs = Inputs.of(p.hidden, p.weight, p.target, p.bias, CONFIG)
+    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias).detach()
+    lse = logits.logsumexp(1)
+    labelled = p.target != -100
+    floors = find_floors(inputs)[labelled]
+    assert (floors <= lse[labelled]).all()
+    named = p.target[labelled].unique()
+    close_to = logits[labelled][:, named].logsumexp(1)
+    assert (floors >= close_to - 1e-4 - 1e-4 * close_to.abs()).all()
+    assert named.numel() < 100 < labelled.sum()  # some columns are not named, and some repeatedly
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
@@ -213,3 +258,57 @@ def test_registers_are_limited_on_nvidia_only():
         if family == configs.AMD
         for tile in (kind.logits, kind.capped, kind.hidden, kind.weight)
     )
+
+
+CALLS: dict[str, Any] = {
+    "nll": lambda args, cu: linear_nll(*args).sum(),
+    "mean": lambda args, cu: linear_cross_entropy(*args),
+    "sampled": lambda args, cu: linear_cross_entropy(*args, **SAMPLED),
+    "balanced": lambda args, cu: balanced_linear_cross_entropy(*args, window=4, cu_seqlens=cu),
+    "balanced, boundaries on the CPU": lambda args, cu: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=torch.tensor([0, 40, 130])
+    ),
+    "balanced, sampled": lambda args, cu: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=cu, return_stats=True, **SAMPLED
+    )[0],
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name, dtype, frozen, problem):
+    p = problem(130, 64, 1000, dtype=dtype, frozen=frozen).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    for mode in ("default", "error"):  # kernels are compiled in the first turn
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            CALLS[name](p.args, boundaries).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if "CPU" not in name])
+def test_is_captured_in_a_graph(name, problem, close):
+    p = problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    loss = CALLS[name](p.args, boundaries)
+    loss.backward()
+    expected = {key: value.clone() for key, value in p.grads().items()}
+    p.hidden.grad = p.weight.grad = None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        CALLS[name](p.args, boundaries).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    p.hidden.grad = p.weight.grad = None
+    with torch.cuda.graph(graph):
+        captured = CALLS[name](p.args, boundaries)
+        captured.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, loss)
+    close(p.grads(), expected, 0)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.torch.matmul import Products, converts, multiply
+from bft_kernels.backends.torch.matmul import Products, add_product, converts, multiply
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.sweep import gradient_factors, transform_logits
 from bft_kernels.config import CoreConfig, accumulator
@@ -91,14 +91,9 @@ def _recompute(
             _logit_gradient(dy, part, first, vocabulary, block_bias, config)
             narrow = dy.to(columns.dtype)
             if grad_hidden is not None:
-                if columns.dtype == wide:
-                    grad_hidden[a:b].addmm_(narrow, columns)
-                else:
-                    grad_hidden[a:b].add_(multiply(narrow, columns, wide))
-            if into is not None and operand.dtype == wide:
-                into.addmm_(narrow.T, operand)
-            elif into is not None:
-                into.add_(multiply(narrow.T, operand, wide))
+                add_product(grad_hidden[a:b], narrow, columns)
+            if into is not None:
+                add_product(into, narrow.T, operand)
             if grad_bias is not None:
                 grad_bias[first:stop].add_(dy.sum(dim=0))
         if grad_weight is not None and into is not None and grad_weight.dtype != wide:

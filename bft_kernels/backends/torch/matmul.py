@@ -32,8 +32,49 @@ def multiply(a: Tensor, b: Tensor, accumulator: torch.dtype, out: Tensor | None 
     """``a @ b`` in the accumulator's type."""
     if a.dtype == accumulator:
         return torch.mm(a, b, out=out)
-    product = torch.mm(a, b, out_dtype=accumulator)
-    return product if out is None else out.copy_(product)
+    if out is None:
+        return torch.mm(a, b, out_dtype=accumulator)
+    return torch.mm(a, b, out_dtype=accumulator, out=out)
+
+
+# Before torch 2.10 addmm wants what it adds to in the type of the operands.
+_ADDS_WIDE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
+# Where a product is made before it is added: small enough for the second-level cache of a GPU.
+_PRODUCT_ELEMENTS = 2**22
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
+    """``out += a @ b``, times a ``factor []`` that is known on the device only."""
+    if factor is None and a.dtype == out.dtype:
+        out.addmm_(a, b)
+    elif factor is None and _ADDS_WIDE:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        step = max(1, _PRODUCT_ELEMENTS // b.shape[1])
+        for first in range(0, out.shape[0], step):
+            product = multiply(a[first : first + step], b, out.dtype)
+            out[first : first + step].add_(product if factor is None else product.mul_(factor))
+
+
+def scale_for(upstream: Tensor, lse: Tensor, temperature: float, z_loss: float) -> Tensor:
+    """``[]`` float32: the power of two that brings a bound of ``|dy|`` to between 128 and 256.
+
+    float16 has no room for gradients that are small because a loss is a mean: they are multiplied
+    by this before they are rounded, and their products divided. The host does not learn it.
+
+    Args:
+        upstream: ``[n]``, what multiplies the gradient of each row's loss.
+        lse: ``[n]``; not looked at without ``z_loss``.
+    """
+    if upstream.numel() == 0:
+        return upstream.new_ones((), dtype=torch.float32)
+    bound = upstream.abs().amax().float() / temperature
+    if z_loss:
+        bound = bound * (1 + 2 * abs(z_loss) * lse.abs().amax())
+    fraction, exponent = torch.frexp(bound)  # fraction in [0.5, 1)
+    usable = torch.isfinite(fraction) & (fraction != 0)
+    exponent = torch.where(usable, 8 - exponent, 0).clamp(-100, 100)
+    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)  # the bits of 2^exponent
 
 
 class Products:
@@ -81,18 +122,30 @@ class Products:
     def hidden_gradient(self, dy: Tensor) -> Tensor:
         """``dy [n, V] @ weight -> [n, D]`` in the accumulator's type."""
         total: Tensor | None = None
-        for first, stop in self.blocks():
+        for first, stop in self._blocks_of(dy):
             weight = self.columns(first, stop)
-            part = multiply(dy[:, first:stop].to(weight.dtype), weight, self.accumulator)
-            total = part if total is None else total.add_(part)
+            part = dy[:, first:stop].to(weight.dtype)
+            if total is None:
+                total = multiply(part, weight, self.accumulator)
+            else:
+                add_product(total, part, weight)
         assert total is not None
         return total
 
-    def add_weight_gradient(self, dy: Tensor, hidden: Tensor, out: Tensor) -> None:
-        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in the accumulator's type."""
-        if hidden.dtype == out.dtype:
-            out.addmm_(dy.T, hidden)
-            return
-        for first, stop in self.blocks():
+    def add_weight_gradient(
+        self, dy: Tensor, hidden: Tensor, out: Tensor, factor: Tensor | None = None
+    ) -> None:
+        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in the accumulator's type;
+        times ``factor []``.
+        """
+        for first, stop in self._blocks_of(dy):
             part = dy[:, first:stop].to(hidden.dtype)
-            out[first:stop].add_(multiply(part.T, hidden, self.accumulator))
+            add_product(out[first:stop], part.T, hidden, factor)
+
+    def _blocks_of(self, dy: Tensor) -> Iterator[tuple[int, int]]:
+        """Blocks of columns, small where ``dy`` is copied to the operands' type."""
+        vocabulary = self.weight.shape[0]
+        wanted = gemm_dtype(self.operand, self.accumulator, dy.device.type)
+        step = self.block if dy.dtype == wanted else min(self.block, -(-vocabulary // 8))
+        for first in range(0, vocabulary, step):
+            yield first, min(first + step, vocabulary)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.torch.forward import Collected, collect_statistics, products_and_plan
-from bft_kernels.backends.torch.matmul import Products
+from bft_kernels.backends.torch.matmul import Products, gemm_dtype, scale_for
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.sweep import (
     Scratch,
@@ -186,19 +186,37 @@ class WeightedEngine(WeightedSums):
 
     def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
         """Adds the buffer's rows, weighted, to the loss and the gradients."""
-        assert self.buffer is not None
         self.add_losses(first, stop, coefficient)
-        self._add_products(first, stop, self.buffer[: stop - first].mul_(coefficient[:, None]))
+        scale = self._scale(first, stop, coefficient)
+        if scale is not None:
+            coefficient = coefficient * scale
+        self._add_products(first, stop, self._weighted_dy(first, stop, coefficient), scale)
 
-    def _add_products(self, first: int, stop: int, dy: Tensor) -> None:
-        """Adds what ``dy [stop - first, V]``, weighted, gives to the gradients."""
+    def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
+        """``coefficient * dy`` of the buffer's rows ``[stop - first, V]``, in their place."""
+        assert self.buffer is not None
+        return self.buffer[: stop - first].mul_(coefficient[:, None])
+
+    def _scale(self, first: int, stop: int, coefficient: Tensor) -> Tensor | None:
+        """What a float16 ``dy`` is multiplied by; see :func:`scale_for`."""
+        operand = gemm_dtype(self.products.operand, self.wide, self.weight.device.type)
+        if operand != torch.float16:
+            return None
+        lse = self.collected.vectors["lse"][first:stop]
+        return scale_for(coefficient, lse, self.config.temperature, self.config.z_loss)
+
+    def _add_products(self, first: int, stop: int, dy: Tensor, scale: Tensor | None) -> None:
+        """Adds what ``dy [stop - first, V]``, weighted and scaled, gives to the gradients."""
         assert self.operand is not None
+        factor = None if scale is None else 1 / scale
         if self.wanted.hidden:
-            self.grad_hidden[first:stop] = self.products.hidden_gradient(dy)
+            product = self.products.hidden_gradient(dy)
+            self.grad_hidden[first:stop] = product if factor is None else product.mul_(factor)
         if self.wanted.weight:
-            self.products.add_weight_gradient(dy, self.operand, self.grad_weight)
+            self.products.add_weight_gradient(dy, self.operand, self.grad_weight, factor)
         if self.wanted.bias:
-            self.grad_bias += dy.sum(dim=0, dtype=self.wide)
+            sums = dy.sum(dim=0, dtype=self.wide)
+            self.grad_bias += sums if factor is None else sums.mul_(factor)
 
 
 def document_bounds(rows: LabelledRows, cu_seqlens: Tensor | None, chunk: int) -> list[int]:
@@ -236,7 +254,6 @@ def piece_weights(
     first, stop = bounds[0], bounds[-1]
     nll = nll[first:stop]
     labelled = rows.take(rows.labelled, first, stop)
-    cu_seqlens = torch.tensor([bound - first for bound in bounds], device=nll.device)
-    layout = labelled_layout(labelled, cu_seqlens)
+    layout = labelled_layout(labelled, torch.tensor(bounds) - first)
     settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
     return balance(nll, layout, *settings).weight

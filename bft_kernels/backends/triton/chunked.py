@@ -8,6 +8,9 @@ and a second time when the weights are known; ``dy`` then takes their place, in 
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -18,105 +21,13 @@ from bft_kernels.backends.torch.matmul import gemm_dtype
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.weighted import WeightedEngine, run_pieces
 from bft_kernels.backends.triton.configs import triton_dtype
-from bft_kernels.backends.triton.device import (
-    exact_factors,
-    finite_or,
-    slope_of,
-    token_loss,
-    transform,
-)
+from bft_kernels.backends.triton.device import exact_factors, slope_of, transform
+from bft_kernels.backends.triton.entries import list_kept
+from bft_kernels.backends.triton.floor import POPULAR, popular_columns
+from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.sweep import certify_rows, row_arguments, sweep_rows
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.results import Wanted, WeightedLoss
-
-
-@triton.jit
-def _sweep_rows_kernel(
-    logits_ptr,  # [n, V], raw products
-    bias_ptr,  # [V]
-    target_ptr,  # [n]
-    nll_ptr,  # these are [n]
-    loss_ptr,
-    lse_ptr,
-    lse_low_ptr,
-    entropy_ptr,
-    correct_ptr,
-    V,
-    inverse_temperature,
-    softcap,
-    label_smoothing,
-    z_loss,
-    BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-):
-    """A program reads the logits of a row once: loss and statistics."""
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
-    logits = logits_ptr + row * V
-    offs = tl.arange(0, BLOCK)
-    m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    before = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)
-    shifted = tl.zeros((BLOCK,), tl.float32)
-    # Each lane keeps sums of its own; they are joined once, at the end.
-    for start in range(0, V, BLOCK):
-        column = start + offs
-        mask = column < V
-        y = tl.load(logits + column, mask=mask, other=0.0)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-        z = tl.where(mask, z, float("-inf"))
-        m_new = tl.maximum(m, z)
-        reference = finite_or(m_new, 0.0)
-        scale, difference = tl.exp(m - reference), z - reference
-        e = tl.exp(difference)
-        if STATISTICS:
-            step = tl.where(total > 0, total * (m - reference), 0.0)
-            moment = scale * (moment + step) + e * tl.maximum(difference, -1e30)
-            before = tl.where(column < target, tl.maximum(before, z), before)
-        if SMOOTHING:
-            # A lane has seen start / BLOCK columns so far.
-            step = tl.where(start > 0, (m - reference) * (start // BLOCK), 0.0)
-            shifted += step + tl.where(mask, difference, 0.0)
-        total = scale * total + e
-        m = m_new
-    peak = tl.max(m, axis=0)
-    reference = finite_or(peak, 0.0)
-    lanes = finite_or(m, 0.0)
-    scale = tl.exp(m - reference)
-    if STATISTICS:
-        step = tl.where(total > 0, total * (m - reference), 0.0)
-        moment_sum = tl.sum(scale * (moment + step), axis=0)
-    shifted_sum = 0.0
-    if SMOOTHING:
-        seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
-        shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
-    sum_all = tl.sum(scale * total, axis=0)
-    column = tl.minimum(tl.maximum(target, 0), V - 1)  # of a target nobody checked
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column).to(tl.float32)
-    y = tl.load(logits + column)
-    own = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-    own = tl.where(column == target, own, float("nan"))
-    log_total = tl.log(sum_all)
-    nll, lse, low, loss = token_loss(
-        log_total, reference, own, shifted_sum, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
-    )
-    tl.store(nll_ptr + row, nll)
-    tl.store(lse_ptr + row, lse)
-    tl.store(lse_low_ptr + row, low)
-    tl.store(loss_ptr + row, loss)
-    if STATISTICS:
-        entropy = log_total - moment_sum / sum_all
-        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy))
-        tl.store(correct_ptr + row, (own == peak) & (tl.max(before, axis=0) < own) & (lse == lse))
 
 
 @triton.jit
@@ -172,30 +83,31 @@ class ChunkedEngine(WeightedEngine):
         self._logits(first, stop)
         if not collect:
             return
-        rows = stop - first
-        empty = self.nll.new_empty
-        results = {name: empty(rows) for name in ("nll", "loss", "lse", "lse_low")}
+        if "lse" not in self.collected.vectors:
+            self._make_results()
+        assert self.buffer is not None
+        results = {"nll": self.nll, "loss": self.token_loss}
+        for name in ("lse", "lse_low", "entropy", "correct"):
+            results[name] = self.collected.vectors[name]
+        arguments = row_arguments(self.buffer, self.bias, self.targets, self.config)
+        sweep_rows(arguments, stop - first, first, results, self.config)
+
+    @functools.cached_property
+    def targets(self) -> Tensor:
+        """``[n]``, of all rows."""
+        return self.rows.take(self.target, 0, self.rows.count).contiguous()
+
+    def _make_results(self) -> None:
+        rows = self.rows.count
         statistics = rows if self.config.statistics else 0
-        results["entropy"] = empty(statistics)
-        results["correct"] = empty(statistics, dtype=torch.bool)
-        _sweep_rows_kernel[(rows,)](
-            STATISTICS=self.config.statistics,
-            SMOOTHING=self.config.label_smoothing > 0,
-            Z_LOSS=self.config.z_loss != 0,
-            **{f"{name}_ptr": values for name, values in results.items()},
-            **self._arguments(first, stop),
+        self.collected.vectors.update(
+            lse=self.nll.new_empty(rows),
+            lse_low=self.nll.new_empty(rows),
+            entropy=self.nll.new_empty(statistics),
+            correct=self.nll.new_empty(statistics, dtype=torch.bool),
         )
-        self.nll[first:stop], self.token_loss[first:stop] = results["nll"], results["loss"]
-        self.collected.add(first, lse=results["lse"], lse_low=results["lse_low"])
-        if self.config.statistics:
-            self.collected.add(first, entropy=results["entropy"], correct=results["correct"])
 
-    def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
-        """Adds the buffer's rows, weighted, to the loss and the gradients."""
-        self.add_losses(first, stop, coefficient)
-        self._add_products(first, stop, self.weighted_dy(first, stop, coefficient))
-
-    def weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
+    def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
         """``coefficient * dy`` of the buffer's rows, in their place and in the products' type."""
         assert self.buffer is not None
         vocabulary = self.weight.shape[0]
@@ -209,27 +121,11 @@ class ChunkedEngine(WeightedEngine):
             coefficient_ptr=coefficient.contiguous(),
             stride_dn=dy.stride(0),
             OPERAND=triton_dtype(dtype),
-            **self._arguments(first, stop),
+            label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
+            **row_arguments(self.buffer, self.bias, self.targets[first:stop], self.config),
         )
         return dy
-
-    def _arguments(self, first: int, stop: int) -> dict[str, object]:
-        """What both kernels take."""
-        config, vocabulary = self.config, self.weight.shape[0]
-        return {
-            "logits_ptr": self.buffer,
-            "bias_ptr": self.bias,
-            "target_ptr": self.rows.take(self.target, first, stop).contiguous(),
-            "V": vocabulary,
-            "inverse_temperature": 1.0 / config.temperature,
-            "softcap": config.softcap or 1.0,
-            "label_smoothing": config.label_smoothing,
-            "z_loss": config.z_loss,
-            "BLOCK": min(4096, triton.next_power_of_2(vocabulary)),
-            "HAS_BIAS": self.bias is not None,
-            "HAS_CAP": config.softcap is not None,
-            "num_warps": 8,
-        }
 
 
 def _engine(
@@ -283,3 +179,80 @@ def linear_nll_unit(
         engine.load(first, stop, gradient=True)
         engine.add_gradients(first, stop, engine.rows.take(ones, first, stop))
     return engine.result(), engine.rows.spread(engine.token_loss)
+
+
+def run_chunks(
+    inputs: Inputs, seed: Tensor | None, norms: Tensor | None, results: dict[str, Tensor]
+) -> None:
+    """The whole forward, a chunk of rows at a time; labelled rows come first.
+
+    The last chunks are computed even where their rows are ignored: how many do not count is known
+    on the device only.
+
+    Args:
+        inputs: of the call.
+        seed: ``[]``, for the sampled gradient.
+        norms: ``[V]``, for ``hidden_variance``.
+        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; for the sampled gradient
+            ``counts``, ``columns`` and ``values``.
+    """
+    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    order, labelled = inputs.rows.order, inputs.rows.count
+    sampled = config.residual == "entries"
+    if sampled:  # a bit for each logit
+        config = replace(config, max_buffer_bytes=config.max_buffer_bytes * 32 // 33)
+    products, chunk, _ = products_and_plan(inputs.hidden, inputs.weight, count, config, 0)
+    device = inputs.hidden.device
+    buffer = torch.empty(chunk, vocabulary, device=device)
+    names = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
+    per_row = {name: results[name] for name in names}
+    popular = mask = None
+    if sampled:
+        popular = popular_columns(inputs, min(POPULAR, triton.next_power_of_2(count)))
+        words = triton.cdiv(vocabulary, 32)
+        mask = torch.empty(chunk, words, dtype=torch.int32, device=device)
+    for first in range(0, count, chunk):
+        rows = min(chunk, count - first)
+        logits = buffer[:rows]
+        products.logits(products.rows(inputs.hidden[order[first : first + rows]]), logits)
+        arguments = row_arguments(logits, inputs.bias, inputs.target, config)
+        part = None if mask is None else mask[:rows]
+        sweep_rows(
+            arguments,
+            rows,
+            first,
+            per_row,
+            config,
+            order=order,
+            count=labelled,
+            seed=seed,
+            popular=popular,
+            mask=part,
+        )
+        if part is not None:
+            assert seed is not None
+            list_kept(
+                inputs,
+                logits,
+                part,
+                first,
+                seed,
+                results["lse"],
+                results["nll"],
+                results["counts"],
+                results["columns"],
+                results["values"],
+            )
+        if config.variance or config.hidden_variance:
+            certify_rows(
+                arguments,
+                rows,
+                first,
+                order,
+                labelled,
+                results["lse"],
+                norms,
+                results["variance"],
+                results["hidden_variance"],
+                config.eps,
+            )

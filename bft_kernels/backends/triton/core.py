@@ -5,27 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
 from bft_kernels.backends.torch.forward import squared_norms
-from bft_kernels.backends.triton.certificate import certify
-from bft_kernels.backends.triton.chunked import linear_nll_unit
-from bft_kernels.backends.triton.configs import rows_contiguous, tile_for
-from bft_kernels.backends.triton.entries import (
-    capacity_for,
-    gather_hidden,
-    gather_weight,
-    list_entries,
-    offsets_of,
-    overflowed,
-)
-from bft_kernels.backends.triton.floor import find_floors
-from bft_kernels.backends.triton.forward import TiledForward
+from bft_kernels.backends.triton.chunked import linear_nll_unit, run_chunks
+from bft_kernels.backends.triton.configs import rows_contiguous
+from bft_kernels.backends.triton.entries import capacity_for, offsets_of, overflowed
+from bft_kernels.backends.triton.forward import run_tiles
+from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues, add_recomputed
 from bft_kernels.backends.triton.rows import DeviceRows
 from bft_kernels.config import CoreConfig, storage
+from bft_kernels.plan import takes_chunks
 from bft_kernels.results import Forward, Gradients, Saved, Wanted
 
 
@@ -55,36 +47,28 @@ def linear_nll(
         "correct": per_row(config.statistics, torch.bool),
     }
     sampled = config.residual == "entries"
-    floors = find_floors(inputs) if sampled else None
-    tiled = TiledForward(inputs, seed, floors, results)
-    counts = per_row(sampled, torch.int64)
     capacity = capacity_for(count, vocabulary, config.eps) if sampled else 0
-    columns = torch.empty(capacity, dtype=torch.int32, device=hidden.device)
-    if sampled:
-        words = triton.cdiv(vocabulary, 32)
-        step = tile_for(config, inputs.hidden, inputs.weight).block_n
-        step *= max(1, config.max_buffer_bytes // (4 * words) // step)
-        mask = torch.empty(min(step, count), words, dtype=torch.int32, device=hidden.device)
-        for first in range(0, count, step):
-            part = mask[: min(step, count - first)]
-            tiled.run(first, part.shape[0], part)
-            list_entries(inputs, part, first, counts, columns)
+    chunked = takes_chunks(count, vocabulary, config.max_buffer_bytes)
+    results |= {
+        "variance": per_row(config.variance),
+        "hidden_variance": per_row(config.hidden_variance),
+        "counts": per_row(sampled, torch.int64),
+        "columns": torch.empty(capacity, dtype=torch.int32, device=hidden.device),
+        "values": torch.empty(capacity if chunked else 0, device=hidden.device),
+    }
+    norms = None
+    if config.hidden_variance:
+        norms = squared_norms(inputs.weight, torch.float32, config.max_buffer_bytes)
+    if chunked:
+        run_chunks(inputs, seed, norms, results)
     else:
-        tiled.run(0, count, None)
-    variance, hidden_variance = per_row(False), per_row(False)
-    if config.variance or config.hidden_variance:
-        norms = None
-        if config.hidden_variance:
-            norms = squared_norms(inputs.weight, torch.float32, config.max_buffer_bytes)
-        variance, hidden_variance = certify(inputs, results["lse"], norms)
+        run_tiles(inputs, seed, norms, results)
     return Forward(
-        **results,
-        variance=variance,
-        hidden_variance=hidden_variance,
+        **{name: results[name] for name in Forward._fields if name in results},
         unit=hidden.new_empty(0, width, dtype=storage(hidden.dtype)),
-        entry_offsets=offsets_of(counts) if sampled else counts,
-        entry_columns=columns,
-        entry_values=per_row(False),
+        entry_offsets=offsets_of(results["counts"]) if sampled else results["counts"],
+        entry_columns=results["columns"],
+        entry_values=results["values"],
     )
 
 
@@ -155,9 +139,12 @@ def _add_sampled(
 ) -> None:
     """Adds the listed entries to the gradients, and then the rows whose entries found no room."""
     assert saved.seed is not None
-    offsets, columns = saved.entry_offsets, saved.entry_columns
-    values = gather_hidden(inputs, known, saved.seed, offsets, columns, into.hidden)
-    if wanted.weight or wanted.bias:
-        gather_weight(inputs, values, offsets, columns, into)
+    offsets, columns, values = saved.entry_offsets, saved.entry_columns, saved.entry_values
+    wants_entries = wanted.weight or wanted.bias
+    listed = gather_hidden(
+        inputs, known, saved.seed, offsets, columns, values, into.hidden, wants_entries
+    )
+    if wants_entries:
+        gather_weight(inputs, listed, into)
     rest = DeviceRows.chosen(overflowed(offsets, columns.numel()))
     add_recomputed(replace(inputs, rows=rest), known, saved.seed, wanted, into)

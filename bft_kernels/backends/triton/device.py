@@ -224,3 +224,37 @@ def sampled_dz(p, bits, at_target, own, eps):
     """The sampled gradient: 0 where the draw lets an entry go, NaN where ``p`` is."""
     kept = tl.where(uniform(bits) * eps < p, tl.maximum(p, eps), 0.0)
     return tl.where(at_target, own, tl.where(p != p, p, kept))
+
+
+@triton.jit
+def entry_dz(
+    y,  # raw products of listed entries
+    bias_ptr,
+    column,
+    mask,
+    target,
+    lse,
+    nll,
+    multiplier,
+    offset,
+    inverse_temperature,
+    softcap,
+    eps,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """The sampled ``dz`` of entries of one row, and their slope, by the final lse."""
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    bits = draw_bits(multiplier, offset, column.to(tl.uint32))
+    dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), eps)
+    return tl.where(mask, dz, 0.0), slope_of(z, inverse_temperature, softcap, HAS_CAP)
+
+
+@triton.jit
+def lowest_bit(word):
+    """The lowest bit set of each uint32, as a word and as its place."""
+    one = word ^ (word & (word - 1))
+    return one, popcount(one - 1)

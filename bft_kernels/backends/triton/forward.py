@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import precision_for
+from bft_kernels.backends.triton.certificate import certify
+from bft_kernels.backends.triton.configs import precision_for, tile_for
 from bft_kernels.backends.triton.device import (
     LOG2E,
     draw_bits,
@@ -26,6 +27,8 @@ from bft_kernels.backends.triton.device import (
     swizzle,
     token_loss,
 )
+from bft_kernels.backends.triton.entries import list_candidates
+from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.inputs import Inputs
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
@@ -36,6 +39,7 @@ SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
 TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
 BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
 SUMS = 6
+_ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 @triton.jit
@@ -230,6 +234,7 @@ def _combine_kernel(
     label_smoothing,
     z_loss,
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,  # that are looked at side by side
     STATISTICS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
@@ -248,30 +253,39 @@ def _combine_kernel(
     own = tl.where((target >= 0) & (target < V), own, float("nan"))  # a target nobody checked
 
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for split in range(splits):
-        peak = tl.load(at + MAXIMUM * step + split * rows, mask=mask, other=0.0)
-        m = tl.maximum(m, peak)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        there = mask[None, :] & (split < splits)[:, None]
+        here = at[None, :] + split[:, None] * rows
+        peak = tl.load(here + MAXIMUM * step, mask=there, other=float("-inf"))
+        m = tl.maximum(m, tl.max(peak, axis=0))
     reference = finite_or(m, 0.0)
 
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     shifted = tl.zeros((BLOCK,), tl.float32)
     earlier = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for split in range(splits):
-        here = at + split * rows
-        peak = tl.load(here + MAXIMUM * step, mask=mask, other=0.0)
-        part = tl.load(here + TOTAL * step, mask=mask, other=0.0)
-        scale = tl.exp(peak - reference)
-        total += part * scale
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
+        there = mask[None, :] & (split < splits)[:, None]
+        here = at[None, :] + split[:, None] * rows
+        peak = tl.load(here + MAXIMUM * step, mask=there, other=float("-inf"))
+        part = tl.load(here + TOTAL * step, mask=there, other=0.0)
+        difference = peak - reference[None, :]
+        scale = tl.exp(difference)
+        total += tl.sum(part * scale, axis=0)
         if STATISTICS:
-            part_moment = tl.load(here + MOMENT * step, mask=mask, other=0.0)
-            moment += scale * (part_moment + tl.where(part > 0, part * (peak - reference), 0.0))
+            part_moment = tl.load(here + MOMENT * step, mask=there, other=0.0)
+            terms = scale * (part_moment + tl.where(part > 0, part * difference, 0.0))
+            moment += tl.sum(terms, axis=0)
             # Columns before the target's must hold less; later ones may equal it.
-            earlier = tl.where(split < holder, tl.maximum(earlier, peak), earlier)
+            lower = tl.where(split[:, None] < holder[None, :], peak, float("-inf"))
+            earlier = tl.maximum(earlier, tl.max(lower, axis=0))
         if SMOOTHING:
             columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
-            shifted += tl.load(here + SHIFTED * step, mask=mask, other=0.0)
-            shifted += (finite_or(peak, 0.0) - reference) * columns
+            terms = tl.load(here + SHIFTED * step, mask=there, other=0.0)
+            terms += (finite_or(peak, 0.0) - reference[None, :]) * columns[:, None]
+            shifted += tl.sum(tl.where(there, terms, 0.0), axis=0)
 
     log_total = tl.log(total)
     nll, lse, low, loss = token_loss(
@@ -330,7 +344,7 @@ class TiledForward:
             **self.inputs.arguments(),
             **tile.constants(),
         )
-        _combine_kernel[(triton.cdiv(rows, 64),)](
+        _combine_kernel[(triton.cdiv(rows, 32),)](
             sums_ptr=sums,
             target_ptr=self.inputs.target,
             order_ptr=self.inputs.rows.order,
@@ -342,10 +356,42 @@ class TiledForward:
             split_columns=splits.tiles * tile.block_v,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
-            BLOCK=64,
+            BLOCK=32,
+            SPLITS=16,
             STATISTICS=config.statistics,
             SMOOTHING=smoothing,
             Z_LOSS=config.z_loss != 0,
             LOW=self.results["lse_low"].numel() > 0,
             **{f"{name}_ptr": values for name, values in self.results.items()},
         )
+
+
+def run_tiles(
+    inputs: Inputs, seed: Tensor | None, norms: Tensor | None, results: dict[str, Tensor]
+) -> None:
+    """The whole forward, in tiles.
+
+    Args:
+        inputs: of the call.
+        seed: ``[]``, for the sampled gradient.
+        norms: ``[V]``, for ``hidden_variance``.
+        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
+    """
+    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    per_row = {name: results[name] for name in _ROW_RESULTS}
+    if config.residual == "entries":
+        tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
+        words = triton.cdiv(vocabulary, 32)
+        step = tile_for(config, inputs.hidden, inputs.weight).block_n
+        step *= max(1, config.max_buffer_bytes // (4 * words) // step)
+        size = min(step, count), words
+        mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
+        for first in range(0, count, step):
+            part = mask[: min(step, count - first)]
+            tiled.run(first, part.shape[0], part)
+            list_candidates(inputs, part, first, results["counts"], results["columns"])
+    else:
+        TiledForward(inputs, seed, None, per_row).run(0, count, None)
+    if config.variance or config.hidden_variance:
+        variance, hidden_variance = certify(inputs, results["lse"], norms)
+        results["variance"], results["hidden_variance"] = variance, hidden_variance

@@ -9,13 +9,14 @@ rows lie past the number of labelled rows, which only the device knows, return a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.torch.matmul import scale_for
 from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
@@ -140,6 +141,7 @@ def _hidden_gradient_kernel(
     count_ptr,  # [1]
     sums_ptr,  # [N, D] float32, of the blocks before
     grad_hidden_ptr,  # [N, D]
+    scale_ptr,  # [], what dy was multiplied by
     first_column,
     columns,
     stride_dy,
@@ -151,6 +153,7 @@ def _hidden_gradient_kernel(
     GROUP: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -180,6 +183,8 @@ def _hidden_gradient_kernel(
             other=0.0,
         )
         sums = dot(dy, w, sums, OPERAND, PRECISION)
+    if SCALED:
+        sums /= tl.load(scale_ptr)
     if not FIRST:
         sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
     if LAST:
@@ -195,6 +200,7 @@ def _weight_gradient_kernel(
     order_ptr,  # [N]
     count_ptr,  # [1]
     grad_weight_ptr,  # [V, D]
+    scale_ptr,  # [], what dy was multiplied by
     first_column,
     columns,
     stride_dy,
@@ -205,6 +211,7 @@ def _weight_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -233,6 +240,8 @@ def _weight_gradient_kernel(
             other=0.0,
         )
         sums = dot(dy, h, sums, OPERAND, PRECISION)
+    if SCALED:
+        sums /= tl.load(scale_ptr)
     place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
     mask = mask_v[:, None] & mask_d[None, :]
     sums += tl.load(place, mask=mask, other=0.0).to(tl.float32)
@@ -274,7 +283,18 @@ def add_recomputed(
     dy = torch.empty(count * step, dtype=operand, device=device)
     bias_sums = torch.zeros(row_blocks if wanted.bias else 0, step, device=device)
     sums = torch.empty(count if wanted.hidden and step < vocabulary else 0, width, device=device)
-    shared = {"order_ptr": inputs.rows.order, "count_ptr": inputs.rows.count, "D": width}
+    scale = None
+    if operand == torch.float16:
+        lse = inputs.rows.mask(known.lse)
+        scale = scale_for(inputs.rows.mask(known.grad), lse, config.temperature, config.z_loss)
+        known = replace(known, grad=known.grad * scale)
+    shared = {
+        "order_ptr": inputs.rows.order,
+        "count_ptr": inputs.rows.count,
+        "scale_ptr": scale,
+        "D": width,
+        "SCALED": scale is not None,
+    }
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
@@ -299,7 +319,8 @@ def add_recomputed(
             **tile.constants(),
         )
         if into.bias is not None:
-            into.bias[first : first + columns] += bias_sums[:, :columns].sum(0)
+            total = bias_sums[:, :columns].sum(0)
+            into.bias[first : first + columns] += total if scale is None else total / scale
         if into.hidden is not None:
             grid = (triton.cdiv(count, for_hidden.block_n), triton.cdiv(width, for_hidden.block_d))
             _hidden_gradient_kernel[grid](

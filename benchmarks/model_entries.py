@@ -1,0 +1,233 @@
+"""Which entries the sampled gradient keeps of real distributions, and how often a cache has them.
+
+Measured on a CPU with the project's own draws, in the order in which the GPU's programs would fetch
+rows: an input of ``python -m benchmarks model``, which measures nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.results import environment
+from benchmarks.shapes import Recorded, make_problem
+from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+
+KEPT = Path(__file__).with_name("kept_entries.json")
+EPS = (2**-8, 2**-10, 2**-12)
+# What the kernels do at N 8192, D 4096 on 132 multiprocessors: columns of a tile, gathered rows a
+# program holds, programs that run at once, and the columns that take a dense product.
+TILE, AT_ONCE, RESIDENT, DENSE = 128, 8, 132, 256
+# Parts of the vocabulary, each of which begins without a bound: `splits_for` gives the first here.
+SPLITS = (9, 2, 1)
+# Part of the vocabulary, its first columns, whose sum could be a bound for every part: byte-pair
+# vocabularies are in the order of merges, so common columns come first. Not built.
+FLOOR = 1 / 32
+# Rows of 8 KiB that the second-level caches of A100, H100 and B200 have room for, and half of
+# the second.
+CAPACITIES = (3051, 4882, 6103, 15380)
+SLACK = 1.001  # that the kernel leaves its bound
+SEED = 20
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Entries of one model's text at one ``eps``, a token unless said otherwise."""
+
+    model: str
+    vocabulary: int
+    tokens: int
+    eps: float
+    entries: float  # kept, the target's included
+    # Not known to go while lse is not known yet, by parts of the vocabulary.
+    listed: dict[int, float]
+    listed_floor: dict[int, float]  # the same, where FLOOR of the vocabulary is known beforehand
+    distinct: int  # columns that some token keeps
+    growth: float  # d log(distinct) / d log(tokens), from half of the tokens to all
+    common: float  # share of the entries that is in the DENSE commonest columns
+    # Hit rate of fetching rows of ``weight``, by rows the cache has room for.
+    hits_kept: dict[int, float]
+    hits_listed: dict[int, float]  # as the first of SPLITS lists them
+    commit: str
+
+    def distinct_at(self, tokens: int) -> float:
+        """Columns kept by some of ``tokens`` tokens, along the line through the measured two."""
+        return float(min(self.vocabulary, self.distinct * (tokens / self.tokens) ** self.growth))
+
+    def hits_at(self, rows: float, *, listed: bool) -> float:
+        """Hit rate of a cache for ``rows`` rows of ``weight``: that of the next smaller one."""
+        hits = self.hits_listed if listed else self.hits_kept
+        fitting = [capacity for capacity in hits if capacity <= rows]
+        return hits[max(fitting)] if fitting else 0.0
+
+
+def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
+    """Entries of the first ``tokens`` recorded tokens, for every ``eps`` of ``EPS``."""
+    problem = make_problem(Recorded(path, tokens), torch.float32, "cpu")
+    hidden, weight = problem.hidden.detach(), problem.weight.detach()
+    tokens = hidden.shape[0]
+    columns = torch.arange(weight.shape[0], dtype=torch.int32)
+    seed = torch.tensor(SEED)
+    kept: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
+    listed: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
+    lengths = {(eps, splits, floor): 0 for eps in EPS for splits in SPLITS for floor in (0, 1)}
+    for first in tqdm(range(0, tokens, block), path.stem, unit="block"):
+        rows = torch.arange(first, min(first + block, tokens))
+        z = hidden[rows] @ weight.T
+        target = problem.target[rows]
+        e = in_tiles(z.sub_(z.amax(1, keepdim=True)).exp_(), 0.0)
+        draws = in_tiles(scaled_uniforms(*row_keys(seed, rows), columns, 1.0), math.inf)
+        own = e.flatten(1).gather(1, target[:, None])
+        first_sum = e[:, : math.ceil(e.shape[1] * FLOOR)].sum((1, 2))[:, None]
+        floors = (own, torch.maximum(own, first_sum))
+        bounds = {
+            (splits, floor): lower_bounds(e, floors[floor], splits) / SLACK
+            for splits in SPLITS
+            for floor in (0, 1)
+        }
+        bounds[0, 0] = e.sum((1, 2))[:, None]  # the sum itself
+        for eps in EPS:
+            for (splits, floor), bound in bounds.items():
+                chosen = (draws * (eps * bound[:, :, None]) < e).flatten(1)
+                chosen.scatter_(1, target[:, None], True)
+                if not floor and splits in (0, SPLITS[0]):
+                    found = listed[eps] if splits else kept[eps]
+                    column = chosen.nonzero()[:, 1].to(torch.int32)
+                    found += column.split(chosen.sum(1).tolist())
+                if splits:
+                    lengths[eps, splits, floor] += int(chosen.sum())
+    return [
+        summarise(
+            path.stem,
+            weight.shape[0],
+            eps,
+            kept[eps],
+            listed[eps],
+            [{n: lengths[eps, n, floor] / tokens for n in SPLITS} for floor in (0, 1)],
+        )
+        for eps in tqdm(EPS, "cache", unit="eps")
+    ]
+
+
+def in_tiles(x: Tensor, fill: float, tile: int = TILE) -> Tensor:
+    """``x [n, V]`` as ``[n, tiles, tile]``, the last filled up."""
+    tiles = math.ceil(x.shape[1] / tile)
+    x = torch.nn.functional.pad(x, (0, tiles * tile - x.shape[1]), value=fill)
+    return x.view(x.shape[0], tiles, tile)
+
+
+def lower_bounds(e: Tensor, floor: Tensor, splits: int) -> Tensor:
+    """What a tile knows of the sum over all of ``e [n, tiles, tile]``: ``[n, tiles]``.
+
+    The sum over the tiles before it in its part of the vocabulary, or ``floor [n, 1]``.
+    """
+    count, tiles, _ = e.shape
+    each = math.ceil(tiles / splits)
+    sums = torch.nn.functional.pad(e.sum(2), (0, splits * each - tiles))
+    parts = sums.view(count, splits, each)
+    before = (parts.cumsum(2) - parts).reshape(count, splits * each)[:, :tiles]
+    return torch.maximum(before, floor)
+
+
+def summarise(
+    model: str,
+    vocabulary: int,
+    eps: float,
+    kept: Sequence[Tensor],
+    listed: Sequence[Tensor],
+    lengths: Sequence[dict[int, float]],  # mean, without and with a sum known beforehand
+) -> Kept:
+    """Counts and hit rates of the columns ``kept`` and ``listed`` by each token."""
+    tokens = len(kept)
+    counts = torch.cat(list(kept)).bincount(minlength=vocabulary)
+    half = torch.cat(list(kept[: tokens // 2])).unique().numel()
+    distinct = int((counts > 0).sum())
+    common = counts.topk(min(DENSE, vocabulary // 8)).values.sum() / counts.sum()
+    return Kept(
+        model=model,
+        vocabulary=vocabulary,
+        tokens=tokens,
+        eps=eps,
+        entries=float(counts.sum()) / tokens,
+        listed=lengths[0],
+        listed_floor=lengths[1],
+        distinct=distinct,
+        growth=math.log2(distinct / half),
+        common=float(common),
+        hits_kept=hit_rates(kept),
+        hits_listed=hit_rates(listed),
+        commit=str(environment("cpu")["commit"]),
+    )
+
+
+def hit_rates(lists: Sequence[Tensor]) -> dict[int, float]:
+    """Of fetching the rows of each list, by ``CAPACITIES``."""
+    rows = [columns.tolist() for columns in lists]
+    return {
+        capacity: hit_rate(interleaved(rows, RESIDENT, AT_ONCE), capacity)
+        for capacity in CAPACITIES
+    }
+
+
+def interleaved(lists: Sequence[Sequence[int]], resident: int, at_once: int) -> Iterator[int]:
+    """Items in the order in which ``resident`` programs, a list each, fetch ``at_once`` in turn.
+
+    A program that ends makes room for the next list.
+    """
+    waiting = iter(lists)
+    running: list[tuple[Sequence[int], int]] = []
+    while True:
+        while len(running) < resident:
+            following = next(waiting, None)
+            if following is None:
+                break
+            running.append((following, 0))
+        if not running:
+            return
+        still = []
+        for items, place in running:
+            yield from items[place : place + at_once]
+            if place + at_once < len(items):
+                still.append((items, place + at_once))
+        running = still
+
+
+def hit_rate(accesses: Iterable[int], capacity: int) -> float:
+    """Share of ``accesses`` that a least-recently-used cache of ``capacity`` rows has."""
+    held: OrderedDict[int, None] = OrderedDict()
+    hits = total = 0
+    for row in accesses:
+        total += 1
+        if row in held:
+            hits += 1
+            held.move_to_end(row)
+        else:
+            held[row] = None
+            if len(held) > capacity:
+                held.popitem(last=False)
+    return hits / max(1, total)
+
+
+def save(found: Sequence[Kept], path: Path = KEPT) -> None:
+    """Writes ``found`` in the place of what the file says of the same models."""
+    models = {kept.model for kept in found}
+    before = [kept for kept in load(path) if kept.model not in models] if path.exists() else []
+    path.write_text(json.dumps([asdict(kept) for kept in [*before, *found]], indent=1) + "\n")
+
+
+def load(path: Path = KEPT) -> list[Kept]:
+    """What :func:`save` wrote."""
+    found = []
+    for values in json.loads(path.read_text()):
+        for name in ("listed", "listed_floor", "hits_kept", "hits_listed"):
+            values[name] = {int(key): value for key, value in values[name].items()}
+        found.append(Kept(**values))
+    return found

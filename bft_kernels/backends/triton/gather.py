@@ -1,0 +1,333 @@
+"""The sampled gradient from its lists: ``dH`` row by row, ``dW`` column by column.
+
+The backward looks at each listed column once: it fetches that row of ``weight`` and, where the
+list came without values, forms the logit again and decides by the final lse; it adds to ``dH``
+while the row is in registers. What is kept is sorted by column for ``dW``. Nothing depends on the
+order in which programs run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
+from bft_kernels.backends.triton.configs import interpreted
+from bft_kernels.backends.triton.device import entry_dz, row_key
+from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.recompute import RowValues
+from bft_kernels.results import Gradients
+
+
+@triton.jit(do_not_specialize=["capacity"])
+def _gather_hidden_kernel(
+    hidden_ptr,  # [N, D]
+    weight_ptr,  # [V, D]
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    seed_ptr,  # []
+    lse_ptr,  # [N]
+    nll_ptr,  # [N]
+    grad_ptr,  # [N], upstream
+    offsets_ptr,  # [N + 1]
+    columns_ptr,  # [capacity]
+    unit_ptr,  # [capacity] float32, dy for unit upstream gradient, with HAS_VALUES
+    keys_ptr,  # [capacity] int32, the column; left alone where thinned out
+    rows_ptr,  # [capacity] int32; likewise
+    values_ptr,  # [capacity] float32, upstream * dy; likewise
+    grad_hidden_ptr,  # [N, D]
+    stride_hn,
+    stride_wv,
+    capacity,
+    inverse_temperature,
+    softcap,
+    eps,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # not below D
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    WANTS_HIDDEN: tl.constexpr,
+    WANTS_ENTRIES: tl.constexpr,
+):
+    """A program takes a row: thins its list by the final lse, and adds up its row of ``dH``."""
+    if tl.program_id(0) >= tl.load(count_ptr):
+        return
+    row = tl.load(order_ptr + tl.program_id(0))
+    begin = tl.load(offsets_ptr + row)
+    end = tl.load(offsets_ptr + row + 1)
+    if end > capacity:
+        return
+    upstream = tl.load(grad_ptr + row)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    if not HAS_VALUES:
+        target = tl.load(target_ptr + row)
+        lse = tl.load(lse_ptr + row)
+        nll = tl.load(nll_ptr + row)
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=mask_d, other=0.0)
+        h = h.to(OPERAND).to(tl.float32)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end
+        column = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
+        w = tl.load(
+            weight_ptr + column.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            mask=mask_k[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        w = w.to(OPERAND).to(tl.float32)
+        if HAS_VALUES:
+            value = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0) * upstream
+        else:
+            value, slope = entry_dz(
+                tl.sum(w * h[None, :], axis=1),
+                bias_ptr,
+                column,
+                mask_k,
+                target,
+                lse,
+                nll,
+                multiplier,
+                offset,
+                inverse_temperature,
+                softcap,
+                eps,
+                HAS_BIAS,
+                HAS_CAP,
+            )
+            value *= slope * upstream
+        if WANTS_ENTRIES:
+            kept = value != 0
+            tl.store(keys_ptr + offs_k, column, mask=kept)
+            tl.store(rows_ptr + offs_k, row.to(tl.int32), mask=kept)
+            tl.store(values_ptr + offs_k, value, mask=kept)
+        if WANTS_HIDDEN:
+            sums += tl.sum(tl.where((value != 0)[:, None], w * value[:, None], 0.0), axis=0)
+    if WANTS_HIDDEN:
+        tl.store(grad_hidden_ptr + row * D + offs_d, sums, mask=mask_d)
+
+
+@triton.jit
+def _gather_weight_kernel(
+    hidden_ptr,  # [N, D]
+    starts_ptr,  # [V + 1] int64, first entry of each column among the sorted
+    rows_ptr,  # [E] int32, sorted by column
+    values_ptr,  # [E] float32, sorted likewise
+    skip_ptr,  # [V] bool, columns that a dense product takes
+    grad_weight_ptr,  # [V, D]
+    grad_bias_ptr,  # [V] float32
+    stride_hn,
+    stride_gv,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    WANTS_WEIGHT: tl.constexpr,
+    WANTS_BIAS: tl.constexpr,
+):
+    """A program takes a column: adds up, in the order of rows, its row of ``dW``, and ``db``."""
+    column = tl.program_id(0).to(tl.int64)
+    begin = tl.load(starts_ptr + column)
+    end = tl.load(starts_ptr + column + 1)
+    if begin == end:
+        return
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    dense = tl.load(skip_ptr + column)
+    for start in range(begin, end, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end
+        value = tl.load(values_ptr + offs_k, mask=mask_k, other=0.0)
+        total += value
+        if WANTS_WEIGHT and dense == 0:
+            row = tl.load(rows_ptr + offs_k, mask=mask_k, other=0)
+            h = tl.load(
+                hidden_ptr + row.to(tl.int64)[:, None] * stride_hn + offs_d[None, :],
+                mask=(mask_k & (value != 0))[:, None] & mask_d[None, :],
+                other=0.0,
+            )
+            sums += tl.sum(h.to(OPERAND).to(tl.float32) * value[:, None], axis=0)
+    if WANTS_BIAS and tl.program_id(1) == 0:
+        before = tl.load(grad_bias_ptr + column)
+        tl.store(grad_bias_ptr + column, before + tl.sum(total, axis=0))
+    if WANTS_WEIGHT and dense == 0:
+        place = grad_weight_ptr + column * stride_gv + offs_d
+        sums += tl.load(place, mask=mask_d, other=0.0).to(tl.float32)
+        tl.store(place, sums, mask=mask_d)
+
+
+class Listed(NamedTuple):
+    """What the lists came to, once thinned; ``[capacity]`` each, in the order of the lists."""
+
+    keys: Tensor  # int32, the column; V where there is no entry
+    rows: Tensor  # int32; undefined where there is no entry
+    values: Tensor  # float32, upstream * dy; likewise
+
+
+def gather_hidden(
+    inputs: Inputs,
+    known: RowValues,
+    seed: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    values: Tensor,
+    grad_hidden: Tensor | None,
+    wants_entries: bool,
+) -> Listed:
+    """``dH`` of the listed entries, and with ``wants_entries`` the entries.
+
+    ``values`` are those for unit upstream gradient, or ``[0]``: then the list may hold more than
+    the sample, and is thinned.
+    """
+    count, vocabulary, width = inputs.shape
+    places = columns.numel() if wants_entries else 0
+    listed = Listed(
+        torch.full((places,), vocabulary, dtype=torch.int32, device=columns.device),
+        torch.empty(places, dtype=torch.int32, device=columns.device),
+        torch.empty(places, device=columns.device),
+    )
+    block_d = triton.next_power_of_2(width)
+    _gather_hidden_kernel[(count,)](
+        seed_ptr=seed,
+        lse_ptr=known.lse,
+        nll_ptr=known.nll,
+        grad_ptr=known.grad,
+        offsets_ptr=offsets,
+        columns_ptr=columns,
+        unit_ptr=values,
+        keys_ptr=listed.keys,
+        rows_ptr=listed.rows,
+        values_ptr=listed.values,
+        grad_hidden_ptr=grad_hidden,
+        capacity=columns.numel(),
+        eps=inputs.config.eps,
+        BLOCK_K=rows_at_a_time(block_d),
+        BLOCK_D=block_d,
+        HAS_VALUES=values.numel() > 0,
+        WANTS_HIDDEN=grad_hidden is not None,
+        WANTS_ENTRIES=wants_entries,
+        num_warps=8 if block_d >= 2048 else 4,
+        **inputs.arguments(),
+    )
+    return listed
+
+
+def rows_at_a_time(block_d: int) -> int:
+    """How many gathered rows a program holds: 32768 elements in all, 16 rows at most."""
+    return 16 if interpreted() else max(1, min(16, 32768 // block_d))
+
+
+# Columns kept by more rows than others take a dense product: a program that gathered thousands of
+# rows one after the other would be the last to end.
+DENSE_COLUMNS = 256
+
+
+# What sorting takes, bytes an entry: keys, places and both once more for the sort's own use, and
+# rows and values in order.
+_SORTING_BYTES = 40
+
+
+def gather_weight(inputs: Inputs, listed: Listed, into: Gradients) -> None:
+    """Adds ``dW`` and ``db`` of the entries to ``into``, as many at a time as the budget sorts."""
+    places = listed.keys.numel()
+    step = max(1, inputs.config.max_buffer_bytes // _SORTING_BYTES)
+    for first in range(0, places, step):
+        part = Listed(*(values[first : first + step] for values in listed))
+        _gather_weight_of(inputs, part, into)
+
+
+def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients) -> None:
+    _, vocabulary, width = inputs.shape
+    device = listed.keys.device
+    keys, order = torch.sort(listed.keys, stable=True)  # by column, then by row
+    bounds = torch.arange(vocabulary + 1, dtype=torch.int32, device=device)
+    starts = torch.searchsorted(keys, bounds)
+    del keys, bounds
+    rows, values = listed.rows[order], listed.values[order]
+    del order
+    skip = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    if into.weight is not None:
+        dense = starts.diff().topk(min(DENSE_COLUMNS, vocabulary // 8)).indices
+        skip.index_fill_(0, dense, True)
+        _add_dense(inputs, dense, listed, into.weight)
+    block_d = min(1024, triton.next_power_of_2(width))
+    _gather_weight_kernel[(vocabulary, triton.cdiv(width, block_d))](
+        hidden_ptr=inputs.hidden,
+        starts_ptr=starts,
+        rows_ptr=rows,
+        values_ptr=values,
+        skip_ptr=skip,
+        grad_weight_ptr=into.weight,
+        grad_bias_ptr=into.bias,
+        stride_hn=inputs.hidden.stride(0),
+        stride_gv=0 if into.weight is None else into.weight.stride(0),
+        D=width,
+        BLOCK_K=rows_at_a_time(block_d),
+        BLOCK_D=block_d,
+        OPERAND=inputs.arguments()["OPERAND"],
+        WANTS_WEIGHT=into.weight is not None,
+        WANTS_BIAS=into.bias is not None,
+        num_warps=4,
+    )
+
+
+@triton.jit(do_not_specialize=["places", "count", "few"])
+def _fill_table_kernel(
+    keys_ptr,  # [E]
+    rows_ptr,  # [E]
+    values_ptr,  # [E]
+    ranks_ptr,  # [V + 1] int32, of the table's columns; at least `few` for others
+    table_ptr,  # [few, N]
+    places,  # E
+    count,  # N
+    few,
+    BLOCK: tl.constexpr,
+):
+    """Entries of a few columns go to a table."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < places
+    key = tl.load(keys_ptr + place, mask=mask, other=0)
+    rank = tl.load(ranks_ptr + key)
+    mask = mask & (rank < few)
+    row = tl.load(rows_ptr + place, mask=mask, other=0)
+    value = tl.load(values_ptr + place, mask=mask, other=0.0)
+    tl.store(table_ptr + rank.to(tl.int64) * count + row, value, mask=mask)
+
+
+def _add_dense(inputs: Inputs, dense: Tensor, listed: Listed, grad_weight: Tensor) -> None:
+    """``dW[dense] += P @ H`` with ``P [K, N]`` the entries of the columns ``dense [K]``."""
+    count, vocabulary, _ = inputs.shape
+    few, places = dense.numel(), listed.keys.numel()
+    if few == 0:
+        return
+    ranks = torch.full((vocabulary + 1,), few, dtype=torch.int32, device=dense.device)
+    ranks[dense] = torch.arange(few, dtype=torch.int32, device=dense.device)
+    rest = torch.zeros(few, count, device=dense.device)
+    _fill_table_kernel[(triton.cdiv(places, 1024),)](
+        *listed, ranks, rest, places, count, few, BLOCK=1024
+    )
+    hidden = as_operand(inputs.hidden, inputs.config.operand_dtype, torch.float32)
+    hidden = torch.where(inputs.rows.labelled[:, None], hidden, hidden.new_zeros(()))
+    if hidden.dtype == torch.float32:
+        total = multiply(rest, hidden, torch.float32)
+    else:  # a narrow type holds the values in two parts, to twice its precision
+        scale = scale_for(rest.view(-1), rest, 1.0, 0.0)
+        rest.mul_(scale)
+        part = rest.to(hidden.dtype)
+        total = multiply(part, hidden, torch.float32)
+        part = rest.sub_(part).to(hidden.dtype)
+        total.add_(multiply(part, hidden, torch.float32)).div_(scale)
+    grad_weight[dense] = (grad_weight[dense].float() + total).to(grad_weight.dtype)

@@ -1,0 +1,326 @@
+"""Passes over rows of logits that lie in a buffer, a program a row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_kernels.backends.triton.device import (
+    draw_bits,
+    finite_or,
+    may_be_below,
+    row_key,
+    slope_of,
+    token_loss,
+    transform,
+)
+from bft_kernels.config import CoreConfig
+
+
+@triton.jit
+def _floor_of(
+    logits,  # of a row
+    bias_ptr,
+    popular_ptr,
+    target,
+    V,
+    inverse_temperature,
+    softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    POPULAR: tl.constexpr,
+):
+    """A lower bound of the row's lse: its target's logit, or the sum over a few columns."""
+    place = tl.arange(0, POPULAR)
+    column = tl.load(popular_ptr + place)
+    repeated = column == tl.load(popular_ptr + place - 1, mask=place > 0, other=-1)
+    own_column = tl.minimum(tl.maximum(target, 0), V - 1)
+    bias = 0.0
+    own_bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column).to(tl.float32)
+        own_bias = tl.load(bias_ptr + own_column).to(tl.float32)
+    y = tl.load(logits + column)
+    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    z = tl.where(repeated, float("-inf"), z)
+    own = tl.load(logits + own_column)
+    own = transform(own, own_bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    m = tl.max(z, axis=0)
+    floor = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
+    # A logit that is not finite is the business of the rows and columns that have it.
+    floor = tl.where(tl.abs(floor) < float("inf"), tl.maximum(floor, own), own)
+    return floor - 1e-5 * tl.abs(floor) - 1e-5
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _sweep_rows_kernel(
+    logits_ptr,  # [n, V], raw products
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N], rows; without ORDERED they are taken as they come
+    count_ptr,  # [1], how many of them count
+    seed_ptr,  # []
+    popular_ptr,  # [POPULAR] int64, ascending columns
+    mask_ptr,  # [n, WORDS], entries that may be kept
+    nll_ptr,  # these are [N]
+    loss_ptr,
+    lse_ptr,
+    lse_low_ptr,
+    entropy_ptr,
+    correct_ptr,
+    first_row,
+    words,
+    V,
+    inverse_temperature,
+    softcap,
+    label_smoothing,
+    z_loss,
+    eps,
+    BLOCK: tl.constexpr,  # a multiple of 32
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ORDERED: tl.constexpr,
+    LOW: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    POPULAR: tl.constexpr,  # 0: nothing may be kept
+):
+    """A program reads the logits of a row once: loss, statistics, and what may be kept."""
+    local = tl.program_id(0).to(tl.int64)
+    row = first_row + local
+    if ORDERED:
+        if row >= tl.load(count_ptr):
+            return
+        row = tl.load(order_ptr + row)
+    target = tl.load(target_ptr + row)
+    logits = logits_ptr + local * V
+    if POPULAR > 0:
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+        floor = _floor_of(
+            logits,
+            bias_ptr,
+            popular_ptr,
+            target,
+            V,
+            inverse_temperature,
+            softcap,
+            HAS_BIAS,
+            HAS_CAP,
+            POPULAR,
+        )
+    offs = tl.arange(0, BLOCK)
+    m = tl.full((BLOCK,), float("-inf"), tl.float32)
+    before = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
+    shifted = tl.zeros((BLOCK,), tl.float32)
+    # Each lane keeps sums of its own; they are joined once, at the end.
+    for start in range(0, V, BLOCK):
+        column = start + offs
+        mask = column < V
+        y = tl.load(logits + column, mask=mask, other=0.0)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        z = tl.where(mask, z, float("-inf"))
+        if POPULAR > 0:
+            bits = draw_bits(multiplier, offset, column.to(tl.uint32))
+            keep = may_be_below(bits, tl.exp(tl.minimum(z - floor, 80.0)), 1.0 / eps)
+            shifted_bits = keep.to(tl.int32) << (offs % 32)
+            packed = tl.sum(tl.reshape(shifted_bits, (BLOCK // 32, 32)), axis=1)
+            word = start // 32 + tl.arange(0, BLOCK // 32)
+            tl.store(mask_ptr + local * words + word, packed, mask=word < words)
+        m_new = tl.maximum(m, z)
+        reference = finite_or(m_new, 0.0)
+        scale, difference = tl.exp(m - reference), z - reference
+        e = tl.exp(difference)
+        if STATISTICS:
+            step = tl.where(total > 0, total * (m - reference), 0.0)
+            moment = scale * (moment + step) + e * tl.maximum(difference, -1e30)
+            before = tl.where(column < target, tl.maximum(before, z), before)
+        if SMOOTHING:
+            # A lane has seen start / BLOCK columns so far.
+            step = tl.where(start > 0, (m - reference) * (start // BLOCK), 0.0)
+            shifted += step + tl.where(mask, difference, 0.0)
+        total = scale * total + e
+        m = m_new
+    peak = tl.max(m, axis=0)
+    reference = finite_or(peak, 0.0)
+    lanes = finite_or(m, 0.0)
+    scale = tl.exp(m - reference)
+    if STATISTICS:
+        step = tl.where(total > 0, total * (m - reference), 0.0)
+        moment_sum = tl.sum(scale * (moment + step), axis=0)
+    shifted_sum = 0.0
+    if SMOOTHING:
+        seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
+        shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
+    sum_all = tl.sum(scale * total, axis=0)
+    column = tl.minimum(tl.maximum(target, 0), V - 1)  # of a target nobody checked
+    bias = 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column).to(tl.float32)
+    y = tl.load(logits + column)
+    own = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    own = tl.where(column == target, own, float("nan"))
+    log_total = tl.log(sum_all)
+    nll, lse, low, loss = token_loss(
+        log_total, reference, own, shifted_sum, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
+    )
+    tl.store(nll_ptr + row, nll)
+    tl.store(lse_ptr + row, lse)
+    if LOW:
+        tl.store(lse_low_ptr + row, low)
+    tl.store(loss_ptr + row, loss)
+    if STATISTICS:
+        entropy = log_total - moment_sum / sum_all
+        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy))
+        tl.store(correct_ptr + row, (own == peak) & (tl.max(before, axis=0) < own) & (lse == lse))
+
+
+@triton.jit(do_not_specialize=["first_row"])
+def _certificate_rows_kernel(
+    logits_ptr,  # [n, V], raw products
+    bias_ptr,  # [V]
+    target_ptr,  # [N]
+    order_ptr,  # [N]
+    count_ptr,  # [1]
+    lse_ptr,  # [N]
+    norms_ptr,  # [V], |W_v|^2
+    variance_ptr,  # [N]
+    hidden_variance_ptr,  # [N]
+    first_row,
+    V,
+    inverse_temperature,
+    softcap,
+    eps,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """``sum_{v != target} p (eps - p)^+ slope^2`` of a row, and with ``|W_v|^2`` if asked."""
+    local = tl.program_id(0).to(tl.int64)
+    if first_row + local >= tl.load(count_ptr):
+        return
+    row = tl.load(order_ptr + first_row + local)
+    target = tl.load(target_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    normed = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < V
+        y = tl.load(logits_ptr + local * V + column, mask=mask, other=0.0)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        p = tl.exp(z - lse)
+        slope = slope_of(z, inverse_temperature, softcap, HAS_CAP)
+        term = p * tl.maximum(eps - p, 0.0) * slope * slope
+        term = tl.where(mask & (column != target), term, 0.0)
+        plain += term
+        if HAS_NORMS:
+            normed += term * tl.load(norms_ptr + column, mask=mask, other=0.0)
+    tl.store(variance_ptr + row, tl.sum(plain, axis=0))
+    if HAS_NORMS:
+        tl.store(hidden_variance_ptr + row, tl.sum(normed, axis=0))
+
+
+def row_arguments(
+    logits: Tensor, bias: Tensor | None, target: Tensor, config: CoreConfig
+) -> dict[str, object]:
+    """What kernels over rows of ``logits [n, V]`` take."""
+    vocabulary = logits.shape[1]
+    return {
+        "logits_ptr": logits,
+        "bias_ptr": bias,
+        "target_ptr": target,
+        "V": vocabulary,
+        "inverse_temperature": 1.0 / config.temperature,
+        "softcap": config.softcap or 1.0,
+        "BLOCK": max(32, min(4096, triton.next_power_of_2(vocabulary))),
+        "HAS_BIAS": bias is not None,
+        "HAS_CAP": config.softcap is not None,
+        "num_warps": 8,
+    }
+
+
+def sweep_rows(
+    arguments: dict[str, object],
+    rows: int,
+    first_row: int,
+    results: dict[str, Tensor],
+    config: CoreConfig,
+    *,
+    order: Tensor | None = None,
+    count: Tensor | None = None,
+    seed: Tensor | None = None,
+    popular: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """Losses and statistics of the rows of a buffer, and the bits of what may be kept of them.
+
+    Args:
+        arguments: those of :func:`row_arguments`.
+        rows: ``n``, of the buffer.
+        first_row: the place of the buffer's first row among all.
+        results: ``nll``, ``loss``, ``lse``, ``lse_low``, ``entropy``, ``correct``; ``[N]`` each,
+            or ``[0]``.
+        order: ``[N]`` int64, positions of the rows; as they come without it.
+        count: ``[1]``, how many of ``order`` count.
+        seed: ``[]``, for ``mask``.
+        popular: ``[POPULAR]`` int64, for ``mask``; a power of two of ascending columns.
+        mask: ``[n, ceil(V / 32)]`` int32.
+    """
+    _sweep_rows_kernel[(rows,)](
+        order_ptr=order,
+        count_ptr=count,
+        seed_ptr=seed,
+        popular_ptr=popular,
+        mask_ptr=mask,
+        first_row=first_row,
+        words=0 if mask is None else mask.shape[1],
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        eps=config.eps,
+        ORDERED=order is not None,
+        LOW=results["lse_low"].numel() > 0,
+        STATISTICS=config.statistics,
+        SMOOTHING=config.label_smoothing > 0,
+        Z_LOSS=config.z_loss != 0,
+        POPULAR=0 if popular is None else popular.numel(),
+        **{f"{name}_ptr": values for name, values in results.items()},
+        **arguments,
+    )
+
+
+def certify_rows(
+    arguments: dict[str, object],
+    rows: int,
+    first_row: int,
+    order: Tensor,
+    count: Tensor,
+    lse: Tensor,
+    norms: Tensor | None,  # [V]
+    variance: Tensor,  # [N]
+    hidden_variance: Tensor,  # [N] or [0]
+    eps: float,
+) -> None:
+    """The certificate of the rows of a buffer, once their lse is known."""
+    _certificate_rows_kernel[(rows,)](
+        order_ptr=order,
+        count_ptr=count,
+        lse_ptr=lse,
+        norms_ptr=norms,
+        variance_ptr=variance,
+        hidden_variance_ptr=hidden_variance,
+        first_row=first_row,
+        eps=eps,
+        HAS_NORMS=norms is not None,
+        **arguments,
+    )
