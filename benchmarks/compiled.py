@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,24 @@ class Target:
     warps: int  # that a multiprocessor holds
     schedulers: int  # warp instructions it issues a cycle
     multiply_adds: int  # dense bfloat16, a cycle and multiprocessor
+    reserved: int = 1024  # bytes of shared memory that the system takes of each program
+    brief: bool = False  # only the cases that differ most, to save time
 
 
-# NVIDIA's tuning guides; the rate from peak flop/s, multiprocessors and boost clock.
+# The vendors' tuning guides; the rate from peak flop/s, multiprocessors and boost clock (of sm_89
+# and sm_120 the professional cards').
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 65536, 164 * 1024, 64, 4, 1024),
+    "sm_89": Target("cuda", 89, 32, 65536, 100 * 1024, 48, 4, 512, brief=True),
     "sm_90": Target("cuda", 90, 32, 65536, 228 * 1024, 64, 4, 2048),
     "sm_100": Target("cuda", 100, 32, 65536, 228 * 1024, 64, 4, 4096),
+    "sm_120": Target("cuda", 120, 32, 65536, 100 * 1024, 48, 4, 512, brief=True),
+    "gfx942": Target("hip", "gfx942", 64, 131072, 64 * 1024, 32, 4, 1024, reserved=0, brief=True),
 }
 # Instructions of a warp or warpgroup that multiply matrices.
-_MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA)\b")
+_MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA|v_mfma\w*)\b")
+# Loads from global memory: NVIDIA's, and AMD's by vector.
+_LOAD = re.compile(r"\b(?:LDG(?:STS)?\b|(?:global|buffer|flat)_load_)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class Usage:
     instructions: int
     issue_slots: int  # outside the main loop, a warp and tile
     epilogue: float | None  # cycles to issue them, of the main loop's tensor-core cycles
+    loop: float | None  # cycles to issue the main loop itself, likewise
 
     @property
     def key(self) -> str:
@@ -111,7 +121,7 @@ def compiling(target: Target) -> Iterator[list[tuple[str, dict[str, Any], Any]]]
 
 def compile_cases(name: str, peers: bool) -> list[Usage]:
     """Every form of every kernel for one target."""
-    from benchmarks.rehearsal import CASES, PEER_CASES
+    from benchmarks.rehearsal import BRIEF, CASES, PEER_CASES
 
     target = TARGETS[name]
     usages: dict[str, Usage] = {}
@@ -124,8 +134,9 @@ def compile_cases(name: str, peers: bool) -> list[Usage]:
             usages.setdefault(form, usage_of(name, target, form, peer, constants, compiled))
 
     for label, case in CASES.items():
-        collect(label, case, peer=False)
-    if peers:
+        if not target.brief or label in BRIEF:
+            collect(label, case, peer=False)
+    if peers and target.backend == "cuda":
         for label, case in PEER_CASES.items():
             try:
                 collect(label, case, peer=True)
@@ -144,39 +155,61 @@ def usage_of(
     name: str, target: Target, form: str, peer: bool, constants: dict[str, Any], compiled: Any
 ) -> Usage:
     """What one compiled kernel takes, read from its machine code."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
-        resources = _cuobjdump("-res-usage", cubin)
-        code = disassemble(cubin)
-    registers = int(re.findall(r"REG:(\d+)", resources)[-1])
+    code, registers, spilled = _read(compiled)
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    loads = {_width(text) for _, text in code if text.startswith("LDG") or " LDG" in text}
-    slots = outside_main_loop(code)
+    loads = {_width(text) for _, text in code if _LOAD.search(text)}
     return Usage(
         target=name,
         name=form,
         peer=peer,
         multiplies="tt.dot" in compiled.asm["ttir"],
         registers=registers,
-        spilled=int(re.findall(r"STACK:(\d+)", resources)[-1]),
+        spilled=spilled,
         shared=shared,
         warps=warps,
         blocks=_blocks(target, registers, shared, warps),
         tensor_core=sum(bool(_MMA.search(text)) for _, text in code),
         loads="/".join(str(width) for width in sorted(loads)),
         instructions=len(code),
-        issue_slots=slots,
-        epilogue=_epilogue(target, slots, warps, constants),
+        issue_slots=outside_main_loop(code),
+        epilogue=_issue(target, outside_main_loop(code, detour=False), warps, constants, "D"),
+        loop=_issue(target, _in_main_loop(code), warps, constants, "BLOCK_D"),
     )
 
 
-def _epilogue(target: Target, slots: int, warps: int, constants: dict[str, Any]) -> float | None:
-    """Cycles to issue ``slots``, of the tensor-core cycles of a tile; None where there is none."""
-    sizes = [constants.get(key) for key in ("BLOCK_N", "BLOCK_V", "D")]
+@cache
+def _read(compiled: Any) -> tuple[list[tuple[int, str]], int, int]:
+    """Instructions, registers of a thread, and bytes it spills."""
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers = int(re.findall(r"TotalNumVgprs: (\d+)", text)[-1])
+        spilled = int(re.findall(r"ScratchSize: (\d+)", text)[-1])
+        return amd_instructions(text), registers, spilled
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        resources = _cuobjdump("-res-usage", cubin)
+        code = disassemble(cubin)
+    registers = int(re.findall(r"REG:(\d+)", resources)[-1])
+    return code, registers, int(re.findall(r"STACK:(\d+)", resources)[-1])
+
+
+def _issue(
+    target: Target, slots: int, warps: int, constants: dict[str, Any], depth: str
+) -> float | None:
+    """Cycles to issue ``slots``, of a tile's tensor-core cycles; None where there is no tile.
+
+    Args:
+        target: the GPU.
+        slots: instructions of a warp.
+        warps: of a program.
+        constants: of the kernel.
+        depth: which of them is the length of the tile's dot products.
+    """
+    sizes = [constants.get(key) for key in ("BLOCK_N", "BLOCK_V", depth)]
     if not all(sizes) or "BLOCK_D" not in constants or "PRECISION" not in constants:
         return None
-    if constants["PRECISION"] != "ieee":
+    if constants["PRECISION"] != "ieee" or "D" not in constants or "HAS_CAP" not in constants:
         return None
     rows, columns, width = (int(size) for size in sizes if size)
     return (slots * warps / target.schedulers) / (rows * columns * width / target.multiply_adds)
@@ -185,7 +218,7 @@ def _epilogue(target: Target, slots: int, warps: int, constants: dict[str, Any])
 def _blocks(target: Target, registers: int, shared: int, warps: int) -> int:
     """Programs that a multiprocessor holds at once. Registers are given out in eights."""
     by_registers = target.registers // (-(-registers // 8) * 8 * target.warp * warps)
-    by_shared = target.shared // (shared + 1024)
+    by_shared = target.shared // max(1, shared + target.reserved)
     return min(by_registers, by_shared, target.warps // warps)
 
 
@@ -202,44 +235,89 @@ def disassemble(cubin: Path) -> list[tuple[int, str]]:
     return instructions(_cuobjdump("-sass", cubin))
 
 
+_BRANCH = re.compile(r"BRA.*?0x([0-9a-f]+)")
+
+
 def instructions(sass: str) -> list[tuple[int, str]]:
     """Address and text of each instruction."""
     found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.+?);", sass)
     return [(int(address, 16), text) for address, text in found]
 
 
+def amd_instructions(assembly: str) -> list[tuple[int, str]]:
+    """A number and the text of each instruction; branches as NVIDIA's have them, to a number."""
+    body = assembly.partition("\n.Lfunc_end")[0]
+    found: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    for line in body.splitlines():
+        text = line.split(";")[0].strip()
+        if label := re.match(r"(\.LBB\w+):", text):
+            labels[label.group(1)] = len(found)
+        elif text and line[0].isspace() and not text.startswith("."):
+            found.append((len(found), text))
+    branch = re.compile(r"s_c?branch\w*\s+(\.LBB\w+)")
+    return [
+        (at, f"BRA {labels[jump.group(1)]:#x}" if (jump := branch.match(text)) else text)
+        for at, text in found
+    ]
+
+
 def _width(text: str) -> int:
     """Bits that a thread loads at once."""
+    if match := re.search(r"_load_(?:dword(?:x(\d))?|[us](byte|short))", text):
+        return {"byte": 8, "short": 16}.get(match.group(2), 32 * int(match.group(1) or 1))
     match = re.search(r"\.(128|64|U?S?16|U8|S8)\b", text)
     return 32 if match is None else int(match.group(1).lstrip("US"))
 
 
 def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
     """First and last address of each loop: from where a branch leads back to, to the branch."""
-    loops = []
-    for address, text in code:
-        match = re.match(r"BRA.*?0x([0-9a-f]+)", text)
-        if match and int(match.group(1), 16) <= address:
-            loops.append((int(match.group(1), 16), address))
-    return loops
+    return [(to, at) for at, to in _branches(code) if to <= at]
 
 
-def outside_main_loop(code: list[tuple[int, str]]) -> int:
+def _loops(code: list[tuple[int, str]]) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+    """All loops, and the shortest one with a matrix instruction."""
+    found = loops_of(code)
+    products = [address for address, text in code if _MMA.search(text)]
+    main = [loop for loop in found if any(loop[0] <= at <= loop[1] for at in products)]
+    return found, min(main, key=lambda loop: loop[1] - loop[0], default=None)
+
+
+def _branches(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+    """From and to which address."""
+    return [(a, int(match.group(1), 16)) for a, t in code if (match := _BRANCH.match(t))]
+
+
+def _in_main_loop(code: list[tuple[int, str]]) -> int:
+    """Instructions of one turn of the loop of the matrix products."""
+    _, main = _loops(code)
+    return 0 if main is None else sum(main[0] <= at <= main[1] for at, _ in code)
+
+
+def outside_main_loop(code: list[tuple[int, str]], *, detour: bool = True) -> int:
     """Instructions that a tile takes outside the loop of its matrix products.
 
     The main loop is the shortest one with a matrix instruction; a tile is the shortest loop around
     that one, or all of the program.
+
+    Args:
+        code: addresses and texts.
+        detour: also, where tiles are looped over, the longest part that a branch skips: in the
+            forward, what only a tile that holds a target or the end of the vocabulary does.
     """
-    loops = loops_of(code)
-    products = [address for address, text in code if _MMA.search(text)]
-
-    def inside(address: int, loop: tuple[int, int]) -> bool:
-        return loop[0] <= address <= loop[1]
-
-    main = [loop for loop in loops if any(inside(address, loop) for address in products)]
-    if not main:
+    loops, first = _loops(code)
+    if first is None:
         return len(code)
-    first = min(main, key=lambda loop: loop[1] - loop[0])
+
+    def inside(address: int, part: tuple[int, int]) -> bool:
+        return part[0] <= address <= part[1]
+
     around = [loop for loop in loops if loop[0] < first[0] and loop[1] > first[1]]
     tile = min(around, key=lambda loop: loop[1] - loop[0], default=(0, code[-1][0]))
-    return sum(inside(a, tile) and not inside(a, first) for a, _ in code)
+    skips = [
+        (at + 1, to - 1)
+        for at, to in _branches(code)
+        if around and not detour and tile[0] <= at < to <= tile[1] and not at < first[0] < to
+    ]
+    skipped = max(skips, key=lambda part: part[1] - part[0], default=(0, -1))
+    return sum(inside(a, tile) and not inside(a, first) and not inside(a, skipped) for a, _ in code)

@@ -15,6 +15,8 @@ from bft_kernels.results import Saved, Wanted
 
 # N, D and V of the published figures.
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
+# Budgets with which the forward keeps logits in a buffer, and in registers.
+CHUNKS, TILES = 512 * 2**20, 100 * 2**20
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -35,21 +37,36 @@ def _config(dtype: torch.dtype) -> CoreConfig:
         hidden_variance=False,
         operand=str(dtype).removeprefix("torch."),
         backend="triton",
-        max_buffer_bytes=512 * 2**20,
+        max_buffer_bytes=CHUNKS,
         check_values=False,
         check_finite=False,
     )
 
 
-def ours(dtype: torch.dtype, *, width: int = WIDTH, transformed: bool = False) -> None:
-    """Forward and backward of every mode; transformed: with a bias, a softcap and smoothing."""
+def ours(
+    operand: torch.dtype,
+    hidden_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+    *,
+    width: int = WIDTH,
+    transformed: bool = False,
+) -> None:
+    """Forward and backward of every mode.
+
+    Args:
+        operand: of the products.
+        hidden_dtype, weight_dtype: of the tensors, where autocast rounds them to ``operand``.
+        width: ``D``.
+        transformed: with a bias, a softcap and smoothing.
+    """
     from bft_kernels.backends.triton import linear_nll, linear_nll_backward, weighted_loss
 
-    hidden, weight = _empty(ROWS, width, dtype=dtype), _empty(VOCABULARY, width, dtype=dtype)
+    hidden = _empty(ROWS, width, dtype=hidden_dtype or operand)
+    weight = _empty(VOCABULARY, width, dtype=weight_dtype or operand)
     target, seed = _empty(ROWS, dtype=torch.int64), _empty(dtype=torch.int64)
-    bias = _empty(VOCABULARY, dtype=dtype) if transformed else None
+    bias = _empty(VOCABULARY, dtype=weight.dtype) if transformed else None
     grad = _empty(ROWS)
-    plain = _config(dtype)
+    plain = _config(operand)
     if transformed:
         plain = replace(plain, softcap=30.0, temperature=0.7)
     sampled = replace(plain, residual="entries")
@@ -59,7 +76,9 @@ def ours(dtype: torch.dtype, *, width: int = WIDTH, transformed: bool = False) -
     wanted = Wanted(hidden=True, weight=True, bias=transformed)
     inputs = (hidden, weight, target, bias)
     certified = {"statistics": True, "variance": True, "hidden_variance": True}
-    for config in (exact, replace(exact, statistics=True), sampled, replace(sampled, **certified)):
+    configs = (exact, replace(exact, statistics=True), sampled, replace(sampled, **certified))
+    for config, budget in itertools.product(configs, (CHUNKS, TILES)):
+        config = replace(config, max_buffer_bytes=budget)
         out = linear_nll(*inputs, seed, config)
         entries = (out.entry_offsets, out.entry_columns, out.entry_values)
         saved = Saved(out.nll, out.lse, out.lse_low, *entries, seed)
@@ -81,15 +100,23 @@ def weights() -> None:
             balanced_loss(loss, labelled, bounds, items, normalize, Weighting(scheme))
 
 
+_BF16, _FP32 = torch.bfloat16, torch.float32
 CASES: dict[str, Callable[[], None]] = {
-    "bf16": lambda: ours(torch.bfloat16),
-    "bf16 transformed": lambda: ours(torch.bfloat16, transformed=True),
+    "bf16": lambda: ours(_BF16),
+    "bf16 transformed": lambda: ours(_BF16, transformed=True),
     "fp16": lambda: ours(torch.float16),
-    "fp32": lambda: ours(torch.float32),
-    "fp32 transformed": lambda: ours(torch.float32, transformed=True),
-    "bf16 D 1000": lambda: ours(torch.bfloat16, width=1000),
+    "fp32": lambda: ours(_FP32),
+    "fp32 transformed": lambda: ours(_FP32, transformed=True),
+    "bf16 D 1000": lambda: ours(_BF16, width=1000),
+    "bf16 of fp32 weight": lambda: ours(_BF16, _BF16, _FP32),
+    "bf16 of fp32 weight transformed": lambda: ours(_BF16, _BF16, _FP32, transformed=True),
+    "bf16 of fp32": lambda: ours(_BF16, _FP32, _FP32),
+    "bf16 of fp32 transformed": lambda: ours(_BF16, _FP32, _FP32, transformed=True),
+    "bf16 of fp32 D 1000": lambda: ours(_BF16, _FP32, _FP32, width=1000),
     "weights": weights,
 }
+# What a target that resembles another is held to.
+BRIEF = ("bf16", "bf16 transformed", "fp32", "bf16 of fp32", "bf16 of fp32 transformed")
 
 
 def liger() -> None:

@@ -78,6 +78,11 @@ def complaints(found: list[Usage], budget: dict[str, int]) -> list[str]:
             wrong.append(f"{usage.key}: spills {usage.spilled} bytes, expected 0")
         if usage.multiplies and not usage.tensor_core:
             wrong.append(f"{usage.key}: has no tensor-core instruction")
+        if not usage.blocks:
+            wrong.append(
+                f"{usage.key}: does not fit a multiprocessor, with {usage.registers} registers "
+                f"and {usage.shared} shared bytes"
+            )
         allowed = budget.get(usage.key)
         if allowed is None:
             wrong.append(f"{usage.key}: has no budget; see --record")
@@ -97,7 +102,8 @@ def _table(target: str, found: list[Usage]) -> Table:
         "MMA",
         "loads",
         "slots",
-        "/ main loop",
+        "/ MMA",
+        "loop / MMA",
     )
     for name in columns:
         left = name in ("kernel", "loads")
@@ -113,5 +119,6 @@ def _table(target: str, found: list[Usage]) -> Table:
             usage.loads,
             str(usage.issue_slots),
             f"{usage.epilogue:.1%}" if usage.epilogue is not None else "",
+            f"{usage.loop:.0%}" if usage.loop else "",
         )
     return table

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import compiled, rehearsal, static
-from benchmarks.compiled import TARGETS, Usage, instructions, outside_main_loop
+from benchmarks.compiled import TARGETS, Usage, amd_instructions, instructions, outside_main_loop
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
@@ -21,6 +21,21 @@ SASS = """
         /*0050*/                   STG.E desc[UR4][R2.64], R3 ;
         /*0060*/               @P1 BRA 0x10 ;
         /*0070*/                   EXIT ;
+"""
+AMD = """
+ .text
+kernel:                                 ; @kernel
+ s_load_dwordx2 s[0:1], s[4:5], 0x0      ; a comment
+.LBB0_1:                                ; =>This Loop Header
+ buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+.LBB0_2:
+ v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+ s_cbranch_scc1 .LBB0_2
+ v_exp_f32_e32 v5, v5
+ s_cbranch_vccnz .LBB0_1
+ s_endpgm
+.Lfunc_end0:
+ v_exp_f32_e32 v5, v5
 """
 
 
@@ -40,6 +55,7 @@ def usage(**changes: object) -> Usage:
         "instructions": 100,
         "issue_slots": 100,
         "epilogue": None,
+        "loop": None,
     }
     return Usage(**(values | changes))  # type: ignore[arg-type]
 
@@ -52,6 +68,23 @@ def test_a_tile_is_the_loop_around_the_products():
     assert outside_main_loop([(0, "MOV R1, R2"), (16, "EXIT")]) == 2
 
 
+def test_what_few_tiles_do_can_be_left_out():
+    code = instructions(SASS.replace("MUFU.EX2 R3, R4", "BRA 0x60"))
+    assert outside_main_loop(code) == 4
+    assert outside_main_loop(code, detour=False) == 3  # without the STG
+    alone = [line for line in code if line[0] != 0x60]  # no loop over tiles
+    assert outside_main_loop(alone) == outside_main_loop(alone, detour=False)
+
+
+def test_amd_assembly_reads_like_nvidias():
+    code = amd_instructions(AMD)
+    assert code[-2:] == [(5, "BRA 0x1"), (6, "s_endpgm")]
+    assert len(code) == 7
+    # The vector load, the exponential and the outer branch.
+    assert outside_main_loop(code) == 3
+    assert sum(bool(compiled._MMA.search(text)) for _, text in code) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "bits"),
     [
@@ -60,6 +93,10 @@ def test_a_tile_is_the_loop_around_the_products():
         ("LDG.E.U16 R4, [R2]", 16),
         ("LDG.E R4, [R2]", 32),
         ("LDG.E.U8 R4, [R2]", 8),
+        ("buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", 128),
+        ("global_load_dword v0, v1, s[0:1]", 32),
+        ("global_load_ushort v0, v1, s[0:1]", 16),
+        ("buffer_load_sbyte v0, v1, s[0:3], 0", 8),
     ],
 )
 def test_widths_of_loads(text, bits):
@@ -72,18 +109,29 @@ def test_programs_of_a_multiprocessor():
     assert compiled._blocks(target, 128, 0, 8) == 2
     assert compiled._blocks(target, 32, 100 * 1024, 4) == 2
     assert compiled._blocks(target, 16, 0, 4) == 16
+    assert compiled._blocks(TARGETS["sm_89"], 64, 99 * 1024, 8) == 1
+    assert compiled._blocks(TARGETS["sm_89"], 64, 99 * 1024 + 1, 8) == 0
+    assert compiled._blocks(TARGETS["gfx942"], 128, 64 * 1024, 8) == 1
 
 
 def test_complaints_name_what_is_wrong():
     budget = {"sm_90 kernel": 100}
     assert static.complaints([usage(), usage(issue_slots=103)], budget) == []
     wrong = static.complaints(
-        [usage(spilled=8), usage(tensor_core=0), usage(issue_slots=104), usage(name="new")], budget
+        [
+            usage(spilled=8),
+            usage(tensor_core=0),
+            usage(issue_slots=104),
+            usage(blocks=0, shared=200_000),
+            usage(name="new"),
+        ],
+        budget,
     )
     assert wrong == [
         "sm_90 kernel: spills 8 bytes, expected 0",
         "sm_90 kernel: has no tensor-core instruction",
         "sm_90 kernel: 104 issue slots, expected 100",
+        "sm_90 kernel: does not fit a multiprocessor, with 128 registers and 200000 shared bytes",
         "sm_90 new: has no budget; see --record",
     ]
 

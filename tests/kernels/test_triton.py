@@ -235,8 +235,35 @@ def test_is_never_chosen_unasked_on_a_cpu():
 
 
 def test_every_tile_has_whole_words():
-    tiles = [*configs.SHIPPED.values(), *configs.CAPPED.values(), configs.UNALIGNED]
-    assert all(tile.block_v % 64 == 0 for tile in [*tiles, configs.INTERPRETED])
+    tiles = [tile for kind in configs.SHIPPED.values() for tile in (kind.logits, kind.capped)]
+    tiles += [configs.UNALIGNED, configs.WIDE_UNALIGNED, configs.INTERPRETED]
+    assert all(tile.block_v % 64 == 0 for tile in tiles)
+
+
+@pytest.mark.parametrize(
+    ("arch", "entry"),
+    [(75, 80), (80, 80), (86, 86), (89, 86), (90, 90), (103, 100), (121, 120), ("gfx942", "amd")],
+)
+def test_tiles_go_by_the_device_and_by_what_is_stored(monkeypatch, arch, entry):
+    backend = "cuda" if isinstance(arch, int) else "hip"
+    monkeypatch.setattr(configs, "target", lambda: (backend, arch))
+    half, full = torch.bfloat16, torch.float32
+    for operand, stored, kind in [
+        (half, (half, half), configs.NARROW),
+        (half, (half, full), configs.MIXED),
+        (half, (full, half), configs.MIXED),
+        (full, (half, full), configs.WIDE),
+    ]:
+        assert configs._shipped(operand, *stored) is configs.SHIPPED[entry, kind]
+
+
+def test_registers_are_limited_on_nvidia_only():
+    assert all(
+        tile.registers is None
+        for (family, _), kind in configs.SHIPPED.items()
+        if family == configs.AMD
+        for tile in (kind.logits, kind.capped, kind.hidden, kind.weight)
+    )
 
 
 CALLS: dict[str, Any] = {

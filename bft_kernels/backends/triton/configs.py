@@ -29,7 +29,6 @@ class Tile:
     group: int  # row blocks side by side
     num_warps: int
     num_stages: int
-    halves: bool = True  # whether the bits of a tile are made in two halves
     registers: int | None = None  # that a thread may have, where the compiler would take too few
 
     def constants(self) -> dict[str, int]:
@@ -45,62 +44,126 @@ class Tile:
         }
 
 
-# By compute capability (from this one on) and bytes of an operand. Chosen by what the compiler
-# makes of them: no form of any kernel spills registers; see `python -m benchmarks static`.
-SHIPPED = {
-    (80, 2): Tile(128, 128, 32, 8, 8, 4),
-    (80, 4): Tile(64, 64, 32, 8, 4, 3),
-    (90, 2): Tile(128, 128, 64, 8, 8, 3),
-    (90, 4): Tile(64, 64, 32, 8, 4, 3),
-    (100, 2): Tile(128, 128, 32, 8, 8, 5, halves=False),
-    (100, 4): Tile(64, 64, 32, 8, 4, 3),
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one kind of operands on one kind of GPU."""
+
+    logits: Tile
+    capped: Tile  # logits with a softcap, which takes more registers
+    hidden: Tile  # dH [block_n, block_d], over columns
+    weight: Tile  # dW [block_v, block_d], over rows
+
+
+# Bytes of an element of the wider stored operand, and of the products' operands. Where float32
+# tensors are rounded to a narrow type (autocast), tiles are loaded wide and take twice the room.
+NARROW, MIXED, WIDE = (2, 2), (4, 2), (4, 4)
+AMD = "amd"  # the family of all of AMD's processors, whatever their name
+_PRODUCTS = Tile(128, 64, 128, 1, 8, 3), Tile(64, 128, 128, 1, 8, 3)
+_MIXED_PRODUCTS = Tile(128, 32, 128, 1, 8, 3), Tile(32, 128, 128, 1, 8, 3)
+_WIDE_PRODUCTS = Tile(64, 32, 64, 1, 4, 3), Tile(32, 64, 64, 1, 4, 3)
+# Of mma.sync, and of the instructions that came after it.
+_WIDE = Tiles(Tile(64, 64, 16, 8, 4, 4, registers=255), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
+_WIDE_ASYNC = Tiles(Tile(64, 64, 32, 8, 4, 3), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
+# By compute capability, from this one on. Chosen by what the compiler makes of them: no form of any
+# kernel spills registers; see `python -m benchmarks static`. 86, 89 and 120 have 99 KiB of shared
+# memory a program, less than 80.
+SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
+    (80, NARROW): Tiles(
+        Tile(128, 128, 32, 8, 8, 4), Tile(64, 64, 32, 8, 4, 4, registers=200), *_PRODUCTS
+    ),
+    (80, MIXED): Tiles(Tile(128, 64, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
+    (80, WIDE): _WIDE,
+    (86, NARROW): Tiles(
+        Tile(128, 64, 32, 8, 4, 4), Tile(64, 64, 32, 8, 4, 4, registers=200), *_PRODUCTS
+    ),
+    (86, MIXED): Tiles(Tile(128, 64, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
+    (86, WIDE): _WIDE,
+    (90, NARROW): Tiles(Tile(128, 128, 64, 8, 8, 3), Tile(128, 128, 64, 8, 8, 3), *_PRODUCTS),
+    (90, MIXED): Tiles(Tile(128, 128, 32, 8, 8, 3), Tile(128, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
+    (90, WIDE): _WIDE_ASYNC,
+    (100, NARROW): Tiles(Tile(128, 128, 64, 8, 8, 3), Tile(128, 64, 64, 8, 8, 4), *_PRODUCTS),
+    (100, MIXED): Tiles(
+        Tile(128, 128, 64, 8, 8, 2, registers=255), Tile(128, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS
+    ),
+    (100, WIDE): _WIDE_ASYNC,
+    (120, NARROW): Tiles(Tile(128, 64, 32, 8, 4, 4), Tile(128, 64, 32, 8, 8, 3), *_PRODUCTS),
+    (120, MIXED): Tiles(Tile(128, 64, 32, 8, 8, 3), Tile(128, 64, 32, 8, 8, 2), *_MIXED_PRODUCTS),
+    (120, WIDE): _WIDE,
+    (AMD, NARROW): Tiles(
+        Tile(128, 128, 32, 8, 8, 2),
+        Tile(128, 64, 32, 8, 8, 2),
+        Tile(128, 32, 128, 1, 8, 2),
+        Tile(32, 128, 128, 1, 8, 2),
+    ),
+    (AMD, MIXED): Tiles(
+        Tile(128, 64, 32, 8, 8, 2),
+        Tile(64, 64, 32, 8, 4, 2),
+        Tile(64, 32, 64, 1, 4, 2),
+        Tile(32, 64, 64, 1, 4, 2),
+    ),
+    (AMD, WIDE): Tiles(
+        Tile(64, 64, 32, 8, 4, 2),
+        Tile(64, 64, 32, 8, 4, 2),
+        Tile(64, 32, 64, 1, 4, 2),
+        Tile(32, 64, 64, 1, 4, 2),
+    ),
 }
-# With a softcap, where that is too much for the registers.
-CAPPED = {
-    (80, 2): Tile(64, 64, 32, 8, 4, 4, registers=200),
-    (80, 4): Tile(32, 64, 32, 8, 4, 3),
-    (100, 2): Tile(128, 64, 64, 8, 8, 4),
-    (100, 4): Tile(32, 64, 32, 8, 4, 3),
-}
-# Of the two products with dy, by bytes of an operand: dH [block_n, block_d] over columns, and
-# dW [block_v, block_d] over rows.
-HIDDEN_PRODUCT = {2: Tile(128, 64, 128, 1, 8, 3), 4: Tile(64, 32, 64, 1, 4, 3)}
-WEIGHT_PRODUCT = {2: Tile(64, 128, 128, 1, 8, 3), 4: Tile(32, 64, 64, 1, 4, 3)}
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
 # takes more registers.
-UNALIGNED = Tile(64, 64, 32, 8, 4, 2)
+UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 32, 8, 4, 2)
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
 
-def tile_for(config: CoreConfig, width: int) -> Tile:
-    """The tile for a call's products, of rows of ``width`` elements, on the current device."""
+def target() -> tuple[str, int | str]:
+    """``cuda`` and the compute capability, or ``hip`` and the processor's name."""
+    current = triton.runtime.driver.active.get_current_target()
+    return current.backend, current.arch
+
+
+def _shipped(operand: torch.dtype, *stored: torch.dtype) -> Tiles:
+    """The entry of the current device for operands kept as ``stored``."""
+    _, arch = target()
+    family: int | str = AMD
+    if isinstance(arch, int):
+        known = [first for first, _ in SHIPPED if isinstance(first, int)]
+        family = max([first for first in known if first <= arch], default=min(known))
+    return SHIPPED[family, (_widest(operand, *stored), operand.itemsize)]
+
+
+def _widest(*dtypes: torch.dtype) -> int:
+    """Bytes of an element of the widest of them."""
+    return max(dtype.itemsize for dtype in dtypes)
+
+
+def _unaligned(operand: torch.dtype, *stored: torch.dtype) -> Tile:
+    return UNALIGNED if _widest(operand, *stored) == 2 else WIDE_UNALIGNED
+
+
+def tile_for(config: CoreConfig, hidden: Tensor, weight: Tensor) -> Tile:
+    """The tile of logits for a call's operands, on the current device."""
     if interpreted():
         return INTERPRETED
-    if width % 16:
-        return UNALIGNED
-    arch = triton.runtime.driver.active.get_current_target().arch
-    # AMD's names are strings; its compiler takes the first tile.
-    known = [capability for capability, _ in SHIPPED]
-    capability = max([c for c in known if isinstance(arch, int) and c <= arch], default=min(known))
-    key = capability, config.operand_dtype.itemsize
-    return CAPPED[key] if config.softcap is not None and key in CAPPED else SHIPPED[key]
+    if hidden.shape[1] % 16:
+        return _unaligned(config.operand_dtype, hidden.dtype, weight.dtype)
+    tiles = _shipped(config.operand_dtype, hidden.dtype, weight.dtype)
+    return tiles.logits if config.softcap is None else tiles.capped
 
 
-def product_tiles(operand: torch.dtype, width: int) -> tuple[Tile, Tile]:
-    """The tiles of ``dH`` and ``dW``."""
+def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple[Tile, Tile]:
+    """The tiles of ``dH``, whose products read ``weight``, and of ``dW``, which read ``hidden``."""
     if interpreted():
         return INTERPRETED, INTERPRETED
-    if width % 16:
-        return UNALIGNED, UNALIGNED
-    return HIDDEN_PRODUCT[operand.itemsize], WEIGHT_PRODUCT[operand.itemsize]
+    if hidden.shape[1] % 16:
+        return _unaligned(operand, weight.dtype), _unaligned(operand, hidden.dtype)
+    return _shipped(operand, weight.dtype).hidden, _shipped(operand, hidden.dtype).weight
 
 
 def precision_for(operand: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 products keep float32's accuracy."""
     if operand != torch.float32 or interpreted():
         return "ieee"
-    return "ieee" if torch.version.hip else "tf32x3"
+    return "ieee" if target()[0] == "hip" else "tf32x3"
 
 
 def triton_dtype(dtype: torch.dtype) -> triton.language.dtype:

@@ -12,6 +12,7 @@ import triton.language as tl
 from bft_kernels.backends.triton.configs import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -71,10 +72,16 @@ def may_be_below(bits, x, factor):
 
 
 @triton.jit
+def normal_exp(x):
+    """``exp(x)``, 0 below the normal range: ``tl.exp`` spends three instructions more on that."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def exact_tanh(x):
     """Within a few ulp near 0 too, where ``1 - 2 / (exp(2x) + 1)`` alone would lose all digits."""
     magnitude = tl.abs(x)
-    e = tl.exp(-2.0 * magnitude)
+    e = normal_exp(-2.0 * magnitude)
     far = (1.0 - e) / (1.0 + e)
     square = x * x
     p = square * -5.70498872745e-3 + 2.06390887954e-2

@@ -149,7 +149,7 @@ def find_floors(inputs: Inputs) -> Tensor:
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
     columns = popular_columns(inputs, min(POPULAR, count))
     few = columns.numel()
-    tile = tile_for(inputs.config, width)
+    tile = tile_for(inputs.config, inputs.hidden, inputs.weight)
     tiles = triton.cdiv(few, tile.block_v)
     parts = torch.empty(tiles, count, device=floors.device)
     _popular_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](

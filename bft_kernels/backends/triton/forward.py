@@ -18,6 +18,7 @@ from torch import Tensor
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import precision_for, tile_for
 from bft_kernels.backends.triton.device import (
+    LOG2E,
     draw_bits,
     finite_or,
     logit_tile,
@@ -42,37 +43,25 @@ _ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 @triton.jit
-def _pack_words(keep, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Bits ``[BLOCK_N, BLOCK_V]`` as int32 words ``[BLOCK_N, BLOCK_V / 32]``, column 0 lowest."""
-    shifted = keep.to(tl.int32) << (tl.arange(0, BLOCK_V) % 32)[None, :]
-    return tl.sum(tl.reshape(shifted, (BLOCK_N, BLOCK_V // 32, 32)), axis=2)
-
-
-@triton.jit
-def _halves(x, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Columns of a tile below and from the middle on; both lie in the same threads."""
-    pairs = tl.reshape(x, (BLOCK_N, 2, BLOCK_V // 2))
-    return tl.split(tl.permute(pairs, (0, 2, 1)))
-
-
-@triton.jit
 def _store_bits(
-    e,  # [BLOCK_N, BLOCK_V]
+    e,  # [BLOCK_N, WORDS, 32], every other word of a tile
     overrated,  # [BLOCK_N], what makes e / eps an upper bound of p / eps
     multiplier,
     offset,
-    tile,  # number of the tile, whose columns are BLOCK_V
+    first,  # number of the first word
     mask_rows,  # pointers [BLOCK_N, 1]
     mask_n,
     words,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """One bit for each entry whose draw may be below ``p / eps``."""
-    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
-    packed = _pack_words(may_be_below(bits, e, overrated[:, None]), BLOCK_N, BLOCK_V)
-    word = tile * (BLOCK_V // 32) + tl.arange(0, BLOCK_V // 32)
+    """One bit for each entry whose draw may be below ``p / eps``: 32 to a word, lowest first."""
+    word = first + tl.arange(0, WORDS) * 2
+    bit = tl.arange(0, 32)
+    columns = (word[:, None] * 32 + bit[None, :]).to(tl.uint32)[None, :, :]
+    bits = draw_bits(multiplier[:, None, None], offset[:, None, None], columns)
+    keep = may_be_below(bits, e, overrated[:, None, None])
+    value = (tl.full([], 1, tl.int32) << bit)[None, None, :]
+    packed = tl.sum(tl.where(keep, value, 0), axis=2)
     mask = mask_n[:, None] & (word < words)[None, :]
     tl.store(mask_rows + word[None, :], packed, mask=mask)
 
@@ -110,7 +99,6 @@ def _linear_nll_forward_kernel(
     STATISTICS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EMIT: tl.constexpr,
-    HALVES: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -126,6 +114,7 @@ def _linear_nll_forward_kernel(
     hidden_rows = hidden_ptr + row[:, None] * stride_hn
 
     m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    base = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # of the powers of 2, m * LOG2E rounded
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment = tl.zeros((BLOCK_N,), tl.float32)
     shifted = tl.zeros((BLOCK_N,), tl.float32)
@@ -137,7 +126,6 @@ def _linear_nll_forward_kernel(
 
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        mask_v = offs_v < V
         z = logit_tile(
             hidden_rows,
             weight_ptr,
@@ -156,75 +144,71 @@ def _linear_nll_forward_kernel(
             OPERAND,
             PRECISION,
         )
-        z = tl.where(mask_v[None, :], z, float("-inf"))
-
-        # One tile in many holds a target; only there are its logit and those before it looked for.
+        # One tile in many holds a target or is cut off by the end of the vocabulary. Only there is
+        # a target's logit looked for, with those before it, and are columns masked.
         at = target - tile * BLOCK_V
         here = (at >= 0) & (at < BLOCK_V) & mask_n
-        if tl.max(here.to(tl.int32), axis=0) > 0:
+        if (tl.max(here.to(tl.int32), axis=0) > 0) | ((tile + 1) * BLOCK_V > V):
+            z = tl.where((offs_v < V)[None, :], z, float("-inf"))
             inside = tl.arange(0, BLOCK_V)[None, :]
-            own = tl.max(tl.where(inside == at[:, None], z, float("-inf")), axis=1)
+            place = tl.where(here, at, -1).to(tl.int32)[:, None]
+            own = tl.max(tl.where(inside == place, z, float("-inf")), axis=1)
             tl.store(at_sum + TARGET * plane, own, mask=here)
             if STATISTICS:
-                lower = tl.max(tl.where(inside < at[:, None], z, float("-inf")), axis=1)
+                ahead = (inside < place) & (z >= own[:, None])
+                lower = tl.where(tl.max(ahead.to(tl.int32), axis=1) > 0, own, float("-inf"))
                 tl.store(at_sum + BEFORE * plane, tl.maximum(lower, m), mask=here)
 
         m_new = tl.maximum(m, tl.max(z, axis=1))
         # exp(-inf - (-inf)) where nothing finite came yet.
         reference = finite_or(m_new, 0.0)
+        # Powers of 2, from one multiply-add: its product is not rounded, and the base is exact.
+        new_base = reference * LOG2E
         if EMIT:
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), floor)
             overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) / eps
-        e = tl.exp(z - reference[:, None])
-        scale = tl.exp(m - reference)
+        power = tl.fma(z, LOG2E, -new_base[:, None])
+        e = tl.exp2(power)
+        scale = tl.exp2(base - new_base)
         if STATISTICS:
-            step = tl.where(total > 0, total * (m - reference), 0.0)
-            terms = e * tl.maximum(z - reference[:, None], -1e30)
+            step = tl.where(total > 0, total * (base - new_base), 0.0)
+            terms = e * tl.maximum(power, -1e30)
             moment = scale * (moment + step) + tl.sum(terms, axis=1)
         if SMOOTHING:
             done = tl.minimum(tile * BLOCK_V, V) - split * tiles * BLOCK_V
             step = tl.where(done > 0, (m - reference) * done, 0.0)
-            difference = tl.where(mask_v[None, :], z - reference[:, None], 0.0)
+            difference = tl.where((offs_v < V)[None, :], z - reference[:, None], 0.0)
             shifted += step + tl.sum(difference, axis=1)
         total = scale * total + tl.sum(e, axis=1)
-        m = m_new
+        m, base = m_new, new_base
         if EMIT:
             mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
-            if HALVES:
-                # One after the other, so that a thread holds the draws of half as many entries.
-                left, right = _halves(e, BLOCK_N, BLOCK_V)
-                for half in tl.static_range(2):
-                    _store_bits(
-                        left if half == 0 else right,
-                        overrated,
-                        multiplier,
-                        offset,
-                        tile * 2 + half,
-                        mask_rows,
-                        mask_n,
-                        words,
-                        BLOCK_N,
-                        BLOCK_V // 2,
-                    )
-            else:
+            # Every other word, so that a thread holds the draws of half as many entries, and all of
+            # them are its own.
+            pairs = tl.reshape(e, (BLOCK_N, BLOCK_V // 64, 2, 32))
+            even, odd = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+            for half in tl.static_range(2):
                 _store_bits(
-                    e,
+                    even if half == 0 else odd,
                     overrated,
                     multiplier,
                     offset,
-                    tile,
+                    tile * (BLOCK_V // 32) + half,
                     mask_rows,
                     mask_n,
                     words,
-                    BLOCK_N,
-                    BLOCK_V,
+                    BLOCK_V // 64,
                 )
 
+    # From powers of 2 relative to the base to powers of e relative to the maximum.
+    rest = tl.fma(finite_or(m, 0.0), LOG2E, -finite_or(base, 0.0))
+    scale = tl.exp2(-rest)
     tl.store(at_sum + MAXIMUM * plane, m, mask=mask_n)
-    tl.store(at_sum + TOTAL * plane, total, mask=mask_n)
+    tl.store(at_sum + TOTAL * plane, scale * total, mask=mask_n)
     if STATISTICS:
+        moment = scale * (moment - total * rest) * (1.0 / LOG2E)
         tl.store(at_sum + MOMENT * plane, moment, mask=mask_n)
     if SMOOTHING:
         tl.store(at_sum + SHIFTED * plane, shifted, mask=mask_n)
@@ -341,8 +325,6 @@ class TiledForward:
         tile = splits.tile
         sums = torch.empty(SUMS, splits.count, rows, device=self.inputs.hidden.device)
         smoothing = config.label_smoothing > 0
-        # Bits of a whole tile without statistics spill 8 bytes on sm_100; with them, none.
-        statistics = config.statistics or (mask is not None and not tile.halves)
         _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
             seed_ptr=self.seed,
             floor_ptr=self.floors,
@@ -355,10 +337,9 @@ class TiledForward:
             splits=splits.count,
             tiles=splits.tiles,
             eps=config.eps,
-            STATISTICS=statistics,
+            STATISTICS=config.statistics,
             SMOOTHING=smoothing,
             EMIT=mask is not None,
-            HALVES=tile.halves,
             PRECISION=precision_for(config.operand_dtype),
             **self.inputs.arguments(),
             **tile.constants(),
@@ -396,12 +377,12 @@ def run_tiles(
         norms: ``[V]``, for ``hidden_variance``.
         results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
     """
-    config, (count, vocabulary, width) = inputs.config, inputs.shape
+    config, (count, vocabulary, _) = inputs.config, inputs.shape
     per_row = {name: results[name] for name in _ROW_RESULTS}
     if config.residual == "entries":
         tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
         words = triton.cdiv(vocabulary, 32)
-        step = tile_for(config, width).block_n
+        step = tile_for(config, inputs.hidden, inputs.weight).block_n
         step *= max(1, config.max_buffer_bytes // (4 * words) // step)
         size = min(step, count), words
         mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)

@@ -45,7 +45,7 @@ class Inputs:
 
     def splits(self, rows: int) -> Splits:
         """How ``rows`` of the rows are shared out."""
-        tile = tile_for(self.config, self.shape[2])
+        tile = tile_for(self.config, self.hidden, self.weight)
         row_blocks = triton.cdiv(rows, tile.block_n)
         tiles = triton.cdiv(self.shape[1], tile.block_v)
         each = triton.cdiv(tiles, splits_for(row_blocks, tiles, self.hidden))

@@ -24,6 +24,7 @@ from bft_kernels.backends.triton.device import (
     exact_factors,
     expm1_down,
     logit_tile,
+    normal_exp,
     row_key,
     sampled_dz,
     slope_of,
@@ -109,7 +110,7 @@ def _logit_gradient_kernel(
     lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
     nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
     upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
-    p = tl.exp(z - lse[:, None])
+    p = normal_exp(z - lse[:, None])
     at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
     if SAMPLED:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
@@ -272,8 +273,8 @@ def add_recomputed(
     count, vocabulary, width = inputs.shape
     config = inputs.config
     operand = config.operand_dtype
-    tile = tile_for(config, width)
-    for_hidden, for_weight = product_tiles(operand, width)
+    tile = tile_for(config, inputs.hidden, inputs.weight)
+    for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // tile.block_v
