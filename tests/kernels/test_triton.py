@@ -106,15 +106,16 @@ def test_entries_are_sorted_as_the_budget_allows(engine, budget, problem, close)
 def test_floors_are_below_lse_and_near_it(options, scale, problem):
     p = problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
     p = p.copy(device=DEVICE)
-    inputs = Inputs.of(p.hidden, p.weight, p.target, p.bias, CONFIG)
-    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias).detach()
+    operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
+    inputs = Inputs.of(operands[0], operands[1], p.target, operands[2], CONFIG)
+    logits = torch.nn.functional.linear(*operands)
     lse = logits.logsumexp(1)
     labelled = p.target != -100
     floors = find_floors(inputs)[labelled]
     assert (floors <= lse[labelled]).all()
     named = p.target[labelled].unique()
     close_to = logits[labelled][:, named].logsumexp(1)
-    assert (floors >= close_to - 1e-4 - 1e-4 * close_to.abs()).all()
+    assert (floors >= close_to - 1e-3 - 1e-4 * close_to.abs()).all()
     assert named.numel() < 100 < labelled.sum()  # some columns are not named, and some repeatedly
 
 

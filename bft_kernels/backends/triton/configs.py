@@ -76,7 +76,9 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
     (86, NARROW): Tiles(
         Tile(128, 64, 32, 8, 4, 4), Tile(64, 64, 32, 8, 4, 4, registers=200), *_PRODUCTS
     ),
-    (86, MIXED): Tiles(Tile(128, 64, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
+    (86, MIXED): Tiles(
+        Tile(128, 64, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 3, registers=224), *_MIXED_PRODUCTS
+    ),
     (86, WIDE): _WIDE,
     (90, NARROW): Tiles(Tile(128, 128, 64, 8, 8, 3), Tile(128, 128, 64, 8, 8, 3), *_PRODUCTS),
     (90, MIXED): Tiles(Tile(128, 128, 32, 8, 8, 3), Tile(128, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
@@ -110,7 +112,7 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
 }
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
 # takes more registers.
-UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 32, 8, 4, 2)
+UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 16, 8, 4, 2, registers=255)
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
