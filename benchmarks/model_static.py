@@ -11,11 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.compiled import TARGETS, disassemble, loops_of, usage_of
 
 COMPILED = Path(__file__).with_name("model_static.json")
 # Switches that make another kernel of the same source.
-SWITCHES = ("EMIT", "SAMPLED")
+SWITCHES = ("EMIT", "SAMPLED", "POPULAR", "VALUES", "HAS_VALUES")
+# A budget too small for chunks of logits: the tiled forward.
+TILED_BUDGET = 2**26
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,15 @@ def record() -> None:
 
 def _compile(name: str) -> dict[str, dict[str, Any]]:
     from benchmarks.compiled import compiling
-    from benchmarks.rehearsal import CASES, PEER_CASES
+    from benchmarks.rehearsal import PEER_CASES, ours
 
     with compiling(TARGETS[name]) as found:
-        CASES["bf16"]()
+        ours(torch.bfloat16)
+        ours(torch.bfloat16, budget=TILED_BUDGET)
         PEER_CASES["cut-cross-entropy bf16"]()
     kernels: dict[str, Compiled] = {}
     for kernel, constants, binary in found:
-        switches = [key.lower() for key in SWITCHES if constants.get(key)]
+        switches = [key.lower().removeprefix("has_") for key in SWITCHES if constants.get(key)]
         key = " ".join([kernel.strip("_").removesuffix("_kernel"), *switches])
         figures = _figures(name, key, constants, binary)
         # Of forms with and without statistics, the shorter.

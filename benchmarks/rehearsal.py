@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
 from bft_kernels.results import Saved, Wanted
 
 # N, D and V of the published figures.
@@ -21,7 +22,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _config(dtype: torch.dtype) -> CoreConfig:
+def _config(dtype: torch.dtype, budget: int) -> CoreConfig:
     return CoreConfig(
         ignore_index=-100,
         softcap=None,
@@ -35,13 +36,19 @@ def _config(dtype: torch.dtype) -> CoreConfig:
         hidden_variance=False,
         operand=str(dtype).removeprefix("torch."),
         backend="triton",
-        max_buffer_bytes=512 * 2**20,
+        max_buffer_bytes=budget,
         check_values=False,
         check_finite=False,
     )
 
 
-def ours(dtype: torch.dtype, *, width: int = WIDTH, transformed: bool = False) -> None:
+def ours(
+    dtype: torch.dtype,
+    *,
+    width: int = WIDTH,
+    transformed: bool = False,
+    budget: int = DEFAULT_ACCELERATOR_BUFFER_BYTES,
+) -> None:
     """Forward and backward of every mode; transformed: with a bias, a softcap and smoothing."""
     from bft_kernels.backends.triton import linear_nll, linear_nll_backward, weighted_loss
 
@@ -49,7 +56,7 @@ def ours(dtype: torch.dtype, *, width: int = WIDTH, transformed: bool = False) -
     target, seed = _empty(ROWS, dtype=torch.int64), _empty(dtype=torch.int64)
     bias = _empty(VOCABULARY, dtype=dtype) if transformed else None
     grad = _empty(ROWS)
-    plain = _config(dtype)
+    plain = _config(dtype, budget)
     if transformed:
         plain = replace(plain, softcap=30.0, temperature=0.7)
     sampled = replace(plain, residual="entries")
