@@ -107,7 +107,7 @@ def wide_logits(rows: int, shape: Shape, gpu: Gpu) -> list[Kernel]:
 
 
 def sweep(rows: int, shape: Shape, gpu: Gpu, name: str, kernel: str, bytes_: int) -> Kernel:
-    """A program a row over its logits, 4096 at a time."""
+    """A program a row over its logits, 2048 at a time."""
     figures = compiled(gpu.target, kernel)
     steps = rows * math.ceil(shape.vocabulary / figures.block["BLOCK"])
     moved = row_pass(name, rows, shape.vocabulary, bytes_, 0, gpu)

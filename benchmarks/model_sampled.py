@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.model_entries import DENSE, DENSER, SPLITS, Kept
 from benchmarks.model_hardware import LATENCY, Gpu
-from benchmarks.model_kernels import Kernel, elementwise, empty_programs, product, triton_product
+from benchmarks.model_kernels import Kernel, elementwise, empty_programs, product
 from benchmarks.model_ours import (
     exact,
     forward,
@@ -222,26 +222,12 @@ def _chunked_forward(shape: Shape, gpu: Gpu, kept: Kept, design: Design) -> list
 
 def _tiled_forward(shape: Shape, gpu: Gpu, kept: Kept) -> list[Kernel]:
     """Logits in registers, whose bits are candidates only."""
-    popular = compiled(gpu.target, "popular")
-    rows, columns = popular.tile
-    tiles = math.ceil(shape.tokens / rows) * math.ceil(POPULAR / columns)
-    operands = 2 * shape.width * (shape.tokens + POPULAR)
+    popular = replace(shape, vocabulary=POPULAR)
     mask = shape.tokens * shape.vocabulary / 8
     return [
         small("floor", 1, 4 * shape.tokens * shape.width),
-        triton_product(
-            "sum over popular columns",
-            tiles,
-            tiles,
-            popular.tile,
-            shape.width,
-            popular.slots,
-            popular.warps,
-            popular.resident,
-            gpu,
-            operands,
-        ),
-        small("join parts", 8, 60 * shape.tokens),
+        *wide_logits(shape.tokens, popular, gpu),
+        small("sum over popular columns", 10, 24 * shape.tokens * POPULAR),
         over_logits("forward", "linear_nll_forward emit", shape, gpu, mask),
         small("combine", 1, 24 * shape.tokens * SPLITS),
         *bits_to_lists(shape, gpu, shape.tokens, kept, tiled=True),

@@ -44,7 +44,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
     """Raises unless ``low <= value <= high`` and finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= value <= high and value < math.inf):  # isinf cannot be traced
         expected = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
@@ -60,7 +60,8 @@ def check_positive(name: str, value: object, high: float = math.inf) -> None:
 
 def check_int(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
     """Raises unless ``value`` is an int of at least ``low`` that 64 bits (or ``high``) hold."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    # A tuple of types: torch 2.8 does not trace a union of them.
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
     if value < low:
         raise ValueError(f"{name}: got {value}, expected at least {low}")
