@@ -222,11 +222,11 @@ def _chunked_forward(shape: Shape, gpu: Gpu, kept: Kept, design: Design) -> list
 
 def _tiled_forward(shape: Shape, gpu: Gpu, kept: Kept) -> list[Kernel]:
     """Logits in registers, whose bits are candidates only."""
-    popular = replace(shape, vocabulary=POPULAR)
+    few = wide_logits(shape.tokens, replace(shape, vocabulary=POPULAR), gpu)
     mask = shape.tokens * shape.vocabulary / 8
     return [
         small("floor", 1, 4 * shape.tokens * shape.width),
-        *wide_logits(shape.tokens, popular, gpu),
+        *(replace(kernel, name="popular columns") for kernel in few),
         small("sum over popular columns", 10, 24 * shape.tokens * POPULAR),
         over_logits("forward", "linear_nll_forward emit", shape, gpu, mask),
         small("combine", 1, 24 * shape.tokens * SPLITS),
