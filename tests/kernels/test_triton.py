@@ -236,7 +236,7 @@ def test_is_never_chosen_unasked_on_a_cpu():
 
 def test_every_tile_has_whole_words():
     tiles = [tile for kind in configs.SHIPPED.values() for tile in (kind.logits, kind.capped)]
-    tiles += [configs.UNALIGNED, configs.WIDE_UNALIGNED, configs.INTERPRETED]
+    tiles += [configs.UNALIGNED, configs.WIDE_UNALIGNED, configs.LISTED, configs.INTERPRETED]
     assert all(tile.block_v % 64 == 0 for tile in tiles)
 
 

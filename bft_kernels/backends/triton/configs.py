@@ -5,7 +5,7 @@ Every entry of ``SHIPPED`` is compiled and judged without a GPU by ``python -m b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -111,6 +111,8 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
 # takes more registers.
 UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 32, 8, 4, 2)
+# Of listed columns, whose numbers take registers; few enough for a tile that fits everywhere.
+LISTED = Tile(64, 64, 16, 8, 8, 2)
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
@@ -148,6 +150,13 @@ def tile_for(config: CoreConfig, hidden: Tensor, weight: Tensor) -> Tile:
         return _unaligned(config.operand_dtype, hidden.dtype, weight.dtype)
     tiles = _shipped(config.operand_dtype, hidden.dtype, weight.dtype)
     return tiles.logits if config.softcap is None else tiles.capped
+
+
+def listed_tile() -> Tile:
+    """The tile of logits of columns from a list."""
+    if interpreted():
+        return INTERPRETED
+    return LISTED if target()[0] == "hip" else replace(LISTED, registers=255)
 
 
 def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple[Tile, Tile]:

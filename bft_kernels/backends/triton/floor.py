@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import precision_for, tile_for
+from bft_kernels.backends.triton.configs import listed_tile, precision_for
 from bft_kernels.backends.triton.device import finite_or, logit_tile, swizzle, transform
 from bft_kernels.backends.triton.inputs import Inputs
 
@@ -149,7 +149,7 @@ def find_floors(inputs: Inputs) -> Tensor:
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
     columns = popular_columns(inputs, min(POPULAR, count))
     few = columns.numel()
-    tile = tile_for(inputs.config, inputs.hidden, inputs.weight)
+    tile = listed_tile()
     tiles = triton.cdiv(few, tile.block_v)
     parts = torch.empty(tiles, count, device=floors.device)
     _popular_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
