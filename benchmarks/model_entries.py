@@ -20,17 +20,16 @@ from tqdm import tqdm
 from benchmarks.results import environment
 from benchmarks.shapes import Recorded, make_problem
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+from bft_kernels.backends.triton.floor import POPULAR
 
 KEPT = Path(__file__).with_name("kept_entries.json")
 EPS = (2**-8, 2**-10, 2**-12)
 # What the kernels do at N 8192, D 4096 on 132 multiprocessors: columns of a tile, gathered rows a
-# program holds, programs that run at once, and the columns that take a dense product.
-TILE, AT_ONCE, RESIDENT, DENSE = 128, 8, 132, 256
-# Parts of the vocabulary, each of which begins without a bound: `splits_for` gives the first here.
-SPLITS = (9, 2, 1)
-# Part of the vocabulary, its first columns, whose sum could be a bound for every part: byte-pair
-# vocabularies are in the order of merges, so common columns come first. Not built.
-FLOOR = 1 / 32
+# program holds, programs that run at once, and the columns that take a dense product; more of them
+# could.
+TILE, AT_ONCE, RESIDENT, DENSE, DENSER = 128, 8, 132, 256, 2048
+# Parts of the vocabulary in the tiled forward, whose sums each begin at its first column.
+SPLITS = 9
 # Rows of 8 KiB that the second-level caches of A100, H100 and B200 have room for, and half of
 # the second.
 CAPACITIES = (3051, 4882, 6103, 15380)
@@ -47,24 +46,27 @@ class Kept:
     tokens: int
     eps: float
     entries: float  # kept, the target's included
-    # Not known to go while lse is not known yet, by parts of the vocabulary.
-    listed: dict[int, float]
-    listed_floor: dict[int, float]  # the same, where FLOOR of the vocabulary is known beforehand
+    # Not known to go while lse is not known yet: in the tiled forward's SPLITS by the target's
+    # logit, or the sum so far if that is more; by the sum over popular columns too.
+    listed: float
+    listed_popular: float
+    candidates: float  # by the popular columns and the target alone, as chunks do
     distinct: int  # columns that some token keeps
     growth: float  # d log(distinct) / d log(tokens), from half of the tokens to all
-    common: float  # share of the entries that is in the DENSE commonest columns
+    common: dict[int, float]  # share of the entries in so many of the commonest columns
     # Hit rate of fetching rows of ``weight``, by rows the cache has room for.
     hits_kept: dict[int, float]
-    hits_listed: dict[int, float]  # as the first of SPLITS lists them
+    hits_rare: dict[int, float]  # of what is kept, without the DENSER commonest columns
+    hits_listed: dict[int, float]  # as the tiled forward lists them
     commit: str
 
     def distinct_at(self, tokens: int) -> float:
         """Columns kept by some of ``tokens`` tokens, along the line through the measured two."""
         return float(min(self.vocabulary, self.distinct * (tokens / self.tokens) ** self.growth))
 
-    def hits_at(self, rows: float, *, listed: bool) -> float:
+    def hits_at(self, rows: float, *, listed: bool, rare: bool = False) -> float:
         """Hit rate of a cache for ``rows`` rows of ``weight``: that of the next smaller one."""
-        hits = self.hits_listed if listed else self.hits_kept
+        hits = self.hits_listed if listed else self.hits_rare if rare else self.hits_kept
         fitting = [capacity for capacity in hits if capacity <= rows]
         return hits[max(fitting)] if fitting else 0.0
 
@@ -78,7 +80,8 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
     seed = torch.tensor(SEED)
     kept: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
     listed: dict[float, list[Tensor]] = {eps: [] for eps in EPS}
-    lengths = {(eps, splits, floor): 0 for eps in EPS for splits in SPLITS for floor in (0, 1)}
+    lengths = {(eps, name): 0 for eps in EPS for name in ("own", "popular", "chunks")}
+    popular = popular_of(problem.target[:tokens])
     for first in tqdm(range(0, tokens, block), path.stem, unit="block"):
         rows = torch.arange(first, min(first + block, tokens))
         z = hidden[rows] @ weight.T
@@ -86,24 +89,23 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
         e = in_tiles(z.sub_(z.amax(1, keepdim=True)).exp_(), 0.0)
         draws = in_tiles(scaled_uniforms(*row_keys(seed, rows), columns, 1.0), math.inf)
         own = e.flatten(1).gather(1, target[:, None])
-        first_sum = e[:, : math.ceil(e.shape[1] * FLOOR)].sum((1, 2))[:, None]
-        floors = (own, torch.maximum(own, first_sum))
+        floor = torch.maximum(own, e.flatten(1)[:, popular].sum(1, keepdim=True))
         bounds = {
-            (splits, floor): lower_bounds(e, floors[floor], splits) / SLACK
-            for splits in SPLITS
-            for floor in (0, 1)
+            "kept": e.sum((1, 2))[:, None],  # the sum itself
+            "own": lower_bounds(e, own, SPLITS) / SLACK,
+            "popular": lower_bounds(e, floor, SPLITS) / SLACK,
+            "chunks": floor / SLACK,
         }
-        bounds[0, 0] = e.sum((1, 2))[:, None]  # the sum itself
         for eps in EPS:
-            for (splits, floor), bound in bounds.items():
+            for name, bound in bounds.items():
                 chosen = (draws * (eps * bound[:, :, None]) < e).flatten(1)
                 chosen.scatter_(1, target[:, None], True)
-                if not floor and splits in (0, SPLITS[0]):
-                    found = listed[eps] if splits else kept[eps]
+                if name in ("kept", "popular"):
+                    found = kept[eps] if name == "kept" else listed[eps]
                     column = chosen.nonzero()[:, 1].to(torch.int32)
                     found += column.split(chosen.sum(1).tolist())
-                if splits:
-                    lengths[eps, splits, floor] += int(chosen.sum())
+                if name != "kept":
+                    lengths[eps, name] += int(chosen.sum())
     return [
         summarise(
             path.stem,
@@ -111,10 +113,20 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
             eps,
             kept[eps],
             listed[eps],
-            [{n: lengths[eps, n, floor] / tokens for n in SPLITS} for floor in (0, 1)],
+            [lengths[eps, name] / tokens for name in ("own", "popular", "chunks")],
         )
         for eps in tqdm(EPS, "cache", unit="eps")
     ]
+
+
+def popular_of(target: Tensor) -> Tensor:
+    """Columns of up to ``POPULAR`` of the targets at even distances, each once.
+
+    As the backend takes them, but of fewer targets where fewer tokens are recorded than a batch
+    has.
+    """
+    few = min(POPULAR, target.numel())
+    return target[torch.arange(few) * target.numel() // max(1, few)].unique()
 
 
 def in_tiles(x: Tensor, fill: float, tile: int = TILE) -> Tensor:
@@ -143,14 +155,16 @@ def summarise(
     eps: float,
     kept: Sequence[Tensor],
     listed: Sequence[Tensor],
-    lengths: Sequence[dict[int, float]],  # mean, without and with a sum known beforehand
+    lengths: Sequence[float],
 ) -> Kept:
     """Counts and hit rates of the columns ``kept`` and ``listed`` by each token."""
     tokens = len(kept)
     counts = torch.cat(list(kept)).bincount(minlength=vocabulary)
     half = torch.cat(list(kept[: tokens // 2])).unique().numel()
     distinct = int((counts > 0).sum())
-    common = counts.topk(min(DENSE, vocabulary // 8)).values.sum() / counts.sum()
+    ranked = counts.sort(descending=True).values.cumsum(0) / counts.sum()
+    rare = torch.ones(vocabulary, dtype=torch.bool)
+    rare[counts.topk(min(DENSER, vocabulary // 8)).indices] = False
     return Kept(
         model=model,
         vocabulary=vocabulary,
@@ -158,11 +172,13 @@ def summarise(
         eps=eps,
         entries=float(counts.sum()) / tokens,
         listed=lengths[0],
-        listed_floor=lengths[1],
+        listed_popular=lengths[1],
+        candidates=lengths[2],
         distinct=distinct,
         growth=math.log2(distinct / half),
-        common=float(common),
+        common={few: float(ranked[min(few, vocabulary // 8) - 1]) for few in (DENSE, DENSER)},
         hits_kept=hit_rates(kept),
+        hits_rare=hit_rates([columns[rare[columns.long()]] for columns in kept]),
         hits_listed=hit_rates(listed),
         commit=str(environment("cpu")["commit"]),
     )
@@ -227,7 +243,7 @@ def load(path: Path = KEPT) -> list[Kept]:
     """What :func:`save` wrote."""
     found = []
     for values in json.loads(path.read_text()):
-        for name in ("listed", "listed_floor", "hits_kept", "hits_listed"):
+        for name in ("common", "hits_kept", "hits_rare", "hits_listed"):
             values[name] = {int(key): value for key, value in values[name].items()}
         found.append(Kept(**values))
     return found

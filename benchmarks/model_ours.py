@@ -82,8 +82,8 @@ def prologue(shape: Shape) -> Kernel:
     return small("rows", 12, 100 * shape.tokens)
 
 
-def forward(shape: Shape, gpu: Gpu) -> list[Kernel]:
-    """Losses alone, tiled."""
+def forward_tiled(shape: Shape, gpu: Gpu) -> list[Kernel]:
+    """Losses alone where the budget has no room for chunks."""
     return [
         prologue(shape),
         over_logits("forward", "linear_nll_forward", shape, gpu),
@@ -98,12 +98,12 @@ def logits_chunks(shape: Shape, budget: int) -> list[int]:
     return [rows] * full + [rest] * (rest > 0)
 
 
-def wide_logits(rows: int, shape: Shape, gpu: Gpu, *, copied: bool) -> list[Kernel]:
-    """Float32 logits of a chunk; copied: into their buffer, from where the product left them."""
-    kernels = [product("logits", rows, shape.vocabulary, shape.width, gpu, out=4)]
-    if copied:
-        kernels.append(row_pass("logits copied", rows, shape.vocabulary, 4, 4, gpu))
-    return kernels
+def wide_logits(rows: int, shape: Shape, gpu: Gpu) -> list[Kernel]:
+    """Float32 logits of a chunk, written where they stay; its rows of ``hidden`` in one piece."""
+    return [
+        small("rows of hidden", 1, 4 * rows * shape.width),
+        product("logits", rows, shape.vocabulary, shape.width, gpu, out=4),
+    ]
 
 
 def sweep(rows: int, shape: Shape, gpu: Gpu, name: str, kernel: str, bytes_: int) -> Kernel:
@@ -114,11 +114,11 @@ def sweep(rows: int, shape: Shape, gpu: Gpu, name: str, kernel: str, bytes_: int
     return replace(moved, issue=issue_seconds(figures, steps, figures.outer, gpu))
 
 
-def forward_chunked(shape: Shape, gpu: Gpu, budget: int = 2**29) -> list[Kernel]:
-    """Losses alone, from the vendor's product into a buffer. Not built as a forward of its own."""
+def forward(shape: Shape, gpu: Gpu, budget: int = DEFAULT_ACCELERATOR_BUFFER_BYTES) -> list[Kernel]:
+    """Losses alone, from the vendor's product into a buffer."""
     kernels = [prologue(shape)]
     for rows in logits_chunks(shape, budget):
-        kernels += wide_logits(rows, shape, gpu, copied=False)
+        kernels += wide_logits(rows, shape, gpu)
         kernels.append(sweep(rows, shape, gpu, "sweep", "sweep_rows", 4))
     return kernels
 
@@ -128,42 +128,32 @@ def exact(
     gpu: Gpu,
     budget: int = DEFAULT_ACCELERATOR_BUFFER_BYTES,
     *,
-    in_place: bool = False,
     trains_weight: bool = True,
 ) -> list[Kernel]:
-    """The weighted loss, 3G: documents fit a chunk.
-
-    As built, a product into a buffer of another type makes a result of its own first, which is
-    copied (logits) or added (``dW``); ``in_place``: the product writes and adds itself.
-    """
+    """The weighted loss, 3G: documents fit a chunk. Products write and add in place."""
     parameters = shape.vocabulary * shape.width
     kernels = [prologue(shape)]
     for rows in logits_chunks(shape, budget):
-        kernels += wide_logits(rows, shape, gpu, copied=not in_place)
+        kernels += wide_logits(rows, shape, gpu)
         kernels += [
             sweep(rows, shape, gpu, "sweep", "sweep_rows", 4),
+            small("weights and loss of tokens", 3 + 8),
             sweep(rows, shape, gpu, "dy", "gradient_rows", 4 + 2),
             product("dH", rows, shape.width, shape.vocabulary, gpu, out=4),
-            small("weights of tokens", 30),
+            small("dH to bfloat16", 1, 6 * rows * shape.width),
         ]
         if trains_weight:
             dw = ("dW", shape.vocabulary, shape.width, rows)
-            kernels.append(product(*dw, gpu, out=4, accumulates=in_place))
-            if not in_place:
-                kernels.append(elementwise("dW added", parameters, 8, 4))
+            kernels.append(product(*dw, gpu, out=4, accumulates=True))
     if trains_weight:
         kernels.append(elementwise("dW zeroed", parameters, 0, 4))
         kernels.append(elementwise("dW to bfloat16", parameters, 4, 2))
     return kernels
 
 
-def exact_memory(shape: Shape, budget: int, *, in_place: bool) -> float:
-    """Bytes of ``exact`` beyond inputs, gradients and the float32 accumulator of ``dW``.
-
-    The buffer, and as built the larger of what is copied to it and what is added to ``dW``.
-    """
-    rows = logits_chunks(shape, budget)[0]
-    return 4 * shape.vocabulary * (rows + (0 if in_place else max(rows, shape.width)))
+def exact_memory(shape: Shape, budget: int) -> float:
+    """Bytes of ``exact`` beyond inputs, gradients and the float32 accumulator of ``dW``."""
+    return 4 * shape.vocabulary * logits_chunks(shape, budget)[0]
 
 
 def recomputed(
@@ -235,5 +225,6 @@ def recomputed(
 
 
 def certificate(shape: Shape, gpu: Gpu) -> list[Kernel]:
-    """A product more, when its statistics are asked for."""
-    return [over_logits("certificate", "certificate", shape, gpu)]
+    """What its statistics add to the forward in chunks: the buffer is read once more."""
+    chunks = logits_chunks(shape, DEFAULT_ACCELERATOR_BUFFER_BYTES)
+    return [sweep(rows, shape, gpu, "certificate", "certificate_rows", 4) for rows in chunks]

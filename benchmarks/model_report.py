@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.model_entries import SPLITS, Kept
+from benchmarks.model_entries import DENSE, DENSER, Kept
 from benchmarks.model_hardware import (
     BANDWIDTH_FRACTION,
     EMPTY_PROGRAM,
@@ -18,6 +18,7 @@ from benchmarks.model_hardware import (
     Gpu,
 )
 from benchmarks.model_peers import errors
+from bft_kernels.backends.triton.entries import capacity_for
 
 Rows = Sequence[dict[str, Any]]
 
@@ -180,11 +181,12 @@ def entries(known: Sequence[Kept]) -> Table:
             "V",
             "eps",
             "kept",
-            *(f"listed, {splits} splits" for splits in SPLITS),
-            f"{SPLITS[0]}, V / 32 known",
+            "let through: chunks",
+            "tiled",
+            "tiled, target only",
             "room",
             "columns",
-            "in the 256 commonest",
+            *(f"in the {few} commonest" for few in (DENSE, DENSER)),
             "L2 hits, kept",
             "listed",
         ),
@@ -196,11 +198,10 @@ def entries(known: Sequence[Kept]) -> Table:
             str(kept.vocabulary),
             f"2^-{round(1 / kept.eps).bit_length() - 1}",
             f"{kept.entries:.0f}",
-            *(f"{kept.listed[splits]:.0f}" for splits in SPLITS),
-            f"{kept.listed_floor[SPLITS[0]]:.0f}",
-            f"{max(64, 0.25 / kept.eps) + 1:.0f}",
+            *(f"{x:.0f}" for x in (kept.candidates, kept.listed_popular, kept.listed)),
+            f"{capacity_for(1, kept.vocabulary, kept.eps)}",
             f"{kept.distinct}",
-            f"{kept.common:.0%}",
+            *(f"{kept.common[few]:.0%}" for few in (DENSE, DENSER)),
             *(f"{kept.hits_at(50e6 / 8192, listed=listed):.0%}" for listed in (False, True)),
         )
     return made

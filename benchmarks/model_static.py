@@ -11,11 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.compiled import TARGETS, disassemble, loops_of, usage_of
 
+MODELLED = ("sm_80", "sm_90", "sm_100")
 COMPILED = Path(__file__).with_name("model_static.json")
 # Switches that make another kernel of the same source.
-SWITCHES = ("EMIT", "SAMPLED")
+SWITCHES = ("EMIT", "SAMPLED", "POPULAR", "VALUES", "HAS_VALUES")
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,21 @@ def record() -> None:
     # A fresh process each: Triton has one target a process.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        found = {target: pool.submit(_compile, target) for target in TARGETS}
+        found = {target: pool.submit(_compile, target) for target in MODELLED}
         known = {target: job.result() for target, job in found.items()}
     COMPILED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def _compile(name: str) -> dict[str, dict[str, Any]]:
     from benchmarks.compiled import compiling
-    from benchmarks.rehearsal import CASES, PEER_CASES
+    from benchmarks.rehearsal import PEER_CASES, ours
 
     with compiling(TARGETS[name]) as found:
-        CASES["bf16"]()
+        ours(torch.bfloat16)
         PEER_CASES["cut-cross-entropy bf16"]()
     kernels: dict[str, Compiled] = {}
     for kernel, constants, binary in found:
-        switches = [key.lower() for key in SWITCHES if constants.get(key)]
+        switches = [key.lower().removeprefix("has_") for key in SWITCHES if constants.get(key)]
         key = " ".join([kernel.strip("_").removesuffix("_kernel"), *switches])
         figures = _figures(name, key, constants, binary)
         # Of forms with and without statistics, the shorter.

@@ -87,7 +87,8 @@ def test_nothing_is_faster_than_its_products_or_its_bytes(gpu: model.Gpu) -> Non
     once = g_seconds(TARGET, gpu)
     kept = model_entries.load()[0]
     assert total(model_ours.forward(TARGET, gpu), gpu) > once
-    assert total(model_ours.exact(TARGET, gpu, in_place=True), gpu) > 3 * once
+    assert total(model_ours.forward_tiled(TARGET, gpu), gpu) > once
+    assert total(model_ours.exact(TARGET, gpu), gpu) > 3 * once
     for design in model_sampled.DESIGNS:
         assert total(model_sampled.sampled(TARGET, gpu, kept, design), gpu) > once
     for figure in model_peers.PUBLISHED:
@@ -99,10 +100,24 @@ def test_nothing_is_faster_than_its_products_or_its_bytes(gpu: model.Gpu) -> Non
 def test_more_entries_and_less_room_cost_more() -> None:
     kept = next(kept for kept in model_entries.load() if kept.eps == 2**-10)
     built = total(model_sampled.sampled(TARGET, H100, kept), H100)
-    fewer = replace(kept, listed=dict.fromkeys(kept.listed, 100.0))
-    assert total(model_sampled.sampled(TARGET, H100, fewer), H100) < built - g_seconds(TARGET, H100)
+    more = replace(kept, entries=2 * kept.entries, candidates=2 * kept.candidates)
+    assert total(model_sampled.sampled(TARGET, H100, more), H100) > built
+    flat = replace(kept, entries=1 / kept.eps)  # some rows find no room
+    g = g_seconds(TARGET, H100)
+    assert total(model_sampled.sampled(TARGET, H100, flat), H100) > built + g
     frozen = model_sampled.sampled(TARGET, H100, kept, trains_weight=False)
     assert total(frozen, H100) < built
+
+
+def test_chunks_are_those_of_the_backend() -> None:
+    # 512 MiB hold 1024 rows of 131072 float32 logits; with a bit for each, 992.
+    assert model_ours.logits_chunks(TARGET, 2**29) == [1024] * 8
+    kernels = model_sampled.sampled(TARGET, H100, model_entries.load()[0])
+    assert sum(kernel.name == "logits" for kernel in kernels) == 9
+    tiled = model_sampled.DESIGNS[1]
+    assert tiled.tiled
+    kernels = model_sampled.sampled(TARGET, H100, model_entries.load()[0], tiled)
+    assert not any(kernel.name == "logits" for kernel in kernels)
 
 
 def test_splits_are_those_of_the_backend() -> None:
@@ -112,7 +127,7 @@ def test_splits_are_those_of_the_backend() -> None:
     assert (row_blocks, each) == (64, 114)
     wanted = splits_for(row_blocks, 1024, torch.empty(0))  # of the interpreter's 4 processors
     assert wanted == math.ceil(4 * 4 / 64)
-    assert splits == model_entries.SPLITS[0]
+    assert splits == model_entries.SPLITS
 
 
 def test_published_figures_are_reproduced() -> None:
@@ -180,9 +195,9 @@ def test_kept_entries_are_those_of_the_specification(tmp_path: Path) -> None:
         chosen = (draws * kept.eps < p).scatter_(1, target[:, None], True)
         assert kept.entries == pytest.approx(float(chosen.sum()) / 24, abs=1.5 / 24)
         assert kept.distinct == pytest.approx(int(chosen.any(0).sum()), abs=1)
-        assert all(length >= kept.entries for length in kept.listed.values())
-        for splits, length in kept.listed_floor.items():
-            assert kept.entries <= length <= kept.listed[splits]
+        assert kept.entries <= kept.listed_popular <= min(kept.listed, kept.candidates)
+    popular = model_entries.popular_of(target)
+    assert popular.tolist() == sorted(set(target.tolist()))
     model_entries.save(found, tmp_path / "kept.json")
     assert model_entries.load(tmp_path / "kept.json") == found
     model_entries.save(found[:1], tmp_path / "kept.json")
@@ -194,7 +209,7 @@ def test_recorded_entries_load() -> None:
     assert {kept.eps for kept in known} == set(model_entries.EPS)
     for kept in known:
         assert isinstance(kept, Kept)
-        assert kept.entries <= min(kept.listed.values())
+        assert kept.entries <= kept.listed_popular <= min(kept.listed, kept.candidates)
         assert kept.entries <= 1 / kept.eps
         assert 0 < kept.hits_at(50e6 / 8192, listed=False) < 1
         assert kept.distinct <= kept.distinct_at(8192) <= kept.vocabulary
@@ -208,7 +223,7 @@ def test_compiled_figures_are_not_stale() -> None:
             slots = model_static.compiled(gpu.target, kernel).slots
             forms = [v for k, v in budget.items() if k.startswith(f"{gpu.target} {kernel} bf16")]
             # The budget is what a kernel must not exceed: it may have become shorter since.
-            assert any(0.75 < slots / form < 1.1 for form in forms), f"{gpu.target} {kernel}"
+            assert any(0.75 < slots / form < 1.15 for form in forms), f"{gpu.target} {kernel}"
 
 
 def test_csv_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

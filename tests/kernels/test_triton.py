@@ -106,15 +106,16 @@ def test_entries_are_sorted_as_the_budget_allows(engine, budget, problem, close)
 def test_floors_are_below_lse_and_near_it(options, scale, problem):
     p = problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
     p = p.copy(device=DEVICE)
-    inputs = Inputs.of(p.hidden, p.weight, p.target, p.bias, CONFIG)
-    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias).detach()
+    operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
+    inputs = Inputs.of(operands[0], operands[1], p.target, operands[2], CONFIG)
+    logits = torch.nn.functional.linear(*operands)
     lse = logits.logsumexp(1)
     labelled = p.target != -100
     floors = find_floors(inputs)[labelled]
     assert (floors <= lse[labelled]).all()
     named = p.target[labelled].unique()
     close_to = logits[labelled][:, named].logsumexp(1)
-    assert (floors >= close_to - 1e-4 - 1e-4 * close_to.abs()).all()
+    assert (floors >= close_to - 1e-3 - 1e-4 * close_to.abs()).all()
     assert named.numel() < 100 < labelled.sum()  # some columns are not named, and some repeatedly
 
 
@@ -236,7 +237,7 @@ def test_is_never_chosen_unasked_on_a_cpu():
 
 def test_every_tile_has_whole_words():
     tiles = [tile for kind in configs.SHIPPED.values() for tile in (kind.logits, kind.capped)]
-    tiles += [configs.UNALIGNED, configs.WIDE_UNALIGNED, configs.LISTED, configs.INTERPRETED]
+    tiles += [configs.UNALIGNED, configs.WIDE_UNALIGNED, configs.INTERPRETED]
     assert all(tile.block_v % 64 == 0 for tile in tiles)
 
 
@@ -260,7 +261,7 @@ def test_tiles_go_by_the_device_and_by_what_is_stored(monkeypatch, arch, entry):
 @pytest.mark.parametrize(("backend", "limited"), [("cuda", True), ("hip", False)])
 def test_registers_are_limited_on_nvidia_only(monkeypatch, backend, limited):
     monkeypatch.setattr(configs, "target", lambda: (backend, 90))
-    assert ("maxnreg" in configs.LISTED.constants()) is limited
+    assert ("maxnreg" in configs.WIDE_UNALIGNED.constants()) is limited
 
 
 CALLS: dict[str, Any] = {

@@ -29,13 +29,12 @@ class Tile:
     group: int  # row blocks side by side
     num_warps: int
     num_stages: int
-    # That a thread may have, where NVIDIA's compiler would take too few. AMD has no such option.
-    registers: int | None = None
+    registers: int | None = None  # that a thread may have, where the compiler would take too few
 
     def constants(self) -> dict[str, int]:
         """Arguments of a launch."""
         options = {}
-        if self.registers is not None and target()[0] == "cuda":
+        if self.registers is not None and target()[0] == "cuda":  # AMD has no such option
             options["maxnreg"] = self.registers
         return options | {
             "BLOCK_N": self.block_n,
@@ -79,7 +78,9 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
     (86, NARROW): Tiles(
         Tile(128, 64, 32, 8, 4, 4), Tile(64, 64, 32, 8, 4, 4, registers=200), *_PRODUCTS
     ),
-    (86, MIXED): Tiles(Tile(128, 64, 32, 8, 8, 3), Tile(128, 64, 32, 8, 8, 2), *_MIXED_PRODUCTS),
+    (86, MIXED): Tiles(
+        Tile(128, 64, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 3, registers=224), *_MIXED_PRODUCTS
+    ),
     (86, WIDE): _WIDE,
     (90, NARROW): Tiles(Tile(128, 128, 64, 8, 8, 3), Tile(128, 128, 64, 8, 8, 3), *_PRODUCTS),
     (90, MIXED): Tiles(Tile(128, 128, 32, 8, 8, 3), Tile(128, 64, 32, 8, 4, 3), *_MIXED_PRODUCTS),
@@ -114,8 +115,6 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
 # takes more registers.
 UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 16, 8, 4, 2, registers=255)
-# Of listed columns, whose numbers take registers; few enough for a tile that fits everywhere.
-LISTED = Tile(64, 64, 16, 8, 8, 2, registers=255)
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
@@ -153,11 +152,6 @@ def tile_for(config: CoreConfig, hidden: Tensor, weight: Tensor) -> Tile:
         return _unaligned(config.operand_dtype, hidden.dtype, weight.dtype)
     tiles = _shipped(config.operand_dtype, hidden.dtype, weight.dtype)
     return tiles.logits if config.softcap is None else tiles.capped
-
-
-def listed_tile() -> Tile:
-    """The tile of logits of columns from a list."""
-    return INTERPRETED if interpreted() else LISTED
 
 
 def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple[Tile, Tile]:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import listed_tile, precision_for
-from bft_kernels.backends.triton.device import finite_or, logit_tile, swizzle, transform
+from bft_kernels.backends.torch.forward import squared_norms
+from bft_kernels.backends.torch.matmul import Products
+from bft_kernels.backends.triton.device import transform
 from bft_kernels.backends.triton.inputs import Inputs
 
 
@@ -68,69 +69,6 @@ def _floor_kernel(
 POPULAR = 1024
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
-def _popular_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    columns_ptr,  # [K] int64, ascending
-    parts_ptr,  # [tiles of K, N]
-    rows,  # N
-    columns,  # K
-    V,
-    stride_hn,
-    stride_wv,
-    inverse_temperature,
-    softcap,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """``logsumexp`` of each row over a tile of the listed columns, repeated ones counted once."""
-    tiles = tl.cdiv(columns, BLOCK_V)
-    block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
-    count = tl.load(count_ptr)
-    if block * BLOCK_N >= count:
-        return
-    local = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = local < count
-    row = tl.load(order_ptr + local, mask=mask_n, other=0)
-    place = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    column = tl.load(columns_ptr + place, mask=place < columns, other=0)
-    before = tl.load(columns_ptr + place - 1, mask=(place > 0) & (place < columns), other=-1)
-    z = logit_tile(
-        hidden_ptr + row[:, None] * stride_hn,
-        weight_ptr,
-        bias_ptr,
-        column,
-        V,
-        stride_wv,
-        inverse_temperature,
-        softcap,
-        D,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_D,
-        HAS_BIAS,
-        HAS_CAP,
-        OPERAND,
-        PRECISION,
-    )
-    z = tl.where(((place < columns) & (column != before))[None, :], z, float("-inf"))
-    m = tl.max(z, axis=1)
-    total = tl.sum(tl.exp(z - finite_or(m, 0.0)[:, None]), axis=1)
-    tl.store(parts_ptr + tile.to(tl.int64) * rows + row, m + tl.log(total), mask=mask_n)
-
-
 def popular_columns(inputs: Inputs, few: int) -> Tensor:
     """``[few]`` int64, ascending, some repeated: targets of labelled rows at even distances.
 
@@ -147,22 +85,37 @@ def find_floors(inputs: Inputs) -> Tensor:
     floors = torch.empty(count, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
-    columns = popular_columns(inputs, min(POPULAR, count))
-    few = columns.numel()
-    tile = listed_tile()
-    tiles = triton.cdiv(few, tile.block_v)
-    parts = torch.empty(tiles, count, device=floors.device)
-    _popular_kernel[(triton.cdiv(count, tile.block_n) * tiles,)](
-        columns_ptr=columns,
-        parts_ptr=parts,
-        rows=count,
-        columns=few,
-        V=vocabulary,
-        PRECISION=precision_for(inputs.config.operand_dtype),
-        **inputs.arguments(),
-        **tile.constants(),
-    )
-    popular = parts.logsumexp(0)
-    popular = popular - 1e-5 * popular.abs() - 1e-5
+    if count == 0:
+        return floors
+    popular = _sums_over(inputs, popular_columns(inputs, min(POPULAR, count)))
     # A logit that is not finite is the business of the rows and columns that have it.
     return torch.where(popular.isfinite(), torch.maximum(floors, popular), floors)
+
+
+def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
+    """``[N]``: a lower bound of the logsumexp over ``columns [K]``, repeated ones counted once."""
+    config, (count, _, width) = inputs.config, inputs.shape
+    few = columns.numel()
+    weight = inputs.weight[columns]
+    bias = None if inputs.bias is None else inputs.bias[columns].float()
+    repeated = torch.nn.functional.pad(columns[1:] == columns[:-1], (1, 0))[:few]
+    products = Products(weight, config.operand_dtype, torch.float32, max(1, few))
+    # The vendor's product is not the tiles': by what either can be wrong, as a part of |h| |w|.
+    inexact = config.operand_dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    unit = 2**-9 if inexact else 1e-5
+    longest = squared_norms(weight, torch.float32, config.max_buffer_bytes).max().sqrt()
+    found = torch.empty(count, device=columns.device)
+    step = max(1, config.max_buffer_bytes // (16 * max(few, width)))
+    for first in range(0, count, step):
+        rows = inputs.hidden[first : first + step]
+        z = torch.empty(rows.shape[0], few, device=columns.device)
+        products.logits(products.rows(rows), z)
+        if bias is not None:
+            z += bias
+        if config.softcap is not None:
+            z.div_(config.softcap).tanh_().mul_(config.softcap)
+        z.masked_fill_(repeated, -torch.inf)
+        margin = unit * longest * torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        found[first : first + step] = (z / config.temperature).logsumexp(1)
+        found[first : first + step] -= margin / config.temperature
+    return found - 1e-5 * found.abs() - 1e-5

@@ -214,7 +214,7 @@ def gather_hidden(
         grad_hidden_ptr=grad_hidden,
         capacity=columns.numel(),
         eps=inputs.config.eps,
-        BLOCK_K=rows_at_a_time(block_d),
+        BLOCK_K=rows_at_a_time(block_d, inputs.weight),
         BLOCK_D=block_d,
         HAS_VALUES=values.numel() > 0,
         WANTS_HIDDEN=grad_hidden is not None,
@@ -225,9 +225,9 @@ def gather_hidden(
     return listed
 
 
-def rows_at_a_time(block_d: int) -> int:
-    """How many gathered rows a program holds: 32768 elements in all, 16 rows at most."""
-    return 16 if interpreted() else max(1, min(16, 32768 // block_d))
+def rows_at_a_time(block_d: int, source: Tensor) -> int:
+    """How many rows of ``source`` a program holds: 64 KiB in all, 16 rows at most."""
+    return 16 if interpreted() else max(1, min(16, 65536 // (block_d * source.itemsize)))
 
 
 # Columns kept by more rows than others take a dense product: a program that gathered thousands of
@@ -275,7 +275,7 @@ def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients) -> None:
         stride_hn=inputs.hidden.stride(0),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         D=width,
-        BLOCK_K=rows_at_a_time(block_d),
+        BLOCK_K=rows_at_a_time(block_d, inputs.hidden),
         BLOCK_D=block_d,
         OPERAND=inputs.arguments()["OPERAND"],
         WANTS_WEIGHT=into.weight is not None,

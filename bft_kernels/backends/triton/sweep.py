@@ -243,7 +243,7 @@ def row_arguments(
         "V": vocabulary,
         "inverse_temperature": 1.0 / config.temperature,
         "softcap": config.softcap or 1.0,
-        "BLOCK": max(32, min(4096, triton.next_power_of_2(vocabulary))),
+        "BLOCK": max(32, min(2048, triton.next_power_of_2(vocabulary))),
         "HAS_BIAS": bias is not None,
         "HAS_CAP": config.softcap is not None,
         "num_warps": 8,
