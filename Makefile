@@ -22,7 +22,7 @@ demo: venv  ## fine-tune a real model on real biomedical questions with BFT
 # Two processes of one thread each: most tests are too small to share out. What measures time or
 # memory is marked slow, and runs alone, with all threads.
 test: venv  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 test-slow: venv  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

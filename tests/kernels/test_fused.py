@@ -103,7 +103,7 @@ def spread(*axes: Any) -> list[Any]:
     found = []
     for fused in BACKENDS:
         own = list(itertools.product([fused], fused.shapes, *axes))
-        found += some(own, 40) if fused.name == "triton" else own
+        found += some(own, 20) if fused.name == "triton" else own
     return found
 
 

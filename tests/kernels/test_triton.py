@@ -258,13 +258,10 @@ def test_tiles_go_by_the_device_and_by_what_is_stored(monkeypatch, arch, entry):
         assert configs._shipped(operand, *stored) is configs.SHIPPED[entry, kind]
 
 
-def test_registers_are_limited_on_nvidia_only():
-    assert all(
-        tile.registers is None
-        for (family, _), kind in configs.SHIPPED.items()
-        if family == configs.AMD
-        for tile in (kind.logits, kind.capped, kind.hidden, kind.weight)
-    )
+@pytest.mark.parametrize(("backend", "limited"), [("cuda", True), ("hip", False)])
+def test_registers_are_limited_on_nvidia_only(monkeypatch, backend, limited):
+    monkeypatch.setattr(configs, "target", lambda: (backend, 90))
+    assert ("maxnreg" in configs.WIDE_UNALIGNED.constants()) is limited
 
 
 CALLS: dict[str, Any] = {

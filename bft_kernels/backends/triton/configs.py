@@ -33,7 +33,9 @@ class Tile:
 
     def constants(self) -> dict[str, int]:
         """Arguments of a launch."""
-        options = {} if self.registers is None else {"maxnreg": self.registers}
+        options = {}
+        if self.registers is not None and target()[0] == "cuda":  # AMD has no such option
+            options["maxnreg"] = self.registers
         return options | {
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
