@@ -90,7 +90,7 @@ def test_a_dry_run_does_everything(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "environment.json").read_text())["nvidia_smi"]
     summary = (tmp_path / "summary.md").read_text()
     assert "bft triton sampled 2^-12" in summary
-    assert "4 passed, 0 failed" in summary
+    assert "5 passed, 0 failed" in summary
     for name in ("memory.png", "memory.svg", "times.png", "times.svg", "log.txt"):
         assert (tmp_path / name).stat().st_size > 0
     assert not (tmp_path / "failures.txt").exists()
