@@ -108,14 +108,14 @@ class Products:
         """``weight[first:stop]`` as an operand."""
         return as_operand(self.weight[first:stop], self.operand, self.accumulator)
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def _blocks(self, step: int) -> Iterator[tuple[int, int]]:
         vocabulary = self.weight.shape[0]
-        for first in range(0, vocabulary, self.block):
-            yield first, min(first + self.block, vocabulary)
+        for first in range(0, vocabulary, step):
+            yield first, min(first + step, vocabulary)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``out [n, V] = hidden [n, D] @ weight.T``."""
-        for first, stop in self.blocks():
+        for first, stop in self._blocks(self.block):
             multiply(hidden, self.columns(first, stop).T, self.accumulator, out=out[:, first:stop])
         return out
 
@@ -146,6 +146,6 @@ class Products:
         """Blocks of columns, small where ``dy`` is copied to the operands' type."""
         vocabulary = self.weight.shape[0]
         wanted = gemm_dtype(self.operand, self.accumulator, dy.device.type)
-        step = self.block if dy.dtype == wanted else min(self.block, -(-vocabulary // 8))
-        for first in range(0, vocabulary, step):
-            yield first, min(first + step, vocabulary)
+        return self._blocks(
+            self.block if dy.dtype == wanted else min(self.block, -(-vocabulary // 8))
+        )

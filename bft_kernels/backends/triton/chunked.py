@@ -24,7 +24,7 @@ from bft_kernels.backends.triton.configs import triton_dtype
 from bft_kernels.backends.triton.device import exact_factors, slope_of, transform
 from bft_kernels.backends.triton.entries import list_kept
 from bft_kernels.backends.triton.floor import POPULAR, popular_columns
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import ROW_RESULTS, Inputs
 from bft_kernels.backends.triton.sweep import certify_rows, row_arguments, sweep_rows
 from bft_kernels.backends.triton.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting
@@ -212,8 +212,7 @@ def run_chunks(
     products, chunk, _ = products_and_plan(inputs.hidden, inputs.weight, count, config, 0)
     device = inputs.hidden.device
     buffer = torch.empty(chunk, vocabulary, device=device)
-    names = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
-    per_row = {name: results[name] for name in names}
+    per_row = {name: results[name] for name in ROW_RESULTS}
     popular = mask = None
     if sampled:
         popular = popular_columns(inputs, min(POPULAR, triton.next_power_of_2(count)))

@@ -29,7 +29,7 @@ from bft_kernels.backends.triton.device import (
 )
 from bft_kernels.backends.triton.entries import list_candidates
 from bft_kernels.backends.triton.floor import find_floors
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import ROW_RESULTS, Inputs
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
 MAXIMUM = tl.constexpr(0)  # of z
@@ -39,7 +39,6 @@ SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
 TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
 BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
 SUMS = 6
-_ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 @triton.jit
@@ -378,7 +377,7 @@ def run_tiles(
         results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
     """
     config, (count, vocabulary, _) = inputs.config, inputs.shape
-    per_row = {name: results[name] for name in _ROW_RESULTS}
+    per_row = {name: results[name] for name in ROW_RESULTS}
     if config.residual == "entries":
         tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
         words = triton.cdiv(vocabulary, 32)

@@ -17,6 +17,9 @@ from bft_kernels.backends.triton.configs import (
 from bft_kernels.backends.triton.rows import DeviceRows
 from bft_kernels.config import CoreConfig
 
+# What either forward writes for each row, by the names of `Forward`.
+ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
+
 
 @dataclass(frozen=True)
 class Inputs:
