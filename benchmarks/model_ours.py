@@ -19,7 +19,8 @@ from benchmarks.model_kernels import (
 )
 from benchmarks.model_static import Compiled, compiled
 from benchmarks.shapes import Shape
-from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
+from bft_kernels.backends.triton.recompute import FEW_PROGRAMS
+from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES, plan_rows
 
 
 def splits_for(shape: Shape, gpu: Gpu, tile: tuple[int, int]) -> tuple[int, int, int]:
@@ -93,7 +94,8 @@ def forward_tiled(shape: Shape, gpu: Gpu) -> list[Kernel]:
 
 def logits_chunks(shape: Shape, budget: int) -> list[int]:
     """Rows of each chunk whose float32 logits fit ``budget``."""
-    rows = max(1, min(shape.tokens, budget // (4 * shape.vocabulary)))
+    sizes = shape.tokens, shape.vocabulary, shape.width, 4, budget
+    rows = plan_rows(*sizes, widen=False, scratch=0).chunk_rows
     full, rest = divmod(shape.tokens, rows)
     return [rows] * full + [rest] * (rest > 0)
 
@@ -133,7 +135,7 @@ def exact(
     """The weighted loss, 3G: documents fit a chunk. Products write and add in place."""
     parameters = shape.vocabulary * shape.width
     kernels = [prologue(shape)]
-    for rows in logits_chunks(shape, budget):
+    for i, rows in enumerate(logits_chunks(shape, budget)):
         kernels += wide_logits(rows, shape, gpu)
         kernels += [
             sweep(rows, shape, gpu, "sweep", "sweep_rows", 4),
@@ -144,9 +146,8 @@ def exact(
         ]
         if trains_weight:
             dw = ("dW", shape.vocabulary, shape.width, rows)
-            kernels.append(product(*dw, gpu, out=4, accumulates=True))
+            kernels.append(product(*dw, gpu, out=4, accumulates=i > 0))
     if trains_weight:
-        kernels.append(elementwise("dW zeroed", parameters, 0, 4))
         kernels.append(elementwise("dW to bfloat16", parameters, 4, 2))
     return kernels
 
@@ -159,7 +160,11 @@ def exact_memory(shape: Shape, budget: int) -> float:
 def recomputed(
     shape: Shape, gpu: Gpu, rows: float, *, sampled: bool, trains_weight: bool
 ) -> list[Kernel]:
-    """The exact backward for ``rows`` of the tokens; the other programs return at once."""
+    """The backward from new logits for ``rows`` of the tokens.
+
+    The exact one has a program for each tile of all tokens, of which those past ``rows`` return at
+    once; the sampled one, where there is rarely a row, has few programs that loop.
+    """
     operand, width, vocabulary = 2, shape.width, shape.vocabulary
     dy = compiled(gpu.target, "logit_gradient sampled" if sampled else "logit_gradient")
     dh, dw = (compiled(gpu.target, f"{name}_gradient") for name in ("hidden", "weight"))
@@ -170,15 +175,21 @@ def recomputed(
     busy = math.ceil(rows / dy.tile[0])
     columns = math.ceil(vocabulary / dy.tile[1])
     across = math.ceil(width / dh.block["BLOCK_D"])
-    idle = row_blocks - busy
+
+    def idle(all_tiles: float, busy_tiles: float) -> float:
+        launched = min(all_tiles, FEW_PROGRAMS * gpu.processors * blocks) if sampled else all_tiles
+        return max(0.0, launched - busy_tiles)
+
+    dy_idle = idle(row_blocks * columns, busy * columns)
+    dh_idle = idle(row_blocks * across * blocks, busy * across * blocks)
     kernels = [
-        empty_programs("dy, empty programs", idle * columns, dy.resident, gpu),
-        empty_programs("dH, empty programs", idle * across * blocks, dh.resident, gpu),
+        empty_programs("dy, empty programs", dy_idle, dy.resident, gpu),
+        empty_programs("dH, empty programs", dh_idle, dh.resident, gpu),
     ]
     along = math.ceil(vocabulary / dw.block["BLOCK_V"]) * math.ceil(width / dw.block["BLOCK_D"])
     if not busy:
         if trains_weight:
-            kernels.append(empty_programs("dW, empty programs", along, dw.resident, gpu))
+            kernels.append(empty_programs("dW, empty programs", idle(along, 0), dw.resident, gpu))
         return [*kernels, small("rows without room", 8 + 3 * blocks)]
 
     def tiled(
@@ -219,7 +230,7 @@ def recomputed(
     ]
     if trains_weight:
         tile = (dw.block["BLOCK_V"], dw.block["BLOCK_D"])
-        memory = table + 4 * width * vocabulary
+        memory = table + (4 if sampled else 2) * width * vocabulary  # the sampled one adds
         kernels.append(tiled("dW", dw, along, tile, rows, memory, 1))
     return [*kernels, small("launches", 8 + 3 * blocks)]
 

@@ -34,6 +34,8 @@ SORT_BYTES = 170
 # Bits of the fullest word among the 1024 that a program goes through together: of Qwen2.5's and
 # SmolLM2's text 1 to 4 on average for eps of 2^-8 and 2^-10, and 6 at most for 2^-12.
 FULLEST = 4
+# Loads that a program of a gather waits for one after the other before its first sum.
+PROLOGUE = 3
 # What memory gives at least, bytes.
 SECTOR = 32
 
@@ -45,10 +47,8 @@ class Design:
     name: str
     tiled: bool = False  # logits in registers: what small budgets take
     second_pass: bool = False  # no bits: a second pass over the buffer lists what is kept
-    beside: bool = False  # the bits are not taken out of the budget
     dense: int = DENSE  # commonest columns that take a dense product in dW
     dense_hidden: bool = False  # and in dH
-    overlapped: bool = False  # gathers never wait: bytes and instructions alone count
 
 
 BUILT = Design("as built")
@@ -98,8 +98,9 @@ def gathers(
 ) -> list[Kernel]:
     """``dH`` of ``rows`` of the tokens: each listed row of ``weight`` is fetched once.
 
-    A program waits for the columns, then for the rows: nothing of it overlaps but other programs of
-    the multiprocessor. The instructions are those of the compiled loop.
+    A program waits for its place in the list, the first columns and the first rows. From then on
+    two tiles are on their way, 32 KiB each: more than what a multiprocessor is given in the time
+    that a load takes. The instructions are those of the compiled loop.
 
     Args:
         shape, gpu: of the call.
@@ -125,7 +126,7 @@ def gathers(
     gather = Kernel(
         "gather dH",
         issue=issue_seconds(figures, steps, figures.outer, gpu),
-        wait=steps * 2 * LATENCY / gpu.processors,
+        wait=rows * PROLOGUE * LATENCY / gpu.processors,
         resident=figures.resident,
         memory=fetched * (1 - hits) + 2 * rows * row_bytes + moved,
         cache=fetched,
@@ -138,8 +139,8 @@ def columns_of_weight(
 ) -> list[Kernel]:
     """``dW``: entries sorted by column, rows of ``hidden`` fetched for each; the densest dense.
 
-    Programs take a column and 1024 elements of its row; slices of ``hidden`` that long are kept by
-    the second-level cache.
+    Programs take a column and 2048 elements of its row, and write it, entries or none; slices of
+    ``hidden`` that long are kept by the second-level cache.
     """
     figures = compiled(gpu.target, "gather_weight")
     room = capacity_for(shape.tokens, shape.vocabulary, kept.eps)
@@ -155,9 +156,9 @@ def columns_of_weight(
         Kernel(
             "gather dW",
             issue=issue_seconds(figures, slices * steps, figures.outer, gpu),
-            wait=slices * (touched + steps) * 2 * LATENCY / gpu.processors,
+            wait=slices * touched * PROLOGUE * LATENCY / gpu.processors,
             resident=figures.resident,
-            memory=touched * width * (2 + 2) + shape.tokens * row_bytes + again,
+            memory=shape.vocabulary * width * 2 + shape.tokens * row_bytes + again,
             cache=entries * row_bytes,
         ),
         empty_programs(
@@ -189,10 +190,7 @@ def sampled(
         kernels += _chunked_forward(shape, gpu, kept, design)
     gathered = gathers(shape, gpu, fits, kept, design, entries=trains_weight)
     if trains_weight:
-        kernels.append(elementwise("dW zeroed", shape.vocabulary * shape.width, 0, 2))
         gathered += columns_of_weight(shape, gpu, fits, kept, design.dense)
-    if design.overlapped:
-        gathered = [replace(kernel, resident=1 << 30) for kernel in gathered]
     kernels += gathered
     rest = shape.tokens - fits
     kernels += recomputed(shape, gpu, rest, sampled=True, trains_weight=trains_weight)
@@ -203,7 +201,7 @@ def sampled(
 def _chunked_forward(shape: Shape, gpu: Gpu, kept: Kept, design: Design) -> list[Kernel]:
     """The vendor's product into a buffer, bits, and lists of what is kept."""
     budget = DEFAULT_ACCELERATOR_BUFFER_BYTES
-    if not (design.beside or design.second_pass):
+    if not design.second_pass:
         budget = budget * 32 // 33  # bits are taken out of it
     kernels: list[Kernel] = []
     for rows in logits_chunks(shape, budget):
@@ -258,15 +256,10 @@ GOALS = [
     Goal("forward only", 1.15, None, lambda shape, gpu, _: forward(shape, gpu)),
 ]
 # What would change them. The second is built, for small budgets; the others are not.
-_OVERLAPPED = Design("gathers overlapped", overlapped=True)
 _DENSER = Design(f"{DENSER} columns dense, dH and dW", dense=DENSER, dense_hidden=True)
 DESIGNS = [
     BUILT,
     Design("tiled, as small budgets take", tiled=True),
     Design("listed by a second pass, no bits", second_pass=True),
-    Design("bits beside the budget", beside=True),
-    _OVERLAPPED,
     _DENSER,
-    replace(_DENSER, name=f"{_DENSER.name}; bits beside", beside=True),
-    replace(_DENSER, name=f"{_DENSER.name}; bits beside; overlapped", beside=True, overlapped=True),
 ]

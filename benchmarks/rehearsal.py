@@ -11,12 +11,13 @@ from torch import Tensor
 
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
 from bft_kernels.results import Saved, Wanted
 
 # N, D and V of the published figures.
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
 # Budgets with which the forward keeps logits in a buffer, and in registers.
-CHUNKS, TILES = 512 * 2**20, 100 * 2**20
+CHUNKS, TILES = DEFAULT_ACCELERATOR_BUFFER_BYTES, 100 * 2**20
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,7 +52,7 @@ def ours(
     width: int = WIDTH,
     transformed: bool = False,
 ) -> None:
-    """Forward and backward of every mode.
+    """Forward and backward of every mode, `dW` made anew and added to one that is there.
 
     Args:
         operand: of the products.
@@ -82,7 +83,8 @@ def ours(
         out = linear_nll(*inputs, seed, config)
         entries = (out.entry_offsets, out.entry_columns, out.entry_values)
         saved = Saved(out.nll, out.lse, out.lse_low, *entries, seed)
-        linear_nll_backward(grad, *inputs, saved, config, wanted)
+        for given in (None, torch.empty_like(weight)):  # dW is written, or added to
+            linear_nll_backward(grad, *inputs, saved, config, wanted, given)
     linear_nll(*inputs, None, replace(exact, residual="unit"))
     weighting = Weighting("bft")
     bounds = torch.tensor([0, ROWS // 2, ROWS])

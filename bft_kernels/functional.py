@@ -139,7 +139,7 @@ def linear_nll(
         seed: of the sample: an int64, or an int64 tensor ``[]`` on the device. ``None`` draws one
             from torch's generator of that device.
         backend: ``"auto"`` or a backend's name, see :func:`bft_kernels.info`.
-        max_buffer_bytes: budget of the blocks; 64 MiB on a CPU, 512 MiB on a GPU by default.
+        max_buffer_bytes: budget of the blocks; 64 MiB on a CPU, 528 MiB on a GPU by default.
         check: ``True`` checks all values: targets, boundaries, and that labelled rows of
             ``hidden``, ``weight`` and ``bias`` are finite (waits for a GPU). ``False`` checks none,
             ``None`` what lies on the CPU of targets, boundaries and ``num_items``.

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DEFAULT_BUFFER_BYTES = {"cpu": 64 * 2**20}
-DEFAULT_ACCELERATOR_BUFFER_BYTES = 512 * 2**20
+# 512 MiB of logits, and a bit for each.
+DEFAULT_ACCELERATOR_BUFFER_BYTES = 528 * 2**20
 
 # Elementwise passes run over tiles of about this many logits, so that on a CPU a tile and its
 # scratch stay in the second-level cache or near it between passes.
@@ -21,7 +22,7 @@ TILE_ELEMENTS = 2**18
 
 
 def default_buffer_bytes(device_type: str) -> int:
-    """64 MiB on a CPU, 512 MiB on an accelerator."""
+    """64 MiB on a CPU, 528 MiB on an accelerator."""
     return DEFAULT_BUFFER_BYTES.get(device_type, DEFAULT_ACCELERATOR_BUFFER_BYTES)
 
 
@@ -49,6 +50,10 @@ CPU_PASS_ROWS = 128
 
 # The batch is cut into pieces at documents so many rows apart at least.
 PIECE_STEP = 32
+
+
+# A GPU's products take so many rows a tile, filled or not: chunks of many rows are a multiple.
+PRODUCT_ROWS, MANY_ROWS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,8 @@ def plan_rows(
     while tile_rows > 1 and tile_rows * scratch * row_bytes > budget // 2:
         tile_rows //= 2
     chunk_rows = (budget - tile_rows * scratch * row_bytes) // row_bytes
+    if chunk_rows >= MANY_ROWS:
+        chunk_rows -= chunk_rows % PRODUCT_ROWS
     chunk_rows = max(1, min(rows, chunk_rows))
     return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
 

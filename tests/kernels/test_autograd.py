@@ -352,7 +352,7 @@ def test_a_frozen_head_does_no_work_on_it(problem, monkeypatch):
     def refuse(*_):
         raise AssertionError("a gradient of a frozen weight is made")
 
-    monkeypatch.setattr(Products, "add_weight_gradient", refuse)
+    monkeypatch.setattr(Products, "weight_gradient", refuse)
     p = problem(20, 8, 50, bias=True, frozen=("weight", "bias"))
     for loss in (
         linear_nll(*p.args, bias=p.bias).sum(),

@@ -143,12 +143,6 @@ class _Engine(WeightedSums):
         self.block = torch.empty(wide * max(plan.rows, plan.in_gradient))
         self.waiting: _Waiting | None = None
         self.operand = hidden[:0]  # of the rows that wait
-        self.added = False  # whether grad_weight holds gradients, and not logits or nothing
-
-    def new_grad_weight(self) -> Tensor:
-        """Not filled: the first product is stored, not added."""
-        vocabulary, width = self.weight.shape
-        return torch.empty(vocabulary if self.wanted.weight else 0, width)
 
     def _wait(self, first: int, stop: int) -> _Waiting:
         """Makes room for the logits of a piece."""
@@ -248,8 +242,6 @@ class _Engine(WeightedSums):
 
     def result(self) -> WeightedLoss:
         """The results over all ``N`` rows."""
-        if not self.added:  # there was no labelled row
-            self.grad_weight.zero_()
         if self.buffer is not None:
             workspace.give_back(self.buffer)
         return super().result()

@@ -43,9 +43,18 @@ _ADDS_WIDE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 _PRODUCT_ELEMENTS = 2**22
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None) -> None:
-    """``out += a @ b``, times a ``factor []`` that is known on the device only."""
-    if factor is None and a.dtype == out.dtype:
+def add_product(
+    out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, adds: bool = True
+) -> None:
+    """``out += a @ b``, times a ``factor []`` that is known on the device only.
+
+    Without ``adds`` it is ``out = a @ b``, and what ``out`` holds is not looked at.
+    """
+    if not adds:
+        multiply(a, b, out.dtype, out=out)
+        if factor is not None:
+            out.mul_(factor)
+    elif factor is None and a.dtype == out.dtype:
         out.addmm_(a, b)
     elif factor is None and _ADDS_WIDE:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -132,15 +141,21 @@ class Products:
         assert total is not None
         return total
 
-    def add_weight_gradient(
-        self, dy: Tensor, hidden: Tensor, out: Tensor, factor: Tensor | None = None
+    def weight_gradient(
+        self,
+        dy: Tensor,
+        hidden: Tensor,
+        out: Tensor,
+        factor: Tensor | None = None,
+        *,
+        adds: bool = True,
     ) -> None:
         """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in the accumulator's type;
-        times ``factor []``.
+        times ``factor []``. See :func:`add_product`.
         """
         for first, stop in self._blocks_of(dy):
             part = dy[:, first:stop].to(hidden.dtype)
-            add_product(out[first:stop], part.T, hidden, factor)
+            add_product(out[first:stop], part.T, hidden, factor, adds=adds)
 
     def _blocks_of(self, dy: Tensor) -> Iterator[tuple[int, int]]:
         """Blocks of columns, small where ``dy`` is copied to the operands' type."""

@@ -96,13 +96,12 @@ class WeightedSums:
         self.grad_hidden = hidden.new_zeros(
             (rows.count if wanted.hidden else 0, width), dtype=storage(hidden.dtype)
         )
-        self.grad_weight = self.new_grad_weight()
+        # In the accumulator's type; [0, D] if it is not wanted. Not filled: the first product is
+        # stored, not added.
+        shape = (vocabulary if wanted.weight else 0, width)
+        self.grad_weight = weight.new_empty(shape, dtype=self.wide)
+        self.added = False  # whether grad_weight holds gradients
         self.grad_bias = weight.new_zeros(vocabulary if wanted.bias else 0, dtype=self.wide)
-
-    def new_grad_weight(self) -> Tensor:
-        """What ``dW`` is added to, in the accumulator's type; ``[0, D]`` if it is not wanted."""
-        shape = (self.weight.shape[0] if self.wanted.weight else 0, self.weight.shape[1])
-        return self.weight.new_zeros(shape, dtype=self.wide)
 
     def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
         """See :func:`piece_weights`."""
@@ -114,6 +113,10 @@ class WeightedSums:
         self.loss += (coefficient * losses).sum()
 
     def result(self) -> WeightedLoss:
+        """The results over all ``N`` rows."""
+        if not self.added:  # there was no labelled row
+            self.grad_weight.zero_()
+
         def full(name: str, dtype: torch.dtype) -> Tensor:
             values = self.collected.get(name, self.hidden.new_empty(0, dtype=dtype))
             wanted = self.config.statistics or name == "lse"
@@ -217,7 +220,10 @@ class WeightedEngine(WeightedSums):
             product = self.products.hidden_gradient(dy)
             self.grad_hidden[first:stop] = product if factor is None else product.mul_(factor)
         if self.wanted.weight:
-            self.products.add_weight_gradient(dy, self.operand, self.grad_weight, factor)
+            self.products.weight_gradient(
+                dy, self.operand, self.grad_weight, factor, adds=self.added
+            )
+            self.added = True
         if self.wanted.bias:
             sums = dy.sum(dim=0, dtype=self.wide)
             self.grad_bias += sums if factor is None else sums.mul_(factor)

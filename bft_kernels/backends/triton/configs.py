@@ -26,7 +26,7 @@ class Tile:
     block_n: int
     block_v: int  # a multiple of 64
     block_d: int
-    group: int  # row blocks side by side
+    group: int  # row blocks side by side; for dW blocks of columns
     num_warps: int
     num_stages: int
     registers: int | None = None  # that a thread may have, where the compiler would take too few
@@ -60,9 +60,9 @@ class Tiles:
 # tensors are rounded to a narrow type (autocast), tiles are loaded wide and take twice the room.
 NARROW, MIXED, WIDE = (2, 2), (4, 2), (4, 4)
 AMD = "amd"  # the family of all of AMD's processors, whatever their name
-_PRODUCTS = Tile(128, 64, 128, 1, 8, 3), Tile(64, 128, 128, 1, 8, 3)
-_MIXED_PRODUCTS = Tile(128, 32, 128, 1, 8, 3), Tile(32, 128, 128, 1, 8, 3)
-_WIDE_PRODUCTS = Tile(64, 32, 64, 1, 4, 3), Tile(32, 64, 64, 1, 4, 3)
+_PRODUCTS = Tile(128, 64, 128, 1, 8, 3), Tile(64, 128, 128, 8, 8, 3)
+_MIXED_PRODUCTS = Tile(128, 32, 128, 1, 8, 3), Tile(32, 128, 128, 8, 8, 3)
+_WIDE_PRODUCTS = Tile(64, 32, 64, 1, 4, 3), Tile(32, 64, 64, 8, 4, 3)
 # Of mma.sync, and of the instructions that came after it.
 _WIDE = Tiles(Tile(64, 64, 16, 8, 4, 4, registers=255), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
 _WIDE_ASYNC = Tiles(Tile(64, 64, 32, 8, 4, 3), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
@@ -97,19 +97,19 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
         Tile(128, 128, 32, 8, 8, 2),
         Tile(128, 64, 32, 8, 8, 2),
         Tile(128, 32, 128, 1, 8, 2),
-        Tile(32, 128, 128, 1, 8, 2),
+        Tile(32, 128, 128, 8, 8, 2),
     ),
     (AMD, MIXED): Tiles(
         Tile(128, 64, 32, 8, 8, 2),
         Tile(64, 64, 32, 8, 4, 2),
         Tile(64, 32, 64, 1, 4, 2),
-        Tile(32, 64, 64, 1, 4, 2),
+        Tile(32, 64, 64, 8, 4, 2),
     ),
     (AMD, WIDE): Tiles(
         Tile(64, 64, 32, 8, 4, 2),
         Tile(64, 64, 32, 8, 4, 2),
         Tile(64, 32, 64, 1, 4, 2),
-        Tile(32, 64, 64, 1, 4, 2),
+        Tile(32, 64, 64, 8, 4, 2),
     ),
 }
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which

@@ -14,7 +14,7 @@ from bft_kernels.backends.triton.entries import capacity_for, offsets_of, overfl
 from bft_kernels.backends.triton.forward import run_tiles
 from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
 from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.backends.triton.recompute import RowValues, add_recomputed
+from bft_kernels.backends.triton.recompute import RowValues, recompute
 from bft_kernels.backends.triton.rows import DeviceRows
 from bft_kernels.config import CoreConfig, storage
 from bft_kernels.plan import takes_chunks
@@ -114,11 +114,10 @@ def linear_nll_backward(
     grad_hidden: Tensor | None = None
     if wanted.hidden:
         grad_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    own: Tensor | None = None
-    if wanted.weight:
-        own = grad_weight
-        if own is None or rows_contiguous(own) is not own:  # not there, or in a layout of its own
-            own = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    own = grad_weight if wanted.weight else None
+    adds = own is not None and rows_contiguous(own) is own
+    if wanted.weight and not adds:  # not there, or in a layout of its own; each row is written
+        own = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     into = Gradients(
         grad_hidden,
         own,
@@ -126,18 +125,21 @@ def linear_nll_backward(
     )
     known = RowValues(saved.lse, saved.lse_low, saved.nll, grad)
     if config.residual == "entries":
-        _add_sampled(inputs, known, saved, wanted, into)
+        _sampled(inputs, known, saved, wanted, into, adds)
     else:
-        add_recomputed(inputs, known, None, wanted, into)
+        recompute(inputs, known, None, wanted, into, adds=adds)
     if grad_weight is not None and own is not None and own is not grad_weight:
         return into._replace(weight=grad_weight.add_(own))
     return into
 
 
-def _add_sampled(
-    inputs: Inputs, known: RowValues, saved: Saved, wanted: Wanted, into: Gradients
+def _sampled(
+    inputs: Inputs, known: RowValues, saved: Saved, wanted: Wanted, into: Gradients, adds: bool
 ) -> None:
-    """Adds the listed entries to the gradients, and then the rows whose entries found no room."""
+    """The gradients of the listed entries, to which the rows whose entries found no room are added.
+
+    ``adds``: whether ``dW`` is added to from the start.
+    """
     assert saved.seed is not None
     offsets, columns, values = saved.entry_offsets, saved.entry_columns, saved.entry_values
     wants_entries = wanted.weight or wanted.bias
@@ -145,6 +147,6 @@ def _add_sampled(
         inputs, known, saved.seed, offsets, columns, values, into.hidden, wants_entries
     )
     if wants_entries:
-        gather_weight(inputs, listed, into)
+        gather_weight(inputs, listed, into, adds=adds)
     rest = DeviceRows.chosen(overflowed(offsets, columns.numel()))
-    add_recomputed(replace(inputs, rows=rest), known, saved.seed, wanted, into)
+    recompute(replace(inputs, rows=rest), known, saved.seed, wanted, into, adds=True)

@@ -2,8 +2,9 @@
 
 The backward looks at each listed column once: it fetches that row of ``weight`` and, where the
 list came without values, forms the logit again and decides by the final lse; it adds to ``dH``
-while the row is in registers. What is kept is sorted by column for ``dW``. Nothing depends on the
-order in which programs run.
+while the row is in registers. What is kept is sorted by column for ``dW``. Rows are fetched ahead
+of their sums; each thread keeps its own until the last. Nothing depends on the order in which
+programs run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
-from bft_kernels.backends.triton.configs import interpreted
+from bft_kernels.backends.triton.configs import interpreted, target
 from bft_kernels.backends.triton.device import entry_dz, row_key
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import RowValues
@@ -57,6 +58,7 @@ def _gather_hidden_kernel(
     HAS_VALUES: tl.constexpr,
     WANTS_HIDDEN: tl.constexpr,
     WANTS_ENTRIES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """A program takes a row: thins its list by the final lse, and adds up its row of ``dH``."""
     if tl.program_id(0) >= tl.load(count_ptr):
@@ -76,8 +78,8 @@ def _gather_hidden_kernel(
         multiplier, offset = row_key(tl.load(seed_ptr), row)
         h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=mask_d, other=0.0)
         h = h.to(OPERAND).to(tl.float32)
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(begin, end, BLOCK_K):
+    sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end
         column = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
@@ -113,9 +115,9 @@ def _gather_hidden_kernel(
             tl.store(rows_ptr + offs_k, row.to(tl.int32), mask=kept)
             tl.store(values_ptr + offs_k, value, mask=kept)
         if WANTS_HIDDEN:
-            sums += tl.sum(tl.where((value != 0)[:, None], w * value[:, None], 0.0), axis=0)
+            sums += tl.where((value != 0)[:, None], w * value[:, None], 0.0)
     if WANTS_HIDDEN:
-        tl.store(grad_hidden_ptr + row * D + offs_d, sums, mask=mask_d)
+        tl.store(grad_hidden_ptr + row * D + offs_d, tl.sum(sums, axis=0), mask=mask_d)
 
 
 @triton.jit
@@ -133,40 +135,49 @@ def _gather_weight_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
+    ADDS: tl.constexpr,
     WANTS_WEIGHT: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """A program takes a column: adds up, in the order of rows, its row of ``dW``, and ``db``."""
+    """A program takes a column: sums up, in the order of rows, its row of ``dW``, and ``db``.
+
+    With ADDS the row is added to, otherwise it is written, entries or none.
+    """
     column = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts_ptr + column)
     end = tl.load(starts_ptr + column + 1)
-    if begin == end:
+    if (ADDS or not WANTS_WEIGHT) and begin == end:
         return
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    sums = tl.zeros((BLOCK_D,), tl.float32)
-    dense = tl.load(skip_ptr + column)
-    for start in range(begin, end, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < end
-        value = tl.load(values_ptr + offs_k, mask=mask_k, other=0.0)
-        total += value
-        if WANTS_WEIGHT and dense == 0:
+    if WANTS_BIAS and tl.program_id(1) == 0:
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for start in range(begin, end, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            total += tl.load(values_ptr + offs_k, mask=offs_k < end, other=0.0)
+        before = tl.load(grad_bias_ptr + column)
+        tl.store(grad_bias_ptr + column, before + tl.sum(total, axis=0))
+    if WANTS_WEIGHT:
+        if tl.load(skip_ptr + column) != 0:
+            return
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < end
+            value = tl.load(values_ptr + offs_k, mask=mask_k, other=0.0)
             row = tl.load(rows_ptr + offs_k, mask=mask_k, other=0)
             h = tl.load(
                 hidden_ptr + row.to(tl.int64)[:, None] * stride_hn + offs_d[None, :],
                 mask=(mask_k & (value != 0))[:, None] & mask_d[None, :],
                 other=0.0,
             )
-            sums += tl.sum(h.to(OPERAND).to(tl.float32) * value[:, None], axis=0)
-    if WANTS_BIAS and tl.program_id(1) == 0:
-        before = tl.load(grad_bias_ptr + column)
-        tl.store(grad_bias_ptr + column, before + tl.sum(total, axis=0))
-    if WANTS_WEIGHT and dense == 0:
+            sums += h.to(OPERAND).to(tl.float32) * value[:, None]
+        total_d = tl.sum(sums, axis=0)
         place = grad_weight_ptr + column * stride_gv + offs_d
-        sums += tl.load(place, mask=mask_d, other=0.0).to(tl.float32)
-        tl.store(place, sums, mask=mask_d)
+        if ADDS:
+            total_d += tl.load(place, mask=mask_d, other=0.0).to(tl.float32)
+        tl.store(place, total_d, mask=mask_d)
 
 
 class Listed(NamedTuple):
@@ -214,20 +225,32 @@ def gather_hidden(
         grad_hidden_ptr=grad_hidden,
         capacity=columns.numel(),
         eps=inputs.config.eps,
-        BLOCK_K=rows_at_a_time(block_d, inputs.weight),
-        BLOCK_D=block_d,
         HAS_VALUES=values.numel() > 0,
         WANTS_HIDDEN=grad_hidden is not None,
         WANTS_ENTRIES=wants_entries,
-        num_warps=8 if block_d >= 2048 else 4,
+        **_tile(block_d, inputs.weight, warps=8 if block_d >= 2048 else 4),
         **inputs.arguments(),
     )
     return listed
 
 
-def rows_at_a_time(block_d: int, source: Tensor) -> int:
-    """How many rows of ``source`` a program holds: 64 KiB in all, 16 rows at most."""
-    return 16 if interpreted() else max(1, min(16, 65536 // (block_d * source.itemsize)))
+# What a warp fetches at a time, bytes: more would spill its sums, less would leave it waiting. And
+# what all tiles that are on their way may take of shared memory, of which the smallest devices give
+# a program 99 KiB.
+_WARP_BYTES = 4096
+_TILES_BYTES = 96 * 1024
+
+
+def _tile(block_d: int, source: Tensor, warps: int = 4) -> dict[str, int]:
+    """How many rows of ``source`` a program takes at a time, 16 at most, and what that asks for."""
+    if interpreted():
+        return {"BLOCK_K": 16, "BLOCK_D": block_d, "STAGES": 1, "num_warps": 1}
+    row_bytes = block_d * source.itemsize
+    rows = max(1, min(16, warps * _WARP_BYTES // row_bytes))
+    stages = max(1, min(3, _TILES_BYTES // (rows * row_bytes)))
+    if target()[0] == "hip":  # has no copies to shared memory that go on by themselves
+        stages = 1
+    return {"BLOCK_K": rows, "BLOCK_D": block_d, "STAGES": stages, "num_warps": warps}
 
 
 # Columns kept by more rows than others take a dense product: a program that gathered thousands of
@@ -240,16 +263,21 @@ DENSE_COLUMNS = 256
 _SORTING_BYTES = 40
 
 
-def gather_weight(inputs: Inputs, listed: Listed, into: Gradients) -> None:
-    """Adds ``dW`` and ``db`` of the entries to ``into``, as many at a time as the budget sorts."""
+def gather_weight(inputs: Inputs, listed: Listed, into: Gradients, *, adds: bool) -> None:
+    """``dW`` and ``db`` of the entries, as many at a time as the budget sorts.
+
+    With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
+    """
     places = listed.keys.numel()
     step = max(1, inputs.config.max_buffer_bytes // _SORTING_BYTES)
+    if places == 0 and into.weight is not None and not adds:
+        into.weight.zero_()
     for first in range(0, places, step):
         part = Listed(*(values[first : first + step] for values in listed))
-        _gather_weight_of(inputs, part, into)
+        _gather_weight_of(inputs, part, into, adds or first > 0)
 
 
-def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients) -> None:
+def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) -> None:
     _, vocabulary, width = inputs.shape
     device = listed.keys.device
     keys, order = torch.sort(listed.keys, stable=True)  # by column, then by row
@@ -262,9 +290,11 @@ def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients) -> None:
     if into.weight is not None:
         dense = starts.diff().topk(min(DENSE_COLUMNS, vocabulary // 8)).indices
         skip.index_fill_(0, dense, True)
-        _add_dense(inputs, dense, listed, into.weight)
-    block_d = min(1024, triton.next_power_of_2(width))
-    _gather_weight_kernel[(vocabulary, triton.cdiv(width, block_d))](
+        _dense_weight(inputs, dense, listed, into.weight, adds)
+    # Most columns have few entries: many programs at once, of few warps, wait for their first rows.
+    block_d = min(2048, triton.next_power_of_2(width))
+    slices = triton.cdiv(width, block_d) if into.weight is not None else 1
+    _gather_weight_kernel[(vocabulary, slices)](
         hidden_ptr=inputs.hidden,
         starts_ptr=starts,
         rows_ptr=rows,
@@ -275,12 +305,11 @@ def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients) -> None:
         stride_hn=inputs.hidden.stride(0),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         D=width,
-        BLOCK_K=rows_at_a_time(block_d, inputs.hidden),
-        BLOCK_D=block_d,
         OPERAND=inputs.arguments()["OPERAND"],
+        ADDS=adds,
         WANTS_WEIGHT=into.weight is not None,
         WANTS_BIAS=into.bias is not None,
-        num_warps=4,
+        **_tile(block_d, inputs.hidden),
     )
 
 
@@ -307,8 +336,10 @@ def _fill_table_kernel(
     tl.store(table_ptr + rank.to(tl.int64) * count + row, value, mask=mask)
 
 
-def _add_dense(inputs: Inputs, dense: Tensor, listed: Listed, grad_weight: Tensor) -> None:
-    """``dW[dense] += P @ H`` with ``P [K, N]`` the entries of the columns ``dense [K]``."""
+def _dense_weight(
+    inputs: Inputs, dense: Tensor, listed: Listed, grad_weight: Tensor, adds: bool
+) -> None:
+    """``dW[dense] = P @ H``, or ``+=``: ``P [K, N]`` holds the entries of columns ``dense [K]``."""
     count, vocabulary, _ = inputs.shape
     few, places = dense.numel(), listed.keys.numel()
     if few == 0:
@@ -330,4 +361,6 @@ def _add_dense(inputs: Inputs, dense: Tensor, listed: Listed, grad_weight: Tenso
         total = multiply(part, hidden, torch.float32)
         part = rest.sub_(part).to(hidden.dtype)
         total.add_(multiply(part, hidden, torch.float32)).div_(scale)
-    grad_weight[dense] = (grad_weight[dense].float() + total).to(grad_weight.dtype)
+    if adds:
+        total += grad_weight[dense].float()
+    grad_weight[dense] = total.to(grad_weight.dtype)
