@@ -19,7 +19,6 @@ from benchmarks.model_kernels import (
 )
 from benchmarks.model_static import Compiled, compiled
 from benchmarks.shapes import Shape
-from bft_kernels.backends.triton.recompute import FEW_PROGRAMS
 from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES, plan_rows
 
 
@@ -162,8 +161,7 @@ def recomputed(
 ) -> list[Kernel]:
     """The backward from new logits for ``rows`` of the tokens.
 
-    The exact one has a program for each tile of all tokens, of which those past ``rows`` return at
-    once; the sampled one, where there is rarely a row, has few programs that loop.
+    There is a program for each tile of all tokens; those past ``rows`` return at once.
     """
     operand, width, vocabulary = 2, shape.width, shape.vocabulary
     dy = compiled(gpu.target, "logit_gradient sampled" if sampled else "logit_gradient")
@@ -176,20 +174,15 @@ def recomputed(
     columns = math.ceil(vocabulary / dy.tile[1])
     across = math.ceil(width / dh.block["BLOCK_D"])
 
-    def idle(all_tiles: float, busy_tiles: float) -> float:
-        launched = min(all_tiles, FEW_PROGRAMS * gpu.processors * blocks) if sampled else all_tiles
-        return max(0.0, launched - busy_tiles)
-
-    dy_idle = idle(row_blocks * columns, busy * columns)
-    dh_idle = idle(row_blocks * across * blocks, busy * across * blocks)
+    idle = row_blocks - busy
     kernels = [
-        empty_programs("dy, empty programs", dy_idle, dy.resident, gpu),
-        empty_programs("dH, empty programs", dh_idle, dh.resident, gpu),
+        empty_programs("dy, empty programs", idle * columns, dy.resident, gpu),
+        empty_programs("dH, empty programs", idle * across * blocks, dh.resident, gpu),
     ]
     along = math.ceil(vocabulary / dw.block["BLOCK_V"]) * math.ceil(width / dw.block["BLOCK_D"])
     if not busy:
         if trains_weight:
-            kernels.append(empty_programs("dW, empty programs", idle(along, 0), dw.resident, gpu))
+            kernels.append(empty_programs("dW, empty programs", along, dw.resident, gpu))
         return [*kernels, small("rows without room", 8 + 3 * blocks)]
 
     def tiled(

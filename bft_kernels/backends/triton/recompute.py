@@ -4,7 +4,7 @@ Three kernels. The first makes a block ``dy [R, C]`` of the logits' gradient, in
 operands, for all rows and as many columns as the byte budget allows. The second adds ``dy @ W`` to
 ``dH``, the third ``dy.T @ H`` to a block of rows of ``dW``. Each element of each result belongs to
 one program, so there are no locks and no atomics, and two runs give the same bits. How many rows
-there are only the device knows: programs loop over the tiles of that many, each over its own.
+there are only the device knows: programs past the tiles of that many return at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.torch.matmul import scale_for
-from bft_kernels.backends.triton.configs import (
-    precision_for,
-    processors,
-    product_tiles,
-    tile_for,
-)
+from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
@@ -39,7 +34,7 @@ from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.results import Gradients, Wanted
 
 
-@triton.jit(do_not_specialize=["first_column", "columns"])
+@triton.jit(do_not_specialize=["first_column", "columns", "rows"])
 def _logit_gradient_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
@@ -55,8 +50,9 @@ def _logit_gradient_kernel(
     dy_ptr,  # [R, C]
     bias_sums_ptr,  # [row blocks, C] float32
     first_column,
-    columns,  # C, of which the last block may have fewer: zeros up to the next UNIT
+    columns,  # C, of which the last block may have fewer
     stride_dy,
+    rows,  # R
     V,
     stride_hn,
     stride_wv,
@@ -70,7 +66,6 @@ def _logit_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -79,64 +74,63 @@ def _logit_gradient_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``upstream * dy`` of tiles, exact or as the sampled gradient has it."""
+    """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
+    tiles = tl.cdiv(columns, BLOCK_V)
+    block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
     count = tl.load(count_ptr)
-    row_blocks = tl.cdiv(count, BLOCK_N)
-    tiles = tl.cdiv(columns, UNIT) * (UNIT // BLOCK_V)
-    for index in range(tl.program_id(0), row_blocks * tiles, tl.num_programs(0)):
-        block, tile = swizzle(index, row_blocks, tiles, GROUP)
-        local = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = local < count
-        row = tl.load(order_ptr + local, mask=mask_n, other=0)
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        offs_v = first_column + column
-        mask_v = column < columns
-        hidden_rows = hidden_ptr + row[:, None] * stride_hn
-        z = logit_tile(
-            hidden_rows,
-            weight_ptr,
-            bias_ptr,
-            offs_v,
-            V,
-            stride_wv,
-            inverse_temperature,
-            softcap,
-            D,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-            HAS_BIAS,
-            HAS_CAP,
-            OPERAND,
-            PRECISION,
-        )
+    if block * BLOCK_N >= count:
+        return
+    local = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local < count
+    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = first_column + column
+    mask_v = column < columns
+    hidden_rows = hidden_ptr + row[:, None] * stride_hn
+    z = logit_tile(
+        hidden_rows,
+        weight_ptr,
+        bias_ptr,
+        offs_v,
+        V,
+        stride_wv,
+        inverse_temperature,
+        softcap,
+        D,
+        BLOCK_N,
+        BLOCK_V,
+        BLOCK_D,
+        HAS_BIAS,
+        HAS_CAP,
+        OPERAND,
+        PRECISION,
+    )
 
-        target = tl.load(target_ptr + row, mask=mask_n, other=0)
-        lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
-        nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
-        upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
-        p = normal_exp(z - lse[:, None])
-        at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
-        if SAMPLED:
-            multiplier, offset = row_key(tl.load(seed_ptr), row)
-            bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
-            dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
-        else:
-            if HAS_LOW:
-                p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-            share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
-            dz = tl.where(at_target, own[:, None], p * share[:, None] - even)
-        dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
-        dy = tl.where(mask_v[None, :], dy, 0.0)
-        tl.store(
-            dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
-            dy.to(OPERAND),
-            mask=mask_n[:, None],
-        )
-        if WANTS_BIAS:
-            place = block.to(tl.int64) * stride_dy + column
-            sums = tl.sum(tl.where(mask_n[:, None], dy, 0.0), axis=0)
-            tl.store(bias_sums_ptr + place, sums)
+    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
+    nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
+    upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
+    p = normal_exp(z - lse[:, None])
+    at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
+    if SAMPLED:
+        multiplier, offset = row_key(tl.load(seed_ptr), row)
+        bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
+        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
+    else:
+        if HAS_LOW:
+            p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
+        share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+        dz = tl.where(at_target, own[:, None], p * share[:, None] - even)
+    dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
+    tl.store(
+        dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
+        dy.to(OPERAND),
+        mask=mask_n[:, None] & mask_v[None, :],
+    )
+    if WANTS_BIAS:
+        place = block.to(tl.int64) * stride_dy + column
+        sums = tl.sum(tl.where(mask_n[:, None], dy, 0.0), axis=0)
+        tl.store(bias_sums_ptr + place, sums, mask=mask_v)
 
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
@@ -164,36 +158,39 @@ def _hidden_gradient_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tiles ``[BLOCK_N, BLOCK_D]`` of ``dH``, over the columns of a block."""
+    """A tile ``[BLOCK_N, BLOCK_D]`` of ``dH``, over the columns of a block."""
     count = tl.load(count_ptr)
     row_blocks = tl.cdiv(count, BLOCK_N)
-    for index in range(tl.program_id(0), row_blocks * tl.cdiv(D, BLOCK_D), tl.num_programs(0)):
-        local = index % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = local < count
-        row = tl.load(order_ptr + local, mask=mask_n, other=0)
-        offs_d = index // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask = mask_n[:, None] & (offs_d < D)[None, :]
-        place = row[:, None] * D + offs_d[None, :]
-        dy_rows = dy_ptr + local.to(tl.int64)[:, None] * stride_dy
-        sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for start in range(0, columns, BLOCK_V):
-            column = start + tl.arange(0, BLOCK_V)
-            dy = tl.load(dy_rows + column[None, :], mask=mask_n[:, None], other=0.0)
-            offs_v = tl.minimum(first_column + column, V - 1)  # beyond columns dy is 0
-            w = tl.load(
-                weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
-                mask=(offs_d < D)[None, :],
-                other=0.0,
-            )
-            sums = dot(dy, w, sums, OPERAND, PRECISION)
-        if SCALED:
-            sums /= tl.load(scale_ptr)
-        if not FIRST:
-            sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
-        if LAST:
-            tl.store(grad_hidden_ptr + place, sums, mask=mask)
-        else:
-            tl.store(sums_ptr + place, sums, mask=mask)
+    total = row_blocks * tl.cdiv(D, BLOCK_D)
+    index = tl.program_id(0)
+    if index >= total:
+        return
+    local = index % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = local < count
+    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    offs_d = index // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    place = row[:, None] * D + offs_d[None, :]
+    dy_rows = dy_ptr + local.to(tl.int64)[:, None] * stride_dy
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, columns, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        dy = tl.load(dy_rows + column[None, :], mask=mask_n[:, None], other=0.0)
+        offs_v = tl.minimum(first_column + column, V - 1)  # beyond columns dy is 0
+        w = tl.load(
+            weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            mask=(offs_d < D)[None, :],
+            other=0.0,
+        )
+        sums = dot(dy, w, sums, OPERAND, PRECISION)
+    if SCALED:
+        sums /= tl.load(scale_ptr)
+    if not FIRST:
+        sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
+    if LAST:
+        tl.store(grad_hidden_ptr + place, sums, mask=mask)
+    else:
+        tl.store(sums_ptr + place, sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
@@ -219,41 +216,43 @@ def _weight_gradient_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Tiles ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows; written, or with ADDS added to."""
+    """A tile ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows; written, or with ADDS added to."""
     count = tl.load(count_ptr)
     tiles, slices = tl.cdiv(columns, BLOCK_V), tl.cdiv(D, BLOCK_D)
     total = tiles * slices
     if ADDS:
         total = tl.where(count > 0, total, 0)
-    for index in range(tl.program_id(0), total, tl.num_programs(0)):
-        tile, part = swizzle(index, tiles, slices, GROUP)
-        column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        offs_v = first_column + column
-        offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        sums = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
-        for start in range(0, count, BLOCK_N):
-            local = start + tl.arange(0, BLOCK_N)
-            mask_n = local < count
-            row = tl.load(order_ptr + local, mask=mask_n, other=0)
-            dy = tl.load(
-                dy_ptr + local.to(tl.int64)[None, :] * stride_dy + column[:, None],
-                mask=mask_n[None, :],
-                other=0.0,
-            )
-            h = tl.load(
-                hidden_ptr + row[:, None] * stride_hn + offs_d[None, :],
-                mask=mask_n[:, None] & mask_d[None, :],
-                other=0.0,
-            )
-            sums = dot(dy, h, sums, OPERAND, PRECISION)
-        if SCALED:
-            sums /= tl.load(scale_ptr)
-        place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
-        mask = (column < columns)[:, None] & mask_d[None, :]
-        if ADDS:
-            sums += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(place, sums, mask=mask)
+    index = tl.program_id(0)
+    if index >= total:
+        return
+    tile, part = swizzle(index, tiles, slices, GROUP)
+    column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_v = first_column + column
+    offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    sums = tl.zeros((BLOCK_V, BLOCK_D), tl.float32)
+    for start in range(0, count, BLOCK_N):
+        local = start + tl.arange(0, BLOCK_N)
+        mask_n = local < count
+        row = tl.load(order_ptr + local, mask=mask_n, other=0)
+        dy = tl.load(
+            dy_ptr + local.to(tl.int64)[None, :] * stride_dy + column[:, None],
+            mask=mask_n[None, :],
+            other=0.0,
+        )
+        h = tl.load(
+            hidden_ptr + row[:, None] * stride_hn + offs_d[None, :],
+            mask=mask_n[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        sums = dot(dy, h, sums, OPERAND, PRECISION)
+    if SCALED:
+        sums /= tl.load(scale_ptr)
+    place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
+    mask = (column < columns)[:, None] & mask_d[None, :]
+    if ADDS:
+        sums += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, sums, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -264,11 +263,6 @@ class RowValues:
     lse_low: Tensor  # or [0]
     nll: Tensor
     grad: Tensor  # upstream, 0 where ignored
-
-
-# Programs a multiprocessor where there is rarely a row to recompute: as many as may run at once, so
-# that the others need not be started to end at once.
-FEW_PROGRAMS = 8
 
 
 def recompute(
@@ -317,16 +311,12 @@ def recompute(
         "SCALED": scale is not None,
     }
 
-    def programs(tiles: int) -> tuple[int]:
-        """One for each tile, unless it is likely that there is nothing to do."""
-        few = tiles if seed is None else FEW_PROGRAMS * processors(inputs.hidden)
-        return (min(tiles, few),)
-
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
-        tiles = triton.cdiv(columns, unit) * (unit // tile.block_v)
-        _logit_gradient_kernel[programs(row_blocks * tiles)](
+        if columns % unit:  # products take whole tiles
+            dy.view(count, step)[:, columns : triton.cdiv(columns, unit) * unit].zero_()
+        _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
             lse_low_ptr=known.lse_low,
@@ -336,8 +326,8 @@ def recompute(
             eps=config.eps,
             label_smoothing=config.label_smoothing,
             z_loss=config.z_loss,
+            rows=count,
             V=vocabulary,
-            UNIT=unit,
             HAS_LOW=known.lse_low.numel() > 0,
             SAMPLED=seed is not None,
             WANTS_BIAS=wanted.bias,
@@ -351,7 +341,7 @@ def recompute(
             into.bias[first : first + columns] += total if scale is None else total / scale
         if into.hidden is not None:
             slices = triton.cdiv(width, for_hidden.block_d)
-            _hidden_gradient_kernel[programs(triton.cdiv(count, for_hidden.block_n) * slices)](
+            _hidden_gradient_kernel[(triton.cdiv(count, for_hidden.block_n) * slices,)](
                 weight_ptr=inputs.weight,
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
@@ -366,7 +356,7 @@ def recompute(
             )
         if into.weight is not None:
             slices = triton.cdiv(width, for_weight.block_d)
-            _weight_gradient_kernel[programs(triton.cdiv(columns, for_weight.block_v) * slices)](
+            _weight_gradient_kernel[(triton.cdiv(columns, for_weight.block_v) * slices,)](
                 hidden_ptr=inputs.hidden,
                 grad_weight_ptr=into.weight,
                 stride_hn=inputs.hidden.stride(0),
