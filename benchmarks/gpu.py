@@ -27,7 +27,6 @@ RESULTS = Path(__file__).with_name("results")
 # Of all the time; what the tests leave goes to the measurements.
 _TESTS_SHARE = 0.35
 _REPORT_SHARE = 0.03
-_REHEARSAL_MINUTES = 1.4
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def main(config: Config) -> None:
             find(name)
         except ValueError as error:
             raise SystemExit(str(error)) from None
-    minutes = min(config.minutes, _REHEARSAL_MINUTES) if config.dry_run else config.minutes
-    end = record.started + 60 * minutes
+    end = record.started + 60 * config.minutes
     record.clear()
     env = _environment(config.dry_run)
 
@@ -69,7 +67,7 @@ def main(config: Config) -> None:
 
     def speed() -> None:
         shapes, turns = (REHEARSAL, 1) if config.dry_run else (SHAPES, TURNS)
-        until = end - 60 * minutes * _REPORT_SHARE
+        until = end - 60 * config.minutes * _REPORT_SHARE
         measure_all(record, env, until, shapes, config.providers, turns)
         record.note(nvidia_smi_after=nvidia_smi())
 
