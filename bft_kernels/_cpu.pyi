@@ -67,6 +67,7 @@ def scatter_weight(
     add: bool,
     grad_bias: int,
     vocabulary: int,
+    slice: int,
     threads: int,
 ) -> None: ...
 def has_openmp() -> bool: ...

@@ -35,13 +35,41 @@ def cpu_block_bytes(threads: int) -> int:
     """What a block of logits of the ``cpu`` backend may take of the caches.
 
     It is written by the product and read by the sweep, row by row by the same thread: the
-    second-level caches of all threads together, as the system tells their size, or 1 MiB each.
+    second-level caches of all threads together.
     """
+    return max(2, threads) * cpu_cache_bytes()
+
+
+def cpu_cache_bytes() -> int:
+    """One core's second-level cache, as the system tells its size, or 1 MiB."""
     try:
         one = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on this system
         one = 0
-    return max(2, threads) * (one if one > 0 else 2**20)
+    return one if one > 0 else 2**20
+
+
+# The sampled ``dW`` gathers rows of ``hidden`` in slices of at least so many of its columns: 512
+# bytes of float32, eight lines of a cache.
+CPU_SLICE = 128
+
+
+def plan_cpu_slice(rows: int, width: int, element_bytes: int, cache: int) -> int:
+    """How many columns of ``hidden`` to gather from at a time.
+
+    Args:
+        rows, width: ``N`` and ``D``.
+        element_bytes: of ``hidden``.
+        cache: bytes of one core's second level; see :func:`cpu_cache_bytes`.
+
+    Returns:
+        ``D`` where all rows are half of the cache, or where no slice would fit; else the columns of
+        which all rows fit, at least :data:`CPU_SLICE`.
+    """
+    if rows * width * element_bytes <= cache // 2:
+        return width
+    columns = cache // max(1, rows * element_bytes) // CPU_SLICE * CPU_SLICE
+    return min(width, columns) or width
 
 
 # A pass over ``dW`` and two over ``weight``, 16 V D bytes at 10 GB/s, take as long as the product

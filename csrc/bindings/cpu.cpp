@@ -252,18 +252,19 @@ void define_backward(py::module_& module) {
         "scatter_weight",
         [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
            const MatrixArguments& hidden, const std::optional<MatrixArguments>& grad_weight,
-           bool add, Address grad_bias, int64_t vocabulary, int threads) {
+           bool add, Address grad_bias, int64_t vocabulary, int64_t slice, int threads) {
             bft::check_range("vocabulary", vocabulary, 1, (int64_t{1} << 31) - 1);
+            bft::check_range("slice", slice, 1, kMaxCount);
             std::optional<bft::cpu::Matrix> out;
             if (grad_weight) out = checked_matrix("grad_weight", *grad_weight);
             bft::cpu::scatter_weight(checked_entries(rows, offsets, columns, values, upstream),
                                      checked_matrix("hidden", hidden), out ? &*out : nullptr, add,
                                      optional_array<float>("grad_bias", grad_bias, vocabulary),
-                                     vocabulary, checked_threads(threads));
+                                     vocabulary, slice, checked_threads(threads));
         },
         py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
         arg("hidden"), arg("grad_weight"), arg("add"), arg("grad_bias"), arg("vocabulary"),
-        arg("threads"), Release(),
+        arg("slice"), arg("threads"), Release(),
         "dW [V, D], added or stored, and db [V] from the entries of dy and the rows of hidden.");
 }
 

@@ -13,9 +13,9 @@ constexpr int64_t kColumnGrain = 256;
 
 size_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-void* row_of(const Matrix& matrix, int64_t row) {
+void* element_of(const Matrix& matrix, int64_t row, int64_t column) {
     return static_cast<char*>(matrix.data) +
-           static_cast<size_t>(row * matrix.stride) * bytes_of(matrix.type);
+           static_cast<size_t>(row * matrix.stride + column) * bytes_of(matrix.type);
 }
 
 // Entries grouped by column, in row order.
@@ -85,13 +85,14 @@ void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& g
             gather(weight.data, weight.stride, entries.columns + begin, entries.values + begin,
                    entries.offsets[i + 1] - begin, sum.data(), weight.width);
             kernel.multiply(sum.data(), weight.width, entries.upstream[i]);
-            write(row_of(grad_hidden, i), sum.data(), weight.width, false);
+            write(element_of(grad_hidden, i, 0), sum.data(), weight.width, false);
         }
+        kernel.settle();
     });
 }
 
 void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
-                    bool add, float* grad_bias, int64_t vocabulary, int threads) {
+                    bool add, float* grad_bias, int64_t vocabulary, int64_t slice, int threads) {
     const Kernels& kernel = kernels();
     const ByColumn sorted = sort_by_column(entries, vocabulary, threads);
     const int64_t* starts = sorted.starts.data();
@@ -105,16 +106,24 @@ void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* 
     if (grad_weight == nullptr) return;
     const auto gather = kernel.weighted_rows[static_cast<int>(hidden.type)];
     const auto write = kernel.write[static_cast<int>(grad_weight->type)];
-    parallel_for(threads, vocabulary, kColumnGrain, [&](int, int64_t first, int64_t stop) {
-        std::vector<float> sum(static_cast<size_t>(hidden.width));
+    const int64_t slices = (hidden.width + slice - 1) / slice;
+    const int64_t groups = (vocabulary + kColumnGrain - 1) / kColumnGrain;
+    parallel_for(threads, slices * groups, 1, [&](int, int64_t task, int64_t) {
+        const int64_t left = task / groups * slice;
+        const int64_t width = std::min(slice, hidden.width - left);
+        const int64_t first = task % groups * kColumnGrain;
+        const int64_t stop = std::min(first + kColumnGrain, vocabulary);
+        const void* table = element_of(hidden, 0, left);
+        std::vector<float> sum(static_cast<size_t>(width));
         for (int64_t v = first; v < stop; ++v) {
             const int64_t begin = starts[v];
             const int64_t count = starts[v + 1] - begin;
             if (count == 0 && add) continue;
-            gather(hidden.data, hidden.stride, sorted.rows.get() + begin,
-                   sorted.values.get() + begin, count, sum.data(), hidden.width);
-            write(row_of(*grad_weight, v), sum.data(), hidden.width, add);
+            gather(table, hidden.stride, sorted.rows.get() + begin, sorted.values.get() + begin,
+                   count, sum.data(), width);
+            write(element_of(*grad_weight, v, left), sum.data(), width, add);
         }
+        kernel.settle();
     });
 }
 

@@ -32,7 +32,10 @@ void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& g
 // Entries are sorted by column and row (a counting sort: each thread takes a range of columns and
 // reads all entries), so that each row of dW is written once, by one thread, in row order: the
 // result does not depend on the number of threads. Holds 8 bytes an entry and 16 a column.
+//
+// `slice` columns of hidden and dW are done for all of V before the next, while all rows of the
+// slice of hidden are in a core's cache.
 void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
-                    bool add, float* grad_bias, int64_t vocabulary, int threads);
+                    bool add, float* grad_bias, int64_t vocabulary, int64_t slice, int threads);
 
 }  // namespace bft::cpu

@@ -44,14 +44,14 @@ struct Kernels {
 
     // y -> z in place; returns the largest z.
     float (*transform)(float* y, int64_t count, int64_t first_column, const Transform&);
-    // e and its sums; out may be z.
+    // e and its sums; out may be z. What comes after z in memory is fetched.
     ExponentialSums (*exponentials)(const float* z, int64_t count, float maximum, float* out);
     // The sum of z - maximum.
     float (*sum)(const float* z, int64_t count, float maximum);
     // The first place where x is not below `value`, or `count`.
     int64_t (*find_at_least)(const float* x, int64_t count, float value);
-    // The places where the draw (in units of 2^-24) is below e * factor, ascending; returns how
-    // many. `hits` has room for `count` and kPadding more.
+    // The places where the draw is below e * factor, ascending, and some where it is above by up
+    // to 2^-15; returns how many. `hits` has room for `count` and kPadding more.
     int64_t (*draw_below)(const float* e, int64_t count, uint32_t first_column, RowKey key,
                           float factor, uint32_t* hits);
     // The places where e >= threshold, or NaN.
@@ -73,8 +73,10 @@ struct Kernels {
     // sum[j] = sum_k value[k] * table[index[k] * stride + j], in the order of k.
     void (*weighted_rows[3])(const void* table, int64_t stride, const int32_t* index,
                              const float* value, int64_t count, float* sum, int64_t width);
-    // out[j] = x[j], or out[j] += x[j], rounded to the type of out once.
+    // out[j] = x[j], or out[j] += x[j], rounded to the type of out once. May pass by the caches:
+    // call `settle` before another thread reads.
     void (*write[3])(void* out, const float* x, int64_t count, bool add);
+    void (*settle)();
 };
 
 // The best that this processor runs, or the one chosen by select_kernels.

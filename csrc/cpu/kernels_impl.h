@@ -89,6 +89,7 @@ float transform_row(float* y, int64_t count, int64_t first_column, const Transfo
 ExponentialSums exponentials(const float* z, int64_t count, float maximum_, float* out) {
     Floats sum{}, moment{};
     each_vector(z, count, -kInfinity, [&](int64_t j, Floats x, int64_t lanes) {
+        __builtin_prefetch(z + count + j);  // the next row
         x -= maximum_;
         const Floats e = exp_down(x);
         sum += e;
@@ -121,17 +122,20 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
     constexpr int64_t kGroup = 4;  // vectors to a branch
     Words x = lane_numbers() * key.multiplier + (first_column * key.multiplier + key.offset);
     const uint32_t step = key.multiplier * static_cast<uint32_t>(kLanes);
+    // In units of 2^-31. The margin is the most that the low 16 bits, which are not mixed, and the
+    // rounding of u can be off: it makes one candidate too many of 65,536 entries.
+    const float scale = factor * 0x1p31f, margin = 0x1p15f + 256;
     int64_t found = 0;
     const auto test = [&](Floats scaled) {
-        const uint32_t bits = less_mask(draws_of(x), scaled);
+        const Words bits = mix32_high(x) >> 1;  // one below 2^31 has a vector instruction to float
         x += step;
-        return bits;
+        return less_mask(BFT_CONVERT(bit_cast<Ints>(bits), Floats), scaled);
     };
     int64_t j = 0;
     for (; j + kGroup * kLanes <= count; j += kGroup * kLanes) {
         uint32_t bits[kGroup], any = 0;
         for (int64_t k = 0; k < kGroup; ++k) {
-            bits[k] = test(load(e + j + k * kLanes) * factor);
+            bits[k] = test(load(e + j + k * kLanes) * scale + margin);
             any |= bits[k];
         }
         if (any == 0) continue;
@@ -141,7 +145,9 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
     }
     for (; j < count; j += kLanes) {
         const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-        found = append_lanes(test(load_lanes(e + j, lanes) * factor), j, hits, found);
+        const uint32_t there = kAllLanes >> (kLanes - lanes);
+        const uint32_t bits = test(load_lanes(e + j, lanes) * scale + margin) & there;
+        found = append_lanes(bits, j, hits, found);
     }
     return found;
 }
@@ -219,42 +225,39 @@ void multiply(float* out, int64_t count, float factor) {
     });
 }
 
-// Four rows of the table at a time: five loads and a store for four products, and the memory
-// system has four streams to run ahead on. The next four rows are fetched meanwhile.
+// kVectors sums in registers, over all entries.
+template <int kVectors, typename T>
+inline void weighted_strip(const T* table, int64_t stride, const int32_t* index, const float* value,
+                           int64_t count, float* sum) {
+    Floats x[kVectors] = {};
+    for (int64_t k = 0; k < count; ++k) {
+        const T* row = table + index[k] * stride;
+        for (int r = 0; r < kVectors; ++r) x[r] += widen(row + r * kLanes) * value[k];
+    }
+    for (int r = 0; r < kVectors; ++r) store(sum + r * kLanes, x[r]);
+}
+
+// Strips as wide as keeps two multipliers busy for the latency of a sum; a load a product.
 template <typename T>
 void weighted_rows(const void* table_, int64_t stride, const int32_t* index, const float* value,
                    int64_t count, float* sum, int64_t width) {
-    constexpr int64_t kRows = 4;
     const T* table = static_cast<const T*>(table_);
-    std::memset(sum, 0, static_cast<size_t>(width) * sizeof(float));
-    int64_t k = 0;
-    for (; k + kRows <= count; k += kRows) {
-        const T* row[kRows];
-        const T* next[kRows];
-        for (int64_t r = 0; r < kRows; ++r) {
-            row[r] = table + index[k + r] * stride;
-            next[r] = table + index[k + kRows + r < count ? k + kRows + r : k + r] * stride;
+    int64_t j = 0;
+    const auto strips = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
+            weighted_strip<kVectors>(table + j, stride, index, value, count, sum + j);
         }
-        int64_t j = 0;
-        for (; j + kLanes <= width; j += kLanes) {
-            Floats x = load(sum + j);
-            for (int64_t r = 0; r < kRows; ++r) {
-                __builtin_prefetch(next[r] + j, 0, 2);  // into the second level
-                x += widen(row[r] + j) * value[k + r];
-            }
-            store(sum + j, x);
-        }
-        for (; j < width; ++j) {
-            for (int64_t r = 0; r < kRows; ++r) sum[j] += widen_one(row[r] + j) * value[k + r];
-        }
-    }
-    for (; k < count; ++k) {
-        const T* row = table + index[k] * stride;
-        int64_t j = 0;
-        for (; j + kLanes <= width; j += kLanes) {
-            store(sum + j, load(sum + j) + widen(row + j) * value[k]);
-        }
-        for (; j < width; ++j) sum[j] += widen_one(row + j) * value[k];
+    };
+    strips(std::integral_constant<int, 8>{});
+    strips(std::integral_constant<int, 4>{});
+    strips(std::integral_constant<int, 2>{});
+    strips(std::integral_constant<int, 1>{});
+    for (; j < width; ++j) {
+        float x = 0;
+        for (int64_t k = 0; k < count; ++k)
+            x += widen_one(table + index[k] * stride + j) * value[k];
+        sum[j] = x;
     }
 }
 
@@ -265,7 +268,6 @@ void write_row(void* out_, const float* x, int64_t count, bool add) {
     if constexpr (std::is_same_v<T, float>) {
         if (!add && reinterpret_cast<uintptr_t>(out) % sizeof(Floats) == 0) {
             for (; j + kLanes <= count; j += kLanes) stream(out + j, load(x + j));
-            stream_fence();
         }
     }
     for (; j + kLanes <= count; j += kLanes) {
@@ -293,6 +295,7 @@ const Kernels& table() {
         multiply,
         {weighted_rows<float>, weighted_rows<BFloat16>, weighted_rows<Float16>},
         {write_row<float>, write_row<BFloat16>, write_row<Float16>},
+        stream_fence,
     };
     return kernels;
 }

@@ -181,9 +181,12 @@ inline Floats tanh(Floats x) {
 }
 
 // mix32 of csrc/sampling.h, lane by lane.
-inline Words mix32(Words x) {
+inline Words mix32_high(Words x) {  // but for its last step, which leaves the high half as it is
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return (x ^ (x >> 15)) * 0x846CA68Bu;
+}
+inline Words mix32(Words x) {
+    x = mix32_high(x);
     return x ^ (x >> 16);
 }
 
@@ -227,7 +230,7 @@ inline void stream(float* to, Floats x) {
     store(to, x);
 }
 
-// Makes streamed stores visible to other threads.
+// Before another thread reads what was streamed.
 inline void stream_fence() {
 #if defined(__x86_64__)
     _mm_sfence();

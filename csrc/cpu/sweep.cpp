@@ -17,8 +17,8 @@ constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
 // few is lost.
 constexpr double kSlack = 1 + 1e-4;
 
-// Draws are compared in units of 2^-24; an entry at the threshold must not be lost to rounding.
-constexpr float kDraws = 0x1.0001p24f;
+// An entry at the threshold must not be lost to the rounding of the draw.
+constexpr float kDraws = 0x1.0001p0f;
 
 // A row is thinned when it holds this many candidates and twice what the last thinning left.
 constexpr uint32_t kThinFrom = 1024;
@@ -175,6 +175,7 @@ void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t widt
                 if (keep) kernel.write[0](keep + i * block.columns, z, block.columns, false);
             }
         }
+        if (keep) kernel.settle();
     });
 }
 
@@ -217,7 +218,7 @@ void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
 float Sweep::draw_factor(const Row& row) const {
     const double bound = std::max(row.sum, row.floor_sum);
     const double factor = kSlack / (bound * settings_.eps);
-    return static_cast<float>(std::min(factor, 1e30));
+    return static_cast<float>(std::min(factor, 1e27));
 }
 
 void Sweep::find_candidates(Row& row, const float* z, const float* e, const Block& block,

@@ -192,7 +192,7 @@ void run(const Case& c) {
     gather_hidden(entries, matrix(weight, c.vocabulary), matrix(grad_hidden, c.rows), c.threads);
     const Matrix out = matrix(grad_weight, c.vocabulary);
     scatter_weight(entries, matrix(hidden, c.rows), &out, false, grad_bias.data(), c.vocabulary,
-                   c.threads);
+                   1 + c.rows % c.width, c.threads);
     std::vector<double> dh(hidden.size()), dw(weight.size()), db(grad_bias.size());
     for (int64_t i = 0; i < c.rows; ++i) {
         for (int64_t k = offsets[i]; k < offsets[i + 1]; ++k) {

@@ -20,6 +20,7 @@ from bft_kernels.backends.cpu.native import (
 )
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.config import CoreConfig
+from bft_kernels.plan import cpu_cache_bytes, plan_cpu_slice
 from bft_kernels.results import Gradients, Saved, Wanted
 
 
@@ -171,6 +172,7 @@ def _from_entries(
             add=into is grad_weight,
             grad_bias=address(grad_bias),
             vocabulary=weight.shape[0],
+            slice=plan_cpu_slice(*table.shape, table.element_size(), cpu_cache_bytes()),
             **entries,
         )
     if into is not None and grad_weight is not None and into is not grad_weight:
