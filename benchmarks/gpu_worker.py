@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_inputs import expected_entries, text_like
 from benchmarks.gpu_providers import Candidate, find
 from benchmarks.measure import (
     bare_product,
@@ -30,7 +29,7 @@ from benchmarks.measure import (
     synchronize,
 )
 from benchmarks.providers import balanced, ours
-from benchmarks.shapes import Problem, Shape
+from benchmarks.shapes import Problem, Shape, expected_entries, text_like
 
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.
 BLOCKINGS: tuple[tuple[int | None, int | None], ...] = (

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_inputs import SHAPES, expected_entries, fit_to, text_like
+from benchmarks.gpu_inputs import SHAPES, fit_to
 from benchmarks.gpu_providers import CANDIDATES, find, why_missing
 from benchmarks.gpu_record import COLUMNS, Record, slug
 from benchmarks.gpu_report import draw_figures, write_summary
 from benchmarks.gpu_speed import measure_all
 from benchmarks.gpu_suite import read_junit, run_suite
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, expected_entries, text_like
 
 TINY = Shape(8, 16, 64)
 # Providers that fail in every way they can.
