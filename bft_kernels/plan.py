@@ -173,6 +173,14 @@ def plan_columns(
     return ColumnPlan(block_rows, max(1, min(vocabulary, columns)))
 
 
+def _stretch(room: int, rows: int) -> int:
+    """How many times more columns a block of ``rows`` has than one of ``room`` rows.
+
+    Up to 8: two passes of the sweep over 4096 floats stay in a first-level cache.
+    """
+    return max(1, min(8, room // max(1, rows)))
+
+
 @dataclass(frozen=True)
 class CpuPlan:
     """Blocks of the ``cpu`` backend: ``[rows, columns]`` float32 logits at a time."""
@@ -198,7 +206,8 @@ def plan_cpu_blocks(
 
     A block of ``weight`` should stay in cache over all rows, and a block of logits from its product
     to its sweep. Both want few columns; the products' speed and, with a gradient, the passes over
-    ``dH`` want many.
+    ``dH`` want many. Where all rows make one block, it takes as many columns as the cache has room
+    for, unless columns are copied.
 
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
@@ -221,7 +230,10 @@ def plan_cpu_blocks(
     row_copies = 2 * width if copies and not whole else 0
     block = min(elements, block_bytes * products // 4)
     columns = max(1, min(columns, block - row_copies))
-    return CpuPlan(max(1, min(rows, block // (columns + row_copies))), columns, whole)
+    room = max(1, block // (columns + row_copies))
+    if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
+        columns = min(vocabulary, columns * _stretch(room, rows))
+    return CpuPlan(max(1, min(rows, room)), columns, whole)
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,11 @@ class CpuWeightedPlan:
     in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
     in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
     whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
+    copies: bool  # whether columns are copied, so that there are no more of them in any block
+
+    def columns_of(self, rows: int) -> int:
+        """Columns of a block that is swept, of a piece of so many rows."""
+        return self.columns * (1 if self.copies else _stretch(self.rows, rows))
 
 
 def plan_cpu_weighted(
@@ -289,7 +306,7 @@ def plan_cpu_weighted(
     elements -= wide * int(1.5 * width * widens)
     elements -= max(blocks.rows * (wide + 2 * width * copies), in_gradient * wide)
     in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
-    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole)
+    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens)
 
 
 def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:

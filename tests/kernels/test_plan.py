@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from bft_kernels.plan import (
     CPU_PASS_ROWS,
+    CPU_SLICE,
     PIECE_STEP,
     CpuWeightedPlan,
     plan_columns,
     plan_cpu_blocks,
     plan_cpu_pieces,
+    plan_cpu_slice,
     plan_cpu_weighted,
     plan_rows,
 )
@@ -86,6 +88,34 @@ def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains):
     taken += copies * width * (rows if plan.whole else plan.in_gradient + plan.in_buffer)
     taken += columns * int(1.5 * width * widens)
     assert columns == 1 or plan.rows == 1 or taken * 4 <= budget
+    for piece in (1, rows // 7 + 1, rows):
+        wide = plan.columns_of(piece)
+        assert wide % plan.columns == 0
+        assert wide == plan.columns or wide * piece <= plan.columns * plan.rows
+        assert wide == plan.columns or not widens
+
+
+@given(sizes, sizes, st.sampled_from([2, 4]), st.integers(2**14, 2**24))
+def test_cpu_slice(rows, width, element_bytes, cache):
+    columns = plan_cpu_slice(rows, width, element_bytes, cache)
+    assert 1 <= columns <= width
+    if columns < width:
+        assert columns % CPU_SLICE == 0
+        assert rows * columns * element_bytes <= cache < 2 * rows * width * element_bytes
+
+
+def test_a_block_of_few_rows_has_many_columns():
+    def plan(rows, *, widens=False):
+        return plan_cpu_blocks(
+            rows, 10**5, 576, 2**26, widens=widens, copies=False, block_bytes=2**22
+        )
+
+    assert (plan(2048).rows, plan(2048).columns) == (2048, 512)
+    assert (plan(5000).rows, plan(5000).columns) == (2048, 512)
+    assert (plan(512).rows, plan(512).columns) == (512, 2048)
+    assert (plan(3).rows, plan(3).columns) == (3, 4096)
+    assert plan(512, widens=True).columns == 512, "a widened block of weight should stay in cache"
+    assert plan(0).rows == 1
 
 
 def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
@@ -104,7 +134,7 @@ def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
     st.integers(0, 600),
 )
 def test_no_other_pieces_are_cheaper(lengths, in_gradient, in_buffer):
-    plan = CpuWeightedPlan(1, 1, 1, in_gradient, in_buffer, whole=False)
+    plan = CpuWeightedPlan(1, 1, 1, in_gradient, in_buffer, whole=False, copies=False)
     lengths = [length + PIECE_STEP for length in lengths]
     bounds = [0, *accumulate(lengths)]
     cuts = plan_cpu_pieces(bounds, plan)
@@ -121,7 +151,7 @@ def test_no_other_pieces_are_cheaper(lengths, in_gradient, in_buffer):
 
 
 def test_pieces_are_worth_their_passes_or_not_made():
-    plan = CpuWeightedPlan(rows=1, columns=1, group=1, in_gradient=500, in_buffer=300, whole=False)
+    plan = CpuWeightedPlan(1, 1, 1, in_gradient=500, in_buffer=300, whole=False, copies=False)
     assert plan_cpu_pieces([0, 800, 900], plan) == [0, 2], "100 rows again, or a pass"
     assert plan_cpu_pieces([0, 800, 1100], plan) == [0, 1, 2]
     assert plan_cpu_pieces([0, 100, 2100], plan) == [0, 2], "a long document: the room in dW"

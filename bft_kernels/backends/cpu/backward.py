@@ -172,7 +172,9 @@ def _from_entries(
             add=into is grad_weight,
             grad_bias=address(grad_bias),
             vocabulary=weight.shape[0],
-            slice=plan_cpu_slice(*table.shape, table.element_size(), cpu_cache_bytes()),
+            slice=plan_cpu_slice(
+                table.shape[0], table.shape[1], table.element_size(), cpu_cache_bytes()
+            ),
             **entries,
         )
     if into is not None and grad_weight is not None and into is not grad_weight:

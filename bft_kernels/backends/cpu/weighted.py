@@ -7,6 +7,7 @@ wait in between where there is room for them, which costs three products (3G), o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -142,6 +143,7 @@ class _Engine(WeightedSums):
         self.buffer: Tensor | None = None  # borrowed from the first piece on
         self.block = torch.empty(wide * max(plan.rows, plan.in_gradient))
         self.waiting: _Waiting | None = None
+        self.columns = plan.columns  # of a block of the piece
         self.operand = hidden[:0]  # of the rows that wait
 
     def _wait(self, first: int, stop: int) -> _Waiting:
@@ -179,9 +181,10 @@ class _Engine(WeightedSums):
         """Losses of rows ``first:stop``, a piece; logits wait as far as there is room."""
         vocabulary = self.weight.shape[0]
         self.waiting = self._wait(first, stop)
+        self.columns = self.plan.columns_of(stop - first)
         targets = self.targets[first:stop]
         sweep = make_sweep(targets, targets[:0], self.bias, None, None, 0, vocabulary, self.config)
-        for columns in _steps(0, vocabulary, self.plan.columns):
+        for columns in _steps(0, vocabulary, self.columns):
             weight = self.operands.columns(*columns)
             for rows in self._row_blocks(stop - first, 0):
                 operand = self._operand(first, rows)
@@ -203,17 +206,18 @@ class _Engine(WeightedSums):
         assert self.waiting is not None
         self.add_losses(first, stop, coefficient)
         piece = slice(first, stop)
-        known = KnownRows(
+        all_rows = KnownRows(
             targets=self.targets[piece],
             lse=self.lse[piece],
             lse_low=self.lse_low[piece],
             nll=self.nll[piece],
             upstream=coefficient.contiguous(),
         )
+        known = functools.cache(all_rows.part)  # few different parts, over and over
         direct = self.grad_hidden.dtype == torch.float32
         vocabulary, width = self.weight.shape
         grad_hidden = self.grad_hidden[piece] if direct else torch.empty(stop - first, width)
-        for columns in _steps(0, vocabulary, self.plan.columns * self.plan.group):
+        for columns in _steps(0, vocabulary, self.columns * self.plan.group):
             weight = self.operands.columns(*columns)
             into = self.grad_weight[slice(*columns)]
             # The first block holds all that waits in dW, which is then written there.
@@ -222,13 +226,14 @@ class _Engine(WeightedSums):
                 dy = self._space(rows, columns)
                 if rows[1] > self.waiting.rows:
                     torch.mm(operand, weight.T, out=dy)
-                for narrow in _steps(*columns, self.plan.columns):
+                for narrow in _steps(*columns, self.columns):
                     for a, b, place in self.waiting.parts(*rows, narrow):
                         within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
                         part = dy[a - rows[0] : b - rows[0], within]
                         block = Block(a, narrow[0], part, operand, weight)
-                        values = known.part(a, b)
-                        write_gradient(block, values, self.bias, self.config, vocabulary, place)
+                        write_gradient(
+                            block, known(a, b), self.bias, self.config, vocabulary, place
+                        )
                 if self.wanted.hidden:
                     beta = int(columns[0] > 0)
                     grad_hidden[slice(*rows)].addmm_(dy, weight, beta=beta)
