@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from benchmarks.measure import bare_product, keep_memory, seconds, step
 from benchmarks.providers import PEERS, PROVIDERS
 from benchmarks.results import append, environment
 from benchmarks.shapes import Shape, make_problem
+
+
+# What a shape is measured for: medians of a few short times would be noise.
+_LEAST_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
+    """At least; short ones are repeated for three seconds."""
     keep_memory: bool = False
     """Time with freed memory kept in the process: without the system's work for fresh pages."""
     output: Path | None = None
@@ -114,7 +120,10 @@ def _measure(config: Config, shape: Shape) -> tuple[float, float, float]:
         lambda: bare_product(problem, 1024, 512),
         lambda: like_gradient.mul_(2),
     )
-    turns = [[seconds(run, config.device) for run in runs] for _ in range(config.repeats + 1)]
+    turns: list[list[float]] = []
+    until = time.monotonic() + _LEAST_SECONDS
+    while len(turns) <= config.repeats or time.monotonic() < until:
+        turns.append([seconds(run, config.device) for run in runs])
     step_, product, a_pass = (statistics.median(column) for column in zip(*turns[1:], strict=True))
     return step_, product, a_pass
 
