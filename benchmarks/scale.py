@@ -19,7 +19,6 @@ from benchmarks.providers import PEERS, PROVIDERS
 from benchmarks.results import append, environment
 from benchmarks.shapes import Shape, make_problem
 
-
 # What a shape is measured for: medians of a few short times would be noise.
 _LEAST_SECONDS = 3.0
 
