@@ -278,7 +278,11 @@ def test_hostile_logits(fused, kind, seed):
     nll.sum().backward()
     expected = reference.sampled_gradient(hidden.double(), weight.double(), target, seed, eps=eps)
     got = own[1].grad.cpu().double()
-    torch.testing.assert_close(got, expected.dy.sum(0)[:, None], atol=1e-5, rtol=1e-4)
+    # A draw at the threshold may fall either way; 1e-5 is what float32 can make of a probability.
+    u = reference.uniforms(seed, range(rows), torch.arange(vocabulary)).double()
+    clear = ((u * eps / logits.double().softmax(0) - 1).abs() > 1e-5).all(0)
+    assert int(clear.sum()) > 0.99 * vocabulary
+    torch.testing.assert_close(got[clear], expected.dy.sum(0)[clear, None], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
         stats.variance.cpu().double(), expected.variance, rtol=1e-3, atol=1e-9
     )
