@@ -180,11 +180,13 @@ inline Floats tanh(Floats x) {
     return x < 0.0f ? -result : result;
 }
 
-// mix32 of csrc/sampling.h, lane by lane.
-inline Words mix32_high(Words x) {  // but for its last step, which leaves the high half as it is
+// mix32 of csrc/sampling.h, lane by lane, without its last step, which alters only the low half.
+inline Words mix32_high(Words x) {
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     return (x ^ (x >> 15)) * 0x846CA68Bu;
 }
+
+// All of it.
 inline Words mix32(Words x) {
     x = mix32_high(x);
     return x ^ (x >> 16);
