@@ -88,6 +88,7 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
         target = problem.target[rows]
         e = in_tiles(z.sub_(z.amax(1, keepdim=True)).exp_(), 0.0)
         draws = in_tiles(scaled_uniforms(*row_keys(seed, rows), columns, 1.0), math.inf)
+        upper = (draws * 2**16).floor_() / 2**16  # the bits that the backend lets through by
         own = e.flatten(1).gather(1, target[:, None])
         floor = torch.maximum(own, e.flatten(1)[:, popular].sum(1, keepdim=True))
         bounds = {
@@ -98,7 +99,9 @@ def measure(path: Path, tokens: int, block: int = 128) -> list[Kept]:
         }
         for eps in EPS:
             for name, bound in bounds.items():
-                chosen = (draws * (eps * bound[:, :, None]) < e).flatten(1)
+                least = eps * bound[:, :, None]
+                chosen = draws * least < e if name == "kept" else upper * least <= e
+                chosen = chosen.flatten(1)
                 chosen.scatter_(1, target[:, None], True)
                 if name in ("kept", "popular"):
                     found = kept[eps] if name == "kept" else listed[eps]

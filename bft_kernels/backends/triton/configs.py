@@ -33,10 +33,7 @@ class Tile:
 
     def constants(self) -> dict[str, int]:
         """Arguments of a launch."""
-        options = {}
-        if self.registers is not None and target()[0] == "cuda":  # AMD has no such option
-            options["maxnreg"] = self.registers
-        return options | {
+        return at_most_registers(self.registers) | {
             "BLOCK_N": self.block_n,
             "BLOCK_V": self.block_v,
             "BLOCK_D": self.block_d,
@@ -123,6 +120,22 @@ def target() -> tuple[str, int | str]:
     """``cuda`` and the compute capability, or ``hip`` and the processor's name."""
     current = triton.runtime.driver.active.get_current_target()
     return current.backend, current.arch
+
+
+def at_most_registers(limit: int | None) -> dict[str, int]:
+    """An option of a launch: the registers a thread may have. AMD's compiler takes none."""
+    if limit is None or interpreted() or target()[0] != "cuda":
+        return {}
+    return {"maxnreg": limit}
+
+
+def has_whole_words(operand: torch.dtype) -> bool:
+    """Whether a thread has 32 columns side by side of a product: those of sm_100's tensor memory.
+
+    The interpreter takes both ways, one for each width of type.
+    """
+    _, arch = ("cuda", 100) if interpreted() else target()
+    return operand.itemsize == 2 and isinstance(arch, int) and 100 <= arch < 120
 
 
 def _shipped(operand: torch.dtype, *stored: torch.dtype) -> Tiles:

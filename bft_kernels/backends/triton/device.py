@@ -33,10 +33,16 @@ def mix64(z):
 
 
 @triton.jit
+def mix32_high(x):
+    """``mix32`` without its last step, which leaves the upper 16 bits as they are."""
+    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
+    return (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+
+
+@triton.jit
 def mix32(x):
     """A bijection of 32-bit words whose every bit depends on every bit."""
-    x = (x ^ (x >> 16)) * tl.full([], 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full([], 0x846CA68B, tl.uint32)
+    x = mix32_high(x)
     return x ^ (x >> 16)
 
 
@@ -61,14 +67,18 @@ def uniform(bits):
 
 
 @triton.jit
-def may_be_below(bits, x, factor):
-    """Whether the draw could be below ``x * factor``: true where it is, and seldom where not.
+def may_be_below(place, x, factor):
+    """Whether the draw of an entry could be below ``x * factor / 2^16``: always true where it is.
 
-    23 of its 24 bits, as the digits of a float from 1 to 2, need no conversion. Rounding to nearest
-    keeps the order: where ``u23 <= x * factor``, ``1 + u23`` is not above the rounded sum.
+    ``place`` is its ``multiplier * column + offset``, uint32.
+
+    The draw's upper 16 bits, as the last digits of a float from 2^23 on, need neither the hash's
+    last step nor a conversion. They let through one entry in 65,536 whatever its ``x`` is. Rounding
+    to nearest keeps the order: of ``u16 <= y``, ``2^23 + u16`` is not above ``2^23 + y`` rounded.
     """
-    above_one = ((bits >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
-    return above_one <= tl.fma(x, factor, tl.full([], 1.0, tl.float32))
+    high = (mix32_high(place) >> 16) + 0x4B000000  # the bits of 2^23
+    limit = tl.fma(x, factor, tl.full([], 8388608.0, tl.float32))
+    return high.to(tl.float32, bitcast=True) <= limit
 
 
 @triton.jit

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.triton.certificate import certify
-from bft_kernels.backends.triton.configs import precision_for, tile_for
+from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
 from bft_kernels.backends.triton.device import (
     LOG2E,
-    draw_bits,
     finite_or,
     logit_tile,
     may_be_below,
@@ -44,7 +43,7 @@ SUMS = 6
 @triton.jit
 def _store_bits(
     e,  # [BLOCK_N, WORDS, 32], every other word of a tile
-    overrated,  # [BLOCK_N], what makes e / eps an upper bound of p / eps
+    overrated,  # [BLOCK_N], e times this is an upper bound of 2^16 p / eps
     multiplier,
     offset,
     first,  # number of the first word
@@ -52,13 +51,18 @@ def _store_bits(
     mask_n,
     words,
     WORDS: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr,
 ):
     """One bit for each entry whose draw may be below ``p / eps``: 32 to a word, lowest first."""
     word = first + tl.arange(0, WORDS) * 2
     bit = tl.arange(0, 32)
-    columns = (word[:, None] * 32 + bit[None, :]).to(tl.uint32)[None, :, :]
-    bits = draw_bits(multiplier[:, None, None], offset[:, None, None], columns)
-    keep = may_be_below(bits, e, overrated[:, None, None])
+    if WHOLE_WORDS:  # each bit's number is a constant: an entry's place is one multiply-add
+        start = multiplier[:, None] * (word * 32).to(tl.uint32)[None, :] + offset[:, None]
+        place = start[:, :, None] + multiplier[:, None, None] * bit.to(tl.uint32)[None, None, :]
+    else:
+        columns = (word[:, None] * 32 + bit[None, :]).to(tl.uint32)[None, :, :]
+        place = multiplier[:, None, None] * columns + offset[:, None, None]
+    keep = may_be_below(place, e, overrated[:, None, None])
     value = (tl.full([], 1, tl.int32) << bit)[None, None, :]
     packed = tl.sum(tl.where(keep, value, 0), axis=2)
     mask = mask_n[:, None] & (word < words)[None, :]
@@ -98,6 +102,7 @@ def _linear_nll_forward_kernel(
     STATISTICS: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EMIT: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr,  # whether a thread has all of a word's entries
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -167,7 +172,7 @@ def _linear_nll_forward_kernel(
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), floor)
-            overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) / eps
+            overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) * (65536.0 / eps)
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
         scale = tl.exp2(base - new_base)
@@ -188,7 +193,7 @@ def _linear_nll_forward_kernel(
             # them are its own.
             pairs = tl.reshape(e, (BLOCK_N, BLOCK_V // 64, 2, 32))
             even, odd = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-            for half in tl.static_range(2):
+            for half in tl.static_range(1, -1, -1):  # fewer instructions than the other order
                 _store_bits(
                     even if half == 0 else odd,
                     overrated,
@@ -199,6 +204,7 @@ def _linear_nll_forward_kernel(
                     mask_n,
                     words,
                     BLOCK_V // 64,
+                    WHOLE_WORDS,
                 )
 
     # From powers of 2 relative to the base to powers of e relative to the maximum.
@@ -339,6 +345,7 @@ class TiledForward:
             STATISTICS=config.statistics,
             SMOOTHING=smoothing,
             EMIT=mask is not None,
+            WHOLE_WORDS=mask is not None and has_whole_words(config.operand_dtype),
             PRECISION=precision_for(config.operand_dtype),
             **self.inputs.arguments(),
             **tile.constants(),

@@ -218,14 +218,10 @@ def _weight_gradient_kernel(
 ):
     """A tile ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows; written, or with ADDS added to."""
     count = tl.load(count_ptr)
-    tiles, slices = tl.cdiv(columns, BLOCK_V), tl.cdiv(D, BLOCK_D)
-    total = tiles * slices
-    if ADDS:
-        total = tl.where(count > 0, total, 0)
-    index = tl.program_id(0)
-    if index >= total:
+    if ADDS and count == 0:
         return
-    tile, part = swizzle(index, tiles, slices, GROUP)
+    tiles, slices = tl.cdiv(columns, BLOCK_V), tl.cdiv(D, BLOCK_D)
+    tile, part = swizzle(tl.program_id(0), tiles, slices, GROUP)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_column + column
     offs_d = part * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.triton.configs import at_most_registers
 from bft_kernels.backends.triton.device import (
-    draw_bits,
     finite_or,
     may_be_below,
     row_key,
@@ -127,8 +127,9 @@ def _sweep_rows_kernel(
         z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         if POPULAR > 0:
-            bits = draw_bits(multiplier, offset, column.to(tl.uint32))
-            keep = may_be_below(bits, tl.exp(tl.minimum(z - floor, 80.0)), 1.0 / eps)
+            bound = tl.exp(tl.minimum(z - floor, 80.0))
+            place = multiplier * column.to(tl.uint32) + offset
+            keep = may_be_below(place, bound, 65536.0 / eps)
             shifted_bits = keep.to(tl.int32) << (offs % 32)
             packed = tl.sum(tl.reshape(shifted_bits, (BLOCK // 32, 32)), axis=1)
             word = start // 32 + tl.arange(0, BLOCK // 32)
@@ -294,6 +295,7 @@ def sweep_rows(
         SMOOTHING=config.label_smoothing > 0,
         Z_LOSS=config.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
+        **at_most_registers(96 if config.softcap is not None and popular is not None else None),
         **{f"{name}_ptr": values for name, values in results.items()},
         **arguments,
     )
