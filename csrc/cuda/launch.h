@@ -4,17 +4,52 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#ifndef __CUDACC__
+#include <tuple>
+
+#include "csrc/emulation/launch.h"
+#endif
 
 namespace bft::cuda {
 
-// Call right after <<<...>>>: turns the error of that launch into an exception. What goes wrong
-// while the kernel runs shows at a later synchronisation, as with every CUDA library.
+// Turns the error of the last launch into an exception. What goes wrong while the kernel runs shows
+// at a later synchronisation, as with every CUDA library.
 inline void check_launch(const char* kernel) {
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(kernel) + ": the CUDA launch failed: " +
                                  cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
     }
+}
+
+struct Launch {
+    const char* kernel;  // its name in messages
+    dim3 grid;           // of zero blocks is an error
+    dim3 block;
+    size_t shared_bytes;  // dynamic; above 48 KiB where the device has it
+    void* stream;         // a cudaStream_t
+};
+
+// kernel<<<...>>>(arguments...), which must convert to the kernel's parameters, checked. Compiled
+// by the host's compiler it runs the kernel in the emulation, and has finished when it returns.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
+#ifdef __CUDACC__
+    if (how.shared_bytes > 48 << 10) {
+        // What fails here, fails the launch.
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(how.shared_bytes));
+    }
+    kernel<<<how.grid, how.block, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(
+        std::forward<Arguments>(arguments)...);
+    check_launch(how.kernel);
+#else
+    const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+    emulation::run(how.kernel, how.grid, how.block, how.shared_bytes,
+                   [&] { std::apply(kernel, values); });
+#endif
 }
 
 }  // namespace bft::cuda

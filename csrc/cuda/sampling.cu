@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "csrc/cuda/device.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/sampling.h"
 
@@ -19,15 +20,15 @@ constexpr int64_t kMaxGridY = 65535;
 // 64-bit; a column is below 2^32, and its sum with col0 is too, as the caller has checked.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    fill_draws_kernel(uint64_t seed, Region region, T* __restrict__ out) {
+    fill_draws_kernel(uint64_t seed, Region region, Global<T> out) {
     const int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const uint32_t col0 = static_cast<uint32_t>(region.col0);
     for (int64_t i = blockIdx.y; i < region.rows; i += gridDim.y) {
         const RowKey key = row_key(seed, static_cast<uint64_t>(region.row0 + i));
-        T* row = out + i * region.cols;
+        const Global<T> row = out + i * region.cols;
         for (int64_t j = first; j < region.cols; j += stride) {
-            row[j] = draw<T>(key, col0 + static_cast<uint32_t>(j));
+            row.store(j, draw<T>(key, col0 + static_cast<uint32_t>(j)));
         }
     }
 }
@@ -41,9 +42,7 @@ void fill_draws(uint64_t seed, Region region, T* out, void* stream) {
     const int64_t column_blocks = (region.cols + kColumnsPerBlock - 1) / kColumnsPerBlock;
     const dim3 grid(static_cast<unsigned>(column_blocks),
                     static_cast<unsigned>(std::min(region.rows, kMaxGridY)));
-    fill_draws_kernel<T>
-        <<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(seed, region, out);
-    check_launch("fill_draws");
+    launch(fill_draws_kernel<T>, {"fill_draws", grid, kThreads, 0, stream}, seed, region, out);
 }
 
 template void fill_draws<float>(uint64_t, Region, float*, void*);

@@ -1,0 +1,318 @@
+// What kernels use beyond plain CUDA C++, and the only file with PTX in it: memory through typed
+// accessors, asynchronous copies, ldmatrix and mma. Needs sm_80.
+//
+// Kernels reach memory through Global<T> and Shared<T> only. Compiled by nvcc these are a pointer
+// and an offset. Compiled by the host's compiler, csrc/emulation implements the same names and
+// checks every access.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace bft::cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+// N elements that are loaded and stored in one access of 4, 8 or 16 bytes.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+    T at[N];
+};
+
+enum class Cache {
+    kDefault,
+    kReadOnly,   // memory that nobody writes during the launch (ld.global.nc)
+    kStreaming,  // not needed again: evicted first
+    kCoherent,   // past L1: what other blocks wrote, once the kernel knows that they have
+};
+
+// Where an array of the dynamic shared memory ends, as the start of the next one.
+constexpr uint32_t align_shared(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
+
+}  // namespace bft::cuda
+
+#ifndef __CUDACC__
+#include "csrc/emulation/device.h"
+#else
+
+namespace bft::cuda {
+
+// The word that holds so many bytes, for the intrinsics, which know no other types.
+template <int Bytes>
+struct WordOf;
+template <>
+struct WordOf<1> {
+    using type = unsigned char;
+};
+template <>
+struct WordOf<2> {
+    using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+    using type = unsigned;
+};
+template <>
+struct WordOf<8> {
+    using type = uint2;
+};
+template <>
+struct WordOf<16> {
+    using type = uint4;
+};
+
+template <typename To, typename From>
+__device__ __forceinline__ To bits_as(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+template <typename T>
+class Global {
+  public:
+    // A pointer converts, so that a launch can be given one.
+    __host__ __device__ __forceinline__ Global(T* pointer) : pointer_(pointer) {}
+    __host__ __device__ __forceinline__ Global operator+(int64_t elements) const {
+        return pointer_ + elements;
+    }
+    template <typename U, typename = std::enable_if_t<!std::is_same_v<U, T> > >
+    __host__ __device__ __forceinline__ Global(Global<U> other) : pointer_(other.pointer()) {}
+    __host__ __device__ __forceinline__ T* pointer() const { return pointer_; }
+    __host__ __device__ __forceinline__ explicit operator bool() const {
+        return pointer_ != nullptr;
+    }
+
+    template <Cache C = Cache::kDefault>
+    __device__ __forceinline__ std::remove_const_t<T> load(int64_t i) const {
+        return load_as<std::remove_const_t<T>, C>(i);
+    }
+    template <Cache C = Cache::kDefault>
+    __device__ __forceinline__ void store(int64_t i, T value) const {
+        store_as<C>(i, value);
+    }
+    // N elements from element i on, whose address is a multiple of their size.
+    template <int N, Cache C = Cache::kDefault>
+    __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(int64_t i) const {
+        return load_as<Vector<std::remove_const_t<T>, N>, C>(i);
+    }
+    template <Cache C = Cache::kDefault, int N>
+    __device__ __forceinline__ void store_vector(int64_t i, Vector<T, N> value) const {
+        store_as<C>(i, value);
+    }
+    // Each returns the value before.
+    __device__ __forceinline__ T atomic_add(int64_t i, T value) const {
+        return atomicAdd(pointer_ + i, value);
+    }
+    __device__ __forceinline__ T atomic_max(int64_t i, T value) const {
+        return atomicMax(pointer_ + i, value);
+    }
+    __device__ __forceinline__ T atomic_min(int64_t i, T value) const {
+        return atomicMin(pointer_ + i, value);
+    }
+
+  private:
+    template <typename V, Cache C>
+    __device__ __forceinline__ V load_as(int64_t i) const {
+        using Word = typename WordOf<sizeof(V)>::type;
+        const Word* at = reinterpret_cast<const Word*>(pointer_ + i);
+        if constexpr (C == Cache::kReadOnly) return bits_as<V>(__ldg(at));
+        if constexpr (C == Cache::kStreaming) return bits_as<V>(__ldcs(at));
+        if constexpr (C == Cache::kCoherent) return bits_as<V>(__ldcg(at));
+        return bits_as<V>(*at);
+    }
+    template <Cache C, typename V>
+    __device__ __forceinline__ void store_as(int64_t i, V value) const {
+        using Word = typename WordOf<sizeof(V)>::type;
+        Word* at = reinterpret_cast<Word*>(pointer_ + i);
+        if constexpr (C == Cache::kStreaming) {
+            __stcs(at, bits_as<Word>(value));
+        } else {
+            *at = bits_as<Word>(value);
+        }
+    }
+
+    T* pointer_;
+};
+
+extern __shared__ __align__(128) unsigned char dynamic_shared[];
+
+// An array in the dynamic shared memory, from a byte offset on. The number of elements costs
+// nothing here: the emulation checks it.
+template <typename T>
+class Shared {
+  public:
+    __device__ __forceinline__ Shared(uint32_t byte_offset, uint32_t) : offset_(byte_offset) {}
+    __device__ __forceinline__ Shared operator+(int elements) const {
+        return Shared(offset_ + elements * static_cast<int>(sizeof(T)), 0);
+    }
+    // The same bytes as elements of another type.
+    template <typename U>
+    __device__ __forceinline__ Shared<U> as() const {
+        return Shared<U>(offset_, 0);
+    }
+
+    __device__ __forceinline__ T load(int i) const { return *at<T>(i); }
+    __device__ __forceinline__ void store(int i, T value) const { *at<T>(i) = value; }
+    template <int N>
+    __device__ __forceinline__ Vector<T, N> load_vector(int i) const {
+        using Word = typename WordOf<sizeof(T) * N>::type;
+        return bits_as<Vector<T, N> >(*at<Word>(i));
+    }
+    template <int N>
+    __device__ __forceinline__ void store_vector(int i, Vector<T, N> value) const {
+        using Word = typename WordOf<sizeof(T) * N>::type;
+        *at<Word>(i) = bits_as<Word>(value);
+    }
+    __device__ __forceinline__ T atomic_add(int i, T value) const {
+        return atomicAdd(at<T>(i), value);
+    }
+    __device__ __forceinline__ T atomic_max(int i, T value) const {
+        return atomicMax(at<T>(i), value);
+    }
+    __device__ __forceinline__ T atomic_min(int i, T value) const {
+        return atomicMin(at<T>(i), value);
+    }
+    // What PTX takes for the address.
+    __device__ __forceinline__ uint32_t address() const {
+        return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + offset_;
+    }
+
+  private:
+    template <typename U>
+    __device__ __forceinline__ U* at(int i) const {
+        return reinterpret_cast<U*>(dynamic_shared + offset_ + i * static_cast<int>(sizeof(T)));
+    }
+
+    uint32_t offset_;
+};
+
+// Starts to copy Bytes (4, 8 or 16, and both addresses multiples of it) of which only the first
+// `valid` are read; the rest is zero. Nobody sees them before the issuing thread has waited, and
+// other threads not before a barrier after that.
+template <int Bytes, typename T, typename U>
+__device__ __forceinline__ void cp_async(Shared<T> to, Global<U> from, int valid = Bytes) {
+    static_assert(std::is_same_v<T, std::remove_const_t<U> >);
+    static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
+    const size_t source = __cvta_generic_to_global(from.pointer());
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to.address()),
+                     "l"(source), "r"(valid)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to.address()),
+                     "l"(source), "n"(Bytes), "r"(valid)
+                     : "memory");
+    }
+}
+// Closes the group of the copies that this thread has issued since the last commit.
+__device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all but the last N groups of this thread are there.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 8 x 8 matrices of 2-byte elements into fragments: lane 8 m + r gives the address of row r of
+// matrix m. All lanes of the warp must call; it orders no memory.
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], Shared<T> row) {
+    static_assert(sizeof(T) == 2);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row.address())
+                 : "memory");
+}
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], Shared<T> row) {
+    static_assert(sizeof(T) == 2);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row.address())
+                 : "memory");
+}
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&out)[2], Shared<T> row) {
+    static_assert(sizeof(T) == 2);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(row.address())
+                 : "memory");
+}
+template <typename T>
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&out)[2], Shared<T> row) {
+    static_assert(sizeof(T) == 2);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(out[0]), "=r"(out[1])
+                 : "r"(row.address())
+                 : "memory");
+}
+
+// d += a b for a [16, 16] row by row and b [16, 8] column by column, of T = bf16 or fp16.
+template <typename T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+    if constexpr (std::is_same_v<T, bf16>) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+// 2^x and log2 x, to about 2^-22 of relative (of absolute) error.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace bft::cuda
+#endif
+
+namespace bft::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+
+// Rounds to nearest even.
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+    if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
+    if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
+    if constexpr (std::is_same_v<T, float>) return x;
+}
+
+// Two elements as a register of a fragment: the first is its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const Vector<T, 2> both{{from_float<T>(low), from_float<T>(high)}};
+    uint32_t word;
+    memcpy(&word, &both, sizeof word);
+    return word;
+}
+
+}  // namespace bft::cuda

@@ -1,0 +1,161 @@
+"""The emulation of CUDA device code: right kernels run, and each planted mistake is caught."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+SOURCES = [
+    *sorted(ROOT.glob("csrc/emulation/*.cpp")),
+    ROOT / "csrc/cuda/sampling.cu",
+    ROOT / "tests/kernels/emulation/program.cpp",
+]
+# As csrc/emulation/README.md says.
+FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += [f"-I{ROOT}/csrc/emulation/include", f"-I{ROOT}"]
+KINDS = {
+    "out of bounds": 2,
+    "uninitialised": 2,
+    "race": 7,
+    "async pending": 2,
+    "async unordered": 1,
+    "divergent barrier": 2,
+    "missing lane": 2,
+    "misaligned": 3,
+    "read only": 1,
+    "global race": 1,
+}
+
+needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+def run_program(folder: Path, *flags: str) -> str:
+    objects = []
+    for source in SOURCES:
+        objects.append(folder / f"{source.name}.o")
+        command = [CXX, "-x", "c++", *FLAGS, *flags, "-c", source, "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    program = folder / "program"
+    subprocess.run([CXX, *flags, *objects, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "seed 3 is right" in done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    return run_program(tmp_path_factory.mktemp("emulation"))
+
+
+@needs_compiler
+def test_each_kind_of_mistake_is_caught_and_located(output):
+    caught = re.findall(
+        r"^caught: ([a-z ]+): kernel \w+, block \(\d, 0, 0\), thread \(\d+, 0, 0\), \S*wrong.cuh:\d+: ",
+        output,
+        re.MULTILINE,
+    )
+    assert {kind: caught.count(kind) for kind in caught} == KINDS
+
+
+# The figures of the PTX ISA, as a table: for each register of a lane, which 8 x 8 quarter of the
+# matrix it comes from (top or bottom, left or right); and for the lanes 0 to 3 and the first of the
+# next four, the row and the columns in the quarter.
+QUARTERS_A = [(0, 0), (8, 0), (0, 8), (8, 8)]
+FIRST_LANES = {0: (0, [0, 1]), 1: (0, [2, 3]), 2: (0, [4, 5]), 3: (0, [6, 7]), 4: (1, [0, 1])}
+
+
+def quarter(lane):
+    """Row and columns of a lane's pair in an 8 x 8 matrix."""
+    row, columns = FIRST_LANES[lane % 4]
+    return row + lane // 4, columns
+
+
+@needs_compiler
+def test_fragments_are_those_of_the_tables(output):
+    assert quarter(4) == FIRST_LANES[4]
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("lane")]
+    got = np.array(lines, dtype=float)
+    tile = np.arange(256.0).reshape(16, 16)
+    assert got.shape == (32, 28)
+    for lane in range(32):
+        row, columns = quarter(lane)
+        plain = [tile[top + row, left + c] for top, left in QUARTERS_A for c in columns]
+        turned = [tile[top + c, left + row] for top, left in QUARTERS_A for c in columns]
+        # D's registers are its top and bottom halves; column n is column n + 3 of the tile.
+        sums = [tile[top + row, 3 + c] for top in (0, 8) for c in columns]
+        # x2 loads the first two of the quarters.
+        expected = [*plain, *turned, *plain[:4], *turned[:4], *sums]
+        np.testing.assert_array_equal(got[lane], expected)
+
+
+@needs_compiler
+def test_conversions_are_numpys(output):
+    lines = [line.split()[1:] for line in output.splitlines() if line.startswith("convert")]
+    wide, x, half, bf16 = np.array(lines, dtype=np.uint32).T
+    assert len(wide) == 2**16
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(wide.view(np.float32), halves.astype(np.float32))
+    x = np.ascontiguousarray(x).view(np.float32)
+    number = ~np.isnan(x)
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16).view(np.uint16)
+    np.testing.assert_array_equal(half[number], expected[number])
+    # The nearest multiple of a bfloat16's last place, in float64, which holds both neighbours.
+    inside = number & (np.abs(x) < 2.0**127)
+    x, got = x[inside].astype(float), (bf16[inside] << 16).view(np.float32)
+    step = 2.0 ** (np.maximum(np.frexp(x)[1], -125) - 8)
+    np.testing.assert_array_equal(got, np.round(x / step) * step)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("-fsanitize=undefined", "-fno-sanitize-recover=all"),
+        ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        ("-DBFT_EMULATION_UCONTEXT",),
+    ],
+    ids=["undefined", "address", "ucontext"],
+)
+def test_other_builds_agree(tmp_path, output, flags):
+    assert run_program(tmp_path, *flags).splitlines()[-1] == output.splitlines()[-1]
+
+
+@needs_nvcc
+def test_the_same_kernels_assemble_for_a_gpu(tmp_path):
+    triton = pytest.importorskip("triton")
+    cubin = tmp_path / "kernels.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", "-arch=sm_80", "-cubin", "-Xptxas=-v"]
+    command += ["-Werror", "all-warnings", "-o", cubin]
+    done = subprocess.run(
+        [*command, ROOT / "tests/kernels/emulation/kernels.cu"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    assert len(spills) > 5
+    assert set(spills) == {("0", "0")}
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("needs cuobjdump")
+    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
+    for instruction in (
+        r"HMMA\.16816\.F32 ",
+        r"HMMA\.16816\.F32\.BF16 ",
+        r"LDSM\.16\.M88\.4 ",
+        r"LDSM\.16\.MT88\.4 ",
+        r"LDGSTS\.E ",
+        r"LDGSTS\.E\.BYPASS\.128 ",
+    ):
+        assert re.search(instruction, sass.stdout), instruction
