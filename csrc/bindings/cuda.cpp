@@ -6,6 +6,10 @@
 #include "csrc/bindings/checks.h"
 #include "csrc/cuda/sampling.h"
 
+#ifdef BFT_EMULATION  // built by csrc/emulation/build.py, for tests
+#include "csrc/emulation/binding.h"
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -37,4 +41,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
                         "Write u of every entry as float32 [rows, cols] to out_ptr.");
     define_draws<uint32_t>(module, "sampling_bits",
                            "Write the 32 hashed bits of every entry as uint32 [rows, cols].");
+#ifdef BFT_EMULATION
+    bft::emulation::define_memory(module);
+#endif
 }

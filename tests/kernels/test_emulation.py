@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-SOURCES = [
-    *sorted(ROOT.glob("csrc/emulation/*.cpp")),
-    ROOT / "csrc/cuda/sampling.cu",
-    ROOT / "tests/kernels/emulation/program.cpp",
-]
-# As csrc/emulation/README.md says.
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += [f"-I{ROOT}/csrc/emulation/include", f"-I{ROOT}"]
+BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
+SOURCES = [ROOT / "csrc/cuda/sampling.cu", ROOT / "tests/kernels/emulation/program.cpp"]
 KINDS = {
     "out of bounds": 2,
     "uninitialised": 2,
@@ -34,18 +27,13 @@ KINDS = {
     "global race": 1,
 }
 
-needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
 def run_program(folder: Path, *flags: str) -> str:
-    objects = []
-    for source in SOURCES:
-        objects.append(folder / f"{source.name}.o")
-        command = [CXX, "-x", "c++", *FLAGS, *flags, "-c", source, "-o", objects[-1]]
-        subprocess.run(command, check=True)
     program = folder / "program"
-    subprocess.run([CXX, *flags, *objects, "-o", program], check=True)
+    BUILD["build"](program, SOURCES, *flags)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "seed 3 is right" in done.stdout
@@ -59,11 +47,8 @@ def output(tmp_path_factory):
 
 @needs_compiler
 def test_each_kind_of_mistake_is_caught_and_located(output):
-    caught = re.findall(
-        r"^caught: ([a-z ]+): kernel \w+, block \(\d, 0, 0\), thread \(\d+, 0, 0\), \S*wrong.cuh:\d+: ",
-        output,
-        re.MULTILINE,
-    )
+    where = r"kernel \w+, block \(\d, 0, 0\), thread \(\d+, 0, 0\), \S*wrong.cuh:\d+: "
+    caught = re.findall(rf"^caught: ([a-z ]+): {where}", output, re.MULTILINE)
     assert {kind: caught.count(kind) for kind in caught} == KINDS
 
 
@@ -130,6 +115,34 @@ def test_conversions_are_numpys(output):
 )
 def test_other_builds_agree(tmp_path, output, flags):
     assert run_program(tmp_path, *flags).splitlines()[-1] == output.splitlines()[-1]
+
+
+def rows(array, writable):
+    """What memory() takes for an array."""
+    return (array.ctypes.data, array.nbytes, writable, "array")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_binding_runs_on_host_memory(tmp_path):
+    emulated = BUILD["build_module"](tmp_path)
+    out = np.zeros((3, 5000), np.uint32)
+    again = np.zeros((2, 4000), np.uint32)
+    region = {"seed": 11, "row0": 7, "rows": 3, "col0": 100, "cols": 5000, "stream": 0}
+    part = region | {"row0": 8, "rows": 2, "col0": 200, "cols": 4000}
+    with emulated.memory([rows(out, True), rows(again, True)], seed=1, unwritten=True):
+        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
+        emulated.sampling_bits(**part, out_ptr=again.ctypes.data)
+    assert len(np.unique(out)) > 0.99 * out.size
+    np.testing.assert_array_equal(again, out[1:, 100:4100])
+
+    with emulated.memory([rows(out, False)]), pytest.raises(RuntimeError, match=r"^read only: "):
+        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
+    short = [(out.ctypes.data, out.nbytes - 4, True, "out")]
+    with emulated.memory(short), pytest.raises(RuntimeError, match=r"^out of bounds: .* of out,"):
+        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
+    with pytest.raises(RuntimeError, match="not registered"):
+        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
 
 
 @needs_nvcc
