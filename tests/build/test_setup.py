@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,8 @@ def test_none_builds_a_pure_wheel_with_no_tool(tree):
     assert done.returncode == 0, done.stderr
     (wheel,) = tree.glob("dist/*.whl")
     assert wheel.name == "bft_kernels-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as files:
+        assert not [name for name in files.namelist() if "csrc" in name or "emulation" in name]
     assert modules(tree) == []
 
 

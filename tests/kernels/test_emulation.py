@@ -17,12 +17,12 @@ SOURCES = [ROOT / "csrc/cuda/sampling.cu", ROOT / "tests/kernels/emulation/progr
 KINDS = {
     "out of bounds": 2,
     "uninitialised": 2,
-    "race": 7,
+    "race": 8,
     "async pending": 2,
     "async unordered": 1,
     "divergent barrier": 2,
-    "missing lane": 2,
-    "misaligned": 3,
+    "missing lane": 3,
+    "misaligned": 4,
     "read only": 1,
     "global race": 1,
 }

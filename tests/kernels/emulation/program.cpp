@@ -178,6 +178,7 @@ void check_mistakes() {
     CAUGHT(read_before_barrier, Kind::kRace);
     CAUGHT(write_after_read, Kind::kRace);
     CAUGHT(warp_without_barrier, Kind::kRace);
+    CAUGHT(ldmatrix_without_barrier, Kind::kRace);
     CAUGHT(atomic_and_plain, Kind::kRace);
     CAUGHT(overtaken_stage, Kind::kRace);
     CAUGHT(early_read, Kind::kAsyncPending);
@@ -186,10 +187,12 @@ void check_mistakes() {
     CAUGHT(barrier_in_a_branch, Kind::kDivergentBarrier);
     CAUGHT(two_barriers, Kind::kDivergentBarrier);
     CAUGHT(missing_lane, Kind::kMissingLane);
+    CAUGHT(mma_in_a_branch, Kind::kMissingLane);
     CAUGHT(lane_outside_the_mask, Kind::kMissingLane);
     CAUGHT(misaligned_global, Kind::kMisaligned);
     CAUGHT(misaligned_shared, Kind::kMisaligned);
     CAUGHT(misaligned_copy, Kind::kMisaligned);
+    CAUGHT(ldmatrix_off_by_one, Kind::kMisaligned);
     CAUGHT(write_to_input, Kind::kReadOnly);
     CAUGHT(blocks_collide, Kind::kGlobalRace, 2);
     options().collectives_order_memory = false;

@@ -159,6 +159,39 @@ __global__ void missing_lane_kernel(In in, Out out) {
     out.store(i, __shfl_xor_sync(0xFFFFFFFF, in.load(i), 1));
 }
 
+// The instruction is the same, but one half of the warp executes another copy of it.
+template <bool Mended>
+__global__ void mma_in_a_branch_kernel(In, Out) {
+    float d[4] = {};
+    const uint32_t a[4] = {}, b[2] = {};
+    if (Mended || threadIdx.x % 2 == 0) {
+        mma_m16n8k16<bf16>(d, a, b);
+    } else {
+        mma_m16n8k16<bf16>(d, a, b);
+    }
+}
+
+// Lane i writes row i of a 16 x 16 tile, and ldmatrix hands it to other lanes.
+template <bool Mended>
+__global__ void ldmatrix_without_barrier_kernel(In, Out) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Shared<bf16> tile(512 * warp, 256);
+    const Shared<bf16> row = tile + (lane % 16 * 16 + lane / 16 * 8);
+    row.store_vector(0, Vector<bf16, 8>{});
+    if (Mended) __syncwarp();
+    uint32_t fragment[4];
+    ldmatrix_x4(fragment, row);
+}
+
+template <bool Mended>
+__global__ void ldmatrix_off_by_one_kernel(In, Out) {
+    const Shared<bf16> tile(0, 512);
+    for (int i = threadIdx.x; i < 512; i += 64) tile.store(i, bf16{});
+    __syncthreads();
+    uint32_t fragment[2];
+    ldmatrix_x2(fragment, tile + (threadIdx.x % 16 * 16 + (Mended ? 8 : 1)));
+}
+
 template <bool Mended>
 __global__ void lane_outside_the_mask_kernel(In in, Out out) {
     const int i = threadIdx.x;
