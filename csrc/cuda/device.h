@@ -33,7 +33,9 @@ enum class Cache {
 };
 
 // Where an array of the dynamic shared memory ends, as the start of the next one.
-constexpr uint32_t align_shared(uint32_t bytes) { return (bytes + 15) / 16 * 16; }
+__host__ __device__ constexpr uint32_t align_shared(uint32_t bytes) {
+    return (bytes + 15) / 16 * 16;
+}
 
 }  // namespace bft::cuda
 
@@ -83,7 +85,7 @@ class Global {
     __host__ __device__ __forceinline__ Global operator+(int64_t elements) const {
         return pointer_ + elements;
     }
-    template <typename U, typename = std::enable_if_t<!std::is_same_v<U, T> > >
+    template <typename U, typename = std::enable_if_t<!std::is_same_v<U, T>>>
     __host__ __device__ __forceinline__ Global(Global<U> other) : pointer_(other.pointer()) {}
     __host__ __device__ __forceinline__ T* pointer() const { return pointer_; }
     __host__ __device__ __forceinline__ explicit operator bool() const {
@@ -164,7 +166,7 @@ class Shared {
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i) const {
         using Word = typename WordOf<sizeof(T) * N>::type;
-        return bits_as<Vector<T, N> >(*at<Word>(i));
+        return bits_as<Vector<T, N>>(*at<Word>(i));
     }
     template <int N>
     __device__ __forceinline__ void store_vector(int i, Vector<T, N> value) const {
@@ -199,7 +201,7 @@ class Shared {
 // other threads not before a barrier after that.
 template <int Bytes, typename T, typename U>
 __device__ __forceinline__ void cp_async(Shared<T> to, Global<U> from, int valid = Bytes) {
-    static_assert(std::is_same_v<T, std::remove_const_t<U> >);
+    static_assert(std::is_same_v<T, std::remove_const_t<U>>);
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
     const size_t source = __cvta_generic_to_global(from.pointer());
     if constexpr (Bytes == 16) {
@@ -309,10 +311,23 @@ __device__ __forceinline__ T from_float(float x) {
 // Two elements as a register of a fragment: the first is its low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
-    const Vector<T, 2> both{{from_float<T>(low), from_float<T>(high)}};
-    uint32_t word;
-    memcpy(&word, &both, sizeof word);
-    return word;
+    static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);
+#ifdef __CUDACC__  // one instruction converts both
+    if constexpr (std::is_same_v<T, bf16>) {
+        return bits_as<uint32_t>(__floats2bfloat162_rn(low, high));
+    } else {
+        return bits_as<uint32_t>(__floats2half2_rn(low, high));
+    }
+#else
+    return bits_as<uint32_t>(Vector<T, 2>{{from_float<T>(low), from_float<T>(high)}});
+#endif
+}
+
+// The other way round.
+template <typename T>
+__device__ __forceinline__ Vector<float, 2> unpack(uint32_t word) {
+    const auto both = bits_as<Vector<T, 2>>(word);
+    return {{to_float(both.at[0]), to_float(both.at[1])}};
 }
 
 }  // namespace bft::cuda

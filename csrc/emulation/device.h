@@ -17,6 +17,16 @@ using emulation::Kind;
 using emulation::Site;
 using emulation::Touch;
 
+// The types for which CUDA has them on sm_80; there is none for int64_t, which is a long.
+template <typename T>
+constexpr bool kHasAtomicMax =
+    std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, long long> ||
+    std::is_same_v<T, unsigned long long>;
+template <typename T>
+constexpr bool kHasAtomicAdd =
+    std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
+    std::is_same_v<T, unsigned long long> || std::is_same_v<T, float> || std::is_same_v<T, double>;
+
 // Keeps the buffer that its pointer came from, so that an index cannot stray into the next one.
 template <typename T>
 class Global {
@@ -49,12 +59,15 @@ class Global {
         store_as(i, value, site);
     }
     T atomic_add(int64_t i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicAdd<T>);
         return atomic(i, site, [&](T old) -> T { return old + value; });
     }
     T atomic_max(int64_t i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicMax<T>);
         return atomic(i, site, [&](T old) { return old < value ? value : old; });
     }
     T atomic_min(int64_t i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicMax<T>);
         return atomic(i, site, [&](T old) { return value < old ? value : old; });
     }
     // For cp_async: that so many bytes may be read.
@@ -129,12 +142,15 @@ class Shared {
         store_as(i, value, site);
     }
     T atomic_add(int i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicAdd<T>);
         return atomic(i, site, [&](T old) -> T { return old + value; });
     }
     T atomic_max(int i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicMax<T>);
         return atomic(i, site, [&](T old) { return old < value ? value : old; });
     }
     T atomic_min(int i, T value, Site site = Site::here()) const {
+        static_assert(kHasAtomicMax<T>);
         return atomic(i, site, [&](T old) { return value < old ? value : old; });
     }
 

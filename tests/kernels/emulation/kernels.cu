@@ -11,6 +11,8 @@ template __global__ void gemm_kernel<fp16>(int, int, int, Global<const fp16>, Gl
                                            Global<float>);
 template __global__ void fragments_kernel<bf16>(Global<const bf16>, Global<const bf16>,
                                                 Global<uint32_t>, Global<float>);
+template __global__ void round_kernel<bf16>(int, Global<const float>, Global<float>);
+template __global__ void round_kernel<fp16>(int, Global<const float>, Global<float>);
 template __global__ void early_read_kernel<true>(In, Out);
 template __global__ void misaligned_shared_kernel<true>(In, Out);
 template __global__ void atomic_and_plain_kernel<true>(In, Out);

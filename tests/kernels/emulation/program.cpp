@@ -97,6 +97,20 @@ void check_reductions() {
     }
 }
 
+template <typename T>
+void check_rounding() {
+    const int n = 100;
+    Array<float> x("x", draw<float>(n, 1, 30), Rights::kRead);
+    Array<float> out("out", std::vector<float>(3 * n));
+    launch(round_kernel<T>, {"round", 1, 64, 0, nullptr}, n, x.data(), out.data());
+    for (int i = 0; i < n; ++i) {
+        const float value = x.values()[i];
+        check(out.values()[i] == value, "pack and unpack");
+        check(out.values()[n + i] == std::ldexp(1.0f, static_cast<int>(value)), "exp2");
+        check(std::fabs(out.values()[2 * n + i] - std::log2(value)) < 1e-6f, "log2");
+    }
+}
+
 void check_cub() {
     const int n = 300;
     Array<uint32_t> keys("keys", draw<uint32_t>(n, 0, 4000), Rights::kRead);
@@ -242,6 +256,8 @@ int main() {
         check_gemm<bf16>(70, 45, 136);
         check_gemm<fp16>(33, 64, 24);
         check_reductions();
+        check_rounding<bf16>();
+        check_rounding<fp16>();
         check_cub();
         check_sampling();
         check_mistakes();

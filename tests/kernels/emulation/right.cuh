@@ -136,4 +136,17 @@ __global__ void fragments_kernel(Global<const T> tile, Global<const T> by_column
     for (int i = 0; i < 4; ++i) sums.store(4 * lane + i, d[i]);
 }
 
+// out = x as T and back, through a register of two, and 2^x and log2 x beside it: [3, n].
+template <typename T>
+__global__ void round_kernel(int n, Global<const float> x, Global<float> out) {
+    const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
+    if (i >= n) return;
+    const Vector<float, 2> pair = x.load_vector<2, Cache::kStreaming>(i);
+    out.store_vector(i, unpack<T>(pack<T>(pair.at[0], pair.at[1])));
+    for (int j = 0; j < 2; ++j) {
+        out.store<Cache::kStreaming>(n + i + j, exp2_approx(pair.at[j]));
+        out.store(2 * n + i + j, log2_approx(pair.at[j]));
+    }
+}
+
 }  // namespace bft::cuda
