@@ -227,13 +227,13 @@ def logit_gradient(p: Any, fused: Fused, **how: Any) -> Tensor:
 @every_backend
 def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed, problem):
     slow = fused.name == "triton" and fused.device == "cpu"
-    rows, vocabulary = (18, 300) if slow else (60, 3000)
+    rows, vocabulary = (11, 170) if slow else (60, 3000)
     how = dict(TRANSFORMS[transform])
     bias = how.pop("bias", False)
     p = problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
     labelled = p.target >= 0
     positions = labelled.nonzero().squeeze(1)
-    eps = 2**-7 if slow else 2**-9
+    eps = 2**-6 if slow else 2**-9
     with torch.no_grad():
         wide = p.copy(torch.float64)
         wide.hidden, wide.target = wide.hidden[labelled], wide.target[labelled]
@@ -250,7 +250,7 @@ def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed, probl
         dz = dz[labelled].double()
         assert not bool((((dz != 0) != (expected.dy != 0)) & ~borderline).any())
         both = (dz != 0) & (expected.dy != 0)
-        assert int(both.sum()) > rows * 10
+        assert int(both.sum()) > rows * (3 if slow else 10)
         torch.testing.assert_close(
             dz[both], expected.dy[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
         )
@@ -261,7 +261,7 @@ def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed, probl
 def test_hostile_logits(fused, kind, seed):
     """The running bound lets everything through here until late; nothing may be lost or pile up."""
     slow = fused.name == "triton" and fused.device == "cpu"
-    rows, vocabulary, eps = (5, 2000, 2**-6) if slow else (12, 40_000, 2**-10)
+    rows, vocabulary, eps = (5, 1000, 2**-6) if slow else (12, 40_000, 2**-10)
     steps = torch.linspace(0, 30, vocabulary)
     logits = {
         "flat": torch.zeros(vocabulary),

@@ -124,9 +124,7 @@ def target() -> tuple[str, int | str]:
 
 def at_most_registers(limit: int | None) -> dict[str, int]:
     """An option of a launch: the registers a thread may have. AMD's compiler takes none."""
-    if limit is None or interpreted() or target()[0] != "cuda":
-        return {}
-    return {"maxnreg": limit}
+    return {} if limit is None or target()[0] != "cuda" else {"maxnreg": limit}
 
 
 def has_whole_words(operand: torch.dtype) -> bool:
