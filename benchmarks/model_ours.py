@@ -166,8 +166,9 @@ def recomputed(
     operand, width, vocabulary = 2, shape.width, shape.vocabulary
     dy = compiled(gpu.target, "logit_gradient sampled" if sampled else "logit_gradient")
     dh, dw = (compiled(gpu.target, f"{name}_gradient") for name in ("hidden", "weight"))
+    unit = max(dy.tile[1], dh.block["BLOCK_V"], dw.block["BLOCK_V"])
     step = DEFAULT_ACCELERATOR_BUFFER_BYTES // (shape.tokens * operand)
-    step = min(vocabulary, max(1, step // dy.tile[1]) * dy.tile[1])
+    step = min(vocabulary, max(1, step // unit) * unit)
     blocks = math.ceil(vocabulary / step)
     row_blocks = math.ceil(shape.tokens / dy.tile[0])
     busy = math.ceil(rows / dy.tile[0])
