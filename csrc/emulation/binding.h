@@ -24,11 +24,12 @@ class Memory {
   public:
     using Listed = std::tuple<std::uintptr_t, size_t, bool, std::string>;
 
-    Memory(std::vector<Listed> listed, uint64_t seed, bool unwritten)
-        : listed_(std::move(listed)), seed_(seed), unwritten_(unwritten) {}
+    Memory(std::vector<Listed> listed, uint64_t seed, bool unwritten, bool strict)
+        : listed_(std::move(listed)), seed_(seed), unwritten_(unwritten), strict_(strict) {}
 
     void enter() {
         options().seed = seed_;
+        options().collectives_order_memory = !strict_;
         std::vector<Buffer> buffers;  // all of them or none
         for (const auto& [address, bytes, writable, name] : listed_) {
             const bool empty = writable && unwritten_;
@@ -43,7 +44,7 @@ class Memory {
   private:
     std::vector<Listed> listed_;
     uint64_t seed_;
-    bool unwritten_;
+    bool unwritten_, strict_;
     std::vector<Buffer> buffers_;
 };
 
@@ -52,9 +53,10 @@ inline void define_memory(pybind11::module_& module) {
     pybind11::class_<Memory>(module, "memory",
                              "The memory that kernels may touch inside of this context: tuples of "
                              "address, bytes, writable and name. With unwritten=True, kernels may "
-                             "not read what is writable before one of them has written it.")
-        .def(pybind11::init<std::vector<Memory::Listed>, uint64_t, bool>(), arg("ranges"),
-             arg("seed") = 0, arg("unwritten") = false)
+                             "not read what is writable before one of them has written it. With "
+                             "strict=True, shuffles and votes order no memory accesses.")
+        .def(pybind11::init<std::vector<Memory::Listed>, uint64_t, bool, bool>(), arg("ranges"),
+             arg("seed") = 0, arg("unwritten") = false, arg("strict") = false)
         .def("__enter__", &Memory::enter)
         .def("__exit__", [](Memory& self, const pybind11::args&) { self.exit(); });
 }
