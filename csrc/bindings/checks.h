@@ -20,6 +20,15 @@ inline void check_range(const char* name, int64_t value, int64_t low, int64_t hi
     }
 }
 
+// Not NaN either.
+inline void check_number(const char* name, float value, float low, float high) {
+    if (!(value >= low && value <= high)) {
+        throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
+                                    ", expected a number from " + std::to_string(low) + " to " +
+                                    std::to_string(high));
+    }
+}
+
 // The address of an array of `elements` T as a pointer. An empty array may have no address: torch
 // gives 0 for one.
 template <typename T>

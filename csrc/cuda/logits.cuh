@@ -1,0 +1,81 @@
+// What becomes of one logit: device functions that the forward and the backward share.
+#pragma once
+
+#include "csrc/cuda/device.h"
+#include "csrc/sampling.h"
+
+namespace bft::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr unsigned kAllLanes = 0xFFFFFFFF;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000); }
+
+// exp(x), 0 below the normal range.
+__device__ __forceinline__ float normal_exp(float x) { return exp2_approx(x * kLog2E); }
+
+// x, or `instead` where it is minus infinity, so that no -inf - (-inf) arises.
+__device__ __forceinline__ float finite_or(float x, float instead) {
+    return x == -infinity() ? instead : x;
+}
+
+// tanh within a few ulp near 0 too, where 1 - 2 / (exp(2x) + 1) alone would lose all digits.
+__device__ __forceinline__ float exact_tanh(float x) {
+    const float magnitude = fabsf(x), square = x * x;
+    const float e = normal_exp(-2 * magnitude);
+    const float far = __fdividef(1 - e, 1 + e);
+    float p = fmaf(square, -5.70498872745e-3f, 2.06390887954e-2f);
+    p = fmaf(p, square, -5.37397155531e-2f);
+    p = fmaf(p, square, 1.33314422036e-1f);
+    p = fmaf(p, square, -3.33332819422e-1f);
+    const float near = fmaf(p * square, magnitude, magnitude);
+    return copysignf(magnitude < 0.625f ? near : far, x);
+}
+
+// z = softcap(y) / temperature.
+struct Transform {
+    float softcap;  // 0 for none
+    float inverse_softcap;
+    float inverse_temperature;
+
+    __device__ __forceinline__ float cap(float y) const {
+        return softcap * exact_tanh(y * inverse_softcap);
+    }
+    // dz/dy where the logit is z.
+    __device__ __forceinline__ float slope(float z) const {
+        if (softcap == 0) return inverse_temperature;
+        const float t = z / (softcap * inverse_temperature);
+        return (1 - t * t) * inverse_temperature;
+    }
+};
+
+// Whether the draw could be below x * factor: true where it is, and seldom where not. 23 of its 24
+// bits, as the digits of a float from 1 to 2, need no conversion. Rounding to nearest keeps the
+// order: where u <= x * factor, 1 + u is not above the rounded sum.
+__device__ __forceinline__ bool may_be_below(uint32_t bits, float x, float factor) {
+    return __uint_as_float(bits >> 9 | 0x3F800000) <= fmaf(x, factor, 1.0f);
+}
+
+// The sum (the largest, the bits) of `Lanes` neighbouring lanes, in each of them.
+template <int Lanes>
+__device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+    return x;
+}
+template <int Lanes>
+__device__ __forceinline__ float max_lanes(float x) {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) {
+        x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+    }
+    return x;
+}
+template <int Lanes>
+__device__ __forceinline__ uint32_t join_lanes(uint32_t x) {
+#pragma unroll
+    for (int step = 1; step < Lanes; step *= 2) x |= __shfl_xor_sync(kAllLanes, x, step);
+    return x;
+}
+
+}  // namespace bft::cuda

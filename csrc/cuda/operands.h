@@ -1,0 +1,53 @@
+// From a problem to the arguments and the instance of a kernel.
+#pragma once
+
+#include <type_traits>
+
+#include "csrc/cuda/forward.h"
+#include "csrc/cuda/tile.cuh"
+
+namespace bft::cuda {
+
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+template <typename T>
+Operands<T> operands_of(const Problem& problem) {
+    const float cap = problem.softcap;
+    return {static_cast<const T*>(problem.hidden),
+            static_cast<const T*>(problem.weight),
+            problem.bias,
+            problem.target,
+            problem.order,
+            problem.row_count,
+            problem.stride_hn,
+            problem.stride_wv,
+            static_cast<int>(problem.vocabulary),
+            static_cast<int>(problem.depth),
+            {cap, cap > 0 ? 1 / cap : 0, 1 / problem.temperature}};
+}
+
+// Whether rows start at multiples of 16 bytes.
+template <typename T>
+bool rows_aligned(const void* first, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0;
+}
+
+// run(T(), std::bool_constant<Aligned>()): the type of the operands, and whether all of their rows
+// can be copied 16 bytes at a time.
+template <typename Run>
+void with_type(const Problem& problem, Run run) {
+    const auto with_alignment = [&](auto zero) {
+        using T = decltype(zero);
+        if (rows_aligned<T>(problem.hidden, problem.stride_hn) &&
+            rows_aligned<T>(problem.weight, problem.stride_wv)) {
+            run(zero, std::true_type());
+        } else {
+            run(zero, std::false_type());
+        }
+    };
+    if (problem.type == Type::kFloat32) with_alignment(float());
+    if (problem.type == Type::kBFloat16) with_alignment(bf16());
+    if (problem.type == Type::kFloat16) with_alignment(fp16());
+}
+
+}  // namespace bft::cuda

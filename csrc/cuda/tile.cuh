@@ -1,0 +1,271 @@
+// A tile of raw products y [kTileN, kTileV] = hidden weight^T, which stays in registers.
+//
+// A block of eight warps owns the tile, a warp 32 rows and 64 columns of it (warps 2r and 2r + 1
+// share rows), and a thread 64 entries, 4 rows x 16 columns: as mma.m16n8k16 deals them out, or
+// every eighth row and fourth column in float32. Row i of a thread is row(i); column j is column0()
+// + step(j), where the step is known to the compiler and takes no register.
+//
+// Shared memory holds kStages stages, in each of which a row of either operand has 128 bytes: 64
+// halves or 32 floats of the depth. They are filled by cp.async, two stages ahead of the products,
+// and across the ends of tiles. The eight 16-byte pieces of a row lie in the order piece ^ (row %
+// 8). So eight lanes that read or write one piece of eight consecutive rows (a matrix of ldmatrix),
+// of fewer (a quarter of a warp that loads float4), or all pieces of one row (cp.async) meet no
+// bank twice.
+#pragma once
+
+#include "csrc/cuda/logits.cuh"
+
+namespace bft::cuda {
+
+constexpr int kTileN = 128, kTileV = 128, kThreads = 256, kStages = 3;
+constexpr int kRowBytes = 128, kPieces = kRowBytes / 16;
+template <typename T>
+constexpr int kTileD = kRowBytes / static_cast<int>(sizeof(T));
+constexpr uint32_t kStagesBytes = kStages * (kTileN + kTileV) * kRowBytes;
+// Of a warp.
+constexpr int kWarpN = 32, kWarpV = 64, kWarpColumns = kTileV / kWarpV;
+
+// What every kernel that makes logits reads. Rows of hidden and weight are contiguous.
+template <typename T>
+struct Operands {
+    Global<const T> hidden;           // [N, D]
+    Global<const T> weight;           // [V, D]
+    Global<const float> bias;         // [V], or null
+    Global<const int64_t> target;     // [N]
+    Global<const int64_t> order;      // [N], rows that take part, then others
+    Global<const int64_t> row_count;  // [1], how many take part
+    int64_t stride_hn, stride_wv;     // in elements
+    int vocabulary, depth;
+    Transform transform;
+};
+
+// Where a piece of a row lies in its stage, in elements.
+template <typename T>
+__device__ __forceinline__ int place(int row, int piece) {
+    return row * kTileD<T> + (piece ^ row % kPieces) * (16 / static_cast<int>(sizeof(T)));
+}
+
+// Copies 16 bytes of a row, from element d on; what is past the depth, or not there, is zero.
+// Without Aligned the row may start at any element: it is read one by one.
+template <bool Aligned, typename T>
+__device__ __forceinline__ void fetch_piece(Shared<T> to, Global<const T> row, int d, int depth,
+                                            bool there) {
+    constexpr int kSize = 16 / sizeof(T);
+    const int valid = there ? min(max(depth - d, 0), kSize) : 0;
+    if constexpr (Aligned) {
+        cp_async<16>(to, valid > 0 ? row + d : row, valid * static_cast<int>(sizeof(T)));
+    } else {
+        Vector<T, kSize> piece;
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+            piece.at[i] = from_float<T>(0.0f);
+            if (i < valid) piece.at[i] = row.template load<Cache::kReadOnly>(d + i);
+        }
+        to.store_vector(0, piece);
+    }
+}
+
+// Fills the stages: tile after tile of columns, for the rows of one block.
+template <typename T, bool Aligned>
+class TileLoader {
+  public:
+    // Of the rows that take part the block has `there`, from `first` on. A thread copies one piece
+    // of every 32nd.
+    __device__ __forceinline__ TileLoader(const Operands<T>& in, int64_t first, int there)
+        : hidden_(0, kStages * kTileN * kTileD<T>),
+          weight_(kStages * kTileN * kRowBytes, kStages * kTileV * kTileD<T>),
+          first_(first),
+          there_(there) {
+#pragma unroll
+        for (int i = 0; i < kCopies; ++i) rows_[i] = Aligned ? position(in, i) : 0;
+    }
+    // Starts at tile `tile`, and ends before tile `last`.
+    __device__ __forceinline__ void start(const Operands<T>& in, int tile, int last) {
+        tile_ = tile, last_ = last, d_ = 0, into_ = 0;
+#pragma unroll
+        for (int i = 0; i < kStages - 1; ++i) fetch(in);
+    }
+    // The next stage of products, once it is there; the one after the next is asked for.
+    __device__ __forceinline__ int next(const Operands<T>& in) {
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // everyone's copies are there, and the stage read last is free
+        const int stage = into_ + 1 == kStages ? 0 : into_ + 1;
+        fetch(in);
+        return stage;
+    }
+    __device__ __forceinline__ Shared<T> hidden(int stage) const {
+        return hidden_ + stage * (kTileN * kTileD<T>);
+    }
+    __device__ __forceinline__ Shared<T> weight(int stage) const {
+        return weight_ + stage * (kTileV * kTileD<T>);
+    }
+
+  private:
+    static constexpr int kCopies = kTileN * kPieces / kThreads;
+    static_assert(kTileN == kTileV);
+
+    __device__ __forceinline__ static int row(int i) {
+        return static_cast<int>(threadIdx.x) / kPieces + i * (kThreads / kPieces);
+    }
+    // Of the block's row(i), or -1.
+    __device__ __forceinline__ int position(const Operands<T>& in, int i) const {
+        if (row(i) >= there_) return -1;
+        return static_cast<int>(in.order.template load<Cache::kReadOnly>(first_ + row(i)));
+    }
+    __device__ __forceinline__ void fetch_rows(const Operands<T>& in, int i, int d, int from) {
+        const int piece = threadIdx.x % kPieces, to = place<T>(row(i), piece);
+        fetch_piece<Aligned>(hidden(into_) + to,
+                             from >= 0 ? in.hidden + from * in.stride_hn : in.hidden, d, in.depth,
+                             from >= 0);
+        const int column = tile_ * kTileV + row(i);
+        const bool known = column < in.vocabulary;
+        fetch_piece<Aligned>(weight(into_) + to,
+                             known ? in.weight + column * in.stride_wv : in.weight, d, in.depth,
+                             known);
+    }
+    __device__ __forceinline__ void fetch(const Operands<T>& in) {
+        if (tile_ < last_) {
+            const int d =
+                d_ + static_cast<int>(threadIdx.x) % kPieces * (16 / static_cast<int>(sizeof(T)));
+            if constexpr (Aligned) {
+#pragma unroll
+                for (int i = 0; i < kCopies; ++i) fetch_rows(in, i, d, rows_[i]);
+            } else {
+#pragma unroll 1  // registers are for the products
+                for (int i = 0; i < kCopies; ++i) fetch_rows(in, i, d, position(in, i));
+            }
+            d_ += kTileD<T>;
+            if (d_ >= in.depth) ++tile_, d_ = 0;
+        }
+        cp_async_commit();
+        into_ = into_ + 1 == kStages ? 0 : into_ + 1;
+    }
+
+    Shared<T> hidden_, weight_;
+    int64_t first_;
+    int there_;
+    int rows_[kCopies];    // positions, or -1; with Aligned
+    int tile_, last_, d_;  // what is fetched next
+    int into_;             // the stage it goes to
+};
+
+__device__ __forceinline__ int warp_row() {
+    return static_cast<int>(threadIdx.x) / 32 / kWarpColumns * kWarpN;
+}
+__device__ __forceinline__ int warp_column() {
+    return static_cast<int>(threadIdx.x) / 32 % kWarpColumns * kWarpV;
+}
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+// The entries of a thread: by tensor cores, float32 sums of products of halves.
+template <typename T>
+struct Entries {
+    static constexpr int kRows = 4, kColumns = 16, kLanes = 4;  // kLanes lanes share rows
+    float sums[2][8][4];
+
+    __device__ __forceinline__ float& at(int i, int j) {
+        return sums[i / 2][j / 2][i % 2 * 2 + j % 2];
+    }
+    __device__ __forceinline__ static int row(int i) {
+        return warp_row() + i / 2 * 16 + i % 2 * 8 + lane_id() / 4;
+    }
+    __device__ __forceinline__ static int column0() { return warp_column() + lane_id() % 4 * 2; }
+    __device__ __forceinline__ static constexpr int step(int j) { return j / 2 * 8 + j % 2; }
+    __device__ __forceinline__ void add_products(Shared<T> hidden, Shared<T> weight) {
+        const int lane = lane_id();
+#pragma unroll
+        for (int piece = 0; piece < kPieces; piece += 2) {
+            uint32_t a[2][4];
+#pragma unroll
+            for (int m = 0; m < 2; ++m) {
+                const int row = warp_row() + m * 16 + lane % 16;
+                ldmatrix_x4(a[m], hidden + place<T>(row, piece + lane / 16));
+            }
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                uint32_t b[4];
+                const int row = warp_column() + n * 8 + lane / 16 * 8 + lane % 8;
+                ldmatrix_x4(b, weight + place<T>(row, piece + lane / 8 % 2));
+#pragma unroll
+                for (int m = 0; m < 2; ++m) {
+                    mma_m16n8k16<T>(sums[m][n], a[m], {b[0], b[1]});
+                    mma_m16n8k16<T>(sums[m][n + 1], a[m], {b[2], b[3]});
+                }
+            }
+        }
+    }
+};
+
+// In float32: no tensor core keeps its digits.
+template <>
+struct Entries<float> {
+    static constexpr int kRows = 4, kColumns = 16, kLanes = 4;
+    float sums[4][16];
+
+    __device__ __forceinline__ float& at(int i, int j) { return sums[i][j]; }
+    __device__ __forceinline__ static int row(int i) { return warp_row() + lane_id() / 4 + i * 8; }
+    __device__ __forceinline__ static int column0() { return warp_column() + lane_id() % 4; }
+    __device__ __forceinline__ static constexpr int step(int j) { return j * 4; }
+    __device__ __forceinline__ void add_products(Shared<float> hidden, Shared<float> weight) {
+#pragma unroll 1  // or the loads of all pieces are hoisted, and registers run out
+        for (int piece = 0; piece < kPieces; ++piece) {
+            Vector<float, 4> a[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) a[i] = hidden.load_vector<4>(place<float>(row(i), piece));
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+                const auto b = weight.load_vector<4>(place<float>(column0() + step(j), piece));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) sums[i][j] = fmaf(a[i].at[k], b.at[k], sums[i][j]);
+                }
+            }
+        }
+    }
+};
+
+// The products of the loader's next tile.
+template <typename T, bool Aligned>
+__device__ __forceinline__ Entries<T> next_products(const Operands<T>& in,
+                                                    TileLoader<T, Aligned>& loader) {
+    Entries<T> y = {};
+    for (int d = 0; d < in.depth; d += kTileD<T>) {
+        const int stage = loader.next(in);
+        y.add_products(loader.hidden(stage), loader.weight(stage));
+    }
+    return y;
+}
+
+// y becomes z of the columns from v0 on, minus infinity past the vocabulary.
+template <typename T>
+__device__ __forceinline__ void to_logits(Entries<T>& y, const Operands<T>& in, int v0) {
+    const int left = in.vocabulary - v0 - y.column0();
+    if (in.bias) {
+#pragma unroll
+        for (int j = 0; j < Entries<T>::kColumns; ++j) {
+            const auto at = in.bias + (v0 + y.column0());
+            float bias = 0;
+            if (y.step(j) < left) bias = at.template load<Cache::kReadOnly>(y.step(j));
+#pragma unroll
+            for (int i = 0; i < Entries<T>::kRows; ++i) y.at(i, j) += bias;
+        }
+    }
+    if (in.transform.softcap > 0) {
+#pragma unroll
+        for (int j = 0; j < Entries<T>::kColumns; ++j) {
+#pragma unroll
+            for (int i = 0; i < Entries<T>::kRows; ++i) y.at(i, j) = in.transform.cap(y.at(i, j));
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < Entries<T>::kColumns; ++j) {
+        const bool known = y.step(j) < left;
+#pragma unroll
+        for (int i = 0; i < Entries<T>::kRows; ++i) {
+            y.at(i, j) = known ? y.at(i, j) * in.transform.inverse_temperature : -infinity();
+        }
+    }
+}
+
+}  // namespace bft::cuda

@@ -1,0 +1,385 @@
+"""The CUDA forward, its device code run by the emulation, against the specification."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import reference
+
+ROOT = Path(__file__).parents[2]
+BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
+IGNORED = -100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+GUARD = 64
+
+needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return BUILD["build_module"](tmp_path_factory.mktemp("emulated"))
+
+
+def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An output that no kernel has written."""
+    fill = math.nan if dtype.is_floating_point else 0x55
+    return torch.full(shape, fill).to(dtype)
+
+
+def run_forward(
+    cuda: Any,
+    p: Any,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    seed: int | None = None,
+    eps: float = 2**-7,
+    floor: Tensor | None = None,
+    processors: int = 1,
+    part: int | None = None,
+    one_split: bool = False,
+    statistics: bool = True,
+    order_seed: int = 0,
+    strict: bool = False,
+) -> dict[str, Tensor]:
+    """Results by position, untouched where ignored; `mask` and `rows` with a seed.
+
+    `part`: how many rows a launch takes.
+    """
+    hidden, weight, target = (x.detach() for x in p.args)
+    bias = None if p.bias is None else p.bias.detach().float()
+    (count, width), vocabulary = hidden.shape, weight.shape[0]
+    labelled = target != IGNORED
+    order = torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices
+    row_count = labelled.sum().reshape(1)
+    seeds = torch.tensor([0 if seed is None else seed])
+    out = {name: new(count) for name in ("loss", "nll", "lse", "lse_low", "entropy")}
+    out["correct"] = new(count, dtype=torch.bool)
+    words = -(-vocabulary // 32)
+    mask = new(count, words, dtype=torch.int32)
+    floor = new(count) if floor is None else floor
+    part = part or max(count, 1)
+    splits, columns = cuda.forward_splits(part, vocabulary, processors)
+    if one_split:
+        splits, columns = 1, -(-vocabulary // 128) * 128
+    sums = new(cuda.FORWARD_SUMS, splits, part)
+
+    reads = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
+    reads |= {"order": order, "count": row_count, "seed": seeds}
+    writes = {**out, "mask": mask, "sums": sums, "floor": floor}
+    ranges = [
+        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
+        for name, x in (reads | writes).items()
+        if x is not None and x.numel()
+    ]
+    problem = cuda.Problem(
+        **{f"{name}_ptr": 0 if x is None else x.data_ptr() for name, x in list(reads.items())[:6]},
+        N=count,
+        V=vocabulary,
+        D=width,
+        stride_hn=hidden.stride(0),
+        stride_wv=weight.stride(0),
+        dtype=TYPE_NUMBERS[hidden.dtype],
+        softcap=softcap or 0.0,
+        temperature=temperature,
+    )
+    names = ("loss", "nll", "lse", "lse_low")
+    names += ("entropy", "correct") if statistics else ()
+    sampled = {}
+    with cuda.memory(ranges, seed=order_seed, strict=strict):
+        if seed is not None and bool(floor.isnan().all()):
+            cuda.target_floor(problem=problem, floor_ptr=floor.data_ptr(), stream=0)
+        for first in range(0, count, part):
+            rows = min(part, count - first)
+            if seed is not None:
+                sampled = {"seed_ptr": seeds.data_ptr(), "floor_ptr": floor.data_ptr()}
+                sampled |= {"mask_ptr": mask[first:].data_ptr(), "eps": eps}
+            cuda.linear_nll_forward(
+                problem=problem,
+                first_row=first,
+                rows=rows,
+                splits=splits,
+                split_columns=columns,
+                sums_ptr=sums.data_ptr(),
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                stream=0,
+                **{f"{name}_ptr": out[name].data_ptr() for name in names},
+                **sampled,
+            )
+    return out | {"mask": mask, "rows": order[: int(row_count)], "floor": floor}
+
+
+def bits_of(mask: Tensor, vocabulary: int) -> Tensor:
+    """The bits of int32 words, lowest first, as bool; those past the vocabulary must not be set."""
+    bits = (mask[..., None] >> torch.arange(32)) & 1
+    bits = bits.flatten(-2).bool()
+    assert not bool(bits[..., vocabulary:].any())
+    return bits[..., :vocabulary]
+
+
+def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+    """What plain PyTorch makes of the labelled rows in a type."""
+    labelled = p.target != IGNORED
+    hidden, weight = p.hidden.detach().to(dtype), p.weight.detach().to(dtype)
+    bias = None if p.bias is None else p.bias.detach().to(dtype)
+    losses = {name: how.pop(name) for name in ("label_smoothing", "z_loss") if name in how}
+    args = hidden[labelled], weight, p.target[labelled]
+    stats = reference.token_stats(*args, bias=bias, **how)
+    loss = reference.linear_nll(*args, bias=bias, **how, **losses)
+    names = ("nll", "lse", "entropy", "correct")
+    z = reference.logits(hidden[labelled], weight, bias, **how)
+    largest = z.topk(min(2, z.shape[1])).values
+    gap = largest[:, 0] - largest[:, 1:].sum(1) if z.shape[1] > 1 else largest[:, 0].abs() + 1
+    return {**{name: stats[name] for name in names}, "loss": loss, "gap": gap}
+
+
+def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
+    """Results are as near to the truth as PyTorch's own in float32, from the same values."""
+    labelled = p.target != IGNORED
+    truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)
+    clear = truth.pop("gap") > 1e-5  # to float32 the two largest logits differ
+    for name, expected in truth.items():
+        own = got[name]
+        if name == "correct":
+            assert torch.equal(own[labelled][clear], expected[clear])
+            continue
+        assert bool(own[~labelled].isnan().all()), f"{name}: written where ignored"
+        allowed = 4 * error(plain[name], expected) + 4e-6
+        assert error(own[labelled], expected) <= allowed, name
+    exact = got["lse"].double() + got["lse_low"].double()
+    assert error(exact[labelled], truth["lse"]) <= 4 * error(plain["lse"], truth["lse"]) + 1e-6
+
+
+TRANSFORMS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "cap": {"softcap": 2.0, "temperature": 0.7},
+    "all": {"bias": True, "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 1e-3},
+}
+SHAPES = [(1, 1, 1), (5, 8, 127), (37, 72, 129), (40, 67, 600), (130, 16, 260)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results(emulated, dtype, shape, transform, problem, error, seed):
+    how = dict(TRANSFORMS[transform])
+    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
+    got = run_forward(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
+    check(got, p, error, **how)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_and_none_labelled(emulated, dtype, problem):
+    assert run_forward(emulated, problem(0, 8, 40, dtype=dtype), seed=1)["nll"].shape == (0,)
+    got = run_forward(emulated, problem(9, 8, 40, dtype=dtype, ignored=2.0), seed=1)
+    assert all(bool(got[name].isnan().all()) for name in ("loss", "nll", "lse", "floor"))
+    assert bool((got["mask"] == 0x55).all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
+def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error):
+    p = problem(20, 40, 150, dtype=dtype, scale=2.0)
+
+    def spread_out(x):
+        wide = torch.full((x.shape[0], x.shape[1] + 2 * pad), math.nan, dtype=dtype)
+        wide[:, pad:-pad] = x.detach()
+        return wide[:, pad:-pad]
+
+    strided = problem_from(p.hidden.detach(), p.weight.detach(), p.target)
+    strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
+    assert strided.hidden.stride(0) == 40 + 2 * pad
+    check(run_forward(emulated, strided), p, error)
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", ["plain", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_cover_the_kept_set(emulated, dtype, transform, problem, seed):
+    how = dict(TRANSFORMS[transform])
+    rows, vocabulary, eps = 40, 600, 2**-6
+    p = problem(rows, 24, vocabulary, dtype=dtype, bias=how.pop("bias", False), scale=3.0)
+    for name in ("label_smoothing", "z_loss"):
+        how.pop(name, None)
+    how |= {"seed": seed, "eps": eps}
+    split = run_forward(emulated, p, processors=2, part=16, **how)
+    whole = run_forward(emulated, p, one_split=True, **how)
+    del how["seed"], how["eps"]
+    labelled = p.target != IGNORED
+    positions = labelled.nonzero().squeeze(1)
+    assert torch.equal(split["rows"], positions)
+    wide = p.copy(torch.float64)
+    args = wide.hidden[labelled].detach(), wide.weight.detach(), p.target[labelled]
+    bias = None if wide.bias is None else wide.bias.detach()
+    expected = reference.sampled_gradient(
+        *args, seed, eps=eps, bias=bias, rows=positions.tolist(), **how
+    )
+    lse = reference.token_stats(*args, bias=bias, **how)["lse"]
+    for got in split, whole:
+        assert bool((got["floor"][labelled].double() <= lse).all())
+        bits = bits_of(got["mask"][: len(positions)], vocabulary)
+        assert not bool((expected.kept & ~bits).any())
+    # The first of five tiles has no bound but the floor; what came before bounds the others.
+    assert int(bits[:, 128:].sum()) < 5 * int(expected.kept[:, 128:].sum())
+    # With a floor that is lse itself hardly more than what is kept is let through.
+    tight = torch.zeros(rows)
+    tight[labelled] = lse.float()
+    again = run_forward(emulated, p, seed=seed, eps=eps, floor=tight, **how)
+    bits = bits_of(again["mask"][: len(positions)], vocabulary)
+    assert not bool((expected.kept & ~bits).any())
+    assert int(bits.sum()) <= 1.02 * int(expected.kept.sum()) + 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "one column"])
+def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
+    vocabulary, eps = 300, 2**-8
+    z = {
+        "flat": torch.zeros(vocabulary),
+        "ascending": torch.linspace(-20, 20, vocabulary),
+        "descending": torch.linspace(20, -20, vocabulary),
+        "one column": torch.zeros(vocabulary).index_fill_(0, torch.tensor([299]), 60.0),
+    }[kind]
+    target = torch.tensor([0, 150, 299])
+    p = problem_from(torch.ones(3, 1), z[:, None], target)
+    got = run_forward(emulated, p, seed=seed, eps=eps, floor=torch.full((3,), -math.inf))
+    args = torch.ones(3, 1).double(), z[:, None].double(), target
+    kept = reference.sampled_gradient(*args, seed, eps=eps).kept
+    assert not bool((kept & ~bits_of(got["mask"], vocabulary)).any())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, error):
+    vocabulary = 300
+    hidden = torch.eye(8, dtype=dtype)
+    z = torch.randn(8, vocabulary)
+    z[1, 200] = math.nan
+    z[2, 10] = math.inf
+    z[3, :150] = -math.inf  # a whole tile, and what follows is far below 0
+    z[3, 150:] -= 200.0
+    z[4] = -math.inf
+    z[5] *= 1e4
+    z[6, 17] = -math.inf  # its target
+    target = torch.tensor([299, 1, 2, 160, 3, 4, 17, 0])
+    # A row has one column of weight to itself, but 0 * inf is NaN: those rows are computed alone.
+    for row in range(8):
+        own = problem_from(
+            torch.cat([hidden[:1, :1], torch.ones(1, 1, dtype=dtype)]),
+            z[row][:, None].to(dtype),
+            torch.tensor([target[row], IGNORED]),
+        )
+        got = run_forward(emulated, own, label_smoothing=0.0, seed=5)
+        want = expect(own, torch.float64)
+        for name in ("nll", "lse"):
+            if not bool(want[name].isfinite()):
+                # Plus infinity makes NaN of the whole row, as in the Triton kernels.
+                assert not bool(got[name][0].isfinite()), (row, name)
+            else:
+                torch.testing.assert_close(got[name][:1].double(), want[name], rtol=2e-6, atol=2e-6)
+        assert bool(got["correct"][0]) == (bool(want["correct"]) and not bool(want["lse"].isnan()))
+    # NaN stays in its row.
+    mixed = hidden.clone()
+    mixed[3] = math.nan
+    p = problem_from(mixed, torch.randn(vocabulary, 8).to(dtype), target)
+    got = run_forward(emulated, p)
+    bad = torch.arange(8) == 3
+    assert bool(got["lse"][bad].isnan().all())
+    assert bool(got["lse"][~bad].isfinite().all())
+
+
+@needs_compiler
+def test_ties_go_to_the_lowest_index(emulated, problem_from):
+    weight = torch.zeros(300, 4)
+    weight[[3, 70, 71, 135, 299]] = 1.0
+    target = torch.tensor([3, 70, 71, 135, 299, 0])
+    for processors in (1, 8):
+        p = problem_from(torch.ones(6, 4), weight.clone(), target)
+        got = run_forward(emulated, p, processors=processors)
+        assert got["correct"].tolist() == [True, False, False, False, False, False]
+
+
+@needs_compiler
+def test_a_target_outside_of_the_vocabulary_is_nan(emulated, problem):
+    p = problem(4, 8, 40, dtype=torch.bfloat16, ignored=0.0)
+    p.target[1], p.target[2] = 40, -5
+    got = run_forward(emulated, p, seed=0)
+    assert got["nll"].isnan().tolist() == [False, True, True, False]
+    assert bool(got["lse"].isfinite().all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
+    p = problem(40, 72, 300, dtype=dtype)
+    runs = [
+        run_forward(emulated, p, seed=3, order_seed=order, strict=order == 2, label_smoothing=0.1)
+        for order in range(3)
+    ]
+    for name, first in runs[0].items():
+        for other in runs[1:]:
+            assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
+
+
+@needs_compiler
+def test_arguments_are_checked(emulated):
+    good = {f"{name}_ptr": 0 for name in ("hidden", "bias", "target", "order")}
+    good |= {"weight_ptr": 16, "count_ptr": 16, "N": 0, "V": 4, "D": 4, "dtype": 0}
+    good |= {"stride_hn": 4, "stride_wv": 4}
+    wrong = {"V": 0, "D": 0, "N": -1, "dtype": 3, "temperature": 0.0, "softcap": math.nan}
+    wrong |= {"weight_ptr": 3, "count_ptr": 0}
+    for name, value in wrong.items():
+        problem = emulated.Problem(**{**good, name: value})
+        with pytest.raises(ValueError, match=name), contextlib.nullcontext():
+            emulated.target_floor(problem=problem, floor_ptr=0, stream=0)
+    with pytest.raises(ValueError, match="processors"):
+        emulated.forward_splits(4, 4, 0)
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_kernels_spill_nothing_and_use_tensor_cores(tmp_path, arch):
+    cubin = tmp_path / "forward.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
+    command += ["-Werror", "all-warnings", "-o", cubin, ROOT / "csrc/cuda/forward.cu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    assert len(spills) == 16
+    assert set(spills) == {("0", "0")}
+
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("needs cuobjdump")
+    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
+    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass.stdout, re.S))
+    for name, code in kernels.items():
+        if "linear_nll_forward" not in name:
+            continue
+        halves, aligned = "kernelIf" not in name, "Lb1ELb" in name
+        assert bool(re.search(r"HMMA\.16816\.F32", code)) == halves, name
+        assert bool(re.search(r"LDSM\.16\.M88\.4 ", code)) == halves, name
+        assert bool(re.search(r"LDGSTS\.E\.BYPASS\.128\.ZFILL ", code)) == aligned, name
+        assert bool(re.search(r"LDS\.128 ", code)) != halves, name
