@@ -1,0 +1,290 @@
+"""The CUDA backward by recomputation, its device code run by the emulation."""
+
+from __future__ import annotations
+
+import math
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import reference
+
+ROOT = Path(__file__).parents[2]
+BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
+IGNORED = -100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+
+needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return BUILD["build_module"](tmp_path_factory.mktemp("emulated"))
+
+
+def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
+    """lse, what rounding took from it, and nll, by position, from float64."""
+    labelled = p.target != IGNORED
+    wide = p.copy(torch.float64)
+    bias = None if wide.bias is None else wide.bias.detach()
+    args = wide.hidden.detach()[labelled], wide.weight.detach(), p.target[labelled]
+    stats = reference.token_stats(*args, bias=bias, **how)
+    out = {name: torch.full(p.target.shape, math.nan) for name in ("lse", "lse_low", "nll")}
+    out["lse"][labelled] = stats["lse"].float()
+    out["lse_low"][labelled] = (stats["lse"] - stats["lse"].float().double()).float()
+    out["nll"][labelled] = stats["nll"].float()
+    return out
+
+
+def run_backward(
+    cuda: Any,
+    p: Any,
+    grad: Tensor,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    seed: int | None = None,
+    eps: float = 1.0,
+    step: int = 128,
+    scale: float | None = None,
+    adds: bool = False,
+    order_seed: int = 0,
+    strict: bool = False,
+) -> dict[str, Tensor]:
+    """The three gradients, in blocks of `step` columns. Rows that are ignored stay NaN."""
+    known = known_rows(p, softcap=softcap, temperature=temperature)
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+    dtype, (count, width), vocabulary = hidden.dtype, hidden.shape, weight.shape[0]
+    labelled = p.target != IGNORED
+    reads = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": None if p.bias is None else p.bias.detach().float(),
+        "target": p.target,
+        "order": torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices,
+        "count": labelled.sum().reshape(1),
+        "seed": None if seed is None else torch.tensor([seed]),
+        "scale": None if scale is None else torch.tensor([scale]),
+        "grad": (grad * (scale or 1.0)).float(),
+        **known,
+    }
+    writes = {
+        "dy": torch.full((count, step), math.nan, dtype=dtype),
+        "bias_sums": torch.full((-(-count // 128), step), math.nan),
+        "sums": torch.full((count, width), math.nan),
+        "grad_hidden": torch.full((count, width), math.nan, dtype=dtype),
+        "grad_weight": torch.full((vocabulary, width + 5), 1.0 if adds else math.nan, dtype=dtype),
+        "grad_bias": torch.zeros(vocabulary),
+    }
+    ranges = [
+        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
+        for name, x in (reads | writes).items()
+        if x is not None and x.numel()
+    ]
+    at = {f"{k}_ptr": 0 if x is None else x.data_ptr() for k, x in (reads | writes).items()}
+
+    def pointers(*names: str) -> dict[str, int]:
+        return {f"{name}_ptr": at[f"{name}_ptr"] for name in names}
+
+    problem = cuda.Problem(
+        **pointers("hidden", "weight", "bias", "target", "order", "count"),
+        N=count,
+        V=vocabulary,
+        D=width,
+        stride_hn=hidden.stride(0),
+        stride_wv=weight.stride(0),
+        dtype=TYPE_NUMBERS[dtype],
+        softcap=softcap or 0.0,
+        temperature=temperature,
+    )
+    with cuda.memory(ranges, seed=order_seed, strict=strict):
+        for first in range(0, vocabulary, step):
+            block = {"problem": problem, "first_column": first, "stride_dy": step, "stream": 0}
+            block |= {"columns": min(step, vocabulary - first), **pointers("dy", "scale")}
+            cuda.logit_gradient(
+                **block,
+                **pointers("lse", "lse_low", "nll", "grad", "seed", "bias_sums", "grad_bias"),
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+                eps=eps,
+            )
+            cuda.hidden_gradient(**block, **pointers("sums", "grad_hidden"))
+            stride = writes["grad_weight"].stride(0)
+            cuda.weight_gradient(**block, **pointers("grad_weight"), stride_gv=stride, adds=adds)
+    padding = writes["grad_weight"][:, width:]
+    assert bool(((padding == 1.0) if adds else padding.isnan()).all())
+    return {
+        "hidden": writes["grad_hidden"],
+        "weight": writes["grad_weight"][:, :width] - (1.0 if adds else 0.0),
+        "bias": writes["grad_bias"],
+    }
+
+
+def expect(p: Any, grad: Tensor, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+    """Autograd's gradients of the specification, in a type."""
+    leaves = p.copy(dtype)
+    for leaf in (leaves.hidden, leaves.weight, leaves.bias):
+        if leaf is not None:
+            leaf.requires_grad_()
+    loss = reference.linear_nll(*leaves.args, bias=leaves.bias, **how)
+    (loss * grad.to(dtype)).sum().backward()
+    found = {"hidden": leaves.hidden.grad, "weight": leaves.weight.grad}
+    return found | ({} if leaves.bias is None else {"bias": leaves.bias.grad})
+
+
+def check(
+    got: dict[str, Tensor], p: Any, grad: Tensor, error: Any, rounding: float = 0, **how: Any
+) -> None:
+    truth = expect(p, grad, torch.float64, **how)
+    plain = expect(p, grad, torch.float32, **how)
+    labelled = p.target != IGNORED
+    assert bool(got["hidden"][~labelled].isnan().all())
+    got = got | {"hidden": torch.where(labelled[:, None], got["hidden"], 0.0)}
+    # What rounding dy to the operands' type can do, in sums that cancel, and rounding the result.
+    hidden, weight = (x.detach().double() for x in (p.hidden, p.weight))
+    y = (hidden @ weight.T).requires_grad_()
+    bias = None if p.bias is None else p.bias.detach().double()
+    unit = torch.eye(weight.shape[0], dtype=torch.float64)
+    loss = reference.linear_nll(y, unit, p.target, bias=bias, **how)
+    (dy,) = torch.autograd.grad((loss * grad.double()).sum(), y)
+    dy = dy.abs()
+    sizes = {"hidden": dy @ weight.abs(), "weight": dy.T @ hidden.abs(), "bias": dy.sum(0)}
+    rounding = max(rounding, torch.finfo(p.hidden.dtype).eps / 2)
+    for name, expected in truth.items():
+        cancels = float(sizes[name].norm() / expected.norm())
+        allowed = 4 * error(plain[name], expected) + rounding * (1 + cancels) + 2e-6
+        assert error(got[name], expected) <= allowed, name
+
+
+TRANSFORMS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "cap": {"softcap": 5.0, "temperature": 0.7},
+    "all": {"bias": True, "softcap": 8.0, "label_smoothing": 0.1, "z_loss": 1e-3},
+}
+SHAPES = [(1, 1, 2), (5, 8, 127), (37, 72, 129), (40, 67, 400), (130, 16, 260)]
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(emulated, dtype, shape, transform, problem, error, seed):
+    how = dict(TRANSFORMS[transform])
+    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0, ignored=0.2)
+    p.target[0] = 1
+    grad = torch.randn(shape[0])
+    got = run_backward(emulated, p, grad, step=128 + 128 * (seed % 3), order_seed=seed, **how)
+    check(got, p, grad, error, **how)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_scale_is_taken_back(emulated, dtype, problem):
+    p = problem(20, 24, 150, bias=True, dtype=dtype, scale=2.0)
+    grad = torch.randn(20) * 2.0**-20
+    got = run_backward(emulated, p, grad, scale=2.0**22)
+    tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # its last place near 0
+    labelled = p.target != IGNORED
+    truth = expect(p, grad, torch.float64)
+    for name in ("weight", "bias"):
+        worst = float((got[name].double() - truth[name]).abs().max())
+        allowed = torch.finfo(dtype).eps + 2e-6
+        assert worst <= allowed * float(truth[name].abs().max()) + tiny, name
+    assert bool(got["hidden"][labelled].isfinite().all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradients_are_added_to(emulated, dtype, problem, error):
+    p = problem(20, 24, 150, dtype=dtype, scale=2.0)
+    grad = torch.randn(20)
+    got = run_backward(emulated, p, grad, adds=True)
+    # Ones were there, beside which small numbers lose digits.
+    own = float(expect(p, grad, torch.float64)["weight"].square().mean().sqrt())
+    check(got, p, grad, error, rounding=torch.finfo(dtype).eps * (1 + 2 / own))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_and_none_labelled(emulated, dtype, problem):
+    for rows in (0, 9):
+        p = problem(rows, 8, 140, dtype=dtype, ignored=2.0)
+        got = run_backward(emulated, p, torch.randn(rows))
+        assert bool((got["weight"] == 0).all())
+        assert bool((got["bias"] == 0).all())
+        assert bool(got["hidden"].isnan().all())
+        assert bool((run_backward(emulated, p, torch.randn(rows), adds=True)["weight"] == 0).all())
+
+
+@needs_compiler
+@pytest.mark.parametrize("transform", ["plain", "cap"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
+    how, eps = dict(TRANSFORMS[transform]), 2**-6
+    p = problem(30, 24, 300, dtype=dtype, scale=2.0)
+    labelled = p.target != IGNORED
+    grad = torch.randn(30)
+    got = run_backward(emulated, p, grad, seed=seed, eps=eps, **how)
+    wide = p.copy(torch.float64)
+    args = wide.hidden.detach()[labelled], wide.weight.detach(), p.target[labelled]
+    rows = labelled.nonzero().squeeze(1).tolist()
+    dy = reference.sampled_gradient(*args, seed, eps=eps, rows=rows, **how).dy
+    dy = dy * grad[labelled, None].double()
+    expected = {"weight": dy.T @ args[0], "bias": dy.sum(0)}
+    allowed = torch.finfo(dtype).eps + 2e-6
+    assert error(got["hidden"][labelled], dy @ args[1]) <= allowed
+    for name, value in expected.items():
+        assert error(got[name], value) <= allowed, name
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
+    p = problem(40, 72, 300, dtype=dtype, bias=True)
+    grad = torch.randn(40)
+    runs = [run_backward(emulated, p, grad, order_seed=i, strict=i == 2) for i in range(3)]
+    for name, first in runs[0].items():
+        for other in runs[1:]:
+            assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_kernels_spill_nothing_and_use_tensor_cores(tmp_path, arch):
+    cubin = tmp_path / "recompute.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
+    command += ["-Werror", "all-warnings", "-o", cubin, ROOT / "csrc/cuda/recompute.cu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+    assert len(spills) == 19
+    assert set(spills) == {("0", "0")}
+
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("needs cuobjdump")
+    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
+    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass.stdout, re.S))
+    for name, code in kernels.items():
+        if "bias_gradient" in name:
+            continue
+        halves = "kernelIf" not in name
+        loads = r"LDSM\.16\.M88\.4 " if "logit" in name else r"LDSM\.16\.MT88\.4 "
+        assert bool(re.search(r"HMMA\.16816\.F32", code)) == halves, name
+        assert bool(re.search(loads, code)) == halves, name
+        if "Lb1E" in name:
+            assert re.search(r"LDGSTS\.E\.BYPASS\.128\.ZFILL ", code), name
