@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import runpy
@@ -22,7 +21,6 @@ BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
-GUARD = 64
 
 needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
@@ -161,6 +159,8 @@ def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
             continue
         assert bool(own[~labelled].isnan().all()), f"{name}: written where ignored"
         allowed = 4 * error(plain[name], expected) + 4e-6
+        # The logarithm of a sum near 1 has float32's digits beside 1.
+        allowed += 2e-7 * len(expected) ** 0.5 / max(float(expected.norm()), 1e-30)
         assert error(own[labelled], expected) <= allowed, name
     exact = got["lse"].double() + got["lse_low"].double()
     assert error(exact[labelled], truth["lse"]) <= 4 * error(plain["lse"], truth["lse"]) + 1e-6
@@ -350,7 +350,7 @@ def test_arguments_are_checked(emulated):
     wrong |= {"weight_ptr": 3, "count_ptr": 0}
     for name, value in wrong.items():
         problem = emulated.Problem(**{**good, name: value})
-        with pytest.raises(ValueError, match=name), contextlib.nullcontext():
+        with pytest.raises(ValueError, match=name):
             emulated.target_floor(problem=problem, floor_ptr=0, stream=0)
     with pytest.raises(ValueError, match="processors"):
         emulated.forward_splits(4, 4, 0)
