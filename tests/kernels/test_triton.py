@@ -70,6 +70,18 @@ def test_entries_without_room_are_computed_again(engine, room, frozen, problem, 
     close(gradients(p, "triton", **SAMPLED), expected, 1e-5)
 
 
+def test_columns_without_a_logit_may_come_first(engine, problem):
+    """A bias of -inf takes a tile out that others of its split follow, far below 0."""
+    p = problem(3, 1, 2560, bias=True, dtype=torch.float32)
+    hidden, weight = torch.ones(3, 1, device=DEVICE), p.weight.detach().to(DEVICE) - 200
+    bias = torch.zeros(2560, device=DEVICE)
+    bias[:64] = -math.inf
+    target = torch.tensor([64, 700, 2559], device=DEVICE)
+    nll = linear_nll(hidden, weight, target, bias=bias, backend="triton")
+    expected = linear_nll(hidden, weight, target, bias=bias, backend="torch")
+    torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("columns", [0, 1, 60])
 def test_popular_columns_take_a_dense_product(engine, columns, problem, close, monkeypatch):
     p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)

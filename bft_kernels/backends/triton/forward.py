@@ -175,7 +175,8 @@ def _linear_nll_forward_kernel(
             overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) * (65536.0 / eps)
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
-        scale = tl.exp2(base - new_base)
+        # The base grows, but for that of 0 which stands for -inf: then the total is 0.
+        scale = tl.exp2(tl.minimum(base - new_base, 0.0))
         if STATISTICS:
             step = tl.where(total > 0, total * (base - new_base), 0.0)
             terms = e * tl.maximum(power, -1e30)
