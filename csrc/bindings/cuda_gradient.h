@@ -16,9 +16,9 @@ inline cuda::GradientBlock checked_block(const cuda::Problem& problem, int first
     check_range("first_column", first_column, 0, problem.vocabulary - 1);
     check_range("columns", columns, 1, problem.vocabulary - first_column);
     check_range("stride_dy", stride, columns, std::numeric_limits<int32_t>::max());
-    check_range("stride_dy % 128", stride % kTileColumns, 0, 0);
+    check_range("stride_dy % 128", stride % cuda::kTileV, 0, 0);
     check_range("dy_ptr % 16", static_cast<int64_t>(dy % 16), 0, 0);
-    const auto tiles = [](int64_t n) { return (n + kTileRows - 1) / kTileRows; };
+    const auto tiles = [](int64_t n) { return (n + cuda::kTileN - 1) / cuda::kTileN; };
     check_range("blocks", tiles(columns) * tiles(other), 0, kMaxBlocks);
     const auto* checked = checked_pointer<uint16_t>("dy_ptr", dy, problem.rows * stride);
     return {first_column, columns, const_cast<uint16_t*>(checked), stride};
@@ -41,7 +41,7 @@ inline void logit_gradient(const ProblemArguments& given, int first_column, int 
     const auto block = checked_block(problem, first_column, columns, dy, stride_dy, n);
     check_number("label_smoothing", label_smoothing, 0, 1);
     if (seed != 0) check_number("eps", eps, 0x1p-30f, 1);
-    const int64_t sums = grad_bias == 0 ? 0 : (n + kTileRows - 1) / kTileRows * stride_dy;
+    const int64_t sums = grad_bias == 0 ? 0 : (n + cuda::kTileN - 1) / cuda::kTileN * stride_dy;
     const cuda::KnownRows known{checked_pointer<float>("lse_ptr", lse, n),
                                 checked_pointer<float>("lse_low_ptr", lse_low, 0),
                                 checked_pointer<float>("nll_ptr", nll, n),

@@ -13,7 +13,6 @@ constexpr int64_t kMaxVocabulary = std::numeric_limits<int32_t>::max() - 1024;
 constexpr int64_t kMaxRows = kMaxVocabulary;
 // Tiles of a launch are counted by the grid.
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
-constexpr int64_t kTileRows = 128, kTileColumns = 128;
 
 // Problem, as Python gives it.
 struct ProblemArguments {
@@ -61,10 +60,11 @@ inline cuda::Problem checked_problem(const ProblemArguments& given) {
 
 inline cuda::Splits checked_splits(int count, int columns, int64_t vocabulary, int64_t rows) {
     check_range("split_columns", columns, 1, std::numeric_limits<int32_t>::max());
-    check_range("split_columns % 128", columns % kTileColumns, 0, 0);
+    check_range("split_columns % 128", columns % cuda::kTileV, 0, 0);
     const int64_t needed = (vocabulary + columns - 1) / columns;
     check_range("splits", count, needed, needed);
-    check_range("splits * row blocks", count * ((rows + kTileRows - 1) / kTileRows), 0, kMaxBlocks);
+    check_range("splits * row blocks", count * ((rows + cuda::kTileN - 1) / cuda::kTileN), 0,
+                kMaxBlocks);
     return {count, columns};
 }
 

@@ -9,8 +9,6 @@ namespace bft::cuda {
 
 // Waves of blocks that a launch is cut into, at least: the last one leaves few processors idle.
 constexpr int64_t kWaves = 4;
-// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
-constexpr int kGroup = 8;
 
 Splits splits_for(int64_t rows, int64_t vocabulary, int processors) {
     const int64_t row_blocks = std::max<int64_t>(1, ceil_div(rows, kTileN));

@@ -263,11 +263,9 @@ __global__ void __launch_bounds__(kThreads)
                               Global<const int64_t> seed, Global<const float> floor,
                               Global<uint32_t> mask) {
     const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;
-    const int64_t per_group = int64_t{pass.group} * pass.splits, program = blockIdx.x;
-    const int64_t first_block = program / per_group * pass.group;
-    const int64_t size = min(row_blocks - first_block, int64_t{pass.group});
-    const int64_t local0 = (first_block + program % per_group % size) * kTileN;
-    const int split = static_cast<int>(program % per_group / size);
+    const Program own = swizzle(blockIdx.x, row_blocks, pass.splits, pass.group);
+    const int64_t local0 = own.row_block * kTileN;
+    const int split = own.part;
     const int64_t end =
         min(in.row_count.template load<Cache::kReadOnly>(0), pass.range.first + pass.range.count);
     const int64_t first = pass.range.first + local0;

@@ -6,6 +6,9 @@
 
 namespace bft::cuda {
 
+// Rows and columns of a tile of logits.
+constexpr int kTileN = 128, kTileV = 128;
+
 enum class Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A problem in bft_kernels.reference's notation, and which of its rows take part.

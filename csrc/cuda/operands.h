@@ -8,6 +8,9 @@
 
 namespace bft::cuda {
 
+// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
+constexpr int kGroup = 8;
+
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 template <typename T>

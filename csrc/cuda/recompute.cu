@@ -5,9 +5,6 @@
 
 namespace bft::cuda {
 
-// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
-constexpr int kGroup = 8;
-
 // The problem whose vocabulary is the block.
 static Problem part_of(const Problem& problem, const GradientBlock& block) {
     Problem part = problem;

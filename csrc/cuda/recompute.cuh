@@ -48,11 +48,9 @@ __global__ void __launch_bounds__(kThreads, 1)
                           Global<T> dy, int64_t stride, Global<float> bias_sums) {
     const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
     const int64_t row_blocks = (rows + kTileN - 1) / kTileN;
-    const int64_t per_group = int64_t{group} * tiles, program = blockIdx.x;
-    const int64_t first_block = program / per_group * group;
-    const int64_t size = min(row_blocks - first_block, int64_t{group});
-    const int64_t block = first_block + program % per_group % size, first = block * kTileN;
-    const int tile = static_cast<int>(program % per_group / size);
+    const Program own = swizzle(blockIdx.x, row_blocks, tiles, group);
+    const int64_t block = own.row_block, first = block * kTileN;
+    const int tile = own.part;
     const int64_t count = in.row_count.template load<Cache::kReadOnly>(0);
     if (first >= count) return;
     const int there = static_cast<int>(min(count - first, int64_t{kTileN}));

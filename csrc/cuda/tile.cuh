@@ -13,11 +13,12 @@
 // bank twice.
 #pragma once
 
+#include "csrc/cuda/forward.h"
 #include "csrc/cuda/logits.cuh"
 
 namespace bft::cuda {
 
-constexpr int kTileN = 128, kTileV = 128, kThreads = 256, kStages = 3;
+constexpr int kThreads = 256, kStages = 3;
 constexpr int kRowBytes = 128, kPieces = kRowBytes / 16;
 template <typename T>
 constexpr int kTileD = kRowBytes / static_cast<int>(sizeof(T));
@@ -148,6 +149,19 @@ class TileLoader {
     int tile_, last_, d_;  // what is fetched next
     int into_;             // the stage it goes to
 };
+
+// Which block of rows a block of the grid takes, and which part of the vocabulary: `group` row
+// blocks side by side share columns in L2.
+struct Program {
+    int64_t row_block;
+    int part;
+};
+__device__ __forceinline__ Program swizzle(int64_t program, int64_t row_blocks, int parts,
+                                           int group) {
+    const int64_t per_group = int64_t{group} * parts, first = program / per_group * group;
+    const int64_t size = min(row_blocks - first, int64_t{group});
+    return {first + program % per_group % size, static_cast<int>(program % per_group / size)};
+}
 
 __device__ __forceinline__ int warp_row() {
     return static_cast<int>(threadIdx.x) / 32 / kWarpColumns * kWarpN;

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import runpy
+import shutil
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -341,3 +346,52 @@ def allocations() -> Callable[[Callable[[], object]], Allocations]:
         return result
 
     return measure
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``bft_kernels._cuda``, its device code run by the emulation."""
+    build = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
+    if build["CXX"] is None:
+        pytest.skip("needs a C++ compiler")
+    return build["build_module"](tmp_path_factory.mktemp("emulated"))
+
+
+@dataclass
+class Assembled:
+    """A file of device code, compiled by nvcc without a warning and without a spill."""
+
+    cubin: Path
+    kernels: int
+
+    def sass(self) -> dict[str, str]:
+        """Machine code by kernel."""
+        triton = pytest.importorskip("triton")
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if not cuobjdump.exists():
+            pytest.skip("needs cuobjdump")
+        command = [cuobjdump, "-sass", self.cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.S))
+
+
+@pytest.fixture
+def assemble(tmp_path: Path) -> Callable[[str, str], Assembled]:
+    """Compiles a file of the repository for an architecture."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+
+    def run(source: str, arch: str) -> Assembled:
+        cubin = tmp_path / "kernels.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin"]
+        command += ["-Xptxas=-v", "-Werror", "all-warnings", "-o", cubin, ROOT / source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+        assert set(spills) == {("0", "0")}
+        return Assembled(cubin, len(spills))
+
+    return run

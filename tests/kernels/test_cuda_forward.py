@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,19 +12,9 @@ from torch import Tensor
 
 from bft_kernels import reference
 
-ROOT = Path(__file__).parents[2]
-BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
-
-needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return BUILD["build_module"](tmp_path_factory.mktemp("emulated"))
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,7 +161,6 @@ TRANSFORMS = {
 SHAPES = [(1, 1, 1), (5, 8, 127), (37, 72, 129), (40, 67, 600), (130, 16, 260)]
 
 
-@needs_compiler
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -186,7 +171,6 @@ def test_results(emulated, dtype, shape, transform, problem, error, seed):
     check(got, p, error, **how)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows_and_none_labelled(emulated, dtype, problem):
     assert run_forward(emulated, problem(0, 8, 40, dtype=dtype), seed=1)["nll"].shape == (0,)
@@ -195,7 +179,6 @@ def test_no_rows_and_none_labelled(emulated, dtype, problem):
     assert bool((got["mask"] == 0x55).all())
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
 def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error):
@@ -212,7 +195,6 @@ def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error)
     check(run_forward(emulated, strided), p, error)
 
 
-@needs_compiler
 @pytest.mark.parametrize("transform", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_cover_the_kept_set(emulated, dtype, transform, problem, seed):
@@ -250,7 +232,6 @@ def test_bits_cover_the_kept_set(emulated, dtype, transform, problem, seed):
     assert int(bits.sum()) <= 1.02 * int(expected.kept.sum()) + 3
 
 
-@needs_compiler
 @pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "one column"])
 def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
     vocabulary, eps = 300, 2**-8
@@ -268,7 +249,6 @@ def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
     assert not bool((kept & ~bits_of(got["mask"], vocabulary)).any())
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, error):
     vocabulary = 300
@@ -308,7 +288,6 @@ def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, erro
     assert bool(got["lse"][~bad].isfinite().all())
 
 
-@needs_compiler
 def test_ties_go_to_the_lowest_index(emulated, problem_from):
     weight = torch.zeros(300, 4)
     weight[[3, 70, 71, 135, 299]] = 1.0
@@ -319,7 +298,6 @@ def test_ties_go_to_the_lowest_index(emulated, problem_from):
         assert got["correct"].tolist() == [True, False, False, False, False, False]
 
 
-@needs_compiler
 def test_a_target_outside_of_the_vocabulary_is_nan(emulated, problem):
     p = problem(4, 8, 40, dtype=torch.bfloat16, ignored=0.0)
     p.target[1], p.target[2] = 40, -5
@@ -328,7 +306,6 @@ def test_a_target_outside_of_the_vocabulary_is_nan(emulated, problem):
     assert bool(got["lse"].isfinite().all())
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
     p = problem(40, 72, 300, dtype=dtype)
@@ -341,7 +318,6 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
             assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
 
 
-@needs_compiler
 def test_arguments_are_checked(emulated):
     good = {f"{name}_ptr": 0 for name in ("hidden", "bias", "target", "order")}
     good |= {"weight_ptr": 16, "count_ptr": 16, "N": 0, "V": 4, "D": 4, "dtype": 0}
@@ -356,26 +332,12 @@ def test_arguments_are_checked(emulated):
         emulated.forward_splits(4, 4, 0)
 
 
-@needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_kernels_spill_nothing_and_use_tensor_cores(tmp_path, arch):
-    cubin = tmp_path / "forward.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
-    command += ["-Werror", "all-warnings", "-o", cubin, ROOT / "csrc/cuda/forward.cu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    assert len(spills) == 16
-    assert set(spills) == {("0", "0")}
-
-    triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("needs cuobjdump")
-    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
-    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass.stdout, re.S))
-    for name, code in kernels.items():
+def test_the_kernels_spill_nothing_and_use_tensor_cores(assemble, arch):
+    assembled = assemble("csrc/cuda/forward.cu", arch)
+    assert assembled.kernels == 16
+    for name, code in assembled.sass().items():
         if "linear_nll_forward" not in name:
             continue
         halves, aligned = "kernelIf" not in name, "Lb1ELb" in name

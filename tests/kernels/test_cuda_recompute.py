@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,19 +12,9 @@ from torch import Tensor
 
 from bft_kernels import reference
 
-ROOT = Path(__file__).parents[2]
-BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
-
-needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return BUILD["build_module"](tmp_path_factory.mktemp("emulated"))
 
 
 def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
@@ -176,7 +162,6 @@ TRANSFORMS = {
 SHAPES = [(1, 1, 2), (5, 8, 127), (37, 72, 129), (40, 67, 400), (130, 16, 260)]
 
 
-@needs_compiler
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,7 +174,6 @@ def test_gradients(emulated, dtype, shape, transform, problem, error, seed):
     check(got, p, grad, error, **how)
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_scale_is_taken_back(emulated, dtype, problem):
     p = problem(20, 24, 150, bias=True, dtype=dtype, scale=2.0)
@@ -205,7 +189,6 @@ def test_the_scale_is_taken_back(emulated, dtype, problem):
     assert bool(got["hidden"][labelled].isfinite().all())
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weight_gradients_are_added_to(emulated, dtype, problem, error):
     p = problem(20, 24, 150, dtype=dtype, scale=2.0)
@@ -216,7 +199,6 @@ def test_weight_gradients_are_added_to(emulated, dtype, problem, error):
     check(got, p, grad, error, rounding=torch.finfo(dtype).eps * (1 + 2 / own))
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows_and_none_labelled(emulated, dtype, problem):
     for rows in (0, 9):
@@ -228,7 +210,6 @@ def test_no_rows_and_none_labelled(emulated, dtype, problem):
         assert bool((run_backward(emulated, p, torch.randn(rows), adds=True)["weight"] == 0).all())
 
 
-@needs_compiler
 @pytest.mark.parametrize("transform", ["plain", "cap"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
@@ -249,7 +230,6 @@ def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
         assert error(got[name], value) <= allowed, name
 
 
-@needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
     p = problem(40, 72, 300, dtype=dtype, bias=True)
@@ -260,26 +240,12 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
             assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
 
 
-@needs_nvcc
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_kernels_spill_nothing_and_use_tensor_cores(tmp_path, arch):
-    cubin = tmp_path / "recompute.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
-    command += ["-Werror", "all-warnings", "-o", cubin, ROOT / "csrc/cuda/recompute.cu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
-    assert len(spills) == 19
-    assert set(spills) == {("0", "0")}
-
-    triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("needs cuobjdump")
-    sass = subprocess.run([cuobjdump, "-sass", cubin], capture_output=True, text=True, check=True)
-    kernels = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", sass.stdout, re.S))
-    for name, code in kernels.items():
+def test_the_kernels_spill_nothing_and_use_tensor_cores(assemble, arch):
+    assembled = assemble("csrc/cuda/recompute.cu", arch)
+    assert assembled.kernels == 19
+    for name, code in assembled.sass().items():
         if "bias_gradient" in name:
             continue
         halves = "kernelIf" not in name

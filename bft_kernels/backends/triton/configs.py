@@ -118,6 +118,8 @@ INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
 def target() -> tuple[str, int | str]:
     """``cuda`` and the compute capability, or ``hip`` and the processor's name."""
+    if interpreted():
+        return "interpreter", ""
     current = triton.runtime.driver.active.get_current_target()
     return current.backend, current.arch
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import at_most_registers, interpreted
+from bft_kernels.backends.triton.configs import at_most_registers
 from bft_kernels.backends.triton.device import (
     finite_or,
     may_be_below,
@@ -278,7 +278,7 @@ def sweep_rows(
         popular: ``[POPULAR]`` int64, for ``mask``; a power of two of ascending columns.
         mask: ``[n, ceil(V / 32)]`` int32.
     """
-    capped = config.softcap is not None and popular is not None and not interpreted()
+    capped = config.softcap is not None and popular is not None
     _sweep_rows_kernel[(rows,)](
         order_ptr=order,
         count_ptr=count,
