@@ -105,7 +105,8 @@ void define_forward(py::module_& module) {
         module, "Problem",
         "What kernels that make logits read. target, order [N] and count [1] are int64: order "
         "lists the rows that take part, count of them, first. bias is float32 or address 0. dtype "
-        "is 0 for float32, 1 for bfloat16, 2 for float16; softcap 0 is none.")
+        "is 0 for float32, 1 for bfloat16, 2 for float16; softcap 0 is none.",
+        py::module_local())  // the emulated module may be loaded beside this one
         .def(py::init([](std::uintptr_t hidden, std::uintptr_t weight, std::uintptr_t bias,
                          std::uintptr_t target, std::uintptr_t order, std::uintptr_t count,
                          int64_t n, int64_t v, int64_t d, int64_t stride_hn, int64_t stride_wv,

@@ -121,6 +121,11 @@ def rows(array, writable):
 
 
 @pytest.mark.slow
+def test_is_loaded_beside_the_compiled_module(emulated):
+    compiled = pytest.importorskip("bft_kernels._cuda")
+    assert emulated.Problem is not compiled.Problem
+
+
 def test_the_binding_runs_on_host_memory(emulated):
     out = np.zeros((3, 5000), np.uint32)
     again = np.zeros((2, 4000), np.uint32)
