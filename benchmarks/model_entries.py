@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from benchmarks.results import environment
 from benchmarks.shapes import Recorded, make_problem
+from bft_kernels.backends.gpu.floor import POPULAR
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
-from bft_kernels.backends.triton.floor import POPULAR
 
 KEPT = Path(__file__).with_name("kept_entries.json")
 EPS = (2**-8, 2**-10, 2**-12)

@@ -18,7 +18,7 @@ from benchmarks.model_hardware import (
     Gpu,
 )
 from benchmarks.model_peers import errors
-from bft_kernels.backends.triton.entries import capacity_for
+from bft_kernels.backends.gpu.lists import capacity_for
 
 Rows = Sequence[dict[str, Any]]
 

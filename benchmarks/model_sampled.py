@@ -23,8 +23,8 @@ from benchmarks.model_ours import (
 )
 from benchmarks.model_static import compiled
 from benchmarks.shapes import Shape
-from bft_kernels.backends.triton.entries import capacity_for
-from bft_kernels.backends.triton.floor import POPULAR
+from bft_kernels.backends.gpu.floor import POPULAR
+from bft_kernels.backends.gpu.lists import capacity_for
 from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
 
 # Bytes that sorting by column moves for each place of the list: keys are filled in (4), a radix

@@ -17,11 +17,12 @@ from bft_kernels.plan import takes_chunks
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from bft_kernels.backends.gpu.lists import capacity_for
+from bft_kernels.backends.gpu.rows import DeviceRows
 from bft_kernels.backends.torch import linear_nll as torch_linear_nll
-from bft_kernels.backends.triton import configs, core, entries, gather
+from bft_kernels.backends.triton import configs, core, gather
 from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.backends.triton.rows import DeviceRows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -101,9 +102,9 @@ def test_sums_of_a_block_do_not_reach_the_next(budget, problem, close):
 
 def test_lists_have_room_for_what_text_keeps():
     for eps, kept in ((2**-8, 72), (2**-10, 193), (2**-12, 481)):
-        assert 2 * kept < entries.capacity_for(10, 100_000, eps) / 10 < 4 * kept
-    assert entries.capacity_for(10, 50, 2**-12) == 10 * 50
-    assert entries.capacity_for(0, 50, 2**-12) == 0
+        assert 2 * kept < capacity_for(10, 100_000, eps) / 10 < 4 * kept
+    assert capacity_for(10, 50, 2**-12) == 10 * 50
+    assert capacity_for(0, 50, 2**-12) == 0
 
 
 @pytest.mark.parametrize("budget", [1, 5000, None])

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.floor import POPULAR, popular_columns
+from bft_kernels.backends.gpu.inputs import ROW_RESULTS
 from bft_kernels.backends.torch.forward import products_and_plan
 from bft_kernels.backends.torch.matmul import gemm_dtype
 from bft_kernels.backends.torch.rows import LabelledRows
@@ -23,8 +25,7 @@ from bft_kernels.backends.torch.weighted import WeightedEngine, run_pieces
 from bft_kernels.backends.triton.configs import triton_dtype
 from bft_kernels.backends.triton.device import exact_factors, slope_of, transform
 from bft_kernels.backends.triton.entries import list_kept
-from bft_kernels.backends.triton.floor import POPULAR, popular_columns
-from bft_kernels.backends.triton.inputs import ROW_RESULTS, Inputs
+from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.sweep import certify_rows, row_arguments, sweep_rows
 from bft_kernels.backends.triton.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting

@@ -199,10 +199,3 @@ def splits_for(row_blocks: int, tiles: int, x: Tensor) -> int:
     """Into how many parts the vocabulary is cut: enough for four waves, and no more than tiles."""
     wanted = -(-4 * processors(x) // max(1, row_blocks))
     return max(1, min(wanted, tiles))
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x [n, D]`` with ``stride(1) == 1``; a copy if it is not so."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous()

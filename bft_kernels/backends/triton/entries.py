@@ -7,11 +7,11 @@ programs run.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.lists import offsets_of
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
 from bft_kernels.backends.triton.inputs import Inputs
 
@@ -195,16 +195,6 @@ def _list_entries_kernel(
             left = left & (left - 1)
 
 
-def capacity_for(rows: int, vocabulary: int, eps: float) -> int:
-    """Entries that lists of ``rows`` rows have room for.
-
-    Text keeps 70, 190 and 480 entries a token for ``eps`` of 2^-8, 2^-10 and 2^-12, and the bound
-    of lse lets through twice as many: there is room for three times as many. Flat distributions
-    keep ``1 / eps``. Rows that find no room are computed again, tile by tile.
-    """
-    return rows * int(min(vocabulary, max(64, 8 * eps**-0.6) + 1))
-
-
 def list_candidates(
     inputs: Inputs, mask: Tensor, first_row: int, counts: Tensor, columns: Tensor
 ) -> None:
@@ -273,13 +263,3 @@ def _where(inputs: Inputs, mask: Tensor, first_row: int) -> dict[str, object]:
         "V": inputs.shape[1],
         "BLOCK": min(1024, triton.next_power_of_2(words)),
     }
-
-
-def offsets_of(counts: Tensor) -> Tensor:
-    """``[N + 1]``: where the entries of each row begin. Rows that end past the room have none."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-
-
-def overflowed(offsets: Tensor, capacity: int) -> Tensor:
-    """``[N]`` bool: rows whose entries found no room."""
-    return (offsets[1:] > capacity) & (offsets.diff() > 0)

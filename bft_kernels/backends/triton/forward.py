@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.inputs import ROW_RESULTS
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
 from bft_kernels.backends.triton.device import (
@@ -28,7 +29,7 @@ from bft_kernels.backends.triton.device import (
 )
 from bft_kernels.backends.triton.entries import list_candidates
 from bft_kernels.backends.triton.floor import find_floors
-from bft_kernels.backends.triton.inputs import ROW_RESULTS, Inputs
+from bft_kernels.backends.triton.inputs import Inputs
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
 MAXIMUM = tl.constexpr(0)  # of z

@@ -5,46 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import triton
-from torch import Tensor
 
+from bft_kernels.backends.gpu.inputs import DeviceInputs
 from bft_kernels.backends.triton.configs import (
     Tile,
-    rows_contiguous,
     splits_for,
     tile_for,
     triton_dtype,
 )
-from bft_kernels.backends.triton.rows import DeviceRows
-from bft_kernels.config import CoreConfig
-
-# What either forward writes for each row, by the names of `Forward`.
-ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Inputs(DeviceInputs):
     """The operands of one call as the kernels take them."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    target: Tensor  # [N]
-    bias: Tensor | None  # [V]
-    rows: DeviceRows
-    config: CoreConfig
-
-    @staticmethod
-    def of(
-        hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
-    ) -> Inputs:
-        rows = DeviceRows.of(target, config.ignore_index)
-        bias = None if bias is None else bias.contiguous()
-        hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
-        return Inputs(hidden, weight, target.contiguous(), bias, rows, config)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """``N``, ``V``, ``D``."""
-        return self.hidden.shape[0], *self.weight.shape
 
     def splits(self, rows: int) -> Splits:
         """How ``rows`` of the rows are shared out."""
