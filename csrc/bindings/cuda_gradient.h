@@ -24,10 +24,12 @@ inline cuda::GradientBlock checked_block(const cuda::Problem& problem, int first
     return {first_column, columns, const_cast<uint16_t*>(checked), stride};
 }
 
-inline void* checked_elements(const char* name, std::uintptr_t address, int64_t elements,
-                              cuda::Type type) {
-    if (type == cuda::Type::kFloat32) return checked_pointer<float>(name, address, elements);
-    return checked_pointer<uint16_t>(name, address, elements);
+inline cuda::Output checked_output(const char* name, std::uintptr_t address, int64_t elements,
+                                   cuda::Type type, bool is_float) {
+    if (is_float || type == cuda::Type::kFloat32) {
+        return {checked_pointer<float>(name, address, elements), true};
+    }
+    return {checked_pointer<uint16_t>(name, address, elements), false};
 }
 
 inline void logit_gradient(const ProblemArguments& given, int first_column, int columns,
@@ -56,7 +58,7 @@ inline void logit_gradient(const ProblemArguments& given, int first_column, int 
 
 inline void hidden_gradient(const ProblemArguments& given, int first_column, int columns,
                             std::uintptr_t dy, int64_t stride_dy, std::uintptr_t sums,
-                            std::uintptr_t grad_hidden, std::uintptr_t scale,
+                            std::uintptr_t grad_hidden, bool is_float, std::uintptr_t scale,
                             std::uintptr_t stream) {
     const cuda::Problem problem = checked_problem(given);
     const auto block = checked_block(problem, first_column, columns, dy, stride_dy, problem.depth);
@@ -64,20 +66,20 @@ inline void hidden_gradient(const ProblemArguments& given, int first_column, int
     const bool whole = columns == problem.vocabulary;
     cuda::hidden_gradient(
         problem, block, checked_pointer<float>("sums_ptr", sums, whole ? 0 : elements),
-        checked_elements("grad_hidden_ptr", grad_hidden, elements, problem.type),
+        checked_output("grad_hidden_ptr", grad_hidden, elements, problem.type, is_float),
         checked_pointer<float>("scale_ptr", scale, 0), reinterpret_cast<void*>(stream));
 }
 
 inline void weight_gradient(const ProblemArguments& given, int first_column, int columns,
                             std::uintptr_t dy, int64_t stride_dy, std::uintptr_t grad_weight,
-                            int64_t stride_gv, bool adds, std::uintptr_t scale,
+                            int64_t stride_gv, bool is_float, bool adds, std::uintptr_t scale,
                             std::uintptr_t stream) {
     const cuda::Problem problem = checked_problem(given);
     const auto block = checked_block(problem, first_column, columns, dy, stride_dy, problem.depth);
     check_range("stride_gv", stride_gv, problem.depth, int64_t{1} << 48);
     cuda::weight_gradient(
         problem, block,
-        checked_elements("grad_weight_ptr", grad_weight, problem.vocabulary, problem.type),
+        checked_output("grad_weight_ptr", grad_weight, problem.vocabulary, problem.type, is_float),
         stride_gv, adds, checked_pointer<float>("scale_ptr", scale, 0),
         reinterpret_cast<void*>(stream));
 }
@@ -96,17 +98,19 @@ inline void define_gradients(pybind11::module_& module) {
                arg("seed_ptr") = 0, arg("eps") = 1.0f, arg("bias_sums_ptr") = 0,
                arg("grad_bias_ptr") = 0, arg("scale_ptr") = 0, arg("stream"), Released());
     module.def("hidden_gradient", &hidden_gradient,
-               "dy @ W over scale [1] into rows of grad_hidden [N, D]. Blocks come in order: all "
-               "but the last write sums [N, D] float32, all but the first add what is there.",
+               "dy @ W over scale [1] into rows of grad_hidden [N, D], of the operands' type or "
+               "float32. Blocks come in order: all but the last write sums [N, D] float32, all but "
+               "the first add what is there.",
                pybind11::kw_only(), arg("problem"), arg("first_column"), arg("columns"),
                arg("dy_ptr"), arg("stride_dy"), arg("sums_ptr") = 0, arg("grad_hidden_ptr"),
-               arg("scale_ptr") = 0, arg("stream"), Released());
+               arg("is_float") = false, arg("scale_ptr") = 0, arg("stream"), Released());
     module.def("weight_gradient", &weight_gradient,
                "dy.T @ H over scale [1] into the block's rows of grad_weight [V, D], of the "
-               "operands' type; with adds to what is there.",
+               "operands' type or float32; with adds to what is there.",
                pybind11::kw_only(), arg("problem"), arg("first_column"), arg("columns"),
                arg("dy_ptr"), arg("stride_dy"), arg("grad_weight_ptr"), arg("stride_gv"),
-               arg("adds"), arg("scale_ptr") = 0, arg("stream"), Released());
+               arg("is_float") = false, arg("adds"), arg("scale_ptr") = 0, arg("stream"),
+               Released());
 }
 
 }  // namespace bft

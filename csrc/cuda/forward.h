@@ -26,6 +26,12 @@ struct Problem {
     float temperature;
 };
 
+// A gradient of an operand: of the operands' type, or float32.
+struct Output {
+    void* at;
+    bool is_float;
+};
+
 // How the vocabulary is shared out among blocks.
 struct Splits {
     int count;

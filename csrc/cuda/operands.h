@@ -53,4 +53,14 @@ void with_type(const Problem& problem, Run run) {
     if (problem.type == Type::kFloat16) with_alignment(fp16());
 }
 
+// run(T* or float*): the gradient's place, by its type.
+template <typename T, typename Run>
+void with_output(const Output& output, Run run) {
+    if (output.is_float) {
+        run(static_cast<float*>(output.at));
+    } else {
+        run(static_cast<T*>(output.at));
+    }
+}
+
 }  // namespace bft::cuda

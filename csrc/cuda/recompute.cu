@@ -39,30 +39,38 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
 }
 
 void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
-                     void* grad_hidden, const float* scale, void* stream) {
+                     Output grad_hidden, const float* scale, void* stream) {
     if (problem.rows == 0) return;
     const Problem part = part_of(problem, block);
     const int64_t blocks = ceil_div(problem.rows, kTileN) * ceil_div(problem.depth, kTileV);
     const bool last = block.first_column + int64_t{block.columns} == problem.vocabulary;
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
-        launch(hidden_gradient_kernel<T, decltype(aligned)::value>,
-               {"hidden_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-               operands_of<T>(part), static_cast<const T*>(block.dy), block.stride, sums,
-               static_cast<T*>(grad_hidden), scale, block.first_column == 0, last);
+        with_output<T>(grad_hidden, [&](auto* out) {
+            using Out = std::remove_pointer_t<decltype(out)>;
+            launch(
+                hidden_gradient_kernel<T, Out, decltype(aligned)::value>,
+                {"hidden_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
+                operands_of<T>(part), static_cast<const T*>(block.dy), block.stride, sums, out,
+                scale, block.first_column == 0, last);
+        });
     });
 }
 
-void weight_gradient(const Problem& problem, const GradientBlock& block, void* grad_weight,
+void weight_gradient(const Problem& problem, const GradientBlock& block, Output grad_weight,
                      int64_t stride, bool adds, const float* scale, void* stream) {
     const Problem part = part_of(problem, block);
     const int64_t blocks = ceil_div(block.columns, kTileV) * ceil_div(problem.depth, kTileV);
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
-        launch(weight_gradient_kernel<T, decltype(aligned)::value>,
-               {"weight_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-               operands_of<T>(part), static_cast<const T*>(block.dy), block.stride,
-               static_cast<T*>(grad_weight) + stride * block.first_column, stride, adds, scale);
+        with_output<T>(grad_weight, [&](auto* out) {
+            using Out = std::remove_pointer_t<decltype(out)>;
+            launch(
+                weight_gradient_kernel<T, Out, decltype(aligned)::value>,
+                {"weight_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
+                operands_of<T>(part), static_cast<const T*>(block.dy), block.stride,
+                out + stride * block.first_column, stride, adds, scale);
+        });
     });
 }
 

@@ -141,10 +141,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A tile [128 rows, 128 of the width] of dH, over the columns of a block: dy, whose depth runs
 // along its rows, times W, whose depth runs across them; see products.cuh.
-template <typename T, bool Aligned>
+template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     hidden_gradient_kernel(Operands<T> in, Global<const T> dy, int64_t stride, Global<float> sums,
-                           Global<T> grad_hidden, Global<const float> scale, bool first,
+                           Global<Out> grad_hidden, Global<const float> scale, bool first,
                            bool last) {
     const int64_t count = in.row_count.template load<Cache::kReadOnly>(0);
     const int64_t row_blocks = (count + kTileN - 1) / kTileN, program = blockIdx.x;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (d0 + tile.column(j) >= in.depth) continue;
             float sum = tile.at(i, j) / divisor;
             if (!first) sum += sums.load(at + tile.column(j));
-            if (last) grad_hidden.store(at + tile.column(j), from_float<T>(sum));
+            if (last) grad_hidden.store(at + tile.column(j), from_float<Out>(sum));
             if (!last) sums.store(at + tile.column(j), sum);
         }
     }
@@ -192,10 +192,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A tile [128 columns of the block, 128 of the width] of dW, over all rows that take part: dy and
 // H, the depths of both across their rows; see products.cuh.
-template <typename T, bool Aligned>
+template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient_kernel(Operands<T> in, Global<const T> dy, int64_t stride,
-                           Global<T> grad_weight, int64_t stride_gv, bool adds,
+                           Global<Out> grad_weight, int64_t stride_gv, bool adds,
                            Global<const float> scale) {
     const int64_t count = in.row_count.template load<Cache::kReadOnly>(0);
     if (adds && count == 0) return;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             if (d0 + tile.column(j) >= in.depth) continue;
             float sum = tile.at(i, j) / divisor;
             if (adds) sum += to_float(grad_weight.load(at + tile.column(j)));
-            grad_weight.store(at + tile.column(j), from_float<T>(sum));
+            grad_weight.store(at + tile.column(j), from_float<Out>(sum));
         }
     }
 }

@@ -38,11 +38,11 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
 // dy @ W into rows of grad_hidden [N, D]. Blocks of one vocabulary come in order: all but the last
 // leave their sum in `sums` [N, D], all but the first add what is there.
 void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
-                     void* grad_hidden, const float* scale, void* stream);
+                     Output grad_hidden, const float* scale, void* stream);
 
 // dy^T @ H into the block's rows of grad_weight [V, D], which are `stride` elements apart. With
 // `adds` it is added to what is there.
-void weight_gradient(const Problem& problem, const GradientBlock& block, void* grad_weight,
+void weight_gradient(const Problem& problem, const GradientBlock& block, Output grad_weight,
                      int64_t stride, bool adds, const float* scale, void* stream);
 
 }  // namespace bft::cuda

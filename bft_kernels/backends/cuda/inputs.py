@@ -1,0 +1,61 @@
+"""The operands of a call as the CUDA kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.cuda.native import Problem
+from bft_kernels.backends.gpu.inputs import DeviceInputs
+from bft_kernels.backends.gpu.rows import DeviceRows
+from bft_kernels.config import CoreConfig
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Inputs(DeviceInputs):
+    """The operands, both of one type: stored in another, they are copied for the call."""
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None,
+        config: CoreConfig,
+    ) -> Self:
+        operand = config.operand_dtype
+        bias = None if bias is None else bias.float()
+        return super().of(hidden.to(operand), weight.to(operand), target, bias, config)
+
+    def among(self, rows: DeviceRows) -> Self:
+        """The same with other rows that take part."""
+        return replace(self, rows=rows)
+
+    @property
+    def problem(self) -> Problem:
+        config, (count, vocabulary, width) = self.config, self.shape
+        tensors = {
+            "hidden": self.hidden,
+            "weight": self.weight,
+            "bias": self.bias,
+            "target": self.target,
+            "order": self.rows.order,
+            "count": self.rows.count,
+        }
+        numbers = {
+            "N": count,
+            "V": vocabulary,
+            "D": width,
+            "stride_hn": self.hidden.stride(0),
+            "stride_wv": self.weight.stride(0),
+            "dtype": _TYPES[config.operand_dtype],
+            "softcap": config.softcap or 0.0,
+            "temperature": config.temperature,
+        }
+        return Problem(tensors, numbers)

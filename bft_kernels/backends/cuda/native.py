@@ -1,0 +1,87 @@
+"""``bft_kernels._cuda``: when it can run, and how tensors reach it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Where tensors must be. Tests run the kernels on a CPU, in an emulation.
+DEVICE = "cuda"
+
+
+def kernels() -> Any:
+    """The compiled module."""
+    from bft_kernels import _cuda
+
+    return _cuda
+
+
+def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
+    """Reasons why the kernels cannot run on these tensors; empty if they can."""
+    reasons = []
+    if DEVICE == "cuda" and importlib.util.find_spec("bft_kernels._cuda") is None:
+        reasons.append("bft_kernels._cuda is not built (see BFT_BUILD in setup.py)")
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        reasons.append("there is no CUDA device (torch.cuda.is_available() is False)")
+    elif DEVICE == "cuda" and torch.version.cuda is None:
+        reasons.append("torch is not built for CUDA, it is for NVIDIA's GPUs only")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.device.type != DEVICE:
+            reasons.append(f"{name} is on {tensor.device}, it takes CUDA tensors")
+        elif tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
+        elif tensor.dtype == torch.float64:
+            reasons.append(f"{name} is float64, it computes in float32")
+    if not reasons and DEVICE == "cuda":
+        capability = torch.cuda.get_device_capability(weight.device)
+        if capability < (8, 0):
+            reasons.append(f"the device has compute capability {capability}, it takes (8, 0) on")
+    return reasons
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Problem(NamedTuple):
+    """What kernels that make logits read: arguments of ``_cuda.Problem``."""
+
+    tensors: dict[str, Tensor | None]
+    numbers: dict[str, Any]
+
+
+def addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
+    """Arguments by name; 0 for what is not there or empty."""
+    return {
+        f"{name}_ptr": 0 if x is None or x.numel() == 0 else x.data_ptr()
+        for name, x in tensors.items()
+    }
+
+
+def launch(
+    function: str,
+    reads: dict[str, Tensor | None],
+    writes: dict[str, Tensor | None],
+    problem: Problem | None = None,
+    **numbers: Any,
+) -> None:
+    """Runs a function of ``_cuda`` in the current stream.
+
+    Args:
+        function: its name.
+        reads, writes: by argument, without ``_ptr``; None or an empty tensor is not wanted. What is
+            read and written is among ``writes``.
+        problem: its first argument, where it takes one.
+        numbers: its other arguments.
+    """
+    module = kernels()
+    if problem is not None:
+        numbers["problem"] = module.Problem(**addresses(problem.tensors), **problem.numbers)
+    stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
+    getattr(module, function)(**addresses(reads | writes), **numbers, stream=stream)

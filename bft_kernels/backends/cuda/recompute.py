@@ -1,0 +1,93 @@
+"""The gradients from logits that are computed again, a block of the vocabulary at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.torch.matmul import scale_for
+from bft_kernels.results import Gradients
+
+# Rows and columns of a tile of logits.
+TILE = 128
+
+
+class RowValues(NamedTuple):
+    """What the backward knows of each row, ``[N]`` float32 each."""
+
+    lse: Tensor
+    lse_low: Tensor  # or [0]
+    nll: Tensor
+    grad: Tensor  # upstream, 0 where ignored
+
+
+def recompute(
+    inputs: Inputs, known: RowValues, seed: Tensor | None, into: Gradients, *, adds: bool
+) -> None:
+    """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
+
+    Args:
+        inputs: of the call, or of some of its rows.
+        known: of all rows.
+        seed: ``[]``, for the sampled gradient; None for the exact one.
+        into: of the operands' type or float32 each; None where not wanted. Rows of ``dH`` are
+            written, ``db`` is added to.
+        adds: whether ``dW`` is added to; otherwise it is written.
+    """
+    count, vocabulary, width = inputs.shape
+    config, operand = inputs.config, inputs.config.operand_dtype
+    device = inputs.hidden.device
+    blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // TILE
+    step = min(-(-vocabulary // TILE), max(1, blocks)) * TILE
+    dy = torch.empty(count * step, dtype=operand, device=device)
+    row_blocks = -(-count // TILE)
+    bias_sums = torch.empty(0 if into.bias is None else row_blocks * step, device=device)
+    several = into.hidden is not None and step < vocabulary
+    sums = torch.empty(count * width if several else 0, device=device)
+    scale = None
+    if operand == torch.float16:
+        grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
+        scale = scale_for(grad, lse, config.temperature, config.z_loss)
+        known = known._replace(grad=known.grad * scale)
+    problem = inputs.problem
+    for first in range(0, vocabulary, step):
+        block = {
+            "first_column": first,
+            "columns": min(step, vocabulary - first),
+            "stride_dy": step,
+        }
+        launch(
+            "logit_gradient",
+            {**known._asdict(), "seed": seed, "scale": scale},
+            {"dy": dy, "bias_sums": bias_sums, "grad_bias": into.bias},
+            problem,
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            eps=config.eps,
+            **block,
+        )
+        reads = {"dy": dy, "scale": scale}
+        if into.hidden is not None:
+            launch(
+                "hidden_gradient",
+                reads,
+                {"sums": sums, "grad_hidden": into.hidden},
+                problem,
+                is_float=into.hidden.dtype == torch.float32,
+                **block,
+            )
+        if into.weight is not None:
+            launch(
+                "weight_gradient",
+                reads,
+                {"grad_weight": into.weight},
+                problem,
+                stride_gv=into.weight.stride(0),
+                is_float=into.weight.dtype == torch.float32,
+                adds=adds,
+                **block,
+            )
