@@ -4,3 +4,40 @@ def sampling_uniforms(
 def sampling_bits(
     seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int, stream: int
 ) -> None: ...
+
+class Problem:
+    def __init__(
+        self,
+        *,
+        hidden_ptr: int,
+        weight_ptr: int,
+        bias_ptr: int,
+        target_ptr: int,
+        order_ptr: int,
+        count_ptr: int,
+        N: int,
+        V: int,
+        D: int,
+        stride_hn: int,
+        stride_wv: int,
+        dtype: int,
+        softcap: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None: ...
+
+def certificate(
+    *,
+    problem: Problem,
+    first_row: int,
+    rows: int,
+    splits: int,
+    split_columns: int,
+    sums_ptr: int,
+    lse_ptr: int,
+    eps: float,
+    variance_ptr: int,
+    norms_ptr: int = 0,
+    hidden_variance_ptr: int = 0,
+    stream: int,
+) -> None: ...
+def squared_norms(*, problem: Problem, norms_ptr: int, stream: int) -> None: ...

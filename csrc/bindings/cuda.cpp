@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "csrc/bindings/checks.h"
+#include "csrc/bindings/cuda_certificate.h"
 #include "csrc/bindings/cuda_gradient.h"
 #include "csrc/bindings/cuda_problem.h"
 #include "csrc/cuda/forward.h"
@@ -159,6 +160,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
                            "Write the 32 hashed bits of every entry as uint32 [rows, cols].");
     define_forward(module);
     bft::define_gradients(module);
+    bft::define_certificate(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
 #endif

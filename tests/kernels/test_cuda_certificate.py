@@ -1,0 +1,255 @@
+"""The certificate of the CUDA kernels' sampled gradient, its device code run by the emulation."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import reference
+
+IGNORED = -100
+EPS = 2**-5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def run_certificate(
+    cuda: Any,
+    p: Any,
+    lse: Tensor | None = None,  # [N]
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    eps: float = EPS,
+    processors: int = 1,
+    part: int | None = None,
+    norms: bool = True,
+    order_seed: int = 0,
+    strict: bool = False,
+) -> dict[str, Tensor]:
+    """`variance`, `hidden_variance` and `norms`, NaN where nothing is written.
+
+    `part`: how many rows a launch takes.
+    """
+    hidden, weight = p.hidden.detach(), p.weight.detach()
+    (count, width), vocabulary = hidden.shape, weight.shape[0]
+    labelled = p.target != IGNORED
+    part = part or max(count, 1)
+    splits, columns = cuda.forward_splits(part, vocabulary, processors)
+    reads = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": None if p.bias is None else p.bias.detach().float(),
+        "target": p.target,
+        "order": torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices,
+        "count": labelled.sum().reshape(1),
+        "lse": true_lse(p, softcap, temperature) if lse is None else lse,
+    }
+    shapes = {"variance": (count,), "hidden_variance": (count,), "norms": (vocabulary,)}
+    shapes["sums"] = (1 + norms, splits, part)
+    writes = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
+    ranges = [
+        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
+        for name, x in (reads | writes).items()
+        if x is not None and x.numel()
+    ]
+    at = {f"{k}_ptr": 0 if x is None else x.data_ptr() for k, x in (reads | writes).items()}
+    problem = cuda.Problem(
+        **{f"{k}_ptr": at[f"{k}_ptr"] for k in list(reads)[:6]},
+        N=count,
+        V=vocabulary,
+        D=width,
+        stride_hn=hidden.stride(0),
+        stride_wv=weight.stride(0),
+        dtype=DTYPES.index(hidden.dtype),
+        softcap=softcap or 0.0,
+        temperature=temperature,
+    )
+    wanted = ["sums", "lse", "variance", *(["norms", "hidden_variance"] if norms else [])]
+    with cuda.memory(ranges, seed=order_seed, unwritten=True, strict=strict):
+        if norms:
+            cuda.squared_norms(problem=problem, norms_ptr=at["norms_ptr"], stream=0)
+        for first in range(0, count, part):
+            cuda.certificate(
+                problem=problem,
+                first_row=first,
+                rows=min(part, count - first),
+                splits=splits,
+                split_columns=columns,
+                eps=eps,
+                stream=0,
+                **{f"{name}_ptr": at[f"{name}_ptr"] for name in wanted},
+            )
+    return writes
+
+
+def true_lse(p: Any, softcap: float | None, temperature: float) -> Tensor:
+    """As the forward leaves it: NaN where ignored."""
+    bias = None if p.bias is None else p.bias.detach().double()
+    args = p.hidden.detach().double(), p.weight.detach().double(), bias
+    lse = torch.logsumexp(reference.logits(*args, softcap, temperature), -1).float()
+    return torch.where(p.target != IGNORED, lse, math.nan)
+
+
+def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+    """What plain PyTorch makes of the labelled rows in a type."""
+    labelled = p.target != IGNORED
+    bias = None if p.bias is None else p.bias.detach().to(dtype)
+    hidden, weight = p.hidden.detach().to(dtype)[labelled], p.weight.detach().to(dtype)
+    sample = reference.sampled_gradient(
+        hidden, weight, p.target[labelled], 0, bias=bias, **({"eps": EPS} | how)
+    )
+    norms = weight.square().sum(1)
+    return {"variance": sample.variance, "hidden_variance": sample.hidden_variance, "norms": norms}
+
+
+def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
+    """Results are as near to the truth as PyTorch's own in float32, from the same values."""
+    labelled = p.target != IGNORED
+    truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)
+    for name, expected in truth.items():
+        own = got[name]
+        if name != "norms":
+            assert bool(own[~labelled].isnan().all()), f"{name}: written where ignored"
+            own = own[labelled]
+        assert error(own, expected) <= 4 * error(plain[name], expected) + 4e-6, name
+
+
+TRANSFORMS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "cap": {"softcap": 2.0, "temperature": 0.7},
+    "all": {"bias": True, "softcap": 5.0, "temperature": 1.3},
+}
+SHAPES = [(1, 1, 1), (5, 8, 127), (37, 72, 129), (40, 67, 600), (130, 16, 260)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results(emulated, dtype, shape, transform, problem, error, seed):
+    how = dict(TRANSFORMS[transform])
+    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
+    got = run_certificate(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
+    check(got, p, error, **how)
+
+
+@pytest.mark.parametrize("eps", [2**-12, 1.0])
+def test_eps_at_the_ends(emulated, eps, problem, error):
+    p = problem(20, 24, 300, dtype=torch.float32, scale=2.0)
+    check(run_certificate(emulated, p, eps=eps), p, error, eps=eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows_and_none_labelled(emulated, dtype, problem, error):
+    for rows in (0, 9):
+        p = problem(rows, 8, 40, dtype=dtype, ignored=2.0)
+        check(run_certificate(emulated, p), p, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
+def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error):
+    p = problem(20, 43, 150, dtype=dtype, scale=2.0)
+
+    def spread_out(x):
+        wide = torch.full((x.shape[0], 48 + pad), math.nan, dtype=dtype)
+        wide[:, pad : pad + 43] = x.detach()
+        return wide[:, pad : pad + 43]
+
+    strided = problem_from(p.hidden.detach(), p.weight.detach(), p.target)
+    strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
+    check(run_certificate(emulated, strided), p, error)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neither_parts_splits_nor_threads_change_a_row(emulated, dtype, problem):
+    p = problem(40, 72, 300, dtype=dtype, bias=True)
+    first = run_certificate(emulated, p, processors=2)
+    again = {"seed": {"order_seed": 1}, "strict": {"order_seed": 2, "strict": True}}
+    again |= {"part": {"part": 16}, "plain": {"norms": False}}
+    for kind, how in again.items():
+        other = run_certificate(emulated, p, processors=2, **how)
+        for name in ("variance", "hidden_variance"):
+            if kind == "plain" and name == "hidden_variance":
+                assert bool(other[name].isnan().all())
+                continue
+            assert torch.equal(first[name].nan_to_num(7.0), other[name].nan_to_num(7.0)), kind
+
+
+def test_a_target_outside_of_the_vocabulary_leaves_nothing_out(emulated, problem, error):
+    p = problem(5, 8, 140, dtype=torch.float32, ignored=0.0)
+    lse = true_lse(p, None, 1.0)
+    inside = run_certificate(emulated, p, lse)
+    p.target[1], p.target[2], p.target[3] = 140, -5, 2**32 + 3
+    got = run_certificate(emulated, p, lse)
+    z = p.hidden.detach().double() @ p.weight.detach().double().T
+    probability = z.softmax(-1)
+    whole = (probability * (EPS - probability).clamp_min(0)).sum(-1)
+    assert error(got["variance"][1:4], whole[1:4]) < 4e-6
+    kept = torch.tensor([0, 4])
+    assert torch.equal(got["variance"][kept], inside["variance"][kept])
+    assert bool((got["variance"][1:4] > inside["variance"][1:4]).any())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 5.0}], ids=str)
+def test_a_bad_row_spoils_its_own_certificate_only(emulated, value, transform, problem):
+    p = problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+    p.hidden.data[7, :2] = value
+    p.weight.data[:, :2] = torch.tensor([1.0, -1.0])  # inf - inf, whatever the others are
+    got = run_certificate(emulated, p, **transform)
+    for name in ("variance", "hidden_variance"):
+        assert torch.equal(got[name].isnan(), torch.arange(20) == 7), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("target", [5, 6])
+def test_a_bad_column_spoils_the_certificate(emulated, value, target, problem):
+    p = problem(20, 9, 151, ignored=0.0, dtype=torch.float32)
+    p.hidden.data[:, :2] = torch.tensor([1.0, -1.0])
+    p.weight.data[5] = value
+    p.target[:] = target
+    got = run_certificate(emulated, p)
+    assert bool(got["variance"].isnan().all() and got["hidden_variance"].isnan().all())
+    assert torch.equal(got["norms"].isfinite(), torch.arange(151) != 5)
+
+
+def test_columns_that_cannot_be_drawn_add_nothing(emulated, problem_from):
+    weight = torch.tensor([[0.0], [-math.inf], [0.0], [-math.inf]])
+    p = problem_from(torch.ones(2, 1), weight, torch.tensor([0, 1]))
+    got = run_certificate(emulated, p, eps=1.0)
+    assert got["variance"].tolist() == pytest.approx([0.25, 0.5], rel=1e-6)
+
+
+def test_arguments_are_checked(emulated):
+    problem = {f"{name}_ptr": 16 for name in ("hidden", "weight", "target", "order", "count")}
+    problem |= {"bias_ptr": 0, "N": 3, "V": 4, "D": 4, "dtype": 0, "stride_hn": 4, "stride_wv": 4}
+    good = {"problem": emulated.Problem(**problem), "first_row": 0, "rows": 3, "splits": 1}
+    good |= {"split_columns": 128, "sums_ptr": 16, "lse_ptr": 16, "eps": 0.5, "variance_ptr": 16}
+    wrong = {"rows": 4, "first_row": 1, "splits": 2, "split_columns": 127, "eps": 0.0}
+    wrong |= {"sums_ptr": 0, "lse_ptr": 2, "variance_ptr": 0, "norms_ptr": 16}
+    wrong |= {"hidden_variance_ptr": 16}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match="rows" if name == "first_row" else name):
+            emulated.certificate(**{**good, name: value}, stream=0)
+    with pytest.raises(ValueError, match="norms_ptr"):
+        emulated.squared_norms(problem=good["problem"], norms_ptr=0, stream=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_kernels_spill_nothing_and_use_tensor_cores(assemble, arch):
+    assembled = assemble("csrc/cuda/certificate.cu", arch)
+    assert assembled.kernels == 13
+    for name, code in assembled.sass().items():
+        halves, aligned = "kernelIf" not in name, "Lb1E" in name
+        if "squared_norms" in name:
+            assert bool(re.search(r"LDG\.E\.128", code)) == aligned, name
+        if "certificate" in name:
+            assert bool(re.search(r"HMMA\.16816\.F32", code)) == halves, name
+            assert bool(re.search(r"LDGSTS\.E\.BYPASS\.128\.ZFILL ", code)) == aligned, name
