@@ -35,10 +35,15 @@ BFT_HOST_DEVICE uint64_t mix64(uint64_t z) {
     return z ^ (z >> 31);
 }
 
+// mix32 without its last step, which leaves the upper 16 bits as they are.
+BFT_HOST_DEVICE uint32_t mix32_high(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352D;
+    return (x ^ (x >> 15)) * 0x846CA68B;
+}
+
 // lowbias32: two multiplications, so that an entry stays cheap where 32-bit ones are fast.
 BFT_HOST_DEVICE uint32_t mix32(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352D;
-    x = (x ^ (x >> 15)) * 0x846CA68B;
+    x = mix32_high(x);
     return x ^ (x >> 16);
 }
 

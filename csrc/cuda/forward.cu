@@ -37,7 +37,7 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
                     kGroup,
                     results.entropy != nullptr,
                     label_smoothing > 0,
-                    1 / candidates.eps};
+                    0x1p16f / candidates.eps};
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         constexpr bool kAligned = decltype(aligned)::value;

@@ -22,7 +22,7 @@ struct Pass {
     int splits, split_tiles;
     int group;  // row blocks side by side, which share columns in L2
     bool statistics, smoothing;
-    float inverse_eps;
+    float overrating;  // 2^16 / eps
 };
 
 // What the block knows of its rows, and what it finds beside the sums, after the stages.
@@ -101,8 +101,8 @@ __device__ __forceinline__ void store_bits(Entries<T>& e, int i, float overrated
         uint32_t word = 0;
 #pragma unroll
         for (int j = w * (kColumns / kWords); j < (w + 1) * (kColumns / kWords); ++j) {
-            const uint32_t bits = draw<uint32_t>(key, static_cast<uint32_t>(e.step(j)));
-            if (may_be_below(bits, e.at(i, j), overrated)) word |= 1u << e.step(j) % 32;
+            const uint32_t place = key.multiplier * static_cast<uint32_t>(e.step(j)) + key.offset;
+            if (may_be_below(place, e.at(i, j), overrated)) word |= 1u << e.step(j) % 32;
         }
         word = join_lanes<Entries<T>::kLanes>(word << e.column0() % 32);
         const int first = v0 + warp_column() + w * 32;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
             const float bound =
                 fmaxf(finite_or(before, 0.0f) + earlier, notes.floor.load(z.row(i)));
             overrated = normal_exp(reference - bound + 1e-3f + 1e-5f * fabsf(bound));
-            overrated *= pass.inverse_eps;
+            overrated *= pass.overrating;
         }
         // 0 * exp2(fall) where nothing came yet, whatever the fall from 0 is.
         const float scale = before == -infinity() ? 0.0f : exp2_approx(fall);

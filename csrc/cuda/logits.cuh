@@ -49,11 +49,13 @@ struct Transform {
     }
 };
 
-// Whether the draw could be below x * factor: true where it is, and seldom where not. 23 of its 24
-// bits, as the digits of a float from 1 to 2, need no conversion. Rounding to nearest keeps the
-// order: where u <= x * factor, 1 + u is not above the rounded sum.
-__device__ __forceinline__ bool may_be_below(uint32_t bits, float x, float factor) {
-    return __uint_as_float(bits >> 9 | 0x3F800000) <= fmaf(x, factor, 1.0f);
+// Whether the draw of an entry could be below x * factor / 2^16: true where it is, and seldom where
+// not. `place` is its multiplier * column + offset. The draw's upper 16 bits, as the last digits of
+// a float from 2^23 on, need neither the hash's last step nor a conversion; they let through one
+// entry in 65,536 whatever its x is. Rounding to nearest keeps the order: of u16 <= y, 2^23 + u16
+// is not above 2^23 + y rounded.
+__device__ __forceinline__ bool may_be_below(uint32_t place, float x, float factor) {
+    return __uint_as_float((mix32_high(place) >> 16) + 0x4B000000) <= fmaf(x, factor, 0x1p23f);
 }
 
 // The sum (the largest, the bits) of `Lanes` neighbouring lanes, in each of them.
