@@ -91,7 +91,7 @@ static_assert(kThreads == 2 * kTileN);
 //
 // Nobody knows how many rows there are but the device: blocks past them return at once.
 template <typename T, bool Aligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     certificate_kernel(Operands<T> in, CertificatePass pass, Global<const float> lse,
                        Global<const float> norms, Global<float> sums) {
     const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;

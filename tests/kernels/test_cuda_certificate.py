@@ -242,7 +242,7 @@ def test_arguments_are_checked(emulated):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_the_kernels_spill_nothing_and_use_tensor_cores(assemble, arch):
     assembled = assemble("csrc/cuda/certificate.cu", arch)
     assert assembled.kernels == 13
