@@ -41,3 +41,37 @@ def certificate(
     stream: int,
 ) -> None: ...
 def squared_norms(*, problem: Problem, norms_ptr: int, stream: int) -> None: ...
+
+WEIGHT_TILE: int
+
+def balanced_weights(
+    *,
+    loss_ptr: int,
+    labelled_ptr: int,
+    cu_seqlens_ptr: int,
+    N: int,
+    S: int,
+    window: int,
+    floor: float,
+    gamma: float,
+    full_windows: bool,
+    geometric: bool,
+    confidence: bool,
+    ratio: bool,
+    flat: bool,
+    by_sequence: bool,
+    counts: bool,
+    num_items_ptr: int = 0,
+    before_ptr: int,
+    sequence_ptr: int,
+    values_ptr: int,
+    lowest_ptr: int,
+    ended_ptr: int,
+    coefficient_ptr: int,
+    token_weight_ptr: int,
+    window_confidence_ptr: int,
+    sequence_weight_ptr: int,
+    sequence_confidence_ptr: int,
+    sums_ptr: int,
+    stream: int,
+) -> None: ...

@@ -10,6 +10,7 @@
 #include "csrc/bindings/cuda_certificate.h"
 #include "csrc/bindings/cuda_gradient.h"
 #include "csrc/bindings/cuda_problem.h"
+#include "csrc/bindings/cuda_weights.h"
 #include "csrc/cuda/forward.h"
 #include "csrc/cuda/sampling.h"
 
@@ -161,6 +162,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     define_forward(module);
     bft::define_gradients(module);
     bft::define_certificate(module);
+    bft::define_weights(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
 #endif

@@ -1,0 +1,228 @@
+"""The CUDA kernels' weights, their device code run by the emulation."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels.checks import SCHEMES
+from bft_kernels.config import Weighting
+from bft_kernels.results import BalancedLoss
+
+CHECKS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("balanced_weights.py"))))
+TILE = 256
+LAYOUTS = CHECKS.layouts(TILE)
+
+
+def balanced_loss(
+    cuda: Any,
+    loss: Tensor,  # [N] float32
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    normalize: str,
+    weighting: Weighting,
+    **how: Any,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
+    counts = num_items is None
+    found = launch(cuda, loss, labelled, cu_seqlens, num_items, normalize, counts, weighting, **how)
+    return found._replace(loss=found.loss.sum())
+
+
+def joint_weights(
+    cuda: Any, loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+) -> Tensor:
+    """Token weight times sequence weight, ``[N]``."""
+    if weighting.local:  # whose windows nothing looks at
+        weighting = replace(weighting, window=1)
+    found = launch(cuda, loss, labelled, cu_seqlens, None, "token", False, weighting)
+    return found.coefficient
+
+
+def launch(
+    cuda: Any,
+    loss: Tensor,
+    labelled: Tensor,
+    cu_seqlens: Tensor,
+    num_items: Tensor | None,
+    normalize: str,
+    counts: bool,  # divides by this call's own number of items
+    weighting: Weighting,
+    **how: Any,
+) -> BalancedLoss:
+    """The loss is not added up yet: ``[tiles]``."""
+    count, sequences = loss.numel(), cu_seqlens.numel() - 1
+    tiles = -(-count // cuda.WEIGHT_TILE)
+    reads = {
+        "loss": loss.contiguous(),
+        "labelled": labelled.contiguous(),
+        "cu_seqlens": cu_seqlens.to(loss.device, torch.int64).contiguous(),
+    }
+    if num_items is not None:
+        reads["num_items"] = num_items.to(loss.device, torch.float32).reshape(1)
+    sizes = {"before": count + 1, "sequence": count, "ended": tiles}
+    writes = {name: torch.full((size,), 0x55, dtype=torch.int32) for name, size in sizes.items()}
+    sizes = {"values": count, "lowest": count, "sums": tiles, "coefficient": count}
+    sizes |= {"token_weight": count, "window_confidence": count}
+    sizes |= {"sequence_weight": sequences, "sequence_confidence": sequences}
+    writes |= {name: torch.full((size,), math.nan) for name, size in sizes.items()}
+    ranges = [
+        (x.data_ptr(), x.nbytes, name in writes, name)
+        for name, x in (reads | writes).items()
+        if x.numel()
+    ]
+    scheme = weighting.scheme
+    with cuda.memory(ranges, unwritten=True, **how):
+        cuda.balanced_weights(
+            **{f"{name}_ptr": x.data_ptr() for name, x in (reads | writes).items()},
+            N=count,
+            S=sequences,
+            window=weighting.window,
+            floor=weighting.floor,
+            gamma=weighting.gamma,
+            full_windows=scheme.startswith("bft-v1"),
+            geometric=scheme == "bft-v1-code",
+            confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
+            ratio=scheme == "bft",
+            flat=weighting.local,
+            by_sequence=normalize == "sequence",
+            counts=counts,
+            stream=0,
+        )
+    return BalancedLoss(loss=writes["sums"], **{k: writes[k] for k in BalancedLoss._fields[1:]})
+
+
+@pytest.fixture
+def run(emulated: Any) -> Callable[..., BalancedLoss]:
+    def call(
+        loss: Tensor,
+        labelled: Tensor,
+        bounds: Tensor,
+        settings: Weighting,
+        normalize: str = "sequence",
+        items: Tensor | None = None,
+        **how: Any,
+    ) -> BalancedLoss:
+        inputs = (loss, labelled, bounds, items, normalize, settings)
+        return balanced_loss(emulated, *inputs, **how)
+
+    assert emulated.WEIGHT_TILE == TILE
+    return call
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equals_the_specification(emulated, run, scheme, layout, close):
+    def joint(*inputs: Any) -> Tensor:
+        return joint_weights(emulated, *inputs)
+
+    CHECKS.check_specification(run, joint, LAYOUTS[layout], scheme, close)
+
+
+def test_a_document_of_more_tiles_than_a_warp_has_lanes(run, close):
+    lengths = (9, 40 * TILE + 5, 3)
+    loss, labelled, bounds = CHECKS.draw(lengths, 0.8)
+    settings = Weighting("bft", 3)
+    got, want = (f(loss, labelled, bounds, settings) for f in (run, CHECKS.plain))
+    close(got._asdict(), want._asdict(), 1e-6)
+    for hopeless in (11, 20 * TILE, 40 * TILE):
+        own = torch.ones(loss.numel())
+        own[hopeless] = 30.0
+        got = run(own, own > 0, bounds, Weighting("bft", 1))
+        assert got.sequence_confidence.argmin() == 1
+        assert float(got.sequence_confidence[1]) == pytest.approx(math.exp(-30.0), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["bft", "bft-v1"])
+def test_windows_keep_small_sums_next_to_large_ones(run, scheme):
+    CHECKS.check_small_sums(run, scheme, 4 * TILE + 7)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_losses_at_the_ends_of_the_range(run, scheme):
+    CHECKS.check_ends_of_the_range(run, scheme, TILE)
+
+
+def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(run):
+    CHECKS.check_underflow(run)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_documents_do_not_see_each_other(run, scheme):
+    CHECKS.check_documents_are_alone(run, scheme, TILE)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_padding_changes_nothing(run, scheme):
+    CHECKS.check_padding(run, scheme, TILE)
+
+
+@pytest.mark.parametrize("bounds", CHECKS.BAD_BOUNDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_boundaries_that_nobody_checked_stay_inside(run, scheme, bounds):
+    loss, labelled, _ = CHECKS.draw((70,), 0.8)
+    for normalize in ("sequence", "token"):
+        got = run(loss, labelled, torch.tensor(bounds), Weighting(scheme, 4), normalize)
+        assert not any(bool(value.isnan().any()) for value in got)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 16])
+def test_labels_may_start_anywhere_and_other_losses_are_not_seen(run, offset):
+    loss, labelled, bounds = CHECKS.draw((100, 3 * TILE, 20), 0.6)
+    settings = Weighting("bft", 8)
+    expected = run(loss, labelled, bounds, settings)
+    part = torch.cat([torch.ones(offset, dtype=torch.bool), labelled])[offset:]
+    assert part.data_ptr() % 16 == offset % 16
+    got = run(torch.where(labelled, loss, math.nan), part, bounds, settings)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_order_of_threads_changes_nothing(run, scheme):
+    loss, labelled, bounds = CHECKS.draw((7, 0, 2 * TILE, 90), 0.7)
+    inputs = loss, labelled, bounds, Weighting(scheme, 9)
+    first = run(*inputs)
+    for seed in 1, 2:
+        other = run(*inputs, seed=seed, strict=seed == 2)
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_an_infinite_loss_of_weight_zero_adds_nothing(run):
+    loss = torch.tensor([1.0, math.inf, 2.0])
+    got = run(loss, torch.ones(3, dtype=torch.bool), torch.tensor([0, 3]), Weighting("dft"))
+    assert got.coefficient[1] == 0
+    assert bool(got.loss.isfinite())
+
+
+def test_arguments_are_checked(emulated):
+    names = ["loss", "labelled", "cu_seqlens", "before", "sequence", "values", "lowest", "ended"]
+    names += ["coefficient", "token_weight", "window_confidence", "sequence_weight"]
+    pointers = {f"{name}_ptr": 16 for name in (*names, "sequence_confidence", "sums")}
+    flags = ["full_windows", "geometric", "confidence", "ratio", "flat", "by_sequence", "counts"]
+    good = pointers | dict.fromkeys(flags, False) | {"N": 4, "S": 2, "window": 3, "stream": 0}
+    good |= {"floor": 1e-8, "gamma": 1.0}
+    wrong: dict[str, Any] = {"N": -1, "S": 2**31, "window": 0, "floor": math.nan, "gamma": 0.0}
+    wrong |= dict.fromkeys(pointers, 0) | {"num_items_ptr": 2}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            emulated.balanced_weights(**{**good, name: value})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_the_kernels_spill_nothing(assemble, arch):
+    assembled = assemble("csrc/cuda/weights.cu", arch)
+    assert assembled.kernels == 5
+    for name, code in assembled.sass().items():
+        if "close_gaps" in name:
+            assert ("LDG.E.128" in code) == ("Lb1E" in name), name
