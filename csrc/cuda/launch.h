@@ -14,10 +14,9 @@
 
 namespace bft::cuda {
 
-// Turns the error of the last launch into an exception. What goes wrong while the kernel runs shows
-// at a later synchronisation, as with every CUDA library.
-inline void check_launch(const char* kernel) {
-    const cudaError_t error = cudaGetLastError();
+// Turns the error of a launch into an exception. What goes wrong while the kernel runs shows at a
+// later synchronisation, as with every CUDA library.
+inline void check_launch(const char* kernel, cudaError_t error) {
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(kernel) + ": the CUDA launch failed: " +
                                  cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + ")");
@@ -44,7 +43,7 @@ void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arg
     }
     kernel<<<how.grid, how.block, how.shared_bytes, static_cast<cudaStream_t>(how.stream)>>>(
         std::forward<Arguments>(arguments)...);
-    check_launch(how.kernel);
+    check_launch(how.kernel, cudaGetLastError());
 #else
     const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
     emulation::run(how.kernel, how.grid, how.block, how.shared_bytes,
