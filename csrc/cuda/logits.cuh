@@ -41,6 +41,9 @@ struct Transform {
     __device__ __forceinline__ float cap(float y) const {
         return softcap * exact_tanh(y * inverse_softcap);
     }
+    __device__ __forceinline__ float logit(float y) const {
+        return (softcap > 0 ? cap(y) : y) * inverse_temperature;
+    }
     // dz/dy where the logit is z.
     __device__ __forceinline__ float slope(float z) const {
         if (softcap == 0) return inverse_temperature;
@@ -56,6 +59,12 @@ struct Transform {
 // is not above 2^23 + y rounded.
 __device__ __forceinline__ bool may_be_below(uint32_t place, float x, float factor) {
     return __uint_as_float((mix32_high(place) >> 16) + 0x4B000000) <= fmaf(x, factor, 0x1p23f);
+}
+
+// The sampled gradient away from the target: 0 where the draw lets an entry go, NaN where p is.
+__device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
+    const float kept = draw * eps < p ? fmaxf(p, eps) : 0.0f;
+    return p != p ? p : kept;
 }
 
 // The sum (the largest, the bits) of `Lanes` neighbouring lanes, in each of them.

@@ -8,10 +8,6 @@
 
 namespace bft::cuda {
 
-struct RowValues {
-    Global<const float> lse, lse_low, nll, grad;
-};
-
 // dz = share * p - even away from the target, and own there.
 struct Factors {
     float lse, correction, share, even, own, upstream;
@@ -75,8 +71,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             float p = normal_exp(z.at(i, j) - f.lse), dz;
             if (seed) {
                 const float u = draw<float>(key, column0 + static_cast<uint32_t>(z.step(j)));
-                dz = u * kind.eps < p ? fmaxf(p, kind.eps) : 0.0f;
-                if (p != p) dz = p;
+                dz = sampled_dz(p, u, kind.eps);
             } else {
                 dz = fmaf(p, f.share, -f.even);
             }

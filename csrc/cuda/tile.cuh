@@ -40,6 +40,11 @@ struct Operands {
     Transform transform;
 };
 
+// What the forward left of each row, [N] each by position, and the upstream gradient.
+struct RowValues {
+    Global<const float> lse, lse_low, nll, grad;
+};
+
 // Where a piece of a row lies in its stage, in elements.
 template <typename T>
 __device__ __forceinline__ int place(int row, int piece) {

@@ -1,0 +1,79 @@
+#include "csrc/cuda/gather.cuh"
+
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/operands.h"
+
+namespace bft::cuda {
+
+// The narrowest team whose threads have few pieces of a row, or else the whole block.
+template <typename T>
+static Team team_for(int64_t depth) {
+    int warps = 1;
+    while (warps < kWarps && kFewPieces * kSize<T> * 32 * warps < depth) warps *= 2;
+    return {warps};
+}
+
+// run(std::integral_constant<int, Pieces>()): how many pieces of a row a thread has.
+template <typename T, int Pieces = kFewPieces, typename Run>
+static void with_pieces(int64_t depth, Run run) {
+    constexpr int kWidest = Pieces * kSize<T> * kThreads;
+    if constexpr (kWidest < kMaxGathered) {
+        if (depth > kWidest) return with_pieces<T, 2 * Pieces>(depth, run);
+    }
+    run(std::integral_constant<int, Pieces>());
+}
+
+// Whether rows of the depth, `stride` elements of Out apart, are pieces of 16 bytes of both types.
+template <typename T, typename Out>
+static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
+    return depth % kSize<T> == 0 && rows_aligned<Out>(first, stride);
+}
+
+void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
+                   const Lists& lists, const KeptEntries& kept, void* grad_hidden, void* stream) {
+    if (problem.rows == 0) return;
+    const int64_t depth = problem.depth;
+    with_type(problem, [&](auto zero, auto aligned) {
+        using T = decltype(zero);
+        with_pieces<T>(depth, [&](auto pieces) {
+            launch(gather_hidden_kernel<T, decltype(aligned)::value, decltype(pieces)::value>,
+                   {"gather_hidden", static_cast<unsigned>(problem.rows), kThreads,
+                    kRowsBytes + kPartsBytes, stream},
+                   operands_of<T>(problem),
+                   RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
+                   sample.eps, lists.offsets, lists.columns, lists.capacity, team_for<T>(depth),
+                   kept.keys, kept.packed, static_cast<T*>(grad_hidden),
+                   rows_whole<T, T>(grad_hidden, depth, depth));
+        });
+    });
+}
+
+// Out: what weight's gradient is of, or void for the operands' type.
+template <typename Out>
+static void gather_into(const Problem& problem, const int64_t* starts, const uint64_t* packed,
+                        const WeightGradient& into, void* stream) {
+    with_type(problem, [&](auto zero, auto aligned) {
+        using T = decltype(zero);
+        using To = std::conditional_t<std::is_void_v<Out>, T, Out>;
+        const bool only_bias = into.weight == nullptr;  // one warp's work
+        const dim3 grid(static_cast<unsigned>(problem.vocabulary),
+                        only_bias ? 1 : static_cast<unsigned>(ceil_div(problem.depth, kSliceD<T>)));
+        launch(
+            gather_weight_kernel<T, To, decltype(aligned)::value>,
+            {"gather_weight", grid, only_bias ? 32u : kThreads, only_bias ? 0 : kRowsBytes, stream},
+            operands_of<T>(problem), starts, packed, team_for<T>(problem.depth),
+            static_cast<To*>(into.weight), into.stride,
+            rows_whole<T, To>(into.weight, into.stride, problem.depth), into.adds, into.bias);
+    });
+}
+
+void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
+                   const WeightGradient& into, void* stream) {
+    if (into.wide) {
+        gather_into<float>(problem, starts, packed, into, stream);
+    } else {
+        gather_into<void>(problem, starts, packed, into, stream);
+    }
+}
+
+}  // namespace bft::cuda
