@@ -75,3 +75,80 @@ def balanced_weights(
     sums_ptr: int,
     stream: int,
 ) -> None: ...
+
+MAX_GATHERED: int
+
+def count_entries(
+    *,
+    problem: Problem,
+    first_row: int,
+    rows: int,
+    mask_ptr: int,
+    counts_ptr: int,
+    stream: int,
+) -> None: ...
+def scan_bytes(N: int) -> int: ...
+def scan_counts(
+    *,
+    counts_ptr: int,
+    N: int,
+    offsets_ptr: int,
+    temporary_ptr: int,
+    temporary_bytes: int,
+    stream: int,
+) -> None: ...
+def list_entries(
+    *,
+    problem: Problem,
+    first_row: int,
+    rows: int,
+    mask_ptr: int,
+    offsets_ptr: int,
+    columns_ptr: int,
+    capacity: int,
+    stream: int,
+) -> None: ...
+def sort_bytes(E: int, V: int) -> int: ...
+def sort_entries(
+    *,
+    keys_ptr: int,
+    packed_ptr: int,
+    E: int,
+    V: int,
+    sorted_keys_ptr: int,
+    sorted_packed_ptr: int,
+    temporary_ptr: int,
+    temporary_bytes: int,
+    stream: int,
+) -> None: ...
+def column_starts(
+    *, sorted_keys_ptr: int, E: int, V: int, starts_ptr: int, stream: int
+) -> None: ...
+def gather_hidden(
+    *,
+    problem: Problem,
+    lse_ptr: int,
+    nll_ptr: int,
+    grad_ptr: int,
+    seed_ptr: int,
+    eps: float,
+    offsets_ptr: int,
+    columns_ptr: int,
+    capacity: int,
+    keys_ptr: int = 0,
+    packed_ptr: int = 0,
+    grad_hidden_ptr: int = 0,
+    stream: int,
+) -> None: ...
+def gather_weight(
+    *,
+    problem: Problem,
+    starts_ptr: int,
+    packed_ptr: int,
+    grad_weight_ptr: int = 0,
+    stride_gv: int = 0,
+    wide: bool = False,
+    adds: bool = False,
+    grad_bias_ptr: int = 0,
+    stream: int,
+) -> None: ...

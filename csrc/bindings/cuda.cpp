@@ -10,6 +10,7 @@
 #include "csrc/bindings/cuda_certificate.h"
 #include "csrc/bindings/cuda_gradient.h"
 #include "csrc/bindings/cuda_problem.h"
+#include "csrc/bindings/cuda_sampled.h"
 #include "csrc/bindings/cuda_weights.h"
 #include "csrc/cuda/forward.h"
 #include "csrc/cuda/sampling.h"
@@ -163,6 +164,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     bft::define_gradients(module);
     bft::define_certificate(module);
     bft::define_weights(module);
+    bft::define_lists(module);
+    bft::define_gathers(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
 #endif

@@ -25,8 +25,8 @@ inline cuda::GradientBlock checked_block(const cuda::Problem& problem, int first
 }
 
 inline cuda::Output checked_output(const char* name, std::uintptr_t address, int64_t elements,
-                                   cuda::Type type, bool is_float) {
-    if (is_float || type == cuda::Type::kFloat32) {
+                                   cuda::Type type, bool wide) {
+    if (wide || type == cuda::Type::kFloat32) {
         return {checked_pointer<float>(name, address, elements), true};
     }
     return {checked_pointer<uint16_t>(name, address, elements), false};
@@ -58,7 +58,7 @@ inline void logit_gradient(const ProblemArguments& given, int first_column, int 
 
 inline void hidden_gradient(const ProblemArguments& given, int first_column, int columns,
                             std::uintptr_t dy, int64_t stride_dy, std::uintptr_t sums,
-                            std::uintptr_t grad_hidden, bool is_float, std::uintptr_t scale,
+                            std::uintptr_t grad_hidden, bool wide, std::uintptr_t scale,
                             std::uintptr_t stream) {
     const cuda::Problem problem = checked_problem(given);
     const auto block = checked_block(problem, first_column, columns, dy, stride_dy, problem.depth);
@@ -66,20 +66,20 @@ inline void hidden_gradient(const ProblemArguments& given, int first_column, int
     const bool whole = columns == problem.vocabulary;
     cuda::hidden_gradient(
         problem, block, checked_pointer<float>("sums_ptr", sums, whole ? 0 : elements),
-        checked_output("grad_hidden_ptr", grad_hidden, elements, problem.type, is_float),
+        checked_output("grad_hidden_ptr", grad_hidden, elements, problem.type, wide),
         checked_pointer<float>("scale_ptr", scale, 0), reinterpret_cast<void*>(stream));
 }
 
 inline void weight_gradient(const ProblemArguments& given, int first_column, int columns,
                             std::uintptr_t dy, int64_t stride_dy, std::uintptr_t grad_weight,
-                            int64_t stride_gv, bool is_float, bool adds, std::uintptr_t scale,
+                            int64_t stride_gv, bool wide, bool adds, std::uintptr_t scale,
                             std::uintptr_t stream) {
     const cuda::Problem problem = checked_problem(given);
     const auto block = checked_block(problem, first_column, columns, dy, stride_dy, problem.depth);
     check_range("stride_gv", stride_gv, problem.depth, int64_t{1} << 48);
     cuda::weight_gradient(
         problem, block,
-        checked_output("grad_weight_ptr", grad_weight, problem.vocabulary, problem.type, is_float),
+        checked_output("grad_weight_ptr", grad_weight, problem.vocabulary, problem.type, wide),
         stride_gv, adds, checked_pointer<float>("scale_ptr", scale, 0),
         reinterpret_cast<void*>(stream));
 }
@@ -103,13 +103,13 @@ inline void define_gradients(pybind11::module_& module) {
                "the first add what is there.",
                pybind11::kw_only(), arg("problem"), arg("first_column"), arg("columns"),
                arg("dy_ptr"), arg("stride_dy"), arg("sums_ptr") = 0, arg("grad_hidden_ptr"),
-               arg("is_float") = false, arg("scale_ptr") = 0, arg("stream"), Released());
+               arg("wide") = false, arg("scale_ptr") = 0, arg("stream"), Released());
     module.def("weight_gradient", &weight_gradient,
                "dy.T @ H over scale [1] into the block's rows of grad_weight [V, D], of the "
                "operands' type or float32; with adds to what is there.",
                pybind11::kw_only(), arg("problem"), arg("first_column"), arg("columns"),
                arg("dy_ptr"), arg("stride_dy"), arg("grad_weight_ptr"), arg("stride_gv"),
-               arg("is_float") = false, arg("adds"), arg("scale_ptr") = 0, arg("stream"),
+               arg("wide") = false, arg("adds"), arg("scale_ptr") = 0, arg("stream"),
                Released());
 }
 

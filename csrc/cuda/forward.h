@@ -26,10 +26,10 @@ struct Problem {
     float temperature;
 };
 
-// A gradient of an operand: of the operands' type, or float32.
+// Where a gradient goes: of the operands' type, or, if wide, float32.
 struct Output {
     void* at;
-    bool is_float;
+    bool wide;
 };
 
 // How the vocabulary is shared out among blocks.

@@ -48,32 +48,23 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
     });
 }
 
-// Out: what weight's gradient is of, or void for the operands' type.
-template <typename Out>
-static void gather_into(const Problem& problem, const int64_t* starts, const uint64_t* packed,
-                        const WeightGradient& into, void* stream) {
-    with_type(problem, [&](auto zero, auto aligned) {
-        using T = decltype(zero);
-        using To = std::conditional_t<std::is_void_v<Out>, T, Out>;
-        const bool only_bias = into.weight == nullptr;  // one warp's work
-        const dim3 grid(static_cast<unsigned>(problem.vocabulary),
-                        only_bias ? 1 : static_cast<unsigned>(ceil_div(problem.depth, kSliceD<T>)));
-        launch(
-            gather_weight_kernel<T, To, decltype(aligned)::value>,
-            {"gather_weight", grid, only_bias ? 32u : kThreads, only_bias ? 0 : kRowsBytes, stream},
-            operands_of<T>(problem), starts, packed, team_for<T>(problem.depth),
-            static_cast<To*>(into.weight), into.stride,
-            rows_whole<T, To>(into.weight, into.stride, problem.depth), into.adds, into.bias);
-    });
-}
-
 void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
                    const WeightGradient& into, void* stream) {
-    if (into.wide) {
-        gather_into<float>(problem, starts, packed, into, stream);
-    } else {
-        gather_into<void>(problem, starts, packed, into, stream);
-    }
+    with_type(problem, [&](auto zero, auto aligned) {
+        using T = decltype(zero);
+        const bool only_bias = into.weight.at == nullptr;  // one warp's work
+        const dim3 grid(static_cast<unsigned>(problem.vocabulary),
+                        only_bias ? 1 : static_cast<unsigned>(ceil_div(problem.depth, kSliceD<T>)));
+        with_output<T>(into.weight, [&](auto* out) {
+            using Out = std::remove_pointer_t<decltype(out)>;
+            launch(gather_weight_kernel<T, Out, decltype(aligned)::value>,
+                   {"gather_weight", grid, only_bias ? 32u : kThreads, only_bias ? 0 : kRowsBytes,
+                    stream},
+                   operands_of<T>(problem), starts, packed, team_for<T>(problem.depth), out,
+                   into.stride, rows_whole<T, Out>(out, into.stride, problem.depth), into.adds,
+                   into.bias);
+        });
+    });
 }
 
 }  // namespace bft::cuda

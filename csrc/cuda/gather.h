@@ -28,11 +28,10 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
 
 // Where the gradients of weight and bias go; either may be null.
 struct WeightGradient {
-    void* weight;    // [V, D], of the operands' type, or with `wide` of float32
+    Output weight;   // [V, D]
     int64_t stride;  // between its rows, in elements
-    bool wide;
-    bool adds;    // to the weight's; otherwise every row is written
-    float* bias;  // [V], added to
+    bool adds;       // to the weight's; otherwise every row is written
+    float* bias;     // [V], added to
 };
 
 // From packed entries sorted by column, of which starts [V + 1] tells the first of each.

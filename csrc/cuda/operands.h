@@ -56,7 +56,7 @@ void with_type(const Problem& problem, Run run) {
 // run(T* or float*): the gradient's place, by its type.
 template <typename T, typename Run>
 void with_output(const Output& output, Run run) {
-    if (output.is_float) {
+    if (output.wide) {
         run(static_cast<float*>(output.at));
     } else {
         run(static_cast<T*>(output.at));

@@ -45,7 +45,7 @@ def run_backward(
     step: int = 128,
     scale: float | None = None,
     adds: bool = False,
-    is_float: bool = False,
+    wide: bool = False,
     order_seed: int = 0,
     strict: bool = False,
 ) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def run_backward(
     known = known_rows(p, softcap=softcap, temperature=temperature)
     hidden, weight = p.hidden.detach(), p.weight.detach()
     dtype, (count, width), vocabulary = hidden.dtype, hidden.shape, weight.shape[0]
-    out = torch.float32 if is_float else dtype
+    out = torch.float32 if wide else dtype
     labelled = p.target != IGNORED
     reads = {
         "hidden": hidden,
@@ -107,7 +107,7 @@ def run_backward(
                 z_loss=z_loss,
                 eps=eps,
             )
-            block["is_float"] = is_float
+            block["wide"] = wide
             cuda.hidden_gradient(**block, **pointers("sums", "grad_hidden"))
             stride = writes["grad_weight"].stride(0)
             cuda.weight_gradient(**block, **pointers("grad_weight"), stride_gv=stride, adds=adds)
@@ -206,7 +206,7 @@ def test_weight_gradients_are_added_to(emulated, dtype, problem, error):
 def test_gradients_in_float32_are_rounded_nowhere_else(emulated, dtype, problem):
     p = problem(20, 24, 150, dtype=dtype, scale=2.0)
     grad = torch.randn(20)
-    narrow, wide = (run_backward(emulated, p, grad, is_float=wide) for wide in (False, True))
+    narrow, wide = (run_backward(emulated, p, grad, wide=wide) for wide in (False, True))
     for name in ("hidden", "weight"):
         assert wide[name].dtype == torch.float32
         assert torch.equal(narrow[name].nan_to_num(7.0), wide[name].to(dtype).nan_to_num(7.0))
