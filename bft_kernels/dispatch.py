@@ -149,6 +149,12 @@ def _is_interpreted(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and bool(triton.knobs.runtime.interpret)
 
 
+def _why_not_cuda(hidden: Tensor, weight: Tensor) -> list[str]:
+    from bft_kernels.backends.cuda import native
+
+    return native.why_not(hidden, weight)
+
+
 # In order of preference.
 BACKENDS = (
     Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu"),
@@ -156,6 +162,13 @@ BACKENDS = (
         "triton",
         _why_not_triton,
         "bft_kernels.backends.triton",
+        unasked_on=("cuda",),
+        balances=True,
+    ),
+    Backend(
+        "cuda",
+        _why_not_cuda,
+        "bft_kernels.backends.cuda",
         unasked_on=("cuda",),
         balances=True,
     ),

@@ -6,6 +6,7 @@ the same inputs again, test by test.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import re
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bft_kernels import ops
+from bft_kernels import linear_nll, ops
+from bft_kernels.backends.cuda import native
 
 RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
@@ -145,6 +147,19 @@ def draw_problem(
 def problem() -> Callable[..., Problem]:
     """:func:`draw_problem`; session-scoped, so that hypothesis tests may use it."""
     return draw_problem
+
+
+@pytest.fixture(scope="session")
+def weighted_gradients() -> Callable[..., dict[str, Tensor]]:
+    """Gradients of a problem's losses, each with a weight of its own."""
+
+    def run(p: Problem, *, device: str = "cpu", **how: Any) -> dict[str, Tensor]:
+        copy = p.copy(device=device)
+        upstream = torch.linspace(0.5, 2, p.target.numel(), device=device)
+        (linear_nll(*copy.args, bias=copy.bias, **how) * upstream).sum().backward()
+        return {name: grad.cpu() for name, grad in copy.grads().items() if grad is not None}
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -352,12 +367,82 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulated() -> Any:
     """``bft_kernels._cuda``, its device code run by the emulation."""
     build = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
     if build["CXX"] is None:
         pytest.skip("needs a C++ compiler")
-    return build["build_module"](tmp_path_factory.mktemp("emulated"))
+    return build["build_module"](ROOT / "build/emulation")
+
+
+class Emulation:
+    """Stands for a device: what the ``cuda`` backend launches runs here, one launch at a time, and
+    may touch its own arguments only.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.launches: list[str] = []
+        self.how: dict[str, Any] = {}  # arguments of `memory`
+
+    def launch(
+        self,
+        function: str,
+        reads: dict[str, Tensor | None],
+        writes: dict[str, Tensor | None],
+        problem: native.Problem | None = None,
+        **numbers: Any,
+    ) -> None:
+        """See :func:`bft_kernels.backends.cuda.native.launch`."""
+        tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
+        ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
+        self.launches.append(function)
+        # Another order of blocks and threads each time.
+        with self.module.memory(ranges, **({"seed": len(self.launches)} | self.how)):
+            self.launch_natively(function, reads, writes, problem, **numbers)
+
+    launch_natively = staticmethod(native.launch)
+
+
+Range = tuple[int, int, bool, str]  # address, bytes, writable, name
+
+
+def byte_ranges(tensors: list[tuple[str, Tensor | None]], writable: bool) -> Iterator[Range]:
+    """From the first to the last element of each tensor."""
+    for name, x in tensors:
+        if x is not None and x.numel() > 0:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
+
+
+def merge(ranges: list[Range]) -> list[Range]:
+    """Ranges that share bytes as one."""
+    merged: list[Range] = []
+    for address, size, writable, name in sorted(ranges):
+        if merged and address < merged[-1][0] + merged[-1][1]:
+            first, before, also, other = merged[-1]
+            size = max(before, address + size - first)
+            merged[-1] = first, size, writable or also, f"{other}, {name}"
+        else:
+            merged.append((address, size, writable, name))
+    return merged
+
+
+@pytest.fixture(scope="session")
+def emulation(emulated: Any) -> Emulation:
+    return Emulation(emulated)
+
+
+@pytest.fixture
+def emulated_device(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
+    """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation."""
+    emulation.how = {}
+    monkeypatch.setattr(native, "DEVICE", "cpu")
+    monkeypatch.setattr(native, "kernels", lambda: emulation.module)
+    for name in ("certificate", "forward", "recompute", "sampled", "weights"):
+        module = importlib.import_module(f"bft_kernels.backends.cuda.{name}")
+        monkeypatch.setattr(module, "launch", emulation.launch, raising=False)
+    return emulation
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import runpy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.cuda.weights import balanced_loss, joint_weights
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
@@ -23,87 +23,8 @@ TILE = 256
 LAYOUTS = CHECKS.layouts(TILE)
 
 
-def balanced_loss(
-    cuda: Any,
-    loss: Tensor,  # [N] float32
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [S + 1] over the N positions
-    num_items: Tensor | None,  # []
-    normalize: str,
-    weighting: Weighting,
-    **how: Any,
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    counts = num_items is None
-    found = launch(cuda, loss, labelled, cu_seqlens, num_items, normalize, counts, weighting, **how)
-    return found._replace(loss=found.loss.sum())
-
-
-def joint_weights(
-    cuda: Any, loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
-) -> Tensor:
-    """Token weight times sequence weight, ``[N]``."""
-    if weighting.local:  # whose windows nothing looks at
-        weighting = replace(weighting, window=1)
-    found = launch(cuda, loss, labelled, cu_seqlens, None, "token", False, weighting)
-    return found.coefficient
-
-
-def launch(
-    cuda: Any,
-    loss: Tensor,
-    labelled: Tensor,
-    cu_seqlens: Tensor,
-    num_items: Tensor | None,
-    normalize: str,
-    counts: bool,  # divides by this call's own number of items
-    weighting: Weighting,
-    **how: Any,
-) -> BalancedLoss:
-    """The loss is not added up yet: ``[tiles]``."""
-    count, sequences = loss.numel(), cu_seqlens.numel() - 1
-    tiles = -(-count // cuda.WEIGHT_TILE)
-    reads = {
-        "loss": loss.contiguous(),
-        "labelled": labelled.contiguous(),
-        "cu_seqlens": cu_seqlens.to(loss.device, torch.int64).contiguous(),
-    }
-    if num_items is not None:
-        reads["num_items"] = num_items.to(loss.device, torch.float32).reshape(1)
-    sizes = {"before": count + 1, "sequence": count, "ended": tiles}
-    writes = {name: torch.full((size,), 0x55, dtype=torch.int32) for name, size in sizes.items()}
-    sizes = {"values": count, "lowest": count, "sums": tiles, "coefficient": count}
-    sizes |= {"token_weight": count, "window_confidence": count}
-    sizes |= {"sequence_weight": sequences, "sequence_confidence": sequences}
-    writes |= {name: torch.full((size,), math.nan) for name, size in sizes.items()}
-    ranges = [
-        (x.data_ptr(), x.nbytes, name in writes, name)
-        for name, x in (reads | writes).items()
-        if x.numel()
-    ]
-    scheme = weighting.scheme
-    with cuda.memory(ranges, unwritten=True, **how):
-        cuda.balanced_weights(
-            **{f"{name}_ptr": x.data_ptr() for name, x in (reads | writes).items()},
-            N=count,
-            S=sequences,
-            window=weighting.window,
-            floor=weighting.floor,
-            gamma=weighting.gamma,
-            full_windows=scheme.startswith("bft-v1"),
-            geometric=scheme == "bft-v1-code",
-            confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
-            ratio=scheme == "bft",
-            flat=weighting.local,
-            by_sequence=normalize == "sequence",
-            counts=counts,
-            stream=0,
-        )
-    return BalancedLoss(loss=writes["sums"], **{k: writes[k] for k in BalancedLoss._fields[1:]})
-
-
 @pytest.fixture
-def run(emulated: Any) -> Callable[..., BalancedLoss]:
+def run(emulated_device: Any) -> Callable[..., BalancedLoss]:
     def call(
         loss: Tensor,
         labelled: Tensor,
@@ -113,20 +34,17 @@ def run(emulated: Any) -> Callable[..., BalancedLoss]:
         items: Tensor | None = None,
         **how: Any,
     ) -> BalancedLoss:
-        inputs = (loss, labelled, bounds, items, normalize, settings)
-        return balanced_loss(emulated, *inputs, **how)
+        emulated_device.how = {"unwritten": True, **how}
+        return balanced_loss(loss, labelled, bounds, items, normalize, settings)
 
-    assert emulated.WEIGHT_TILE == TILE
+    assert emulated_device.module.WEIGHT_TILE == TILE
     return call
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_the_specification(emulated, run, scheme, layout, close):
-    def joint(*inputs: Any) -> Tensor:
-        return joint_weights(emulated, *inputs)
-
-    CHECKS.check_specification(run, joint, LAYOUTS[layout], scheme, close)
+def test_equals_the_specification(run, scheme, layout, close):
+    CHECKS.check_specification(run, joint_weights, LAYOUTS[layout], scheme, close)
 
 
 def test_a_document_of_more_tiles_than_a_warp_has_lanes(run, close):

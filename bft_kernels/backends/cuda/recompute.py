@@ -77,7 +77,7 @@ def recompute(
                 reads,
                 {"sums": sums, "grad_hidden": into.hidden},
                 problem,
-                is_float=into.hidden.dtype == torch.float32,
+                wide=into.hidden.dtype == torch.float32,
                 **block,
             )
         if into.weight is not None:
@@ -87,7 +87,7 @@ def recompute(
                 {"grad_weight": into.weight},
                 problem,
                 stride_gv=into.weight.stride(0),
-                is_float=into.weight.dtype == torch.float32,
+                wide=into.weight.dtype == torch.float32,
                 adds=adds,
                 **block,
             )

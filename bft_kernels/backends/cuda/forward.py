@@ -1,0 +1,63 @@
+"""The forward: losses and statistics of every row that takes part, and bits of what may be kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.cuda import native
+from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.gpu.floor import raise_floors
+from bft_kernels.backends.gpu.inputs import ROW_RESULTS
+
+
+def run_tiles(
+    inputs: Inputs,
+    results: dict[str, Tensor],
+    first_row: int,
+    rows: int,
+    seed: Tensor | None = None,
+    floors: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """One pass over the logits of the rows ``first_row`` to ``first_row + rows``.
+
+    Args:
+        inputs: of the call.
+        results: ``[N]`` by the names of ``Forward``, or ``[0]``.
+        first_row, rows: among those that take part, of which there may be fewer.
+        seed: ``[]`` int64, for a mask.
+        floors: ``[N]`` float32, lower bounds of lse, for a mask.
+        mask: ``[rows, ceil(V / 32)]`` int32, where bits of the entries that may be kept go.
+    """
+    config, device = inputs.config, inputs.hidden.device
+    splits, columns = splits_for(inputs, rows)
+    sums = torch.empty(native.kernels().FORWARD_SUMS * splits * rows, device=device)
+    launch(
+        "linear_nll_forward",
+        {"seed": seed, "floor": floors},
+        {"sums": sums, "mask": mask, **{name: results[name] for name in ROW_RESULTS}},
+        inputs.problem,
+        first_row=first_row,
+        rows=rows,
+        splits=splits,
+        split_columns=columns,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        eps=config.eps,
+    )
+
+
+def splits_for(inputs: Inputs, rows: int) -> tuple[int, int]:
+    """How many parts of the vocabulary a pass over ``rows`` rows has, and columns of each."""
+    processors = native.processors(inputs.hidden.device)
+    splits: tuple[int, int] = native.kernels().forward_splits(rows, inputs.shape[1], processors)
+    return splits
+
+
+def find_floors(inputs: Inputs) -> Tensor:
+    """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
+    floors = torch.empty(inputs.shape[0], device=inputs.hidden.device)
+    launch("target_floor", {}, {"floor": floors}, inputs.problem)
+    return raise_floors(floors, inputs)

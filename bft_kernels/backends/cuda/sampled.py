@@ -1,0 +1,151 @@
+"""The sampled gradient: lists of columns from the forward's bits, and gathers over them.
+
+The backward looks at each listed column once: it fetches that row of ``weight``, forms the logit
+again and decides by the final lse; it adds to ``dH`` while the row is in registers. What is kept is
+sorted by column for ``dW``. Nothing depends on the order in which blocks run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.cuda import native
+from bft_kernels.backends.cuda.forward import find_floors, run_tiles
+from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.cuda.recompute import TILE, RowValues, recompute
+from bft_kernels.backends.gpu.lists import overflowed
+from bft_kernels.backends.gpu.rows import DeviceRows
+from bft_kernels.results import Gradients, Saved
+
+# What sorting takes, bytes an entry: keys and entries, and both once more in order.
+_SORTING_BYTES = 24
+
+
+def list_entries(
+    inputs: Inputs, seed: Tensor, results: dict[str, Tensor], room: int
+) -> tuple[Tensor, Tensor]:
+    """The forward, and lists of what may be kept: ``offsets [N + 1]`` int64, ``columns [room]``.
+
+    Rows that end past the room have no list, and are computed again in the backward.
+    """
+    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    device = inputs.hidden.device
+    floors = find_floors(inputs)
+    words = -(-vocabulary // 32)
+    step = TILE * max(1, config.max_buffer_bytes // (4 * words) // TILE)
+    mask = torch.empty(min(step, count), words, dtype=torch.int32, device=device)
+    counts = torch.zeros(count, dtype=torch.int64, device=device)
+    offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)
+    columns = torch.empty(room, dtype=torch.int32, device=device)
+    temporary = torch.empty(native.kernels().scan_bytes(count), dtype=torch.uint8, device=device)
+    problem = inputs.problem
+    for first in range(0, count, step):
+        part = mask[: min(step, count - first)]
+        where = {"first_row": first, "rows": part.shape[0]}
+        run_tiles(inputs, results, first, part.shape[0], seed, floors, part)
+        launch("count_entries", {"mask": part}, {"counts": counts}, problem, **where)
+        launch(
+            "scan_counts",
+            {"counts": counts},
+            {"offsets": offsets, "temporary": temporary},
+            N=count,
+            temporary_bytes=temporary.numel(),
+        )
+        launch(
+            "list_entries",
+            {"mask": part, "offsets": offsets},
+            {"columns": columns},
+            problem,
+            capacity=room,
+            **where,
+        )
+    return offsets, columns
+
+
+def sampled_gradients(
+    inputs: Inputs, known: RowValues, saved: Saved, into: Gradients, *, adds: bool
+) -> None:
+    """Gradients of the listed entries, and of the rows whose entries found no room.
+
+    ``adds``: whether ``dW`` is added to from the start. ``db`` is added to.
+    """
+    assert saved.seed is not None
+    offsets, columns = saved.entry_offsets, saved.entry_columns
+    room = columns.numel()
+    if room > 0:
+        _from_lists(inputs, known, saved, into, adds)
+    elif into.weight is not None and not adds:
+        into.weight.zero_()
+    rest = inputs.among(DeviceRows.chosen(overflowed(offsets, room)))
+    recompute(rest, known, saved.seed, into, adds=True)
+
+
+def _from_lists(
+    inputs: Inputs, known: RowValues, saved: Saved, into: Gradients, adds: bool
+) -> None:
+    offsets, columns = saved.entry_offsets, saved.entry_columns
+    device, vocabulary = columns.device, inputs.shape[1]
+    wants_entries = into.weight is not None or into.bias is not None
+    places = columns.numel() if wants_entries else 0
+    keys = torch.full((places,), vocabulary, dtype=torch.int32, device=device)
+    entries = torch.empty(places, dtype=torch.int64, device=device)
+    launch(
+        "gather_hidden",
+        {
+            "lse": known.lse,
+            "nll": known.nll,
+            "grad": known.grad,
+            "seed": saved.seed,
+            "offsets": offsets,
+            "columns": columns,
+        },
+        {"keys": keys, "packed": entries, "grad_hidden": into.hidden},
+        inputs.problem,
+        capacity=columns.numel(),
+        eps=inputs.config.eps,
+    )
+    if wants_entries:
+        _gather_weight(inputs, keys, entries, into, adds)
+
+
+def _gather_weight(
+    inputs: Inputs, keys: Tensor, entries: Tensor, into: Gradients, adds: bool
+) -> None:
+    """``dW`` and ``db`` of the entries, as many at a time as the budget sorts."""
+    places = keys.numel()
+    step = max(1, inputs.config.max_buffer_bytes // _SORTING_BYTES)
+    for first in range(0, places, step):
+        part = slice(first, min(first + step, places))
+        _gather_weight_of(inputs, keys[part], entries[part], into, adds or first > 0)
+
+
+def _gather_weight_of(
+    inputs: Inputs, keys: Tensor, entries: Tensor, into: Gradients, adds: bool
+) -> None:
+    places, vocabulary, device = keys.numel(), inputs.shape[1], keys.device
+    sorted_keys, sorted_entries = torch.empty_like(keys), torch.empty_like(entries)
+    size = native.kernels().sort_bytes(places, vocabulary)
+    temporary = torch.empty(size, dtype=torch.uint8, device=device)
+    launch(
+        "sort_entries",
+        {"keys": keys, "packed": entries},
+        {"sorted_keys": sorted_keys, "sorted_packed": sorted_entries, "temporary": temporary},
+        E=places,
+        V=vocabulary,
+        temporary_bytes=size,
+    )
+    starts = torch.empty(vocabulary + 1, dtype=torch.int64, device=device)
+    launch(
+        "column_starts", {"sorted_keys": sorted_keys}, {"starts": starts}, E=places, V=vocabulary
+    )
+    launch(
+        "gather_weight",
+        {"starts": starts, "packed": sorted_entries},
+        {"grad_weight": into.weight, "grad_bias": into.bias},
+        inputs.problem,
+        stride_gv=0 if into.weight is None else into.weight.stride(0),
+        wide=into.weight is not None and into.weight.dtype == torch.float32,
+        adds=adds,
+    )

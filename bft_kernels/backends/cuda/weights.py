@@ -1,0 +1,94 @@
+"""Token and sequence weights, what multiplies each token's loss, and the loss, in four launches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.cuda import native
+from bft_kernels.backends.cuda.native import launch
+from bft_kernels.config import Weighting
+from bft_kernels.results import BalancedLoss
+
+
+def balanced_loss(
+    loss: Tensor,  # [N] float32, 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    normalize: str,
+    weighting: Weighting,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
+    counts = num_items is None
+    found = _run(loss, labelled, cu_seqlens, num_items, normalize, counts, weighting)
+    return found._replace(loss=found.loss.sum())
+
+
+def joint_weights(
+    nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+) -> Tensor:
+    """Token weight times sequence weight, ``[N]``."""
+    if weighting.local:  # whose windows nothing looks at
+        weighting = replace(weighting, window=1)
+    return _run(nll, labelled, cu_seqlens, None, "token", False, weighting).coefficient
+
+
+def _run(
+    loss: Tensor,
+    labelled: Tensor,
+    cu_seqlens: Tensor,
+    num_items: Tensor | None,
+    normalize: str,
+    counts: bool,  # divides by this call's own number of items
+    weighting: Weighting,
+) -> BalancedLoss:
+    """The loss is not added up yet: ``[tiles]``."""
+    count, sequences, device = loss.numel(), cu_seqlens.numel() - 1, loss.device
+    tiles = -(-count // native.kernels().WEIGHT_TILE)
+
+    def room(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    results = {
+        "coefficient": room(count),
+        "token_weight": room(count),
+        "window_confidence": room(count),
+        "sequence_weight": room(sequences),
+        "sequence_confidence": room(sequences),
+    }
+    sums = room(tiles)
+    scheme = weighting.scheme
+    launch(
+        "balanced_weights",
+        {
+            "loss": loss.contiguous(),
+            "labelled": labelled.contiguous(),
+            "cu_seqlens": cu_seqlens.to(device, torch.int64, non_blocking=True).contiguous(),
+            "num_items": None if num_items is None else num_items.to(device, torch.float32),
+        },
+        {
+            "before": room(count + 1, torch.int32),
+            "sequence": room(count, torch.int32),
+            "values": room(count),
+            "lowest": room(count),
+            "ended": room(tiles, torch.int32),
+            "sums": sums,
+            **results,
+        },
+        N=count,
+        S=sequences,
+        window=weighting.window,
+        floor=weighting.floor,
+        gamma=weighting.gamma,
+        full_windows=scheme.startswith("bft-v1"),
+        geometric=scheme == "bft-v1-code",
+        confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
+        ratio=scheme == "bft",
+        flat=weighting.local,
+        by_sequence=normalize == "sequence",
+        counts=counts,
+    )
+    return BalancedLoss(loss=sums, **results)

@@ -1,0 +1,285 @@
+"""What backends with GPU kernels of their own must do beside `test_fused.py`.
+
+`triton` in its interpreter and `cuda` in the emulation where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels.backends.gpu.lists import capacity_for
+from bft_kernels.backends.gpu.rows import DeviceRows
+from bft_kernels.config import CoreConfig
+from bft_kernels.dispatch import BACKENDS
+
+HAS_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A backend, and which of its forwards."""
+
+    backend: str
+    device: str
+    rows: int  # in two blocks of its forward
+    gradients: Callable[..., dict[str, Tensor]]  # of a problem
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return {"backend": self.backend}
+
+    def module(self, name: str) -> Any:
+        return importlib.import_module(f"bft_kernels.backends.{self.backend}.{name}")
+
+
+@pytest.fixture(params=["triton-tiles", "triton-chunks", "cuda"])
+def engine(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    weighted_gradients: Callable[..., dict[str, Tensor]],
+) -> Engine:
+    """Both of Triton's, and CUDA's one."""
+    backend, _, forward = request.param.partition("-")
+    device = "cuda" if HAS_GPU else "cpu"
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        takes = "bft_kernels.backends.triton.core.takes_chunks"
+        monkeypatch.setattr(takes, lambda *_: forward == "chunks")
+    elif not HAS_GPU:
+        request.getfixturevalue("emulated_device")
+    elif importlib.util.find_spec("bft_kernels._cuda") is None:
+        pytest.skip("bft_kernels._cuda is not built")
+
+    def gradients(p: Any, **how: Any) -> dict[str, Tensor]:
+        return weighted_gradients(p, backend=backend, device=device, **how)
+
+    return Engine(backend, device, 19 if backend == "triton" else 150, gradients)
+
+
+@pytest.fixture
+def expected(weighted_gradients: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
+    """The gradients that the ``torch`` backend gives."""
+    return lambda p, **how: weighted_gradients(p, backend="torch", **how)
+
+
+@pytest.mark.parametrize("room", [0, 40, 300])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
+def test_entries_without_room_are_computed_again(
+    engine, room, frozen, expected, problem, close, monkeypatch
+):
+    p = problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    monkeypatch.setattr(engine.module("core"), "capacity_for", lambda *_: room)
+    close(engine.gradients(p, **SAMPLED), expected(p, **SAMPLED), 1e-5)
+
+
+def test_lists_have_room_for_what_text_keeps():
+    for eps, kept in ((2**-8, 72), (2**-10, 193), (2**-12, 481)):
+        assert 2 * kept < capacity_for(10, 100_000, eps) / 10 < 4 * kept
+    assert capacity_for(10, 50, 2**-12) == 10 * 50
+    assert capacity_for(0, 50, 2**-12) == 0
+
+
+def test_columns_without_a_logit_may_come_first(engine, problem):
+    """A bias of -inf takes a tile out that others of its split follow, far below 0."""
+    p = problem(3, 1, 2560, bias=True, dtype=torch.float32)
+    hidden = torch.ones(3, 1, device=engine.device)
+    weight = p.weight.detach().to(engine.device) - 200
+    bias = torch.zeros(2560, device=engine.device)
+    bias[:128] = -math.inf
+    target = torch.tensor([128, 700, 2559], device=engine.device)
+    nll = linear_nll(hidden, weight, target, bias=bias, **engine.how)
+    want = linear_nll(hidden, weight, target, bias=bias, backend="torch")
+    torch.testing.assert_close(nll, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("budget", [32_768, 49_152, None])
+def test_sums_of_a_block_do_not_reach_the_next(engine, budget, expected, problem, close):
+    """Whole row blocks without a label, and a last block of the vocabulary that is narrower."""
+    p = problem(engine.rows + 45, 12, 300, bias=True, dtype=torch.float32, ignored=0.0)
+    p.target[20:] = -100
+    how = {"max_buffer_bytes": budget}
+    close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 20_000, None])
+def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected, problem, close):
+    shape = (
+        (6, 12, 40) if budget == 1 else (2 * engine.rows, 12, 100)
+    )  # an entry at a time, or some
+    p = problem(*shape, bias=True, dtype=torch.float32, scale=2.0)
+    how = {"max_buffer_bytes": budget, **SAMPLED}
+    close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}], ids=["plain", "bias"])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
+def test_floors_are_below_lse_and_near_it(engine, options, scale, problem):
+    p = problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
+    p = p.copy(device=engine.device)
+    operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
+    config = CoreConfig(
+        -100, None, 1.0, 0.0, 0.0, 2**-5, "entries", False, False, False, "float32",
+        engine.backend, 2**20, False, False,
+    )  # fmt: skip
+    inputs = engine.module("inputs").Inputs.of(*operands[:2], p.target, operands[2], config)
+    find_floors = engine.module("forward").find_floors
+    logits = torch.nn.functional.linear(*operands)
+    lse = logits.logsumexp(1)
+    labelled = p.target != -100
+    floors = find_floors(inputs)[labelled]
+    assert (floors <= lse[labelled]).all()
+    named = p.target[labelled].unique()
+    close_to = logits[labelled][:, named].logsumexp(1)
+    assert (floors >= close_to - 1e-3 - 1e-4 * close_to.abs()).all()
+    assert named.numel() < 100 < labelled.sum()  # some columns are not named, and some repeatedly
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_two_runs_give_the_same_bits(engine, how, problem):
+    p = problem(engine.rows, 12, 80, bias=True, dtype=torch.float32)
+    first, second = engine.gradients(p, **how), engine.gradients(p, **how)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_are_listed_on_the_device():
+    rows = DeviceRows.of(torch.tensor([-100, 3, -100, 1, 2]), -100)
+    assert rows.order[: int(rows.count)].tolist() == [1, 3, 4]
+    assert rows.spread(torch.tensor([5.0, 6.0, 7.0, math.nan, 9.0])).tolist() == [0, 5, 0, 6, 7]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 67), (0, 3, 9), (33, 20, 129)], ids=str)
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_nothing_is_written_outside_a_buffer(engine, how, shape, problem, guarded):
+    engine.gradients(problem(*shape, bias=True, dtype=torch.float32), **how)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
+def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, problem, guarded):
+    p = problem(24, 12, 150, dtype=torch.bfloat16, frozen=frozen).copy(device=engine.device)
+    how = {"cu_seqlens": torch.tensor([0, 9, 24]), "max_buffer_bytes": 8000}
+    balanced_linear_cross_entropy(*p.args, **how, **engine.how).backward()
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+@pytest.mark.parametrize("wide", ["hidden", "weight"])
+def test_offsets_beyond_31_bits(engine, wide, how, expected, problem, close, tmp_path):
+    """Rows far apart in a file of holes: three of them lie beyond 2^31 elements."""
+    p = problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
+    want = expected(p, **how)
+    stride = 2**30
+    memory = torch.from_file(str(tmp_path / "holes"), True, 4 * stride + 8, dtype=torch.bfloat16)
+    rows = memory.as_strided((5, 3), (stride, 1))
+    rows.copy_(getattr(p, wide).detach())
+    inputs = {"hidden": p.hidden.detach().clone(), "weight": p.weight.detach().clone()}
+    inputs[wide] = rows
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    upstream = torch.linspace(0.5, 2, 5)
+    nll = linear_nll(*leaves.values(), p.target, **engine.how, **how)
+    grads = torch.autograd.grad((nll * upstream).sum(), list(leaves.values()))
+    # dy is rounded to bfloat16 before its two products.
+    close(dict(zip(leaves, grads, strict=True)), want, 2**-5)
+
+
+@pytest.mark.parametrize("budget", [1, 5000, 10**6])
+def test_smoothing_and_ties_with_a_frozen_head(engine, budget, problem, close):
+    p = problem(13, 6, 300, dtype=torch.float32, scale=2.0)
+    how = {"label_smoothing": 0.3, "z_loss": 0.02, "return_stats": True, "reduction": "none"}
+    copy = p.copy(device=engine.device, frozen=("weight",))
+    loss, stats = linear_cross_entropy(*copy.args, max_buffer_bytes=budget, **engine.how, **how)
+    wide = p.copy(torch.float64)
+    want, truth = linear_cross_entropy(*wide.args, backend="torch", **how)
+    close(loss.cpu(), want, 1e-5)
+    for field in ("lse", "entropy", "correct"):
+        close(getattr(stats, field).cpu(), getattr(truth, field), 1e-5, field)
+    upstream = torch.linspace(0.5, 2, 13)
+    (loss * upstream.to(engine.device)).sum().backward()
+    (want * upstream).sum().backward()
+    close(copy.hidden.grad.cpu(), wide.hidden.grad, 1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED, {"frozen": True}], ids=["exact", "sampled", "unit"])
+def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how, problem):
+    how = dict(how)
+    frozen = ("weight",) if how.pop("frozen", False) else ()
+    p = problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
+    p.target[2], p.target[5], p.target[7] = 40, -7, 10**6
+    p = p.copy(device=engine.device)
+    nll = linear_nll(*p.args, check=False, **engine.how, **how)
+    nll.sum().backward()
+    bad = torch.zeros(9, dtype=torch.bool)
+    bad[[2, 5, 7]] = True
+    assert torch.equal(nll.isnan().cpu(), bad)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_is_never_chosen_unasked_on_a_cpu(name):
+    backend = next(backend for backend in BACKENDS if backend.name == name)
+    assert backend.unasked_on == ("cuda",)
+
+
+CALLS: dict[str, Any] = {
+    "nll": lambda args, cu, **how: linear_nll(*args, **how).sum(),
+    "mean": lambda args, cu, **how: linear_cross_entropy(*args, **how),
+    "sampled": lambda args, cu, **how: linear_cross_entropy(*args, **SAMPLED, **how),
+    "balanced": lambda args, cu, **how: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=cu, **how
+    ),
+    "balanced, boundaries on the CPU": lambda args, cu, **how: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=torch.tensor([0, 40, 130]), **how
+    ),
+    "balanced, sampled": lambda args, cu, **how: balanced_linear_cross_entropy(
+        *args, window=4, cu_seqlens=cu, return_stats=True, **SAMPLED, **how
+    )[0],
+}
+
+
+@needs_gpu
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(engine, name, dtype, frozen, problem):
+    p = problem(130, 64, 1000, dtype=dtype, frozen=frozen).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    for mode in ("default", "error"):  # kernels are compiled in the first turn
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            CALLS[name](p.args, boundaries, **engine.how).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", [name for name in CALLS if "CPU" not in name])
+def test_is_captured_in_a_graph(engine, name, problem, close):
+    p = problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
+    boundaries = torch.tensor([0, 40, 130], device="cuda")
+    loss = CALLS[name](p.args, boundaries, **engine.how)
+    loss.backward()
+    expected = {key: value.clone() for key, value in p.grads().items()}
+    p.hidden.grad = p.weight.grad = None
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        CALLS[name](p.args, boundaries, **engine.how).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    p.hidden.grad = p.weight.grad = None
+    with torch.cuda.graph(graph):
+        captured = CALLS[name](p.args, boundaries, **engine.how)
+        captured.backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, loss)
+    close(p.grads(), expected, 0)
