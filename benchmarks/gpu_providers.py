@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from benchmarks.providers import PEERS, PROVIDERS, SAMPLED, Provider, balanced, torch_chunked
 from benchmarks.shapes import Problem
+from bft_kernels.dispatch import why_not
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def _forward(problem: Problem, backend: str) -> Tensor:
     return balanced(problem, backend=backend)
 
 
-def _modes(backend: str, powers: tuple[int, ...], weight: int) -> list[Candidate]:
+def _modes(
+    backend: str, powers: tuple[int, ...], weight: int, *, gpu_only: bool = False
+) -> list[Candidate]:
     """Exact and sampled with each ``2^-power``, with a trained and a frozen head, and forward."""
     family = f"bft {backend}"
 
@@ -66,6 +69,7 @@ def _modes(backend: str, powers: tuple[int, ...], weight: int) -> list[Candidate
             balanced=True,
             eps=how.get("eps"),
             allowed=0.2 if how else 0.05,
+            gpu_only=gpu_only,
             weight=weight,
         )
 
@@ -77,7 +81,14 @@ def _modes(backend: str, powers: tuple[int, ...], weight: int) -> list[Candidate
             for power in powers
             for frozen in (False, True)
         ),
-        Candidate(f"{family} forward only", family, forward, balanced=True, weight=weight),
+        Candidate(
+            f"{family} forward only",
+            family,
+            forward,
+            balanced=True,
+            gpu_only=gpu_only,
+            weight=weight,
+        ),
     ]
 
 
@@ -90,6 +101,7 @@ def _peer(
 # In order of importance, except that the last two compile or tune for long: they get what is left.
 CANDIDATES = (
     *_modes("triton", (12, 10, 8), weight=2),
+    *_modes("cuda", (12, 10, 8), weight=1, gpu_only=True),
     _peer("eager", PROVIDERS["eager"]),
     _peer("liger fused", liger_fused, "liger-kernel"),
     _peer("cut-cross-entropy", PEERS["cut-cross-entropy"], "cut-cross-entropy", gpu_only=True),
@@ -131,4 +143,8 @@ def why_missing(candidate: Candidate, device: str) -> str:
         return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
     if candidate.gpu_only and device == "cpu":
         return "it runs on a GPU only"
+    ours, _, backend = candidate.family.partition(" ")
+    if ours == "bft" and device != "cpu":
+        probe = torch.empty(1, 1, device=device)
+        return "; ".join(why_not(backend, probe, probe))
     return ""

@@ -30,7 +30,7 @@ def by_shape(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def colour(row: Row) -> str:
     """One for each backend of ours, one for all peers."""
-    return {"bft triton": "C3", "bft torch": "C1"}.get(row["family"], "C0")
+    return {"bft triton": "C3", "bft cuda": "C2", "bft torch": "C1"}.get(row["family"], "C0")
 
 
 def draw_figures(record: Record) -> None:

@@ -18,13 +18,14 @@ from benchmarks.gpu_record import Record
 ROOT = Path(__file__).parents[1]
 FILES = (
     "tests/kernels/test_fused.py",
+    "tests/kernels/test_gpu_backends.py",
     "tests/kernels/test_triton.py",
     "tests/kernels/test_triton_weights.py",
     "tests/kernels/test_sampling_native.py",
 )
 # What tests a device among the tests of these files.
-SELECTED = "triton or test_cuda_equals"
-REHEARSED = "(triton and ties) or test_cuda_equals"
+SELECTED = "triton or cuda and not spill"
+REHEARSED = "(triton or cuda) and ties or test_cuda_equals"
 # Compiling kernels is most of the time, and goes on beside the GPU.
 PROCESSES = 8
 # Seconds for pytest to write its report when it is interrupted.
