@@ -1,11 +1,14 @@
 """A setuptools build_ext that compiles C++ and CUDA with ninja.
 
 Ninja compiles in parallel, and compiles again only what a changed source, header or flag touches.
-CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured; nvcc reads NVCC_APPEND_FLAGS by itself.
+CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured; nvcc reads NVCC_APPEND_FLAGS by itself. As in
+torch's extensions, TORCH_CUDA_ARCH_LIST says which GPUs are compiled for, and MAX_JOBS how many
+compilers run at once.
 """
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,11 +17,24 @@ import sysconfig
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 # What the user's own flags say comes later on the command line, and wins.
 COMMON_FLAGS = "-std=c++17 -O3 -I."
-CUDA_ARCHITECTURES = (80, 90, 100)
+# One for each generation of GPUs, and none below the first: kernels need its instructions.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# What torch's names in TORCH_CUDA_ARCH_LIST stand for.
+CUDA_NAMES = {
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+}
 # Added where a C++ file's name ends in the key: files that are compiled once an instruction set.
 INSTRUCTION_SETS = {
     "_avx2": "-mavx2 -mfma",
@@ -55,7 +71,8 @@ class NinjaBuildExt(build_ext):
             for source, target in zip(ext.sources, objects, strict=True):
                 plan.build(target, source.rpartition(".")[2], source, variables=_extra(source))
             plan.build(self.get_ext_fullpath(ext.name), "link", objects)
-        if subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-f", file.name]).returncode:
+        command = [Path(ninja.BIN_DIR, "ninja"), "-f", file.name, *_jobs()]
+        if subprocess.run(command).returncode:
             raise CompileError("the compiler failed, its messages are above")
 
 
@@ -84,6 +101,16 @@ def _host_commands(includes):
     return f"{cxx} {flags} {cxxflags}", f"{cxx} {shared} {ldflags}"
 
 
+def _jobs():
+    """Return ninja's flag for MAX_JOBS; without it ninja goes by the number of processors."""
+    jobs = os.environ.get("MAX_JOBS")
+    if not jobs:
+        return []
+    if not re.fullmatch("0*[1-9][0-9]*", jobs):
+        raise OptionError(f"MAX_JOBS: got {jobs!r}, expected a positive integer")
+    return ["-j", jobs]
+
+
 def _cuda_commands():
     """Return what compiles and what links CUDA, for those architectures that this nvcc knows."""
     home = os.environ.get("CUDA_HOME")
@@ -91,15 +118,64 @@ def _cuda_commands():
     if nvcc is None:
         where = f"in CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
         raise CompileError(f"no nvcc {where}: install the CUDA toolkit, or set CUDA_HOME")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    arches = [arch for arch in CUDA_ARCHITECTURES if f"compute_{arch}" in known.split()]
-    if not arches:
-        raise CompileError(f"{nvcc} knows none of the architectures {CUDA_ARCHITECTURES}")
-    targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in arches]
-    targets.append(f"arch=compute_{arches[-1]},code=compute_{arches[-1]}")  # PTX, for later GPUs
-    flags = " ".join(f"-gencode {target}" for target in targets)
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [int(arch) for arch in re.findall(r"compute_([0-9]+)\b", listed)]
+    flags = _architecture_flags(nvcc, known)
+    if not _jobs():  # the largest file takes half of the build: its architectures side by side
+        flags += " --threads 0"
     nvcc = shlex.quote(nvcc)
     compile_cu = f"{nvcc} {COMMON_FLAGS} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {flags}"
     # nvcc links, because it knows where its runtime is; statically, so that the module can be
     # imported where there is no CUDA runtime, and beside any other version of it.
     return compile_cu, f"{nvcc} -shared -cudart static"
+
+
+def _architecture_flags(nvcc, known):
+    """Return nvcc's flags for the GPUs that TORCH_CUDA_ARCH_LIST asks for, or else for all.
+
+    Args:
+        nvcc: its path, for messages.
+        known: the architectures that it knows, such as 80.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked == "native":  # the GPUs of this machine
+        return "-arch=native"
+    if asked:
+        wanted = _listed_architectures(asked, nvcc, known)
+        if not wanted:
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST={asked} has nothing from 8.0 on")
+    else:
+        arches = [arch for arch in CUDA_ARCHITECTURES if arch in known]
+        if not arches:
+            raise CompileError(f"{nvcc} knows none of the architectures {CUDA_ARCHITECTURES}")
+        wanted = {arch: arch == arches[-1] for arch in arches}  # PTX is for later GPUs
+    codes = [(arch, f"sm_{arch}") for arch in wanted]
+    codes += [(arch, f"compute_{arch}") for arch, ptx in wanted.items() if ptx]
+    return " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in codes)
+
+
+def _listed_architectures(asked, nvcc, known):
+    """Return TORCH_CUDA_ARCH_LIST's architectures, such as 90a, and whether PTX is wanted of each.
+
+    Those that are too old for the kernels are left out: images set the variable for everything that
+    they build.
+    """
+    wanted = {}
+    for entry in re.split("[; ]+", asked.strip("; ")):
+        for version in CUDA_NAMES.get(entry, entry).split(";"):
+            match = re.fullmatch(r"([0-9]+)\.([0-9])([af]?)(\+PTX)?", version)
+            number = int(match[1] + match[2]) if match else 0
+            if match and number < CUDA_ARCHITECTURES[0]:
+                print(f"TORCH_CUDA_ARCH_LIST: {version} is left out: kernels need 8.0")
+                continue
+            # Features of one architecture exist since 9.0, those of a family since 10.0.
+            if number not in known or number < {"": 0, "a": 90, "f": 100}[match[3]]:
+                versions = [f"{x // 10}.{x % 10}" for x in sorted(known)]
+                raise OptionError(
+                    f"TORCH_CUDA_ARCH_LIST: got {entry!r} in {asked!r}, expected native, or some "
+                    f"of {', '.join([*CUDA_NAMES, *versions])}, the numbers with +PTX or without; "
+                    f"{nvcc} knows no others"
+                )
+            arch = f"{number}{match[3]}"
+            wanted[arch] = wanted.get(arch, False) or bool(match[4])
+    return wanted

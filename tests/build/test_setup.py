@@ -1,6 +1,7 @@
 """What BFT_BUILD builds and refuses, in a copy of the tree, where torch cannot be imported."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).parents[2]
 COPIED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc"]
@@ -52,6 +54,8 @@ def run(tree, *arguments, without=("torch",), **environment):
     environment = {
         **os.environ,
         "CUDA_HOME": None,
+        "TORCH_CUDA_ARCH_LIST": None,
+        "MAX_JOBS": None,
         "CXXFLAGS": "-O0",  # compiles three times faster
         "PYTHONPATH": os.pathsep.join(str(tree / f"without_{name}") for name in without),
         **environment,
@@ -190,13 +194,157 @@ def test_code_that_does_not_compile_fails_cpu_and_is_left_out_by_auto(tree):
     assert modules(tree) == []
 
 
+KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+
+
+@pytest.fixture
+def architectures(monkeypatch):
+    """The -gencode targets for a TORCH_CUDA_ARCH_LIST: sm_90 for code, 90 for PTX."""
+    build = runpy.run_path(str(ROOT / "csrc/ninja_build.py"))
+
+    def targets(listed, known=KNOWN):
+        if listed is None:
+            monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        else:
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+        flags = build["_architecture_flags"]("nvcc", known).split(" ")
+        assert flags[::2] == ["-gencode"] * (len(flags) // 2)
+        found = []
+        for flag in flags[1::2]:
+            arch, code = flag.removeprefix("arch=compute_").split(",code=")
+            assert code in (f"sm_{arch}", f"compute_{arch}")
+            found.append(code.removeprefix("compute_"))
+        return " ".join(found)
+
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("listed", "targets"),
+    [
+        (None, "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 120"),
+        ("", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 120"),
+        ("9.0", "sm_90"),
+        ("8.0;9.0+PTX 10.0", "sm_80 sm_90 sm_100 90"),
+        ("9.0 8.0; 9.0+PTX;", "sm_90 sm_80 90"),
+        ("8.7+PTX", "sm_87 87"),
+        ("9.0a;10.0f+PTX", "sm_90a sm_100f 100f"),
+        ("Ampere Hopper", "sm_80 sm_86 sm_90 86 90"),
+        ("Ampere+Tegra;Blackwell", "sm_87 sm_100 sm_103 sm_120 sm_121 121"),
+        ("Turing 7.0+PTX 8.0", "sm_80"),
+    ],
+)
+def test_architectures_are_those_of_torch_cuda_arch_list(architectures, listed, targets):
+    assert architectures(listed) == targets
+
+
+def test_what_is_too_old_for_the_kernels_is_left_out_and_named(architectures, capsys):
+    assert architectures("7.5 9.0") == "sm_90"
+    assert capsys.readouterr().out == "TORCH_CUDA_ARCH_LIST: 7.5 is left out: kernels need 8.0\n"
+    with pytest.raises(CompileError, match=r"^TORCH_CUDA_ARCH_LIST=7\.5 has nothing from"):
+        architectures("7.5")
+
+
+def test_without_a_list_architectures_are_those_that_nvcc_knows(architectures):
+    assert architectures(None, (75, 80, 86, 90)) == "sm_80 sm_86 sm_90 90"
+    with pytest.raises(CompileError, match="nvcc knows none of the architectures"):
+        architectures(None, (75,))
+
+
+@pytest.mark.parametrize(
+    "entry", ["Amper", "hopper", "9", "90", "sm_90", "9.0b", "8.0a", "9.0f", "9.0+ptx", "13.0"]
+)
+def test_an_unknown_architecture_is_refused(architectures, entry):
+    with pytest.raises(OptionError) as error:
+        architectures(f"8.0 {entry}")
+    message = str(error.value)
+    assert message.startswith(f"TORCH_CUDA_ARCH_LIST: got {entry!r} in '8.0 {entry}', expected ")
+    for name in ("native", "Hopper", "8.0", "12.1"):
+        assert f" {name}," in message
+
+
+# Stands for the compilers: writes what it is asked for, empty, and when it starts and ends.
+TOOL = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; exit; fi
+echo "start $*" >> log
+sleep 0.2
+while [ $# -gt 0 ]; do
+    case "$1" in -o) : > "$2" ;; -MF) echo "out:" > "$2" ;; esac
+    shift
+done
+echo end >> log
+"""
+
+
+def build_with_tool(tree, **environment):
+    """Build both modules with TOOL; what it wrote, a line each."""
+    tool = tree / "toolkit/bin/nvcc"
+    tool.parent.mkdir(parents=True)
+    tool.write_text(TOOL)
+    tool.chmod(0o755)
+    environment = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), **environment}
+    done = build(tree, CXX=str(tool), **environment)
+    log = tree / "log"
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def most_at_once(log):
+    running = most = 0
+    for line in log:
+        running += 1 if line.startswith("start") else -1
+        most = max(most, running)
+    return most
+
+
+@pytest.mark.parametrize(("jobs", "most"), [("1", 1), ("3", 3)])
+def test_max_jobs_is_how_many_compilers_run(tree, jobs, most):
+    done, log = build_with_tool(tree, MAX_JOBS=jobs, TORCH_CUDA_ARCH_LIST="9.0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert modules(tree) == ["_cpu", "_cuda"]
+    assert most_at_once(log) == most
+    assert not any("--threads" in line for line in log)
+    compiled = [line for line in log if "csrc/cuda/forward.cu " in line]
+    assert len(compiled) == 1
+    assert "-gencode arch=compute_90,code=sm_90 " in compiled[0]
+    assert "sm_80" not in compiled[0]
+
+
+@pytest.mark.parametrize("jobs", [None, ""])
+def test_without_max_jobs_architectures_are_compiled_side_by_side(tree, jobs):
+    done, log = build_with_tool(tree, MAX_JOBS=jobs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = [line for line in log if ".cu " in line]
+    assert len(compiled) == len(list(tree.glob("csrc/cuda/*.cu")))
+    assert all("sm_80 " in line and " --threads 0 " in line for line in compiled)
+
+
+@pytest.mark.parametrize(
+    ("mode", "jobs"), [("cpu", "0"), ("cuda", "two"), ("auto", "-2"), ("auto", "1.5")]
+)
+def test_max_jobs_that_is_no_positive_integer_is_refused(tree, mode, jobs):
+    done, log = build_with_tool(tree, MAX_JOBS=jobs, BFT_BUILD=mode)
+    assert done.returncode != 0
+    assert f"MAX_JOBS: got {jobs!r}, expected a positive integer" in done.stderr
+    assert log == []
+
+
+@pytest.mark.parametrize("mode", ["cuda", "auto"])
+def test_a_wrong_list_of_architectures_is_an_error_in_every_mode(tree, mode):
+    done, log = build_with_tool(tree, TORCH_CUDA_ARCH_LIST="9.0 Amper", BFT_BUILD=mode)
+    assert done.returncode != 0
+    assert "error: TORCH_CUDA_ARCH_LIST: got 'Amper' in '9.0 Amper'" in done.stderr
+    assert not any(".cu " in line for line in log)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CXX is None or shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_builds_both_modules_for_every_architecture(tree):
     done = build(tree, BFT_BUILD="cuda")
     assert done.returncode == 0, done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
-    for target in ("code=sm_80", "code=sm_90", "code=sm_100", "code=compute_100"):
-        assert target in done.stdout
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
+    for arch in runpy.run_path(str(ROOT / "csrc/ninja_build.py"))["CUDA_ARCHITECTURES"]:
+        known = f"compute_{arch}" in listed.split()
+        assert (f"code=sm_{arch} " in done.stdout) == known
     done = run(tree, "-c", "from bft_kernels import _cuda; print(_cuda.sampling_bits.__name__)")
     assert done.stdout == "sampling_bits\n", done.stderr
