@@ -41,7 +41,7 @@ format-check: $(INSTALLED)  ## fail if `make format` would change anything
 types: $(INSTALLED)  ## check the type annotations
 	$(BIN)/mypy
 
-static: venv  ## compile every Triton kernel for GPUs that are not here; none may spill or grow
+static: venv  ## compile every kernel for GPUs that are not here; none may spill or grow
 	$(BIN)/python -m benchmarks static --check --no-peers
 
 gpu: venv  ## on a GPU: tests, speed, memory and figures, into benchmarks/results/

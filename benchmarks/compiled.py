@@ -45,6 +45,9 @@ TARGETS = {
 _MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA|v_mfma\w*)\b")
 # Loads from global memory: NVIDIA's, and AMD's by vector.
 _LOAD = re.compile(r"\b(?:LDG(?:STS)?\b|(?:global|buffer|flat)_load_)")
+_COPY = re.compile(r"\bLDGSTS\b")
+# Addresses and texts of instructions.
+Code = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,13 @@ class Usage:
     blocks: int  # programs a multiprocessor holds at once
     tensor_core: int  # instructions
     loads: str  # widths of loads from global memory, bits
+    copies: str  # of those that go to shared memory by themselves
     instructions: int
     issue_slots: int  # outside the main loop, a warp and tile
     epilogue: float | None  # cycles to issue them, of the main loop's tensor-core cycles
     loop: float | None  # cycles to issue the main loop itself, likewise
+    copied: bool = False  # whether its operands must be copied, 16 bytes at once
+    wide: bool = False  # whether it must load 16 bytes at once
 
     @property
     def key(self) -> str:
@@ -156,29 +162,43 @@ def usage_of(
 ) -> Usage:
     """What one compiled kernel takes, read from its machine code."""
     code, registers, spilled = _read(compiled)
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    loads = {_width(text) for _, text in code if _LOAD.search(text)}
-    return Usage(
+    warps = compiled.metadata.num_warps
+    return usage_from(
+        code,
         target=name,
         name=form,
         peer=peer,
         multiplies="tt.dot" in compiled.asm["ttir"],
         registers=registers,
         spilled=spilled,
-        shared=shared,
+        shared=compiled.metadata.shared,
         warps=warps,
-        blocks=_blocks(target, registers, shared, warps),
-        tensor_core=sum(bool(_MMA.search(text)) for _, text in code),
-        loads="/".join(str(width) for width in sorted(loads)),
-        instructions=len(code),
-        issue_slots=outside_main_loop(code),
         epilogue=_issue(target, outside_main_loop(code, detour=False), warps, constants, "D"),
-        loop=_issue(target, _in_main_loop(code), warps, constants, "BLOCK_D"),
+        loop=_issue(target, len(main_loop(code)), warps, constants, "BLOCK_D"),
     )
 
 
+def usage_from(code: Code, **known: Any) -> Usage:
+    """What is known of a kernel, and what its machine code says."""
+    target, resources = TARGETS[known["target"]], (known["registers"], known["shared"])
+    return Usage(
+        **known,
+        blocks=_blocks(target, *resources, known["warps"]),
+        tensor_core=tensor_core(code),
+        loads=_widths(code, _LOAD),
+        copies=_widths(code, _COPY),
+        instructions=len(code),
+        issue_slots=outside_main_loop(code),
+    )
+
+
+def _widths(code: Code, kind: re.Pattern[str]) -> str:
+    found = {_width(text) for _, text in code if kind.search(text)}
+    return "/".join(str(width) for width in sorted(found))
+
+
 @cache
-def _read(compiled: Any) -> tuple[list[tuple[int, str]], int, int]:
+def _read(compiled: Any) -> tuple[Code, int, int]:
     """Instructions, registers of a thread, and bytes it spills."""
     if "amdgcn" in compiled.asm:
         text = compiled.asm["amdgcn"]
@@ -188,7 +208,7 @@ def _read(compiled: Any) -> tuple[list[tuple[int, str]], int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        resources = _cuobjdump("-res-usage", cubin)
+        resources = cuobjdump("-res-usage", cubin)
         code = disassemble(cubin)
     registers = int(re.findall(r"REG:(\d+)", resources)[-1])
     return code, registers, int(re.findall(r"STACK:(\d+)", resources)[-1])
@@ -212,7 +232,12 @@ def _issue(
     if constants["PRECISION"] != "ieee" or "D" not in constants or "HAS_CAP" not in constants:
         return None
     rows, columns, width = (int(size) for size in sizes if size)
-    return (slots * warps / target.schedulers) / (rows * columns * width / target.multiply_adds)
+    return issue_share(target, slots * warps, rows * columns * width)
+
+
+def issue_share(target: Target, slots: int, multiply_adds: int) -> float:
+    """Cycles to issue a program's instructions, of its tensor cores' for so many products."""
+    return (slots / target.schedulers) / (multiply_adds / target.multiply_adds)
 
 
 def _blocks(target: Target, registers: int, shared: int, warps: int) -> int:
@@ -222,7 +247,8 @@ def _blocks(target: Target, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, by_shared, target.warps // warps)
 
 
-def _cuobjdump(flag: str, cubin: Path) -> str:
+def cuobjdump(flag: str, cubin: Path) -> str:
+    """What Triton's copy of the tool prints."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -230,24 +256,24 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
     return run.stdout
 
 
-def disassemble(cubin: Path) -> list[tuple[int, str]]:
+def disassemble(cubin: Path) -> Code:
     """Address and text of each instruction of a compiled kernel."""
-    return instructions(_cuobjdump("-sass", cubin))
+    return instructions(cuobjdump("-sass", cubin))
 
 
 _BRANCH = re.compile(r"BRA.*?0x([0-9a-f]+)")
 
 
-def instructions(sass: str) -> list[tuple[int, str]]:
+def instructions(sass: str) -> Code:
     """Address and text of each instruction."""
     found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.+?);", sass)
     return [(int(address, 16), text) for address, text in found]
 
 
-def amd_instructions(assembly: str) -> list[tuple[int, str]]:
+def amd_instructions(assembly: str) -> Code:
     """A number and the text of each instruction; branches as NVIDIA's have them, to a number."""
     body = assembly.partition("\n.Lfunc_end")[0]
-    found: list[tuple[int, str]] = []
+    found: Code = []
     labels: dict[str, int] = {}
     for line in body.splitlines():
         text = line.split(";")[0].strip()
@@ -270,12 +296,12 @@ def _width(text: str) -> int:
     return 32 if match is None else int(match.group(1).lstrip("US"))
 
 
-def loops_of(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+def loops_of(code: Code) -> list[tuple[int, int]]:
     """First and last address of each loop: from where a branch leads back to, to the branch."""
     return [(to, at) for at, to in _branches(code) if to <= at]
 
 
-def _loops(code: list[tuple[int, str]]) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
+def _loops(code: Code) -> tuple[list[tuple[int, int]], tuple[int, int] | None]:
     """All loops, and the shortest one with a matrix instruction."""
     found = loops_of(code)
     products = [address for address, text in code if _MMA.search(text)]
@@ -283,18 +309,23 @@ def _loops(code: list[tuple[int, str]]) -> tuple[list[tuple[int, int]], tuple[in
     return found, min(main, key=lambda loop: loop[1] - loop[0], default=None)
 
 
-def _branches(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
+def _branches(code: Code) -> list[tuple[int, int]]:
     """From and to which address."""
     return [(a, int(match.group(1), 16)) for a, t in code if (match := _BRANCH.match(t))]
 
 
-def _in_main_loop(code: list[tuple[int, str]]) -> int:
-    """Instructions of one turn of the loop of the matrix products."""
+def main_loop(code: Code) -> Code:
+    """One turn of the loop of the matrix products; empty where there is none."""
     _, main = _loops(code)
-    return 0 if main is None else sum(main[0] <= at <= main[1] for at, _ in code)
+    return [] if main is None else [line for line in code if main[0] <= line[0] <= main[1]]
 
 
-def outside_main_loop(code: list[tuple[int, str]], *, detour: bool = True) -> int:
+def tensor_core(code: Code) -> int:
+    """How many instructions multiply matrices."""
+    return sum(bool(_MMA.search(text)) for _, text in code)
+
+
+def outside_main_loop(code: Code, *, detour: bool = True) -> int:
     """Instructions that a tile takes outside the loop of its matrix products.
 
     The main loop is the shortest one with a matrix instruction; a tile is the shortest loop around

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import compiled, rehearsal, static
+from benchmarks import compiled, compiled_cuda, rehearsal, static
 from benchmarks.compiled import TARGETS, Usage, amd_instructions, instructions, outside_main_loop
 
 SASS = """
@@ -52,6 +53,7 @@ def usage(**changes: object) -> Usage:
         "blocks": 2,
         "tensor_core": 4,
         "loads": "128",
+        "copies": "",
         "instructions": 100,
         "issue_slots": 100,
         "epilogue": None,
@@ -136,6 +138,107 @@ def test_complaints_name_what_is_wrong():
     ]
 
 
+def test_cuda_kernels_are_held_to_registers_memory_and_wide_loads():
+    name = "cuda: kernel bf16 aligned"
+    budget = {f"sm_90 {name}": {"slots": 100, "registers": 128, "shared": 1000}}
+    good = {"name": name, "shared": 1000, "copied": True, "wide": True, "copies": "128"}
+    assert static.complaints([usage(**good), usage(**(good | {"registers": 96}))], budget) == []
+    changes = [{"registers": 129}, {"shared": 1001}, {"copies": "32"}, {"loads": "16/64"}]
+    wrong = static.complaints([usage(**(good | change)) for change in changes], budget)
+    assert wrong == [
+        f"sm_90 {name}: 129 registers, expected 128",
+        f"sm_90 {name}: 1001 shared, expected 1000",
+        f"sm_90 {name}: copies nothing asynchronously, 16 bytes at once",
+        f"sm_90 {name}: loads 16/64 bits at once, expected 128 among them",
+    ]
+
+
+def test_recording_keeps_what_was_not_compiled():
+    budget = {"sm_80 kernel": 1, "sm_90 kernel": 2, "sm_90 cuda: kernel": {"slots": 3}}
+    for found, changed in (
+        (usage(), {"sm_90 kernel": 100}),
+        (
+            usage(name="cuda: new"),
+            {"sm_90 cuda: new": {"slots": 100, "registers": 128, "shared": 0}},
+        ),
+    ):
+        replaced = "sm_90 cuda: kernel" if "new" in found.name else "sm_90 kernel"
+        kept = {key: value for key, value in budget.items() if key != replaced}
+        assert json.loads(static._updated(budget, [found])) == kept | changed
+    text = static.BUDGET.read_text()
+    assert static._updated(json.loads(text), []) == text
+
+
+SOURCE = """
+// Sums.
+template <typename T, bool Aligned, int kGroup>
+__global__ void __launch_bounds__(kThreads, 1)
+    tiled_kernel(Operands<T> in, int group) {
+    Entries<T> z = next_products(in, loader);
+}
+
+constexpr int kOther = 3;
+
+__global__ void plain_kernel(Global<float> out) {
+    if (out) return;
+}
+"""
+LAUNCHES = """
+    launch(tiled_kernel<T, kAligned, 2>,
+           {"tiled", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
+           operands_of<T>(problem));
+    launch(plain_kernel, {"plain", dim3(a, b), 128, 0, stream}, out);
+"""
+
+
+def test_sources_tell_what_a_kernel_is_and_how_it_is_launched(tmp_path, monkeypatch):
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    source = tmp_path / "csrc/cuda/some.cu"
+    source.write_text(SOURCE + LAUNCHES)
+    monkeypatch.setattr(compiled_cuda, "ROOT", tmp_path)
+    compiled_cuda._kernels.cache_clear()
+    found = compiled_cuda._kernels()
+    assert {name: (kernel.switches, kernel.tiled) for name, kernel in found.items()} == {
+        "tiled": (("aligned", "kgroup"), True),
+        "plain": ((), False),
+    }
+    probe = compiled_cuda._probe(source)
+    assert '#include "csrc/cuda/some.cu"' in probe
+    for name, value in (("threads_tiled", "kThreads"), ("shared_tiled", "kStagesBytes")):
+        assert f'extern "C" __device__ unsigned probe_{name} = {value};' in probe
+    assert "probe_threads_plain = 128;" in probe
+    code = instructions(SASS)
+    sizes = {"tile": 128 * 128, "threads_tiled": 256, "shared_tiled": 3000}
+    function = "void bft::cuda::tiled_kernel<__nv_bfloat16, true, 2>(bft::cuda::Operands)"
+    got = compiled_cuda._usage("sm_90", function, code, 100, 0, sizes)
+    compiled_cuda._kernels.cache_clear()
+    assert got.key == "sm_90 cuda: tiled bf16 aligned kgroup=2"
+    assert (got.warps, got.shared, got.blocks) == (8, 3000, 2)
+    assert got.multiplies
+    assert got.copied
+    assert got.wide
+    # Two instructions on four schedulers, beside the cycles of one product.
+    assert got.loop == pytest.approx((2 / 4) / (16 * 8 * 16 / 2048))
+
+
+def test_a_missing_compiler_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    static.main(static.Config(targets=("sm_80",), only="cuda"))
+    assert capsys.readouterr().out.startswith("csrc/cuda is left out: no nvcc on PATH\n")
+
+
+@pytest.mark.skipif(compiled_cuda.why_not() is not None, reason="needs nvcc")
+def test_a_file_is_compiled_for_a_target():
+    found = compiled_cuda._compile("sm_80", compiled_cuda.ROOT / "csrc/cuda/sampling.cu")
+    assert sorted(usage.key for usage in found) == [
+        "sm_80 cuda: fill_draws f32",
+        "sm_80 cuda: fill_draws u32",
+    ]
+    for got in found:
+        assert (got.warps, got.shared, got.spilled, got.tensor_core) == (8, 0, 0, 0)
+        assert 0 < got.registers < 64
+
+
 def test_an_unknown_target_is_refused():
     with pytest.raises(SystemExit, match="targets: got 'sm_1', expected some of sm_80"):
         static.main(static.Config(targets=("sm_1",)))
@@ -145,6 +248,8 @@ def test_every_kernel_has_a_budget():
     budget = json.loads(static.BUDGET.read_text())
     for target in TARGETS:
         assert any(key.startswith(f"{target} linear_nll_forward bf16") for key in budget)
+        on_cuda = TARGETS[target].backend == "cuda"
+        assert (f"{target} cuda: linear_nll_forward bf16 aligned emit" in budget) == on_cuda
 
 
 def test_a_rehearsal_has_no_values():
