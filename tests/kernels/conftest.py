@@ -16,6 +16,7 @@ import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -463,14 +464,15 @@ class Assembled:
         return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.S))
 
 
-@pytest.fixture
-def assemble(tmp_path: Path) -> Callable[[str, str], Assembled]:
-    """Compiles a file of the repository for an architecture."""
+@pytest.fixture(scope="session")
+def assemble(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Assembled]:
+    """Compiles a file of the repository for an architecture, once."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
 
+    @cache
     def run(source: str, arch: str) -> Assembled:
-        cubin = tmp_path / "kernels.cubin"
+        cubin = tmp_path_factory.mktemp("assembled") / "kernels.cubin"
         command = ["nvcc", "-std=c++17", "-O3", f"-I{ROOT}", f"-arch={arch}", "-cubin"]
         command += ["-Xptxas=-v", "-Werror", "all-warnings", "-o", cubin, ROOT / source]
         done = subprocess.run(command, capture_output=True, text=True)
