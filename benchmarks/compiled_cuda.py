@@ -46,7 +46,8 @@ _LAUNCH = re.compile(r'\{\s*"(\w+)",[^;]*?,\s*([\w<>]+),\s*([\w<>]+),\s*stream\}
 class _Kernel:
     """What the source says of a kernel."""
 
-    switches: tuple[str, ...]  # template parameters after the type
+    switches: tuple[str, ...]  # template parameters after the type, if it has one
+    typed: bool
     tiled: bool  # by tile.cuh or products.cuh: operands come through shared memory
 
 
@@ -112,9 +113,11 @@ def _kernels() -> dict[str, _Kernel]:
     found = {}
     for path in sorted(ROOT.glob("csrc/cuda/*.cu*")):
         for parameters, name, body in _KERNEL.findall(path.read_text()):
-            switches = [p.split()[-1].lower() for p in parameters.split(",")[1:]]
+            typed = parameters.startswith("typename")
+            own = parameters.split(",")[typed:] if parameters else []
+            switches = [p.split()[-1].lower() for p in own]
             tiled = "next_products(" in body or "sum_products<" in body
-            found[name] = _Kernel(tuple(switches), tiled)
+            found[name] = _Kernel(tuple(switches), typed, tiled)
     return found
 
 
@@ -138,11 +141,15 @@ def _usage(
     """
     match = re.search(r"::(\w+)_kernel(?:<([^>]*)>)?\(", function)
     assert match, f"{function}: expected bft::cuda::NAME_kernel"
-    kernel, (operand, *values) = match[1], (match[2] or "").split(", ")
+    kernel, values = match[1], match[2].split(", ") if match[2] else []
     known = _kernels()[kernel]
+    operand = values.pop(0) if known.typed else ""
     # A number is told with its name, and a switch only where it is on.
     pairs = [pair for pair in zip(known.switches, values, strict=True) if pair[1] != "false"]
-    switches = [switch if value == "true" else f"{switch}={value}" for switch, value in pairs]
+    switches = [
+        switch if value == "true" else f"{switch}={TYPES.get(value, value)}"
+        for switch, value in pairs
+    ]
     form = " ".join(filter(None, [kernel, TYPES.get(operand, operand), *switches]))
     aligned, warps = "aligned" in switches, sizes[f"threads_{kernel}"] // 32
     multiplies = known.tiled and operand in ("__nv_bfloat16", "__half")

@@ -109,8 +109,7 @@ inline void define_gradients(pybind11::module_& module) {
                "operands' type or float32; with adds to what is there.",
                pybind11::kw_only(), arg("problem"), arg("first_column"), arg("columns"),
                arg("dy_ptr"), arg("stride_dy"), arg("grad_weight_ptr"), arg("stride_gv"),
-               arg("wide") = false, arg("adds"), arg("scale_ptr") = 0, arg("stream"),
-               Released());
+               arg("wide") = false, arg("adds"), arg("scale_ptr") = 0, arg("stream"), Released());
 }
 
 }  // namespace bft

@@ -258,7 +258,7 @@ __device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
 //
 // Nobody knows how many rows there are but the device: blocks past them return at once.
 template <typename T, bool Aligned, bool Emit>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
                               Global<const int64_t> seed, Global<const float> floor,
                               Global<uint32_t> mask) {

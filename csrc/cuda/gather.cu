@@ -38,7 +38,7 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
         with_pieces<T>(depth, [&](auto pieces) {
             launch(gather_hidden_kernel<T, decltype(aligned)::value, decltype(pieces)::value>,
                    {"gather_hidden", static_cast<unsigned>(problem.rows), kThreads,
-                    kRowsBytes + kPartsBytes, stream},
+                    kRowsAndPartsBytes, stream},
                    operands_of<T>(problem),
                    RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
                    sample.eps, lists.offsets, lists.columns, lists.capacity, team_for<T>(depth),
@@ -52,17 +52,14 @@ void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t
                    const WeightGradient& into, void* stream) {
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
-        const bool only_bias = into.weight.at == nullptr;  // one warp's work
-        const dim3 grid(static_cast<unsigned>(problem.vocabulary),
-                        only_bias ? 1 : static_cast<unsigned>(ceil_div(problem.depth, kSliceD<T>)));
+        const int64_t slices = into.weight.at ? ceil_div(problem.depth, kSliceD<T>) : 1;
+        const dim3 grid(static_cast<unsigned>(problem.vocabulary), static_cast<unsigned>(slices));
         with_output<T>(into.weight, [&](auto* out) {
             using Out = std::remove_pointer_t<decltype(out)>;
             launch(gather_weight_kernel<T, Out, decltype(aligned)::value>,
-                   {"gather_weight", grid, only_bias ? 32u : kThreads, only_bias ? 0 : kRowsBytes,
-                    stream},
-                   operands_of<T>(problem), starts, packed, team_for<T>(problem.depth), out,
-                   into.stride, rows_whole<T, Out>(out, into.stride, problem.depth), into.adds,
-                   into.bias);
+                   {"gather_weight", grid, kThreads, kRowsBytes, stream}, operands_of<T>(problem),
+                   starts, packed, team_for<T>(problem.depth), out, into.stride,
+                   rows_whole<T, Out>(out, into.stride, problem.depth), into.adds, into.bias);
         });
     });
 }

@@ -19,7 +19,6 @@
 
 namespace bft::cuda {
 
-constexpr int kWarps = kThreads / 32;
 template <typename T>
 constexpr int kSize = 16 / static_cast<int>(sizeof(T));  // elements of a piece
 // Rows that a team takes at a time, and batches that are on their way meanwhile. The widest rows
@@ -42,6 +41,7 @@ constexpr int kSliceD = kFewPieces * kSize<T> * kThreads;
 // Shared memory: the rows, then parts of logits, two rooms of them.
 constexpr uint32_t kRowsBytes = 16 * kThreads * 16;
 constexpr uint32_t kPartsBytes = 2 * kWarps * kBatch<kFewPieces> * 4;
+constexpr uint32_t kRowsAndPartsBytes = kRowsBytes + kPartsBytes;
 
 struct Team {
     int warps;  // of each

@@ -18,7 +18,7 @@
 
 namespace bft::cuda {
 
-constexpr int kThreads = 256, kStages = 3;
+constexpr int kThreads = 256, kWarps = kThreads / 32, kStages = 3;
 constexpr int kRowBytes = 128, kPieces = kRowBytes / 16;
 template <typename T>
 constexpr int kTileD = kRowBytes / static_cast<int>(sizeof(T));

@@ -8,7 +8,7 @@
 
 namespace bft::cuda {
 
-constexpr int kWarps = kThreads / 32;
+constexpr uint32_t kWarpSumsBytes = 2 * kWarps * 4;  // two numbers of each
 static_assert(kThreads == kWeightTile);
 
 // Documents, as kernels reach them. Numbers of positions and documents are 32-bit.
