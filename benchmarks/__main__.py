@@ -1,4 +1,4 @@
-"""``python -m benchmarks loss``, ``scale``, ``record``, ``static``, ``model`` and ``gpu``."""
+"""``python -m benchmarks COMMAND``; each command's module says what it does."""
 
 import sys
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu, loss, model, record, scale, static
+from benchmarks import gpu, loss, model, plot, record, scale, static
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "static": (static.Config, static.main),
     "model": (model.Config, model.main),
     "gpu": (gpu.Config, gpu.main),
+    "plot": (plot.Config, plot.main),
 }
 
 

@@ -22,8 +22,8 @@ from benchmarks.gpu_record import Record, nvidia_smi, slug
 from benchmarks.gpu_report import draw_figures, write_summary
 from benchmarks.gpu_speed import TURNS, measure_all
 from benchmarks.gpu_suite import REHEARSED, SELECTED, run_suite
+from benchmarks.readings import RESULTS
 
-RESULTS = Path(__file__).with_name("results")
 # Of all the time; what the tests leave goes to the measurements.
 _TESTS_SHARE = 0.35
 _REPORT_SHARE = 0.03

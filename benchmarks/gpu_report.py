@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.gpu_providers import CANDIDATES
+from benchmarks.figures import render, save
 from benchmarks.gpu_record import Record
 from benchmarks.gpu_suite import read_junit
+from benchmarks.plot import loss_figures
 
 Row = dict[str, Any]
-_MARKERS = "osD^v<>Ph*X8dp"
 
 
 def by_shape(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -28,85 +22,18 @@ def by_shape(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def colour(row: Row) -> str:
-    """One for each backend of ours, one for all peers."""
-    return {"bft triton": "C3", "bft cuda": "C2", "bft torch": "C1"}.get(row["family"], "C0")
-
-
 def draw_figures(record: Record) -> None:
-    """Writes ``memory`` and ``times``, as PNG and as SVG.
+    """Writes ``loss``, as PNG and as SVG.
 
     Raises:
         RuntimeError: nothing was timed.
     """
-    timed = by_shape(row for row in record.rows if row["seconds"] != "")
-    if not timed:
+    rows = [{name: str(value) for name, value in row.items()} for row in record.rows]
+    figures = loss_figures(rows)
+    if not figures:
         raise RuntimeError("figures: got no timed row, expected some")
-    for name, draw in (("memory", _against_memory), ("times", _bars)):
-        columns = min(2, len(timed))
-        lines = math.ceil(len(timed) / columns)
-        height = 5.0 if name == "memory" else 1.2 + 0.22 * max(map(len, timed.values()))
-        figure, axes = plt.subplots(
-            lines,
-            columns,
-            figsize=(7 * columns, height * lines),
-            layout="constrained",
-            squeeze=False,
-        )
-        for panel in axes.flat[len(timed) :]:
-            panel.remove()
-        for panel, (title, rows) in zip(axes.flat, timed.items(), strict=False):
-            draw(panel, rows)
-            panel.set_title(f"{title}, {rows[0]['dtype']}", fontsize=10)
-        figure.suptitle(str(record.facts.get("device", "")), fontsize=11)
-        for suffix in ("png", "svg"):
-            figure.savefig(record.folder / f"{name}.{suffix}", dpi=120)
-        plt.close(figure)
-
-
-def _against_memory(axes: Any, rows: list[Row]) -> None:
-    bare = _bare(rows)
-    names = list(dict.fromkeys([*(c.name for c in CANDIDATES), *(row["provider"] for row in rows)]))
-    for row in rows:
-        if row["extra_bytes"] == "":
-            continue
-        axes.plot(
-            max(1.0, row["extra_bytes"] / 2**20),
-            1e3 * row["seconds"],
-            _MARKERS[names.index(row["provider"]) % len(_MARKERS)],
-            color=colour(row),
-            fillstyle="none" if "frozen" in row["provider"] else "full",
-            label=row["provider"],
-        )
-    axes.axhline(1e3 * bare, color="grey", linestyle=":", label="bare GEMM, 1G")
-    axes.set_xscale("log")
-    axes.set_xlabel("peak memory beyond inputs and gradients (MiB)")
-    axes.set_ylabel("forward and gradients (ms)")
-    times = [bare, *(row["seconds"] for row in rows)]
-    if _wide(times):
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _bars(axes: Any, rows: list[Row]) -> None:
-    rows = sorted(rows, key=lambda row: row["times_g"], reverse=True)
-    values = [row["times_g"] for row in rows]
-    bars = axes.barh([row["provider"] for row in rows], values, color=[colour(row) for row in rows])
-    axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=7, padding=2)
-    axes.axvline(1.0, color="grey", linestyle=":", label="bare GEMM, 1G")
-    axes.tick_params(axis="y", labelsize=7)
-    if _wide(values):
-        axes.set_xscale("log")
-    axes.set_xlabel("x G")
-    axes.margins(x=0.1)
-    axes.legend(fontsize=7, loc="upper right")
-
-
-def _wide(values: list[float]) -> bool:
-    """Whether a linear axis would squash the small ones."""
-    return max(values) > 20 * min(values)
+    for name, panels in figures.items():
+        save(render(panels), record.folder / name)
 
 
 def _bare(rows: list[Row]) -> float:
@@ -132,9 +59,8 @@ def write_summary(record: Record) -> None:
     lines += [read_junit(report).text + "." if report.exists() else "No report.", ""]
     for title, rows in by_shape(record.rows).items():
         lines += [f"## {title}", "", *_table(rows), ""]
-    for name in ("memory", "times"):
-        if (record.folder / f"{name}.png").exists():
-            lines += [f"![{name}]({name}.png)", ""]
+    if (record.folder / "loss.png").exists():
+        lines += ["![Time against memory](loss.png)", ""]
     lines += ["## Failures", ""]
     lines += [f"- {title}" for title in record.failed] or ["None."]
     if record.failed:

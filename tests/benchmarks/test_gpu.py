@@ -89,7 +89,7 @@ def test_a_dry_run_does_everything(tmp_path: Path) -> None:
     summary = (tmp_path / "summary.md").read_text()
     assert "bft triton sampled 2^-12" in summary
     assert "5 passed, 0 failed" in summary
-    for name in ("memory.png", "memory.svg", "times.png", "times.svg", "log.txt"):
+    for name in ("loss.png", "loss.svg", "log.txt"):
         assert (tmp_path / name).stat().st_size > 0
     assert not (tmp_path / "failures.txt").exists()
 
@@ -256,4 +256,4 @@ def test_figures_and_summary_of_several_shapes(record: Record) -> None:
     assert "Scaled down from 16384 x 262144" in text
     assert "1G is 20.00 ms" in text
     assert text.count("cut: not done after 20 s") == len(SHAPES)
-    assert (record.folder / "times.svg").stat().st_size > 0
+    assert (record.folder / "loss.svg").stat().st_size > 0

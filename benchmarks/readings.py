@@ -1,0 +1,85 @@
+"""Rows of result folders, read back: what they hold and which of them belong together."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
+# What `loss` and `gpu`, `scale` and `train` write.
+FILES = ("loss.csv", "scale.csv", "train.csv")
+
+Row = Mapping[str, str]
+
+
+def result_folders(given: Sequence[Path]) -> list[Path]:
+    """Those given, or all under ``benchmarks/results`` that hold a CSV.
+
+    Raises:
+        SystemExit: a folder without any.
+    """
+    if not given:
+        return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
+    for folder in given:
+        if not any((folder / name).exists() for name in FILES):
+            raise SystemExit(
+                f"folders: got {folder}, expected one with some of {', '.join(FILES)} in it"
+            )
+    return list(given)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a CSV; none if there is no such file.
+
+    Raises:
+        ValueError: a row has more or fewer fields than the header, as after appending to a file
+            of an older form.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                fields = len(reader.fieldnames or ())
+                raise ValueError(f"{path}, line {reader.line_num}: expected {fields} fields")
+            rows.append(row)
+    return rows
+
+
+def number(row: Row, column: str) -> float | None:
+    """A figure; None where it is empty or an older file lacks the column.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = row.get(column, "")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"{column}: got {text!r}, expected a number or nothing") from None
+
+
+def key(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
+    """What a row says in these columns; a column that an older file lacks is empty."""
+    return tuple(row.get(column, "") for column in columns)
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows by what they say in these columns, in the order of the first of each."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row, columns), []).append(row)
+    return groups
+
+
+def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
+    """Of rows that agree in these columns the last written: a later run replaces an earlier one."""
+    return list({key(row, columns): row for row in rows}.values())
+
+
+def values(rows: Iterable[Row], column: str) -> list[str]:
+    """The different things that rows say in a column."""
+    return list(dict.fromkeys(text for row in rows if (text := row.get(column, ""))))
