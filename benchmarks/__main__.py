@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu, loss, model, plot, record, scale, static
+from benchmarks import gpu, loss, model, plot, record, report, scale, static
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "model": (model.Config, model.main),
     "gpu": (gpu.Config, gpu.main),
     "plot": (plot.Config, plot.main),
+    "report": (report.Config, report.main),
 }
 
 

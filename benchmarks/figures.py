@@ -1,13 +1,14 @@
 """What all figures share: one narrow column of panels, colours, numbered points, bars and files.
 
-A figure is 5 inches wide whatever it shows, so that a phone shows its letters at about their size;
-panels are stacked. What is ours has a colour and is filled, peers are grey and hollow: they differ
-without colours too.
+A figure is as wide as a phone whatever it shows, so that its letters are never scaled below what
+can be read; panels are stacked. What is ours has a colour and is filled, peers are grey and hollow:
+they differ without colours too.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,20 +18,22 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-_WIDTH = 5.0  # inches
-_DPI = 150  # of a PNG
+from benchmarks.readings import digits
+
+_WIDTH = 3.6  # inches
+_DPI = 200  # of a PNG
 _INK = "#222222"
 _PEER = "#666666"
 # Okabe and Ito's, which the colour-blind can tell apart; by a word of the provider's name.
 _OURS = {"triton": "#D55E00", "cuda": "#009E73", "torch": "#CC79A7"}
 _OTHER_OURS = "#0072B2"
-_BAR = 0.19  # inches
-_FRAME = 0.75  # inches of title and axis around bars
+_ROW = 0.25  # inches of a bar and of its line of text
+_AXIS = 0.5  # inches of the axis below bars
+_LINE = 0.16  # inches of a line of a title
+_LETTERS = 44  # that a line of a title has room for
 _MARK = 11.0  # diameter of a numbered point, in points
-_STYLE = {
-    "font.size": 8.5,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.spines.top": False,
@@ -50,7 +53,7 @@ class Panel:
 
     title: str
     words: str  # what it shows, for those who do not see it
-    height: float  # inches
+    height: float  # inches, without the title
     # Draws into a subfigure, and returns what can be placed only once the layout is known.
     draw: Callable[[Any], Callable[[], None] | None]
 
@@ -91,13 +94,19 @@ def render(panels: Sequence[Panel]) -> Figure:
     """
     if not panels:
         raise ValueError("panels: got none, expected some")
-    heights = [panel.height for panel in panels]
+    titles = [
+        [short for line in panel.title.splitlines() for short in textwrap.wrap(line, _LETTERS)]
+        for panel in panels
+    ]
+    heights = [
+        panel.height + _LINE * (1 + len(lines)) for panel, lines in zip(panels, titles, strict=True)
+    ]
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained", facecolor="white")
-        parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)
+        parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
         after = []
-        for panel, part in zip(panels, parts[:, 0], strict=True):
-            part.suptitle(panel.title, fontsize=9, fontweight="bold", x=0.02, ha="left")
+        for panel, lines, part in zip(panels, titles, parts, strict=True):
+            part.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold", x=0.02, ha="left")
             after.append(panel.draw(part))
         figure.draw_without_rendering()  # lays out
         for place in after:
@@ -106,15 +115,22 @@ def render(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path, suffixes: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Writes the figure with each suffix, without a date, so that files change with data only."""
-    written = [path.with_suffix(f".{suffix}") for suffix in suffixes]
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes an SVG and a PNG; returns their names."""
+    written = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    written[0].write_text(svg(figure), encoding="utf-8")
     with rc_context(_STYLE):
-        for file in written:
-            nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            metadata = nameless if file.suffix == ".svg" else {"Software": None}
-            figure.savefig(file, dpi=_DPI, metadata=metadata)
+        figure.savefig(written[1], dpi=_DPI, metadata={"Software": None})
     return written
+
+
+def svg(figure: Figure) -> str:
+    """The figure as SVG, without a date, so that it changes with what it shows only."""
+    text = io.StringIO()
+    with rc_context(_STYLE):
+        nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nameless)
+    return text.getvalue()
 
 
 def time_and_memory(title: str, points: Sequence[Point]) -> Panel:
@@ -126,16 +142,16 @@ def time_and_memory(title: str, points: Sequence[Point]) -> Panel:
     """
     ranked = sorted(points, key=lambda point: point.value)
     placed = {i: p for i, p in enumerate(ranked, 1) if p.mebibytes is not None}
-    names = [f"{point.label}  {i}" for i, point in enumerate(ranked, 1)]
-    notes = ["" if p.mebibytes is None else f"{p.mebibytes:,.0f} MiB" for p in ranked]
-    lower = _FRAME + _BAR * len(ranked)
-    upper = 2.9 if placed else 0.0
+    lower = _AXIS + _ROW * len(ranked)
+    upper = 2.4 if placed else 0.0
 
     def draw(part: Any) -> Callable[[], None] | None:
-        # Subfigures, since the names of bars would narrow the other axes as well.
+        # Subfigures: each has margins of its own.
         ratios = [upper, lower] if placed else [lower]
         parts = part.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
-        _bars(parts[-1].subplots(), names, ranked, notes, "time, x G", reference=1.0)
+        names = [f"{number}  {point.label}" for number, point in enumerate(ranked, 1)]
+        texts = [f"{point.value:.2f} G{_memory(point)}" for point in ranked]
+        _bars(parts[-1].subplots(), names, ranked, texts, "time, x G", reference=1.0)
         return _scatter(parts[0].subplots(), placed) if placed else None
 
     fastest, slowest = ranked[0], ranked[-1]
@@ -149,53 +165,61 @@ def time_and_memory(title: str, points: Sequence[Point]) -> Panel:
 def bars(title: str, points: Sequence[Point], label: str) -> Panel:
     """Values of one kind, the smallest last; a note stands beside its value."""
     ranked = sorted(points, key=lambda point: -point.value)
-    words = f"{title}, {label}: " + "; ".join(f"{p.label} {p.value:,.4g}" for p in ranked)
+    words = f"{title}, {label}: " + "; ".join(f"{p.label} {digits(p.value)}" for p in ranked)
 
     def draw(part: Any) -> None:
-        names, notes = [point.label for point in ranked], [point.note for point in ranked]
-        _bars(part.subplots(), names, ranked, notes, label)
+        names = [point.label for point in ranked]
+        texts = [", ".join(filter(None, (digits(point.value), point.note))) for point in ranked]
+        _bars(part.subplots(), names, ranked, texts, label)
 
-    return Panel(title, words, _FRAME + _BAR * len(ranked), draw)
+    return Panel(title, words, _AXIS + _ROW * len(ranked), draw)
+
+
+def _memory(point: Point) -> str:
+    return "" if point.mebibytes is None else f", {point.mebibytes:,.0f} MiB"
 
 
 def _bars(
     axes: Any,
     names: Sequence[str],
     points: Sequence[Point],
-    notes: Sequence[str],
+    texts: Sequence[str],
     label: str,
     reference: float | None = None,
 ) -> None:
-    """Horizontal, the first on top, each with its value and its note."""
+    """Horizontal, the first on top; the name and the text of each stand above it."""
     numbers = [point.value for point in points]
-    drawn = axes.barh(
-        range(len(points)),
+    places = np.arange(len(points))
+    axes.barh(
+        places,
         numbers,
+        height=0.35,
         color=[colour(point) if point.ours else "#d9d9d9" for point in points],
         edgecolor=[colour(point) for point in points],
     )
-    form = "{:.2f}" if reference is not None else "{:,.4g}"
-    texts = [
-        "  ".join(filter(None, (form.format(value), note)))
-        for value, note in zip(numbers, notes, strict=True)
-    ]
-    axes.bar_label(drawn, texts, fontsize=7.5, padding=3)
-    axes.set_yticks(range(len(points)), names)
-    for text, point in zip(axes.get_yticklabels(), points, strict=True):
-        text.set_fontweight("bold" if point.ours else "normal")
-        text.set_fontsize(7.5)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
+    for place, name, point, text in zip(places, names, points, texts, strict=True):
+        weight = "bold" if point.ours else "normal"
+        for x, words, side in ((0, name, "left"), (1, text, "right")):
+            axes.annotate(
+                words,
+                (x, place - 0.22),
+                xycoords=("axes fraction", "data"),
+                ha=side,
+                va="bottom",
+                fontsize=7.5,
+                fontweight=weight,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            )
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(points) - 0.6, -0.95)
     if reference is not None:
-        axes.axvline(reference, color=_INK, linestyle=":", linewidth=1)
-    room = 1.7  # of the axis, for the labels
+        axes.axvline(reference, color=_INK, linestyle=":", linewidth=1, zorder=0)
     if wide(numbers):
-        left = min(numbers) / 1.5
         axes.set_xscale("log")
-        axes.set_xlim(left, left * (max(numbers) / left) ** room)
+        axes.set_xlim(min(numbers) / 1.5, max(numbers))
     else:
-        axes.set_xlim(0, room * max(numbers))
+        axes.set_xlim(0, max(numbers))
     axes.set_xlabel(label)
 
 
@@ -275,8 +299,3 @@ def apart(at: np.ndarray, distance: float, low: np.ndarray, high: np.ndarray) ->
         push = away / np.maximum(length, 1e-9)[..., None] * overlap[..., None]
         places = np.clip(places + 0.5 * push.sum(axis=1), low, high)
     return places
-
-
-def finite(value: float | None) -> bool:
-    """Whether a figure can show this."""
-    return value is not None and math.isfinite(value)

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib import colormaps
 from tyro.conf import Positional
 
-from benchmarks.figures import Panel, Point, bars, finite, ours, render, save, time_and_memory
+from benchmarks.figures import Panel, Point, bars, ours, render, save, time_and_memory
 from benchmarks.readings import (
     Row,
+    finite,
     grouped,
     key,
     latest,
@@ -29,6 +30,7 @@ from benchmarks.shapes import Shape
 PROBLEM = ("shape", "tokens", "width", "vocabulary", "dtype", "inputs", "memory_kept")
 # What the losses of `train` that are this package's are called.
 _TRAINED_OURS = ("exact", "sampled")
+_NO_LOSS = "bft weighting"
 GIB = 2**30
 
 
@@ -78,10 +80,10 @@ def figures_of(folder: Path) -> dict[str, list[Panel]]:
 def losses(rows: Sequence[Row]) -> dict[tuple[str, str], dict[tuple[str, ...], list[Row]]]:
     """Rows of loss.csv by weighting and mode, then by problem; 1G's are in all modes of theirs.
 
-    The balanced loss comes first, which is what the package is for.
+    The balanced loss comes first, which is what the package is for. The weights alone are left out.
     """
     products = {key(row, PROBLEM): row for row in rows if row["provider"] == "1G"}
-    others = [row for row in rows if row["provider"] != "1G"]
+    others = [row for row in rows if row["provider"] not in ("1G", _NO_LOSS)]
     order = ["bft", "", "dft", "plain"]
     kinds = sorted(
         grouped(others, "weighting", "mode").items(),
@@ -116,14 +118,11 @@ def problem_details(row: Row) -> str:
 
 
 def loss_points(rows: Sequence[Row]) -> list[Point]:
-    """Every provider that was timed and right.
-
-    Neither 1G, which is the unit, nor weights alone, which are no loss.
-    """
+    """Every provider that was timed and right, without 1G, the unit."""
     points = []
     for row in rows:
         times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
-        if row["provider"] in ("1G", "bft weighting") or row.get("status", "ok") != "ok":
+        if row["provider"] == "1G" or row.get("status", "ok") != "ok":
             continue
         if not finite(times_g):
             continue
@@ -138,16 +137,19 @@ def loss_points(rows: Sequence[Row]) -> list[Point]:
     return points
 
 
+def loss_panel(rows: Sequence[Row]) -> Panel | None:
+    """Time against memory of one problem; None if nothing was timed."""
+    points = loss_points(rows)
+    if not points:
+        return None
+    return time_and_memory(f"{problem_title(rows[-1])}\n{problem_details(rows[-1])}", points)
+
+
 def loss_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     """``loss``, or one a weighting and mode where the file tells them: a panel a problem."""
     found: dict[str, list[Panel]] = {}
     for kind, problems in losses(rows).items():
-        panels = []
-        for same in problems.values():
-            points = loss_points(same)
-            if points:
-                title = f"{problem_title(same[-1])}\n{problem_details(same[-1])}"
-                panels.append(time_and_memory(title, points))
+        panels = [panel for same in problems.values() if (panel := loss_panel(same))]
         if panels:
             found["-".join(filter(None, ("loss", *kind)))] = panels
     return found
@@ -217,7 +219,7 @@ def _growth(
             title_fontsize=7.5,
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
-            ncols=4,
+            ncols=3,
             frameon=False,
             alignment="left",
         )
@@ -226,7 +228,7 @@ def _growth(
         f"{_SIZES[axis]} {getattr(s, axis):,}, {_SIZES[by]} {getattr(s, by):,}: {t:.3g} s"
         for s, t in kept.items()
     )
-    return Panel(title, words, 3.4, draw)
+    return Panel(title, words, 2.9, draw)
 
 
 def trained_name(row: Row) -> str:
@@ -250,25 +252,24 @@ def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
             note = "" if peak is None else f"{peak / GIB:.1f} GiB"
             value = number(row, "tokens_per_second") or 0.0
             points.append(Point(trained_name(row), value, trained_ours(row), note=note))
-        title = f"{_trained(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
+        title = f"{trained_title(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         found.setdefault("train", []).append(
             bars(f"{title}\nspeed of a step, and its peak memory", points, "tokens/s")
         )
     largest = [row for row in rows if finite(number(row, "largest_batch"))]
     for same in grouped(largest, "model", "mode", "length", "limit_bytes").values():
+        points = [
+            Point(trained_name(row), number(row, "largest_batch") or 0.0, trained_ours(row))
+            for row in latest(same, "loss", "weighting")
+        ]
         limit = (number(same[0], "limit_bytes") or 0.0) / GIB
+        title = f"{trained_title(same[0])}, {same[0]['length']} tokens"
         found.setdefault("batch", []).append(
-            bars(
-                f"{_trained(same[0])}, {same[0]['length']} tokens\nlargest batch in {limit:g} GiB",
-                [
-                    Point(trained_name(row), number(row, "largest_batch") or 0.0, trained_ours(row))
-                    for row in latest(same, "loss", "weighting")
-                ],
-                "sequences",
-            )
+            bars(f"{title}\nlargest batch in {limit:g} GiB", points, "sequences")
         )
     return found
 
 
-def _trained(row: Row) -> str:
+def trained_title(row: Row) -> str:
+    """The model of a row of train.csv and what of it is trained."""
     return ", ".join(filter(None, (row["model"], row.get("mode", ""))))

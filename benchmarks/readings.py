@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -83,3 +84,15 @@ def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
 def values(rows: Iterable[Row], column: str) -> list[str]:
     """The different things that rows say in a column."""
     return list(dict.fromkeys(text for row in rows if (text := row.get(column, ""))))
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a figure, and one that can be shown."""
+    return value is not None and math.isfinite(value)
+
+
+def digits(value: float) -> str:
+    """Three significant digits without an exponent; all of a whole number."""
+    if not value or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
