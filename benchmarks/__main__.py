@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu, loss, model, plot, record, report, scale, static
+from benchmarks import gpu, loss, model, plot, record, report, scale, static, tables
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "gpu": (gpu.Config, gpu.main),
     "plot": (plot.Config, plot.main),
     "report": (report.Config, report.main),
+    "tables": (tables.Config, tables.main),
 }
 
 

@@ -108,7 +108,8 @@ def render(panels: Sequence[Panel]) -> Figure:
         for panel, lines, part in zip(panels, titles, parts, strict=True):
             part.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold", x=0.02, ha="left")
             after.append(panel.draw(part))
-        figure.draw_without_rendering()  # lays out
+        figure.draw_without_rendering()  # lays out, once
+        figure.set_layout_engine("none")
         for place in after:
             if place is not None:
                 place()
@@ -209,7 +210,7 @@ def _bars(
                 fontsize=7.5,
                 fontweight=weight,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
-            )
+            ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(points) - 0.6, -0.95)

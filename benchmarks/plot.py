@@ -28,6 +28,10 @@ from benchmarks.shapes import Shape
 
 # Rows that agree in these are timed on one problem. Files of `gpu` have no names of shapes.
 PROBLEM = ("shape", "tokens", "width", "vocabulary", "dtype", "inputs", "memory_kept")
+# And in these, steps of one training.
+TRAINED = ("weighting", "model", "mode", "length")
+# In the order in which they are shown: the balanced loss is what the package is for.
+WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
 # What the losses of `train` that are this package's are called.
 _TRAINED_OURS = ("exact", "sampled")
 _NO_LOSS = "bft weighting"
@@ -80,14 +84,14 @@ def figures_of(folder: Path) -> dict[str, list[Panel]]:
 def losses(rows: Sequence[Row]) -> dict[tuple[str, str], dict[tuple[str, ...], list[Row]]]:
     """Rows of loss.csv by weighting and mode, then by problem; 1G's are in all modes of theirs.
 
-    The balanced loss comes first, which is what the package is for. The weights alone are left out.
+    The weights alone, which are no loss, are left out.
     """
     products = {key(row, PROBLEM): row for row in rows if row["provider"] == "1G"}
     others = [row for row in rows if row["provider"] not in ("1G", _NO_LOSS)]
-    order = ["bft", "", "dft", "plain"]
+    order = list(WEIGHTINGS)
     kinds = sorted(
         grouped(others, "weighting", "mode").items(),
-        key=lambda kind: (order.index(kind[0][0]) if kind[0][0] in order else 9, kind[0][1]),
+        key=lambda kind: order.index(kind[0][0]) if kind[0][0] in order else len(order),
     )
     return {
         (weighting, mode): {
@@ -231,11 +235,6 @@ def _growth(
     return Panel(title, words, 2.9, draw)
 
 
-def trained_name(row: Row) -> str:
-    """A loss of train.csv with its weighting."""
-    return " ".join(filter(None, (row["loss"], row.get("weighting", ""))))
-
-
 def trained_ours(row: Row) -> bool:
     """Whether a loss of train.csv is this package's."""
     return row["loss"].split(" ", 1)[0] in _TRAINED_OURS or ours(row["loss"])
@@ -245,22 +244,22 @@ def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     """``train``: tokens a second of a step; ``batch``: the largest batch under each limit."""
     found: dict[str, list[Panel]] = {}
     timed = [row for row in rows if finite(number(row, "tokens_per_second"))]
-    for same in grouped(timed, "model", "mode", "batch", "length").values():
+    for same in grouped(timed, *TRAINED, "batch").values():
         points = []
-        for row in latest(same, "loss", "weighting"):
+        for row in latest(same, "loss"):
             peak = number(row, "peak_bytes")
             note = "" if peak is None else f"{peak / GIB:.1f} GiB"
             value = number(row, "tokens_per_second") or 0.0
-            points.append(Point(trained_name(row), value, trained_ours(row), note=note))
+            points.append(Point(row["loss"], value, trained_ours(row), note=note))
         title = f"{trained_title(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         found.setdefault("train", []).append(
             bars(f"{title}\nspeed of a step, and its peak memory", points, "tokens/s")
         )
     largest = [row for row in rows if finite(number(row, "largest_batch"))]
-    for same in grouped(largest, "model", "mode", "length", "limit_bytes").values():
+    for same in grouped(largest, *TRAINED, "limit_bytes").values():
         points = [
-            Point(trained_name(row), number(row, "largest_batch") or 0.0, trained_ours(row))
-            for row in latest(same, "loss", "weighting")
+            Point(row["loss"], number(row, "largest_batch") or 0.0, trained_ours(row))
+            for row in latest(same, "loss")
         ]
         limit = (number(same[0], "limit_bytes") or 0.0) / GIB
         title = f"{trained_title(same[0])}, {same[0]['length']} tokens"
@@ -271,5 +270,6 @@ def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
 
 
 def trained_title(row: Row) -> str:
-    """The model of a row of train.csv and what of it is trained."""
-    return ", ".join(filter(None, (row["model"], row.get("mode", ""))))
+    """The model of a row of train.csv, what of it is trained, and how tokens are weighted."""
+    weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
+    return ", ".join(filter(None, (row["model"], row.get("mode", ""), weighting)))

@@ -41,7 +41,7 @@ def read(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        rows = []
+        rows: list[Row] = []
         for row in reader:
             if None in row or None in row.values():
                 fields = len(reader.fieldnames or ())

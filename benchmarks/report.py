@@ -15,13 +15,14 @@ from tyro.conf import Positional
 from benchmarks.figures import Panel, ours, render, svg
 from benchmarks.plot import (
     GIB,
+    TRAINED,
+    WEIGHTINGS,
     growth_figures,
     loss_panel,
     losses,
     problem_details,
     problem_title,
     train_figures,
-    trained_name,
     trained_ours,
     trained_title,
 )
@@ -38,7 +39,6 @@ from benchmarks.readings import (
     values,
 )
 
-_WEIGHTINGS = {"bft": "Weighted by BFT", "dft": "Weighted by DFT", "plain": "Not weighted"}
 _MODES = {
     "both": "forward and both gradients",
     "frozen": "frozen head: forward and the gradient of the hidden states",
@@ -159,8 +159,8 @@ def facts(rows: Sequence[Row], folder: Path) -> dict[str, str]:
 
 def kind_title(weighting: str, mode: str) -> str:
     """A weighting and a mode in words."""
-    weighted = _WEIGHTINGS.get(weighting, weighting)
-    return ", ".join(filter(None, (weighted, _MODES.get(mode, mode)))) or "The loss"
+    words = ", ".join(filter(None, (WEIGHTINGS.get(weighting, weighting), _MODES.get(mode, mode))))
+    return f"Loss {words}" if words else "Loss"
 
 
 def loss_parts(rows: Sequence[Row], inline: Inline) -> list[Part]:
@@ -269,16 +269,16 @@ def ratios(rows: Sequence[Row], over: str, under: str, form: str) -> list[str]:
 
 
 def step_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
-    """Steps of fine-tuning, a table a model and mode, the fastest first."""
+    """Steps of fine-tuning, a table a model, mode and weighting, the fastest first."""
     timed = [row for row in rows if finite(number(row, "tokens_per_second"))]
     found = []
-    for same in grouped(timed, "model", "mode", "batch", "length").values():
+    for same in grouped(timed, *TRAINED, "batch").values():
         ranked = sorted(
-            latest(same, "loss", "weighting"),
+            latest(same, "loss"),
             key=lambda row: -(number(row, "tokens_per_second") or 0.0),
         )
         columns = {
-            "": [trained_name(row) for row in ranked],
+            "": [row["loss"] for row in ranked],
             "tokens/s": cells(ranked, "tokens_per_second"),
             "seconds": cells(ranked, "seconds"),
             "spread": cells(ranked, "spread", "{:.1%}".format),
@@ -290,16 +290,16 @@ def step_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 
 
 def batch_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
-    """Largest batches, a table a model and mode, a column a limit."""
+    """Largest batches, a table a model, mode and weighting, a column a limit."""
     tried = [row for row in rows if finite(number(row, "largest_batch"))]
     found = []
-    for same in grouped(tried, "model", "mode", "length").values():
-        same = latest(same, "loss", "weighting", "limit_bytes")
-        names = {trained_name(row): trained_ours(row) for row in same}
+    for same in grouped(tried, *TRAINED).values():
+        same = latest(same, "loss", "limit_bytes")
+        names = {row["loss"]: trained_ours(row) for row in same}
         columns = {"": list(names)}
         for limit in sorted({number(row, "limit_bytes") or 0.0 for row in same}):
             fits = {
-                trained_name(row): digits(number(row, "largest_batch") or 0.0)
+                row["loss"]: digits(number(row, "largest_batch") or 0.0)
                 for row in same
                 if (number(row, "limit_bytes") or 0.0) == limit
             }
@@ -311,21 +311,38 @@ def batch_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
 
 def absent(loss: Sequence[Row], train: Sequence[Row]) -> Table:
     """Who could not run, where, and why."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
-    for row in loss:
-        if not row.get("seconds") and row["provider"] != "1G":
-            reason = ": ".join(filter(None, (row.get("status"), row.get("reason"))))
-            kind = kind_title(row.get("weighting", ""), row.get("mode", ""))
-            found.setdefault((row["provider"], reason), {})[kind] = None
+    found: dict[tuple[str, str], list[str]] = {}
+    rows = [row for row in loss if row["provider"] != "1G"]
+    missing = [row for row in rows if not row.get("seconds")]
+    for (provider, status, reason), same in grouped(
+        missing, "provider", "status", "reason"
+    ).items():
+        why = ": ".join(filter(None, (status, reason)))
+        found.setdefault((provider, why), []).append(_where(same, rows))
     for row in train:
-        if row.get("reason"):
-            kind = f"fine-tuning, {trained_title(row)}"
-            found.setdefault((trained_name(row), row["reason"]), {})[kind] = None
+        if row.get("reason") and not row.get("largest_batch"):
+            where = f"fine-tuning, {trained_title(row)}"
+            found.setdefault((row["loss"], row["reason"]), []).append(where)
     return table(
         {
             "": [name for name, _ in found],
-            "why": [reason for _, reason in found],
-            "where": ["; ".join(kinds) for kinds in found.values()],
+            "why": [why for _, why in found],
+            "where": ["; ".join(dict.fromkeys(places)) for places in found.values()],
         },
         [ours(name) for name, _ in found],
     )
+
+
+def _where(some: Sequence[Row], rows: Sequence[Row]) -> str:
+    """What tells these rows from all: weighting, mode and problem."""
+    told: tuple[Callable[[Row], str], ...] = (
+        lambda row: WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", "")),
+        lambda row: row.get("mode", ""),
+        problem_title,
+    )
+    parts = []
+    for tell in told:
+        here = dict.fromkeys(tell(row) for row in some)
+        if set(here) != {tell(row) for row in rows}:
+            parts.append(" and ".join(here))
+    return ", ".join(parts) or "everywhere"

@@ -1,0 +1,212 @@
+"""``python -m benchmarks tables``: writes the tables of README.md and docs/ from CSVs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.readings import RESULTS, Row, digits, grouped, number, read
+
+ROOT = RESULTS.parent.parent
+# Around each table, so that it is found again; a reader of the page does not see them.
+_BEGIN = "<!-- table {name}: python -m benchmarks tables -->"
+_END = "<!-- end of table -->"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Writes the tables between the markers of README.md and docs/ anew from benchmarks/results."""
+
+    check: bool = False
+    """Write nothing; fail where a document does not say what the CSVs say."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table of losses: what it is called, and the row of each shape that it shows."""
+
+    label: str
+    provider: str
+    weighting: str = ""
+    mode: str = ""
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Times in multiples of 1G and MiB of extra memory: lines by models."""
+
+    folder: str  # below benchmarks/results
+    tokens: int
+    models: dict[str, str]  # a shape of the CSV, and what the model is called
+    lines: tuple[Line, ...]
+
+    def __call__(self) -> list[list[str]]:
+        """Cells, the heading first."""
+        rows = [
+            row
+            for row in read(RESULTS / self.folder / "loss.csv")
+            if int(row["tokens"]) == self.tokens
+        ]
+        heading, product = [""], ["1G, seconds"]
+        for shape, name in self.models.items():
+            bare = find(rows, provider="1G", shape=shape)
+            heading += [f"{name}, `V` {int(bare['vocabulary']):,}", "MiB"]
+            product += [f"{number(bare, 'seconds') or 0.0:.3f}", ""]
+        cells = [heading, product]
+        for line in self.lines:
+            texts = [line.label]
+            for shape in self.models:
+                row = find(
+                    rows,
+                    provider=line.provider,
+                    weighting=line.weighting,
+                    mode=line.mode,
+                    shape=shape,
+                )
+                times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
+                texts.append("" if times_g is None else f"{times_g:.2f}")
+                texts.append("" if extra is None else f"{extra / 2**20:.0f}")
+            cells.append([f"**{text}**" if line.bold and text else text for text in texts])
+        return cells
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Seconds and multiples of the bare product: tokens by vocabularies."""
+
+    folder: str  # below benchmarks/results
+    provider: str
+
+    def __call__(self) -> list[list[str]]:
+        """Cells, the heading first."""
+        rows = [
+            row
+            for row in read(RESULTS / self.folder / "scale.csv")
+            if row["provider"] == self.provider
+        ]
+        if not rows:
+            raise ValueError(f"{self.folder}/scale.csv: found no row of {self.provider!r}")
+        vocabularies = list(grouped(rows, "vocabulary"))
+        cells = [["N", *(f"V {int(vocabulary):,}" for (vocabulary,) in vocabularies)]]
+        for (tokens,) in grouped(rows, "tokens"):
+            line = [tokens]
+            for (vocabulary,) in vocabularies:
+                row = find(rows, tokens=tokens, vocabulary=vocabulary)
+                taken = number(row, "seconds") or 0.0
+                product = number(row, "bare_product_seconds") or 0.0
+                line.append(f"{digits(taken)}, {taken / product:.2f}")
+            cells.append(line)
+        return cells
+
+
+# By the name in its markers: the document and what makes its cells.
+TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
+    "measured": (
+        "README.md",
+        Losses(
+            folder="xeon-emerald-rapids",
+            tokens=2048,
+            models={
+                "smollm2-135m": "SmolLM2-135M",
+                "qwen2.5-0.5b": "Qwen2.5-0.5B",
+                "gemma3-270m": "Gemma-3-270M",
+            },
+            lines=(
+                Line("eager", "eager"),
+                Line("`torch.compile`d eager", "compiled eager"),
+                Line(
+                    "cut-cross-entropy 25.1.1 (its `torch_compile`; drops small entries)",
+                    "cut-cross-entropy",
+                ),
+                Line(
+                    "`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes",
+                    "torch chunked, 1024 rows",
+                ),
+                Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger"),
+                Line("TRL 1.16.0, chunked log-probabilities", "trl"),
+                Line("bft balanced exact, documents of 128 tokens", "bft balanced"),
+                Line("the same with a 256 MiB budget", "bft balanced, 256 MiB"),
+                Line("the same with a 16 MiB budget", "bft balanced, 16 MiB"),
+                Line("the same, frozen head", "bft balanced, frozen head"),
+                Line("bft balanced sampled", "bft balanced sampled", bold=True),
+                Line("the same, frozen head", "bft balanced sampled, frozen head", bold=True),
+                Line("bft balanced, `no_grad`, all statistics", "bft balanced, no_grad"),
+            ),
+        ),
+    ),
+    "growth": (
+        "docs/performance.md",
+        Growth(folder="xeon-emerald-rapids", provider="bft balanced sampled"),
+    ),
+}
+
+
+def main(config: Config) -> None:
+    """Writes, or checks.
+
+    Raises:
+        SystemExit: a row or a marker is missing, or, with ``check``, a document is not up to date.
+    """
+    old = {path: path.read_text(encoding="utf-8") for path in documents()}
+    new = dict(old)
+    for name, (document, cells) in TABLES.items():
+        path = ROOT / document
+        try:
+            new[path] = replace(new[path], name, markdown(cells()))
+        except ValueError as error:
+            raise SystemExit(f"{document}: {error}") from None
+    stale = [path for path in old if old[path] != new[path]]
+    if config.check and stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise SystemExit(
+            f"{names}: its tables are not those of the CSVs; run python -m benchmarks tables"
+        )
+    for path in stale:
+        path.write_text(new[path], encoding="utf-8")
+        print(path)
+
+
+def documents() -> list[Path]:
+    """All that have a table."""
+    return list(dict.fromkeys(ROOT / document for document, _ in TABLES.values()))
+
+
+def find(rows: Iterable[Row], **wanted: str) -> Row:
+    """The last written row that says this; a column that an older file lacks is empty.
+
+    Raises:
+        ValueError: there is none.
+    """
+    fitting = [
+        row for row in rows if all(row.get(column, "") == value for column, value in wanted.items())
+    ]
+    if not fitting:
+        told = ", ".join(f"{column} {value!r}" for column, value in wanted.items() if value)
+        raise ValueError(f"found no row with {told}")
+    return fitting[-1]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table: figures right, and left a first column without a heading, which holds labels."""
+    heading, *lines = (
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in cells
+    )
+    rule = ("|---:|" if cells[0][0] else "|---|") + "---:|" * (len(cells[0]) - 1)
+    return "\n".join([heading, rule, *lines])
+
+
+def replace(text: str, name: str, table: str) -> str:
+    """The document with this table between its markers.
+
+    Raises:
+        ValueError: it does not have the markers once.
+    """
+    begin = _BEGIN.format(name=name)
+    between = re.compile(rf"({re.escape(begin)}\n).*?(\n{re.escape(_END)})", re.DOTALL)
+    text, count = between.subn(lambda found: f"{found[1]}{table}{found[2]}", text)
+    if count != 1:
+        raise ValueError(f"table {name}: found {count} pairs of markers, expected 1 of {begin!r}")
+    return text

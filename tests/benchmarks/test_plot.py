@@ -1,0 +1,154 @@
+"""Figures show what the CSVs say, and their letters can be read."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+
+from benchmarks import plot
+from benchmarks.figures import Point, apart, bars, colour, render, svg, time_and_memory
+from benchmarks.readings import digits, finite, latest, number, read, result_folders
+
+
+def test_rows_are_read_whatever_the_age_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "loss.csv"
+    assert read(path) == []
+    path.write_text("provider,tokens,seconds\neager,8,2.5\ntrl,8,\neager,8,3.5\n")
+    rows = read(path)
+    assert [number(row, "seconds") for row in rows] == [2.5, None, 3.5]
+    assert number(rows[0], "spread") is None
+    assert [row["seconds"] for row in latest(rows, "provider", "weighting")] == ["3.5", ""]
+    with pytest.raises(ValueError, match="provider: got 'eager', expected a number"):
+        number(rows[0], "provider")
+    path.write_text("provider,tokens\neager,8\neager,8,9\n")
+    with pytest.raises(ValueError, match=r"loss\.csv, line 3: expected 2 fields"):
+        read(path)
+
+
+def test_figures_are_told_in_three_digits() -> None:
+    values = (0, 0.00012345, 0.0999, 0.5, 1.234, 12.345, 123.45, 1234.5, 12345.0)
+    texts = ["0", "0.000123", "0.0999", "0.500", "1.23", "12.3", "123", "1,234", "12,345"]
+    assert [digits(value) for value in values] == texts
+    assert not finite(None)
+    assert not finite(float("nan"))
+
+
+def test_points_at_one_place_are_moved_apart_inside_the_box() -> None:
+    at = np.array([[5.0, 5.0], [5.0, 5.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0], [90.0, 50.0]])
+    low, high = np.zeros(2), np.array([100.0, 60.0])
+    places = apart(at, 10, low, high)
+    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(places, 2)) > 9.9
+    assert (places >= low).all()
+    assert (places <= high).all()
+    np.testing.assert_allclose(places[5], at[5], atol=0.1)  # what is alone stays
+    assert apart(at[:0], 10, low, high).shape == (0, 2)
+
+
+def overlaps(panel) -> list[tuple[str, str]]:
+    """Pairs of bars' texts and titles that lie on each other, or leave the figure."""
+    figure = render([panel])
+    found = []
+    for part in [figure, *figure.subfigs, *figure.subfigs[0].subfigs]:
+        texts = [*(axes.texts for axes in part.axes if not axes.yaxis.get_label().get_text())]
+        found += [t for t in itertools.chain(*texts) if t not in found]
+    boxes = {text: text.get_window_extent() for text in found}
+    titles = [text for text in figure.findobj(Text) if text.get_text().startswith("A title")]
+    boxes |= {title: title.get_window_extent() for title in titles}
+    assert len(boxes) > 4
+    outside = [
+        (text.get_text(), "the figure")
+        for text, box in boxes.items()
+        if box.x0 < -1 or box.x1 > figure.bbox.x1 + 1
+    ]
+    return outside + [
+        (a.get_text(), b.get_text())
+        for a, b in itertools.combinations(boxes, 2)
+        if boxes[a].padded(-1).overlaps(boxes[b].padded(-1))
+    ]
+
+
+def test_no_text_lies_on_another() -> None:
+    names = ["bft triton sampled 2^-12, frozen head", "eager", "torch chunked, 1024 rows", "trl"]
+    points = [
+        Point(name, 1 + place / 10, name.startswith("bft"), 20_000.0 + place)
+        for place, name in enumerate(names)
+    ]
+    title = "A title of a model with a long name, V 262,144\nN 2,048, D 640, float32, memory kept"
+    assert overlaps(time_and_memory(title, points)) == []
+    assert overlaps(bars(title, points, "tokens/s")) == []
+    crowded = [Point(name * 2, 1, False) for name in names]
+    assert overlaps(bars(title, crowded, "tokens/s"))  # so it would be seen
+
+
+def test_ours_are_told_apart() -> None:
+    points = [Point(f"bft {name} exact", 1, True) for name in ("cpu", "torch", "triton", "cuda")]
+    peers = [Point("torch chunked", 1, False), Point("eager", 1, False)]
+    assert len({colour(point) for point in points + peers}) == 5
+    with pytest.raises(ValueError, match="panels: got none"):
+        render([])
+
+
+def test_plot_writes_every_figure_and_the_same_again(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "figures"
+    plot.main(plot.Config((folder,), written))
+    names = {"loss-bft-both", "loss-bft-forward", "loss-plain-both", "loss-plain-forward"}
+    names |= {"scale", "train", "batch"}
+    assert {path.name for path in written.iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("svg", "png")
+    }
+    assert "missing" not in capsys.readouterr().out
+    shutil.copy(folder / "train.csv", tmp_path)
+    plot.main(plot.Config((tmp_path,)))
+    said = capsys.readouterr().out
+    assert "loss.csv: missing or empty" in said
+    assert "scale.csv: missing or empty" in said
+    assert (tmp_path / "train.svg").read_bytes() == (written / "train.svg").read_bytes()
+
+
+def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -> None:
+    figures = plot.loss_figures(read(folder / "loss.csv"))
+    assert list(figures)[:2] == ["loss-bft-both", "loss-bft-forward"]
+    balanced, plain = figures["loss-bft-both"], figures["loss-plain-both"]
+    assert len(balanced) == len(plain) == 2
+    assert balanced[0].title.startswith("model-1000, V 1,000\nN 64, D 16, float32, recorded")
+    assert "3.00 G, 1,024 MiB" in svg(render(plain[:1]))
+    text = svg(render(balanced[:1]))
+    assert "5.00 G, 1,024 MiB" in text
+    assert 'odd &lt;b&gt;&amp;"$x$, loss' in text
+    rows = [{"provider": "eager", "status": "wrong", "times_g": "1.0", "extra_bytes": "1"}]
+    assert plot.loss_points(rows) == []
+
+
+def test_growth_draws_the_fitted_line_through_exact_times(folder: Path) -> None:
+    panels = plot.growth_figures(read(folder / "scale.csv"))["scale"]
+    assert [panel.title.split(": ")[1] for panel in panels] == [
+        "growth with N, D 16",
+        "growth with V, D 16",
+    ]
+    axes = render(panels[:1]).axes[0]
+    points, line = axes.lines[:2]
+    ends = line.get_ydata()[[0, -1]]
+    np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
+
+
+def test_training_has_a_panel_a_limit(folder: Path) -> None:
+    figures = plot.train_figures(read(folder / "train.csv"))
+    assert [panel.words for panel in figures["train"]] == [
+        "tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a step, and its peak memory, "
+        "tokens/s: sampled 1,024; eager 512"
+    ]
+    titles = [panel.title.splitlines()[1] for panel in figures["batch"]]
+    assert titles == ["largest batch in 4 GiB", "largest batch in 16 GiB"]
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"folders: got .* expected one with some of loss\.csv"):
+        result_folders([tmp_path])
+    assert all(any(folder.glob("*.csv")) for folder in result_folders([]))

@@ -1,0 +1,87 @@
+"""README.md and docs/ say what the committed CSVs say."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.readings import RESULTS, number, read
+
+
+def test_documents_and_csvs_agree() -> None:
+    tables.main(tables.Config(check=True))
+
+
+@pytest.fixture
+def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the documents that have tables."""
+    for path in tables.documents():
+        copy = tmp_path / path.relative_to(tables.ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
+    readme = documents / "README.md"
+    right = readme.read_text(encoding="utf-8")
+    row = next(line for line in right.splitlines() if line.startswith("| eager |"))
+    readme.write_text(right.replace(row, row.replace(" | ", " | 9", 1)), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README\.md: its tables are not those of the CSVs"):
+        tables.main(tables.Config(check=True))
+    tables.main(tables.Config())
+    assert readme.read_text(encoding="utf-8") == right
+    tables.main(tables.Config(check=True))
+    readme.write_text(right.replace("<!-- end of table -->", ""), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"README\.md: table measured: found 0 pairs of markers"):
+        tables.main(tables.Config())
+
+
+def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "loss.csv").write_text(
+        "provider,weighting,shape,tokens,vocabulary,seconds,times_g,extra_bytes\n"
+        "1G,,m,8,5000,0.5,1,\n"
+        "eager,bft,m,8,5000,1.0,2.004,3145728\n"
+        "eager,plain,m,8,5000,1.0,9,1\n"
+        "eager,bft,m,16,5000,1.0,9,1\n"
+        "trl,bft,m,8,5000,,,\n"
+    )
+    lines = (tables.Line("E", "eager", "bft", bold=True), tables.Line("T", "trl", "bft"))
+    cells = tables.Losses(".", 8, {"m": "Model"}, lines)()
+    assert tables.markdown(cells).splitlines() == [
+        "| | Model, `V` 5,000 | MiB |",
+        "|---|---:|---:|",
+        "| 1G, seconds | 0.500 | |",
+        "| **E** | **2.00** | **3** |",
+        "| T | | |",
+    ]
+    missing = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("L", "liger", "bft"),))
+    with pytest.raises(ValueError, match="found no row with provider 'liger', weighting 'bft'"):
+        missing()
+    with pytest.raises(ValueError, match=r"scale\.csv: found no row of 'eager'"):
+        tables.Growth(".", "eager")()
+
+
+def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
+    rows = read(RESULTS / "xeon-emerald-rapids" / "loss.csv")
+    text = (tables.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    table = text[text.index("| | goal | Zen 4") :].split("\n\n")[0].splitlines()
+    told = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in table}
+    for label, provider, column in (
+        ("1G, seconds", "1G", "seconds"),
+        ("sampled", "bft balanced sampled", "times_g"),
+        ("`no_grad`, all statistics", "bft balanced, no_grad", "times_g"),
+        ("exact, 256 MiB", "bft balanced, 256 MiB", "times_g"),
+        ("exact, 16 MiB", "bft balanced, 16 MiB", "times_g"),
+        ("exact, frozen head", "bft balanced, frozen head", "times_g"),
+    ):
+        expected = [
+            number(tables.find(rows, provider=provider, shape=shape), column)
+            for shape in ("smollm2-135m", "qwen2.5-0.5b", "gemma3-270m")
+        ]
+        assert told[label] == ", ".join(f"{value:.2f}" for value in expected), label
