@@ -25,7 +25,7 @@ FILES = (
 )
 # What tests a device among the tests of these files.
 SELECTED = "triton or cuda and not spill"
-REHEARSED = "(triton or cuda) and ties or test_cuda_equals"
+REHEARSED = "(triton or cuda) and ties_go or test_cuda_equals"
 # Compiling kernels is most of the time, and goes on beside the GPU.
 PROCESSES = 8
 # Seconds for pytest to write its report when it is interrupted.
