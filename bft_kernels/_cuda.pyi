@@ -25,6 +25,79 @@ class Problem:
         temperature: float = 1.0,
     ) -> None: ...
 
+FORWARD_SUMS: int
+
+def forward_splits(rows: int, V: int, processors: int) -> tuple[int, int]: ...
+def linear_nll_forward(
+    *,
+    problem: Problem,
+    first_row: int,
+    rows: int,
+    splits: int,
+    split_columns: int,
+    sums_ptr: int,
+    loss_ptr: int,
+    nll_ptr: int,
+    lse_ptr: int,
+    lse_low_ptr: int = 0,
+    entropy_ptr: int = 0,
+    correct_ptr: int = 0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    seed_ptr: int = 0,
+    floor_ptr: int = 0,
+    mask_ptr: int = 0,
+    eps: float = 1.0,
+    stream: int,
+) -> None: ...
+def target_floor(*, problem: Problem, floor_ptr: int, stream: int) -> None: ...
+def logit_gradient(
+    *,
+    problem: Problem,
+    first_column: int,
+    columns: int,
+    dy_ptr: int,
+    stride_dy: int,
+    lse_ptr: int,
+    lse_low_ptr: int = 0,
+    nll_ptr: int,
+    grad_ptr: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    seed_ptr: int = 0,
+    eps: float = 1.0,
+    bias_sums_ptr: int = 0,
+    grad_bias_ptr: int = 0,
+    scale_ptr: int = 0,
+    stream: int,
+) -> None: ...
+def hidden_gradient(
+    *,
+    problem: Problem,
+    first_column: int,
+    columns: int,
+    dy_ptr: int,
+    stride_dy: int,
+    sums_ptr: int = 0,
+    grad_hidden_ptr: int,
+    wide: bool = False,
+    scale_ptr: int = 0,
+    stream: int,
+) -> None: ...
+def weight_gradient(
+    *,
+    problem: Problem,
+    first_column: int,
+    columns: int,
+    dy_ptr: int,
+    stride_dy: int,
+    grad_weight_ptr: int,
+    stride_gv: int,
+    wide: bool = False,
+    adds: bool,
+    scale_ptr: int = 0,
+    stream: int,
+) -> None: ...
 def certificate(
     *,
     problem: Problem,
