@@ -211,6 +211,7 @@ def gather_hidden(
     keys_ptr: int = 0,
     packed_ptr: int = 0,
     grad_hidden_ptr: int = 0,
+    wide: bool = False,
     stream: int,
 ) -> None: ...
 def gather_weight(

@@ -75,7 +75,7 @@ inline void gather_hidden(const ProblemArguments& given, std::uintptr_t lse, std
                           std::uintptr_t grad, std::uintptr_t seed, float eps,
                           std::uintptr_t offsets, std::uintptr_t columns, int64_t capacity,
                           std::uintptr_t keys, std::uintptr_t packed, std::uintptr_t grad_hidden,
-                          std::uintptr_t stream) {
+                          bool wide, std::uintptr_t stream) {
     const cuda::Problem problem = checked_problem(given);
     const int64_t n = problem.rows;
     check_range("D", problem.depth, 1, cuda::kMaxGathered);
@@ -87,7 +87,7 @@ inline void gather_hidden(const ProblemArguments& given, std::uintptr_t lse, std
                         checked_lists(problem, offsets, columns, capacity),
                         {checked_pointer<int32_t>("keys_ptr", keys, packed == 0 ? 0 : capacity),
                          checked_pointer<uint64_t>("packed_ptr", packed, keys == 0 ? 0 : capacity)},
-                        checked_output("grad_hidden_ptr", grad_hidden, 0, problem.type, false).at,
+                        checked_output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
                         reinterpret_cast<void*>(stream));
 }
 
@@ -175,13 +175,14 @@ inline void define_gathers(pybind11::module_& module) {
     module.attr("MAX_GATHERED") = cuda::kMaxGathered;
     module.def("gather_hidden", &gather_hidden,
                "Of the listed entries those of the sampled gradient, by lse and nll [N]. Rows of "
-               "grad_hidden [N, D], of the operands' type, times grad [N]; ignored ones, and those "
+               "grad_hidden [N, D], of the operands' type or float32, times grad [N]; ignored "
+               "ones, and those "
                "without a list, are left alone. keys [capacity] int32 and packed [capacity] int64, "
                "row and float32 value, where an entry is kept. Addresses of 0: not wanted.",
                pybind11::kw_only(), arg("problem"), arg("lse_ptr"), arg("nll_ptr"), arg("grad_ptr"),
                arg("seed_ptr"), arg("eps"), arg("offsets_ptr"), arg("columns_ptr"), arg("capacity"),
                arg("keys_ptr") = 0, arg("packed_ptr") = 0, arg("grad_hidden_ptr") = 0,
-               arg("stream"), Released());
+               arg("wide") = false, arg("stream"), Released());
     module.def("gather_weight", &gather_weight,
                "grad_weight [V, D] of sorted entries, of the operands' type or with wide of "
                "float32: written, or with adds added to. grad_bias [V] float32 is added to. "

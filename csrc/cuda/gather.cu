@@ -30,7 +30,7 @@ static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
 }
 
 void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
-                   const Lists& lists, const KeptEntries& kept, void* grad_hidden, void* stream) {
+                   const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream) {
     if (problem.rows == 0) return;
     const int64_t depth = problem.depth;
     with_type(problem, [&](auto zero, auto aligned) {
@@ -42,8 +42,11 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
                    operands_of<T>(problem),
                    RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
                    sample.eps, lists.offsets, lists.columns, lists.capacity, team_for<T>(depth),
-                   kept.keys, kept.packed, static_cast<T*>(grad_hidden),
-                   rows_whole<T, T>(grad_hidden, depth, depth));
+                   kept.keys, kept.packed,
+                   grad_hidden.wide ? nullptr : static_cast<T*>(grad_hidden.at),
+                   grad_hidden.wide ? static_cast<float*>(grad_hidden.at) : nullptr,
+                   grad_hidden.wide ? rows_whole<T, float>(grad_hidden.at, depth, depth)
+                                    : rows_whole<T, T>(grad_hidden.at, depth, depth));
         });
     });
 }

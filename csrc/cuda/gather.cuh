@@ -225,7 +225,7 @@ struct RowEntries {
     }
 };
 
-// dH of the listed entries, and the entries that are kept.
+// dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
 //
 // A block owns a row, and thins its list by the final lse: its teams fetch the listed rows of
 // weight once, for the logit and, if the entry is kept, for the sum. The row of hidden stays in
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     gather_hidden_kernel(Operands<T> in, RowValues known, Global<const int64_t> seed, float eps,
                          Global<const int64_t> offsets, Global<const int32_t> columns,
                          int64_t capacity, Team team, Global<int32_t> keys, Global<uint64_t> packed,
-                         Global<T> grad_hidden, bool whole) {
+                         Global<T> grad_hidden, Global<float> wide_hidden, bool whole) {
     if (blockIdx.x >= in.row_count.template load<Cache::kReadOnly>(0)) return;
     const int64_t row = in.order.template load<Cache::kReadOnly>(blockIdx.x);
     const int64_t begin = offsets.load<Cache::kReadOnly>(row);
@@ -251,6 +251,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
                                 expm1f(-known.nll.load<Cache::kReadOnly>(row)),
                                 known.grad.load<Cache::kReadOnly>(row),
                                 eps};
+    const bool wants_hidden = grad_hidden || wide_hidden;
     constexpr int kRows = kBatch<Pieces>;
     const TeamRows<T, Aligned, Pieces> rows(team);
     Vector<float, kSize<T>> hidden[Pieces];
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
             keys.store(at, column);
             packed.store(at, static_cast<uint64_t>(row) << 32 | __float_as_uint(value));
         }
-        if (!grad_hidden) return;
+        if (!wants_hidden) return;
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
             const float other = __shfl_sync(kAllLanes, value, k);
@@ -311,9 +312,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         }
     };
     take_batches<Pieces>(team, begin, end, column_at, fetch, use);
-    if (!grad_hidden) return;
+    if (!wants_hidden) return;
     sums.join(team);
-    sums.store(team, grad_hidden + row * in.depth, in.depth, whole, false);
+    if (wide_hidden) {
+        sums.store(team, wide_hidden + row * in.depth, in.depth, whole, false);
+    } else {
+        sums.store(team, grad_hidden + row * in.depth, in.depth, whole, false);
+    }
 }
 
 // dW and db of sorted entries.

@@ -21,10 +21,9 @@ struct KeptEntries {
     uint64_t* packed;  // position of the row, and below it the bits of upstream * dy; likewise
 };
 
-// The rows of grad_hidden [N, D], of the operands' type, and the entries, of rows that have a list.
-// Either may be null.
+// The rows of grad_hidden [N, D], and the entries, of rows that have a list. Either may be null.
 void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
-                   const Lists& lists, const KeptEntries& kept, void* grad_hidden, void* stream);
+                   const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream);
 
 // Where the gradients of weight and bias go; either may be null.
 struct WeightGradient {

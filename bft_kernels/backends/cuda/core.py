@@ -126,14 +126,11 @@ def linear_nll_backward(
     types = (config.operand_dtype, torch.float32)
     adds = own is not None and own.dtype in types and rows_contiguous(own) is own
     new = wanted._replace(weight=wanted.weight and not adds)
-    # Gathers write dH in the operands' type only.
-    sampled = config.residual == "entries"
-    hidden_dtype = config.operand_dtype if sampled else hidden.dtype
-    into = gradient_places(inputs, new, hidden_dtype, weight.dtype)
+    into = gradient_places(inputs, new, hidden.dtype, weight.dtype)
     if adds:
         into = into._replace(weight=own)
     known = RowValues(saved.lse, saved.lse_low, saved.nll, inputs.rows.mask(grad.float()))
-    if sampled:
+    if config.residual == "entries":
         sampled_gradients(inputs, known, saved, into, adds=adds)
     else:
         recompute(inputs, known, None, into, adds=adds)

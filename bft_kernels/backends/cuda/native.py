@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ def kernels() -> Any:
 def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
     """Reasons why the kernels cannot run on these tensors; empty if they can."""
     reasons = []
-    if DEVICE == "cuda" and importlib.util.find_spec("bft_kernels._cuda") is None:
+    if DEVICE == "cuda" and find_spec("bft_kernels._cuda") is None:
         reasons.append("bft_kernels._cuda is not built (see BFT_BUILD in setup.py)")
     if DEVICE == "cuda" and not torch.cuda.is_available():
         reasons.append("there is no CUDA device (torch.cuda.is_available() is False)")

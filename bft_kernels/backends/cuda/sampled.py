@@ -105,6 +105,7 @@ def _from_lists(
         inputs.problem,
         capacity=columns.numel(),
         eps=inputs.config.eps,
+        wide=into.hidden is not None and into.hidden.dtype == torch.float32,
     )
     if wants_entries:
         _gather_weight(inputs, keys, entries, into, adds)

@@ -1,0 +1,93 @@
+"""The CUDA backend's own paths, its device code run by the emulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bft_kernels import balanced_linear_cross_entropy, linear_nll
+from bft_kernels.backends.cuda import native
+from bft_kernels.dispatch import why_not
+
+SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+
+
+def test_says_why_it_does_not_run(problem, monkeypatch):
+    p = problem(4, 3, 5, dtype=torch.float32)
+    if not torch.cuda.is_available():
+        reasons = why_not("cuda", p.hidden, p.weight)
+        assert "there is no CUDA device (torch.cuda.is_available() is False)" in reasons
+        assert "hidden is on cpu, it takes CUDA tensors" in reasons
+        with pytest.raises(RuntimeError, match=r"backend: got 'cuda'.*there is no CUDA device"):
+            linear_nll(*p.args, backend="cuda")
+    monkeypatch.setattr(native, "find_spec", lambda name: None)
+    assert "bft_kernels._cuda is not built" in why_not("cuda", p.hidden, p.weight)[0]
+
+
+def test_takes_what_it_can_compute(emulated_device, problem):
+    p = problem(4, 3, 5)
+    assert why_not("cuda", p.hidden.float(), p.weight.float()) == []
+    assert "hidden is float64, it computes in float32" in why_not("cuda", p.hidden, p.weight)
+    sparse = p.hidden.detach().float().to_sparse()
+    assert "it takes strided tensors" in why_not("cuda", sparse, p.weight.float())[0]
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+@pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
+def test_operands_stored_in_another_type(emulated_device, stored, how, problem, close):
+    """Under autocast gradients are of the type that is stored, and rounded to it once."""
+    types = torch.float32, torch.bfloat16
+    p = problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
+    found = []
+    for backend, autocast in (("cuda", True), ("torch", False)):
+        hidden, weight = (
+            x.detach().to(types[kind] if autocast else torch.float32).requires_grad_()
+            for x, kind in zip((p.hidden, p.weight), stored, strict=True)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            nll = linear_nll(hidden, weight, p.target, backend=backend, **how)
+        (nll * torch.linspace(0.5, 2, 21)).sum().backward()
+        found.append((hidden.grad, weight.grad))
+    for got, want, kind in zip(*found, stored, strict=True):
+        assert got.dtype == types[kind]
+        # An exact dy is rounded before its products.
+        close(got, want, 1e-5 if how and kind == 0 else 2**-6)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
+def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen, problem):
+    p = problem(9, 6, 40, bias=True, dtype=torch.float32, frozen=frozen)
+    emulated_device.launches.clear()
+    linear_nll(*p.args, bias=p.bias, backend="cuda", **SAMPLED).sum().backward()
+    assert ("sort_entries" in emulated_device.launches) == (not frozen)
+    assert ("weight_gradient" in emulated_device.launches) == (not frozen)
+
+
+def test_rows_too_wide_to_gather_are_computed_again(emulated_device, problem, close, monkeypatch):
+    p = problem(21, 12, 180, dtype=torch.float32, scale=2.0)
+    grads = []
+    for widest in (native.kernels().MAX_GATHERED, 11):
+        monkeypatch.setattr(emulated_device.module, "MAX_GATHERED", widest)
+        emulated_device.launches.clear()
+        copy = p.copy()
+        linear_nll(*copy.args, backend="cuda", **SAMPLED).sum().backward()
+        assert ("gather_hidden" in emulated_device.launches) == (widest > 11)
+        grads.append(copy.grads())
+    close(grads[1], grads[0], 1e-5)
+
+
+def test_float16_gradients_survive_a_mean(emulated_device, problem, close):
+    """A token's share is below float16's range; dy is scaled before it is rounded."""
+    p = problem(30, 12, 70, dtype=torch.float16, ignored=0.0)
+    found: list[dict[str, Tensor]] = []
+    for backend, dtype in (("cuda", torch.float16), ("torch", torch.float64)):
+        copy = p.copy(dtype)
+        loss = balanced_linear_cross_entropy(
+            *copy.args, scheme="sft", normalize="token", num_items=2**22, backend=backend
+        )
+        (loss * 2**16).backward()
+        found.append({k: v.double() * 64 for k, v in copy.grads().items() if v is not None})
+    close(*found, 2e-3)
