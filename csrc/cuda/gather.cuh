@@ -141,8 +141,8 @@ struct PieceSums {
             for (int i = 0; i < kSize<T>; ++i) at[p][i] = fmaf(value, x.at[i], at[p][i]);
         }
     }
-    // Adds those of the other teams to the first one's. All threads of the block must call, and
-    // have no more use for the rows.
+    // Adds those of the other teams to the first one's. All threads of the block must call. Each
+    // stores where its own pieces were: others may still have use for theirs.
     __device__ __forceinline__ void join(Team team) {
         if (Pieces > kFewPieces || team.count() == 1) return;
         constexpr int kVectors = kSize<T> / 4;
@@ -150,7 +150,6 @@ struct PieceSums {
         const auto place = [&](int p, int v, int rank) {
             return ((p * kVectors + v) * kThreads + rank * team.threads() + team.thread()) * 4;
         };
-        __syncthreads();
         if (team.rank() > 0) {
 #pragma unroll
             for (int p = 0; p < Pieces; ++p) {
