@@ -27,11 +27,18 @@ template <int Pieces>
 constexpr int kBatch = Pieces < 8 ? 8 / Pieces : 1;
 template <int Pieces>
 constexpr int kAhead = Pieces < 16 ? 1 : 0;
+// Processors with 99 KiB of shared memory have room for one block.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+constexpr bool kRoomForOne = true;
+#else
+constexpr bool kRoomForOne = false;
+#endif
 // Blocks that share a processor.
 template <int Pieces, bool Aligned>
-constexpr int kBlocks = Pieces >= 8             ? 1
-                        : Pieces < 4 && Aligned ? 3
-                                                : 2;
+constexpr int kBlocks = kRoomForOne || Pieces >= 8 ? 1
+                        : Pieces < 4 && Aligned    ? 3
+                                                   : 2;
 // Pieces of rows that may leave room for several teams; all others take the whole block.
 constexpr int kFewPieces = 2;
 // The widest row, or slice of one, of so few pieces.
@@ -250,7 +257,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
                                 expm1f(-known.nll.load<Cache::kReadOnly>(row)),
                                 known.grad.load<Cache::kReadOnly>(row),
                                 eps};
-    const bool wants_hidden = grad_hidden || wide_hidden;
     constexpr int kRows = kBatch<Pieces>;
     const TeamRows<T, Aligned, Pieces> rows(team);
     Vector<float, kSize<T>> hidden[Pieces];
@@ -303,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
             keys.store(at, column);
             packed.store(at, static_cast<uint64_t>(row) << 32 | __float_as_uint(value));
         }
-        if (!wants_hidden) return;
+        if (!grad_hidden && !wide_hidden) return;
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
             const float other = __shfl_sync(kAllLanes, value, k);
@@ -311,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         }
     };
     take_batches<Pieces>(team, begin, end, column_at, fetch, use);
-    if (!wants_hidden) return;
+    if (!grad_hidden && !wide_hidden) return;
     sums.join(team);
     if (wide_hidden) {
         sums.store(team, wide_hidden + row * in.depth, in.depth, whole, false);
