@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.providers import PEERS, PROVIDERS, SAMPLED, Provider, balanced, torch_chunked
+from benchmarks import losses
+from benchmarks.providers import SAMPLED
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not
 
@@ -23,7 +25,7 @@ class Candidate:
 
     name: str
     family: str  # those of one family share a process
-    run: Provider
+    run: Callable[[Problem], Tensor]
     balanced: bool = False  # the loss is BFT's, not the plain mean
     eps: float | None = None  # of a sampled gradient
     allowed: float = 0.2  # relative error that passes for rounding, sampling or filtering
@@ -32,27 +34,14 @@ class Candidate:
     weight: int = 1  # share of the time
 
 
-def liger_fused(problem: Problem) -> Tensor:
-    """Liger's fused linear cross-entropy."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss: Tensor = LigerFusedLinearCrossEntropyLoss()(
-        problem.weight, problem.hidden, problem.target
-    )
-    return loss
-
-
-def quack(problem: Problem) -> Tensor:
-    """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    loss: Tensor = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target)
-    return loss
+def _balanced(problem: Problem, *, frozen: bool = False, **how: Any) -> Tensor:
+    """The BFT loss over documents of 128 tokens."""
+    return losses.ours(problem.frozen() if frozen else problem, "bft", **how)
 
 
 @torch.no_grad()
 def _forward(problem: Problem, backend: str) -> Tensor:
-    return balanced(problem, backend=backend)
+    return _balanced(problem, backend=backend, return_stats=False)
 
 
 def _modes(
@@ -65,7 +54,7 @@ def _modes(
         return Candidate(
             f"{family} {label}{', frozen head' if frozen else ''}",
             family,
-            functools.partial(balanced, backend=backend, frozen=frozen, **how),
+            functools.partial(_balanced, backend=backend, frozen=frozen, **how),
             balanced=True,
             eps=how.get("eps"),
             allowed=0.2 if how else 0.05,
@@ -93,27 +82,43 @@ def _modes(
 
 
 def _peer(
-    name: str, run: Provider, distribution: str | None = None, *, gpu_only: bool = False
+    name: str,
+    run: losses.Run,
+    distribution: str | None = None,
+    *,
+    family: str = "",
+    gpu_only: bool = False,
+    **how: Any,
 ) -> Candidate:
-    return Candidate(name, name, run, distribution=distribution, gpu_only=gpu_only)
+    mean = functools.partial(run, weighting="plain", **how)
+    return Candidate(name, family or name, mean, distribution=distribution, gpu_only=gpu_only)
 
 
 # In order of importance, except that the last two compile or tune for long: they get what is left.
 CANDIDATES = (
     *_modes("triton", (12, 10, 8), weight=2),
     *_modes("cuda", (12, 10, 8), weight=1, gpu_only=True),
-    _peer("eager", PROVIDERS["eager"]),
-    _peer("liger fused", liger_fused, "liger-kernel"),
-    _peer("cut-cross-entropy", PEERS["cut-cross-entropy"], "cut-cross-entropy", gpu_only=True),
-    Candidate("torch chunked", "torch chunked", torch_chunked),
-    Candidate(
-        "torch chunked, 1024 rows", "torch chunked", functools.partial(torch_chunked, rows=1024)
+    _peer("eager", losses.eager),
+    _peer("liger fused", losses.liger_fused, "liger-kernel"),
+    _peer("cut-cross-entropy", losses.cut_cross_entropy, "cut-cross-entropy", gpu_only=True),
+    _peer("torch chunked", losses.torch_chunked),
+    _peer(
+        "torch chunked, 1024 rows",
+        losses.torch_chunked,
+        family="torch chunked",
+        chunking_method=None,
+        batch_chunk_size=1024,
     ),
     *_modes("torch", (12,), weight=1),
-    _peer("trl", PEERS["trl"], "trl"),
-    _peer("compiled eager", PEERS["compiled eager"]),
-    _peer("quack", quack, "quack-kernels", gpu_only=True),
+    _peer("trl", losses.trl_chunked, "trl"),
+    _peer("compiled eager", losses.compiled),
+    _peer("quack", losses.quack, "quack-kernels", gpu_only=True),
 )
+
+
+def _imported(module: str, function: str, problem: Problem) -> Tensor:
+    loss: Tensor = getattr(importlib.import_module(module), function)(problem)
+    return loss
 
 
 def find(name: str) -> Candidate:
@@ -129,7 +134,8 @@ def find(name: str) -> Candidate:
     if not separator:
         names = ", ".join(repr(candidate.name) for candidate in CANDIDATES)
         raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
-    return _peer(name, lambda problem: getattr(importlib.import_module(module), function)(problem))
+    run = functools.partial(_imported, module, function)
+    return Candidate(name, name, run)
 
 
 def why_missing(candidate: Candidate, device: str) -> str:

@@ -19,16 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.errors import relative_error
 from benchmarks.gpu_providers import Candidate, find
+from benchmarks.losses import ours
 from benchmarks.measure import (
     bare_product,
+    first_line,
     gradient_bytes,
     in_use,
     seconds,
     step,
     synchronize,
 )
-from benchmarks.providers import balanced, ours
 from benchmarks.shapes import Problem, Shape, expected_entries, text_like
 
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.
@@ -109,12 +111,6 @@ def _attempt(job: Job, task: Task, until: float) -> tuple[dict[str, Any], bool]:
     return row, True
 
 
-def first_line(error: object) -> str:
-    """Enough of a message for a table."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
-
-
 def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     """Errors, peak memory and interleaved times of one provider."""
     candidate, device = find(job.provider), task.device
@@ -167,7 +163,7 @@ def _parts(loss: Tensor, problem: Problem) -> Gradients:
 def _truth(shape: Shape, dtype: torch.dtype, device: str, weighted: bool) -> Gradients:
     """From the exact gradient of the torch backend, itself tested against the specification."""
     problem = text_like(shape, dtype, device)
-    loss = (balanced if weighted else ours)(problem, backend="torch")
+    loss = ours(problem, "bft" if weighted else "plain", backend="torch")
     loss.backward()
     return _parts(loss.detach(), problem)
 
@@ -192,11 +188,6 @@ def _compare(candidate: Candidate, got: Gradients, job: Job, task: Task) -> dict
         if not value <= limits.get(name, candidate.allowed)
     ]
     return errors | ({"status": "wrong", "reason": "; ".join(wrong)} if wrong else {})
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """``|got - expected| / |expected|``."""
-    return float((got - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def _memory(candidate: Candidate, problem: Problem, device: str) -> dict[str, Any]:

@@ -6,20 +6,23 @@ import ctypes
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.providers import PEERS, PROVIDERS, Provider
+from benchmarks.providers import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
 
+Name = TypeVar("Name", bound=Hashable)
 
-def step(provider: str | Provider, problem: Problem) -> Tensor:
-    """Forward and the gradients, of a provider that has any; the loss."""
+
+def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
+    """Forward and the gradients, of a loss that has any; the loss ``[]``."""
     problem.hidden.grad = problem.weight.grad = None
-    run = (PROVIDERS | PEERS)[provider] if isinstance(provider, str) else provider
     loss = run(problem)
     if loss.requires_grad:
         loss.backward()
@@ -89,52 +92,88 @@ def bare_product(problem: Problem, rows: int | None, columns: int | None) -> Non
             torch.mm(operand, part.T, out=buffer[: shape[0] * shape[1]].view(shape))
 
 
-def time_all(problem: Problem, device: str, repeats: int, names: list[str]) -> dict[str, float]:
-    """Median seconds of each provider, in turns so that noise hits all alike.
+@dataclass(frozen=True)
+class Timing:
+    """Of repeated runs."""
 
-    ``"1G"`` is the fastest of the ``BLOCKINGS`` of the bare product, timed among them.
-    """
-    runs: dict[str, Callable[[], object]] = {}
-    for rows, columns in BLOCKINGS:
-        runs[f"1G {rows} x {columns}"] = lambda r=rows, c=columns: bare_product(problem, r, c)  # type: ignore[misc]
-    for name in names:
-        runs[name] = lambda name=name: step(name, problem)  # type: ignore[misc]
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: float  # median
+    spread: float  # interquartile range over the median
+
+
+def timing(samples: list[float]) -> Timing:
+    """Median and spread of at least one time."""
+    median = statistics.median(samples)
+    if len(samples) < 2:
+        return Timing(median, 0.0)
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, (high - low) / median)
+
+
+def time_turns(
+    runs: Mapping[Name, Callable[[], object]], device: str, repeats: int
+) -> dict[Name, Timing]:
+    """Times of each run, in turns so that noise hits all alike; a first turn warms up."""
+    samples: dict[Name, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
             taken = seconds(run, device)
-            if turn > 0:  # the first turn warms up
+            if turn > 0:
                 samples[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    fastest = min(medians.pop(name) for name in runs if name.startswith("1G "))
-    return {"1G": fastest, **medians}
+    return {name: timing(values) for name, values in samples.items()}
 
 
-def extra_memory(provider: str, source: Source, dtype: torch.dtype, device: str) -> int:
-    """Peak bytes of one step beyond the inputs and their gradients, in a fresh process."""
+def time_all(
+    problem: Problem, device: str, repeats: int, cases: list[Case]
+) -> tuple[Timing, dict[Case, Timing]]:
+    """1G, which is the fastest of the ``BLOCKINGS`` of the bare product, and each case."""
+    runs: dict[Case | tuple[int | None, int | None], Callable[[], object]] = {}
+    for blocking in BLOCKINGS:
+        runs[blocking] = lambda b=blocking: bare_product(problem, *b)  # type: ignore[misc]
+    for case in cases:
+        runs[case] = lambda c=case: step(c, problem)  # type: ignore[misc]
+    times = time_turns(runs, device, repeats)
+    bare = min((times[blocking] for blocking in BLOCKINGS), key=lambda timing: timing.seconds)
+    return bare, {case: times[case] for case in cases}
+
+
+def first_line(error: object) -> str:
+    """Enough of a message for a table."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else ""
+
+
+def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
+    """Peak bytes of one step beyond the inputs and their gradients, in a fresh process.
+
+    Raises:
+        RuntimeError: that process failed.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_extra_memory, args=(sender, provider, source, dtype, device))
+    process = context.Process(target=_extra_memory, args=(sender, case, source, dtype, device))
     process.start()
     sender.close()
     try:
         return int(receiver.recv())
     except EOFError:
-        raise RuntimeError(f"{provider}: its process ended with {process.exitcode}") from None
+        process.join()
+        raise RuntimeError(
+            f"{case.provider}: its process for memory ended with {process.exitcode}"
+        ) from None
     finally:
         process.join()
 
 
 def _extra_memory(
-    sender: Connection, provider: str, source: Source, dtype: torch.dtype, device: str
+    sender: Connection, case: Case, source: Source, dtype: torch.dtype, device: str
 ) -> None:
     warm = make_problem(Shape(8, 16, 64), dtype, device)
-    step(provider, warm)  # libraries and thread pools are loaded before the baseline is read
+    step(case, warm)  # libraries and thread pools are loaded before the baseline is read
     problem = make_problem(source, dtype, device)
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)  # what was freed must not pass for memory in use
     before = in_use(device, reset=True)
-    step(provider, problem)
+    step(case, problem)
     peak = in_use(device, peak=True)
     sender.send(max(0, peak - before - gradient_bytes(problem)))
 

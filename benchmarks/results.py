@@ -49,8 +49,30 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """A file that is there must have these columns.
+
+    Raises:
+        ValueError: it has others; rows of two kinds in one file could not be read.
+    """
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        found = next(csv.reader(file), [])
+    if found != list(columns):
+        raise ValueError(
+            f"output: got {path}, whose columns are {','.join(found)}, expected a new file or one "
+            f"with the columns {','.join(columns)}"
+        )
+
+
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows to a CSV file, and its header if the file is new."""
+    """Adds rows to a CSV file, and its header if the file is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    check_columns(path, list(rows[0]))
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import bare_product, keep_memory, seconds, step
-from benchmarks.providers import PEERS, PROVIDERS
+from benchmarks.providers import Case, cases, why_not
 from benchmarks.results import append, environment
 from benchmarks.shapes import Shape, make_problem
 
@@ -31,7 +31,9 @@ class Config:
     told as a multiple of the bare product's own slope, fitted to its times in the same run.
     """
 
-    provider: str = "bft balanced sampled"
+    provider: str = "bft triton sampled" if torch.cuda.is_available() else "bft cpu sampled"
+    weighting: Literal["plain", "dft", "bft"] = "bft"
+    mode: Literal["forward", "both", "frozen"] = "both"
     width: int = 576
     tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
     vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
@@ -49,15 +51,19 @@ def main(config: Config) -> None:
     """Measures, fits and prints.
 
     Raises:
-        SystemExit: an unknown provider.
+        SystemExit: an unknown provider, or one that cannot run here.
     """
-    known = PROVIDERS | PEERS
-    if config.provider not in known:
-        raise SystemExit(f"provider: got {config.provider!r}, expected one of {', '.join(known)}")
+    try:
+        (case,) = cases([config.provider], [config.weighting], [config.mode])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    reason = why_not(case, config.device, getattr(torch, config.dtype))
+    if reason:
+        raise SystemExit(f"providers: got {config.provider!r}, which cannot run here: {reason}")
     if config.keep_memory:
         keep_memory()
     shapes = [Shape(n, config.width, v) for v in config.vocabularies for n in config.tokens]
-    measured = [_measure(config, shape) for shape in shapes]
+    measured = [_measure(config, case, shape) for shape in shapes]
     times, products, passes = zip(*measured, strict=True)
     fixed, slope = fit(shapes, times)
     bare_fixed, bare_slope = fit(shapes, products)
@@ -67,7 +73,10 @@ def main(config: Config) -> None:
         for taken, shape in zip(passes, shapes, strict=True)
     )
     fitted = [predict(shape, fixed, slope) for shape in shapes]
-    table = Table(title=f"{config.provider}, D {config.width}, {config.dtype}, {config.device}")
+    table = Table(
+        title=f"{config.provider}, {config.weighting}, {config.mode}, D {config.width}, "
+        f"{config.dtype}, {config.device}"
+    )
     for column in ("N", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
         table.add_column(column, justify="right")
     for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
@@ -92,6 +101,8 @@ def main(config: Config) -> None:
             [
                 {
                     "provider": config.provider,
+                    "weighting": config.weighting,
+                    "mode": config.mode,
                     "tokens": shape.tokens,
                     "width": shape.width,
                     "vocabulary": shape.vocabulary,
@@ -110,12 +121,12 @@ def main(config: Config) -> None:
         )
 
 
-def _measure(config: Config, shape: Shape) -> tuple[float, float, float]:
+def _measure(config: Config, case: Case, shape: Shape) -> tuple[float, float, float]:
     """Median seconds of the loss, of the bare product and of a pass over dW, interleaved."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
     runs: tuple[Callable[[], object], ...] = (
-        lambda: step(config.provider, problem),
+        lambda: step(case, problem),
         lambda: bare_product(problem, 1024, 512),
         lambda: like_gradient.mul_(2),
     )

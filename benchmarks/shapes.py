@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,39 @@ class Shape:
         return 2 * self.tokens * self.width * self.vocabulary
 
 
+@dataclass(frozen=True)
+class Head:
+    """A model's output embedding, rows of padding included: they are multiplied like others."""
+
+    vocabulary: int
+    width: int
+    source: str  # whose config.json on Hugging Face has these two figures, unless it says otherwise
+
+
+HEADS = {
+    "smollm2-135m": Head(49_152, 576, "HuggingFaceTB/SmolLM2-135M"),
+    "smollm2-360m": Head(49_152, 960, "HuggingFaceTB/SmolLM2-360M"),
+    "smollm2-1.7b": Head(49_152, 2048, "HuggingFaceTB/SmolLM2-1.7B"),
+    "qwen2.5-0.5b": Head(151_936, 896, "Qwen/Qwen2.5-0.5B"),
+    "qwen3-0.6b": Head(151_936, 1024, "Qwen/Qwen3-0.6B"),
+    "qwen3-4b": Head(151_936, 2560, "Qwen/Qwen3-4B"),
+    "qwen3-8b": Head(151_936, 4096, "Qwen/Qwen3-8B"),
+    "llama3.2-1b": Head(128_256, 2048, "meta-llama/Llama-3.2-1B"),
+    "llama3.2-3b": Head(128_256, 3072, "meta-llama/Llama-3.2-3B"),
+    "llama3.1-8b": Head(128_256, 4096, "meta-llama/Llama-3.1-8B"),
+    "gemma3-270m": Head(262_144, 640, "google/gemma-3-270m"),
+    "gemma3-1b": Head(262_144, 1152, "google/gemma-3-1b-pt"),
+    # Its config.json leaves the vocabulary to the default of transformers' Gemma3TextConfig.
+    "gemma3-4b": Head(262_208, 2560, "google/gemma-3-4b-pt"),
+    "mistral-7b-v0.3": Head(32_768, 4096, "mistralai/Mistral-7B-v0.3"),
+    "mistral-nemo": Head(131_072, 5120, "mistralai/Mistral-Nemo-Base-2407"),
+    "gpt-oss-20b": Head(201_088, 2880, "openai/gpt-oss-20b"),
+    "deepseek-v3": Head(129_280, 7168, "deepseek-ai/DeepSeek-V3"),
+}
+TOKENS = 2048
 SHAPES = {
     "tiny": Shape(256, 128, 8192),
-    "smollm2-135m": Shape(2048, 576, 49_152),
-    "qwen2.5-0.5b": Shape(2048, 896, 151_936),
-    "gemma3-270m": Shape(2048, 640, 262_144),
+    **{name: Shape(TOKENS, head.width, head.vocabulary) for name, head in HEADS.items()},
 }
 
 
@@ -68,7 +96,12 @@ class Problem:
 
     @property
     def shape(self) -> Shape:
-        return Shape(*self.hidden.shape, self.weight.shape[0])
+        tokens, width = self.hidden.shape
+        return Shape(tokens, width, self.weight.shape[0])
+
+    def frozen(self) -> Problem:
+        """The same inputs with a head that is not trained."""
+        return replace(self, weight=self.weight.detach())
 
 
 def make_problem(source: Source, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:

@@ -1,0 +1,274 @@
+"""``python -m benchmarks loss`` measures what it says, and refuses to where it cannot."""
+
+from __future__ import annotations
+
+import csv
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import loss
+from benchmarks.errors import first_rows, gradient_errors, relative_error, truth
+from benchmarks.loss_table import COLUMNS
+from benchmarks.losses import WEIGHTINGS
+from benchmarks.measure import Timing, extra_memory, step, time_turns, timing
+from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.results import append
+from benchmarks.shapes import HEADS, SHAPES, Shape, make_problem, save_recorded
+
+SMALL = Shape(160, 16, 500)  # of one document of 128 tokens and one of 32
+# Without those that are slow to start, and Triton's interpreter, which runs only in tests.
+QUICK = [one.name for one in PROVIDERS.values() if not one.compiles and one.backend != "triton"]
+RUNNING = [
+    case for case in cases(QUICK, WEIGHTINGS, MODES) if not why_not(case, "cpu", torch.float32)
+]
+
+
+def config(**settings: Any) -> loss.Config:
+    return loss.Config(
+        **{
+            "shapes": ("tiny",),
+            "tokens": 32,
+            "device": "cpu",
+            "repeats": 1,
+            "providers": ("eager", "bft torch sampled"),
+            "memory": False,
+            "force": True,
+        }
+        | settings
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_every_provider_computes_the_same_loss_and_gradients(weighting: str) -> None:
+    problem = make_problem(SMALL, torch.float32, "cpu")
+    expected = truth(problem, weighting)
+    value = step(Case("bft torch exact", weighting), problem)
+    checked = set()
+    for case in RUNNING:
+        if case.weighting != weighting:
+            continue
+        checked.add(case.provider)
+        for option in PROVIDERS[case.provider].options:
+            found = step(replace(case, option=option), problem)
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+            errors = gradient_errors(replace(case, option=option), problem, expected)
+            names = {"forward": (), "both": ("hidden", "weight"), "frozen": ("hidden",)}[case.mode]
+            sampled = PROVIDERS[case.provider].sampled
+            kinds = ("error", "certificate") if sampled else ("error",)
+            assert errors.keys() == {f"{kind}_{name}" for kind in kinds for name in names}
+            for name in names:
+                limit = 3 * errors[f"certificate_{name}"] + 1e-5 if sampled else 1e-5
+                assert errors[f"error_{name}"] < limit, (case, option, name)
+    assert {"eager", "bft torch exact", "bft torch sampled"} <= checked
+
+
+def test_frozen_and_forward_leave_gradients_out() -> None:
+    problem = make_problem(SMALL, torch.float32, "cpu")
+    step(Case("eager", "bft", "frozen"), problem)
+    assert problem.weight.grad is None
+    assert problem.hidden.grad is not None
+    step(Case("eager", "bft", "forward"), problem)
+    assert problem.hidden.grad is None
+
+
+def test_a_wrong_gradient_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = first_rows(make_problem(SMALL, torch.float32, "cpu"))
+    assert problem.hidden.shape[0] == 64
+    plain = PROVIDERS["eager"]
+    broken = replace(plain, options={"": lambda problem, weighting: 1.1 * problem.hidden.sum()})
+    monkeypatch.setitem(PROVIDERS, "eager", broken)
+    errors = gradient_errors(Case("eager", "plain", "frozen"), problem, truth(problem, "plain"))
+    assert errors["error_hidden"] > 1
+    assert relative_error(torch.full((3, 2), 1.1), torch.ones(3, 2)) == pytest.approx(0.1)
+
+
+def test_reasons_not_to_run() -> None:
+    def reason(provider: str, weighting: str = "plain", mode: str = "both") -> str:
+        return why_not(Case(provider, weighting, mode), "cpu", torch.float32)
+
+    assert "it computes plain only" in reason("quack", "bft")
+    assert reason("bft torch sampled", mode="forward") == "its forward is that of bft torch exact"
+    assert "CUDA" in reason("bft cuda exact")
+    assert reason("liger fused") in ("it runs on a GPU only", "liger-kernel is not installed")
+    assert reason("eager", "bft", "frozen") == ""
+    missing = replace(PROVIDERS["trl"], name="x", distribution="no-such-thing")
+    broken = replace(PROVIDERS["trl"], name="y", distribution="torch", module="torch.no_such")
+    PROVIDERS.update(x=missing, y=broken)
+    try:
+        assert reason("x") == "no-such-thing is not installed"
+        assert "torch is installed, but cannot be imported: No module" in reason("y")
+    finally:
+        del PROVIDERS["x"], PROVIDERS["y"]
+
+
+def test_csv_has_a_row_a_case_and_the_reasons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(problem: Any, weighting: str) -> Any:
+        raise ValueError("no such luck\nat all")
+
+    monkeypatch.setitem(PROVIDERS, "trl", replace(PROVIDERS["eager"], options={"": fails}))
+    path = tmp_path / "results.csv"
+    settings = config(
+        providers=("eager", "bft torch sampled", "bft cuda exact", "trl"),
+        weightings=("bft",),
+        modes=("forward", "both"),
+        output=path,
+    )
+    loss.main(settings)
+    loss.main(settings)
+    rows = rows_of(path)
+    assert len(rows) == 2 * (1 + 4 * 2)
+    assert tuple(rows[0]) == COLUMNS
+    assert rows[0]["provider"] == "1G"
+    assert float(rows[0]["times_g"]) == 1.0
+    found = {(row["provider"], row["mode"]): row for row in rows}
+    sampled, eager = found["bft torch sampled", "both"], found["eager", "both"]
+    assert sampled["weighting"] == "bft"
+    assert (eager["inputs"], eager["tokens"], eager["vocabulary"]) == ("synthetic", "32", "8192")
+    assert float(eager["times_g"]) == pytest.approx(
+        float(eager["seconds"]) / float(eager["g_seconds"])
+    )
+    flops = 3 * 2 * 32 * 128 * 8192
+    assert float(eager["flops_per_second"]) == pytest.approx(flops / float(eager["seconds"]))
+    moved = 2 * 4 * (32 * 128 + 8192 * 128)
+    assert float(eager["bytes_per_second"]) == pytest.approx(moved / float(eager["seconds"]))
+    assert float(eager["error_weight"]) < 1e-4 < float(sampled["error_weight"])
+    assert float(sampled["certificate_weight"]) > 1e-4
+    assert found["eager", "forward"]["error_hidden"] == ""
+    for provider, reason in {
+        "bft cuda exact": "CUDA",
+        "trl": "failed: ValueError: no such luck",
+    }.items():
+        row = found[provider, "both"]
+        assert row["seconds"] == row["times_g"] == row["extra_bytes"] == ""
+        assert reason in row["reason"]
+    printed = capsys.readouterr().out
+    assert "not measured: trl (bft forward, bft both): failed: ValueError: no such luck" in printed
+    assert "synthetic inputs" in printed
+
+
+def test_recorded_inputs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = make_problem(SMALL, torch.float32, "cpu")
+    inputs = tmp_path / "abstracts.pt"
+    save_recorded(inputs, problem.hidden.detach(), problem.weight.detach(), problem.target)
+    path = tmp_path / "results.csv"
+    loss.main(config(inputs=(inputs,), output=path, errors=False, providers=("eager",)))
+    assert {(row["shape"], row["inputs"], row["tokens"]) for row in rows_of(path)} == {
+        ("abstracts", "recorded", "32")
+    }
+    assert "abstracts (recorded inputs)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shapes": ("gpt-5",)}, "shapes: got 'gpt-5', expected some of tiny, smollm2-135m"),
+        ({"providers": ("egaer",)}, "providers: got 'egaer', expected some of eager"),
+        ({"weightings": ("sft",)}, "weightings: got 'sft', expected some of plain, dft, bft"),
+        ({"modes": ("backward",)}, "modes: got 'backward', expected some of forward"),
+        ({"repeats": 0}, "repeats: got 0"),
+        ({"tokens": 0}, "tokens: got 0"),
+        ({"inputs": (Path("nowhere.pt"),)}, "inputs: got nowhere.pt, expected a file"),
+    ],
+)
+def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        loss.main(config(**settings))
+
+
+def test_refuses_a_file_with_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    append(path, [{"provider": "eager", "seconds": 1}])
+    with pytest.raises(SystemExit, match=r"output: got .* whose columns are provider,seconds"):
+        loss.main(config(output=path))
+    with pytest.raises(ValueError, match="expected a new file"):
+        append(path, [{"provider": "eager", "minutes": 1}])
+    assert len(rows_of(path)) == 1
+
+
+def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loss.too_busy(2.0, 2) == ""
+    assert "the load average is 7.0 on 2 cores, expected up to 3.0" in loss.too_busy(7.0, 2)
+    assert loss.too_noisy(Timing(1.0, 0.15), 0.15) == ""
+    assert "spread (interquartile range over median) of 40%" in loss.too_noisy(
+        Timing(1.0, 0.4), 0.15
+    )
+    path = tmp_path / "results.csv"
+    monkeypatch.setattr(loss.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    with pytest.raises(SystemExit, match=r"expected up to --max-spread -100%.*--force"):
+        loss.main(config(force=False, max_spread=-1.0, output=path))
+    monkeypatch.setattr(loss.os, "getloadavg", lambda: (1e6, 0.0, 0.0))
+    with pytest.raises(SystemExit, match=r"load average is 1000000\.0"):
+        loss.main(config(force=False, output=path))
+    assert not path.exists()
+
+
+def test_timing_is_median_and_spread() -> None:
+    assert timing([2.0]) == Timing(2.0, 0.0)
+    assert timing([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0 / 3.0)
+
+
+def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
+    order: list[str] = []
+
+    def run(name: str) -> None:
+        time.sleep(0.05 if len(order) < 2 else 0)
+        order.append(name)
+
+    times = time_turns({"a": lambda: run("a"), "b": lambda: run("b")}, "cpu", 3)
+    assert order == ["a", "b"] * 4
+    assert max(one.seconds for one in times.values()) < 0.05
+
+
+def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(problem: Any, weighting: str) -> torch.Tensor:
+        time.sleep(0.05)
+        return problem.hidden.sum()
+
+    quick = replace(
+        PROVIDERS["eager"],
+        options={"slow": slow, "quick": lambda problem, weighting: problem.hidden.sum()},
+    )
+    monkeypatch.setitem(PROVIDERS, "eager", quick)
+    problem = make_problem(SMALL, torch.float32, "cpu")
+    assert loss._with_option(Case("eager"), problem, "cpu").option == "quick"
+
+
+def test_the_readme_lists_every_head_and_column() -> None:
+    text = (Path(loss.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    for name, head in HEADS.items():
+        line = f"| {name} | {head.width} | {head.vocabulary:,} | {head.source} |"
+        assert line in text, line
+        assert SHAPES[name] == Shape(2048, head.width, head.vocabulary)
+    for column in COLUMNS:
+        assert f"`{column}`" in text, column
+
+
+def test_memory_of_a_process_that_fails_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="eager: its process for memory ended with 1"):
+        extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
+
+
+@pytest.mark.slow
+def test_memory_of_eager_is_that_of_its_logits() -> None:
+    shape = Shape(512, 64, 49_152)
+    logits = shape.tokens * shape.vocabulary * 4
+
+    def memory(*case: str) -> int:
+        return extra_memory(Case(*case), shape, torch.float32, "cpu")
+
+    assert 1.9 * logits < memory("eager") < 4 * logits
+    assert memory("bft torch sampled") < logits
+    # A frozen head has no gradient that could be taken for memory saved.
+    assert memory("bft cpu sampled", "bft", "frozen") > 2**20

@@ -1,0 +1,81 @@
+"""Growth with the sizes, and inputs recorded from a model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.record
+import benchmarks.scale
+from benchmarks.losses import ours
+from benchmarks.shapes import Recorded, Shape, make_problem
+
+
+def test_fit_finds_the_two_slopes() -> None:
+    shapes = [Shape(n, 64, v) for n in (256, 4096) for v in (1000, 50_000)]
+    exact = [benchmarks.scale.predict(shape, 3e-9, 2e-12) for shape in shapes]
+    fixed, slope = benchmarks.scale.fit(shapes, exact)
+    assert fixed == pytest.approx(3e-9)
+    assert slope == pytest.approx(2e-12)
+
+
+def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scale.csv"
+    config = benchmarks.scale.Config(
+        provider="bft torch sampled",
+        width=32,
+        tokens=(64, 256),
+        vocabularies=(512, 2048),
+        device="cpu",
+        repeats=1,
+        output=path,
+    )
+    benchmarks.scale.main(config)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(int(row["tokens"]), int(row["vocabulary"])) for row in rows] == [
+        (64, 512),
+        (256, 512),
+        (64, 2048),
+        (256, 2048),
+    ]
+    assert "passes over dW" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("provider", "message"),
+    [("bft", "providers: got 'bft'"), ("bft cuda exact", "which cannot run here")],
+)
+def test_scale_refuses_who_cannot_run(provider: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        benchmarks.scale.main(benchmarks.scale.Config(provider=provider, device="cpu"))
+
+
+@pytest.mark.slow
+def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from bft.pretrained import PretrainedError, pretrained
+
+    try:
+        folder = pretrained("smollm2-135m")
+    except PretrainedError as error:
+        pytest.skip(str(error))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The heart pumps blood\nthrough the vessels.\n\n\nInsulin lowers glucose.\n")
+    assert list(benchmarks.record.documents(texts)) == [
+        "The heart pumps blood through the vessels.",
+        "Insulin lowers glucose.",
+    ]
+    path = tmp_path / "inputs.pt"
+    benchmarks.record.main(benchmarks.record.Config(texts, path, tokens=10))
+    problem = make_problem(Recorded(path, 7), torch.float32, "cpu")
+    assert problem.hidden.shape[0] == 7
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(
+        "The heart pumps blood through the vessels.", return_tensors="pt"
+    ).input_ids[:, :8]
+    expected = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(ours(problem, "plain"), expected, rtol=1e-4, atol=1e-4)
