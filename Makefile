@@ -10,7 +10,7 @@ COMPILED := build/.compiled-$(BFT_BUILD)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format format-check types static gpu readme-check venv clean
+.PHONY: help demo test test-slow lint format format-check types static gpu bench readme-check venv clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -46,6 +46,9 @@ static: venv  ## compile every kernel for GPUs that are not here; none may spill
 
 gpu: venv  ## on a GPU: tests, speed, memory and figures, into benchmarks/results/
 	$(BIN)/python -m benchmarks gpu $(ARGS)
+
+bench: venv  ## compare speed with the saved baselines, in multiples of a bare product
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 readme-check: venv  ## run the commands and Python snippets of README.md and docs/
 	$(BIN)/python tests/readme_check.py

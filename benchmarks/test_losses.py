@@ -1,0 +1,85 @@
+"""Whether losses became slower, as ratios to the bare product: ``make bench``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.losses import documents
+from benchmarks.measure import BLOCKINGS, bare_product, seconds, step, time_turns
+from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.shapes import SHAPES, Problem, Shape, make_problem
+from bft_kernels import token_weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+SMALL = {"tiny": SHAPES["tiny"], "small": Shape(512, 256, 16_384)}
+ROUNDS = 7
+
+
+def measured() -> list[Case]:
+    """Ours in every mode, peers where weighted is compared with weighted; only who runs here."""
+    quick = [name for name, provider in PROVIDERS.items() if not provider.compiles]
+    ours = [name for name in quick if PROVIDERS[name].backend]
+    asked = [*cases(ours, ["plain"], ["both"]), *cases(ours, ["bft"], MODES)]
+    asked += cases([name for name in quick if name not in ours], ["bft"], ["both"])
+    return [case for case in asked if not why_not(case, DEVICE, DTYPE)]
+
+
+@functools.cache
+def _problem(shape: str) -> Problem:
+    return make_problem(SMALL[shape], DTYPE, DEVICE)
+
+
+@functools.cache
+def _bare(shape: str) -> Callable[[], None]:
+    """The bare product in its fastest blocking."""
+    runs = {one: functools.partial(bare_product, _problem(shape), *one) for one in BLOCKINGS}
+    times = time_turns(runs, DEVICE, 5)
+    return runs[min(times, key=lambda one: times[one].seconds)]
+
+
+def _compare(
+    run: Callable[[Problem], Tensor], shape: str, benchmark: Any, check_ratio: Any
+) -> None:
+    """Rounds of a step, the bare product before each.
+
+    The ratio is that of the fastest rounds: what others compute meanwhile only ever adds.
+    """
+    bare: list[float] = []
+    benchmark.group = shape
+    benchmark.pedantic(
+        lambda: seconds(lambda: step(run, _problem(shape)), DEVICE),
+        setup=lambda: bare.append(seconds(_bare(shape), DEVICE)),
+        rounds=ROUNDS,
+        warmup_rounds=1,
+    )
+    if benchmark.disabled:
+        return
+    ratio = benchmark.stats.stats.min / min(bare[1:])  # the first one was before the warm-up
+    benchmark.extra_info["times_g"] = ratio
+    check_ratio(ratio)
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize(
+    "case", measured(), ids=lambda case: f"{case.provider}, {case.weighting}, {case.mode}"
+)
+def test_loss(case: Case, shape: str, benchmark: Any, check_ratio: Any) -> None:
+    """Of one provider, weighting and mode."""
+    _compare(case, shape, benchmark, check_ratio)
+
+
+def test_weighting(benchmark: Any, check_ratio: Any) -> None:
+    """Token and sequence weights alone, of documents of 128 tokens."""
+
+    def weights(problem: Problem) -> Tensor:
+        confidence = torch.linspace(0, 1, problem.target.numel(), device=DEVICE)
+        return token_weights(confidence, documents(problem)).token_weight
+
+    _compare(weights, "tiny", benchmark, check_ratio)
