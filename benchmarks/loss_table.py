@@ -47,7 +47,7 @@ _MODES = {
     "both": "forward, dH and dW",
     "frozen": "forward and dH, frozen head",
 }
-_SHOWN = ("seconds", "±", "x G", "Gflop/s", "GB/s", "MiB", "dH off", "dW off")
+_SHOWN = ("seconds", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
 
 
 def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -61,7 +61,7 @@ def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         ]
         console.print(_table(bare, measured, f"{weighting} loss, {_MODES[mode]}"))
     for providers, places, reason in _reasons(others):
-        text = f"not measured: {', '.join(providers)} ({', '.join(places)}): {reason}"
+        text = f"missing: {', '.join(providers)} ({', '.join(places)}): {reason}"
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -84,7 +84,7 @@ def _table(bare: dict[str, Any], rows: Sequence[dict[str, Any]], what: str) -> T
         f"D {bare['width']}, V {bare['vocabulary']}, {bare['dtype']}, {bare['device_kind']}"
         f"{', memory kept' if bare['memory_kept'] else ''}\n{what}",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     table.add_column("", no_wrap=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.losses import documents
-from benchmarks.measure import BLOCKINGS, bare_product, seconds, step, time_turns
+from benchmarks.measure import BLOCKINGS, bare_product, seconds, step, time_turns, timing
 from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
 from benchmarks.shapes import SHAPES, Problem, Shape, make_problem
 from bft_kernels import token_weights
@@ -44,10 +44,8 @@ def _bare(shape: str) -> Callable[[], None]:
     return runs[min(times, key=lambda one: times[one].seconds)]
 
 
-def _compare(
-    run: Callable[[Problem], Tensor], shape: str, benchmark: Any, check_ratio: Any
-) -> None:
-    """Rounds of a step, the bare product before each.
+def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tuple[float, float]:
+    """Rounds of a step, the bare product before each: the ratio, and the spread of the latter.
 
     The ratio is that of the fastest rounds: what others compute meanwhile only ever adds.
     """
@@ -60,10 +58,11 @@ def _compare(
         warmup_rounds=1,
     )
     if benchmark.disabled:
-        return
-    ratio = benchmark.stats.stats.min / min(bare[1:])  # the first one was before the warm-up
+        pytest.skip("benchmarks are disabled")
+    del bare[0]  # before the warm-up
+    ratio = benchmark.stats.stats.min / min(bare)
     benchmark.extra_info["times_g"] = ratio
-    check_ratio(ratio)
+    return ratio, timing(bare).spread
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -72,7 +71,8 @@ def _compare(
 )
 def test_loss(case: Case, shape: str, benchmark: Any, check_ratio: Any) -> None:
     """Of one provider, weighting and mode."""
-    _compare(case, shape, benchmark, check_ratio)
+    ratio, spread = _ratio(case, shape, benchmark)
+    check_ratio(ratio, spread, ours=bool(PROVIDERS[case.provider].backend))
 
 
 def test_weighting(benchmark: Any, check_ratio: Any) -> None:
@@ -82,4 +82,4 @@ def test_weighting(benchmark: Any, check_ratio: Any) -> None:
         confidence = torch.linspace(0, 1, problem.target.numel(), device=DEVICE)
         return token_weights(confidence, documents(problem)).token_weight
 
-    _compare(weights, "tiny", benchmark, check_ratio)
+    check_ratio(*_ratio(weights, "tiny", benchmark), ours=True)
