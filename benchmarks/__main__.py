@@ -6,10 +6,11 @@ from typing import Any
 
 import tyro
 
-from benchmarks import gpu, loss, model, plot, record, report, scale, static, tables
+from benchmarks import gpu, loss, model, plot, record, report, scale, static, tables, train
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any], None]]] = {
     "loss": (loss.Config, loss.main),
+    "train": (train.Config, train.main),
     "scale": (scale.Config, scale.main),
     "record": (record.Config, record.main),
     "static": (static.Config, static.main),

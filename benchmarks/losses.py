@@ -21,13 +21,13 @@ Run = Callable[..., Tensor]  # of a Problem and its weighting
 # plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The confidence
 # and the weights are constants to the gradient.
 WEIGHTINGS = ("plain", "dft", "bft")
-DOCUMENT = 128  # tokens
+IGNORED = -100
 
 
 def documents(problem: Problem) -> Tensor:
-    """Boundaries of documents of 128 tokens, ``[S + 1]``, on the CPU."""
+    """Boundaries of the problem's documents, ``[S + 1]``, on the CPU."""
     count = problem.target.numel()
-    return torch.tensor([*range(0, count, DOCUMENT), count])
+    return torch.tensor([*range(0, count, problem.document), count])
 
 
 def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
@@ -41,7 +41,7 @@ def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
     settings = Weighting(weighting)
     return balanced_loss(
         nll,
-        torch.ones_like(nll, dtype=torch.bool),
+        problem.target != IGNORED,
         documents(problem),
         None,
         "sequence",

@@ -93,6 +93,7 @@ class Problem:
     hidden: Tensor  # [N, D], requires a gradient
     weight: Tensor  # [V, D], requires a gradient
     target: Tensor  # [N]
+    document: int = 128  # tokens of each, for weights that look at documents
 
     @property
     def shape(self) -> Shape:

@@ -1,0 +1,97 @@
+"""The losses that ``python -m benchmarks train`` compares, as functions of a model's head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.providers import Case, why_not
+from benchmarks.shapes import Problem
+from bft.config import TrainConfig
+from bft.head import UnsupportedModel
+from bft.loss import IGNORE, Head, LossFunction
+
+Weighting = Literal["plain", "bft"]
+PEERS = ("torch chunked", "liger chunked", "liger fused", "cut-cross-entropy", "trl")
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """One loss of a fine-tuning step.
+
+    ``make`` gives the function that :func:`bft.patch_model` puts at the model's head, or ``None``
+    for what the model itself does with ``labels=``.
+    """
+
+    name: str
+    weighting: Weighting  # the mean over tokens, or Balanced Fine-Tuning's over documents
+    make: Callable[[TrainConfig], LossFunction | None]
+    peer: Case | None = None  # of `python -m benchmarks loss`, which says where it can run
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.weighting}"
+
+    def why_missing(self, device: str) -> str:
+        """Why it cannot run here, empty if it can."""
+        return "" if self.peer is None else why_not(self.peer, device, torch.float32)
+
+
+def _peer(name: str, weighting: Weighting) -> StepLoss:
+    """A provider of ``python -m benchmarks loss``; rows of a batch are documents."""
+    case = Case(name, weighting)
+
+    def loss(
+        hidden: Tensor,  # [B, T, D]
+        head: Head,
+        target: Tensor,  # [B, T]
+        cu_seqlens: Tensor | None,
+        num_items: int | Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        if head.bias is not None or head.softcap is not None or head.temperature != 1:
+            raise UnsupportedModel(
+                "head: got one with a bias, softcap or temperature, expected hidden @ weight.T: "
+                "this loss expresses nothing else"
+            )
+        if weighting == "plain":
+            labelled = target != IGNORE
+            return case(Problem(hidden[labelled], head.weight, target[labelled])), None
+        tokens = hidden.flatten(0, 1), head.weight, target.flatten()
+        return case(Problem(*tokens, document=target.shape[1])), None
+
+    return StepLoss(name, weighting, lambda _: loss, case)
+
+
+def _ours(weighting: Weighting, gradient: Literal["exact", "sampled"]) -> StepLoss:
+    def make(settings: TrainConfig) -> LossFunction:
+        if weighting == "bft":
+            return replace(settings, scheme="bft", gradient=gradient).loss()
+        plain = replace(settings, scheme="sft", normalize="token", gradient=gradient)
+        return plain.loss()
+
+    return StepLoss(gradient, weighting, make)
+
+
+def _all(weighting: Weighting, eager: StepLoss) -> list[StepLoss]:
+    return [
+        eager,
+        *(_peer(name, weighting) for name in PEERS),
+        _ours(weighting, "exact"),
+        _ours(weighting, "sampled"),
+    ]
+
+
+LOSSES = (
+    *_all("plain", StepLoss("eager", "plain", lambda _: None)),
+    *_all("bft", _peer("eager", "bft")),
+)
+NAMES = tuple(dict.fromkeys(loss.name for loss in LOSSES))
+
+
+def find(label: str) -> StepLoss:
+    """By :attr:`StepLoss.label`."""
+    return next(loss for loss in LOSSES if loss.label == label)

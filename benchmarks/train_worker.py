@@ -1,0 +1,176 @@
+"""What the processes of ``python -m benchmarks train`` do: steps of fine-tuning, real ones."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_worker import first_line
+from benchmarks.measure import in_use, keep_memory, seconds, synchronize
+from benchmarks.train_losses import find
+from bft.config import TrainConfig
+from bft.head import LogitTransform
+from bft.loss import Head, LossFunction
+from bft.patch import patch_model, unpatch_model
+
+_WARM_UP = 16  # tokens of the step that makes the optimizer's state
+
+
+@dataclass(frozen=True)
+class Job:
+    """The step: everything but the loss and the tokens."""
+
+    settings: TrainConfig
+    device: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one step in a process of its own."""
+
+    status: Literal["fits", "over", "slow", "failed"]
+    peak: int | None = None  # bytes, if it was completed
+    reason: str = ""
+
+
+class Stepper:
+    """A model and its AdamW. Losses take turns at the model's head."""
+
+    def __init__(self, job: Job) -> None:
+        # Here, so that other commands need not wait for transformers.
+        from transformers.utils import logging
+
+        from bft.train import decay_groups, load_model
+
+        logging.disable_progress_bar()
+        self.device, self.settings = job.device, job.settings
+        model: Any = load_model(job.settings)[0]
+        self.model = model.to(job.device).train()
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.model, job.settings.weight_decay),
+            lr=job.settings.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        self.transform: LogitTransform | None = None
+
+    def step(self, label: str, ids: Tensor) -> Tensor:
+        """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss."""
+        ids = ids.to(self.device)
+        with self._at_head(find(label).make(self.settings)):
+            # A cache would cost memory that has nothing to do with the loss.
+            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    @contextmanager
+    def _at_head(self, loss: LossFunction | None) -> Iterator[None]:
+        """The model computes ``loss`` within; ``None``: its own."""
+        if loss is None:
+            yield
+            return
+
+        def watched(
+            hidden: Tensor,
+            head: Head,
+            target: Tensor,
+            cu_seqlens: Tensor | None,
+            num_items: int | Tensor | None,
+        ) -> tuple[Tensor, Any]:
+            # What the patch measures on its first call is not measured in every step.
+            self.transform = LogitTransform(head.softcap, head.temperature)
+            return loss(hidden, head, target, cu_seqlens, num_items)
+
+        known = self.transform
+        patch_model(self.model, watched, transform=known, verify=known is None)
+        try:
+            yield
+        finally:
+            unpatch_model(self.model)
+
+
+def time_steps(
+    job: Job,
+    labels: list[str],
+    turns: Tensor,  # [turns, B, T] token ids
+    keep: bool,
+) -> dict[str, list[float] | str]:
+    """Seconds of each loss's steps, in turns; of a loss that fails, why.
+
+    The first turn warms up. Every loss of a turn sees the same tokens.
+    """
+    if keep:
+        keep_memory()
+    stepper = Stepper(job)
+    results: dict[str, list[float] | str] = {label: [] for label in labels}
+    for turn, ids in enumerate(turns):
+        for label, samples in results.items():
+            if isinstance(samples, str):
+                continue
+            try:
+                taken = seconds(lambda label=label, ids=ids: stepper.step(label, ids), job.device)  # type: ignore[misc]
+            except Exception as error:
+                stepper.optimizer.zero_grad()
+                results[label] = explain(error)
+                continue
+            if turn > 0:
+                samples.append(taken)
+    return results
+
+
+def send_times(sender: Connection, job: Job, labels: list[str], turns: Tensor, keep: bool) -> None:
+    """:func:`time_steps` in a process of its own, so that its memory goes with it."""
+    sender.send(time_steps(job, labels, turns, keep))
+
+
+def send_peak(
+    sender: Connection,
+    job: Job,
+    label: str,
+    ids: Tensor,  # [B, T]
+    limit: int | None,
+) -> None:
+    """One step; sends ``None`` when it starts, then its :class:`Outcome`.
+
+    A short step goes before it, so that the optimizer's state is there, as in every step of a
+    training but its first. What loading the model took at its highest is forgotten.
+    """
+    try:
+        stepper = Stepper(job)
+        stepper.step(label, ids[:1, :_WARM_UP])
+        _restrict(job.device, limit)
+        in_use(job.device, reset=True)
+        sender.send(None)
+        stepper.step(label, ids)
+        synchronize(job.device)
+        sender.send(Outcome("fits", in_use(job.device, peak=True)))
+    except torch.OutOfMemoryError as error:
+        sender.send(Outcome("over", reason=first_line(error)))
+    except Exception as error:
+        sender.send(Outcome("failed", reason=explain(error)))
+
+
+def _restrict(device: str, limit: int | None) -> None:
+    """Gives back what is free; on a GPU sets the limit, which on a CPU the parent watches over."""
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)
+        return
+    torch.cuda.empty_cache()
+    if limit is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+
+
+def explain(error: Exception) -> str:
+    """For a table."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,303 @@
+"""Steps of fine-tuning with each loss, and the search for the largest batch."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks import train, train_losses
+from benchmarks.measure import in_use
+from benchmarks.train_losses import LOSSES
+from benchmarks.train_search import attempt, largest_batch, next_batch
+from benchmarks.train_worker import Outcome, Stepper, time_steps
+
+TEXT = "the heart pumps blood through a vessel and insulin lowers sugar in it"
+WORDS = TEXT.split()
+VOCABULARY = 500
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """Settings with a model of random weights, its tokenizer and a text."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.3,  # some tokens are more likely than others
+        )
+    )
+    words = {word: place for place, word in enumerate(["<end>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.save_pretrained(tmp_path / "tiny")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join([TEXT, "", " ".join(reversed(WORDS))]) + "\n")
+    return {
+        "model": str(tmp_path / "tiny"),
+        "texts": texts,
+        "batch": 2,
+        "length": 12,
+        "window": 4,
+        "max_batch": 4,
+        "repeats": 2,
+        "device": "cpu",
+    }
+
+
+def rows_of(config: train.Config) -> list[dict[str, str]]:
+    train.main(config)
+    assert config.output is not None
+    with config.output.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def gradients(stepper: Stepper, label: str, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The loss and the gradients that the optimizer is given, clipped."""
+    seen: list[torch.Tensor] = []
+    parameters = [p for group in stepper.optimizer.param_groups for p in group["params"]]
+
+    def look(*_: Any) -> None:
+        seen.extend(parameter.grad.clone() for parameter in parameters)
+
+    hook = stepper.optimizer.register_step_pre_hook(look)
+    loss = stepper.step(label, ids)
+    hook.remove()
+    assert seen
+    assert all(parameter.grad is None for parameter in parameters)
+    return loss, *seen
+
+
+COMPARED = [
+    loss.label
+    for loss in LOSSES
+    if loss.name != "cut-cross-entropy"  # takes long to compile
+    and not loss.why_missing("cpu")
+    and loss.name not in ("eager", "sampled")
+]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_losses_of_a_weighting_agree(config: dict[str, Any], lora: bool) -> None:
+    settings = train.Config(**config | {"lora": lora})
+    ids = torch.randint(VOCABULARY, (3, 12))
+    assert "exact, bft" in COMPARED
+    for label in COMPARED:
+        results = []
+        for each in ("eager, " + label.partition(", ")[2], label):
+            torch.manual_seed(0)  # of the adapters
+            stepper = Stepper(settings.job())
+            stepper.optimizer.param_groups[0]["lr"] = 0.0
+            results.append(gradients(stepper, each, ids))
+        for expected, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_weightings_differ_and_windows_reach_the_loss(config: dict[str, Any]) -> None:
+    ids = torch.randint(VOCABULARY, (3, 12))
+    losses = {
+        (label, window): float(
+            Stepper(train.Config(**config | {"window": window}).job()).step(label, ids)
+        )
+        for label in ("eager, plain", "eager, bft", "exact, bft")
+        for window in (2, 12)
+    }
+    assert losses["eager, plain", 2] == losses["eager, plain", 12]
+    assert len(set(losses.values())) == 5
+    for window in (2, 12):
+        assert losses["eager, bft", window] == pytest.approx(losses["exact, bft", window], rel=1e-5)
+
+
+def test_a_step_trains(config: dict[str, Any]) -> None:
+    stepper = Stepper(train.Config(**config).job())
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 0.01
+    ids = torch.randint(VOCABULARY, (2, 12))
+    for label in ("eager, plain", "sampled, bft"):
+        before = stepper.step(label, ids)
+        for _ in range(4):
+            after = stepper.step(label, ids)
+        assert after < before - 0.05
+
+
+def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no such luck")
+
+    loss = train_losses.StepLoss("broken", "plain", lambda _: broken)
+    monkeypatch.setattr(train_losses, "LOSSES", (*LOSSES, loss))
+    job = train.Config(**config).job()
+    turns = torch.randint(VOCABULARY, (3, 2, 12))
+    results = time_steps(job, ["broken, plain", "exact, plain"], turns, keep=False)
+    assert results["broken, plain"] == "ValueError: no such luck"
+    assert len(results["exact, plain"]) == 2
+
+
+def test_a_head_that_a_peer_cannot_express_is_refused() -> None:
+    loss = train_losses.find("torch chunked, plain").make(None)
+    head = train_losses.Head(torch.zeros(8, 4), softcap=30.0)
+    with pytest.raises(train_losses.UnsupportedModel, match=r"got one with .*softcap"):
+        loss(torch.zeros(1, 2, 4), head, torch.zeros(1, 2, dtype=torch.int64), None, None)
+
+
+def test_rows_are_cut_from_joined_documents() -> None:
+    rows = train.token_rows([[1, 2, 3], [4, 5], [6, 7]], 3, 5)
+    assert rows.tolist() == [[1, 2, 3], [4, 5, 6]] * 2 + [[1, 2, 3]]
+    with pytest.raises(SystemExit, match="texts: got 2 tokens, expected at least length, 3"):
+        train.token_rows([[1, 2]], 3, 5)
+
+
+def test_texts_and_questions_become_tokens(config: dict[str, Any]) -> None:
+    settings = train.Config(**config)
+    documents = list(train._documents(settings, settings.job()))
+    ids = list(range(1, len(WORDS) + 1))
+    assert documents == [[*ids, 0], [*reversed(ids), 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 2**33), ("1.5 MiB", 3 * 2**19), ("2GB", 2 * 10**9), ("77", 77)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert train.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": ("8 gigs",)}, "limit: got '8 gigs', expected a number and a unit"),
+        ({"limit": ("0GiB",)}, "limit: got '0GiB'"),
+        ({"losses": ("eager", "egaer")}, "losses: got 'egaer', expected some of eager"),
+        ({"batch": 0}, "batch: got 0, expected at least 1"),
+    ],
+)
+def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train.Config(**settings)
+
+
+def test_spread() -> None:
+    assert train.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert train.spread([1.0]) == ""
+
+
+class Machine:
+    """Steps whose peak is a bent line in the batch; counts those that are run."""
+
+    def __init__(self, limit: int, floor: int = 2000, each: int = 130, slow: int = 10**9) -> None:
+        self.limit, self.floor, self.each, self.slow = limit, floor, each, slow
+        self.ran: list[int] = []
+
+    def peak(self, batch: int) -> int:
+        # A little noise, not monotone.
+        return max(self.floor, 1000 + self.each * batch) + batch * 37 % 11
+
+    def __call__(self, batch: int) -> Outcome:
+        self.ran.append(batch)
+        if batch >= self.slow:
+            return Outcome("slow", reason="took longer than 9 s")
+        over = self.peak(batch) > self.limit
+        return Outcome("over") if over else Outcome("fits", self.peak(batch))
+
+
+@pytest.mark.parametrize("limit", [1999, 2011, 2200, 3000, 5000, 40_000, 150_000])
+def test_the_largest_batch_was_run_and_so_was_the_next(limit: int) -> None:
+    machine = Machine(limit)
+    found = largest_batch(limit, 10_000, machine, {})
+    assert found.batch == 0 or (found.batch in machine.ran and machine.peak(found.batch) <= limit)
+    fails = int(found.note.split()[0])
+    assert found.note == f"{fails} did not fit"
+    assert fails in machine.ran
+    assert machine.peak(fails) > limit
+    assert found.batch < fails <= next_batch(found.batch)
+    assert len(machine.ran) <= 10
+
+
+def test_larger_limits_go_on_from_smaller_ones() -> None:
+    peaks: dict[int, int] = {}
+    tries = []
+    for limit in (4000, 8000, 16_000):
+        machine = Machine(limit)
+        largest_batch(limit, 10_000, machine, peaks)
+        tries.append(len(machine.ran))
+    assert max(tries[1:]) <= 3
+
+
+def test_a_search_ends_at_the_cap_and_at_a_slow_step() -> None:
+    machine = Machine(10**9)
+    assert largest_batch(10**9, 100, machine, {}).batch == 100
+    assert machine.ran[-1] == 100
+    found = largest_batch(10**9, 100, Machine(10**9, slow=20), {})
+    assert found.batch < 20
+    assert found.note.startswith("at least; ")
+    assert found.note.endswith("took longer than 9 s")
+
+
+def test_steps_of_batches() -> None:
+    assert [next_batch(b) for b in (0, 1, 15, 16, 100)] == [1, 2, 16, 17, 105]
+
+
+def test_writes_a_row_a_loss(config: dict[str, Any], tmp_path: Path, capsys) -> None:
+    config |= {"losses": ("eager", "liger fused", "exact"), "memory": False}
+    rows = rows_of(train.Config(**config, output=tmp_path / "train.csv"))
+    assert [(row["loss"], row["weighting"]) for row in rows] == [
+        ("eager", "plain"),
+        ("exact", "plain"),
+        ("eager", "bft"),
+        ("exact", "bft"),
+        ("liger fused", "plain"),
+    ]
+    assert rows[-1]["reason"] in ("it runs on a GPU only", "liger-kernel is not installed")
+    assert rows[-1]["seconds"] == ""
+    for row in rows[:-1]:
+        assert row["mode"] == "full"
+        assert row["model"] == "tiny"
+        assert float(row["tokens_per_second"]) == pytest.approx(24 / float(row["seconds"]))
+        assert float(row["spread"]) >= 0
+        assert row["reason"] == row["largest_batch"] == ""
+    assert "exact" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_limits_are_kept_in_processes_of_their_own(config, tmp_path: Path) -> None:
+    job = train.Config(**config).job()
+    ids = torch.randint(VOCABULARY, (2048, 128))
+    small, large = (attempt(job, "exact, plain", ids[:batch]) for batch in (8, 2048))
+    assert small.peak is not None
+    assert large.peak is not None
+    logits = 2048 * 128 * VOCABULARY * 4
+    # Activations, but no logits: each of the two layers keeps some 20 tensors of its width.
+    assert 2048 * 128 * 32 * 4 < large.peak - small.peak < logits
+    eager = attempt(job, "eager, plain", ids)
+    assert eager.peak is not None
+    assert eager.peak - large.peak > logits
+    between = (large.peak + eager.peak) // 2
+    assert attempt(job, "exact, plain", ids, limit=between).status == "fits"
+    assert attempt(job, "eager, plain", ids, limit=between).status == "over"
+    slow = attempt(job, "exact, plain", ids, limit=between, patience=0.01)
+    assert (slow.status, slow.reason) == ("slow", "took longer than 0.01 s")
+    assert attempt(job, "exact, plain", ids * 1000).status == "failed"  # no such tokens
+
+    # A limit that this process itself is over, for the search as the command runs it.
+    limit = f"{in_use('cpu') // 4}"
+    config |= {"losses": ("exact",), "weightings": ("plain",), "memory": False, "repeats": 0}
+    rows = rows_of(
+        train.Config(**config, limit=(limit, f"{between}"), output=tmp_path / "train.csv")
+    )
+    assert [(row["largest_batch"], row["note"]) for row in rows] == [
+        ("0", "1 did not fit"),
+        ("4", "at least; no larger one was allowed"),
+    ]
