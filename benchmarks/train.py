@@ -41,7 +41,10 @@ class Config:
     medians. Peak memory is that of one step in a fresh process. It counts all that the process
     holds: weights, gradients, the optimizer's state, activations, logits and whatever else the loss
     needs; on a CPU the interpreter and its libraries too (the resident set), on a GPU what torch's
-    allocator hands out. It does not count what loading the model took for a moment.
+    allocator hands out. A short step goes before, so that the optimizer's state is there, as in
+    every step but a training's first. What loading the model took for a moment does not count. On a
+    CPU freed memory returns to the system, as with MALLOC_MMAP_THRESHOLD_=131072 in a run's
+    environment: otherwise the same step takes up to 40% more, or not, from run to run.
 
     The largest batch under a limit is run, and so is the next larger one, which does not fit: one
     sequence more below 16, about 5% more above.
@@ -306,6 +309,9 @@ def _gib(size: int) -> str:
 
 
 def _print_steps(config: Config, rows: list[Row], console: Console) -> None:
+    rows = [row for row in rows if not row["limit_bytes"]]
+    if not rows:
+        return
     what = "LoRA" if config.lora else "full fine-tuning"
     table = Table(
         title=f"{config.model}, {what}, {config.batch} x {config.length} tokens, "
@@ -317,8 +323,6 @@ def _print_steps(config: Config, rows: list[Row], console: Console) -> None:
         table.add_column(column, justify="right")
     table.add_column("")
     for row in rows:
-        if row["limit_bytes"]:
-            continue
         table.add_row(
             row["loss"],
             row["weighting"],

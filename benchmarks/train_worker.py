@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_worker import first_line
-from benchmarks.measure import in_use, keep_memory, seconds, synchronize
+from benchmarks.measure import in_use, keep_memory, return_memory, seconds, synchronize
 from benchmarks.train_losses import find
 from bft.config import TrainConfig
 from bft.head import LogitTransform
@@ -45,11 +46,8 @@ class Stepper:
 
     def __init__(self, job: Job) -> None:
         # Here, so that other commands need not wait for transformers.
-        from transformers.utils import logging
-
         from bft.train import decay_groups, load_model
 
-        logging.disable_progress_bar()
         self.device, self.settings = job.device, job.settings
         model: Any = load_model(job.settings)[0]
         self.model = model.to(job.device).train()
@@ -130,6 +128,7 @@ def time_steps(
 
 def send_times(sender: Connection, job: Job, labels: list[str], turns: Tensor, keep: bool) -> None:
     """:func:`time_steps` in a process of its own, so that its memory goes with it."""
+    _be_quiet()
     sender.send(time_steps(job, labels, turns, keep))
 
 
@@ -145,7 +144,10 @@ def send_peak(
     A short step goes before it, so that the optimizer's state is there, as in every step of a
     training but its first. What loading the model took at its highest is forgotten.
     """
+    _be_quiet()
     try:
+        if job.device == "cpu":
+            return_memory()
         stepper = Stepper(job)
         stepper.step(label, ids[:1, :_WARM_UP])
         _restrict(job.device, limit)
@@ -158,6 +160,14 @@ def send_peak(
         sender.send(Outcome("over", reason=first_line(error)))
     except Exception as error:
         sender.send(Outcome("failed", reason=explain(error)))
+
+
+def _be_quiet() -> None:
+    """The parent tells what goes on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _restrict(device: str, limit: int | None) -> None:
