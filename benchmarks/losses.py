@@ -21,7 +21,6 @@ Run = Callable[..., Tensor]  # of a Problem and its weighting
 # plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The confidence
 # and the weights are constants to the gradient.
 WEIGHTINGS = ("plain", "dft", "bft")
-IGNORED = -100
 
 
 def documents(problem: Problem) -> Tensor:
@@ -38,10 +37,10 @@ def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
         return nll.mean()
     if weighting == "dft":
         return ((-nll.detach()).exp() * nll).mean()
-    settings = Weighting(weighting)
+    settings = Weighting(weighting, problem.window)
     return balanced_loss(
         nll,
-        problem.target != IGNORED,
+        torch.ones_like(nll, dtype=torch.bool),
         documents(problem),
         None,
         "sequence",

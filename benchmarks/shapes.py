@@ -93,7 +93,9 @@ class Problem:
     hidden: Tensor  # [N, D], requires a gradient
     weight: Tensor  # [V, D], requires a gradient
     target: Tensor  # [N]
-    document: int = 128  # tokens of each, for weights that look at documents
+    # For weights that look at documents.
+    document: int = 128  # tokens of each
+    window: int = 256
 
     @property
     def shape(self) -> Shape:

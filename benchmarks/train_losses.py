@@ -41,9 +41,8 @@ class StepLoss:
         return "" if self.peer is None else why_not(self.peer, device, torch.float32)
 
 
-def _peer(name: str, weighting: Weighting) -> StepLoss:
-    """A provider of ``python -m benchmarks loss``; rows of a batch are documents."""
-    case = Case(name, weighting)
+def _at_head(case: Case, window: int) -> LossFunction:
+    """What ``python -m benchmarks loss`` measures; rows of a batch are documents."""
 
     def loss(
         hidden: Tensor,  # [B, T, D]
@@ -57,13 +56,17 @@ def _peer(name: str, weighting: Weighting) -> StepLoss:
                 "head: got one with a bias, softcap or temperature, expected hidden @ weight.T: "
                 "this loss expresses nothing else"
             )
-        if weighting == "plain":
-            labelled = target != IGNORE
-            return case(Problem(hidden[labelled], head.weight, target[labelled])), None
-        tokens = hidden.flatten(0, 1), head.weight, target.flatten()
-        return case(Problem(*tokens, document=target.shape[1])), None
+        labelled = target != IGNORE
+        tokens = hidden[labelled], head.weight, target[labelled]
+        document = tokens[2].numel() // target.shape[0]  # rows have the same number of labels
+        return case(Problem(*tokens, document=document, window=window)), None
 
-    return StepLoss(name, weighting, lambda _: loss, case)
+    return loss
+
+
+def _peer(name: str, weighting: Weighting) -> StepLoss:
+    case = Case(name, weighting)
+    return StepLoss(name, weighting, lambda settings: _at_head(case, settings.window), case)
 
 
 def _ours(weighting: Weighting, gradient: Literal["exact", "sampled"]) -> StepLoss:
