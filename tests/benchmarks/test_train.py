@@ -151,7 +151,7 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
 
 
 def test_a_head_that_a_peer_cannot_express_is_refused() -> None:
-    loss = train_losses.find("torch chunked, plain").make(TrainConfig())
+    loss = train_losses.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
     head = train_losses.Head(torch.zeros(8, 4), softcap=30.0)
     with pytest.raises(train_losses.UnsupportedModel, match=r"got one with .*softcap"):
         loss(torch.zeros(1, 2, 4), head, torch.zeros(1, 2, dtype=torch.int64), None, None)
