@@ -29,8 +29,8 @@ class Line:
 
     label: str
     provider: str
-    weighting: str = ""
-    mode: str = ""
+    weighting: str = "bft"
+    mode: str = "both"
     bold: bool = False
 
 
@@ -107,12 +107,11 @@ TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
     "measured": (
         "README.md",
         Losses(
-            folder="xeon-emerald-rapids",
+            folder="epyc-zen5",
             tokens=2048,
             models={
                 "smollm2-135m": "SmolLM2-135M",
                 "qwen2.5-0.5b": "Qwen2.5-0.5B",
-                "gemma3-270m": "Gemma-3-270M",
             },
             lines=(
                 Line("eager", "eager"),
@@ -123,17 +122,17 @@ TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
                 ),
                 Line(
                     "`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes",
-                    "torch chunked, 1024 rows",
+                    "torch chunked",
                 ),
-                Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger"),
+                Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger chunked"),
                 Line("TRL 1.16.0, chunked log-probabilities", "trl"),
-                Line("bft balanced exact, documents of 128 tokens", "bft balanced"),
-                Line("the same with a 256 MiB budget", "bft balanced, 256 MiB"),
-                Line("the same with a 16 MiB budget", "bft balanced, 16 MiB"),
-                Line("the same, frozen head", "bft balanced, frozen head"),
-                Line("bft balanced sampled", "bft balanced sampled", bold=True),
-                Line("the same, frozen head", "bft balanced sampled, frozen head", bold=True),
-                Line("bft balanced, `no_grad`, all statistics", "bft balanced, no_grad"),
+                Line("bft exact", "bft cpu exact"),
+                Line("the same with a 256 MiB budget", "bft cpu exact, 256 MiB"),
+                Line("the same with a 16 MiB budget", "bft cpu exact, 16 MiB"),
+                Line("the same, frozen head", "bft cpu exact", mode="frozen"),
+                Line("bft sampled", "bft cpu sampled", bold=True),
+                Line("the same, frozen head", "bft cpu sampled", mode="frozen", bold=True),
+                Line("bft, `no_grad`, all statistics", "bft cpu exact", mode="forward"),
             ),
         ),
     ),

@@ -44,14 +44,15 @@ def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
 def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "loss.csv").write_text(
-        "provider,weighting,shape,tokens,vocabulary,seconds,times_g,extra_bytes\n"
-        "1G,,m,8,5000,0.5,1,\n"
-        "eager,bft,m,8,5000,1.0,2.004,3145728\n"
-        "eager,plain,m,8,5000,1.0,9,1\n"
-        "eager,bft,m,16,5000,1.0,9,1\n"
-        "trl,bft,m,8,5000,,,\n"
+        "provider,weighting,mode,shape,tokens,vocabulary,seconds,times_g,extra_bytes\n"
+        "1G,,,m,8,5000,0.5,1,\n"
+        "eager,bft,both,m,8,5000,1.0,2.004,3145728\n"
+        "eager,bft,frozen,m,8,5000,1.0,9,1\n"
+        "eager,plain,both,m,8,5000,1.0,9,1\n"
+        "eager,bft,both,m,16,5000,1.0,9,1\n"
+        "trl,bft,both,m,8,5000,,,\n"
     )
-    lines = (tables.Line("E", "eager", "bft", bold=True), tables.Line("T", "trl", "bft"))
+    lines = (tables.Line("E", "eager", bold=True), tables.Line("T", "trl"))
     cells = tables.Losses(".", 8, {"m": "Model"}, lines)()
     assert tables.markdown(cells).splitlines() == [
         "| | Model, `V` 5,000 | MiB |",
@@ -60,8 +61,8 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "| **E** | **2.00** | **3** |",
         "| T | | |",
     ]
-    missing = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("L", "liger", "bft"),))
-    with pytest.raises(ValueError, match="found no row with provider 'liger', weighting 'bft'"):
+    missing = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("L", "liger"),))
+    with pytest.raises(ValueError, match="found no row with provider 'liger', weighting 'bft', mode"):
         missing()
     with pytest.raises(ValueError, match=r"scale\.csv: found no row of 'eager'"):
         tables.Growth(".", "eager")()
