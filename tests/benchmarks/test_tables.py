@@ -62,7 +62,9 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "| T | | |",
     ]
     missing = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("L", "liger"),))
-    with pytest.raises(ValueError, match="found no row with provider 'liger', weighting 'bft', mode"):
+    with pytest.raises(
+        ValueError, match="found no row with provider 'liger', weighting 'bft', mode"
+    ):
         missing()
     with pytest.raises(ValueError, match=r"scale\.csv: found no row of 'eager'"):
         tables.Growth(".", "eager")()
