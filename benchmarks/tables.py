@@ -112,6 +112,7 @@ TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
             models={
                 "smollm2-135m": "SmolLM2-135M",
                 "qwen2.5-0.5b": "Qwen2.5-0.5B",
+                "gemma3-270m": "Gemma-3-270M",
             },
             lines=(
                 Line("eager", "eager"),
