@@ -9,10 +9,11 @@ from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.forward import run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
-from bft_kernels.backends.cuda.recompute import RowValues, recompute
+from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.sampled import list_entries, sampled_gradients
 from bft_kernels.backends.gpu.inputs import rows_contiguous
 from bft_kernels.backends.gpu.lists import capacity_for
+from bft_kernels.backends.gpu.rows import RowValues
 from bft_kernels.config import CoreConfig, storage
 from bft_kernels.results import Forward, Gradients, Saved, Wanted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bft_kernels.backends.cuda.native import Problem
 from bft_kernels.backends.gpu.inputs import DeviceInputs
-from bft_kernels.backends.gpu.rows import DeviceRows
 from bft_kernels.config import CoreConfig
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,10 +31,6 @@ class Inputs(DeviceInputs):
         operand = config.operand_dtype
         bias = None if bias is None else bias.float()
         return super().of(hidden.to(operand), weight.to(operand), target, bias, config)
-
-    def among(self, rows: DeviceRows) -> Self:
-        """The same with other rows that take part."""
-        return replace(self, rows=rows)
 
     @property
     def problem(self) -> Problem:

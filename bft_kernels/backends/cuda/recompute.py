@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.gpu.rows import RowValues
 from bft_kernels.backends.torch.matmul import scale_for
 from bft_kernels.results import Gradients
 
 # Rows and columns of a tile of logits.
 TILE = 128
-
-
-class RowValues(NamedTuple):
-    """What the backward knows of each row, ``[N]`` float32 each."""
-
-    lse: Tensor
-    lse_low: Tensor  # or [0]
-    nll: Tensor
-    grad: Tensor  # upstream, 0 where ignored
 
 
 def recompute(

@@ -7,6 +7,8 @@ sorted by column for ``dW``. Nothing depends on the order in which blocks run.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,9 @@ from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.forward import find_floors, run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch
-from bft_kernels.backends.cuda.recompute import TILE, RowValues, recompute
+from bft_kernels.backends.cuda.recompute import TILE, recompute
 from bft_kernels.backends.gpu.lists import overflowed
-from bft_kernels.backends.gpu.rows import DeviceRows
+from bft_kernels.backends.gpu.rows import DeviceRows, RowValues
 from bft_kernels.results import Gradients, Saved
 
 # What sorting takes, bytes an entry: keys and entries, and both once more in order.
@@ -78,7 +80,7 @@ def sampled_gradients(
         _from_lists(inputs, known, saved, into, adds)
     elif into.weight is not None and not adds:
         into.weight.zero_()
-    rest = inputs.among(DeviceRows.chosen(overflowed(offsets, room)))
+    rest = replace(inputs, rows=DeviceRows.chosen(overflowed(offsets, room)))
     recompute(rest, known, saved.seed, into, adds=True)
 
 

@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.gpu.weights import WeightFunctions
 from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
-
-
-def balanced_loss(
-    loss: Tensor,  # [N] float32, 0 where ignored
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [S + 1] over the N positions
-    num_items: Tensor | None,  # []
-    normalize: str,
-    weighting: Weighting,
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    counts = num_items is None
-    found = _run(loss, labelled, cu_seqlens, num_items, normalize, counts, weighting)
-    return found._replace(loss=found.loss.sum())
-
-
-def joint_weights(
-    nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
-) -> Tensor:
-    """Token weight times sequence weight, ``[N]``."""
-    if weighting.local:  # whose windows nothing looks at
-        weighting = replace(weighting, window=1)
-    return _run(nll, labelled, cu_seqlens, None, "token", False, weighting).coefficient
 
 
 def _run(
@@ -45,7 +21,7 @@ def _run(
     counts: bool,  # divides by this call's own number of items
     weighting: Weighting,
 ) -> BalancedLoss:
-    """The loss is not added up yet: ``[tiles]``."""
+    """See :class:`WeightFunctions`."""
     count, sequences, device = loss.numel(), cu_seqlens.numel() - 1, loss.device
     tiles = -(-count // native.kernels().WEIGHT_TILE)
 
@@ -92,3 +68,8 @@ def _run(
         counts=counts,
     )
     return BalancedLoss(loss=sums, **results)
+
+
+_functions = WeightFunctions(_run)
+balanced_loss = _functions.balanced_loss
+joint_weights = _functions.joint_weights

@@ -7,6 +7,7 @@ stays on the device, and programs whose rows lie past it return at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,3 +39,12 @@ class DeviceRows:
     def mask(self, values: Tensor) -> Tensor:
         """``values [N]``, 0 where ignored."""
         return torch.where(self.labelled, values, torch.zeros_like(values))
+
+
+class RowValues(NamedTuple):
+    """What the backward knows of each row, ``[N]`` float32 each."""
+
+    lse: Tensor
+    lse_low: Tensor  # or [0]
+    nll: Tensor
+    grad: Tensor  # upstream, 0 where ignored

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from bft_kernels.backends.gpu.inputs import rows_contiguous
 from bft_kernels.backends.gpu.lists import capacity_for, offsets_of, overflowed
-from bft_kernels.backends.gpu.rows import DeviceRows
+from bft_kernels.backends.gpu.rows import DeviceRows, RowValues
 from bft_kernels.backends.torch.forward import squared_norms
 from bft_kernels.backends.triton.chunked import linear_nll_unit, run_chunks
 from bft_kernels.backends.triton.forward import run_tiles
 from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
 from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.backends.triton.recompute import RowValues, recompute
+from bft_kernels.backends.triton.recompute import recompute
 from bft_kernels.config import CoreConfig, storage
 from bft_kernels.plan import takes_chunks
 from bft_kernels.results import Forward, Gradients, Saved, Wanted

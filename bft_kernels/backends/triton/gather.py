@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.rows import RowValues
 from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
 from bft_kernels.backends.triton.configs import interpreted, target
 from bft_kernels.backends.triton.device import entry_dz, row_key
 from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.backends.triton.recompute import RowValues
 from bft_kernels.results import Gradients
 
 

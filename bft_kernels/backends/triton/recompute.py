@@ -9,13 +9,12 @@ there are only the device knows: programs past the tiles of that many return at 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.rows import RowValues
 from bft_kernels.backends.torch.matmul import scale_for
 from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
@@ -251,16 +250,6 @@ def _weight_gradient_kernel(
     tl.store(place, sums, mask=mask)
 
 
-@dataclass(frozen=True)
-class RowValues:
-    """What the backward knows of each row, ``[N]`` each."""
-
-    lse: Tensor
-    lse_low: Tensor  # or [0]
-    nll: Tensor
-    grad: Tensor  # upstream, 0 where ignored
-
-
 def recompute(
     inputs: Inputs,
     known: RowValues,
@@ -298,7 +287,7 @@ def recompute(
     if operand == torch.float16:
         lse = inputs.rows.mask(known.lse)
         scale = scale_for(inputs.rows.mask(known.grad), lse, config.temperature, config.z_loss)
-        known = replace(known, grad=known.grad * scale)
+        known = known._replace(grad=known.grad * scale)
     shared = {
         "order_ptr": inputs.rows.order,
         "count_ptr": inputs.rows.count,

@@ -9,13 +9,12 @@ and nothing depends on the order in which programs run.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.gpu.weights import WeightFunctions
 from bft_kernels.backends.triton.configs import interpreted
 from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
@@ -279,29 +278,6 @@ def _weigh_kernel(
         tl.store(sum_ptr + program, tl.sum(coefficient * nll, axis=0))
 
 
-def balanced_loss(
-    loss: Tensor,  # [N] float32, 0 where ignored
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [S + 1] over the N positions
-    num_items: Tensor | None,  # []
-    normalize: str,
-    weighting: Weighting,
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    counts = num_items is None
-    found = _run(loss, labelled, cu_seqlens, num_items, normalize, counts, weighting)
-    return found._replace(loss=found.loss.sum())
-
-
-def joint_weights(
-    nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
-) -> Tensor:
-    """Token weight times sequence weight, ``[N]``."""
-    if weighting.local:  # whose windows nothing looks at
-        weighting = replace(weighting, window=1)
-    return _run(nll, labelled, cu_seqlens, None, "token", False, weighting).coefficient
-
-
 def _run(
     loss: Tensor,
     labelled: Tensor,
@@ -311,7 +287,7 @@ def _run(
     counts: bool,  # divides by this call's own number of items
     weighting: Weighting,
 ) -> BalancedLoss:
-    """The loss is not added up yet: ``[TILES]``."""
+    """See :class:`WeightFunctions`."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
     tiles = triton.cdiv(count, TILE)
     shared, values = _close_gaps(loss, labelled, cu_seqlens, weighting)
@@ -402,3 +378,8 @@ def _make_windows(
         **shared,
     )
     return token_weight, window_confidence, lowest, ended
+
+
+_functions = WeightFunctions(_run)
+balanced_loss = _functions.balanced_loss
+joint_weights = _functions.joint_weights
