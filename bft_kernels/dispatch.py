@@ -103,17 +103,36 @@ def _why_not_torch(hidden: Tensor, weight: Tensor) -> list[str]:
     return reasons
 
 
-def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
+def _why_not_tensors(
+    hidden: Tensor, weight: Tensor, takes: str, runs_on: Callable[[Tensor], bool]
+) -> list[str]:
+    """What keeps kernels of our own from these tensors; ``takes`` says what they want instead."""
     reasons = []
-    if importlib.util.find_spec("bft_kernels._cpu") is None:
-        reasons.append("bft_kernels._cpu is not built (see BFT_BUILD in setup.py)")
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.device.type != "cpu":
-            reasons.append(f"{name} is on {tensor.device}, it takes tensors on the CPU")
+        if not runs_on(tensor):
+            reasons.append(f"{name} is on {tensor.device}, it takes {takes}")
         elif tensor.layout != torch.strided:
             reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
         elif tensor.dtype == torch.float64:
             reasons.append(f"{name} is float64, it computes in float32")
+    return reasons
+
+
+def _why_not_capability(tensor: Tensor) -> list[str]:
+    """Whether an NVIDIA GPU is too old."""
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < (8, 0):
+        return [f"the device has compute capability {capability}, it takes (8, 0) on"]
+    return []
+
+
+def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
+    reasons = []
+    if importlib.util.find_spec("bft_kernels._cpu") is None:
+        reasons.append("bft_kernels._cpu is not built (see BFT_BUILD in setup.py)")
+    reasons += _why_not_tensors(
+        hidden, weight, "tensors on the CPU", lambda tensor: tensor.device.type == "cpu"
+    )
     if weight.layout == torch.strided and weight.dim() == 2:
         rows, columns = weight.stride()
         count, width = weight.shape
@@ -125,21 +144,15 @@ def _why_not_cpu(hidden: Tensor, weight: Tensor) -> list[str]:
 def _why_not_triton(hidden: Tensor, weight: Tensor) -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed"]
-    reasons = []
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.device.type != "cuda" and not _is_interpreted(tensor):
-            reasons.append(
-                f"{name} is on {tensor.device}, it takes CUDA tensors (on a CPU with "
-                "TRITON_INTERPRET=1, for tests)"
-            )
-        elif tensor.layout != torch.strided:
-            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
-        elif tensor.dtype == torch.float64:
-            reasons.append(f"{name} is float64, it computes in float32")
+    takes = "CUDA tensors (on a CPU with TRITON_INTERPRET=1, for tests)"
+    reasons = _why_not_tensors(
+        hidden,
+        weight,
+        takes,
+        lambda tensor: tensor.device.type == "cuda" or _is_interpreted(tensor),
+    )
     if not reasons and weight.device.type == "cuda" and torch.version.cuda is not None:
-        capability = torch.cuda.get_device_capability(weight.device)
-        if capability < (8, 0):
-            reasons.append(f"the device has compute capability {capability}, it takes (8, 0) on")
+        reasons += _why_not_capability(weight)
     return reasons
 
 
@@ -152,7 +165,13 @@ def _is_interpreted(tensor: Tensor) -> bool:
 def _why_not_cuda(hidden: Tensor, weight: Tensor) -> list[str]:
     from bft_kernels.backends.cuda import native
 
-    return native.why_not(hidden, weight)
+    reasons = native.why_not()
+    reasons += _why_not_tensors(
+        hidden, weight, "CUDA tensors", lambda tensor: tensor.device.type == native.DEVICE
+    )
+    if not reasons and weight.device.type == "cuda":
+        reasons += _why_not_capability(weight)
+    return reasons
 
 
 # In order of preference.

@@ -19,26 +19,17 @@ def kernels() -> Any:
     return _cuda
 
 
-def why_not(hidden: Tensor, weight: Tensor) -> list[str]:
-    """Reasons why the kernels cannot run on these tensors; empty if they can."""
+def why_not() -> list[str]:
+    """Reasons why the kernels cannot run on this machine; empty if they can."""
+    if DEVICE != "cuda":
+        return []
     reasons = []
-    if DEVICE == "cuda" and find_spec("bft_kernels._cuda") is None:
+    if find_spec("bft_kernels._cuda") is None:
         reasons.append("bft_kernels._cuda is not built (see BFT_BUILD in setup.py)")
-    if DEVICE == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         reasons.append("there is no CUDA device (torch.cuda.is_available() is False)")
-    elif DEVICE == "cuda" and torch.version.cuda is None:
+    elif torch.version.cuda is None:
         reasons.append("torch is not built for CUDA, it is for NVIDIA's GPUs only")
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.device.type != DEVICE:
-            reasons.append(f"{name} is on {tensor.device}, it takes CUDA tensors")
-        elif tensor.layout != torch.strided:
-            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
-        elif tensor.dtype == torch.float64:
-            reasons.append(f"{name} is float64, it computes in float32")
-    if not reasons and DEVICE == "cuda":
-        capability = torch.cuda.get_device_capability(weight.device)
-        if capability < (8, 0):
-            reasons.append(f"the device has compute capability {capability}, it takes (8, 0) on")
     return reasons
 
 
