@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,17 +159,28 @@ def first_line(error: object) -> str:
     return lines[0][:200] if lines else ""
 
 
+def start(
+    target: Callable[..., None], *arguments: Any, daemon: bool = False
+) -> tuple[Any, Connection]:
+    """A fresh process that runs ``target(sender, *arguments)``, and the connection's other end.
+
+    A daemon ends with this process, and can have no children of its own.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(sender, *arguments), daemon=daemon)
+    process.start()
+    sender.close()
+    return process, receiver
+
+
 def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
     """Peak bytes of one step beyond the inputs and their gradients, in a fresh process.
 
     Raises:
         RuntimeError: that process failed.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_extra_memory, args=(sender, case, source, dtype, device))
-    process.start()
-    sender.close()
+    process, receiver = start(_extra_memory, case, source, dtype, device)
     try:
         return int(receiver.recv())
     except EOFError:
@@ -187,12 +198,19 @@ def _extra_memory(
     warm = make_problem(Shape(8, 16, 64), dtype, device)
     step(case, warm)  # libraries and thread pools are loaded before the baseline is read
     problem = make_problem(source, dtype, device)
-    if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed must not pass for memory in use
+    release(device)
     before = in_use(device, reset=True)
     step(case, problem)
     peak = in_use(device, peak=True)
     sender.send(max(0, peak - before - gradient_bytes(problem)))
+
+
+def release(device: str) -> None:
+    """Gives back what was freed, which must not pass for memory in use."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:

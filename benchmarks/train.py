@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import start, timing
 from benchmarks.results import append, environment
 from benchmarks.train_losses import LOSSES, NAMES, StepLoss
-from benchmarks.train_search import attempt, largest_batch, start
+from benchmarks.train_search import attempt, largest_batch
 from benchmarks.train_worker import Job, Outcome, send_times
 from bft import hpo
 from bft.config import TrainConfig
@@ -180,7 +180,7 @@ def _measure(
     if config.repeats and labels:
         console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
         turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
-        process, receiver = start(send_times, job, labels, turns, config.keep_memory)
+        process, receiver = start(send_times, job, labels, turns, config.keep_memory, daemon=True)
         try:
             results = receiver.recv()
         except EOFError:
@@ -193,9 +193,10 @@ def _measure(
     for loss in losses:
         row = _row(config, loss) | {"batch": config.batch}
         if loss.label in samples:
-            taken = statistics.median(samples[loss.label])
-            row["seconds"], row["spread"] = taken, spread(samples[loss.label])
-            row["tokens_per_second"] = config.batch * config.length / taken
+            taken = timing(samples[loss.label])
+            row["seconds"] = taken.seconds
+            row["spread"] = spread(samples[loss.label])
+            row["tokens_per_second"] = config.batch * config.length / taken.seconds
         if config.memory and not reasons[loss.label]:
             outcome = attempt(job, loss.label, ids[: config.batch])
             _say(console, loss, config.batch, outcome)
@@ -251,12 +252,9 @@ def _say(
     console.print(", ".join(parts), markup=False, highlight=False)
 
 
-def spread(samples: Sequence[float]) -> float | str:
+def spread(samples: list[float]) -> float | str:
     """Interquartile range over median; empty for fewer than two."""
-    if len(samples) < 2:
-        return ""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return (high - low) / middle
+    return timing(samples).spread if len(samples) > 1 else ""
 
 
 def parse_bytes(text: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
+from benchmarks.measure import start
 from benchmarks.train_worker import Job, Outcome, send_peak
 
 _LOOK_EVERY = 0.01  # seconds between looks at a process's memory
@@ -23,16 +23,6 @@ class Largest:
 
     batch: int  # sequences; 0 if not even one fits
     note: str  # the smallest that was run and did not fit, or why none was
-
-
-def start(target: Callable[..., None], *arguments: Any) -> tuple[Any, Connection]:
-    """A fresh process that runs ``target(sender, *arguments)``, and the connection's other end."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(sender, *arguments), daemon=True)
-    process.start()
-    sender.close()
-    return process, receiver
 
 
 def attempt(
@@ -49,7 +39,7 @@ def attempt(
         limit: bytes: the process's resident set on a CPU, the device's allocator on a GPU.
         patience: seconds, from the start of the step on.
     """
-    process, receiver = start(send_peak, job, label, ids, limit)
+    process, receiver = start(send_peak, job, label, ids, limit, daemon=True)
     try:
         failed: Outcome | None = receiver.recv()
         if failed is not None:  # before the step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_worker import first_line
-from benchmarks.measure import in_use, keep_memory, return_memory, seconds, synchronize
+from benchmarks.measure import (
+    first_line,
+    in_use,
+    keep_memory,
+    release,
+    return_memory,
+    seconds,
+    synchronize,
+)
 from benchmarks.train_losses import find
 from bft.config import TrainConfig
 from bft.head import LogitTransform
@@ -172,11 +178,8 @@ def _be_quiet() -> None:
 
 def _restrict(device: str, limit: int | None) -> None:
     """Gives back what is free; on a GPU sets the limit, which on a CPU the parent watches over."""
-    if device == "cpu":
-        ctypes.CDLL(None).malloc_trim(0)
-        return
-    torch.cuda.empty_cache()
-    if limit is not None:
+    release(device)
+    if device == "cuda" and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
