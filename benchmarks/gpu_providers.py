@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from benchmarks import losses
-from benchmarks.providers import SAMPLED
+from benchmarks.providers import SAMPLED, why_absent
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not
 
@@ -140,13 +138,9 @@ def find(name: str) -> Candidate:
 
 def why_missing(candidate: Candidate, device: str) -> str:
     """Why it cannot run here, as far as that shows without running it; empty if it can."""
-    if candidate.distribution is not None:
-        try:
-            importlib.metadata.version(candidate.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{candidate.distribution} is not installed"
-    if candidate.family == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+    reason = why_absent(candidate.family, candidate.distribution or "")
+    if reason:
+        return reason
     if candidate.gpu_only and device == "cpu":
         return "it runs on a GPU only"
     ours, _, backend = candidate.family.partition(" ")

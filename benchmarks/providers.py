@@ -213,6 +213,18 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
     ]
 
 
+def why_absent(name: str, distribution: str) -> str:
+    """What is not there for a provider that is installed from ``distribution``, if from any."""
+    if distribution:
+        try:
+            importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{distribution} is not installed"
+    if name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+    return ""
+
+
 def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
     """Why it cannot run here, as far as that shows without running it; empty if it can."""
     provider = PROVIDERS[case.provider]
@@ -220,15 +232,11 @@ def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
         return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
     if case.mode in provider.refused:
         return provider.refused[case.mode]
-    if provider.distribution:
-        try:
-            importlib.metadata.version(provider.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{provider.distribution} is not installed"
+    reason = why_absent(provider.name, provider.distribution)
+    if reason:
+        return reason
     if provider.gpu_only and device == "cpu":
         return "it runs on a GPU only"
-    if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
-        return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
     if provider.module:
         try:
             importlib.import_module(provider.module)
