@@ -22,7 +22,7 @@ void certificate(const Problem& problem, RowRange range, Splits splits, const Ce
 }
 
 void squared_norms(const Problem& problem, float* norms, void* stream) {
-    const auto blocks = static_cast<unsigned>(ceil_div(problem.vocabulary, kThreads / 32));
+    const auto blocks = static_cast<unsigned>(ceil_div(problem.vocabulary, kWarps));
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(squared_norms_kernel<T, decltype(aligned)::value>,

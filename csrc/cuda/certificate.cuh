@@ -154,7 +154,7 @@ template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     squared_norms_kernel(Operands<T> in, Global<float> norms) {
     constexpr int kSize = Aligned ? 16 / static_cast<int>(sizeof(T)) : 1;
-    const int64_t v = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+    const int64_t v = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     if (v >= in.vocabulary) return;
     const auto row = in.weight + v * in.stride_wv;
     const int whole = in.depth / kSize * kSize;

@@ -58,7 +58,7 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
 
 void target_floor(const Problem& problem, float* floor, void* stream) {
     if (problem.rows == 0) return;
-    const auto blocks = static_cast<unsigned>(ceil_div(problem.rows, kThreads / 32));
+    const auto blocks = static_cast<unsigned>(ceil_div(problem.rows, kWarps));
     with_type(problem, [&](auto zero, auto) {
         using T = decltype(zero);
         launch(target_floor_kernel<T>, {"target_floor", blocks, kThreads, 0, stream},

@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     target_floor_kernel(Operands<T> in, Global<float> floor) {
-    const int64_t at = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+    const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     if (at >= in.row_count.load(0)) return;
     const int64_t row = in.order.load(at);
     const int64_t label =

@@ -14,7 +14,7 @@ static int words_of(const Problem& problem) {
 
 // Of a launch with a warp for each row of the range.
 static unsigned warp_blocks(RowRange range) {
-    return static_cast<unsigned>(ceil_div(range.count, kThreads / 32));
+    return static_cast<unsigned>(ceil_div(range.count, kWarps));
 }
 
 void count_entries(const Problem& problem, RowRange range, const uint32_t* mask, int64_t* counts,

@@ -23,7 +23,7 @@ struct RowBits {
 __device__ __forceinline__ RowBits own_bits(RowRange range, Global<const int64_t> order,
                                             Global<const int64_t> row_count,
                                             Global<const uint32_t> mask, int words) {
-    const int64_t local = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+    const int64_t local = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     const int64_t at = range.first + local;
     const bool there = local < range.count && at < row_count.load<Cache::kReadOnly>(0);
     return {mask + local * words, words, there ? order.load<Cache::kReadOnly>(at) : -1};
