@@ -27,6 +27,14 @@ _PEER = "#666666"
 # Okabe and Ito's, which the colour-blind can tell apart; by a word of the provider's name.
 _OURS = {"triton": "#D55E00", "cuda": "#009E73", "torch": "#CC79A7"}
 _OTHER_OURS = "#0072B2"
+# Of the parts of a bar: neighbours differ in lightness and by hatches.
+_PARTS = (
+    ("#bbbbbb", ""),
+    ("#E69F00", "////"),
+    ("#D55E00", ""),
+    ("#999999", "////"),
+    ("#56B4E9", ""),
+)
 _ROW = 0.25  # inches of a bar and of its line of text
 _AXIS = 0.5  # inches of the axis below bars
 _LINE = 0.16  # inches of a line of a title
@@ -67,6 +75,15 @@ class Point:
     ours: bool
     mebibytes: float | None = None  # extra memory
     note: str = ""  # beside the value
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A bar made of parts."""
+
+    label: str
+    values: Sequence[float]
+    ours: bool
 
 
 def ours(provider: str) -> bool:
@@ -176,6 +193,47 @@ def bars(title: str, points: Sequence[Point], label: str) -> Panel:
     return Panel(title, words, _AXIS + _ROW * len(ranked), draw)
 
 
+def stacked(title: str, lines: Sequence[Stack], parts: Sequence[str], label: str) -> Panel:
+    """Bars made of parts, in the parts' order; the longest first."""
+    ranked = sorted(lines, key=lambda line: -sum(line.values))
+    words = f"{title}, {label}: " + "; ".join(
+        f"{line.label} {digits(sum(line.values))}, of which "
+        + ", ".join(
+            f"{part} {digits(value)}" for part, value in zip(parts, line.values, strict=True)
+        )
+        for line in ranked
+    )
+
+    def draw(part: Any) -> None:
+        axes = part.subplots()
+        places = np.arange(len(ranked))
+        starts = np.zeros(len(ranked))
+        # Light to dark would say more or less; hatches tell neighbours apart without colours too.
+        for index, name in enumerate(parts):
+            values = np.array([line.values[index] for line in ranked])
+            colour_, hatch = _PARTS[index % len(_PARTS)]
+            axes.barh(
+                places, values, 0.35, starts, label=name, color=colour_, hatch=hatch,
+                edgecolor="white", linewidth=0.5,
+            )  # fmt: skip
+            starts += values
+        texts = [digits(total) for total in starts]
+        _names(axes, [line.label for line in ranked], texts, [line.ours for line in ranked])
+        axes.set_xlim(0, max(starts))
+        axes.set_xlabel(label)
+        axes.legend(
+            fontsize=7.5,
+            loc="lower left",
+            bbox_to_anchor=(-0.02, 1.0),
+            ncols=2,
+            frameon=False,
+            alignment="left",
+        )
+
+    legend = _LINE * (1 + (len(parts) + 1) // 2)
+    return Panel(title, words, _AXIS + _ROW * len(ranked) + legend, draw)
+
+
 def _memory(point: Point) -> str:
     return "" if point.mebibytes is None else f", {point.mebibytes:,.0f} MiB"
 
@@ -198,22 +256,7 @@ def _bars(
         color=[colour(point) if point.ours else "#d9d9d9" for point in points],
         edgecolor=[colour(point) for point in points],
     )
-    for place, name, point, text in zip(places, names, points, texts, strict=True):
-        weight = "bold" if point.ours else "normal"
-        for x, words, side in ((0, name, "left"), (1, text, "right")):
-            axes.annotate(
-                words,
-                (x, place - 0.22),
-                xycoords=("axes fraction", "data"),
-                ha=side,
-                va="bottom",
-                fontsize=7.5,
-                fontweight=weight,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
-            ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
-    axes.set_yticks([])
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(points) - 0.6, -0.95)
+    _names(axes, names, texts, [point.ours for point in points])
     if reference is not None:
         axes.axvline(reference, color=_INK, linestyle=":", linewidth=1, zorder=0)
     if wide(numbers):
@@ -222,6 +265,25 @@ def _bars(
     else:
         axes.set_xlim(0, max(numbers))
     axes.set_xlabel(label)
+
+
+def _names(axes: Any, names: Sequence[str], texts: Sequence[str], own: Sequence[bool]) -> None:
+    """Above each of several horizontal bars its name, on the left, and its text, on the right."""
+    for place, (name, text, bold) in enumerate(zip(names, texts, own, strict=True)):
+        for x, words, side in ((0, name, "left"), (1, text, "right")):
+            axes.annotate(
+                words,
+                (x, place - 0.22),
+                xycoords=("axes fraction", "data"),
+                ha=side,
+                va="bottom",
+                fontsize=7.5,
+                fontweight="bold" if bold else "normal",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(names) - 0.6, -0.95)
 
 
 def _scatter(axes: Any, points: dict[int, Point]) -> Callable[[], None]:

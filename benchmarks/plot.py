@@ -12,8 +12,20 @@ import numpy as np
 from matplotlib import colormaps
 from tyro.conf import Positional
 
-from benchmarks.figures import Panel, Point, bars, ours, render, save, time_and_memory
+from benchmarks.figures import (
+    Panel,
+    Point,
+    Stack,
+    bars,
+    ours,
+    render,
+    save,
+    stacked,
+    time_and_memory,
+)
 from benchmarks.readings import (
+    PARTS,
+    WEIGHTINGS,
     Row,
     finite,
     grouped,
@@ -29,9 +41,7 @@ from benchmarks.shapes import Shape
 # Rows that agree in these are timed on one problem. Files of `gpu` have no names of shapes.
 PROBLEM = ("shape", "tokens", "width", "vocabulary", "dtype", "inputs", "memory_kept")
 # And in these, steps of one training.
-TRAINED = ("weighting", "model", "mode", "length")
-# In the order in which they are shown: the balanced loss is what the package is for.
-WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
+TRAINED = ("weighting", "model", "mode", "length", "dtype", "gradient_checkpointing")
 # What the losses of `train` that are this package's are called.
 _TRAINED_OURS = ("exact", "sampled")
 _NO_LOSS = "bft weighting"
@@ -241,7 +251,7 @@ def trained_ours(row: Row) -> bool:
 
 
 def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
-    """``train``: tokens a second of a step; ``batch``: the largest batch under each limit."""
+    """``train``: a step's tokens a second; ``parts``: where its time goes; ``batch``: what fits."""
     found: dict[str, list[Panel]] = {}
     timed = [row for row in rows if finite(number(row, "tokens_per_second"))]
     for same in grouped(timed, *TRAINED, "batch").values():
@@ -255,6 +265,16 @@ def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
         found.setdefault("train", []).append(
             bars(f"{title}\nspeed of a step, and its peak memory", points, "tokens/s")
         )
+        lines = [
+            Stack(row["loss"], parts, trained_ours(row))
+            for row in latest(same, "loss")
+            if (parts := parts_of(row)) is not None
+        ]
+        if lines:
+            names = [name.replace("_", ", ") for name in PARTS]
+            found.setdefault("parts", []).append(
+                stacked(f"{title}\nwhere a step's time goes", lines, names, "seconds")
+            )
     largest = [row for row in rows if finite(number(row, "largest_batch"))]
     for same in grouped(largest, *TRAINED, "limit_bytes").values():
         points = [
@@ -269,7 +289,14 @@ def train_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     return found
 
 
+def parts_of(row: Row) -> list[float] | None:
+    """Seconds of a step's parts; None in files that do not tell them."""
+    parts = [number(row, f"{part}_seconds") for part in PARTS]
+    return None if None in parts else [part or 0.0 for part in parts]
+
+
 def trained_title(row: Row) -> str:
     """The model of a row of train.csv, what of it is trained, and how tokens are weighted."""
     weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
-    return ", ".join(filter(None, (row["model"], row.get("mode", ""), weighting)))
+    checkpoints = "checkpointed" if row.get("gradient_checkpointing") == "True" else ""
+    return ", ".join(filter(None, (row["model"], row.get("mode", ""), checkpoints, weighting)))

@@ -10,6 +10,11 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results")
 # What `loss` and `gpu`, `scale` and `train` write.
 FILES = ("loss.csv", "scale.csv", "train.csv")
+# Of a step of fine-tuning, in their order, whose seconds `train` writes. The head is the product,
+# the loss, and their gradients.
+PARTS = ("layers_forward", "head_forward", "head_backward", "layers_backward", "optimizer")
+# In the order in which they are shown: the balanced loss is what the package is for.
+WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
 
 Row = Mapping[str, str]
 

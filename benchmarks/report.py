@@ -16,7 +16,6 @@ from benchmarks.figures import Panel, ours, render, svg
 from benchmarks.plot import (
     GIB,
     TRAINED,
-    WEIGHTINGS,
     growth_figures,
     loss_panel,
     losses,
@@ -27,7 +26,9 @@ from benchmarks.plot import (
     trained_title,
 )
 from benchmarks.readings import (
+    PARTS,
     RESULTS,
+    WEIGHTINGS,
     Row,
     digits,
     finite,
@@ -236,6 +237,7 @@ def other_parts(scale: Sequence[Row], train: Sequence[Row], inline: Inline) -> l
     parts = {
         "scale": ("Growth with tokens and vocabulary", scale_tables(scale)),
         "train": ("A step of fine-tuning", step_tables(train)),
+        "parts": ("Where a step's time goes", []),
         "batch": ("Largest batch that fits", batch_tables(train)),
     }
     return [
@@ -282,11 +284,17 @@ def step_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
             "tokens/s": cells(ranked, "tokens_per_second"),
             "seconds": cells(ranked, "seconds"),
             "spread": cells(ranked, "spread", "{:.1%}".format),
+            **parts_columns(ranked),
             "peak GiB": cells(ranked, "peak_bytes", lambda v: f"{v / GIB:.2f}"),
         }
         title = f"{trained_title(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         found.append((title, table(columns, [trained_ours(row) for row in ranked])))
     return found
+
+
+def parts_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Seconds of the parts of a step."""
+    return {part.replace("_", ", "): cells(rows, f"{part}_seconds") for part in PARTS}
 
 
 def batch_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import start, timing
+from benchmarks.readings import PARTS
 from benchmarks.results import append, environment
 from benchmarks.train_losses import LOSSES, NAMES, StepLoss
 from benchmarks.train_search import attempt, largest_batch
@@ -156,6 +157,7 @@ def _row(config: Config, loss: StepLoss) -> Row:
         "batch",
         "seconds",
         "spread",
+        *(f"{part}_seconds" for part in PARTS),
         "tokens_per_second",
         "peak_bytes",
         "limit_bytes",
@@ -175,7 +177,7 @@ def _measure(
     console: Console,
 ) -> list[Row]:
     """Times and peaks with ``config.batch`` sequences; what fails is told in ``reasons``."""
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[dict[str, float]]] = {}
     labels = [loss.label for loss in losses]
     if config.repeats and labels:
         console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
@@ -193,10 +195,13 @@ def _measure(
     for loss in losses:
         row = _row(config, loss) | {"batch": config.batch}
         if loss.label in samples:
-            taken = timing(samples[loss.label])
-            row["seconds"] = taken.seconds
-            row["spread"] = spread(samples[loss.label])
-            row["tokens_per_second"] = config.batch * config.length / taken.seconds
+            steps = samples[loss.label]
+            whole = [sum(parts.values()) for parts in steps]
+            row["seconds"] = timing(whole).seconds
+            row["spread"] = spread(whole)
+            for part in PARTS:
+                row[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
+            row["tokens_per_second"] = config.batch * config.length / row["seconds"]
         if config.memory and not reasons[loss.label]:
             outcome = attempt(job, loss.label, ids[: config.batch])
             _say(console, loss, config.batch, outcome)
@@ -317,15 +322,17 @@ def _print_steps(config: Config, rows: list[Row], console: Console) -> None:
     )
     for column in ("loss", "weighting"):
         table.add_column(column, no_wrap=True)
-    for column in ("s a step", "spread", "tokens/s", "peak"):
+    for column in ("s a step", "spread", "head", "tokens/s", "peak"):
         table.add_column(column, justify="right")
     table.add_column("")
     for row in rows:
+        head = row["seconds"] and row["head_forward_seconds"] + row["head_backward_seconds"]
         table.add_row(
             row["loss"],
             row["weighting"],
             f"{row['seconds']:.3f}" if row["seconds"] else "",
             f"{row['spread']:.1%}" if row["spread"] != "" else "",
+            f"{head:.3f}" if head else "",
             f"{row['tokens_per_second']:.0f}" if row["seconds"] else "",
             _gib(row["peak_bytes"]) if row["peak_bytes"] else "",
             row["reason"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,6 @@ from benchmarks.measure import (
     keep_memory,
     release,
     return_memory,
-    seconds,
     synchronize,
 )
 from benchmarks.train_losses import find
@@ -47,6 +47,32 @@ class Outcome:
     reason: str = ""
 
 
+class Clock:
+    """Seconds between the parts of a step; on a GPU each part ends when its work is done."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.parts: dict[str, float] = {}
+        self.since = 0.0
+
+    def start(self) -> None:
+        self.parts = {}
+        synchronize(self.device)
+        self.since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """The part ends now, and the next begins."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.parts[part] = now - self.since
+        self.since = now
+
+    def enter_head(self, hidden: Tensor) -> None:
+        """Ends the layers' forward, and the head's backward once ``hidden`` has its gradient."""
+        self.lap("layers_forward")
+        hidden.register_hook(lambda _: self.lap("head_backward"))
+
+
 class Stepper:
     """A model and its AdamW. Losses take turns at the model's head."""
 
@@ -63,25 +89,39 @@ class Stepper:
             betas=(0.9, 0.95),
         )
         self.transform: LogitTransform | None = None
+        self.clock = Clock(job.device)
 
     def step(self, label: str, ids: Tensor) -> Tensor:
-        """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss."""
+        """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss.
+
+        ``clock.parts`` has the seconds of each of :data:`benchmarks.readings.PARTS`.
+        """
         ids = ids.to(self.device)
+        self.clock.start()
         with self._at_head(find(label).make(self.settings)):
             # A cache would cost memory that has nothing to do with the loss.
             loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            self.clock.lap("head_forward")
             loss.backward()
+        self.clock.lap("layers_backward")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.clock.lap("optimizer")
         return loss.detach()
 
     @contextmanager
     def _at_head(self, loss: LossFunction | None) -> Iterator[None]:
         """The model computes ``loss`` within; ``None``: its own."""
         if loss is None:
-            yield
+            hook = self.model.get_output_embeddings().register_forward_pre_hook(
+                lambda _, inputs: self.clock.enter_head(inputs[0])
+            )
+            try:
+                yield
+            finally:
+                hook.remove()
             return
 
         def watched(
@@ -93,6 +133,7 @@ class Stepper:
         ) -> tuple[Tensor, Any]:
             # What the patch measures on its first call is not measured in every step.
             self.transform = LogitTransform(head.softcap, head.temperature)
+            self.clock.enter_head(hidden)
             return loss(hidden, head, target, cu_seqlens, num_items)
 
         known = self.transform
@@ -108,27 +149,27 @@ def time_steps(
     labels: list[str],
     turns: Tensor,  # [turns, B, T] token ids
     keep: bool,
-) -> dict[str, list[float] | str]:
-    """Seconds of each loss's steps, in turns; of a loss that fails, why.
+) -> dict[str, list[dict[str, float]] | str]:
+    """Seconds of the parts of each loss's steps, in turns; of a loss that fails, why.
 
     The first turn warms up. Every loss of a turn sees the same tokens.
     """
     if keep:
         keep_memory()
     stepper = Stepper(job)
-    results: dict[str, list[float] | str] = {label: [] for label in labels}
+    results: dict[str, list[dict[str, float]] | str] = {label: [] for label in labels}
     for turn, ids in enumerate(turns):
         for label, samples in results.items():
             if isinstance(samples, str):
                 continue
             try:
-                taken = seconds(lambda label=label, ids=ids: stepper.step(label, ids), job.device)  # type: ignore[misc]
+                stepper.step(label, ids)
             except Exception as error:
                 stepper.optimizer.zero_grad()
                 results[label] = explain(error)
                 continue
             if turn > 0:
-                samples.append(taken)
+                samples.append(stepper.clock.parts)
     return results
 
 

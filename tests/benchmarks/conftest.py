@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.readings import PARTS
 from benchmarks.results import append
 
 # With what HTML, TeX and CSV would take for their own.
@@ -69,11 +70,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         step: dict[str, Any] = {"loss": loss, "weighting": "bft", "mode": "full", "model": "tiny"}
         step |= {"batch": 4, "length": 256}
         empty = ("seconds", "spread", "tokens_per_second", "peak_bytes")
+        empty += tuple(f"{part}_seconds" for part in PARTS)
         step |= dict.fromkeys((*empty, "limit_bytes", "largest_batch", "reason"), "")
         if loss == "liger":
             steps.append(step | {"reason": "takes no weights"})
             continue
-        timed = {"seconds": 2.0, "tokens_per_second": 512 * (1 + place), "peak_bytes": 2**31}
+        parts = {f"{part}_seconds": 0.1 * (1 + n) + place for n, part in enumerate(PARTS)}
+        timed = parts | {
+            "seconds": 2.0,
+            "tokens_per_second": 512 * (1 + place),
+            "peak_bytes": 2**31,
+        }
         steps.append(step | timed)
         steps += [
             step | {"batch": "", "limit_bytes": gib * 2**30, "largest_batch": gib * (place + 1)}

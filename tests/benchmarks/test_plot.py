@@ -11,7 +11,17 @@ import pytest
 from matplotlib.text import Text
 
 from benchmarks import plot
-from benchmarks.figures import Point, apart, bars, colour, render, svg, time_and_memory
+from benchmarks.figures import (
+    Point,
+    Stack,
+    apart,
+    bars,
+    colour,
+    render,
+    stacked,
+    svg,
+    time_and_memory,
+)
 from benchmarks.readings import digits, finite, latest, number, read, result_folders
 
 
@@ -81,6 +91,8 @@ def test_no_text_lies_on_another() -> None:
     title = "A title of a model with a long name, V 262,144\nN 2,048, D 640, float32, memory kept"
     assert overlaps(time_and_memory(title, points)) == []
     assert overlaps(bars(title, points, "tokens/s")) == []
+    lines = [Stack(point.label, (point.value, 0.5), point.ours) for point in points]
+    assert overlaps(stacked(title, lines, ("layers, forward", "head"), "seconds")) == []
     crowded = [Point(name * 2, 1, False) for name in names]
     assert overlaps(bars(title, crowded, "tokens/s"))  # so it would be seen
 
@@ -99,7 +111,7 @@ def test_plot_writes_every_figure_and_the_same_again(
     written = tmp_path / "figures"
     plot.main(plot.Config((folder,), written))
     names = {"loss-bft-both", "loss-bft-forward", "loss-plain-both", "loss-plain-forward"}
-    names |= {"scale", "train", "batch"}
+    names |= {"scale", "train", "parts", "batch"}
     assert {path.name for path in written.iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("svg", "png")
     }
@@ -144,6 +156,11 @@ def test_training_has_a_panel_a_limit(folder: Path) -> None:
         "tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a step, and its peak memory, "
         "tokens/s: sampled 1,024; eager 512"
     ]
+    (parts,) = figures["parts"]
+    assert "seconds: sampled 6.50, of which layers, forward 1.10, head, forward 1.20" in parts.words
+    bars = render([parts]).axes[0].containers
+    assert [bar.get_width() for bar in bars[1]] == pytest.approx([1.2, 0.2])
+    assert [bar.get_x() for bar in bars[1]] == pytest.approx([1.1, 0.1])
     titles = [panel.title.splitlines()[1] for panel in figures["batch"]]
     assert titles == ["largest batch in 4 GiB", "largest batch in 16 GiB"]
 

@@ -37,7 +37,7 @@ def test_the_page_has_everything_and_fetches_nothing(page_file: Path) -> None:
         "@media print",
     ):
         assert told in text, told
-    assert text.count("<svg ") == text.count('role="img" aria-label=') == 13
+    assert text.count("<svg ") == text.count('role="img" aria-label=') == 14
     assert "<processor>" not in text
     assert not re.search(r"""(?:src|href)=["'](?!#|data:)""", text)
     assert not re.search(r"@import|url\((?!#)", text)
@@ -99,7 +99,7 @@ def test_the_page_fits_a_phone_and_a_desk(page_file: Path) -> None:
                 "[...document.querySelectorAll('svg, img')].map(e => e.getBoundingClientRect())"
                 ".map(r => [r.width, r.height])"
             )
-            assert len(sizes) == 13
+            assert len(sizes) == 14
             assert all(w > 250 and h > 100 for w, h in sizes)
             # Letters of figures are not scaled below what can be read.
             heights = page.evaluate(

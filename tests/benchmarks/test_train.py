@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import train, train_losses
+from benchmarks import train, train_losses, train_worker
 from benchmarks.measure import in_use
+from benchmarks.readings import PARTS
 from benchmarks.train_losses import LOSSES
 from benchmarks.train_search import attempt, largest_batch, next_batch
 from benchmarks.train_worker import Outcome, Stepper, time_steps
@@ -123,6 +126,32 @@ def test_the_weightings_differ_and_windows_reach_the_loss(config: dict[str, Any]
     assert min(abs(a - b) for a, b in itertools.combinations(distinct, 2)) > 1e-3
     for window in (2, 12):
         assert losses["eager, bft", window] == pytest.approx(losses["exact, bft", window], rel=1e-5)
+
+
+@pytest.mark.parametrize("label", ["eager, plain", "torch chunked, plain", "sampled, bft"])
+def test_the_parts_of_a_step_are_told_apart(
+    config: dict[str, Any], label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stepper = Stepper(train.Config(**config).job())
+    ids = torch.randint(VOCABULARY, (2, 12))
+    stepper.step(label, ids)  # the patch measures the model
+    now = 0
+    monkeypatch.setattr(train_worker, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def takes(seconds: int) -> Callable[..., None]:
+        def pass_time(*_: Any) -> None:
+            nonlocal now
+            now += seconds
+
+        return pass_time
+
+    layer, head = stepper.model.model.layers[-1], stepper.model.get_output_embeddings()
+    layer.register_forward_hook(takes(1))
+    head.register_forward_hook(takes(20))  # the patch calls it too
+    layer.register_full_backward_hook(takes(300))
+    stepper.optimizer.register_step_pre_hook(takes(4000))
+    stepper.step(label, ids)
+    assert stepper.clock.parts == dict(zip(PARTS, (1, 20, 0, 300, 4000), strict=True))
 
 
 def test_a_step_trains(config: dict[str, Any]) -> None:
@@ -272,6 +301,7 @@ def test_writes_a_row_a_loss(config: dict[str, Any], tmp_path: Path, capsys) -> 
         assert row["model"] == "tiny"
         assert float(row["tokens_per_second"]) == pytest.approx(24 / float(row["seconds"]))
         assert float(row["spread"]) >= 0
+        assert all(float(row[f"{part}_seconds"]) > 0 for part in PARTS)
         assert row["reason"] == row["largest_batch"] == ""
     assert "exact" in capsys.readouterr().out
 
