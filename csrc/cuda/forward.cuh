@@ -389,8 +389,8 @@ __global__ void __launch_bounds__(kThreads)
     if (entropy) {
         const float value = log_total - whole.moment / whole.total;
         entropy.store(row, value < 0 ? 0.0f : value);
-        const bool first = of_holder.load(kBefore * plane) < own && earlier < own;
-        correct.store(row, known && own == maximum && first && row_lse == row_lse);
+        const bool first = known && of_holder.load(kBefore * plane) < own && earlier < own;
+        correct.store(row, own == maximum && first && row_lse == row_lse);
     }
 }
 
