@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,9 @@ from torch import Tensor
 
 from bft_kernels import reference
 
-IGNORED = -100
+DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
+Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
 EPS = 2**-5
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def run_certificate(
@@ -35,56 +37,33 @@ def run_certificate(
 
     `part`: how many rows a launch takes.
     """
-    hidden, weight = p.hidden.detach(), p.weight.detach()
-    (count, width), vocabulary = hidden.shape, weight.shape[0]
-    labelled = p.target != IGNORED
+    device = Device(
+        cuda, p, softcap=softcap, temperature=temperature, order_seed=order_seed, strict=strict
+    )
+    count, _, vocabulary = device.shape
     part = part or max(count, 1)
     splits, columns = cuda.forward_splits(part, vocabulary, processors)
-    reads = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": None if p.bias is None else p.bias.detach().float(),
-        "target": p.target,
-        "order": torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices,
-        "count": labelled.sum().reshape(1),
-        "lse": true_lse(p, softcap, temperature) if lse is None else lse,
-    }
     shapes = {"variance": (count,), "hidden_variance": (count,), "norms": (vocabulary,)}
-    shapes["sums"] = (1 + norms, splits, part)
-    writes = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
-    ranges = [
-        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
-        for name, x in (reads | writes).items()
-        if x is not None and x.numel()
-    ]
-    at = {f"{k}_ptr": 0 if x is None else x.data_ptr() for k, x in (reads | writes).items()}
-    problem = cuda.Problem(
-        **{f"{k}_ptr": at[f"{k}_ptr"] for k in list(reads)[:6]},
-        N=count,
-        V=vocabulary,
-        D=width,
-        stride_hn=hidden.stride(0),
-        stride_wv=weight.stride(0),
-        dtype=DTYPES.index(hidden.dtype),
-        softcap=softcap or 0.0,
-        temperature=temperature,
-    )
-    wanted = ["sums", "lse", "variance", *(["norms", "hidden_variance"] if norms else [])]
-    with cuda.memory(ranges, seed=order_seed, unwritten=True, strict=strict):
-        if norms:
-            cuda.squared_norms(problem=problem, norms_ptr=at["norms_ptr"], stream=0)
-        for first in range(0, count, part):
-            cuda.certificate(
-                problem=problem,
-                first_row=first,
-                rows=min(part, count - first),
-                splits=splits,
-                split_columns=columns,
-                eps=eps,
-                stream=0,
-                **{f"{name}_ptr": at[f"{name}_ptr"] for name in wanted},
-            )
-    return writes
+    out = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
+    reads = {"lse": true_lse(p, softcap, temperature) if lse is None else lse}
+    writes = {"variance": out["variance"]}
+    writes["sums"] = torch.full((1 + norms, splits, part), math.nan)
+    if norms:
+        device.call("squared_norms", {}, {"norms": out["norms"]})
+        reads["norms"] = out["norms"]
+        writes["hidden_variance"] = out["hidden_variance"]
+    for first in range(0, count, part):
+        device.call(
+            "certificate",
+            reads,
+            writes,
+            first_row=first,
+            rows=min(part, count - first),
+            splits=splits,
+            split_columns=columns,
+            eps=eps,
+        )
+    return out
 
 
 def true_lse(p: Any, softcap: float | None, temperature: float) -> Tensor:

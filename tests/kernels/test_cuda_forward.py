@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,8 @@ from torch import Tensor
 
 from bft_kernels import reference
 
-IGNORED = -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
+Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,68 +46,35 @@ def run_forward(
 
     `part`: how many rows a launch takes.
     """
-    hidden, weight, target = (x.detach() for x in p.args)
-    bias = None if p.bias is None else p.bias.detach().float()
-    (count, width), vocabulary = hidden.shape, weight.shape[0]
-    labelled = target != IGNORED
-    order = torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices
-    row_count = labelled.sum().reshape(1)
-    seeds = torch.tensor([0 if seed is None else seed])
+    device = Device(
+        cuda, p, softcap=softcap, temperature=temperature, order_seed=order_seed, strict=strict
+    )
+    count, _, vocabulary = device.shape
     out = {name: new(count) for name in ("loss", "nll", "lse", "lse_low", "entropy")}
     out["correct"] = new(count, dtype=torch.bool)
-    words = -(-vocabulary // 32)
-    mask = new(count, words, dtype=torch.int32)
+    mask = new(count, -(-vocabulary // 32), dtype=torch.int32)
     floor = new(count) if floor is None else floor
     part = part or max(count, 1)
     splits, columns = cuda.forward_splits(part, vocabulary, processors)
     if one_split:
         splits, columns = 1, -(-vocabulary // 128) * 128
-    sums = new(cuda.FORWARD_SUMS, splits, part)
-
-    reads = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
-    reads |= {"order": order, "count": row_count, "seed": seeds}
-    writes = {**out, "mask": mask, "sums": sums, "floor": floor}
-    ranges = [
-        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
-        for name, x in (reads | writes).items()
-        if x is not None and x.numel()
-    ]
-    problem = cuda.Problem(
-        **{f"{name}_ptr": 0 if x is None else x.data_ptr() for name, x in list(reads.items())[:6]},
-        N=count,
-        V=vocabulary,
-        D=width,
-        stride_hn=hidden.stride(0),
-        stride_wv=weight.stride(0),
-        dtype=TYPE_NUMBERS[hidden.dtype],
-        softcap=softcap or 0.0,
-        temperature=temperature,
-    )
-    names = ("loss", "nll", "lse", "lse_low")
-    names += ("entropy", "correct") if statistics else ()
-    sampled = {}
-    with cuda.memory(ranges, seed=order_seed, strict=strict):
-        if seed is not None and bool(floor.isnan().all()):
-            cuda.target_floor(problem=problem, floor_ptr=floor.data_ptr(), stream=0)
-        for first in range(0, count, part):
-            rows = min(part, count - first)
-            if seed is not None:
-                sampled = {"seed_ptr": seeds.data_ptr(), "floor_ptr": floor.data_ptr()}
-                sampled |= {"mask_ptr": mask[first:].data_ptr(), "eps": eps}
-            cuda.linear_nll_forward(
-                problem=problem,
-                first_row=first,
-                rows=rows,
-                splits=splits,
-                split_columns=columns,
-                sums_ptr=sums.data_ptr(),
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
-                stream=0,
-                **{f"{name}_ptr": out[name].data_ptr() for name in names},
-                **sampled,
-            )
-    return out | {"mask": mask, "rows": order[: int(row_count)], "floor": floor}
+    writes = {name: out[name] for name in ("loss", "nll", "lse", "lse_low")}
+    writes |= {name: out[name] for name in ("entropy", "correct") if statistics}
+    writes["sums"] = new(cuda.FORWARD_SUMS, splits, part)
+    numbers = {"splits": splits, "split_columns": columns}
+    numbers |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    reads: dict[str, Tensor] = {}
+    if seed is not None:
+        if bool(floor.isnan().all()):
+            device.call("target_floor", {}, {"floor": floor})
+        reads = {"seed": torch.tensor([seed]), "floor": floor}
+        numbers["eps"] = eps
+    for first in range(0, count, part):
+        if seed is not None:
+            writes["mask"] = mask[first:]
+        rows = min(part, count - first)
+        device.call("linear_nll_forward", reads, writes, first_row=first, rows=rows, **numbers)
+    return out | {"mask": mask, "rows": device.rows, "floor": floor}
 
 
 def bits_of(mask: Tensor, vocabulary: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,8 @@ from torch import Tensor
 
 from bft_kernels import reference
 
-IGNORED = -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
+Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
 
 
 def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
@@ -50,73 +51,58 @@ def run_backward(
     strict: bool = False,
 ) -> dict[str, Tensor]:
     """The three gradients, in blocks of `step` columns. Rows that are ignored stay NaN."""
-    known = known_rows(p, softcap=softcap, temperature=temperature)
-    hidden, weight = p.hidden.detach(), p.weight.detach()
-    dtype, (count, width), vocabulary = hidden.dtype, hidden.shape, weight.shape[0]
-    out = torch.float32 if wide else dtype
-    labelled = p.target != IGNORED
-    reads = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": None if p.bias is None else p.bias.detach().float(),
-        "target": p.target,
-        "order": torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices,
-        "count": labelled.sum().reshape(1),
-        "seed": None if seed is None else torch.tensor([seed]),
-        "scale": None if scale is None else torch.tensor([scale]),
-        "grad": (grad * (scale or 1.0)).float(),
-        **known,
-    }
-    writes = {
-        "dy": torch.full((count, step), math.nan, dtype=dtype),
-        "bias_sums": torch.full((-(-count // 128), step), math.nan),
-        "sums": torch.full((count, width), math.nan),
-        "grad_hidden": torch.full((count, width), math.nan, dtype=out),
-        "grad_weight": torch.full((vocabulary, width + 5), 1.0 if adds else math.nan, dtype=out),
-        "grad_bias": torch.zeros(vocabulary),
-    }
-    ranges = [
-        (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), name in writes, name)
-        for name, x in (reads | writes).items()
-        if x is not None and x.numel()
-    ]
-    at = {f"{k}_ptr": 0 if x is None else x.data_ptr() for k, x in (reads | writes).items()}
-
-    def pointers(*names: str) -> dict[str, int]:
-        return {f"{name}_ptr": at[f"{name}_ptr"] for name in names}
-
-    problem = cuda.Problem(
-        **pointers("hidden", "weight", "bias", "target", "order", "count"),
-        N=count,
-        V=vocabulary,
-        D=width,
-        stride_hn=hidden.stride(0),
-        stride_wv=weight.stride(0),
-        dtype=TYPE_NUMBERS[dtype],
-        softcap=softcap or 0.0,
-        temperature=temperature,
+    device = Device(
+        cuda, p, softcap=softcap, temperature=temperature, order_seed=order_seed, strict=strict
     )
-    with cuda.memory(ranges, seed=order_seed, strict=strict):
-        for first in range(0, vocabulary, step):
-            block = {"problem": problem, "first_column": first, "stride_dy": step, "stream": 0}
-            block |= {"columns": min(step, vocabulary - first), **pointers("dy", "scale")}
-            cuda.logit_gradient(
-                **block,
-                **pointers("lse", "lse_low", "nll", "grad", "seed", "bias_sums", "grad_bias"),
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
-                eps=eps,
-            )
-            block["wide"] = wide
-            cuda.hidden_gradient(**block, **pointers("sums", "grad_hidden"))
-            stride = writes["grad_weight"].stride(0)
-            cuda.weight_gradient(**block, **pointers("grad_weight"), stride_gv=stride, adds=adds)
-    padding = writes["grad_weight"][:, width:]
+    count, width, vocabulary = device.shape
+    dtype = device.hidden.dtype
+    out = torch.float32 if wide else dtype
+    known = known_rows(p, softcap=softcap, temperature=temperature)
+    known["grad"] = (grad * (scale or 1.0)).float()
+    scales = {"scale": None if scale is None else torch.tensor([scale])}
+    seeds = {"seed": None if seed is None else torch.tensor([seed])}
+    dy = torch.full((count, step), math.nan, dtype=dtype)
+    bias_sums = torch.full((-(-count // 128), step), math.nan)
+    sums = torch.full((count, width), math.nan)
+    grad_hidden = torch.full((count, width), math.nan, dtype=out)
+    grad_weight = torch.full((vocabulary, width + 5), 1.0 if adds else math.nan, dtype=out)
+    grad_bias = torch.zeros(vocabulary)
+    for first in range(0, vocabulary, step):
+        block = {"first_column": first, "columns": min(step, vocabulary - first), "stride_dy": step}
+        device.call(
+            "logit_gradient",
+            known | seeds | scales,
+            {"dy": dy, "bias_sums": bias_sums, "grad_bias": grad_bias},
+            reads_outputs=True,  # adds to grad_bias
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            eps=eps,
+            **block,
+        )
+        device.call(
+            "hidden_gradient",
+            {"dy": dy, **scales},
+            {"sums": sums, "grad_hidden": grad_hidden},
+            reads_outputs=first > 0,  # to add to them
+            wide=wide,
+            **block,
+        )
+        device.call(
+            "weight_gradient",
+            {"dy": dy, **scales},
+            {"grad_weight": grad_weight},
+            reads_outputs=adds,
+            stride_gv=grad_weight.stride(0),
+            adds=adds,
+            wide=wide,
+            **block,
+        )
+    padding = grad_weight[:, width:]
     assert bool(((padding == 1.0) if adds else padding.isnan()).all())
     return {
-        "hidden": writes["grad_hidden"],
-        "weight": writes["grad_weight"][:, :width] - (1.0 if adds else 0.0),
-        "bias": writes["grad_bias"],
+        "hidden": grad_hidden,
+        "weight": grad_weight[:, :width] - (1.0 if adds else 0.0),
+        "bias": grad_bias,
     }
 
 
