@@ -121,6 +121,14 @@ class Problem:
     def grads(self) -> dict[str, Tensor | None]:
         return {name: leaf.grad for name, leaf in self.leaves.items()}
 
+    def gradients(self, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
+        """Of the leaves; zeros where the loss does not reach them, as in a batch without labels."""
+        leaves = self.leaves
+        if not loss.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=retain)
+        return dict(zip(leaves, found, strict=True))
+
 
 def draw_problem(
     rows: int,
@@ -365,6 +373,7 @@ def allocations() -> Callable[[Callable[[], object]], Allocations]:
 
 
 ROOT = Path(__file__).parents[2]
+Emulation = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))["Emulation"]
 
 
 @pytest.fixture(scope="session")
@@ -374,59 +383,6 @@ def emulated() -> Any:
     if build["CXX"] is None:
         pytest.skip("needs a C++ compiler")
     return build["build_module"](ROOT / "build/emulation")
-
-
-class Emulation:
-    """Stands for a device: what the ``cuda`` backend launches runs here, one launch at a time, and
-    may touch its own arguments only.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.launches: list[str] = []
-        self.how: dict[str, Any] = {}  # arguments of `memory`
-
-    def launch(
-        self,
-        function: str,
-        reads: dict[str, Tensor | None],
-        writes: dict[str, Tensor | None],
-        problem: native.Problem | None = None,
-        **numbers: Any,
-    ) -> None:
-        """See :func:`bft_kernels.backends.cuda.native.launch`."""
-        tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
-        ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
-        self.launches.append(function)
-        # Another order of blocks and threads each time.
-        with self.module.memory(ranges, **({"seed": len(self.launches)} | self.how)):
-            self.launch_natively(function, reads, writes, problem, **numbers)
-
-    launch_natively = staticmethod(native.launch)
-
-
-Range = tuple[int, int, bool, str]  # address, bytes, writable, name
-
-
-def byte_ranges(tensors: list[tuple[str, Tensor | None]], writable: bool) -> Iterator[Range]:
-    """From the first to the last element of each tensor."""
-    for name, x in tensors:
-        if x is not None and x.numel() > 0:
-            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
-
-
-def merge(ranges: list[Range]) -> list[Range]:
-    """Ranges that share bytes as one."""
-    merged: list[Range] = []
-    for address, size, writable, name in sorted(ranges):
-        if merged and address < merged[-1][0] + merged[-1][1]:
-            first, before, also, other = merged[-1]
-            size = max(before, address + size - first)
-            merged[-1] = first, size, writable or also, f"{other}, {name}"
-        else:
-            merged.append((address, size, writable, name))
-    return merged
 
 
 @pytest.fixture(scope="session")

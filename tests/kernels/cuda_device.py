@@ -1,4 +1,4 @@
-"""A problem on the emulated device, and the calls that take its sampled gradient.
+"""The emulated device: a problem on it, calls of its kernels, and what stands for it in a backend.
 
 Tests reach it with runpy: they are no package.
 """
@@ -6,10 +6,13 @@ Tests reach it with runpy: they are no package.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bft_kernels.backends.cuda import native
 
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -158,3 +161,56 @@ class Device:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+class Emulation:
+    """Stands for a device: what the ``cuda`` backend launches runs here, one launch at a time, and
+    may touch its own arguments only.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.launches: list[str] = []
+        self.how: dict[str, Any] = {}  # arguments of `memory`
+
+    def launch(
+        self,
+        function: str,
+        reads: dict[str, Tensor | None],
+        writes: dict[str, Tensor | None],
+        problem: native.Problem | None = None,
+        **numbers: Any,
+    ) -> None:
+        """See :func:`bft_kernels.backends.cuda.native.launch`."""
+        tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
+        ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
+        self.launches.append(function)
+        # Another order of blocks and threads each time.
+        with self.module.memory(ranges, **({"seed": len(self.launches)} | self.how)):
+            self.launch_natively(function, reads, writes, problem, **numbers)
+
+    launch_natively = staticmethod(native.launch)
+
+
+Range = tuple[int, int, bool, str]  # address, bytes, writable, name
+
+
+def byte_ranges(tensors: list[tuple[str, Tensor | None]], writable: bool) -> Iterator[Range]:
+    """From the first to the last element of each tensor."""
+    for name, x in tensors:
+        if x is not None and x.numel() > 0:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
+
+
+def merge(ranges: list[Range]) -> list[Range]:
+    """Ranges that share bytes as one."""
+    merged: list[Range] = []
+    for address, size, writable, name in sorted(ranges):
+        if merged and address < merged[-1][0] + merged[-1][1]:
+            first, before, also, other = merged[-1]
+            size = max(before, address + size - first)
+            merged[-1] = first, size, writable or also, f"{other}, {name}"
+        else:
+            merged.append((address, size, writable, name))
+    return merged
