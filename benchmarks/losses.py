@@ -13,7 +13,7 @@ from torch.nn import functional
 from benchmarks.shapes import Problem
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
 from bft_kernels.config import Weighting
-from bft_kernels.functional import BalancedTokenStats, TokenStats
+from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import balanced_loss
 
 Run = Callable[..., Tensor]  # of a Problem and its weighting

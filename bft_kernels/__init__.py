@@ -1,14 +1,13 @@
 """Fused linear cross-entropy with per-token confidence, and Balanced Fine-Tuning's loss."""
 
 from bft_kernels.functional import (
-    BalancedTokenStats,
-    TokenStats,
     balanced_linear_cross_entropy,
     linear_cross_entropy,
     linear_nll,
 )
 from bft_kernels.info import info
 from bft_kernels.modules import BalancedLinearCrossEntropyLoss, LinearCrossEntropyLoss
+from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import TokenWeights, token_weights
 from bft_kernels.workspace import empty_cache
 

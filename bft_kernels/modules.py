@@ -9,11 +9,10 @@ from torch import Tensor
 
 from bft_kernels.checks import check_settings
 from bft_kernels.functional import (
-    BalancedTokenStats,
-    TokenStats,
     balanced_linear_cross_entropy,
     linear_cross_entropy,
 )
+from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import SchemeFunction
 
 
