@@ -174,14 +174,19 @@ def growth_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     panels = []
     for (provider, dtype, _), same in grouped(rows, "provider", "dtype", "memory_kept").items():
         same = latest(same, "tokens", "width", "vocabulary")
-        shapes = [Shape(*(int(row[c]) for c in ("tokens", "width", "vocabulary"))) for row in same]
-        times = [number(row, "seconds") or 0.0 for row in same]
-        line = fit(shapes, times) if len(shapes) > 1 else None
+        shapes, times, line = fitted(same)
         measured = dict(zip(shapes, times, strict=True))
         for axis, by in (("tokens", "vocabulary"), ("vocabulary", "tokens"), ("width", "tokens")):
             if len({getattr(shape, axis) for shape in shapes}) > 1:
                 panels.append(_growth(f"{provider}, {dtype}", measured, line, axis, by))
     return {"scale": panels} if panels else {}
+
+
+def fitted(rows: Sequence[Row]) -> tuple[list[Shape], list[float], tuple[float, float] | None]:
+    """Shapes and seconds of rows of scale.csv, and the a and b that fit them, if there are two."""
+    shapes = [Shape(*(int(row[c]) for c in ("tokens", "width", "vocabulary"))) for row in rows]
+    times = [number(row, "seconds") or 0.0 for row in rows]
+    return shapes, times, fit(shapes, times) if len(shapes) > 1 else None
 
 
 _SIZES = {"tokens": "N", "width": "D", "vocabulary": "V"}

@@ -16,6 +16,7 @@ from benchmarks.figures import Panel, ours, render, svg
 from benchmarks.plot import (
     GIB,
     TRAINED,
+    fitted,
     growth_figures,
     loss_panel,
     losses,
@@ -39,6 +40,7 @@ from benchmarks.readings import (
     result_folders,
     values,
 )
+from benchmarks.scale import predict
 
 _MODES = {
     "both": "forward and both gradients",
@@ -258,8 +260,14 @@ def scale_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
         }
         columns["seconds"] = cells(timed, "seconds")
         columns["x bare product"] = ratios(timed, "seconds", "bare_product_seconds", "{:.2f}")
-        columns["fitted seconds"] = cells(timed, "fitted_seconds")
-        columns["over fitted"] = ratios(timed, "seconds", "fitted_seconds", "{:.2f}")
+        # The column of the CSV is of each run's own fit; rows may be of several runs.
+        shapes, times, line = fitted(timed)
+        if line is not None:
+            expected = [predict(shape, *line) for shape in shapes]
+            columns["fitted seconds"] = [digits(value) for value in expected]
+            columns["over fitted"] = [
+                f"{taken / value:.2f}" for taken, value in zip(times, expected, strict=True)
+            ]
         found.append((f"{provider}, {dtype}", table(columns, [False] * len(timed))))
     return found
 
