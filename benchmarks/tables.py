@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.readings import RESULTS, Row, digits, grouped, number, read
+from benchmarks.readings import (
+    RESULTS,
+    WEIGHTINGS,
+    Row,
+    digits,
+    grouped,
+    number,
+    read,
+    values,
+)
 
 ROOT = RESULTS.parent.parent
 # Around each table, so that it is found again; a reader of the page does not see them.
@@ -74,6 +84,89 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class Repeated:
+    """Multiples of 1G in two runs of the same code, and the second over the first."""
+
+    first: Losses
+    second: str  # file in the folder of ``first``
+
+    def __call__(self) -> list[list[str]]:
+        """Cells, the heading first."""
+        heading = [""]
+        for name in self.first.models.values():
+            heading += [name, "again", "ratio"]
+        cells = [heading]
+        for line, pairs in zip(self.first.lines, self.pairs(), strict=True):
+            texts = [line.label]
+            for once, again in pairs:
+                texts += [f"{once:.2f}", f"{again:.2f}", f"{again / once:.2f}"]
+            cells.append(texts)
+        return cells
+
+    def pairs(self) -> list[list[tuple[float, float]]]:
+        """Of each line and model the two multiples of 1G."""
+        runs = [read(RESULTS / self.first.folder / file) for file in ("loss.csv", self.second)]
+
+        def times_g(rows: list[Row], line: Line, shape: str) -> float:
+            row = find(
+                rows,
+                provider=line.provider,
+                weighting=line.weighting,
+                mode=line.mode,
+                shape=shape,
+                tokens=str(self.first.tokens),
+            )
+            return number(row, "times_g") or math.nan
+
+        return [
+            [
+                (times_g(runs[0], line, shape), times_g(runs[1], line, shape))
+                for shape in self.first.models
+            ]
+            for line in self.first.lines
+        ]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Steps of fine-tuning: time, peak memory, and the largest batch under each limit."""
+
+    folder: str  # below benchmarks/results
+    model: str
+    checkpointing: bool = False
+
+    def __call__(self) -> list[list[str]]:
+        """Cells, the heading first; a line for each weighting and loss."""
+        rows = [
+            row
+            for row in read(RESULTS / self.folder / "train.csv")
+            if (row["model"], row["gradient_checkpointing"])
+            == (self.model, str(self.checkpointing))
+        ]
+        if not rows:
+            raise ValueError(f"{self.folder}/train.csv: found no row of {self.model!r}")
+        steps = [row for row in rows if not row["limit_bytes"]]
+        limits = sorted({int(row["limit_bytes"]) for row in rows if row["limit_bytes"]})
+        batches = values(steps, "batch")
+        heading = ["", f"step of {' or '.join(batches)}, s", "of it the head", "peak GiB"]
+        cells = [heading + [f"fit in {limit / 2**30:g} GiB" for limit in limits]]
+        for weighting, loss in grouped(rows, "weighting", "loss"):
+            texts = [f"{loss}, {WEIGHTINGS[weighting]}"]
+            step = find(steps, weighting=weighting, loss=loss)
+            taken, peak = number(step, "seconds"), number(step, "peak_bytes")
+            head = [number(step, f"head_{way}_seconds") or 0.0 for way in ("forward", "backward")]
+            texts.append("" if taken is None else digits(taken))
+            texts.append(digits(sum(head)) if any(head) else "")
+            texts.append("" if peak is None else f"{peak / 2**30:.2f}")
+            for limit in limits:
+                row = find(rows, weighting=weighting, loss=loss, limit_bytes=str(limit))
+                at_least = "at least " if row["note"].startswith("at least") else ""
+                texts.append(f"{at_least}{row['largest_batch']}")
+            cells.append(texts)
+        return cells
+
+
+@dataclass(frozen=True)
 class Growth:
     """Seconds and multiples of the bare product: tokens by vocabularies."""
 
@@ -102,44 +195,46 @@ class Growth:
         return cells
 
 
+_MEASURED = Losses(
+    folder="epyc-zen5",
+    tokens=2048,
+    models={
+        "smollm2-135m": "SmolLM2-135M",
+        "qwen2.5-0.5b": "Qwen2.5-0.5B",
+        "gemma3-270m": "Gemma-3-270M",
+    },
+    lines=(
+        Line("eager", "eager"),
+        Line("`torch.compile`d eager", "compiled eager"),
+        Line(
+            "cut-cross-entropy 25.1.1 (its `torch_compile`; drops small entries)",
+            "cut-cross-entropy",
+        ),
+        Line(
+            "`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes",
+            "torch chunked",
+        ),
+        Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger chunked"),
+        Line("TRL 1.16.0, chunked log-probabilities", "trl"),
+        Line("bft exact", "bft cpu exact"),
+        Line("the same with a 256 MiB budget", "bft cpu exact, 256 MiB"),
+        Line("the same with a 16 MiB budget", "bft cpu exact, 16 MiB"),
+        Line("the same, frozen head", "bft cpu exact", mode="frozen"),
+        Line("bft sampled", "bft cpu sampled", bold=True),
+        Line("the same, frozen head", "bft cpu sampled", mode="frozen", bold=True),
+        Line("bft, `no_grad`, all statistics", "bft cpu exact", mode="forward"),
+    ),
+)
+
 # By the name in its markers: the document and what makes its cells.
 TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
-    "measured": (
-        "README.md",
-        Losses(
-            folder="epyc-zen5",
-            tokens=2048,
-            models={
-                "smollm2-135m": "SmolLM2-135M",
-                "qwen2.5-0.5b": "Qwen2.5-0.5B",
-                "gemma3-270m": "Gemma-3-270M",
-            },
-            lines=(
-                Line("eager", "eager"),
-                Line("`torch.compile`d eager", "compiled eager"),
-                Line(
-                    "cut-cross-entropy 25.1.1 (its `torch_compile`; drops small entries)",
-                    "cut-cross-entropy",
-                ),
-                Line(
-                    "`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes",
-                    "torch chunked",
-                ),
-                Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger chunked"),
-                Line("TRL 1.16.0, chunked log-probabilities", "trl"),
-                Line("bft exact", "bft cpu exact"),
-                Line("the same with a 256 MiB budget", "bft cpu exact, 256 MiB"),
-                Line("the same with a 16 MiB budget", "bft cpu exact, 16 MiB"),
-                Line("the same, frozen head", "bft cpu exact", mode="frozen"),
-                Line("bft sampled", "bft cpu sampled", bold=True),
-                Line("the same, frozen head", "bft cpu sampled", mode="frozen", bold=True),
-                Line("bft, `no_grad`, all statistics", "bft cpu exact", mode="forward"),
-            ),
-        ),
-    ),
+    "measured": ("README.md", _MEASURED),
+    "again": ("docs/performance.md", Repeated(_MEASURED, "loss-again.csv")),
+    "steps": ("README.md", Steps("epyc-zen5", "smollm2-135m")),
+    "steps-gemma": ("docs/performance.md", Steps("epyc-zen5", "gemma3-270m")),
     "growth": (
         "docs/performance.md",
-        Growth(folder="xeon-emerald-rapids", provider="bft balanced sampled"),
+        Growth(folder="epyc-zen5", provider="bft cpu sampled"),
     ),
 }
 

@@ -70,6 +70,42 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         tables.Growth(".", "eager")()
 
 
+def test_two_runs_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head = "provider,weighting,mode,shape,tokens,times_g\n"
+    (tmp_path / "loss.csv").write_text(f"{head}eager,bft,both,m,8,2.0\neager,bft,both,m,16,9\n")
+    (tmp_path / "again.csv").write_text(f"{head}eager,bft,both,m,8,3\neager,bft,both,m,8,2.1\n")
+    first = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("E", "eager"),))
+    repeated = tables.Repeated(first, "again.csv")
+    assert repeated() == [["", "Model", "again", "ratio"], ["E", "2.00", "2.10", "1.05"]]
+
+
+def test_the_committed_table_was_reproduced() -> None:
+    (repeated,) = (made for _, made in tables.TABLES.values() if isinstance(made, tables.Repeated))
+    pairs = [pair for line in repeated.pairs() for pair in line]
+    assert len(pairs) == 3 * len(repeated.first.lines)
+    assert all(again == pytest.approx(once, rel=0.1) for once, again in pairs)
+
+
+def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "train.csv").write_text(
+        "model,gradient_checkpointing,weighting,loss,batch,seconds,head_forward_seconds,"
+        "head_backward_seconds,peak_bytes,limit_bytes,largest_batch,note\n"
+        "m,False,bft,exact,4,2.5,0.5,0.25,3221225472,,,\n"
+        "m,False,bft,exact,,,,,,8589934592,30,31 did not fit\n"
+        "m,False,bft,exact,,,,,,4294967296,9,at least; 10: took longer than 5 s\n"
+        "m,True,bft,exact,4,9,1,1,1,,,\n"
+        "other,False,bft,exact,4,9,1,1,1,,,\n"
+    )
+    assert tables.Steps(".", "m")() == [
+        ["", "step of 4, s", "of it the head", "peak GiB", "fit in 4 GiB", "fit in 8 GiB"],
+        ["exact, weighted by BFT", "2.50", "0.750", "3.00", "at least 9", "30"],
+    ]
+    with pytest.raises(ValueError, match=r"train\.csv: found no row of 'x'"):
+        tables.Steps(".", "x")()
+
+
 def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
     rows = read(RESULTS / "xeon-emerald-rapids" / "loss.csv")
     text = (tables.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
