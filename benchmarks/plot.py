@@ -42,6 +42,8 @@ from benchmarks.shapes import Shape
 PROBLEM = ("shape", "tokens", "width", "vocabulary", "dtype", "inputs", "memory_kept")
 # And in these, steps of one training.
 TRAINED = ("weighting", "model", "mode", "length", "dtype", "gradient_checkpointing")
+# And in these, times of one growth.
+SCALED = ("provider", "weighting", "mode", "dtype", "memory_kept")
 # What the losses of `train` that are this package's are called.
 _TRAINED_OURS = ("exact", "sampled")
 _NO_LOSS = "bft weighting"
@@ -172,14 +174,20 @@ def loss_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
 def growth_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
     """``scale``: seconds against each size that was varied, and the line a V D + b N V D."""
     panels = []
-    for (provider, dtype, _), same in grouped(rows, "provider", "dtype", "memory_kept").items():
+    for same in grouped(rows, *SCALED).values():
         same = latest(same, "tokens", "width", "vocabulary")
         shapes, times, line = fitted(same)
         measured = dict(zip(shapes, times, strict=True))
         for axis, by in (("tokens", "vocabulary"), ("vocabulary", "tokens"), ("width", "tokens")):
             if len({getattr(shape, axis) for shape in shapes}) > 1:
-                panels.append(_growth(f"{provider}, {dtype}", measured, line, axis, by))
+                panels.append(_growth(scaled_title(same[0]), measured, line, axis, by))
     return {"scale": panels} if panels else {}
+
+
+def scaled_title(row: Row) -> str:
+    """The loss of a row of scale.csv; older files tell its weighting in its name alone."""
+    weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
+    return ", ".join(filter(None, (row["provider"], weighting, row.get("mode", ""), row["dtype"])))
 
 
 def fitted(rows: Sequence[Row]) -> tuple[list[Shape], list[float], tuple[float, float] | None]:

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 from benchmarks.figures import Panel, ours, render, svg
 from benchmarks.plot import (
     GIB,
+    SCALED,
     TRAINED,
     fitted,
     growth_figures,
@@ -22,6 +23,7 @@ from benchmarks.plot import (
     losses,
     problem_details,
     problem_title,
+    scaled_title,
     train_figures,
     trained_ours,
     trained_title,
@@ -252,7 +254,7 @@ def other_parts(scale: Sequence[Row], train: Sequence[Row], inline: Inline) -> l
 def scale_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
     """Seconds beside the bare product and beside the fitted line, a table a provider."""
     found = []
-    for (provider, dtype, _), same in grouped(rows, "provider", "dtype", "memory_kept").items():
+    for same in grouped(rows, *SCALED).values():
         timed = latest(same, "tokens", "width", "vocabulary")
         columns = {
             name: [f"{int(row[column]):,}" for row in timed]
@@ -268,7 +270,7 @@ def scale_tables(rows: Sequence[Row]) -> list[tuple[str, Table]]:
             columns["over fitted"] = [
                 f"{taken / value:.2f}" for taken, value in zip(times, expected, strict=True)
             ]
-        found.append((f"{provider}, {dtype}", table(columns, [False] * len(timed))))
+        found.append((scaled_title(same[0]), table(columns, [False] * len(timed))))
     return found
 
 

@@ -14,6 +14,7 @@ from benchmarks.readings import (
     Row,
     digits,
     grouped,
+    key,
     number,
     read,
     values,
@@ -55,37 +56,35 @@ class Losses:
 
     def __call__(self) -> list[list[str]]:
         """Cells, the heading first."""
-        rows = [
-            row
-            for row in read(RESULTS / self.folder / "loss.csv")
-            if int(row["tokens"]) == self.tokens
-        ]
+        rows = self.rows("loss.csv")
         heading, product = [""], ["1G, seconds"]
         for shape, name in self.models.items():
-            bare = find(rows, provider="1G", shape=shape)
-            heading += [f"{name}, `V` {int(bare['vocabulary']):,}", "MiB"]
-            product += [f"{number(bare, 'seconds') or 0.0:.3f}", ""]
+            # Of the run that the first line is of; other modes may have been run apart.
+            first = find_line(rows, self.lines[0], shape)
+            heading += [f"{name}, `V` {int(first['vocabulary']):,}", "MiB"]
+            product += [f"{number(first, 'g_seconds') or 0.0:.3f}", ""]
         cells = [heading, product]
         for line in self.lines:
             texts = [line.label]
             for shape in self.models:
-                row = find(
-                    rows,
-                    provider=line.provider,
-                    weighting=line.weighting,
-                    mode=line.mode,
-                    shape=shape,
-                )
+                row = find_line(rows, line, shape)
                 times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
                 texts.append("" if times_g is None else f"{times_g:.2f}")
                 texts.append("" if extra is None else f"{extra / 2**20:.0f}")
             cells.append([f"**{text}**" if line.bold and text else text for text in texts])
         return cells
 
+    def rows(self, file: str) -> list[Row]:
+        """Of a file of the folder, those measured as the table says."""
+        how = {"tokens": str(self.tokens), "dtype": "float32", "inputs": "recorded"}
+        how["memory_kept"] = "True"
+        rows = read(RESULTS / self.folder / file)
+        return [row for row in rows if key(row, how) == tuple(how.values())]
+
 
 @dataclass(frozen=True)
 class Repeated:
-    """Multiples of 1G in two runs of the same code, and the second over the first."""
+    """Multiples of 1G in two runs, and the second over the first."""
 
     first: Losses
     second: str  # file in the folder of ``first``
@@ -105,18 +104,10 @@ class Repeated:
 
     def pairs(self) -> list[list[tuple[float, float]]]:
         """Of each line and model the two multiples of 1G."""
-        runs = [read(RESULTS / self.first.folder / file) for file in ("loss.csv", self.second)]
+        runs = [self.first.rows(file) for file in ("loss.csv", self.second)]
 
         def times_g(rows: list[Row], line: Line, shape: str) -> float:
-            row = find(
-                rows,
-                provider=line.provider,
-                weighting=line.weighting,
-                mode=line.mode,
-                shape=shape,
-                tokens=str(self.first.tokens),
-            )
-            return number(row, "times_g") or math.nan
+            return number(find_line(rows, line, shape), "times_g") or math.nan
 
         return [
             [
@@ -128,8 +119,36 @@ class Repeated:
 
 
 @dataclass(frozen=True)
+class Modes:
+    """All providers on one model: times in multiples of 1G and MiB, a mode beside the other."""
+
+    losses: Losses
+    shape: str
+    weighting: str = "bft"
+
+    def __call__(self) -> list[list[str]]:
+        """Cells, the heading first; a provider that could not run has its reason in the CSV."""
+        rows = [
+            row
+            for row in self.losses.rows("loss.csv")
+            if (row["shape"], row["weighting"]) == (self.shape, self.weighting)
+        ]
+        modes = ("both", "frozen", "forward")
+        cells = [["", *(name for mode in modes for name in (mode, "MiB"))]]
+        for (provider,) in grouped([row for row in rows if row["seconds"]], "provider"):
+            texts = [provider]
+            for mode in modes:
+                row = find(rows, provider=provider, mode=mode)
+                times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
+                texts.append("" if times_g is None else f"{times_g:.2f}")
+                texts.append("" if extra is None else f"{extra / 2**20:.0f}")
+            cells.append(texts)
+        return cells
+
+
+@dataclass(frozen=True)
 class Steps:
-    """Steps of fine-tuning: time, peak memory, and the largest batch under each limit."""
+    """Steps of full fine-tuning: time, peak memory, and the largest batch under each limit."""
 
     folder: str  # below benchmarks/results
     model: str
@@ -140,8 +159,9 @@ class Steps:
         rows = [
             row
             for row in read(RESULTS / self.folder / "train.csv")
-            if (row["model"], row["gradient_checkpointing"])
-            == (self.model, str(self.checkpointing))
+            if (row["model"], row["mode"], row["gradient_checkpointing"])
+            == (self.model, "full", str(self.checkpointing))
+            and not row["reason"]  # of those that cannot run, the file and the page have it
         ]
         if not rows:
             raise ValueError(f"{self.folder}/train.csv: found no row of {self.model!r}")
@@ -178,7 +198,7 @@ class Growth:
         rows = [
             row
             for row in read(RESULTS / self.folder / "scale.csv")
-            if row["provider"] == self.provider
+            if (row["provider"], row["weighting"], row["mode"]) == (self.provider, "bft", "both")
         ]
         if not rows:
             raise ValueError(f"{self.folder}/scale.csv: found no row of {self.provider!r}")
@@ -230,6 +250,7 @@ _MEASURED = Losses(
 TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
     "measured": ("README.md", _MEASURED),
     "again": ("docs/performance.md", Repeated(_MEASURED, "loss-again.csv")),
+    "modes": ("docs/performance.md", Modes(_MEASURED, "smollm2-135m")),
     "steps": ("README.md", Steps("epyc-zen5", "smollm2-135m")),
     "steps-gemma": ("docs/performance.md", Steps("epyc-zen5", "gemma3-270m")),
     "growth": (
@@ -282,6 +303,15 @@ def find(rows: Iterable[Row], **wanted: str) -> Row:
         told = ", ".join(f"{column} {value!r}" for column, value in wanted.items() if value)
         raise ValueError(f"found no row with {told}")
     return fitting[-1]
+
+
+def find_line(rows: Iterable[Row], line: Line, shape: str) -> Row:
+    """The row of a line and a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return find(rows, provider=line.provider, weighting=line.weighting, mode=line.mode, shape=shape)
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:

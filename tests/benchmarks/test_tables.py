@@ -44,13 +44,17 @@ def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
 def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "loss.csv").write_text(
-        "provider,weighting,mode,shape,tokens,vocabulary,seconds,times_g,extra_bytes\n"
-        "1G,,,m,8,5000,0.5,1,\n"
-        "eager,bft,both,m,8,5000,1.0,2.004,3145728\n"
-        "eager,bft,frozen,m,8,5000,1.0,9,1\n"
-        "eager,plain,both,m,8,5000,1.0,9,1\n"
-        "eager,bft,both,m,16,5000,1.0,9,1\n"
-        "trl,bft,both,m,8,5000,,,\n"
+        "provider,weighting,mode,shape,tokens,vocabulary,dtype,inputs,memory_kept,seconds,g_seconds,"
+        "times_g,extra_bytes\n"
+        "1G,,,m,8,5000,float32,recorded,True,0.7,0.7,1,\n"
+        "eager,bft,both,m,8,5000,float32,recorded,True,1.0,0.5,2.004,3145728\n"
+        "eager,bft,frozen,m,8,5000,float32,recorded,True,1.0,0.7,9,1\n"
+        "eager,plain,both,m,8,5000,float32,recorded,True,1.0,0.7,9,1\n"
+        "eager,bft,both,m,16,5000,float32,recorded,True,1.0,0.7,9,1\n"
+        "eager,bft,both,m,8,5000,bfloat16,recorded,True,1.0,0.7,9,1\n"
+        "eager,bft,both,m,8,5000,float32,synthetic,True,1.0,0.7,9,1\n"
+        "eager,bft,both,m,8,5000,float32,recorded,False,1.0,0.7,9,1\n"
+        "trl,bft,both,m,8,5000,float32,recorded,True,,0.5,,\n"
     )
     lines = (tables.Line("E", "eager", bold=True), tables.Line("T", "trl"))
     cells = tables.Losses(".", 8, {"m": "Model"}, lines)()
@@ -72,9 +76,10 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_two_runs_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    head = "provider,weighting,mode,shape,tokens,times_g\n"
-    (tmp_path / "loss.csv").write_text(f"{head}eager,bft,both,m,8,2.0\neager,bft,both,m,16,9\n")
-    (tmp_path / "again.csv").write_text(f"{head}eager,bft,both,m,8,3\neager,bft,both,m,8,2.1\n")
+    head = "provider,weighting,mode,shape,dtype,inputs,memory_kept,tokens,times_g\n"
+    row = "eager,bft,both,m,float32,recorded,True"
+    (tmp_path / "loss.csv").write_text(f"{head}{row},8,2.0\n{row},16,9\n")
+    (tmp_path / "again.csv").write_text(f"{head}{row},8,3\n{row},8,2.1\n")
     first = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("E", "eager"),))
     repeated = tables.Repeated(first, "again.csv")
     assert repeated() == [["", "Model", "again", "ratio"], ["E", "2.00", "2.10", "1.05"]]
@@ -90,13 +95,15 @@ def test_the_committed_table_was_reproduced() -> None:
 def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "train.csv").write_text(
-        "model,gradient_checkpointing,weighting,loss,batch,seconds,head_forward_seconds,"
-        "head_backward_seconds,peak_bytes,limit_bytes,largest_batch,note\n"
-        "m,False,bft,exact,4,2.5,0.5,0.25,3221225472,,,\n"
-        "m,False,bft,exact,,,,,,8589934592,30,31 did not fit\n"
-        "m,False,bft,exact,,,,,,4294967296,9,at least; 10: took longer than 5 s\n"
-        "m,True,bft,exact,4,9,1,1,1,,,\n"
-        "other,False,bft,exact,4,9,1,1,1,,,\n"
+        "model,mode,gradient_checkpointing,weighting,loss,batch,seconds,head_forward_seconds,"
+        "head_backward_seconds,peak_bytes,limit_bytes,largest_batch,note,reason\n"
+        "m,full,False,bft,exact,4,2.5,0.5,0.25,3221225472,,,,\n"
+        "m,full,False,bft,exact,,,,,,8589934592,30,31 did not fit,\n"
+        "m,full,False,bft,exact,,,,,,4294967296,9,at least; 10: took longer than 5 s,\n"
+        "m,full,True,bft,exact,4,9,1,1,1,,,,\n"
+        "m,lora,False,bft,exact,4,9,1,1,1,,,,\n"
+        "m,full,False,bft,liger fused,,,,,,,,,it runs on a GPU only\n"
+        "other,full,False,bft,exact,4,9,1,1,1,,,,\n"
     )
     assert tables.Steps(".", "m")() == [
         ["", "step of 4, s", "of it the head", "peak GiB", "fit in 4 GiB", "fit in 8 GiB"],
