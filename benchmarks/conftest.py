@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import baseline
-from benchmarks.measure import MOST_SPREAD
+from benchmarks.noise import MOST_SPREAD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _KEPT = ("name", "group", "extra_info", "stats")

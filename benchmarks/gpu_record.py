@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_providers import CANDIDATES
-from benchmarks.results import append, environment
+from benchmarks.results import append, environment, version
 from bft_kernels import info
 
 COLUMNS = (
@@ -114,7 +113,7 @@ class Record:
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.facts,
             bft_kernels=facts,
-            peers={name: _version(name) for name in peers},
+            peers={name: version(name) for name in peers},
             nvidia_smi=nvidia_smi(),
         )
         if self.device == "cuda":
@@ -130,13 +129,6 @@ class Record:
         self.noted |= values
         text = json.dumps(self.noted, indent=1, default=str) + "\n"
         (self.folder / "environment.json").write_text(text, encoding="utf-8")
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def nvidia_smi() -> dict[str, str]:

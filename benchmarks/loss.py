@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ from rich.progress import track
 from benchmarks.errors import first_rows, gradient_errors, truth
 from benchmarks.loss_table import COLUMNS, show
 from benchmarks.measure import (
-    MOST_SPREAD,
     Timing,
     extra_memory,
     first_line,
@@ -25,12 +23,10 @@ from benchmarks.measure import (
     time_all,
     time_turns,
 )
+from benchmarks.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
 from benchmarks.providers import PROVIDERS, Case, cases, why_not
 from benchmarks.results import append, check_columns, environment
 from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
-
-# Of the 1-minute load average over the cores, at the start: more means that others are computing.
-MOST_LOAD = 1.5
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,7 @@ def main(config: Config) -> None:
             check_columns(config.output, COLUMNS)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    load = os.getloadavg()[0]
-    _refuse(config, too_busy(load, os.cpu_count() or 1))
+    load = quiet_load(config.force)
     if config.keep_memory:
         keep_memory()
     facts = environment(config.device) | {"load": load}
@@ -113,37 +108,6 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
         yield name, replace(shape, tokens=config.tokens or shape.tokens)
 
 
-def too_busy(load: float, cores: int) -> str:
-    """Why not to start; empty if others leave the machine alone."""
-    if load <= MOST_LOAD * cores:
-        return ""
-    return (
-        f"the load average is {load:.1f} on {cores} cores, expected up to {MOST_LOAD * cores:.1f}: "
-        "others are computing"
-    )
-
-
-def too_noisy(bare: Timing, most: float) -> str:
-    """Why not to report; empty if the bare product took about the same time in every turn."""
-    if bare.spread <= most:
-        return ""
-    return (
-        f"the bare product took {bare.seconds:.4f} s with a spread (interquartile range over "
-        f"median) of {bare.spread:.0%}, expected up to --max-spread {most:.0%}"
-    )
-
-
-def _refuse(config: Config, reason: str) -> None:
-    if not reason:
-        return
-    if not config.force:
-        raise SystemExit(
-            f"too noisy to measure, nothing is reported or written: {reason}. Wait for a quiet "
-            "machine or take more --repeats; --force reports all the same"
-        )
-    print(f"noisy, reported because of --force: {reason}", file=sys.stderr)
-
-
 def _measure(
     config: Config, label: str, source: Source, dtype_name: str, asked: list[Case]
 ) -> list[dict[str, Any]]:
@@ -163,7 +127,7 @@ def _measure(
         except Exception as error:  # whatever a peer raises is its reason
             reasons[case] = f"failed: {type(error).__name__}: {first_line(error)}"
     bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
-    _refuse(config, too_noisy(bare, config.max_spread))
+    refuse(too_noisy(bare, config.max_spread), config.force)
     errors = _errors(config, problem, running)
     del problem
     if config.device == "cuda":

@@ -26,6 +26,8 @@ COLUMNS = (
     "threads",
     "torch",
     "bft-kernels",
+    "python",
+    "packages",
     "load",
     "repeats",
     "seconds",

@@ -18,8 +18,6 @@ from benchmarks.providers import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
 
 Name = TypeVar("Name", bound=Hashable)
-# Interquartile range over median of the bare product above which a machine is too noisy.
-MOST_SPREAD = 0.15
 
 
 def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:

@@ -56,6 +56,8 @@ _FACTS = {
     "threads": "Threads",
     "torch": "torch",
     "bft-kernels": "bft-kernels",
+    "python": "Python",
+    "packages": "Packages",
     "triton": "triton",
     "cuda": "CUDA",
     "commit": "Commit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,23 @@ import torch
 
 from bft_kernels import info
 
+ABSENT = "not installed"
+# Beside torch and this package.
+_OTHERS = ("transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl")
+
+
+def version(distribution: str) -> str:
+    """Of an installed package, or that it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT
+
 
 def environment(device: str) -> dict[str, Any]:
-    """Commit, device, thread count and versions."""
+    """Commit, device, thread count and versions; of peers those that are installed."""
     facts = info()
+    others = {name: version(name) for name in _OTHERS}
     return {
         "commit": _commit(),
         "processor": _processor(),
@@ -24,6 +38,8 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": facts["versions"]["torch"],
         "bft-kernels": facts["versions"]["bft-kernels"],
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {v}" for name, v in others.items() if v != ABSENT),
     }
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import bare_product, keep_memory, seconds, step
+from benchmarks.measure import Timing, bare_product, keep_memory, seconds, step, timing
+from benchmarks.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
 from benchmarks.providers import Case, cases, why_not
 from benchmarks.results import append, environment
 from benchmarks.shapes import Shape, make_problem
@@ -25,16 +26,17 @@ _LEAST_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Config:
-    """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N and V.
+    """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
 
     a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
-    told as a multiple of the bare product's own slope, fitted to its times in the same run.
+    told as a multiple of the bare product's own slope, fitted to its times in the same run. The
+    bare product is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
     """
 
     provider: str = "bft triton sampled" if torch.cuda.is_available() else "bft cpu sampled"
     weighting: Literal["plain", "dft", "bft"] = "bft"
     mode: Literal["forward", "both", "frozen"] = "both"
-    width: int = 576
+    widths: tuple[int, ...] = (576,)
     tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
     vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -43,6 +45,11 @@ class Config:
     """At least; short ones are repeated for three seconds."""
     keep_memory: bool = False
     """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    max_spread: float = MOST_SPREAD
+    """Refuse to report if the bare product's interquartile range exceeds this share of its median
+    on any shape, or if the machine is busy at the start."""
+    force: bool = False
+    """Report all the same."""
     output: Path | None = None
     """Append long-form CSV here."""
 
@@ -51,7 +58,7 @@ def main(config: Config) -> None:
     """Measures, fits and prints.
 
     Raises:
-        SystemExit: an unknown provider, or one that cannot run here.
+        SystemExit: an unknown provider, or one that cannot run here, or a noisy machine.
     """
     try:
         (case,) = cases([config.provider], [config.weighting], [config.mode])
@@ -60,11 +67,24 @@ def main(config: Config) -> None:
     reason = why_not(case, config.device, getattr(torch, config.dtype))
     if reason:
         raise SystemExit(f"providers: got {config.provider!r}, which cannot run here: {reason}")
+    load = quiet_load(config.force)
     if config.keep_memory:
         keep_memory()
-    shapes = [Shape(n, config.width, v) for v in config.vocabularies for n in config.tokens]
+    shapes = [
+        Shape(n, width, v)
+        for width in config.widths
+        for v in config.vocabularies
+        for n in config.tokens
+    ]
     measured = [_measure(config, case, shape) for shape in shapes]
-    times, products, passes = zip(*measured, strict=True)
+    for shape, (_, product, _) in zip(shapes, measured, strict=True):
+        if reason := too_noisy(product, config.max_spread):
+            refuse(
+                f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: {reason}", config.force
+            )
+    times, products, passes = (
+        [one.seconds for one in column] for column in zip(*measured, strict=True)
+    )
     fixed, slope = fit(shapes, times)
     bare_fixed, bare_slope = fit(shapes, products)
     # The slope of a pass over dW in V D, that is its seconds an element.
@@ -74,14 +94,15 @@ def main(config: Config) -> None:
     )
     fitted = [predict(shape, fixed, slope) for shape in shapes]
     table = Table(
-        title=f"{config.provider}, {config.weighting}, {config.mode}, D {config.width}, "
-        f"{config.dtype}, {config.device}"
+        title=f"{config.provider}, {config.weighting}, {config.mode}, {config.dtype}, "
+        f"{config.device}"
     )
-    for column in ("N", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
+    for column in ("N", "D", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
         table.add_column(column, justify="right")
     for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
         table.add_row(
             str(shape.tokens),
+            str(shape.width),
             str(shape.vocabulary),
             f"{taken:.3f}",
             f"{taken / product:.2f}",
@@ -92,10 +113,10 @@ def main(config: Config) -> None:
     console.print(table)
     console.print(
         f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
-        f"bare product's; b: {slope / bare_slope:.3f} G"
+        f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
     )
     if config.output is not None:
-        facts = environment(config.device)
+        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
         append(
             config.output,
             [
@@ -109,20 +130,22 @@ def main(config: Config) -> None:
                     "dtype": config.dtype,
                     "memory_kept": config.keep_memory,
                     **facts,
-                    "seconds": taken,
-                    "bare_product_seconds": product,
-                    "pass_seconds": a_pass,
+                    "seconds": taken.seconds,
+                    "spread": taken.spread,
+                    "bare_product_seconds": product.seconds,
+                    "bare_product_spread": product.spread,
+                    "pass_seconds": a_pass.seconds,
                     "fitted_seconds": value,
                 }
-                for shape, taken, product, a_pass, value in zip(
-                    shapes, times, products, passes, fitted, strict=True
+                for shape, (taken, product, a_pass), value in zip(
+                    shapes, measured, fitted, strict=True
                 )
             ],
         )
 
 
-def _measure(config: Config, case: Case, shape: Shape) -> tuple[float, float, float]:
-    """Median seconds of the loss, of the bare product and of a pass over dW, interleaved."""
+def _measure(config: Config, case: Case, shape: Shape) -> tuple[Timing, Timing, Timing]:
+    """Of the loss, of the bare product and of a pass over dW, interleaved."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
     runs: tuple[Callable[[], object], ...] = (
@@ -134,8 +157,8 @@ def _measure(config: Config, case: Case, shape: Shape) -> tuple[float, float, fl
     until = time.monotonic() + _LEAST_SECONDS
     while len(turns) <= config.repeats or time.monotonic() < until:
         turns.append([seconds(run, config.device) for run in runs])
-    step_, product, a_pass = (statistics.median(column) for column in zip(*turns[1:], strict=True))
-    return step_, product, a_pass
+    of_loss, product, a_pass = (timing(list(column)) for column in zip(*turns[1:], strict=True))
+    return of_loss, product, a_pass
 
 
 def predict(shape: Shape, fixed: float, slope: float) -> float:

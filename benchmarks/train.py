@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import start, timing
+from benchmarks.noise import quiet_load
 from benchmarks.readings import PARTS
 from benchmarks.results import append, environment
 from benchmarks.train_losses import LOSSES, NAMES, StepLoss
@@ -66,7 +66,7 @@ class Config:
     window: int = 256
     """Tokens in a confidence window of bft."""
     max_buffer_mib: int | None = None
-    """Memory of our losses' logit blocks; 64 on a CPU and 512 on a GPU if not given."""
+    """Memory of our losses' logit blocks; 64 on a CPU and 528 on a GPU if not given."""
     lora: bool = False
     """Train adapters of rank 16 on all linear layers instead of all parameters."""
     gradient_checkpointing: bool = False
@@ -85,6 +85,8 @@ class Config:
     """The largest batch to try."""
     patience: float = 600.0
     """Seconds that a step may take in that search. A longer one ends it: at least so many fit."""
+    force: bool = False
+    """Measure on a busy machine too."""
     output: Path | None = None
     """Append long-form CSV here."""
 
@@ -120,15 +122,16 @@ def main(config: Config) -> None:
     """Measures, prints, and writes if asked to.
 
     Raises:
-        SystemExit: a setting that cannot be, or too little text.
+        SystemExit: a setting that cannot be, too little text, or a busy machine.
     """
     console = Console()
-    load = os.getloadavg()[0]
+    load = quiet_load(config.force)
     job = config.job()
     timed = config.batch * (config.repeats + 1)
     ids = token_rows(_documents(config, job), config.length, max(timed, config.max_batch))
     asked = [x for x in LOSSES if x.name in config.losses and x.weighting in config.weightings]
-    reasons = {x.label: x.why_missing(config.device) for x in asked}
+    dtype = getattr(torch, config.dtype)
+    reasons = {x.label: x.why_missing(config.device, dtype) for x in asked}
     able = [x for x in asked if not reasons[x.label]]
     rows: list[Row] = _measure(config, job, able, ids, reasons, console)
     rows += _search(config, job, [x for x in able if not reasons[x.label]], ids, console)

@@ -36,9 +36,9 @@ class StepLoss:
     def label(self) -> str:
         return f"{self.name}, {self.weighting}"
 
-    def why_missing(self, device: str) -> str:
+    def why_missing(self, device: str, dtype: torch.dtype = torch.float32) -> str:
         """Why it cannot run here, empty if it can."""
-        return "" if self.peer is None else why_not(self.peer, device, torch.float32)
+        return "" if self.peer is None else why_not(self.peer, device, dtype)
 
 
 def _at_head(case: Case, window: int) -> LossFunction:

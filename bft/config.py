@@ -43,7 +43,7 @@ class TrainConfig:
     backend: str = "auto"
     """Backend of the loss, see `bft info`."""
     max_buffer_mib: int | None = None
-    """Memory of the loss's logit blocks; 64 on a CPU and 512 on a GPU if not given."""
+    """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
 
     steps: int | None = None
     """Optimizer steps; overrides `epochs`."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loss
+from benchmarks import loss, noise
 from benchmarks.errors import first_rows, gradient_errors, relative_error, truth
 from benchmarks.loss_table import COLUMNS
 from benchmarks.losses import WEIGHTINGS
@@ -198,17 +198,17 @@ def test_refuses_a_file_with_other_columns(tmp_path: Path) -> None:
 
 
 def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loss.too_busy(2.0, 2) == ""
-    assert "the load average is 7.0 on 2 cores, expected up to 3.0" in loss.too_busy(7.0, 2)
-    assert loss.too_noisy(Timing(1.0, 0.15), 0.15) == ""
-    assert "spread (interquartile range over median) of 40%" in loss.too_noisy(
+    assert noise.too_busy(2.0, 2) == ""
+    assert "the load average is 7.0 on 2 cores, expected up to 3.0" in noise.too_busy(7.0, 2)
+    assert noise.too_noisy(Timing(1.0, 0.15), 0.15) == ""
+    assert "spread (interquartile range over median) of 40%" in noise.too_noisy(
         Timing(1.0, 0.4), 0.15
     )
     path = tmp_path / "results.csv"
-    monkeypatch.setattr(loss.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     with pytest.raises(SystemExit, match=r"expected up to --max-spread -100%.*--force"):
         loss.main(config(force=False, max_spread=-1.0, output=path))
-    monkeypatch.setattr(loss.os, "getloadavg", lambda: (1e6, 0.0, 0.0))
+    monkeypatch.setattr(noise.os, "getloadavg", lambda: (1e6, 0.0, 0.0))
     with pytest.raises(SystemExit, match=r"load average is 1000000\.0"):
         loss.main(config(force=False, output=path))
     assert not path.exists()

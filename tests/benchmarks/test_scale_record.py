@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks.noise
 import benchmarks.record
 import benchmarks.scale
 from benchmarks.losses import ours
@@ -26,23 +28,33 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "scale.csv"
     config = benchmarks.scale.Config(
         provider="bft torch sampled",
-        width=32,
+        widths=(16, 32),
         tokens=(64, 256),
         vocabularies=(512, 2048),
         device="cpu",
         repeats=1,
+        force=True,
         output=path,
     )
     benchmarks.scale.main(config)
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(int(row["tokens"]), int(row["vocabulary"])) for row in rows] == [
-        (64, 512),
-        (256, 512),
-        (64, 2048),
-        (256, 2048),
+    shapes = [(64, 512), (256, 512), (64, 2048), (256, 2048)]
+    assert [tuple(int(row[c]) for c in ("width", "tokens", "vocabulary")) for row in rows] == [
+        (width, *shape) for width in (16, 32) for shape in shapes
     ]
+    assert all(float(row["spread"]) >= 0 for row in rows)
     assert "passes over dW" in capsys.readouterr().out
+
+
+def test_scale_refuses_a_noisy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    config = benchmarks.scale.Config(
+        "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
+    )
+    monkeypatch.setattr(benchmarks.scale, "_LEAST_SECONDS", 0.0)
+    with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare product .* expected up to"):
+        benchmarks.scale.main(replace(config, max_spread=-1.0))
 
 
 @pytest.mark.parametrize(

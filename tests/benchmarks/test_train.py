@@ -61,6 +61,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "max_batch": 4,
         "repeats": 2,
         "device": "cpu",
+        "force": True,
     }
 
 
