@@ -185,7 +185,7 @@ def growth_figures(rows: Sequence[Row]) -> dict[str, list[Panel]]:
 
 
 def scaled_title(row: Row) -> str:
-    """The loss of a row of scale.csv; older files tell its weighting in its name alone."""
+    """The loss of a row of scale.csv."""
     weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
     return ", ".join(filter(None, (row["provider"], weighting, row.get("mode", ""), row["dtype"])))
 

@@ -118,16 +118,20 @@ def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
     text = (tables.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     table = text[text.index("| | goal | Zen 4") :].split("\n\n")[0].splitlines()
     told = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in table}
-    for label, provider, column in (
-        ("1G, seconds", "1G", "seconds"),
-        ("sampled", "bft balanced sampled", "times_g"),
-        ("`no_grad`, all statistics", "bft balanced, no_grad", "times_g"),
-        ("exact, 256 MiB", "bft balanced, 256 MiB", "times_g"),
-        ("exact, 16 MiB", "bft balanced, 16 MiB", "times_g"),
-        ("exact, frozen head", "bft balanced, frozen head", "times_g"),
+    for label, provider, mode, column in (
+        ("1G, seconds", "1G", "", "seconds"),
+        ("sampled", "bft cpu sampled", "both", "times_g"),
+        ("`no_grad`, all statistics", "bft cpu exact", "forward", "times_g"),
+        ("exact, 256 MiB", "bft cpu exact, 256 MiB", "both", "times_g"),
+        ("exact, 16 MiB", "bft cpu exact, 16 MiB", "both", "times_g"),
+        ("exact, frozen head", "bft cpu exact", "frozen", "times_g"),
     ):
+        weighting = "bft" if mode else ""
         expected = [
-            number(tables.find(rows, provider=provider, shape=shape), column)
+            number(
+                tables.find(rows, provider=provider, weighting=weighting, mode=mode, shape=shape),
+                column,
+            )
             for shape in ("smollm2-135m", "qwen2.5-0.5b", "gemma3-270m")
         ]
         assert told[label] == ", ".join(f"{value:.2f}" for value in expected), label
