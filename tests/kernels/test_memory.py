@@ -164,12 +164,7 @@ def test_autocast_stays_near_the_budget(problem, allocations):
 
 PROCESS = textwrap.dedent("""
     import json, sys, torch
-    from bft_kernels import (
-    balanced_linear_cross_entropy,
-    empty_cache,
-    linear_cross_entropy,
-    linear_nll,
-)
+    from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 
     rows, vocabulary, width, budget = map(int, sys.argv[1:])
     torch.set_num_threads(1)
