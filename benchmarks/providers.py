@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,6 +15,7 @@ from torch.nn import functional
 
 from benchmarks import losses
 from benchmarks.losses import WEIGHTINGS, Run, ours
+from benchmarks.results import ABSENT, version
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not as backend_why_not
 
@@ -215,11 +215,8 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
 
 def why_absent(name: str, distribution: str) -> str:
     """What is not there for a provider that is installed from ``distribution``, if from any."""
-    if distribution:
-        try:
-            importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{distribution} is not installed"
+    if distribution and version(distribution) == ABSENT:
+        return f"{distribution} is {ABSENT}"
     if name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
     return ""
