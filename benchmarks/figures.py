@@ -221,17 +221,23 @@ def stacked(title: str, lines: Sequence[Stack], parts: Sequence[str], label: str
         _names(axes, [line.label for line in ranked], texts, [line.ours for line in ranked])
         axes.set_xlim(0, max(starts))
         axes.set_xlabel(label)
-        axes.legend(
-            fontsize=7.5,
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncols=2,
-            frameon=False,
-            alignment="left",
-        )
+        legend_above(axes, columns=2)
 
     legend = _LINE * (1 + (len(parts) + 1) // 2)
     return Panel(title, words, _AXIS + _ROW * len(ranked) + legend, draw)
+
+
+def legend_above(axes: Any, columns: int, **more: Any) -> None:
+    """Between the title and the axes, from the left."""
+    axes.legend(
+        fontsize=7.5,
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1.0),
+        ncols=columns,
+        frameon=False,
+        alignment="left",
+        **more,
+    )
 
 
 def _memory(point: Point) -> str:

@@ -17,6 +17,7 @@ from benchmarks.figures import (
     Point,
     Stack,
     bars,
+    legend_above,
     ours,
     render,
     save,
@@ -239,17 +240,8 @@ def _growth(
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25, linewidth=0.5)
-        fitted = "; lines: a V D + b N V D" if line is not None else ""
-        axes.legend(
-            title=f"points: measured{fitted}",
-            fontsize=7.5,
-            title_fontsize=7.5,
-            loc="lower left",
-            bbox_to_anchor=(-0.02, 1.0),
-            ncols=3,
-            frameon=False,
-            alignment="left",
-        )
+        drawn = "; lines: a V D + b N V D" if line is not None else ""
+        legend_above(axes, columns=3, title=f"points: measured{drawn}", title_fontsize=7.5)
 
     words = f"{title}: " + "; ".join(
         f"{_SIZES[axis]} {getattr(s, axis):,}, {_SIZES[by]} {getattr(s, by):,}: {t:.3g} s"

@@ -67,10 +67,7 @@ class Losses:
         for line in self.lines:
             texts = [line.label]
             for shape in self.models:
-                row = find_line(rows, line, shape)
-                times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
-                texts.append("" if times_g is None else f"{times_g:.2f}")
-                texts.append("" if extra is None else f"{extra / 2**20:.0f}")
+                texts += time_and_memory(find_line(rows, line, shape))
             cells.append([f"**{text}**" if line.bold and text else text for text in texts])
         return cells
 
@@ -138,10 +135,7 @@ class Modes:
         for (provider,) in grouped([row for row in rows if row["seconds"]], "provider"):
             texts = [provider]
             for mode in modes:
-                row = find(rows, provider=provider, mode=mode)
-                times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
-                texts.append("" if times_g is None else f"{times_g:.2f}")
-                texts.append("" if extra is None else f"{extra / 2**20:.0f}")
+                texts += time_and_memory(find(rows, provider=provider, mode=mode))
             cells.append(texts)
         return cells
 
@@ -152,7 +146,6 @@ class Steps:
 
     folder: str  # below benchmarks/results
     model: str
-    checkpointing: bool = False
 
     def __call__(self) -> list[list[str]]:
         """Cells, the heading first; a line for each weighting and loss."""
@@ -160,7 +153,7 @@ class Steps:
             row
             for row in read(RESULTS / self.folder / "train.csv")
             if (row["model"], row["mode"], row["gradient_checkpointing"])
-            == (self.model, "full", str(self.checkpointing))
+            == (self.model, "full", "False")
             and not row["reason"]  # of those that cannot run, the file and the page have it
         ]
         if not rows:
@@ -312,6 +305,15 @@ def find_line(rows: Iterable[Row], line: Line, shape: str) -> Row:
         ValueError: there is none.
     """
     return find(rows, provider=line.provider, weighting=line.weighting, mode=line.mode, shape=shape)
+
+
+def time_and_memory(row: Row) -> list[str]:
+    """Multiples of 1G and MiB, each empty where the row has none."""
+    times_g, extra = number(row, "times_g"), number(row, "extra_bytes")
+    return [
+        "" if times_g is None else f"{times_g:.2f}",
+        "" if extra is None else f"{extra / 2**20:.0f}",
+    ]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
