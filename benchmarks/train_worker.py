@@ -137,7 +137,7 @@ class Stepper:
             return loss(hidden, head, target, cu_seqlens, num_items)
 
         known = self.transform
-        patch_model(self.model, watched, transform=known, verify=known is None)
+        patch_model(self.model, watched, transform=known, shift=True, verify=known is None)
         try:
             yield
         finally:

@@ -17,7 +17,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 
 from bft.data import Collator, read_jsonl
 from bft.encode import DataError, Example, Record, encode, prompt_text
+from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, Head
 from bft.patch import use_loss
 from bft_kernels import linear_nll
@@ -234,7 +234,7 @@ def _score(
     device = next(model.parameters()).device
     measure = _Measure()
     bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
-    with bar, _evaluation_mode(model), use_loss(model, measure), torch.no_grad():
+    with bar, evaluation_mode(model), use_loss(model, measure), torch.no_grad():
         for rows in _batches(items, batch_tokens):
             measure.items = [items[row] for row in rows]
             batch = collate([item.example for item in measure.items])
@@ -313,15 +313,3 @@ def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[int]]:
         size = max(1, batch_tokens // len(items[order[0]].example.input_ids))
         yield order[:size]
         order = order[size:]
-
-
-@contextmanager
-def _evaluation_mode(model: Any) -> Iterator[None]:
-    """`eval()` for the while; each module gets its own mode back, frozen parts included."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,9 +1,8 @@
-"""What the fused head needs to know of a Hugging Face causal LM: where its head is, and its logits.
+"""Where the head of a Hugging Face causal LM is, and whether the fused op can stand for it.
 
 The logits are ``softcap(hidden @ weight.T + bias) / temperature``. Neither half is taken on trust:
-:func:`verify_linear` compares the head with its own forward, and :class:`StandIn` sends known
-numbers through whatever the model does after its head, from which :func:`read_transform` tells
-the rest.
+:func:`verify_linear` compares the head with its own forward, and :mod:`bft.measure` finds out what
+the model does after its head.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_EXPRESSIBLE = "The fused head can only express softcap(hidden @ weight.T + bias) / temperature."
+EXPRESSIBLE = "The fused head can only express softcap(hidden @ weight.T + bias) / temperature."
 
 
 class UnsupportedModel(ValueError):
@@ -97,7 +96,7 @@ def check_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     kind = type(head).__name__
     if not isinstance(weight, Tensor):
-        raise UnsupportedModel(f"head: {kind} has no weight tensor. {_EXPRESSIBLE}")
+        raise UnsupportedModel(f"head: {kind} has no weight tensor. {EXPRESSIBLE}")
     for name, value, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if value is None:
             continue
@@ -129,58 +128,8 @@ def verify_linear(
     allowed = (eps if eps > 1e-4 else eps**0.5) * expected.abs().amax()
     if expected.shape != got.shape or bool(((expected - got).abs() > allowed).any()):
         raise UnsupportedModel(
-            f"head: its own forward differs from hidden @ weight.T + bias. {_EXPRESSIBLE}"
+            f"head: its own forward differs from hidden @ weight.T + bias. {EXPRESSIBLE}"
         )
-
-
-# --- measuring what the model does to its logits -------------------------------------------------
-
-
-class StandIn(nn.Module):
-    """Takes the head's place in the model's own forward and keeps the hidden states it is given.
-
-    Its answer stands for logits: none at all (no positions), or numbers that tell what the model
-    does to them. Those are float64 whatever the model computes in, so that a scale is read off to
-    full precision.
-    """
-
-    def __init__(self, outer: nn.Module, head: Any, measure: bool) -> None:
-        super().__init__()
-        self.__dict__["head"] = outer  # not as a submodule
-        # ZeRO-3 leaves an empty weight outside of the head's hooks.
-        self.vocabulary: int = getattr(head, "out_features", None) or head.weight.shape[0]
-        self.measure = measure
-        self.received: list[Tensor] = []
-        self.answer = torch.empty(0)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["head"], name)  # models ask for lm_head.weight.dtype
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.received.append(hidden)
-        device = hidden.device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        if self.measure:
-            self.answer = probe(self.vocabulary, device, wide)
-            return self.answer.clone()  # some models write into their logits
-        return torch.empty(1, 0, self.vocabulary, device=device, dtype=hidden.dtype)
-
-    def hidden_for(self, target: Tensor) -> Tensor:
-        """The hidden states ``[B, T, D]`` of ``target [B, T]``; raises if there are none."""
-        if len(self.received) != 1:
-            raise UnsupportedModel(
-                f"model: its forward called its head {len(self.received)} times, expected once"
-            )
-        hidden = self.received[0]
-        if hidden.shape[:-1] != target.shape:
-            raise ValueError(
-                f"labels: got shape {tuple(target.shape)}, expected {tuple(hidden.shape[:-1])}, "
-                "the positions that reach the head (logits_to_keep does not go with labels)"
-            )
-        return hidden
 
 
 @contextmanager
@@ -199,56 +148,3 @@ def in_place_of(model: nn.Module, head: nn.Module, stand_in: nn.Module) -> Itera
     finally:
         for parent, name in places:
             parent._modules[name] = head
-
-
-# Where a softcap is still a straight line in float64, and no less than float16 has; and where it is
-# flat, and no more than float16 has.
-_TINY, _HUGE = 2.0**-24, 2.0**14
-
-
-def probe(vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``[1, 5, V]``: zeros, tiny, huge, minus huge, and sizes from 1e-3 to 1e3 of both signs."""
-    rows = torch.zeros(5, vocabulary, dtype=dtype, device=device)
-    for row, value in enumerate((0.0, _TINY, _HUGE, -_HUGE)):
-        rows[row] = value
-    sign = 1 - 2 * (torch.arange(vocabulary, device=device) % 2)
-    rows[4] = sign * torch.logspace(-3, 3, vocabulary, dtype=dtype, device=device)
-    return rows[None]
-
-
-@torch.no_grad()
-def read_transform(sent: Tensor, logits: Any, name: str) -> LogitTransform:
-    """The transform that made ``logits`` of what the stand-in sent, :func:`probe`.
-
-    Any chain of softcaps' and scales' forms comes out: ``cap * tanh(s * y / cap)`` is a softcap of
-    ``cap / s`` with temperature ``1 / s``.
-
-    Raises:
-        UnsupportedModel: the logits are not one such function of each entry, the same everywhere;
-            the message says what was seen.
-    """
-    if not isinstance(logits, Tensor) or logits.shape != sent.shape:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        _refuse(name, f"turns logits {tuple(sent.shape)} into {got}")
-    zero, tiny, huge = logits[0, :3].double()
-    offset = int((zero != 0).sum())
-    if offset:
-        _refuse(name, f"masks or adds to {offset} of {zero.numel()} entries of its logits")
-    scale, limit = float(tiny[0]) / _TINY, float(huge[0])
-    if not scale > 0:
-        _refuse(name, f"multiplies its logits by {scale}")
-    # A model that casts its logits to float32 gives the scale to that precision only.
-    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
-    softcap = limit / scale if limit < 0.5 * scale * _HUGE else None
-    transform = LogitTransform(softcap, 1.0 / scale)
-
-    expected = transform(sent.double())
-    error = (logits.double() - expected).abs() / expected.abs().clamp_min(1e-30)
-    different = int((error > 16 * max(torch.finfo(logits.dtype).eps, 2**-52)).any(1).sum())
-    if different:
-        _refuse(name, f"changes {different} of {zero.numel()} logits other than by {transform}")
-    return transform
-
-
-def _refuse(name: str, what: str) -> None:
-    raise UnsupportedModel(f"model: {name} {what}. {_EXPRESSIBLE}")

@@ -149,14 +149,15 @@ def draw_seed(seed: int | None = None) -> int:
     return (seed + rank * 0x9E3779B1) % 2**31
 
 
-def batch_targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tensor, Tensor | None]:
     """Targets aligned with the hidden states, and document boundaries, of a batch.
 
     Boundaries come from the first of these that the batch holds: ``cu_seqlens``, ``cu_seq_lens_q``
     (flash attention's), ``position_ids`` that restart. Without any, each row is one document.
     ``labels`` are shifted: ``target[b, t] = labels[b, t + 1]``, and the last position of a document
     is ignored, so that no document's first token is predicted from the document before it.
-    ``shift_labels`` are taken as they are.
+    ``shift_labels`` are taken as they are, and with ``shift=False`` so are ``labels``: masked
+    models, and the decoders of Bart and its kin, expect them aligned already.
 
     Args:
         batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
@@ -193,8 +194,8 @@ def batch_targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
     elif cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, rows.numel(), rows.device)
-    if shifted is not None:
-        return shifted, cu_seqlens
+    if shifted is not None or not shift:
+        return rows, cu_seqlens
     return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
 
 

@@ -9,52 +9,98 @@ training (FSDP, DeepSpeed) and offloading gather the weight there.
 What the model does to its logits afterwards (softcap, scale) is measured instead of looked up: on
 the first labelled call the stand-in answers with known numbers, and what becomes of them in the
 model's output tells the transform. It must be one that the op knows, the same over the whole
-vocabulary, or the call is refused. So nothing is computed twice, no dummy input is needed, and no
-rank of a sharded model does more than the others.
+vocabulary, or the call is refused. The model's own loss of those numbers tells whether it shifts
+its labels. So nothing is computed twice, no dummy input is needed, and no rank of a sharded model
+does more than the others. Only packed rows cost more, once: see :mod:`bft.isolation`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from bft.guard import check_labelled, describe, guard
 from bft.head import (
     LogitTransform,
-    StandIn,
     UnsupportedModel,
     causal_lm,
     check_weight,
     find_head,
-    in_place_of,
     is_sharded,
-    read_transform,
     verify_linear,
 )
-from bft.loss import IGNORE, Head, LossFunction, batch_targets
+from bft.isolation import check_documents_apart
+from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
+from bft.measure import StandIn, read_shift, read_transform, run_body
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 _STATE = "_fused_head"
+# The arguments that say where labels and documents lie.
+_PLACEMENT = ("labels", "shift_labels", "cu_seqlens", "cu_seq_lens_q", "position_ids")
+# Kinds of packed calls in which a model was seen to keep documents apart, over all of its patches.
+_APART: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @dataclass
 class _State:
-    """What a patched model carries. Nothing in it refers to the model but what deepcopy rebinds."""
+    """What a patched model carries. What in it refers to the model, copies and pickles rebind."""
 
     loss: LossFunction
     transform: LogitTransform | None
+    shift: bool | None  # whether the model's own loss shifts its labels; None: not measured yet
     verify: bool
-    forward: Callable[..., Any]  # the model's own
-    shadowed: bool  # whether that was an attribute of the instance
-    parameters: tuple[str, ...]  # its arguments' names
-    function: Callable[..., Any]  # what took its place
+    allow_unlabelled: bool
+    shadowing: Callable[..., Any] | None  # a forward that was an attribute of the instance
+    parameters: tuple[str, ...]  # the own forward's arguments' names
+    function: Callable[..., Any]  # the __func__ of what took its place
+    apart: set[str] | None  # as in _APART; None: packed calls are not checked
+    guards: Sequence[RemovableHandle] = ()
+    depth: int = 0  # calls that are running, one in the other
+    logits_missed: bool = False  # whether a log line said that an evaluation gets no logits
     stats: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stats": None, "depth": 0}
+
+
+class _Forward:
+    """A patched model's forward: an object, which deepcopy and pickle tie to the copy.
+
+    It passes for a bound method: accelerate wraps ``__func__``, and binds that again when it
+    unwraps. No ``__wrapped__``: whoever unwraps through it would step past the patch.
+    """
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        return _fused_forward
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _fused_forward(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # Trainer drops the columns that the signature does not name.
+        return inspect.signature(_own_forward(self.model))
+
+
+def _own_forward(model: nn.Module) -> Callable[..., Any]:
+    """What ``model.forward`` was before the patch."""
+    shadowing = model.__dict__[_STATE].shadowing
+    return type(model).forward.__get__(model) if shadowing is None else shadowing
 
 
 # --- public functions ----------------------------------------------------------------------------
@@ -65,13 +111,19 @@ def patch_model(
     loss: LossFunction,
     *,
     transform: LogitTransform | None = None,
+    shift: bool | None = None,
     verify: bool = True,
+    allow_unlabelled: bool = False,
 ) -> Model:
     """Makes ``model(..., labels=...)`` compute ``loss`` with the fused op, in place.
 
-    The output then has ``loss`` and ``logits=None``, in ``train()`` and ``eval()`` alike; calls
-    without labels, and ``generate()``, are the model's own. ``shift_labels``, ``cu_seqlens`` and
-    ``position_ids`` that restart are honoured; see :func:`bft.loss.batch_targets`. ``num_items`` is
+    The output then has ``loss`` and ``logits=None``, in ``train()`` and ``eval()`` alike.
+    ``generate()`` and calls without labels are the model's own, but while it trains (``train()``
+    mode, gradients enabled) whatever passes by the loss raises: see :mod:`bft.guard`.
+
+    ``labels`` are aligned as the model's own loss aligns them, shifted or not. ``shift_labels``,
+    ``cu_seqlens`` and ``position_ids`` that restart are honoured; see
+    :func:`bft.loss.batch_targets`. ``num_items`` is
     what the loss divides by (documents or labelled tokens, as its ``normalize`` says).
     ``num_items_in_batch`` is Hugging Face's number of labelled tokens, and is refused by a loss
     that divides by documents.
@@ -83,15 +135,20 @@ def patch_model(
         model: a ``PreTrainedModel``, or one inside PEFT, DDP, FSDP or ``torch.compile`` wrappers.
         loss: usually a :class:`bft.loss.HeadLoss`.
         transform: what the model does to its logits; ``None``: measured on the first labelled call.
-        verify: check on that call that the head is ``hidden @ weight.T + bias``, at two labels.
-            With both given, and with every later call, ``torch.compile`` sees one graph.
+        shift: whether ``labels[t + 1]`` is what position ``t`` predicts; ``None``: measured on that
+            call, too.
+        verify: check on that call that the head is ``hidden @ weight.T + bias``, at two labels, and
+            on the first packed one that documents do not see each other. With all three given, and
+            with every later call, ``torch.compile`` sees one graph.
+        allow_unlabelled: let the model train without the fused loss, too.
 
     Returns:
         ``model`` itself.
 
     Raises:
         UnsupportedModel: an encoder-decoder, no output embedding, one with an adapter on it or
-            quantised; or, on the first labelled call, logits that the op cannot express.
+            quantised; or, on the first labelled call, logits that the op cannot express, labels of
+            unknown alignment, packed documents that see each other.
         TypeError: ``loss`` cannot be called.
         RuntimeError: the model is patched already.
     """
@@ -100,33 +157,22 @@ def patch_model(
     inner = causal_lm(model)
     if _STATE in inner.__dict__:
         raise RuntimeError("model: already patched; unpatch_model first, or use_loss to change it")
-    head = find_head(inner)[1]
+    outer, head = find_head(inner)
     if not is_sharded(head):
         check_weight(head)
-
-    own = inner.forward
-    signature = inspect.signature(own)
-    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _fused_forward(self, *args, **kwargs)
-
-    # Trainer drops the columns that the signature does not name. No __wrapped__: whoever unwraps
-    # forward through it (accelerate) would step past the patch.
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[this, *signature.parameters.values()]
-    )
-    inner.__dict__[_STATE] = _State(
+    state = inner.__dict__[_STATE] = _State(
         loss=loss,
         transform=transform,
+        shift=shift,
         verify=verify,
-        forward=own,
-        shadowed="forward" in inner.__dict__,
-        parameters=tuple(signature.parameters),
-        function=forward,
+        allow_unlabelled=allow_unlabelled,
+        shadowing=inner.__dict__.get("forward"),
+        parameters=tuple(inspect.signature(inner.forward).parameters),
+        function=_fused_forward,
+        apart=_APART.setdefault(inner, set()) if verify else None,
     )
-    # A bound method, which deepcopy rebinds to the copy.
-    inner.__dict__["forward"] = MethodType(forward, inner)
+    inner.__dict__["forward"] = _Forward(inner)
+    state.guards = guard(inner, outer, state)
     return model
 
 
@@ -142,10 +188,15 @@ def unpatch_model(model: Model) -> Model:
     if state is None:
         return model
     if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.function:
-        raise RuntimeError("model: its forward was wrapped after patch_model; unwrap that first")
+        raise RuntimeError(
+            f"model: its forward was wrapped after patch_model, by "
+            f"{describe(inner.__dict__.get('forward'))}; unwrap that first"
+        )
     del inner.__dict__[_STATE], inner.__dict__["forward"]
-    if state.shadowed:
-        inner.__dict__["forward"] = state.forward
+    if state.shadowing is not None:
+        inner.__dict__["forward"] = state.shadowing
+    for handle in state.guards:
+        handle.remove()
     return model
 
 
@@ -154,7 +205,7 @@ def use_loss(model: Model, loss: LossFunction) -> Iterator[Model]:
     """Within it ``model(..., labels=...)`` computes ``loss``, patched before or not."""
     state = causal_lm(model).__dict__.get(_STATE)
     if state is None:
-        patch_model(model, loss)
+        causal_lm(patch_model(model, loss)).__dict__[_STATE].logits_missed = True
         try:
             yield model
         finally:
@@ -192,10 +243,21 @@ def last_stats(model: nn.Module) -> Any:
 def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = model.__dict__[_STATE]
     call = dict(zip(state.parameters, args, strict=False)) | kwargs
-    if call.get("labels") is None and call.get("shift_labels") is None:
-        return state.forward(*args, **kwargs)
+    labelled = call.get("labels") is not None or call.get("shift_labels") is not None
+    if not labelled:
+        check_labelled(model, state)
+    state.depth += 1
+    try:
+        if not labelled:
+            return _own_forward(model)(*args, **kwargs)
+        return _labelled_call(model, state, call)
+    finally:
+        state.depth -= 1
 
-    target, cu_seqlens = batch_targets(call)
+
+def _labelled_call(model: Any, state: _State, call: dict[str, Any]) -> Any:
+    given = {name: call.get(name) for name in _PLACEMENT}
+    target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
     num_items = _num_items(state.loss, call)
     call = {k: v for k, v in call.items() if k not in ("labels", "shift_labels")}
     if "cu_seqlens" not in state.parameters:
@@ -206,20 +268,75 @@ def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     if as_dict is None:
         as_dict = getattr(model.config, "return_dict", True)
 
-    outer, head = find_head(model)
-    stand_in = StandIn(outer, head, measure=state.transform is None)
-    with in_place_of(model, outer, stand_in):
-        output = state.forward(**call, return_dict=True)
+    if cu_seqlens is not None and state.apart is not None:
+        _check_apart(model, state.apart, call, target, cu_seqlens)
+    output, stand_in = run_body(
+        model,
+        _own_forward(model),
+        call,
+        measure=state.transform is None or state.shift is None,
+        labels_on=target.device if state.shift is None and "labels" in state.parameters else None,
+    )
     hidden = stand_in.hidden_for(target)
-    if state.transform is None:
-        state.transform = read_transform(stand_in.answer, output.logits, type(model).__name__)
+    if stand_in.measure:
+        _read_measured(model, state, output, stand_in)
+        target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
 
+    head = find_head(model)[1]
     loss = _call_head(state, head, hidden, target, cu_seqlens, num_items)
     auxiliary = _router_loss(model, output)
     if auxiliary is not None:
         loss = loss + _share(state.loss, target, cu_seqlens, num_items) * auxiliary.to(loss.device)
+    _tell_of_logits(model, state)
     output = type(output)(**{**output, "loss": loss, "logits": None})
     return output if as_dict else output.to_tuple()
+
+
+def _read_measured(model: Any, state: _State, output: Any, stand_in: StandIn) -> None:
+    """What the answers of a measuring stand-in became: the logits' transform, the labels' shift."""
+    name = type(model).__name__
+    if state.transform is None:
+        state.transform = read_transform(stand_in.answer, output.logits, name)
+    if state.shift is not None:
+        return
+    own = output.get("loss")
+    if own is None:
+        state.shift = True  # it has no loss that could disagree
+        return
+    auxiliary = _router_loss(model, output)
+    if auxiliary is not None:
+        own = own - auxiliary.to(own.device)
+    state.shift = read_shift(own, state.transform, stand_in.vocabulary, name)
+
+
+def _check_apart(
+    model: Any, seen: set[str], call: dict[str, Any], target: Tensor, cu_seqlens: Tensor
+) -> None:
+    """Tries once for each kind of packed call whether its documents see each other."""
+    kind = " ".join(sorted(name for name, value in call.items() if value is not None))
+    kind = f"{getattr(model.config, '_attn_implementation', None)}: {kind}"
+    if kind in seen:
+        return
+
+    def run(call: Mapping[str, Any]) -> Tensor:
+        return run_body(model, _own_forward(model), call)[1].hidden_for(target)
+
+    if check_documents_apart(model, run, call, target, cu_seqlens):
+        seen.add(kind)
+
+
+def _tell_of_logits(model: Any, state: _State) -> None:
+    """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
+    if model.training or torch.is_grad_enabled() or state.logits_missed:
+        return
+    if not isinstance(state.loss, HeadLoss):  # an evaluation of our own, for a while
+        return
+    state.logits_missed = True
+    logger.warning(
+        "%s was evaluated with labels and returned its loss without logits. What reads logits "
+        "(Trainer.predict, compute_metrics) gets none of them: unpatch_model first",
+        type(model).__name__,
+    )
 
 
 def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:

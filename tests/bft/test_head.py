@@ -15,11 +15,10 @@ from bft.head import (
     causal_lm,
     check_weight,
     find_head,
-    probe,
-    read_transform,
     verify_linear,
 )
 from bft.loss import HeadLoss
+from bft.measure import probe, read_transform
 from bft.patch import patch_model, use_loss
 
 

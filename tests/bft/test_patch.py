@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import accelerate
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bft.head import LogitTransform, UnsupportedModel
+from bft.head import LogitTransform, UnsupportedModel, causal_lm
 from bft.loss import IGNORE, Head, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
@@ -106,10 +107,24 @@ def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@contextmanager
+def unlabelled(model: Any) -> Iterator[None]:
+    """Within it a patched model may train on its own logits."""
+    state = causal_lm(model).__dict__.get("_fused_head")
+    if state is not None:
+        state.allow_unlabelled = True
+    try:
+        yield
+    finally:
+        if state is not None:
+            state.allow_unlabelled = False
+
+
 def eager(model: Any, batch: dict[str, Tensor], loss: HeadLoss) -> Tensor:
     """The reference formula on the model's own logits."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    logits = model(**inputs, use_cache=False).logits
+    with unlabelled(model):
+        logits = model(**inputs, use_cache=False).logits
     target, cu_seqlens = batch_targets(batch)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
@@ -511,7 +526,7 @@ def test_a_transform_may_be_given():
 def test_torch_compile_takes_it_in_one_graph():
     model, batch = build("cohere"), rows()
     want = eager(model, batch, BFT)
-    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), verify=False)
+    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     loss = compiled(**batch).loss
     close(loss, want)
