@@ -1,0 +1,164 @@
+"""Labels mean to a patched model what they mean to its own loss: shifted by one, or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from bft.head import UnsupportedModel
+from bft.loss import IGNORE, HeadLoss
+from bft.patch import last_stats, patch_model, unpatch_model
+
+SFT = HeadLoss(scheme="sft", normalize="token")
+V = 99
+BERT = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+LLAMA = BERT | {"num_key_value_heads": 2}
+BART = {
+    "vocab_size": V,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+}
+
+NOT_SHIFTED = {
+    "BartForCausalLM": BART,
+    "MBartForCausalLM": BART,
+    "PegasusForCausalLM": BART,
+    "BlenderbotForCausalLM": BART,
+    "MarianForCausalLM": BART | {"pad_token_id": 0},
+    "MvpForCausalLM": BART,
+    "PLBartForCausalLM": BART,
+    "BigBirdPegasusForCausalLM": BART | {"attention_type": "original_full"},
+    "TrOCRForCausalLM": BART,
+    "WhisperForCausalLM": BART
+    | {"max_target_positions": 64, "pad_token_id": 0, "suppress_tokens": []},
+    "XLNetLMHeadModel": {"vocab_size": V, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48},
+    "CpmAntForCausalLM": {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "dim_head": 8,
+        "dim_ff": 48,
+        "num_hidden_layers": 1,
+    },
+    "XLMWithLMHeadModel": {"vocab_size": V, "emb_dim": 32, "n_layers": 1, "n_heads": 4},
+    "BertForMaskedLM": BERT,
+    "RobertaForMaskedLM": BERT,
+    "ModernBertForMaskedLM": BERT
+    | {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+}
+SHIFTED = {
+    "BertLMHeadModel": BERT | {"is_decoder": True},
+    "RobertaForCausalLM": BERT | {"is_decoder": True},
+    "LlamaForCausalLM": LLAMA,
+    "Gemma2ForCausalLM": LLAMA | {"head_dim": 8, "final_logit_softcapping": 0.3},
+    "MixtralForCausalLM": LLAMA
+    | {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5},
+    "BloomForCausalLM": {"vocab_size": V, "hidden_size": 32, "n_layer": 1, "n_head": 4},
+    "ProphetNetForCausalLM": {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "num_decoder_layers": 1,
+        "num_decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+    },
+}
+
+
+def build(name: str, config: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    kind = getattr(hf, name)
+    model = kind(kind.config_class(**config)).eval()
+    for parameter in model.parameters():  # so that one position's loss is not another's
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :3] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*NOT_SHIFTED, *SHIFTED])
+@torch.no_grad()
+def test_the_loss_is_the_models_own_or_is_refused(name: str, dtype: torch.dtype):
+    model = build(name, (NOT_SHIFTED | SHIFTED)[name]).to(dtype)
+    want = model(**batch()).loss.float()
+    patch_model(model, SFT)
+    if name == "ProphetNetForCausalLM":  # its loss wants the logits of all its streams
+        with pytest.raises(UnsupportedModel, match="shift="):
+            model(**batch())
+        return
+    got = model(**batch()).loss
+    assert model._fused_head.shift is (name in SHIFTED)
+    torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=0)
+    # Aligned labels mean the same to all of them.
+    target = batch()["labels"]
+    model(input_ids=batch()["input_ids"], shift_labels=target)
+    nll = last_stats(model).nll
+    logits = unpatch_model(model)(input_ids=batch()["input_ids"], use_cache=False).logits
+    kept = target != IGNORE
+    torch.testing.assert_close(
+        nll[kept].mean(),
+        torch.nn.functional.cross_entropy(logits[kept].float(), target[kept]),
+        rtol=1e-3 if dtype == torch.float32 else 2e-2,
+        atol=0,
+    )
+
+
+class Own(hf.LlamaForCausalLM):
+    """A model with a loss of its own."""
+
+    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(**kwargs)
+        if labels is not None:
+            output.loss = self.own(output.logits, labels, kwargs["input_ids"])
+        return output
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (lambda logits, labels, ids: logits.mean() * 0 + 3, r"computes 3 as its own loss.*shift="),
+        (lambda logits, labels, ids: logits[ids != labels].sum(), r"could not be measured.*shift="),
+    ],
+    ids=["another loss", "a forward that fails"],
+)
+def test_an_alignment_that_cannot_be_measured_is_asked_for(own: Any, message: str):
+    kind = type("Own", (Own,), {"own": staticmethod(own)})
+    config = hf.LlamaConfig(**LLAMA)
+    with pytest.raises(UnsupportedModel, match=message):
+        patch_model(kind(config), SFT)(**batch())
+    for shift in (True, False):
+        model = patch_model(kind(config), SFT, shift=shift)
+        model(**batch())
+        last = batch()["labels"][:, -1:] if not shift else torch.full((2, 1), IGNORE)
+        assert torch.equal(last_stats(model).nll[:, -1:] == 0, last == IGNORE)
+
+
+def test_a_failing_forward_shows_its_own_error():
+    model = patch_model(build("LlamaForCausalLM", LLAMA), SFT)
+    with pytest.raises(IndexError, match="index out of range"):
+        model(**{k: v + V for k, v in batch().items()})

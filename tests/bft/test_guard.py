@@ -1,0 +1,293 @@
+"""A patched model in training: whatever passes by the fused loss raises and names the way out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import datasets
+import peft
+import pytest
+import torch
+import transformers as hf
+import trl
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from bft.guard import Bypassed
+from bft.head import UnsupportedModel
+from bft.loss import HeadLoss
+from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+SFT = HeadLoss(scheme="sft", normalize="token")
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).train()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "gpt2": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)
+    ),
+    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL)),
+    "opt": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(
+            vocab_size=300,
+            hidden_size=16,
+            word_embed_proj_dim=16,
+            ffn_dim=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    ),
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)
+    ),
+    "bart": lambda: hf.BartForCausalLM(
+        hf.BartConfig(
+            vocab_size=300, d_model=16, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0
+        )
+    ),
+    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL)),
+}
+
+
+def rows() -> dict[str, Tensor]:
+    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def own_loss(model: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    """What a trainer does that knows better: body and head by itself."""
+    hidden = model.base_model(input_ids=input_ids)[0]
+    logits = hidden @ model.get_output_embeddings().weight.T
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+# --- what raises, and what does not --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_body_and_head_do_not_train_outside_of_the_patch(name: str):
+    model, batch = patch_model(MODELS[name]().train(), SFT), rows()
+    with pytest.raises(Bypassed, match=r"^model: the body of the patched .* outside .*unpatch"):
+        own_loss(model, **batch)
+    hidden = torch.zeros(1, 2, 16)
+    with pytest.raises(Bypassed, match=r"^model: the head of the patched"):
+        model.get_output_embeddings()(hidden)
+    with pytest.raises(Bypassed, match=r"^labels: got none in a training call.*fused_loss"):
+        model(input_ids=batch["input_ids"])
+
+    model(**batch).loss.backward()  # the patched call is none of these
+    with torch.no_grad():
+        own_loss(model, **batch)
+        assert model(input_ids=batch["input_ids"]).logits is not None
+    own_loss(model.eval(), **batch).backward()
+    assert model(input_ids=batch["input_ids"]).logits is not None
+    model.train()
+    unpatch_model(model)
+    own_loss(model, **batch).backward()
+    model(input_ids=batch["input_ids"]).logits.sum().backward()
+
+
+def test_training_past_the_patch_may_be_allowed():
+    model, batch = patch_model(llama(), SFT, allow_unlabelled=True), rows()
+    own_loss(model, **batch).backward()
+    model(input_ids=batch["input_ids"]).logits.sum().backward()
+    assert model(**batch).logits is None
+
+
+def test_a_failed_call_does_not_open_the_way_past():
+    model, batch = patch_model(llama(), SFT), rows()
+    with pytest.raises(ValueError, match="labels: got shape"):
+        model(input_ids=batch["input_ids"], labels=batch["labels"][:, :-1])
+    with pytest.raises(Bypassed):
+        own_loss(model, **batch)
+
+
+def test_fused_loss_and_generation_need_no_labels_in_the_model():
+    model, batch = llama(), rows()
+    value, _ = fused_loss(model, batch, SFT)
+    own_loss(model, **batch).backward()  # not patched any more
+    patch_model(model, SFT)
+    torch.testing.assert_close(fused_loss(model, batch, SFT)[0], value)
+    with use_loss(model, SFT), pytest.raises(Bypassed):
+        own_loss(model, **batch)
+    model.generate(batch["input_ids"], max_new_tokens=2, do_sample=False)
+
+
+def test_recomputation_in_the_backward_is_no_bypass():
+    model, batch = patch_model(llama(), SFT), rows()
+    model(**batch).loss.backward()
+    want = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    model.model = checkpoint_wrapper(model.model)  # runs all of the body in the backward again
+    runs = []
+    model.model.register_forward_pre_hook(lambda *_: runs.append("forward"))
+    model.model._checkpoint_wrapped_module.register_forward_pre_hook(lambda *_: runs.append("body"))
+    model(**batch).loss.backward()
+    assert runs == ["forward", "body", "body"]
+    torch.testing.assert_close(model.lm_head.weight.grad, want)
+
+
+def test_the_head_that_a_peft_model_freezes_is_guarded_too():
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model, batch = peft.get_peft_model(patch_model(llama(), SFT), config), rows()
+    model(**batch).loss.backward()
+    with pytest.raises(Bypassed, match="labels: got none"):
+        model(input_ids=batch["input_ids"])
+    with pytest.raises(Bypassed, match="body"):
+        own_loss(model.get_base_model(), **batch)
+
+
+# --- trainers ------------------------------------------------------------------------------------
+
+
+def test_a_forward_put_over_the_patch_is_named():
+    model, batch = patch_model(llama(), SFT), rows()
+    model.forward = MethodType(own_loss, model)
+    with pytest.raises(Bypassed, match=r"test_guard.own_loss took its place after patch_model"):
+        model(**batch)
+
+
+def trainer(model: Any, folder: Path, **settings: Any) -> hf.Trainer:
+    compute_loss_func = settings.pop("compute_loss_func", None)
+    arguments = hf.TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        max_steps=1,
+        disable_tqdm=True,
+        save_strategy="no",
+        **settings,
+    )
+    data = [{k: v[0] for k, v in rows().items()}] * 2
+    return hf.Trainer(
+        model,
+        arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        compute_loss_func=compute_loss_func,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda *a, **k: a[0].logits.sum()}],
+    ids=["label_smoothing_factor", "compute_loss_func"],
+)
+def test_a_trainer_that_takes_the_labels_out_raises(settings: dict[str, Any], tmp_path: Path):
+    with pytest.raises(Bypassed, match="label_smoothing_factor and compute_loss_func"):
+        trainer(patch_model(llama(), SFT), tmp_path, **settings).train()
+
+
+def test_a_trainer_that_passes_labels_trains(tmp_path: Path):
+    model = patch_model(llama(), SFT)
+    before = model.lm_head.weight.detach().clone()
+    trainer(model, tmp_path).train()
+    assert not torch.equal(model.lm_head.weight, before)
+    assert last_stats(model) is not None
+
+
+def test_an_evaluation_says_that_there_are_no_logits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    made = trainer(patch_model(llama(), SFT), tmp_path)
+    made.evaluate()
+    with caplog.at_level(logging.WARNING):
+        made.predict(made.eval_dataset)
+    told = [record.getMessage() for record in caplog.records if "logits" in record.getMessage()]
+    assert len(told) == 1
+    assert "compute_metrics" in told[0]
+    assert "unpatch_model" in told[0]
+
+
+def sft_trainer(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> trl.SFTTrainer:
+    text = [{"text": "What does the heart do? It pumps the blood."}] * 4
+    return trl.SFTTrainer(
+        model,
+        trl.SFTConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            max_steps=1,
+            disable_tqdm=True,
+            save_strategy="no",
+            max_length=32,
+            **settings,
+        ),
+        train_dataset=datasets.Dataset.from_list(text),
+        processing_class=tokenizer,
+    )
+
+
+def model_of(tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL | {"vocab_size": len(tokenizer)}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
+def test_sft_trainer_does_not_go_past_the_patch(
+    settings: dict[str, Any], tokenizer: Any, tmp_path: Path
+):
+    model = patch_model(model_of(tokenizer), SFT)
+    with pytest.raises(Bypassed, match=r"trl\..*took its place after patch_model"):
+        sft_trainer(model, tokenizer, tmp_path, **settings).train()
+
+
+def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer: Any, tmp_path: Path):
+    made = sft_trainer(model_of(tokenizer), tokenizer, tmp_path)
+    patch_model(made.model, SFT)
+    with pytest.raises(UnsupportedModel, match=r"trl\..*took the place of forward before"):
+        made.train()
+
+
+# --- copies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_are_patched_and_guarded_on_their_own(
+    copied: Callable[[Any], Any], tmp_path: Path
+):
+    model, batch = patch_model(llama(), SFT), rows()
+    want = model(**batch).loss
+    twin = copied(model)
+    torch.testing.assert_close(twin(**batch).loss, want, rtol=0, atol=0)
+    assert last_stats(twin).nll is not last_stats(model).nll
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(2.0)
+    assert twin(**batch).loss != want
+    with pytest.raises(Bypassed):
+        own_loss(twin, **batch)
+    unpatch_model(twin)
+    own_loss(twin, **batch)
+    with pytest.raises(Bypassed):
+        own_loss(model, **batch)
+    torch.testing.assert_close(model(**batch).loss, want, rtol=0, atol=0)
+
+
+def test_a_patched_model_is_saved_whole(tmp_path: Path):
+    model, batch = patch_model(llama(), SFT), rows()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert loaded(**batch).logits is None
+    torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)

@@ -1,0 +1,206 @@
+"""Packed documents that see each other are found out on the first packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from bft.data import collate_packed
+from bft.encode import Example
+from bft.head import UnsupportedModel
+from bft.loss import IGNORE, HeadLoss
+from bft.patch import fused_loss, last_stats, patch_model
+
+SFT = HeadLoss(scheme="sft", normalize="token")
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4}
+
+APART: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**SMALL),
+    "gemma3": lambda: hf.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4),
+    "gpt2": lambda: hf.GPT2Config(**GPT),
+    "olmoe": lambda: hf.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
+    "lfm2": lambda: hf.Lfm2Config(**SMALL),
+}
+TOGETHER: dict[str, Callable[[], Any]] = {
+    "falcon": lambda: hf.FalconConfig(**SMALL),
+    "falcon-alibi": lambda: hf.FalconConfig(**SMALL, alibi=True),
+    "opt": lambda: hf.OPTConfig(
+        vocab_size=61,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    ),
+    "bloom": lambda: hf.BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4),
+    "mpt": lambda: hf.MptConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=4),
+    "mamba": lambda: hf.MambaConfig(**SMALL),
+    "openai-gpt": lambda: hf.OpenAIGPTConfig(**GPT),
+    "biogpt": lambda: hf.BioGptConfig(**SMALL),
+    "gpt-oss": lambda: hf.GptOssConfig(
+        **SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+
+
+def build(config: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return hf.AutoModelForCausalLM.from_config(config, dtype=dtype, **options).train()
+
+
+def packed(*lengths: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    ids = [torch.randint(3, 61, (n,), generator=draw).tolist() for n in lengths]
+    return collate_packed([Example(i, i) for i in ids])
+
+
+@pytest.mark.parametrize("name", APART)
+def test_models_that_keep_documents_apart_are_taken(name: str):
+    model = patch_model(build(APART[name]()), SFT).eval()
+    model(**packed(5, 7))
+    together = last_stats(model).nll[0, 5:11]
+    alone = {k: v[:, 5:] for k, v in packed(5, 7).items()}
+    model(**alone)
+    torch.testing.assert_close(together, last_stats(model).nll[0, :6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", TOGETHER)
+def test_models_that_do_not_are_refused(name: str, dtype: torch.dtype):
+    model = patch_model(build(TOGETHER[name](), dtype), SFT)
+    if dtype == torch.bfloat16:  # as spread out as a trained model's
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+    model(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 5, dtype=torch.long))
+    for _ in range(2):  # a second call is no way around
+        with pytest.raises(UnsupportedModel, match=r"packed documents see each other.*own"):
+            model(**packed(5, 7))
+
+
+def boundaries(*lengths: int) -> Tensor:
+    return nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+
+
+def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k: v for k, v in batch.items() if k != name}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("extra", "advice"),
+    [
+        ({"attention_mask": torch.ones(1, 12, dtype=torch.long)}, "leave attention_mask out"),
+        ({"position_ids": None, "cu_seqlens": boundaries(5, 7)}, "pass position_ids that restart"),
+        (
+            {
+                "position_ids": None,
+                "cu_seq_lens_q": boundaries(5, 7),
+                "cu_seq_lens_k": boundaries(5, 7),
+                "max_length_q": 7,
+                "max_length_k": 7,
+            },
+            "pass position_ids that restart",
+        ),
+    ],
+    ids=["mask of ones", "cu_seqlens alone", "cu_seq_lens_q alone"],
+)
+def test_boundaries_that_only_the_loss_sees_are_refused(
+    extra: dict[str, Any], advice: str, attention: str
+):
+    model = patch_model(build(APART["llama"](), attn_implementation=attention), SFT)
+    model(**packed(5, 7))
+    with pytest.raises(UnsupportedModel, match=advice):
+        model(**packed(5, 7) | extra)
+
+
+def test_a_mask_of_blocks_keeps_documents_apart():
+    model = patch_model(build(APART["llama"](), attn_implementation="eager"), SFT)
+    document = torch.tensor([0] * 5 + [1] * 7)
+    seen = (document[:, None] == document) & torch.ones(12, 12).tril().bool()
+    mask = torch.zeros(12, 12).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
+    model(**packed(5, 7), attention_mask=mask)
+
+
+def test_embeddings_in_place_of_tokens_are_tried_as_well():
+    for name, refused in (("llama", False), ("falcon", True)):
+        model = patch_model(build((APART | TOGETHER)[name]()), SFT)
+        batch = packed(5, 7)
+        batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+        if refused:
+            with pytest.raises(UnsupportedModel, match="see each other"):
+                model(**batch)
+        else:
+            model(**batch)
+
+
+class Count:
+    """Calls of a model's body."""
+
+    def __init__(self, model: Any) -> None:
+        self.calls = 0
+        model.base_model.register_forward_hook(self)
+
+    def __call__(self, *_: Any) -> None:
+        self.calls += 1
+
+
+def test_the_trial_is_made_once_and_only_where_a_batch_can_tell():
+    model = patch_model(build(APART["llama"]()), SFT)
+    count = Count(model)
+    model(**packed(12))  # one document: nothing to see
+    assert count.calls == 1
+    unlabelled = packed(5, 7)
+    unlabelled["labels"][:, 5:] = IGNORE
+    model(**unlabelled)
+    assert count.calls == 2
+    model(**packed(5, 7))
+    assert count.calls == 5
+    model(**packed(3, 9))
+    assert count.calls == 6
+    fused_loss(model, packed(5, 7), SFT)
+    assert count.calls == 7
+
+
+def test_a_left_padded_row_is_no_packed_one():
+    model = patch_model(build(TOGETHER["opt"]()), SFT)
+    ids = torch.randint(3, 61, (2, 8), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(8) >= torch.tensor([[0], [3]])).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
+    batch["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
+    model(**batch)
+
+
+def test_the_trial_leaves_no_trace():
+    losses = []
+    for verify in (True, False):
+        model = patch_model(build(hf.GPT2Config(**GPT)), SFT, verify=verify)  # with dropout
+        model.transformer.h[0].eval()
+        torch.manual_seed(5)
+        loss = model(**packed(5, 7)).loss
+        loss.backward()
+        losses.append(loss.item())
+        assert [m.training for m in (model, *model.transformer.h)] == [True, False, True]
+        assert all(p.grad is not None for p in model.parameters())
+    assert losses[0] == losses[1]
+
+
+def test_verify_false_is_the_way_around():
+    model = patch_model(build(TOGETHER["falcon"]()), SFT, verify=False)
+    assert model(**packed(5, 7)).loss.isfinite()
