@@ -45,14 +45,15 @@ def check_documents_apart(
     """
     earlier, judged = _split(target, cu_seqlens)
     other = _other_tokens(call, earlier)
-    if not _on_any_rank(model, other is not None and bool(judged.any())):
+    if not _most_of_ranks(model, float(other is not None and bool(judged.any()))):
         return False
     with evaluation_mode(model):
         before = run(call)[judged]  # [n, D]
         after = run(call if other is None else {**call, **other})[judged]
-    if not len(before):
-        return True
-    change = float((after - before).abs().amax() / before.abs().amax().clamp_min(1e-30))
+    change = 0.0
+    if len(before):
+        change = float((after - before).abs().amax() / before.abs().amax().clamp_min(1e-30))
+    change = _most_of_ranks(model, change)
     # Mostly none at all. But the rows of a product may be grouped otherwise (a mixture's experts),
     # and then round otherwise.
     if not change < max(4 * torch.finfo(before.dtype).eps, 1e-5):
@@ -87,16 +88,17 @@ def _other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] |
     return {"input_ids": torch.where(where, torch.where(ids == low, high, low), ids)}
 
 
-def _on_any_rank(model: nn.Module, here: bool) -> bool:
-    """``here``, or that of any rank where a forward of one rank waits for all the others."""
+def _most_of_ranks(model: nn.Module, here: float) -> float:
+    """``here``, or the largest of all ranks where a forward of one waits for all the others."""
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    parameters = list(model.parameters())
     if not distributed or not any(
-        hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()
+        hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in parameters
     ):
         return here
-    flag = torch.tensor(int(here), dtype=torch.int64, device=next(model.parameters()).device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
+    value = torch.tensor(here, dtype=torch.float32, device=parameters[0].device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return float(value)
 
 
 def _why(call: Mapping[str, Any]) -> str:

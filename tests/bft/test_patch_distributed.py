@@ -17,6 +17,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
+from bft.head import UnsupportedModel
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.patch import patch_model
 
@@ -76,6 +77,28 @@ def prepare(kind: str) -> Any:
     return patch_model(shard(build(), reshard=False), LOSS)
 
 
+def packed(rank: int) -> dict[str, Tensor]:
+    """Two documents in the row of the first rank, and one, which tells nothing, in the other's."""
+    ids = torch.arange(3, 13)[None]
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "position_ids": torch.arange(10)[None] % (10 if rank else 4),
+    }
+
+
+def packed_calls(model: Any, rank: int) -> list[str]:
+    """What became of packed calls that keep documents apart, and of ones that do not."""
+    results = []
+    for extra in ({}, {}, {"attention_mask": torch.ones(1, 10, dtype=torch.long)}):
+        try:
+            model(**packed(rank), **extra).loss.backward()
+            results.append("trained")
+        except UnsupportedModel:
+            results.append("refused")
+    return results
+
+
 def worker(rank: int, folder: Path) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
@@ -89,6 +112,9 @@ def worker(rank: int, folder: Path) -> None:
         }
         if rank == 0:
             torch.save((float(total), grads), folder / kind)
+        if "fsdp" in kind:
+            results = packed_calls(prepare(kind), rank)
+            (folder / f"{kind}-packed-{rank}").write_text(" ".join(results))
     dist.destroy_process_group()
 
 
@@ -126,6 +152,14 @@ def test_two_processes_are_one(kind: str, results: Path):
     for name, parameter in model.named_parameters():
         error = (grads[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-6, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "fsdp" in kind])
+def test_ranks_of_a_sharded_model_try_packed_documents_together(kind: str, results: Path):
+    for rank in range(RANKS):
+        assert (results / f"{kind}-packed-{rank}").read_text() == "trained trained refused"
 
 
 if __name__ == "__main__":
