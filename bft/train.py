@@ -20,6 +20,7 @@ from bft.checkpoint import load_progress, save_model, save_progress
 from bft.config import TrainConfig, plain
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
 from bft.evaluate import Evaluation, evaluate
+from bft.limits import check_fits
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.patch import last_stats, patch_model, unpatch_model
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> TrainResult:
         max_length=config.max_length,
         progress=accelerator.is_main_process,
     )
+    check_fits(dataset.examples, model, tokenizer)
     batches = StepBatches(
         len(dataset),
         batch_size=config.batch_size,
