@@ -42,7 +42,8 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
             ends = {
                 path.rpartition(".")[2]
                 for path, module in model.named_modules()
-                if isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module)
+                if (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))
+                and module is not model.get_output_embeddings()
             }
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "

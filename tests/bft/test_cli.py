@@ -66,11 +66,17 @@ def test_a_record_is_named_before_a_model_is_looked_for(
     assert line.startswith(f"bft eval: {path}:1: ")
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_a_record_that_the_model_cannot_take_names_the_way_out(
-    data: Path, model: Path, capsys: pytest.CaptureFixture
+    data: Path, model: Path, capsys: pytest.CaptureFixture, command: str
 ) -> None:
     data.write_text(json.dumps({"prompt": "yes " * 40, "completion": "no"}))
-    status, line = told(capsys, ["eval", "--model", model, "--file", data])
+    flags = {
+        "train": ["--train-file", data, "--output-dir", data.parent / "run", "--no-tensorboard"],
+        "eval": ["--file", data],
+    }
+    status, line = told(capsys, [command, "--model", model, *flags[command]])
     assert status == 1
     assert f"{data}:1: " in line
     assert "expected --max-length to be at most 16" in line
@@ -125,7 +131,7 @@ def test_what_only_the_model_or_the_machine_can_refuse(
     assert status == 2
     assert line.startswith(f"bft train: {says}")
     if "q_porj" in line:
-        assert "c_attn, c_fc, c_proj, lm_head, wpe, wte" in line
+        assert "some of c_attn, c_fc, c_proj, wpe, wte" in line
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
