@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -20,48 +19,58 @@ from bft.config import (
     DemoConfig,
     EvalConfig,
     InfoConfig,
+    SettingError,
     TrainConfig,
-    yaml_flags,
 )
-from bft_kernels import info
+from bft.usage import in_flags, parse
+from bft_kernels import __version__, info
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit status."""
+    """Runs one command; returns the process's exit status (see `_usage`)."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     for name in ("httpx", "matplotlib", "datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(f"bft-kernels {__version__}, torch {torch.__version__}")
+        return 0
     if not arguments or arguments[0] not in COMMANDS:
         return _usage(arguments)
     name, flags = arguments[0], arguments[1:]
     config_type, run = COMMANDS[name]
     try:
-        config: Any = tyro.cli(config_type, args=_with_config_file(flags), prog=f"bft {name}")
-        run(config)
+        run(parse(config_type, flags, prog=f"bft {name}"))
     except Exception as error:
-        if not _says_it_all(error):
+        message = _for_the_user(error)
+        if message is None:
             raise
-        print(f"bft {name}: {error}", file=sys.stderr)
-        return 1
+        print(f"bft {name}: {in_flags(message, config_type)}", file=sys.stderr)
+        return 2 if isinstance(error, SettingError) else 1
     return 0
 
 
-def _says_it_all(error: Exception) -> bool:
-    """Whether an error's message is for the user: a missing file, or one of our own checks.
+def _for_the_user(error: Exception) -> str | None:
+    """What to tell who runs the command; None where a traceback is needed to find a fault.
 
-    What a library raises from its depths is a fault to be found, with its traceback.
+    For the user is what the system refused (a file, a disk, a network), and what a `raise` of ours
+    says. Whatever else arises, in a library or by itself in our own code, is a fault.
     """
-    if isinstance(error, FileNotFoundError):
-        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        name = "" if error.filename is None else f"{error.filename}: "
+        return f"{name}{error.strerror}"
+    if type(error).__name__ == "SafetensorError" and "(os error" in str(error):
+        return str(error)
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    ours = raised_in.partition(".")[0] in ("bft", "bft_kernels")
-    return ours and isinstance(error, ValueError | TypeError | RuntimeError)
+    if trace is None or not isinstance(error, ValueError | TypeError | RuntimeError):
+        return None
+    ours = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("bft", "bft_kernels")
+    raised = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return str(error) if ours and raised else None
 
 
 # Functions import what they need: `bft info` has to work where transformers does not.
@@ -96,7 +105,10 @@ def _usage(arguments: Sequence[str]) -> int:
   data    build the demo's question set
   info    versions, devices, backends, and why a backend does not run
 
-bft COMMAND --help lists a command's flags; a YAML file holds the same names."""
+bft COMMAND --help lists a command's flags; a YAML file holds the same names.
+bft --version names the versions of bft-kernels and torch.
+
+exit status: 0 if all went well, 1 if the run failed, 2 if a flag or the YAML file is wrong"""
     if arguments and arguments[0] not in ("-h", "--help"):
         print(f"bft: got {arguments[0]!r}, expected a command\n\n{text}", file=sys.stderr)
         return 2
@@ -104,34 +116,18 @@ bft COMMAND --help lists a command's flags; a YAML file holds the same names."""
     return 0 if arguments else 2
 
 
-def _with_config_file(flags: Sequence[str]) -> list[str]:
-    """``--config FILE`` becomes the flags it holds, in front, so that flags override the file."""
-    flags = list(flags)
-    for place, flag in enumerate(flags):
-        if flag == "--config" or flag.startswith("--config="):
-            path = flag.partition("=")[2] or (flags[place + 1] if place + 1 < len(flags) else "")
-            if not path:
-                raise ValueError("--config: got nothing, expected a YAML file")
-            rest = flags[:place] + flags[place + (1 if "=" in flag else 2) :]
-            return [*yaml_flags(Path(path)), *rest]
-    return flags
-
-
 def _evaluate(config: EvalConfig) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from bft.data import read_jsonl
     from bft.evaluate import evaluate
-    from bft.pretrained import pretrained
+    from bft.load import load_pretrained
 
-    folder = str(pretrained(config.model))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model.to(device)
+    records = read_jsonl(config.file, limit=config.limit)
+    model, tokenizer = load_pretrained(config.model, "auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     result = evaluate(
         model,
-        AutoTokenizer.from_pretrained(folder),
-        read_jsonl(config.file, limit=config.limit),
+        tokenizer,
+        records,
         train=config.train_file,
         max_length=config.max_length,
     ).to_dict()

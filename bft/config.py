@@ -1,8 +1,13 @@
-"""One dataclass is the command line's flags and the YAML file of a run."""
+"""One dataclass is the command line's flags and the YAML file of a run.
+
+Settings are checked where they are made: each by itself, then those that belong together. Flags and
+file are read by :mod:`bft.usage`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from bft.loss import HeadLoss
-from bft_kernels.checks import check_int, check_number, check_positive
+from bft_kernels.checks import check_choice, check_int, check_number, check_positive
+from bft_kernels.dispatch import backend_names
 
 Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
+
+
+class SettingError(ValueError):
+    """A setting that cannot be: its name, what came, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +56,9 @@ class TrainConfig:
     """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
 
     steps: int | None = None
-    """Optimizer steps; overrides `epochs`."""
-    epochs: float = 1.0
-    """Passes over the training file."""
+    """Optimizer steps, instead of `epochs`."""
+    epochs: float | None = None
+    """Passes over the training file; one if neither this nor `steps` is given."""
     batch_size: int = 8
     """Documents in a micro-batch, per process."""
     accumulation: int = 1
@@ -66,6 +76,7 @@ class TrainConfig:
     packing: bool = False
     """Put a micro-batch's documents in one row instead of padding them."""
     seed: int = 0
+    """Of the order of records, new parameters and draws; from 0 below 2**32."""
 
     lora_rank: int = 0
     """Train LoRA adapters of this rank instead of all parameters; 0 is full fine-tuning."""
@@ -94,19 +105,31 @@ class TrainConfig:
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name, low in _LOWEST.items():
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(low, int):
-                check_int(name, value, low)
-            else:
-                check_number(name, value, low)
-        if self.warmup_ratio > 1:
-            raise ValueError(f"warmup_ratio: got {self.warmup_ratio}, expected at most 1")
-        if self.lora_alpha is not None:
-            check_positive("lora_alpha", self.lora_alpha)
+        check_ranges(self)
+        check_choice("backend", self.backend, ("auto", *backend_names()))
         self.loss()  # checks its own settings
+        if not self.lora_targets:
+            raise SettingError("lora_targets: got no name, expected some, or all-linear")
+        if self.steps is not None and self.epochs is not None:
+            raise SettingError(
+                f"steps: got {self.steps} with epochs={self.epochs}, expected one of them"
+            )
+        for field in dataclasses.fields(self):
+            needed = _NEEDS.get(field.name)
+            value = getattr(self, field.name)
+            if needed is not None and value != field.default and not getattr(self, needed):
+                raise SettingError(
+                    f"{field.name}: got {_shown(value)}, which does nothing without {needed}; "
+                    "expected both or none"
+                )
+
+    def check_device(self, device_type: str) -> None:
+        """Raises SettingError if these settings cannot run on a device of this type."""
+        if self.mixed_precision == "fp16" and device_type == "cpu":
+            raise SettingError(
+                "mixed_precision: got fp16 on a CPU, where the run would be one without it; "
+                "expected bf16 or no"
+            )
 
     def loss(self) -> HeadLoss:
         """The loss that these settings describe."""
@@ -122,7 +145,7 @@ class TrainConfig:
         )
 
     def to_yaml(self) -> str:
-        """The settings as :func:`yaml_flags` reads them back."""
+        """The settings as :func:`bft.usage.yaml_flags` reads them back."""
         return yaml.safe_dump(plain(self), sort_keys=False)
 
 
@@ -140,6 +163,9 @@ class DemoConfig:
     eval_limit: int = 128
     """Held-out questions."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -159,6 +185,9 @@ class EvalConfig:
     output: Path | None = None
     """Write the numbers here as JSON, too."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -176,25 +205,50 @@ class InfoConfig:
     """Machine-readable."""
 
 
-# The lowest value of each; a whole number where the setting is one.
-_LOWEST: dict[str, int | float] = {
+# The lowest value of each whole number, and of each other number.
+_WHOLE = {
     "window": 1,
     "steps": 1,
-    "epochs": 0.0,
     "batch_size": 1,
     "accumulation": 1,
-    "learning_rate": 0.0,
-    "warmup_ratio": 0.0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
     "max_length": 2,
+    "seed": 0,
     "lora_rank": 0,
     "eval_every": 1,
     "eval_limit": 1,
+    "limit": 1,
     "save_every": 1,
     "keep_checkpoints": 1,
     "max_buffer_mib": 1,
 }
+_NUMBERS = {"learning_rate": 0.0, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+_HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
+_POSITIVE = ("epochs", "lora_alpha")
+# Settings that do nothing without another one.
+_NEEDS = {
+    "lora_alpha": "lora_rank",
+    "lora_targets": "lora_rank",
+    "eval_every": "eval_file",
+    "eval_limit": "eval_file",
+}
+
+
+def check_ranges(config: Any) -> None:
+    """Raises TypeError or ValueError for a number that is none, not finite, or out of range."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if value is None:
+            continue
+        if name in _WHOLE:
+            check_int(name, value, _WHOLE[name], _HIGHEST.get(name, 2**63 - 1))
+        elif name in _NUMBERS:
+            check_number(name, value, _NUMBERS[name], _HIGHEST.get(name, math.inf))
+        elif name in _POSITIVE:
+            check_positive(name, value)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -208,24 +262,3 @@ def plain(config: Any) -> dict[str, Any]:
     return {
         field.name: convert(getattr(config, field.name)) for field in dataclasses.fields(config)
     }
-
-
-def yaml_flags(path: Path) -> list[str]:
-    """A YAML file as command-line flags: one parser checks names, types and choices of both.
-
-    Raises:
-        ValueError: the file is not a mapping of settings to values.
-    """
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"config: {path} holds {type(settings).__name__}, expected a mapping")
-    flags: list[str] = []
-    for key, value in settings.items():
-        name = str(key).replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        else:
-            flags += [f"--{name}", str(value)]
-    return flags

@@ -1,23 +1,17 @@
-"""Reads JSONL records, encodes them, and makes batches of them.
+"""Encodes records and makes batches of them.
 
-One record a line, in either form (other keys are kept and ignored)::
-
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"prompt": "...", "completion": "..."}
-
-What a record becomes, and which of its tokens carry a label, is told in :mod:`bft.encode`.
+What a file holds is told in :mod:`bft.records`; what a record becomes, and which of its tokens
+carry a label, in :mod:`bft.encode`.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,100 +20,19 @@ from tqdm.auto import tqdm
 
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
+from bft.records import make_record, read_jsonl
+
+__all__ = [
+    "AnswerDataset",
+    "Collator",
+    "StepBatches",
+    "collate_packed",
+    "make_record",
+    "read_jsonl",
+    "shuffled",
+]
 
 logger = logging.getLogger(__name__)
-
-# --- reading -------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
-    """Reads the first `limit` records of a JSONL file (all by default); blank lines are skipped.
-
-    Raises FileNotFoundError, or DataError naming file, line and key.
-    """
-    path = Path(path)
-    records: list[Record] = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(records) >= limit:
-                break
-            if line.strip():
-                records.append(_parse(line, f"{path}:{number}"))
-    if not records:
-        raise DataError(f"{path}: no records; expected one JSON object a line")
-    return records
-
-
-def _parse(line: bytes, where: str) -> Record:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error}); expected one JSON object a line") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); expected one object a line") from error
-    return make_record(row, where)
-
-
-def make_record(row: Any, where: str = "record") -> Record:
-    """Checks one decoded JSON object and turns it into a `Record`. Raises DataError."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
-    if "messages" in row:
-        if "prompt" in row or "completion" in row:
-            raise DataError(
-                f"{where}: expected either 'messages' or 'prompt' and 'completion', got both"
-            )
-        extra = {key: value for key, value in row.items() if key != "messages"}
-        return Record(_messages(row["messages"], where), where, None, extra)
-    missing = [key for key in ("prompt", "completion") if key not in row]
-    if missing:
-        raise DataError(
-            f"{where}: expected 'messages', or 'prompt' and 'completion'; "
-            f"{missing[0]!r} is missing among the keys {sorted(row)}"
-        )
-    for key in ("prompt", "completion"):
-        if not isinstance(row[key], str):
-            raise DataError(f"{where}: {key!r}: expected a string, got {_kind(row[key])}")
-    if not row["completion"].strip():
-        raise DataError(f"{where}: 'completion': expected text to learn, got an empty string")
-    pair = (row["prompt"], row["completion"])
-    chat = (
-        {"role": "user", "content": pair[0]},
-        {"role": "assistant", "content": pair[1]},
-    )
-    extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-    return Record(chat, where, pair, extra)
-
-
-def _messages(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: 'messages': expected a non-empty list, got {_kind(value)}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise DataError(
-                f"{where}: 'messages[{index}]': expected an object with 'role' and 'content', "
-                f"got {_kind(message)}"
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise DataError(
-                    f"{where}: 'messages[{index}].{key}': expected a string, "
-                    f"got {_kind(message.get(key))}"
-                )
-    roles = [message["role"] for message in value]
-    if "assistant" not in roles:
-        raise DataError(f"{where}: 'messages': expected an 'assistant' turn, got the roles {roles}")
-    if roles[0] == "assistant":
-        raise DataError(
-            f"{where}: 'messages[0].role': expected 'system' or 'user', got 'assistant': "
-            "there is nothing before it to answer"
-        )
-    return tuple(value)
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-
 
 # --- data set ------------------------------------------------------------------------------------
 
@@ -164,7 +77,7 @@ class AnswerDataset(Dataset[Example]):
     def _add(self, example: Example, max_length: int | None) -> None:
         had_labels = example.labelled > 0
         if max_length is not None and len(example.input_ids) > max_length:
-            example = Example(example.input_ids[:max_length], example.labels[:max_length])
+            example = example.cut(max_length)
             if example.labelled:
                 self.truncated += 1
         if example.labelled:

@@ -8,15 +8,15 @@ prompt + completion + end-of-sequence, which needs the prompt/completion form.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bft.loss import IGNORE
+import jinja2
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from bft.loss import IGNORE
 
 
 class DataError(ValueError):
@@ -27,10 +27,11 @@ class DataError(ValueError):
 class Record:
     """One line of a JSONL file."""
 
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     where: str = "record"  # "train.jsonl:17", for error messages
     pair: tuple[str, str] | None = None  # (prompt, completion) where the record came in that form
     extra: Mapping[str, Any] = field(default_factory=dict)  # the keys that are not ours
+    tools: tuple[Mapping[str, Any], ...] = ()  # what the chat template is told of functions
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    where: str = field(default="record", compare=False)  # its record's, for error messages
+
+    def cut(self, length: int) -> Example:
+        """The first `length` tokens."""
+        return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
 
     @property
     def labelled(self) -> int:
@@ -50,7 +56,8 @@ def encode(record: Record, tokenizer: Any) -> Example:
     """Renders and tokenises one record, labels on its answers. Raises DataError."""
     if not tokenizer.chat_template:
         return _encode_plain(record, tokenizer)
-    if _GENERATION_MARK.search(str(tokenizer.chat_template)):
+    _check_template_writes(record, tokenizer)
+    if _marks_answers(_template(record, tokenizer)):
         return _encode_marked(record, tokenizer)
     text, spans = _answer_spans(record, tokenizer)
     cuts = [edge for span in spans for edge in span]
@@ -61,7 +68,7 @@ def encode(record: Record, tokenizer: Any) -> Example:
         kept = _turn_length(piece, tokenizer) if index % 2 else 0
         ids += piece
         labels += piece[:kept] + [IGNORE] * (len(piece) - kept)
-    return Example(ids, labels)
+    return Example(ids, labels, record.where)
 
 
 def prompt_text(record: Record, tokenizer: Any) -> str:
@@ -113,20 +120,73 @@ def _encode_plain(record: Record, tokenizer: Any) -> Example:
     before, answer = split_tokens(tokenizer, prompt + completion, [len(prompt)], record.where)
     before = bos_ids(tokenizer) + before
     answer = [*answer, tokenizer.eos_token_id]
-    return Example(before + answer, [IGNORE] * len(before) + answer)
+    return Example(before + answer, [IGNORE] * len(before) + answer, record.where)
 
 
 def _encode_marked(record: Record, tokenizer: Any) -> Example:
     """The template marks its assistant turns with {% generation %}: take its word for it."""
-    encoded = tokenizer.apply_chat_template(
-        list(record.messages), return_dict=True, return_assistant_tokens_mask=True
+    encoded = _apply_template(
+        record, record.messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     special = set(tokenizer.all_special_ids)
     for i in range(1, len(ids)):  # some templates put the turn's end outside of the mark
         if mask[i - 1] and not mask[i] and ids[i] in special and ids[i - 1] not in special:
             mask[i] = 1
-    return Example(ids, [i if m else IGNORE for i, m in zip(ids, mask, strict=True)])
+    if not any(mask):
+        raise DataError(
+            f"{record.where}: the chat template has a {{% generation %}} block and puts nothing of "
+            "this record into it; expected it around what an 'assistant' turn says"
+        )
+    labels = [i if m else IGNORE for i, m in zip(ids, mask, strict=True)]
+    return Example(ids, labels, record.where)
+
+
+def _template(record: Record, tokenizer: Any) -> str:
+    """The template's text: a tokenizer may have several, as one for tools."""
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    try:
+        return str(tokenizer.get_chat_template(tools=list(record.tools) or None))
+    except ValueError as error:
+        raise DataError(f"{record.where}: no chat template for this record: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _marks_answers(template: str) -> bool:
+    """Whether a template has a {% generation %} block; in a comment or a string it is none."""
+    try:
+        tokens = [t for t in jinja2.Environment().lex(template) if t[1] != "whitespace"]
+    except jinja2.TemplateSyntaxError:  # rendering says what is wrong with it
+        return False
+    return any(
+        begin[1] == "block_begin" and name[1:] == ("name", "generation")
+        for begin, name in itertools.pairwise(tokens)
+    )
+
+
+def _check_template_writes(record: Record, tokenizer: Any) -> None:
+    """Raises where the template leaves out a record's tools, or what a turn calls of them."""
+    for key, without in (
+        ("tools", replace(record, tools=())),
+        ("tool_calls", replace(record, messages=_without(record.messages, "tool_calls"))),
+    ):
+        if without == record:
+            continue
+        text = _render(record, tokenizer, len(record.messages))
+        try:
+            left_out = _render(without, tokenizer, len(record.messages)) == text
+        except DataError:  # the template needs them
+            continue
+        if left_out:
+            raise DataError(
+                f"{record.where}: {key!r}: the tokenizer's chat template leaves them out; expected "
+                "a template that writes them, or records without"
+            )
+
+
+def _without(messages: Sequence[Mapping[str, Any]], key: str) -> tuple[Mapping[str, Any], ...]:
+    return tuple({k: v for k, v in message.items() if k != key} for message in messages)
 
 
 def _pair(record: Record) -> tuple[str, str]:
@@ -162,10 +222,24 @@ def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, 
 
 
 def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            list(record.messages[:stop]), tokenize=False, add_generation_prompt=prompt
+    return str(
+        _apply_template(
+            record,
+            record.messages[:stop],
+            tokenizer,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
+    )
+
+
+def _apply_template(
+    record: Record, messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: Any
+) -> Any:
+    if record.tools:
+        options["tools"] = list(record.tools)
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:  # templates raise whatever they like about roles and their order
         roles = [message["role"] for message in record.messages]
         raise DataError(

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from bft.data import Collator, read_jsonl
 from bft.encode import DataError, Example, Record, encode, prompt_text
 from bft.isolation import evaluation_mode
+from bft.limits import check_fits
 from bft.loss import IGNORE, Head
 from bft.patch import use_loss
 from bft_kernels import linear_nll
@@ -85,7 +86,7 @@ def evaluate(
     The possible answers are those of `records` and of `train`; the majority baseline predicts the
     most frequent one of `train`, or of `records` where that is None. Module modes are restored.
     Raises DataError for an `answer` that its completion does not start with, in text or in tokens,
-    and for two answers of which one starts the other.
+    for two answers of which one starts the other, and for a record that the model cannot take.
     """
     started = time.perf_counter()
     records = _read(records)
@@ -98,6 +99,7 @@ def evaluate(
             items.append(item)
     if not items:
         raise DataError(f"no record of {len(records)} keeps a label (max_length={max_length})")
+    check_fits([item.example for item in items], model, tokenizer)
     total, right = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
     nll = total["nll"] / total["tokens"]
     seen = Counter(item.answer for item in items if item.answer is not None)
@@ -147,7 +149,7 @@ def _item(
     if max_length is not None:
         if end > max_length:
             return None
-        example = Example(example.input_ids[:max_length], example.labels[:max_length])
+        example = example.cut(max_length)
     return _Item(example, answer, branches) if example.labelled else None
 
 
@@ -194,7 +196,7 @@ def _gold(
 ) -> list[int]:
     if not isinstance(answer, str) or not answer:
         raise DataError(f"{record.where}: 'answer': expected a non-empty string, got {answer!r}")
-    text = [m["content"] for m in record.messages if m["role"] == "assistant"][-1]
+    text = [m["content"] or "" for m in record.messages if m["role"] == "assistant"][-1]
     if not text.startswith(answer):
         raise DataError(
             f"{record.where}: 'answer': expected the start of the completion {text[:60]!r}, "

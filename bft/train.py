@@ -14,16 +14,18 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from bft.checkpoint import load_progress, save_model, save_progress
 from bft.config import TrainConfig, plain
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
 from bft.evaluate import Evaluation, evaluate
+from bft.limits import check_fits
+from bft.load import load_pretrained
+from bft.lora import add_adapters
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.patch import last_stats, patch_model, unpatch_model
-from bft.pretrained import pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def train(config: TrainConfig) -> TrainResult:
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=str(config.output_dir),
     )
+    config.check_device(accelerator.device.type)
     set_seed(config.seed)
     model, tokenizer = load_model(config)
     loss = config.loss()
@@ -56,6 +59,7 @@ def train(config: TrainConfig) -> TrainResult:
         max_length=config.max_length,
         progress=accelerator.is_main_process,
     )
+    check_fits(dataset.examples, model, tokenizer)
     batches = StepBatches(
         len(dataset),
         batch_size=config.batch_size,
@@ -65,7 +69,7 @@ def train(config: TrainConfig) -> TrainResult:
         seed=config.seed,
         lengths=None if config.packing else dataset.lengths,
     )
-    steps = config.steps or batches.steps_in(config.epochs)
+    steps = config.steps or batches.steps_in(config.epochs or 1.0)
     collate = collate_packed if config.packing else Collator.of(tokenizer)
 
     optimizer = torch.optim.AdamW(
@@ -149,24 +153,11 @@ def training_step(
 
 def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
     """The model to train, with adapters and checkpointing as configured, and its tokenizer."""
-    folder = str(pretrained(config.model))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
+    model, tokenizer = load_pretrained(config.model, getattr(torch, config.dtype))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora_rank > 0:
-        from peft import LoraConfig, get_peft_model
-
-        targets = config.lora_targets
-        alpha: Any = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=alpha,
-            target_modules=targets[0] if targets == ("all-linear",) else list(targets),
-            task_type="CAUSAL_LM",
-        )
-        model.enable_input_require_grads()
-        model = get_peft_model(model, lora)
+        model = add_adapters(model, config)
     return model, tokenizer
 
 

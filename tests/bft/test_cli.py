@@ -1,76 +1,176 @@
-"""The command line: flags, YAML files, errors on one line."""
+"""The command line: commands, exit statuses, errors on one line."""
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import tyro
-import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft.cli import COMMANDS, main
-from bft.config import DataConfig, InfoConfig, TrainConfig, yaml_flags
+from bft.config import DataConfig, InfoConfig
 from bft.pretrained import SOURCES, Source
+from bft_kernels import __version__
 
 
-def parse(flags: list[str]) -> TrainConfig:
-    return tyro.cli(TrainConfig, args=flags)
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "yes or no?", "completion": "yes"}\n', encoding="utf-8")
+    return path
 
 
-def test_yaml_of_a_run_reads_back(tmp_path: Path) -> None:
-    config = TrainConfig(
-        train_file=Path("a.jsonl"),
-        scheme="dft",
-        steps=3,
-        packing=True,
-        lora_targets=("q_proj", "o"),
+@pytest.fixture
+def model(tokenizer: Any, tmp_path: Path) -> Path:
+    """A model of 16 learned positions, as a folder."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16, n_inner=16
     )
-    path = tmp_path / "config.yaml"
-    path.write_text(config.to_yaml(), encoding="utf-8")
-    assert parse(yaml_flags(path)) == config
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
 
 
-def test_flags_override_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"train_file": "a.jsonl", "window": 8, "packing": True}))
-    seen: list[TrainConfig] = []
-    monkeypatch.setitem(COMMANDS, "train", (TrainConfig, seen.append))
-    assert main(["train", "--config", str(path), "--window", "9", "--no-packing"]) == 0
-    assert main(["train", "--window", "7", f"--config={path}"]) == 0
-    assert [(c.window, c.packing) for c in seen] == [(9, False), (7, True)]
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_unknown_setting_in_a_file_is_refused(
+def told(capsys: pytest.CaptureFixture, flags: Sequence[Any]) -> tuple[int, str]:
+    """Status and the one line that a command writes."""
+    capsys.readouterr()
+    status = main([str(flag) for flag in flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bft ")]
+    assert len(lines) == 1
+    return status, lines[0]
+
+
+# --- what is wrong with a run --------------------------------------------------------------------
+
+
+def test_a_record_is_named_before_a_model_is_looked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"train_file": "a.jsonl", "windw": 8}))
-    with pytest.raises(SystemExit):
-        main(["train", "--config", str(path)])
-    assert "windw" in capsys.readouterr().err
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    status, line = told(capsys, ["eval", "--model", "no-such/model", "--file", path])
+    assert status == 1
+    assert line.startswith(f"bft eval: {path}:1: ")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_record_that_the_model_cannot_take_names_the_way_out(
+    data: Path, model: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    data.write_text(json.dumps({"prompt": "yes " * 40, "completion": "no"}))
+    flags = {
+        "train": ["--train-file", data, "--output-dir", data.parent / "run", "--no-tensorboard"],
+        "eval": ["--file", data],
+    }
+    status, line = told(capsys, [command, "--model", model, *flags[command]])
+    assert status == 1
+    assert f"{data}:1: " in line
+    assert "expected --max-length to be at most 16" in line
+
+
+def test_an_unknown_model_is_a_wrong_flag(data: Path, capsys: pytest.CaptureFixture) -> None:
+    status, line = told(capsys, ["eval", "--model", "no such", "--file", data])
+    assert status == 2
+    assert line.startswith("bft eval: --model: expected one of ")
+    assert "'no such'" in line
+
+
+@pytest.mark.parametrize("damage", ["weights", "tokenizer", "config"])
+def test_a_folder_that_cannot_be_loaded_is_one_line(
+    data: Path, model: Path, capsys: pytest.CaptureFixture, damage: str
+) -> None:
+    if damage == "weights":
+        weights = model / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "tokenizer":
+        for path in model.glob("token*"):
+            path.unlink()
+    else:
+        (model / "config.json").write_text('{"model_type": "no-such"}')
+    status, line = told(capsys, ["eval", "--model", model, "--file", data])
+    assert status == 1
+    says = "holds no tokenizer" if damage == "tokenizer" else "transformers cannot load"
+    assert line.startswith("bft eval: --model: ")
+    assert says in line
+    assert str(model) in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "says"),
     [
-        (["train", "--config"], "--config: got nothing"),
-        (["train", "--config", "no-such.yaml"], "no-such.yaml"),
-        (["train", "--train-file", "no-such.jsonl"], "no-such.jsonl"),
-        (["train", "--train-file", "a", "--window", "0"], "window: got 0, expected at least 1"),
-        (["eval", "--model", "no such", "--file", "a"], "no such"),
+        (
+            ["--lora-rank", "2", "--lora-targets", "c_attn", "q_porj"],
+            "--lora-targets: got 'q_porj'",
+        ),
+        (["--lora-rank", "2", "--lora-targets", "ln_1"], "--lora-targets: got ln_1: Target module"),
+        (["--mixed-precision", "fp16"], "--mixed-precision: got fp16 on a CPU"),
     ],
 )
-def test_errors_name_what_is_wrong(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_what_only_the_model_or_the_machine_can_refuse(
+    data: Path, model: Path, capsys: pytest.CaptureFixture, flags: list[str], says: str
 ) -> None:
-    try:
-        status = main(flags)
-    except SystemExit as exit_:  # tyro reports a value that the dataclass refuses by itself
-        status = exit_.code
-    assert status != 0
-    assert message in " ".join(capsys.readouterr().err.split())
+    if torch.cuda.is_available() and "fp16" in flags:
+        pytest.skip("here is a GPU")
+    common = ["train", "--train-file", data, "--model", model, "--output-dir", data.parent / "run"]
+    status, line = told(capsys, [*common, *flags])
+    assert status == 2
+    assert line.startswith(f"bft train: {says}")
+    if "q_porj" in line:
+        assert "some of c_attn, c_fc, c_proj, wpe, wte" in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(data: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
+    common = ["eval", "--model", model, "--file", data, "--max-length", "16"]
+    assert told(capsys, [*common, "--output", "/dev/full"]) == (
+        1,
+        "bft eval: No space left on device",
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: OSError, says: str
+) -> None:
+    def refused(config: InfoConfig) -> None:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, refused))
+    assert told(capsys, ["info"]) == (1, f"bft info: {says}")
+
+
+def test_weights_that_the_system_refuses_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def save(config: InfoConfig) -> None:
+        save_file({"a": torch.zeros(2)}, tmp_path / "no-such" / "a.safetensors")
+
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, save))
+    status, line = told(capsys, ["info"])
+    assert status == 1
+    assert "No such file or directory" in line
 
 
 def test_a_missing_package_is_one_line(
@@ -79,7 +179,9 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setenv("BFT_CACHE", str(tmp_path))
     gone = Source("no-such-package", (("no-such-package", "x.gguf"),), "MIT", "pip install it")
     monkeypatch.setitem(SOURCES, "gone", gone)
-    assert main(["eval", "--model", "gone", "--file", "a"]) == 1
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}')
+    assert main(["eval", "--model", "gone", "--file", str(data)]) == 1
     error = capsys.readouterr().err
     assert "pip install it" in error
     assert "Traceback" not in error
@@ -94,12 +196,31 @@ def test_faults_inside_a_library_keep_their_traceback(monkeypatch: pytest.Monkey
         main(["data"])
 
 
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_faults_that_arise_in_our_own_code_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Nobody raised it: an operation of a line of `bft` did."""
+    fault = {TypeError: "1 + None", ValueError: "int('x')"}[error]
+    ours: dict[str, Any] = {"__name__": "bft.train"}
+    exec(f"def run(config):\n    return {fault}", ours)
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, ours["run"]))
+    with pytest.raises(error):
+        main(["info"])
+
+
 def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture) -> None:
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out
     assert main(["nonsense"]) == 2
     assert "'nonsense'" in capsys.readouterr().err
     assert main(["--help"]) == 0
+    assert "exit status: 0" in capsys.readouterr().out
+
+
+def test_versions_on_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bft-kernels {__version__}, torch {torch.__version__}\n"
 
 
 def test_info_prints_versions_devices_and_backends(capsys: pytest.CaptureFixture) -> None:

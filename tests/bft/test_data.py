@@ -1,10 +1,9 @@
-"""Only answers carry labels, whatever the template; files, cuts, batches and their order."""
+"""Only answers carry labels, whatever the template; cuts, batches and their order."""
 
 from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from bft.data import (
     StepBatches,
     collate_packed,
     make_record,
-    read_jsonl,
     shuffled,
 )
 from bft.encode import DataError, Example, encode, prompt_text
@@ -176,6 +174,83 @@ def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
         encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "{# answers go into {% generation %} #}",
+        "{# {%- generation -%} {% endgeneration %} #}",
+        "{% set unused = '{% generation %}' %}",
+    ],
+)
+def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer: Any, start: str) -> None:
+    record = make_record({"messages": CHAT})
+    expected = encode(record, tokenizer)
+    tokenizer.chat_template = start + tokenizer.chat_template
+    assert encode(record, tokenizer) == expected
+
+
+def test_a_template_that_marks_nothing_is_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
+    with pytest.raises(DataError, match=r"x:3: .*generation.* puts nothing of this record into it"):
+        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
+
+
+def test_a_marked_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = MARKED + "{{ raise_exception('no system turn') }}"
+    with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
+        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
+
+
+def test_of_several_templates_the_default_counts(tokenizer: Any) -> None:
+    record = make_record({"messages": CHAT})
+    expected = encode(record, tokenizer)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": MARKED}
+    assert encode(record, tokenizer) == expected
+    tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
+    with pytest.raises(DataError, match=r"^record: .*template"):
+        encode(record, tokenizer)
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+CALLS = (
+    "{% if tools %}<|start|>tools\n{{ tools | tojson }}<|end|>\n{% endif %}"
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{% if m['content'] %}{{ m['content'] }}"
+    "{% endif %}{% if 'tool_calls' in m %}{{ m['tool_calls'] | tojson }}{% endif %}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "beat", "arguments": {"rate": 60}}}
+WITH_CALL = {
+    "messages": [
+        {"role": "user", "content": "Beat."},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "60", "tool_calls": None},
+        {"role": "assistant", "content": "It beats."},
+    ]
+}
+
+
+def test_a_call_without_content_is_an_answer(tokenizer: Any) -> None:
+    tokenizer.chat_template = CALLS
+    example = encode(make_record(WITH_CALL), tokenizer)
+    call, answer = answers(example, tokenizer)
+    assert json.loads(call.removesuffix("<|end|>")) == [CALL]
+    assert answer == "It beats.<|end|>"
+    with_tools = encode(make_record(WITH_CALL | {"tools": [{"name": "beat"}]}), tokenizer)
+    assert tokenizer.decode(with_tools.input_ids).startswith('<|start|>tools\n[{"name": "beat"}]')
+    assert answers(with_tools, tokenizer) == [call, answer]
+
+
+def test_a_template_that_leaves_out_tools_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"x:3.*'tools'.*leaves them out"):
+        encode(make_record(chat("a", "b", tools=[{"name": "beat"}]), "x:3"), tokenizer)
+    with pytest.raises(DataError, match="x:3"):  # this template cannot do without content
+        encode(make_record(WITH_CALL, "x:3"), tokenizer)
+    tokenizer.chat_template = GEMMA.replace("m['content']", "(m['content'] or '')")
+    with pytest.raises(DataError, match=r"x:3.*'tool_calls'.*leaves them out"):
+        encode(make_record(WITH_CALL, "x:3"), tokenizer)
+
+
 TURN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
     lambda text: "<|" not in text and text.strip()
 )
@@ -198,57 +273,6 @@ def test_any_text_comes_back_whole(tokenizer: Any, turns: list[tuple[str, str]])
             start -= 1
         tokens = tokenizer.convert_ids_to_tokens(example.labels[start:end])
         assert tokenizer.backend_tokenizer.decoder.decode(tokens) == answer
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    rows = [chat("a", str(i), answer="x") for i in range(3)]
-    path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert [r.messages[1]["content"] for r in read_jsonl(path)] == ["0", "1", "2"]
-    assert [r.where for r in read_jsonl(path, limit=2)] == [f"{path}:1", f"{path}:3"]
-    assert read_jsonl(path)[0].extra == {"answer": "x"}
-
-
-def test_a_file_that_is_not_utf8_is_refused_with_its_line(tmp_path):
-    path = tmp_path / "latin.jsonl"
-    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"latin.jsonl:2: not UTF-8"):
-        read_jsonl(path)
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", "not valid JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        ('{"text": "a"}', "'prompt' is missing among the keys ['text']"),
-        ('{"prompt": "a"}', "'completion' is missing"),
-        ('{"prompt": 3, "completion": "b"}', "'prompt': expected a string, got int '3'"),
-        ('{"prompt": "a", "completion": " "}', "'completion': expected text to learn"),
-        ('{"prompt": "a", "completion": "b", "messages": []}', "got both"),
-        ('{"messages": []}', "'messages': expected a non-empty list"),
-        ('{"messages": ["a"]}', "'messages[0]': expected an object"),
-        ('{"messages": [{"role": "user"}]}', "'messages[0].content': expected a string, got noth"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "expected an 'assistant' turn"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing before it"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError) as error:
-        read_jsonl(path)
-    assert f"{path}:2: " in str(error.value)
-    assert says in str(error.value)
-
-
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="no records"):
-        read_jsonl(tmp_path / "empty.jsonl")
 
 
 # --- the data set --------------------------------------------------------------------------------

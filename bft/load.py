@@ -1,0 +1,35 @@
+"""A model and its tokenizer, by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bft.pretrained import PretrainedError, first_line, pretrained
+
+
+def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
+    """The causal LM that :func:`pretrained` finds, and its tokenizer.
+
+    Raises what :func:`pretrained` raises, and PretrainedError where transformers cannot load it.
+    """
+    folder = str(pretrained(name_or_path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise PretrainedError(
+            f"model: transformers cannot load {folder} ({first_line(error)}); expected a causal "
+            "language model with its weights, configuration and tokenizer"
+        ) from error
+    # transformers makes an empty one where there is none.
+    files = set(getattr(tokenizer, "vocab_files_names", {}).values())
+    if files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
+        raise PretrainedError(
+            f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
+        )
+    return model, tokenizer

@@ -1,0 +1,56 @@
+"""LoRA adapters on a model, where a run asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bft.config import SettingError, TrainConfig
+
+
+def add_adapters(model: Any, config: TrainConfig) -> Any:
+    """The model with adapters of `config.lora_rank`; its own parameters are frozen.
+
+    Raises SettingError naming the modules that exist if a target is none of them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = config.lora_targets
+    everywhere = targets == ("all-linear",)
+    if not everywhere:
+        _check_targets(model, targets)
+    alpha: Any = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=alpha,
+        target_modules="all-linear" if everywhere else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # a module of a kind that PEFT has no adapter for
+        raise SettingError(f"lora_targets: got {' '.join(targets)}: {error}") from error
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            ends = {
+                path.rpartition(".")[2]
+                for path, module in model.named_modules()
+                if (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))
+                and module is not model.get_output_embeddings()
+            }
+            raise SettingError(
+                f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
+                f"expected all-linear alone, or some of {', '.join(sorted(ends))}"
+            )
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer."""
+    return type(module).__name__ == "Conv1D"

@@ -1,0 +1,225 @@
+"""Reads JSONL files: one record a line, in either form (other keys are kept and ignored).
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    {"prompt": "...", "completion": "..."}
+
+A file is UTF-8, with or without a byte-order mark. An assistant turn may have `tool_calls`, beside
+its content or instead of it, and a record of messages `tools`: both go to the chat template, which
+has to write them. `NaN` and `Infinity`, which are no JSON but what Python writes, are read in keys
+that are ignored.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bft.encode import DataError, Record
+from bft_kernels.checks import check_int
+
+_EXPECTED = "expected UTF-8 text with one JSON object a line"
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# How files begin that are no JSONL, and what turns them into it.
+_FOREIGN = {
+    b"\xff\xfe\x00\x00": "UTF-32 text; run: iconv -f UTF-32 -t UTF-8",
+    b"\x00\x00\xfe\xff": "UTF-32 text; run: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "UTF-16 text; run: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16 text; run: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "compressed by gzip; run: gunzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; run: unzstd",
+    b"BZh": "compressed by bzip2; run: bunzip2",
+    b"\xfd7zXZ": "compressed by xz; run: unxz",
+    b"PK\x03\x04": "a zip archive; run: unzip",
+    b"PAR1": "a Parquet file; write it as JSONL, as with pandas' to_json(orient='records', "
+    "lines=True)",
+}
+
+
+def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
+    """Reads the first `limit` records of a JSONL file (all by default); blank lines are skipped.
+
+    Raises OSError (no such file, a folder), or DataError naming file, line and key.
+    """
+    if limit is not None:
+        check_int("limit", limit, 1)
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder, expected a JSONL file", str(path))
+    records: list[Record] = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(records) >= limit:
+                break
+            where = f"{path}:{number}"
+            text = _decode(line, where)
+            if not text.strip():
+                continue
+            try:
+                records.append(make_record(_parse(text, where), where))
+            except RecursionError as error:
+                raise DataError(
+                    f"{where}: brackets nested too deep to be read; {_EXPECTED}"
+                ) from error
+    if not records:
+        raise DataError(f"{path}: no records; expected one JSON object a line")
+    return records
+
+
+def _decode(line: bytes, where: str) -> str:
+    for start, kind in _FOREIGN.items():
+        if line.startswith(start):
+            raise DataError(f"{where}: {kind}; {_EXPECTED}")
+    if b"\0" in line:
+        raise DataError(
+            f"{where}: holds NUL bytes, as UTF-16 text and files half written do; {_EXPECTED}"
+        )
+    try:
+        # Files that were joined may have a mark in front of any line.
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error}); {_EXPECTED}") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text.rstrip(), object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        hint = ""
+        if text.strip() in ("[", "{"):
+            hint = "; a file that is one JSON array becomes JSONL by: jq -c '.[]'"
+        raise DataError(
+            f"{where}: not valid JSON ({error.msg}, column {error.pos + 1}); "
+            f"expected one object a line{hint}"
+        ) from error
+    except ValueError as error:  # a key twice, or Python's limit on the digits of an integer
+        raise DataError(f"{where}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key comes twice: readers differ in which value they take."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object; expected it once")
+    return row
+
+
+def make_record(row: Any, where: str = "record") -> Record:
+    """Checks one decoded JSON object and turns it into a `Record`. Raises DataError."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {_kind(row)}")
+    if "messages" not in row:
+        return _pair_record(row, where)
+    if "completion" in row:  # a prompt alone is one of the other keys
+        raise DataError(
+            f"{where}: expected either 'messages' or 'prompt' and 'completion', got both"
+        )
+    extra = {key: value for key, value in row.items() if key not in ("messages", "tools")}
+    _check_characters(extra.get("answer"), where, "answer")
+    messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
+    return Record(messages, where, None, extra, tools)
+
+
+def _pair_record(row: dict[str, Any], where: str) -> Record:
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing:
+        raise DataError(
+            f"{where}: expected 'messages', or 'prompt' and 'completion'; "
+            f"{missing[0]!r} is missing among the keys {sorted(row)}"
+        )
+    for key in ("prompt", "completion"):
+        if not isinstance(row[key], str):
+            hint = ""
+            if isinstance(row[key], list):
+                hint = "; turns of a chat go into one list, under 'messages'"
+            raise DataError(f"{where}: {key!r}: expected a string, got {_kind(row[key])}{hint}")
+    if not row["completion"].strip():
+        raise DataError(f"{where}: 'completion': expected text to learn, got an empty string")
+    for key in ("prompt", "completion", "answer"):
+        _check_characters(row.get(key), where, key)
+    pair = (row["prompt"], row["completion"])
+    chat = (
+        {"role": "user", "content": pair[0]},
+        {"role": "assistant", "content": pair[1]},
+    )
+    extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    return Record(chat, where, pair, extra)
+
+
+def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: 'messages': expected a non-empty list, got {_kind(value)}")
+    messages = tuple(_message(row, where, f"messages[{i}]") for i, row in enumerate(value))
+    roles = [message["role"] for message in messages]
+    if "assistant" not in roles:
+        raise DataError(f"{where}: 'messages': expected an 'assistant' turn, got the roles {roles}")
+    if roles[0] == "assistant":
+        raise DataError(
+            f"{where}: 'messages[0].role': expected 'system' or 'user', got 'assistant': "
+            "there is nothing before it to answer"
+        )
+    return messages
+
+
+def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
+    if not isinstance(message, dict):
+        raise DataError(
+            f"{where}: '{name}': expected an object with 'role' and 'content', got {_kind(message)}"
+        )
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if not isinstance(role, str):
+        raise DataError(f"{where}: '{name}.role': expected a string, got {_kind(role)}")
+    # A template may know other roles; one of these misspelt would be an answer without labels.
+    if role not in _ROLES and role.strip().lower() in _ROLES:
+        raise DataError(f"{where}: '{name}.role': expected {role.strip().lower()!r}, got {role!r}")
+    if calls and not (isinstance(calls, list) and role == "assistant"):
+        raise DataError(
+            f"{where}: '{name}.tool_calls': expected a list in an 'assistant' turn, "
+            f"got {_kind(calls)} in a {role!r} turn"
+        )
+    if not isinstance(content, str) and not (calls and content is None):
+        parts = isinstance(content, list)
+        hint = "; join the parts into one text" if parts else ""
+        raise DataError(f"{where}: '{name}.content': expected a string, got {_kind(content)}{hint}")
+    if role == "assistant" and not calls and not str(content).strip():
+        raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
+    _check_characters(message, where, name)
+    # Tables of rows hold null for a key that other rows have; templates ask whether a key is there.
+    return {k: v for k, v in message.items() if v is not None or k == "content"}
+
+
+def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(f"{where}: 'tools': expected a list of objects, got {_kind(value)}")
+    _check_characters(value, where, "tools")
+    return tuple(value)
+
+
+def _check_characters(value: Any, where: str, name: str) -> None:
+    """Raises for half a character: JSON can write a lone surrogate, no tokenizer can read it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_characters(key, where, name)
+            _check_characters(item, where, f"{name}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_characters(item, where, f"{name}[{index}]")
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: {name!r}: character {error.start + 1} is {value[error.start]!r}, half "
+                "of a surrogate pair; expected both halves, or U+FFFD in its place"
+            ) from error
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"

@@ -1,0 +1,189 @@
+"""Flags and a YAML file -> a checked configuration, or a SettingError before anything is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from bft.config import SettingError
+
+
+def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
+    """The configuration that a command line describes; ``--config FILE`` is read first.
+
+    Raises:
+        SettingError: a setting, or the YAML file.
+        SystemExit: help was asked for (0), or tyro has told what it cannot read (2).
+    """
+    file, typed = _split(arguments)
+    flags = typed if file is None else [*yaml_flags(file, config_type), *typed]
+    # tyro would tell what our checks say in a form of its own, without the option's name.
+    unchecked = type(
+        config_type.__name__,
+        (config_type,),
+        {"__post_init__": lambda self: None, "__doc__": config_type.__doc__},
+    )
+    values = vars(tyro.cli(unchecked, args=flags, prog=prog))
+    try:
+        config = config_type(**values)
+    except (ValueError, TypeError) as error:
+        raise SettingError(str(error)) from error
+    _check_typed(config, typed)
+    check_paths(config)
+    return config
+
+
+def in_flags(message: str, config_type: type[Any]) -> str:
+    """A message about settings, with their names as they are typed: ``lora_rank`` is --lora-rank.
+
+    A word is a name if it starts the message and a colon follows, if it stands before an equals
+    sign, or if an underscore makes it no word of English.
+    """
+    names = [field.name for field in dataclasses.fields(config_type)]
+    long = [name for name in names if "_" in name]
+    patterns = [rf"^({'|'.join(names)})(?=:)", rf"\b({'|'.join(names)})(?==)"]
+    patterns += [rf"(?<![\w./'-])({'|'.join(long)})(?![\w./'-])"] if long else []
+    return re.sub("|".join(patterns), lambda found: f"--{found[0].replace('_', '-')}", message)
+
+
+# --- the YAML file -------------------------------------------------------------------------------
+
+
+def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The value of ``--config``, and the other arguments: these come later and override it."""
+    rest = list(arguments)
+    for place, flag in enumerate(rest):
+        if flag == "--config" or flag.startswith("--config="):
+            path = flag.partition("=")[2] or (rest[place + 1] if place + 1 < len(rest) else "")
+            if not path:
+                raise SettingError("--config: got nothing, expected a YAML file")
+            del rest[place : place + (1 if "=" in flag else 2)]
+            return Path(path), rest
+    return None, rest
+
+
+def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
+    """A YAML file as command-line flags: one parser checks types and choices of both.
+
+    A value is the text that stands there, as if it were typed: ``no`` and ``2e-5`` need no quotes.
+
+    Raises:
+        SettingError: not YAML, not a mapping of settings to values, or a name that is none.
+    """
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f":{mark.line + 1}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise SettingError(f"--config: {path}{line}: not valid YAML ({problem})") from error
+    except UnicodeDecodeError as error:
+        raise SettingError(f"--config: {path}: not UTF-8 ({error}), expected YAML") from error
+    except OSError as error:
+        raise SettingError(f"--config: {path}: {error.strerror}, expected a YAML file") from error
+    if not isinstance(root, yaml.MappingNode):
+        kind = "nothing" if root is None else root.id
+        raise SettingError(f"--config: {path} holds {kind}, expected a mapping: name: value")
+    flags: list[str] = []
+    seen: set[str] = set()
+    for key, value in root.value:
+        where = f"--config: {path}:{key.start_mark.line + 1}"
+        name = _setting(key.value, config_type, where)
+        if name in seen:
+            raise SettingError(f"{where}: {key.value!r} comes twice, expected it once")
+        seen.add(name)
+        flags += _flag(name, value, typing.get_type_hints(config_type)[name] is bool, loader, where)
+    return flags
+
+
+def _setting(key: Any, config_type: type[Any], where: str) -> str:
+    names = [field.name for field in dataclasses.fields(config_type)]
+    name = str(key).replace("-", "_")
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
+        raise SettingError(f"{where}: there is no setting {key!r}{hint}")
+    return name
+
+
+def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> list[str]:
+    flag = f"--{name.replace('_', '-')}"
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    if not all(isinstance(item, yaml.ScalarNode) for item in items):
+        raise SettingError(f"{where}: {name!r}: expected a value or a list of values")
+    if isinstance(node, yaml.SequenceNode):
+        return [flag, *(item.value for item in items)]
+    value = loader.construct_object(node)
+    if value is None:
+        return [f"{flag}=None"]
+    if not switch:
+        return [f"{flag}={node.value}"]
+    if not isinstance(value, bool):
+        raise SettingError(f"{where}: {name!r}: got {node.value!r}, expected true or false")
+    return [flag if value else f"--no-{flag[2:]}"]
+
+
+# --- what a configuration cannot see -------------------------------------------------------------
+
+# Settings that the values of another one ignore. A file may keep them for other runs, so they are
+# refused where they were typed for this one.
+_ONLY_WITH = {
+    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
+    "gamma": ("scheme", ("bft-v1-code",)),
+    "eps": ("gradient", ("sampled",)),
+}
+
+
+def _check_typed(config: Any, typed: Sequence[str]) -> None:
+    for name, (other, values) in _ONLY_WITH.items():
+        given = any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in typed)
+        if given and getattr(config, other) not in values:
+            raise SettingError(
+                f"{name}: got {getattr(config, name)}, which {other}={getattr(config, other)} "
+                f"ignores; expected it with {other}={' or '.join(values)}"
+            )
+
+
+_READ = ("train_file", "eval_file", "file")
+
+
+def check_paths(config: Any) -> None:
+    """Raises SettingError for a file or folder that a run could not read or write at its end."""
+    for field in dataclasses.fields(config):
+        name, path = field.name, getattr(config, field.name)
+        if not isinstance(path, Path):
+            continue
+        if name in _READ:
+            _check_read(name, path)
+        else:
+            _check_written(name, path, folder=name == "output_dir")
+
+
+def _check_read(name: str, path: Path) -> None:
+    if path.is_dir():
+        raise SettingError(f"{name}: {path} is a folder, expected a JSONL file")
+    if not path.exists():
+        raise SettingError(f"{name}: there is no file {path}")
+    if not os.access(path, os.R_OK):
+        raise SettingError(f"{name}: {path} may not be read; expected a readable file")
+
+
+def _check_written(name: str, path: Path, folder: bool) -> None:
+    if path.exists() and path.is_dir() != folder:
+        kinds = ("folder", "file") if folder else ("file", "folder")
+        raise SettingError(f"{name}: {path} is a {kinds[1]}, expected a {kinds[0]}")
+    there = path if path.exists() else next(p for p in path.absolute().parents if p.exists())
+    if there != path and not there.is_dir():
+        raise SettingError(f"{name}: {there} is a file, expected a folder to make {path} in")
+    if not os.access(there, os.W_OK):
+        raise SettingError(f"{name}: {there} may not be written; expected a place for {path}")
