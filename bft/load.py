@@ -20,12 +20,21 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
     folder = str(pretrained(name_or_path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise PretrainedError(
             f"model: transformers cannot load {folder} ({first_line(error)}); expected a causal "
             "language model with its weights, configuration and tokenizer"
         ) from error
+    # transformers warns, and goes on with random numbers in their place.
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise PretrainedError(
+            f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
+            "expected all of them"
+        )
     # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
     if files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):

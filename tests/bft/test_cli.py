@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft.cli import COMMANDS, main
@@ -89,12 +89,24 @@ def test_an_unknown_model_is_a_wrong_flag(data: Path, capsys: pytest.CaptureFixt
     assert "'no such'" in line
 
 
-@pytest.mark.parametrize("damage", ["weights", "tokenizer", "config"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("weights", "transformers cannot load"),
+        ("a weight", "holds no weights for 1 parameters"),
+        ("tokenizer", "holds no tokenizer"),
+        ("config", "transformers cannot load"),
+    ],
+)
 def test_a_folder_that_cannot_be_loaded_is_one_line(
-    data: Path, model: Path, capsys: pytest.CaptureFixture, damage: str
+    data: Path, model: Path, capsys: pytest.CaptureFixture, damage: str, says: str
 ) -> None:
-    if damage == "weights":
-        weights = model / "model.safetensors"
+    weights = model / "model.safetensors"
+    if damage == "a weight":
+        state = load_file(weights)
+        del state[min(state)]
+        save_file(state, weights, metadata={"format": "pt"})
+    elif damage == "weights":
         weights.write_bytes(weights.read_bytes()[:1000])
     elif damage == "tokenizer":
         for path in model.glob("token*"):
@@ -103,7 +115,6 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(
         (model / "config.json").write_text('{"model_type": "no-such"}')
     status, line = told(capsys, ["eval", "--model", model, "--file", data])
     assert status == 1
-    says = "holds no tokenizer" if damage == "tokenizer" else "transformers cannot load"
     assert line.startswith("bft eval: --model: ")
     assert says in line
     assert str(model) in line
