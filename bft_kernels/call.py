@@ -173,7 +173,7 @@ def run(call: Call) -> Forward:
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed
     return torch.full((), seed, dtype=torch.int64, device=device)
@@ -216,7 +216,7 @@ def documents_of(cu_seqlens: Tensor | None, call: Call) -> Tensor:
         )
     rows = call.shape[0] if len(call.shape) == 2 else 1
     length = call.shape[-1] if call.shape else 1
-    return torch.arange(rows + 1, dtype=torch.int64) * length
+    return torch.arange(rows + 1, dtype=torch.int64, device="cpu") * length
 
 
 def balance(
