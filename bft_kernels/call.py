@@ -15,7 +15,7 @@ from bft_kernels.checks import (
     check_core,
     check_finite,
     check_int,
-    check_positive,
+    check_number,
     check_settings,
     check_tensor,
 )
@@ -243,12 +243,13 @@ def items_of(num_items: int | float | Tensor | None, call: Call) -> Tensor | Non
             )
         if num_items.dtype == torch.bool or num_items.is_complex():
             raise TypeError(f"num_items: got dtype {num_items.dtype}, expected a count")
-        visible = call.config.check_values and num_items.device.type == "cpu"
-        if visible and not torch.compiler.is_compiling():
-            check_positive("num_items", float(num_items))
-        return num_items.detach().reshape(()).to(device, non_blocking=True)
-    check_positive("num_items", num_items)
-    return torch.full((), float(num_items), dtype=call.wide, device=device)
+        items = num_items.detach().reshape(())
+    else:
+        check_number("num_items", num_items, 0)
+        items = torch.full((), float(num_items), dtype=call.wide, device=device)
+    if call.check or items.device.type == "cpu":
+        return ops.num_items(items, call.labelled, bool(call.check))
+    return items.to(device)
 
 
 def check_token_weight(token_weight: object, call: Call) -> None:

@@ -116,6 +116,20 @@ def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
         )
 
 
+def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
+    """A count, at least 0, and 0 only in a call without labels.
+
+    Labels on a device are looked at if it may be waited for.
+    """
+    check_number("num_items", float(num_items), 0)
+    visible = wait or labelled.device.type == "cpu"
+    if num_items == 0 and visible and bool(labelled.any()):
+        raise ValueError(
+            f"num_items: got 0 with {int(labelled.sum())} labelled tokens in this call, expected "
+            "the number that the whole step divides by, or None to count this call's"
+        )
+
+
 def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> None:
     """The settings of :func:`bft_kernels.weighting.token_weights`."""
     if isinstance(scheme, str):

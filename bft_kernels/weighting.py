@@ -388,7 +388,8 @@ def token_shares(
     else:
         share = layout.labelled.to(dtype)
         count = layout.labelled.sum()
-    return share / (count.clamp_min(1) if num_items is None else num_items)
+    share = share / (count.clamp_min(1) if num_items is None else num_items)
+    return torch.where(layout.labelled, share, 0.0)  # num_items is 0 in a step without labels
 
 
 def balanced_loss(

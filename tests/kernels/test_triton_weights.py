@@ -73,6 +73,11 @@ def test_padding_changes_nothing(scheme):
     CHECKS.check_padding(run, scheme, TILE)
 
 
+@pytest.mark.parametrize("scheme", ["sft", "bft"])
+def test_a_step_of_no_items(scheme):
+    CHECKS.check_no_items(run, scheme, TILE)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_is_written_outside_a_buffer_or_left_unwritten(scheme, layout, guarded):
