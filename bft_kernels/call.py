@@ -13,6 +13,7 @@ from bft_kernels.checks import (
     FLOAT_DTYPES,
     check_boundaries,
     check_core,
+    check_derivatives,
     check_finite,
     check_int,
     check_number,
@@ -80,6 +81,7 @@ def prepare(
     z_loss: float = 0.0,
 ) -> Call:
     """Checks everything that needs no values, and flattens."""
+    check_derivatives(hidden=hidden, weight=weight, bias=bias)
     check_core(hidden, weight, target, bias)
     check_settings(
         {
@@ -258,6 +260,7 @@ def check_token_weight(token_weight: object, call: Call) -> None:
     Raises:
         TypeError: not a tensor of floats.
         ValueError: another shape or device, one that requires a gradient, or not finite.
+        RuntimeError: one with a tangent.
     """
     check_tensor("token_weight", token_weight, call.shape, FLOAT_DTYPES, call.hidden.device)
     assert isinstance(token_weight, Tensor)
@@ -266,5 +269,6 @@ def check_token_weight(token_weight: object, call: Call) -> None:
             "token_weight: got a tensor that requires a gradient, expected a constant: detach it, "
             "or use reduction='none' and multiply"
         )
+    check_derivatives(token_weight=token_weight)
     if call.check and not torch.compiler.is_compiling():
         check_finite("token_weight", token_weight.reshape(-1, 1), rows=call.labelled)

@@ -77,7 +77,8 @@ def linear_nll(
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it.
-        RuntimeError: the forced backend cannot run this; or ``create_graph=True`` in the backward.
+        RuntimeError: the forced backend cannot run this; ``create_graph=True`` in the backward; a
+            call inside a transform of ``torch.func``; or an argument with a forward-mode tangent.
     """
     call = prepare(
         hidden,

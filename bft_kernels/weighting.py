@@ -99,6 +99,7 @@ def weigh(
 
     ``nll`` says what a confidence too small for its type was.
     """
+    confidence = confidence.detach()  # no_grad leaves a tangent of forward mode
     count = confidence.numel()
     sequences = cu_seqlens.numel() - 1
     cu = cu_seqlens.to(confidence.device, torch.int64, non_blocking=True)
