@@ -38,6 +38,7 @@ hypothesis.settings.register_profile(
     "kernels", database=None, deadline=None, max_examples=60, print_blob=True
 )
 hypothesis.settings.load_profile("kernels")
+hypothesis.core.global_force_seed = RUN_SEED  # what --hypothesis-seed sets
 
 # A statistical test fails where chance alone would give a p-value this small. The suite computes
 # well under a thousand of them, so that a correct program fails less than one run in a million.
