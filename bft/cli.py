@@ -41,11 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config: Any = tyro.cli(config_type, args=_with_config_file(flags), prog=f"bft {name}")
         run(config)
+    except KeyboardInterrupt:
+        print(f"bft {name}: stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         if not _says_it_all(error):
             raise
         print(f"bft {name}: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     return 0
 
 
@@ -122,6 +125,7 @@ def _evaluate(config: EvalConfig) -> None:
 
     from bft.data import read_jsonl
     from bft.evaluate import evaluate
+    from bft.metrics import to_json
     from bft.pretrained import pretrained
 
     folder = str(pretrained(config.model))
@@ -144,7 +148,7 @@ def _evaluate(config: EvalConfig) -> None:
     Console().print(table)
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        config.output.write_text(to_json(result, indent=2), encoding="utf-8")
 
 
 def _info(config: InfoConfig) -> None:

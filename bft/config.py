@@ -85,11 +85,18 @@ class TrainConfig:
     eval_limit: int | None = None
     """Evaluate on this many records of the file."""
     save_every: int | None = None
-    """Steps between resumable checkpoints."""
+    """Steps between resumable checkpoints; then there is one after the last step, too."""
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`, if there is one."""
+    """Go on from the newest checkpoint in `output_dir`; it is an error if there is none, or if a
+    setting that the numbers depend on is another one."""
+    overwrite: bool = False
+    """Remove the older run that `output_dir` holds: its checkpoints, model, metrics.jsonl,
+    config.yaml and TensorBoard events."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is infinite or NaN: stop, or leave that step's update out. The
+    learning rate's schedule moves on, and metrics.jsonl counts such steps as `skipped`."""
     tensorboard: bool = True
     """Write TensorBoard events."""
 
@@ -104,6 +111,8 @@ class TrainConfig:
                 check_number(name, value, low)
         if self.warmup_ratio > 1:
             raise ValueError(f"warmup_ratio: got {self.warmup_ratio}, expected at most 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume, overwrite: got both, expected one of them")
         if self.lora_alpha is not None:
             check_positive("lora_alpha", self.lora_alpha)
         self.loss()  # checks its own settings
@@ -140,6 +149,8 @@ class DemoConfig:
     eval_limit: int = 128
     """Held-out questions."""
     seed: int = 0
+    overwrite: bool = False
+    """Remove the older run that `output_dir` holds; in runs/demo that needs no asking."""
 
 
 @dataclass(frozen=True)
