@@ -121,7 +121,6 @@ def _lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
-        file.truncate(0)
 
 
 def _check_resumable(folder: Path) -> None:
