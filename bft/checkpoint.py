@@ -245,11 +245,16 @@ def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     head = getattr(base.get_output_embeddings(), "weight", None)
     split = any(layer.get_base_layer().weight is head for layer in layers.values())
     configs = [base.config, base.config.get_text_config()]
-    tied = [config.tie_word_embeddings for config in configs]
+    tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
+    if tied:
+        logger.warning(
+            "the adapted embedding is tied to the head, which learned nothing: they are written "
+            "as two, with tie_word_embeddings=false. Merge the adapter only into such a base"
+        )
     try:
-        for config in configs if split else []:
+        for config in tied:
             config.tie_word_embeddings = False
         base.save_pretrained(folder, state_dict=merged)
     finally:
-        for config, value in zip(configs, tied, strict=True):
-            config.tie_word_embeddings = value
+        for config in tied:
+            config.tie_word_embeddings = True

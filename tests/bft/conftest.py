@@ -142,3 +142,15 @@ def config(
         eval_limit=6,
         tensorboard=False,
     )
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Callable[[TrainConfig], list[str]]:
+    """The flags of ``bft train`` for a configuration."""
+
+    def write(config: TrainConfig) -> list[str]:
+        path = tmp_path / "flags.yaml"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
