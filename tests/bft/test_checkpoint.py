@@ -128,13 +128,14 @@ def test_a_stray_file_is_named_and_left_alone(
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """From the call of one function of ``bft.run`` to its end the system writes no large file."""
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """During the first call of one function of ``bft.run`` the system writes no large file."""
 
-    def fills(name: str) -> Any:
+    def fills(name: str) -> None:
         original = getattr(run_module, name)
 
         def limited(*arguments: Any) -> Any:
+            monkeypatch.setattr(run_module, name, original)
             soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
             try:
@@ -142,9 +143,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-        context = monkeypatch.context()
-        context.__enter__().setattr(run_module, name, limited)
-        return context
+        monkeypatch.setattr(run_module, name, limited)
 
     return fills
 
@@ -152,14 +151,13 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("save_every", [None, 4])
 def test_a_model_that_cannot_be_written_is_kept(
-    config: TrainConfig, full_disk: Callable[[str], Any], save_every: int, lora_rank: int
+    config: TrainConfig, full_disk: Callable[[str], None], save_every: int, lora_rank: int
 ) -> None:
     whole = train(replace(config, output_dir=config.output_dir / "whole", lora_rank=lora_rank))
     config = replace(config, save_every=save_every, lora_rank=lora_rank)
-    context = full_disk("save_model")
+    full_disk("save_model")
     with pytest.raises(WriteError, match=r"model could not be written: .*step-0000006: make room"):
         train(config)
-    context.__exit__(None, None, None)
     assert not list(config.output_dir.glob("*model*"))
     result = train(replace(config, resume=True))
     assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
@@ -169,10 +167,9 @@ def test_a_model_that_cannot_be_written_is_kept(
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    config: TrainConfig, full_disk: Callable[[str], Any]
+    config: TrainConfig, full_disk: Callable[[str], None]
 ) -> None:
-    context = full_disk("save_progress")
+    full_disk("save_progress")
     with pytest.raises(WriteError, match=r"step-0000002 could not be written: .*no older one"):
         train(replace(config, save_every=2))
-    context.__exit__(None, None, None)
     assert checkpoints(config.output_dir) == []

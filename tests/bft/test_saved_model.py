@@ -58,7 +58,7 @@ def nll(model: torch.nn.Module, config: TrainConfig) -> float:
 def test_folder_and_adapter_give_the_last_evaluation(
     config: TrainConfig, models: dict[str, Path], name: str, targets: tuple[str, ...]
 ) -> None:
-    config = replace(config, model=str(models[name]), learning_rate=3e-2, steps=12)
+    config = replace(config, model=str(models[name]), learning_rate=3e-2, steps=8)
     if targets:
         config = replace(config, lora_rank=4, lora_targets=targets)
     result = train(config)
