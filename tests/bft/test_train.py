@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bft import held_out as held_out_module
+from bft import train as train_module
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
+from bft.evaluate import Evaluation
 from bft.loss import HeadLoss
 from bft.patch import patch_model
 from bft.train import train, training_step
@@ -73,6 +78,43 @@ def test_splits_of_a_step_give_one_gradient(
         for name, gradient in gradients.items():
             expected = results[0][2][name]
             assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_files_are_read_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training file is a pipe, and the held-out one is gone after the first step."""
+    held_out = Path(shutil.copy(config.eval_file, config.output_dir.parent / "held-out.jsonl"))
+    original = train_module.training_step
+
+    def loses_a_file(*arguments: Any) -> dict[str, float]:
+        held_out.unlink(missing_ok=True)
+        return original(*arguments)
+
+    monkeypatch.setattr(train_module, "training_step", loses_a_file)
+    reads, writes = os.pipe()
+    os.write(writes, config.train_file.read_bytes())
+    os.close(writes)
+    result = train(replace(config, train_file=Path(f"/dev/fd/{reads}"), eval_file=held_out))
+    os.close(reads)
+    usual = train(replace(config, output_dir=config.output_dir / "usual"))
+    for ours, other in zip(result.evaluations, usual.evaluations, strict=True):
+        assert (ours["nll"], ours["majority_answer"]) == (other["nll"], other["majority_answer"])
+
+
+def test_the_model_is_written_before_its_last_evaluation(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = held_out_module.evaluate, []
+
+    def breaks(*arguments: Any, **options: Any) -> Evaluation:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(held_out_module, "evaluate", breaks)
+    with pytest.raises(MemoryError):
+        train(config)
+    assert AutoModelForCausalLM.from_pretrained(config.output_dir / "model").num_parameters() > 0
 
 
 def test_lora_trains_the_adapter_only(config: TrainConfig) -> None:
