@@ -67,7 +67,7 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     except BaseException as error:  # what is not whole must not fill the disk
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, WRITE_ERRORS):
+        if isinstance(error, WRITE_ERRORS) and not isinstance(error, WriteError):
             raise WriteError(f"{folder} could not be written: {_first_line(error)}") from error
         raise
 
@@ -88,13 +88,20 @@ def save_progress(
     checkpoints up to this one.
     """
     folder = output_dir / CHECKPOINTS / f"step-{step:07d}"
+
+    def complete(scratch: Path) -> None:
+        ranks = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
+        for wanted in ("*model*", *ranks):
+            if not any(scratch.glob(wanted)):
+                raise WriteError(
+                    f"{folder}: {wanted} is gone from it; does another run write there?"
+                )
+        write_manifest(scratch, {"step": step, "identity": identity or {}})
+
     with _appearing(folder, accelerator) as scratch:
         accelerator.save_state(str(scratch))
         accelerator.wait_for_everyone()
-        on_main(
-            accelerator,
-            lambda: write_manifest(scratch, {"step": step, "identity": identity or {}}),
-        )
+        on_main(accelerator, lambda: complete(scratch))
     if accelerator.is_main_process:
         older = [path for path in checkpoint_folders(output_dir) if _step(path) <= step]
         for old in older[:-keep]:
@@ -151,9 +158,9 @@ def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None
     facts, damage = _inspect(found[-1])
     if damage is not None:
         older = next((path for path in reversed(found[:-1]) if _inspect(path)[1] is None), None)
-        way_out = (
-            f"remove {', '.join(path.name for path in found if older is None or path > older)} to "
-            + ("start anew without --resume" if older is None else f"resume from {older.name}")
+        newer = found if older is None else found[found.index(older) + 1 :]
+        way_out = f"remove {', '.join(path.name for path in newer)} to " + (
+            "start anew without --resume" if older is None else f"resume from {older.name}"
         )
         raise CheckpointError(f"{found[-1]} is damaged: {damage}; {way_out}")
     different = differences(facts["identity"], identity) if identity is not None else []

@@ -135,16 +135,18 @@ def _check_resumable(folder: Path) -> None:
 
 def _check_free(config: TrainConfig) -> None:
     folder, remains = config.output_dir, _remains(config.output_dir)
-    names = ", ".join(str(path.relative_to(folder)) for path in remains)
-    if remains and not config.overwrite:
+    names = [str(path.relative_to(folder)) for path in remains]
+    if names in ([], [CONFIG]):  # the file of this start's own settings, perhaps
+        return
+    if MODEL in names and METRICS not in names:
         raise ValueError(
-            f"output_dir: {folder} holds an older run ({names}); --resume goes on with it, "
-            "--overwrite removes it, or give another folder"
+            f"output_dir: {folder / MODEL} is of no run: no {METRICS} is beside it; "
+            "move it away, or give another folder"
         )
-    if remains == [folder / MODEL]:
+    if not config.overwrite:
         raise ValueError(
-            f"output_dir: {folder / MODEL} is of no run ({METRICS} is missing), so --overwrite "
-            "leaves it alone; move it away, or give another folder"
+            f"output_dir: {folder} holds an older run ({', '.join(names)}); --resume goes on with "
+            "it, --overwrite removes it, or give another folder"
         )
     for name, used in (("model", Path(config.model)), ("train_file", config.train_file)):
         for path in remains:

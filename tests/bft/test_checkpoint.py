@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from bft import run as run_module
@@ -164,6 +165,21 @@ def test_a_model_that_cannot_be_written_is_kept(
     expected = load_file(whole.model_dir / "model.safetensors")
     for name, value in load_file(result.model_dir / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_published(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Accelerator.save_state
+
+    def loses(self: Accelerator, output_dir: str) -> None:
+        original(self, output_dir)
+        (Path(output_dir) / "model.safetensors").unlink()
+
+    monkeypatch.setattr(Accelerator, "save_state", loses)
+    with pytest.raises(WriteError, match=r"step-0000002: \*model\* is gone from it"):
+        train(replace(config, save_every=2))
+    assert checkpoints(config.output_dir) == []
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(

@@ -87,7 +87,7 @@ def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -
 def test_a_model_of_no_run_is_left_alone(config: TrainConfig) -> None:
     shutil.copytree(config.model, config.output_dir / "model")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"output_dir: .*model"):
+        with pytest.raises(ValueError, match=r"output_dir: .*model is of no run"):
             train(replace(config, overwrite=overwrite))
     assert contents(config.output_dir / "model") == contents(Path(config.model))
 
@@ -96,6 +96,7 @@ def test_other_files_are_no_run(config: TrainConfig) -> None:
     (config.output_dir / "checkpoints").mkdir(parents=True)
     (config.output_dir / "checkpoints" / "step-0000009").write_text("a file")
     (config.output_dir / "notes.txt").write_text("mine")
+    (config.output_dir / "config.yaml").write_text("steps: 1")
     assert train(replace(config, steps=1)).steps == 1
 
 
