@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 
 from bft.encode import Record
 from bft.evaluate import evaluate
 from bft.metrics import MetricLog
 from bft.nonfinite import NonFinite
-from bft.run import Run, ways_out
-
-logger = logging.getLogger(__name__)
+from bft.run import Run
 
 
 class Evaluator:
@@ -25,7 +22,11 @@ class Evaluator:
         self.answered = [record for record in trained_on if "answer" in record.extra]
 
     def run(self, step: int) -> None:
-        """Evaluates, unless a resumed run finds that this was done."""
+        """Evaluates, unless a resumed run finds that this was done.
+
+        Raises:
+            NonFinite: the model gives no finite loss; its numbers are in the log.
+        """
         config, accelerator = self.training.config, self.training.accelerator
         if not self.held_out or any(row["step"] == step for row in self.log.of("eval")):
             return
@@ -43,7 +44,7 @@ class Evaluator:
         if config.tensorboard:
             accelerator.log({f"eval/{name}": v for name, v in numbers.items()}, step)
         if not math.isfinite(result["nll"]):
-            message = f"evaluation after step {step}: nll is {result['nll']}"
-            if config.on_nonfinite == "stop":
-                raise NonFinite(f"{message}. {ways_out(config.output_dir)}")
-            logger.warning("%s", message)
+            raise NonFinite(
+                f"evaluation after step {step}: nll is {result['nll']}; the model is broken. "
+                "Start anew with a lower --learning-rate, or with another --model"
+            )

@@ -164,5 +164,7 @@ def _remains(folder: Path) -> list[Path]:
         for path in (folder / CHECKPOINTS).glob("*")
         if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
     ]
-    names = (MODEL, f".{MODEL}.partial", f".{MODEL}.previous", METRICS, CONFIG, EVENTS)
-    return sorted(found) + [folder / name for name in names if (folder / name).exists()]
+    whole = (MODEL, METRICS, CONFIG, EVENTS)
+    cut_short = (f".{MODEL}.partial", f".{MODEL}.previous", f".{METRICS}.partial")
+    names = [name for name in whole + cut_short if (folder / name).exists()]
+    return sorted(found) + [folder / name for name in names]

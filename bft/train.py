@@ -82,7 +82,8 @@ def train(config: TrainConfig) -> TrainResult:
             accelerator.end_training()
             raise
         accelerator.end_training()
-    if skipped := sum(row["skipped"] > 0 for row in log.of("train")):
+    skipped = sum(row["skipped"] > 0 for row in log.of("train"))
+    if skipped and accelerator.is_main_process:
         logger.warning("the updates of %d of %d steps were left out", skipped, run.steps)
     return TrainResult(model_dir, run.steps, log.of("train"), log.of("eval"))
 
@@ -295,5 +296,5 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 
 def due(step: int, every: int | None, last: int | None = None) -> bool:
-    """Whether what happens every so many steps, and after the last, happens after this one."""
+    """Whether what happens every so many steps (and after the last) happens after this one."""
     return every is not None and (step % every == 0 or step == last)
