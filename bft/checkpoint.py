@@ -1,11 +1,12 @@
 """Checkpoints: resumable ones while a run lasts, a plain Hugging Face folder at its end.
 
-A folder appears under its final name only when it is complete.
+A folder appears under its final name only when it is complete. A resumable one is read only if it
+is as it was written, and only by the run that wrote it.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shutil
@@ -14,77 +15,253 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-_STEP = re.compile(r"step-(\d+)")
-_PROGRESS = "progress.json"
+from bft.manifest import read_manifest, write_manifest
+from bft.ranks import on_main
+from bft.same_run import differences
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+# A checkpoint, or what a run that died left of one.
+STEP_FOLDER = re.compile(r"step-(\d+)|\.step-\d+\.(partial|previous)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be resumed from: why, and the way out."""
+
+
+class WriteError(RuntimeError):
+    """A checkpoint or model that could not be written, as on a full disk."""
+
+
+# safetensors and torch.save have their own for a full disk.
+WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
 
 
 @contextmanager
 def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     """A scratch folder that becomes ``folder`` when the block ends without an error."""
     scratch = folder.with_name(f".{folder.name}.partial")
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield scratch
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+
+    def publish() -> None:
         previous = folder.with_name(f".{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         if folder.exists():
             os.replace(folder, previous)
         os.replace(scratch, folder)
         shutil.rmtree(previous, ignore_errors=True)
-    accelerator.wait_for_everyone()
+
+    try:
+        on_main(accelerator, begin)
+        yield scratch
+        accelerator.wait_for_everyone()
+        on_main(accelerator, publish)
+    except BaseException as error:  # what is not whole must not fill the disk
+        if accelerator.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if isinstance(error, WRITE_ERRORS) and not isinstance(error, WriteError):
+            raise WriteError(f"{folder} could not be written: {_first_line(error)}") from error
+        raise
 
 
-def save_progress(accelerator: Any, output_dir: Path, step: int, keep: int) -> Path:
+# --- resumable -----------------------------------------------------------------------------------
+
+
+def save_progress(
+    accelerator: Any,
+    output_dir: Path,
+    step: int,
+    keep: int,
+    identity: dict[str, Any] | None = None,
+) -> Path:
     """Saves model, optimizer, schedule and random states after ``step`` steps.
 
-    Keeps the ``keep`` newest checkpoints of the run.
+    ``identity`` is what :func:`load_progress` knows the run by. Keeps the ``keep`` newest
+    checkpoints up to this one.
     """
-    folder = output_dir / "checkpoints" / f"step-{step:07d}"
+    folder = output_dir / CHECKPOINTS / f"step-{step:07d}"
+
+    def complete(scratch: Path) -> None:
+        ranks = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
+        for wanted in ("*model*", *ranks):
+            if not any(scratch.glob(wanted)):
+                raise WriteError(
+                    f"{folder}: {wanted} is gone from it; does another run write there?"
+                )
+        write_manifest(scratch, {"step": step, "identity": identity or {}})
+
     with _appearing(folder, accelerator) as scratch:
         accelerator.save_state(str(scratch))
-        if accelerator.is_main_process:
-            (scratch / _PROGRESS).write_text(json.dumps({"step": step}), encoding="utf-8")
+        accelerator.wait_for_everyone()
+        on_main(accelerator, lambda: complete(scratch))
     if accelerator.is_main_process:
-        for old in _checkpoints(output_dir)[:-keep]:
+        older = [path for path in checkpoint_folders(output_dir) if _step(path) <= step]
+        for old in older[:-keep]:
             shutil.rmtree(old)
+        for left in folder.parent.glob(".step-*"):  # by a run that died while it saved
+            shutil.rmtree(left, ignore_errors=True)
     return folder
 
 
-def load_progress(accelerator: Any, output_dir: Path) -> int:
-    """Restores the newest checkpoint of the run; returns its step, 0 if there is none."""
-    found = _checkpoints(output_dir)
-    if not found:
+def load_progress(
+    accelerator: Any, output_dir: Path, identity: dict[str, Any] | None = None
+) -> int:
+    """Restores the newest checkpoint of the run; returns its step, 0 if there is none.
+
+    Raises:
+        CheckpointError: it is damaged; it is of a run with another ``identity``; or the random
+            states of this rank are not restored.
+    """
+    folder = on_main(accelerator, lambda: _resumable(output_dir, identity))
+    if folder is None:
         return 0
-    accelerator.load_state(str(found[-1]))
-    step: int = json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8"))["step"]
-    return step
+    try:
+        accelerator.load_state(str(folder))
+    except Exception as error:
+        # Every file is as it was written, so this is another model or another library's format.
+        raise CheckpointError(
+            f"{folder}: {type(error).__name__}: {_first_line(error)}; it was saved by another "
+            "model or by another version of torch, accelerate or peft"
+        ) from error
+    _check_random_states(accelerator, folder)
+    return _step(folder)
 
 
-def _checkpoints(output_dir: Path) -> list[Path]:
-    folder = output_dir / "checkpoints"
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
-    return sorted(found)
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """The resumable checkpoints of a folder, whole or damaged, by falling age."""
+    found = []
+    for path in (output_dir / CHECKPOINTS).glob("step-*"):
+        if STEP_FOLDER.fullmatch(path.name) and path.is_dir():
+            found.append(path)
+        else:
+            logger.warning("%s is no checkpoint, and is left alone", path)
+    return sorted(found, key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None:
+    """The newest checkpoint, if it is whole and of this run."""
+    found = checkpoint_folders(output_dir)
+    if not found:
+        return None
+    facts, damage = _inspect(found[-1])
+    if damage is not None:
+        older = next((path for path in reversed(found[:-1]) if _inspect(path)[1] is None), None)
+        newer = found if older is None else found[found.index(older) + 1 :]
+        way_out = f"remove {', '.join(path.name for path in newer)} to " + (
+            "start anew without --resume" if older is None else f"resume from {older.name}"
+        )
+        raise CheckpointError(f"{found[-1]} is damaged: {damage}; {way_out}")
+    different = differences(facts["identity"], identity) if identity is not None else []
+    if different:
+        raise CheckpointError(
+            f"{found[-1]} is of a run with other settings: {'; '.join(different)}. Resume with the "
+            "saved ones, or start a new run in another folder or with --overwrite"
+        )
+    return found[-1]
+
+
+def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
+    facts, damage = read_manifest(folder)
+    if damage is None and facts.get("step") != _step(folder):
+        damage = f"its manifest is of step {facts.get('step')}"
+    return facts, damage
+
+
+def _check_random_states(accelerator: Any, folder: Path) -> None:
+    """Accelerate goes on without the random states that it cannot restore."""
+    path = folder / f"random_states_{accelerator.process_index}.pkl"
+    try:
+        states = torch.load(path, weights_only=False)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: resume with the number of processes of the saved run"
+        ) from None
+    if not torch.equal(torch.get_rng_state(), states["torch_manual_seed"]):
+        raise CheckpointError(f"{path}: torch's random state was not restored from it")
+    if torch.cuda.is_available():
+        saved = states.get("torch_cuda_manual_seed", [])
+        now = torch.cuda.get_rng_state_all()
+        if len(saved) != len(now) or not all(map(torch.equal, saved, now)):
+            logger.warning(
+                "%s was saved with other GPUs: dropout draws anew from here on", folder.name
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+# --- the model -----------------------------------------------------------------------------------
 
 
 def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Writes safetensors, configuration and tokenizer, as ``from_pretrained`` loads them.
 
     A LoRA model is written twice: merged into its base here, and its adapter alone in ``adapter``.
+    The model itself stays as it is, so that the run can still be saved where this fails.
     """
     state = accelerator.get_state_dict(model)
     plain = accelerator.unwrap_model(model)
-    with _appearing(folder, accelerator) as scratch:
-        if not accelerator.is_main_process:
-            return
-        if hasattr(plain, "merge_and_unload"):
+
+    def write(scratch: Path) -> None:
+        if hasattr(plain, "get_base_model"):
             plain.save_pretrained(scratch / "adapter", state_dict=state)
-            plain = plain.merge_and_unload()
-            state = plain.state_dict()
-        plain.save_pretrained(scratch, state_dict=state, safe_serialization=True)
+            save_merged(plain, state, scratch)
+        else:
+            plain.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
+
+    with _appearing(folder, accelerator) as scratch:
+        on_main(accelerator, lambda: write(scratch))
+
+
+def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Writes the base of a PEFT model with its adapters added to its weights.
+
+    Where the adapted embedding is tied to the head, only the embedding has learned: the two are
+    written as two tensors, and the configuration says so.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model()
+    layers: dict[str, Any] = {
+        name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+    merged = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
+        for name, value in state.items()
+        if ".lora_" not in name
+    }
+    for name, layer in layers.items():
+        weight = merged[f"{name}.weight"]
+        for adapter in layer.active_adapters:
+            weight = (weight + layer.get_delta_weight(adapter).to(weight.device)).to(weight.dtype)
+        merged[f"{name}.weight"] = weight.cpu()
+    head = getattr(base.get_output_embeddings(), "weight", None)
+    split = any(layer.get_base_layer().weight is head for layer in layers.values())
+    configs = [base.config, base.config.get_text_config()]
+    tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
+    if tied:
+        logger.warning(
+            "the adapted embedding is tied to the head, which learned nothing: they are written "
+            "as two, with tie_word_embeddings=false. Merge the adapter only into such a base"
+        )
+    try:
+        for config in tied:
+            config.tie_word_embeddings = False
+        base.save_pretrained(folder, state_dict=merged)
+    finally:
+        for config in tied:
+            config.tie_word_embeddings = True

@@ -19,7 +19,6 @@ from bft.config import (
     DemoConfig,
     EvalConfig,
     InfoConfig,
-    SettingError,
     TrainConfig,
 )
 from bft.usage import in_flags, parse
@@ -43,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     config_type, run = COMMANDS[name]
     try:
         run(parse(config_type, flags, prog=f"bft {name}"))
+    except KeyboardInterrupt:
+        print(f"bft {name}: stopped", file=sys.stderr)
+        return 130
     except Exception as error:
         message = _for_the_user(error)
         if message is None:
             raise
         print(f"bft {name}: {in_flags(message, config_type)}", file=sys.stderr)
-        return 2 if isinstance(error, SettingError) else 1
+        status: int = getattr(error, "exit_status", 1)
+        return status
     return 0
 
 
@@ -120,6 +123,7 @@ def _evaluate(config: EvalConfig) -> None:
     from bft.data import read_jsonl
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
+    from bft.metrics import to_json
 
     records = read_jsonl(config.file, limit=config.limit)
     model, tokenizer = load_pretrained(config.model, "auto")
@@ -140,7 +144,7 @@ def _evaluate(config: EvalConfig) -> None:
     Console().print(table)
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps(result, indent=2), encoding="utf-8")
+        config.output.write_text(to_json(result, indent=2), encoding="utf-8")
 
 
 def _info(config: InfoConfig) -> None:

@@ -24,6 +24,8 @@ Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 class SettingError(ValueError):
     """A setting that cannot be: its name, what came, and what was expected."""
 
+    exit_status = 2
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -96,17 +98,26 @@ class TrainConfig:
     eval_limit: int | None = None
     """Evaluate on this many records of the file."""
     save_every: int | None = None
-    """Steps between resumable checkpoints."""
+    """Steps between resumable checkpoints; then there is one after the last step, too."""
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`, if there is one."""
+    """Go on from the newest checkpoint in `output_dir`; it is an error if there is none, or if a
+    setting that the numbers depend on is another one."""
+    overwrite: bool = False
+    """Remove the older run that `output_dir` holds: its checkpoints, model, metrics.jsonl,
+    config.yaml and TensorBoard events."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is infinite or NaN: stop, or leave that step's update out. The
+    learning rate's schedule moves on, and metrics.jsonl counts such steps as `skipped`."""
     tensorboard: bool = True
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         check_choice("backend", self.backend, ("auto", *backend_names()))
+        if self.resume and self.overwrite:
+            raise SettingError("resume, overwrite: got both, expected one of them")
         self.loss()  # checks its own settings
         if not self.lora_targets:
             raise SettingError("lora_targets: got no name, expected some, or all-linear")
@@ -163,6 +174,8 @@ class DemoConfig:
     eval_limit: int = 128
     """Held-out questions."""
     seed: int = 0
+    overwrite: bool = False
+    """Remove the older run that `output_dir` holds; in runs/demo that needs no asking."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from bft import hpo
 from bft.config import DemoConfig, TrainConfig
+from bft.metrics import to_json
 from bft.plot import plot_run
 from bft.pretrained import cache_root
 from bft.train import TrainResult, train
@@ -39,6 +39,7 @@ def training(config: DemoConfig, data_dir: Path) -> TrainConfig:
         seed=config.seed,
         eval_limit=config.eval_limit,
         tensorboard=False,
+        overwrite=config.overwrite or config.output_dir == DemoConfig().output_dir,
     )
 
 
@@ -58,7 +59,7 @@ def demo(config: DemoConfig) -> TrainResult:
     table.write_text(markdown_table(rows), encoding="utf-8")
     figure = plot_run(result, config.output_dir / "figure.png", config.scheme)
     (config.output_dir / "result.json").write_text(
-        json.dumps({"before": before, "after": after}, indent=2), encoding="utf-8"
+        to_json({"before": before, "after": after}, indent=2), encoding="utf-8"
     )
     console.print(f"model   {result.model_dir}\ntable   {table}\nfigure  {figure}")
     return result

@@ -111,7 +111,7 @@ def evaluate(
         dropped=len(records) - len(items),
         tokens=int(total["tokens"]),
         nll=nll,
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        perplexity=math.inf if nll >= 700 else math.exp(nll),
         confidence=total["confidence"] / total["tokens"],
         token_accuracy=total["correct"] / total["tokens"],
         accuracy=sum(hits[a] for a in seen) / seen.total() if seen else None,

@@ -20,7 +20,7 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
     folder = str(pretrained(name_or_path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        both: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -28,6 +28,7 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: transformers cannot load {folder} ({first_line(error)}); expected a causal "
             "language model with its weights, configuration and tokenizer"
         ) from error
+    model, loaded = both
     # transformers warns, and goes on with random numbers in their place.
     missing = sorted(loaded["missing_keys"])
     if missing:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -73,8 +75,21 @@ class StepMeter:
         }
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """JSON as its standard has it: infinities and NaN, for which it has no word, become null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: finite(item) for name, item in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
 class MetricLog:
-    """``metrics.jsonl``: one JSON object a line, written line by line.
+    """``metrics.jsonl``: one JSON object a line, written line by line; null where not finite.
 
     A resumed run drops the lines past the step it resumes from, and goes on.
     """
@@ -87,14 +102,16 @@ class MetricLog:
             self.rows = [row for row in _read_rows(path) if row["step"] <= resumed_step]
         if enabled:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+            partial = path.with_name(f".{path.name}.partial")  # all of the old lines, or all new
+            partial.write_text("".join(to_json(row) + "\n" for row in self.rows), encoding="utf-8")
+            os.replace(partial, path)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         row = {"kind": kind, "step": step, **values}
         self.rows.append(row)
         if self.enabled:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The rows of one kind: ``train`` or ``eval``."""
@@ -105,7 +122,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:  # the line that was being written when the run died
             break
+        if row["kind"] == "train":  # all numbers
+            row = {name: math.nan if v is None else v for name, v in row.items()}
+        rows.append(row)
     return rows

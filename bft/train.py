@@ -1,9 +1,10 @@
-"""The training loop, top to bottom: model, data, optimizer, steps, evaluation, checkpoint."""
+"""The training loop, top to bottom: data, model, optimizer, steps, checkpoints, evaluation."""
 
 from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,23 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from bft.checkpoint import load_progress, save_model, save_progress
-from bft.config import TrainConfig, plain
+from bft.checkpoint import load_progress
+from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
-from bft.evaluate import Evaluation, evaluate
+from bft.encode import Record
+from bft.held_out import Evaluator
 from bft.limits import check_fits
 from bft.load import load_pretrained
 from bft.lora import add_adapters
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
-from bft.patch import last_stats, patch_model, unpatch_model
+from bft.nonfinite import NonFinite, suspects, what_is_not_finite
+from bft.patch import last_stats, patch_model
+from bft.ranks import on_main, start_accelerator
+from bft.run import Run, save, ways_out, write_model
+from bft.run_folder import claimed, start_log
+from bft.same_run import identity
+from bft.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +49,71 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Fine-tunes as ``config`` says; see the module's parts for the details."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        log_with="tensorboard" if config.tensorboard else None,
-        project_dir=str(config.output_dir),
-    )
+    """Fine-tunes as ``config`` says; see the module's parts for the details.
+
+    The files are read once, at the start. The model is written before it is evaluated.
+
+    Raises:
+        FolderInUse, ValueError: the output folder belongs to another run.
+        CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
+        NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
+        WriteError: a checkpoint or the model could not be written; what is left says the message.
+        Stopped: by SIGINT or SIGTERM, after a step and with a checkpoint.
+    """
+    accelerator = start_accelerator(config)
     config.check_device(accelerator.device.type)
+    with claimed(accelerator, config):
+        records = read(accelerator, "train_file", config.train_file)
+        held_out = read(accelerator, "eval_file", config.eval_file, config.eval_limit)
+        run = prepare(accelerator, config, records)
+        first = 0
+        if config.resume:
+            first = load_progress(accelerator, config.output_dir, run.identity)
+        log = start_log(accelerator, config, first)
+        evaluator = Evaluator(run, held_out, records, log)
+        del records  # only their answers are needed from here on
+        try:
+            if first == 0 or due(first, config.eval_every):
+                evaluator.run(first)
+            with StopRequest() as stop:
+                take_steps(run, first, log, evaluator, stop)
+                model_dir = write_model(run)
+                if number := stop.agreed(accelerator):
+                    raise Stopped(number, f"after the last step: {model_dir} is not evaluated")
+            evaluator.run(run.steps)
+        except (NonFinite, Stopped):  # on every rank
+            accelerator.end_training()
+            raise
+        accelerator.end_training()
+    skipped = sum(row["skipped"] > 0 for row in log.of("train"))
+    if skipped and accelerator.is_main_process:
+        logger.warning("the updates of %d of %d steps were left out", skipped, run.steps)
+    return TrainResult(model_dir, run.steps, log.of("train"), log.of("eval"))
+
+
+def read(
+    accelerator: Accelerator, name: str, path: Path | None, limit: int | None = None
+) -> list[Record]:
+    """The records of a file, or of a pipe, which can be read only once."""
+    if path is None:
+        return []
+    if accelerator.num_processes > 1 and path.exists() and not path.is_file():
+        raise ValueError(
+            f"{name}: {path} is no regular file, and {accelerator.num_processes} processes cannot "
+            "all read it; write it to a file first"
+        )
+    return read_jsonl(path, limit=limit)
+
+
+def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]) -> Run:
+    """Model, data, optimizer and schedule before the first step."""
     set_seed(config.seed)
     model, tokenizer = load_model(config)
     loss = config.loss()
     patch_model(model, loss)
 
     dataset = AnswerDataset(
-        read_jsonl(config.train_file),
+        records,
         tokenizer,
         max_length=config.max_length,
         progress=accelerator.is_main_process,
@@ -70,7 +129,9 @@ def train(config: TrainConfig) -> TrainResult:
         lengths=None if config.packing else dataset.lengths,
     )
     steps = config.steps or batches.steps_in(config.epochs or 1.0)
-    collate = collate_packed if config.packing else Collator.of(tokenizer)
+    known_by = on_main(
+        accelerator, lambda: identity(config, steps, accelerator.num_processes, records, model)
+    )
 
     optimizer = torch.optim.AdamW(
         decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
@@ -79,53 +140,97 @@ def train(config: TrainConfig) -> TrainResult:
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        tokenizer=tokenizer,
+        loss=loss,
+        dataset=dataset,
+        batches=batches,
+        collate=collate_packed if config.packing else Collator.of(tokenizer),
+        optimizer=optimizer,
+        schedule=schedule,
+        steps=steps,
+        identity=known_by,
+    )
 
-    first = load_progress(accelerator, config.output_dir) if config.resume else 0
-    log = start_log(accelerator, config, first)
-    evaluator = Evaluator(accelerator, config, tokenizer, log)
-    if first == 0:
-        evaluator.run(model, 0)
 
-    batches.start(first, steps)
-    loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate))
-    model.train()
+def take_steps(
+    run: Run, first: int, log: MetricLog, evaluator: Evaluator, stop: StopRequest
+) -> None:
+    """The optimizer steps after ``first``, with the evaluations and checkpoints between them."""
+    config, accelerator = run.config, run.accelerator
+    run.batches.start(first, run.steps)
+    # The loader draws a seed when it starts. From torch's own generator, whose state may just have
+    # been restored, that would make a resumed run another one.
+    loader = iter(
+        DataLoader(
+            run.dataset,
+            batch_sampler=run.batches,
+            collate_fn=run.collate,
+            generator=torch.Generator(),
+        )
+    )
+    run.model.train()
     progress = tqdm(
-        range(first, steps),
+        range(first, run.steps),
         initial=first,
-        total=steps,
+        total=run.steps,
         desc=f"train {config.scheme}",
         unit="step",
         disable=not accelerator.is_main_process,
     )
-    for step in progress:
-        micro_batches = [next(loader) for _ in range(config.accumulation)]
-        micro_batches = [to_device(batch, accelerator.device) for batch in micro_batches]
-        values = training_step(accelerator, model, loss, micro_batches)
-        values["grad_norm"] = clip(accelerator, model, config.max_grad_norm)
-        values["learning_rate"] = schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        log.write("train", step + 1, values)
-        if config.tensorboard:
-            accelerator.log({f"train/{name}": value for name, value in values.items()}, step + 1)
-        progress.set_postfix_str(
-            f"loss {values['loss']:.4f}, nll {values['nll']:.3f}, "
-            f"{values['tokens_per_second']:.0f} tok/s, peak {values['peak_gib']:.2f} GiB"
-        )
-        if step + 1 < steps and due(step + 1, config.eval_every):
-            evaluator.run(model, step + 1)
-        if due(step + 1, config.save_every):
-            save_progress(accelerator, config.output_dir, step + 1, config.keep_checkpoints)
-    progress.close()
-    if first < steps:
-        evaluator.run(model, steps)
+    with progress:
+        for step in progress:
+            micro_batches = [next(loader) for _ in range(config.accumulation)]
+            micro_batches = [to_device(batch, accelerator.device) for batch in micro_batches]
+            values = training_step(accelerator, run.model, run.loss, micro_batches)
+            values["grad_norm"] = clip(accelerator, run.model, config.max_grad_norm)
+            values["learning_rate"] = run.schedule.get_last_lr()[0]
+            values["skipped"] = float(not update(run, step, values))
+            log.write("train", step + 1, values)
+            if config.tensorboard:
+                accelerator.log({f"train/{name}": v for name, v in values.items()}, step + 1)
+            progress.set_postfix_str(
+                f"loss {values['loss']:.4f}, nll {values['nll']:.3f}, "
+                f"{values['tokens_per_second']:.0f} tok/s, peak {values['peak_gib']:.2f} GiB"
+            )
+            number = stop.agreed(accelerator)
+            if not number and due(step + 1, config.eval_every) and step + 1 < run.steps:
+                evaluator.run(step + 1)
+            if number or due(step + 1, config.save_every, last=run.steps):
+                folder = save(run, step + 1)
+            if number:
+                done = f"after step {step + 1} of {run.steps}"
+                raise Stopped(number, f"{done}; --resume goes on from {folder}")
 
-    model_dir = config.output_dir / "model"
-    unpatch(accelerator, model)
-    save_model(accelerator, model, tokenizer, model_dir)
-    accelerator.end_training()
-    return TrainResult(model_dir, steps, log.of("train"), log.of("eval"))
+
+def update(run: Run, step: int, values: dict[str, float]) -> bool:
+    """The optimizer's step; False if it was left out because a number is not finite.
+
+    Such a step counts all the same: its documents are used up and the schedule moves on.
+    """
+    accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
+    if wrong is None:
+        run.optimizer.step()
+        taken = not accelerator.optimizer_step_was_skipped  # by the scaler of float16 gradients
+    else:
+        batches = copy(run.batches)
+        batches.start(step, step + 1)
+        records = [record for batch in batches for record in batch]
+        who = suspects(accelerator, run.model, run.dataset, records, run.collate)
+        message = f"step {step + 1}: {wrong}; {who}"
+        if run.config.on_nonfinite == "stop":
+            raise NonFinite(f"{message}. No model is written; {ways_out(run.config.output_dir)}")
+        if accelerator.is_main_process:
+            logger.warning("%s. This step's update is left out", message)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        taken = False
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    return taken
 
 
 def training_step(
@@ -181,59 +286,6 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def due(step: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
-    return every is not None and step % every == 0
-
-
-def unpatch(accelerator: Accelerator, model: nn.Module) -> None:
-    """Gives the model its own forward back; mixed precision has wrapped it meanwhile."""
-    unpatch_model(accelerator.unwrap_model(model, keep_fp32_wrapper=False))
-
-
-def start_log(accelerator: Accelerator, config: TrainConfig, first: int) -> MetricLog:
-    """Opens metrics.jsonl and TensorBoard and writes the configuration beside them."""
-    log = MetricLog(
-        config.output_dir / "metrics.jsonl",
-        enabled=accelerator.is_main_process,
-        resumed_step=first,
-    )
-    if accelerator.is_main_process:
-        (config.output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    if config.tensorboard:
-        settings = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in plain(config).items()
-        }
-        accelerator.init_trackers("tensorboard", config=settings)
-    return log
-
-
-class Evaluator:
-    """Held-out evaluation at a step. Every rank evaluates all records, so shards stay in step."""
-
-    def __init__(
-        self, accelerator: Accelerator, config: TrainConfig, tokenizer: Any, log: MetricLog
-    ) -> None:
-        self.accelerator, self.config = accelerator, config
-        self.tokenizer, self.log = tokenizer, log
-        self.records = None
-        if config.eval_file is not None:
-            self.records = read_jsonl(config.eval_file, limit=config.eval_limit)
-
-    def run(self, model: nn.Module, step: int) -> Evaluation | None:
-        if self.records is None:
-            return None
-        result = evaluate(
-            self.accelerator.unwrap_model(model),
-            self.tokenizer,
-            self.records,
-            train=self.config.train_file,
-            max_length=self.config.max_length,
-            progress=self.accelerator.is_main_process,
-        )
-        self.log.write("eval", step, result.to_dict())
-        numbers = {name: v for name, v in result.to_dict().items() if isinstance(v, int | float)}
-        if self.config.tensorboard:
-            self.accelerator.log({f"eval/{name}": v for name, v in numbers.items()}, step)
-        return result
+def due(step: int, every: int | None, last: int | None = None) -> bool:
+    """Whether what happens every so many steps (and after the last) happens after this one."""
+    return every is not None and (step % every == 0 or step == last)

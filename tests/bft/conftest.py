@@ -1,12 +1,24 @@
-"""Tokenizers that need no download: small, but with real merges and real chat templates."""
+"""Tokenizers, models and data that need no download, small but real; a run to train with them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from bft.config import TrainConfig
 
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
 TEXT = [
@@ -40,3 +52,105 @@ def tokenizer() -> Any:
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     fast.chat_template = CHATML
     return fast
+
+
+# --- a run ---------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the template's marks."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    marks = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    vocabulary = {token: index for index, token in enumerate([*marks, *sorted(letters)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": marks[1:3]})
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps its settings for the life of a process; each test is a run of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of() -> Callable[..., Path]:
+    """Writes a model (a tiny Llama with these settings, if none is given) and its tokenizer."""
+
+    def write(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Path:
+        tokenizer = byte_tokenizer()
+        if model is None:
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+            own = {"vocab_size": len(tokenizer), **sizes, **heads, **ids, **settings}
+            model = LlamaForCausalLM(LlamaConfig(**own))
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[..., Path]) -> Path:
+    return checkpoint_of(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    colours = ["red", "green", "blue"]
+    rows = [
+        {
+            "prompt": f"What colour has item {number}?",
+            "completion": f"{colours[number % 3]}. Because {number} leaves {number % 3}, always.",
+            "answer": f"{colours[number % 3]}.",
+        }
+        for number in range(20)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(
+    model_dir: Path, data_file: Path, tmp_path: Path, fresh_accelerator: None
+) -> TrainConfig:
+    return TrainConfig(
+        train_file=data_file,
+        eval_file=data_file,
+        output_dir=tmp_path / "run",
+        model=str(model_dir),
+        window=6,
+        steps=6,
+        batch_size=4,
+        learning_rate=3e-3,
+        eval_limit=6,
+        tensorboard=False,
+    )
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> Callable[[TrainConfig], list[str]]:
+    """The flags of ``bft train`` for a configuration."""
+
+    def write(config: TrainConfig) -> list[str]:
+        path = tmp_path / "flags.yaml"
+        path.write_text(config.to_yaml(), encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> 
         0.5,
         9,
     ]
+
+
+def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
+    """And a resumed run reads a number's null as NaN, but no other null."""
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, enabled=True)
+    log.write("train", 1, {"loss": math.nan, "grad_norm": math.inf})
+    log.write("eval", 1, {"nll": -math.inf, "accuracy": None, "per_answer": {"a": [math.nan]}})
+    assert path.read_text().splitlines() == [
+        '{"kind": "train", "step": 1, "loss": null, "grad_norm": null}',
+        '{"kind": "eval", "step": 1, "nll": null, "accuracy": null, "per_answer": {"a": [null]}}',
+    ]
+    train, held_out = MetricLog(path, enabled=True, resumed_step=1).rows
+    assert math.isnan(train["loss"])
+    assert held_out["accuracy"] is None
 
 
 def test_figure_is_a_png(tmp_path: Path) -> None:

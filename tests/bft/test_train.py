@@ -1,116 +1,30 @@
-"""The loop: splits of a step agree, a run that dies resumes, and what it saves can be loaded."""
+"""The loop: it learns, splits of a step agree, and what it saves can be loaded."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bft import held_out as held_out_module
 from bft import train as train_module
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
+from bft.evaluate import Evaluation
 from bft.loss import HeadLoss
 from bft.patch import patch_model
 from bft.train import train, training_step
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the template's marks."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    marks = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    vocabulary = {token: index for index, token in enumerate([*marks, *sorted(letters)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": marks[1:3]})
-    fast.chat_template = TEMPLATE
-    return fast
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps its settings for the life of a process; each test is a run of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    colours = ["red", "green", "blue"]
-    rows = [
-        {
-            "prompt": f"What colour has item {number}?",
-            "completion": f"{colours[number % 3]}. Because {number} leaves {number % 3}, always.",
-            "answer": f"{colours[number % 3]}.",
-        }
-        for number in range(20)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def config(model_dir: Path, data_file: Path, tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        train_file=data_file,
-        eval_file=data_file,
-        output_dir=tmp_path / "run",
-        model=str(model_dir),
-        window=6,
-        steps=6,
-        batch_size=4,
-        learning_rate=3e-3,
-        eval_limit=6,
-        tensorboard=False,
-    )
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
@@ -141,7 +55,7 @@ def test_learns_and_saves_a_model_that_loads(config: TrainConfig) -> None:
 @pytest.mark.parametrize("scheme", ["bft", "dft"])
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_splits_of_a_step_give_one_gradient(
-    model_dir: Path, data_file: Path, scheme: str, normalize: str
+    fresh_accelerator: None, model_dir: Path, data_file: Path, scheme: str, normalize: str
 ) -> None:
     """8 documents at once, in 4 micro-batches, packed: the same loss and gradients, float64."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -166,44 +80,41 @@ def test_splits_of_a_step_give_one_gradient(
             assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
 
 
-def test_a_run_that_dies_resumes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train(replace(config, output_dir=config.output_dir / "whole", gradient="sampled"))
-    dying = replace(
-        config, output_dir=config.output_dir / "dying", save_every=2, gradient="sampled"
-    )
-    original, calls = train_module.training_step, []
+def test_files_are_read_once(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training file is a pipe, and the held-out one is gone after the first step."""
+    held_out = Path(shutil.copy(config.eval_file, config.output_dir.parent / "held-out.jsonl"))
+    original = train_module.training_step
 
-    def dies(*arguments):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
+    def loses_a_file(*arguments: Any) -> dict[str, float]:
+        held_out.unlink(missing_ok=True)
         return original(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(dying)
-    result = train(replace(dying, resume=True))
-    assert_same(parameters(whole.model_dir), parameters(result.model_dir), atol=1e-6)
-    assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
-    kept = sorted(path.name for path in (dying.output_dir / "checkpoints").iterdir())
-    assert kept == ["step-0000004", "step-0000006"]
+    monkeypatch.setattr(train_module, "training_step", loses_a_file)
+    reads, writes = os.pipe()
+    os.write(writes, config.train_file.read_bytes())
+    os.close(writes)
+    result = train(replace(config, train_file=Path(f"/dev/fd/{reads}"), eval_file=held_out))
+    os.close(reads)
+    usual = train(replace(config, output_dir=config.output_dir / "usual"))
+    for ours, other in zip(result.evaluations, usual.evaluations, strict=True):
+        assert (ours["nll"], ours["majority_answer"]) == (other["nll"], other["majority_answer"])
 
 
-def test_an_interrupted_save_leaves_the_checkpoint_before(
+def test_the_model_is_written_before_its_last_evaluation(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def breaks(self, output_dir=None, **_):
-        (Path(output_dir) / "half").write_text("")
-        raise OSError("no space left on device")
+    original, calls = held_out_module.evaluate, []
 
-    train(replace(config, steps=2, save_every=2))
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", breaks)
-        with pytest.raises(OSError, match="no space"):
-            train(replace(config, steps=4, save_every=4, resume=True))
-    assert [p.name for p in (config.output_dir / "checkpoints").glob("step-*")] == ["step-0000002"]
-    assert len(train(replace(config, steps=4, resume=True)).history) == 4
+    def breaks(*arguments: Any, **options: Any) -> Evaluation:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(held_out_module, "evaluate", breaks)
+    with pytest.raises(MemoryError):
+        train(config)
+    assert AutoModelForCausalLM.from_pretrained(config.output_dir / "model").num_parameters() > 0
 
 
 def test_lora_trains_the_adapter_only(config: TrainConfig) -> None:

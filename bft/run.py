@@ -1,0 +1,92 @@
+"""A run, and what it leaves in its folder: checkpoints on the way, the model at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from bft.checkpoint import WriteError, checkpoint_folders, save_model, save_progress
+from bft.config import TrainConfig
+from bft.data import AnswerDataset, StepBatches
+from bft.loss import HeadLoss
+from bft.nonfinite import NonFinite, broken_parameter
+from bft.patch import unpatch_model
+from bft.run_folder import MODEL
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, once it is ready for its first step."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    model: Any
+    tokenizer: Any
+    loss: HeadLoss
+    dataset: AnswerDataset
+    batches: StepBatches
+    collate: Callable[..., dict[str, Tensor]]
+    optimizer: Any
+    schedule: Any
+    steps: int
+    identity: dict[str, Any]  # what its checkpoints are known by
+
+
+def save(run: Run, step: int) -> Path:
+    """A checkpoint after ``step`` steps."""
+    config, accelerator = run.config, run.accelerator
+    check_parameters(run)
+    try:
+        return save_progress(
+            accelerator, config.output_dir, step, config.keep_checkpoints, run.identity
+        )
+    except WriteError as error:
+        found = checkpoint_folders(config.output_dir)
+        way_out = f"--resume goes on from {found[-1]}" if found else "there is no older one"
+        raise WriteError(f"{error}; {way_out}") from error
+
+
+def write_model(run: Run) -> Path:
+    """Writes the trained model; where it cannot be written, a checkpoint to write it from later."""
+    folder = run.config.output_dir / MODEL
+    check_parameters(run)
+    # Mixed precision has wrapped the model's forward.
+    unpatch_model(run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
+    try:
+        save_model(run.accelerator, run.model, run.tokenizer, folder)
+    except WriteError as error:
+        raise WriteError(f"{error}; {_kept(run)}") from error
+    return folder
+
+
+def _kept(run: Run) -> str:
+    """Where the trained model is, in words, if it could not be written."""
+    last = f"step-{run.steps:07d}"
+    if last not in [path.name for path in checkpoint_folders(run.config.output_dir)]:
+        try:
+            save(run, run.steps)
+        except WriteError as error:
+            return str(error)
+    return f"it is kept in the checkpoint {last}: make room, and --resume writes it"
+
+
+def check_parameters(run: Run) -> None:
+    """Raises NonFinite rather than let a broken model be saved."""
+    name = broken_parameter(run.accelerator, run.model)
+    if name is not None:
+        raise NonFinite(
+            f"{name} is not finite any more; nothing is saved of it. "
+            "Start anew with a lower learning rate"
+        )
+
+
+def ways_out(output_dir: Path) -> str:
+    """What can be done about numbers that are not finite."""
+    found = checkpoint_folders(output_dir)
+    again = f"--resume (from {found[-1].name}) with" if found else "start again with"
+    return f"{again} --on-nonfinite skip, or start anew with a lower --learning-rate"

@@ -1,0 +1,170 @@
+"""The output folder of a run: it belongs to one run at a time, and an older run's is not mixed in.
+
+The lock is the operating system's, on an open file: it ends with the process that holds it, however
+that ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, checkpoint_folders
+from bft.config import TrainConfig, plain
+from bft.metrics import MetricLog
+from bft.ranks import on_main
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+EVENTS = "tensorboard"
+LOCK = ".lock"
+
+
+class FolderInUse(RuntimeError):
+    """Another run holds the output folder."""
+
+    exit_status = 2
+
+
+@contextmanager
+def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
+    """The run's output folder is made, and locked, within the block.
+
+    Raises:
+        FolderInUse: another run goes on in it.
+        ValueError: it holds an older run and the configuration neither resumes nor replaces it; or
+            there is nothing to resume.
+    """
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(_lock(config.output_dir))
+            if config.resume:
+                _check_resumable(config.output_dir)
+            else:
+                _check_free(config)
+
+        on_main(accelerator, claim)
+        yield
+
+
+def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
+    """Opens metrics.jsonl and TensorBoard and writes the configuration beside them."""
+    if config.overwrite:
+        on_main(accelerator, lambda: remove_old_run(config.output_dir))
+    log = MetricLog(
+        config.output_dir / METRICS,
+        enabled=accelerator.is_main_process,
+        resumed_step=first,
+    )
+    if accelerator.is_main_process:
+        # How this start found its folder is no setting for another start with the same file.
+        settings = dataclasses.replace(config, resume=False, overwrite=False)
+        (config.output_dir / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+    if config.tensorboard:
+        values = {
+            name: value if isinstance(value, int | float | str | bool) else str(value)
+            for name, value in plain(config).items()
+        }
+        accelerator.init_trackers("tensorboard", config=values)
+    return log
+
+
+def remove_old_run(folder: Path) -> None:
+    """Removes what an older run wrote into the folder, and nothing else."""
+    for path in _remains(folder):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    checkpoints = folder / CHECKPOINTS
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: got {folder}, expected a folder to write in ({error.strerror})"
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise FolderInUse(
+                f"output_dir: {folder} is in use by {file.read().strip() or 'another process'}; "
+                "wait until that run ends, or give another folder"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s: its file system has no locks (%s): do not start a second run in this folder",
+                folder,
+                error.strerror,
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _check_resumable(folder: Path) -> None:
+    if checkpoint_folders(folder):
+        return
+    others = " and give --overwrite" if _remains(folder) else ""
+    raise ValueError(
+        f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} to "
+        "start at the first step"
+    )
+
+
+def _check_free(config: TrainConfig) -> None:
+    folder, remains = config.output_dir, _remains(config.output_dir)
+    names = [str(path.relative_to(folder)) for path in remains]
+    if names in ([], [CONFIG]):  # the file of this start's own settings, perhaps
+        return
+    if MODEL in names and METRICS not in names:
+        raise ValueError(
+            f"output_dir: {folder / MODEL} is of no run: no {METRICS} is beside it; "
+            "move it away, or give another folder"
+        )
+    if not config.overwrite:
+        raise ValueError(
+            f"output_dir: {folder} holds an older run ({', '.join(names)}); --resume goes on with "
+            "it, --overwrite removes it, or give another folder"
+        )
+    for name, used in (("model", Path(config.model)), ("train_file", config.train_file)):
+        for path in remains:
+            if used.exists() and used.resolve().is_relative_to(path.resolve()):
+                raise ValueError(
+                    f"{name}: {used} is part of the run in {folder} that --overwrite would remove; "
+                    "give another output folder"
+                )
+
+
+def _remains(folder: Path) -> list[Path]:
+    """What of a run the folder holds, unfinished copies included."""
+    found = [
+        path
+        for path in (folder / CHECKPOINTS).glob("*")
+        if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
+    ]
+    whole = (MODEL, METRICS, CONFIG, EVENTS)
+    cut_short = (f".{MODEL}.partial", f".{MODEL}.previous", f".{METRICS}.partial")
+    names = [name for name in whole + cut_short if (folder / name).exists()]
+    return sorted(found) + [folder / name for name in names]

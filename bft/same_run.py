@@ -1,0 +1,105 @@
+"""What makes two starts one run: every setting that its numbers depend on, its data and its model.
+
+A checkpoint holds it, and ``--resume`` compares: the optimizer and the schedule come out of the
+checkpoint, so that another learning rate, say, would be written down and not be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bft.config import TrainConfig, plain
+from bft.encode import Record
+from bft.head import causal_lm
+
+# Where a run reads, writes and reports, and how it computes: not what. The number of steps, the
+# records and the model are compared as what they are, not as how they were given.
+MAY_CHANGE = frozenset(
+    {
+        "output_dir",
+        "eval_file",
+        "eval_every",
+        "eval_limit",
+        "save_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "resume",
+        "overwrite",
+        "on_nonfinite",
+        "backend",
+        "max_buffer_mib",
+        "gradient_checkpointing",
+        "train_file",
+        "model",
+        "epochs",
+        "steps",
+    }
+)
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+
+
+def identity(
+    config: TrainConfig, steps: int, processes: int, records: Iterable[Record], model: nn.Module
+) -> dict[str, Any]:
+    """What a checkpoint of this run holds to be known by, ready for JSON.
+
+    ``model`` is the one to train before its first step, with adapters or without.
+    """
+    settings = {name: value for name, value in plain(config).items() if name not in MAY_CHANGE}
+    return {
+        **settings,
+        "steps": steps,
+        "processes": processes,
+        "train_file (contents)": digest_records(records),
+        "model (contents)": digest_model(model),
+    }
+
+
+def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """One phrase for each name whose values differ. A setting that is newer than the checkpoint
+    had its default.
+    """
+    return [
+        f"{name}: saved {json.dumps(old)}, given {json.dumps(new)}"
+        for name, new in given.items()
+        if (old := saved.get(name, _DEFAULTS.get(name))) != new
+    ]
+
+
+def digest_records(records: Iterable[Record]) -> str:
+    """A digest of what is trained on: the same for a file that was moved."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(
+            json.dumps([record.pair, record.messages, record.tools], default=dict).encode()
+        )
+    return digest.hexdigest()[:16]
+
+
+def digest_model(model: nn.Module) -> str:
+    """A digest of the base model's configuration and of 64 values of each of its parameters."""
+    inner = causal_lm(model)
+    settings = inner.config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "use_cache"):
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in inner.named_parameters():
+        if "lora_" not in name:
+            name = name.replace(".base_layer", "")
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
+            digest.update(_sample(parameter).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    values = parameter.detach().flatten()
+    count = min(64, values.numel())
+    places = torch.arange(count, device=values.device) * (values.numel() - 1) // max(1, count - 1)
+    return values[places].double().cpu()

@@ -1,0 +1,191 @@
+"""A damaged checkpoint is named with the way out, and a full disk loses no run."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from bft import run as run_module
+from bft.checkpoint import CheckpointError, WriteError
+from bft.config import TrainConfig
+from bft.train import train
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+FILES = (
+    "custom_checkpoint_0.pkl",
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.bin",
+    "random_states_0.pkl",
+)
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(
+    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrainConfig:
+    config = TrainConfig(
+        train_file=data_file,
+        output_dir=tmp_path_factory.mktemp("run"),
+        model=str(model_dir),
+        steps=3,
+        batch_size=4,
+        save_every=1,
+        keep_checkpoints=3,
+        tensorboard=False,
+    )
+    train(config)
+    return replace(config, resume=True)
+
+
+@pytest.fixture
+def damaged(three_checkpoints: TrainConfig, tmp_path: Path, fresh_accelerator: None) -> TrainConfig:
+    """A copy of that run, for a test to damage."""
+    folder = shutil.copytree(three_checkpoints.output_dir, tmp_path / "run")
+    return replace(three_checkpoints, output_dir=folder)
+
+
+DAMAGES = [(file, damage) for file in FILES for damage in (Path.unlink, half, zeroed, one_bit)]
+
+
+# A manifest that reads as one is believed: it holds no checksum of its own.
+@pytest.mark.parametrize(("file", "damage"), [d for d in DAMAGES if d != (FILES[1], one_bit)])
+def test_damage_is_named_with_the_way_out(
+    damaged: TrainConfig, file: str, damage: Callable[[Path], None]
+) -> None:
+    folder = damaged.output_dir / "checkpoints"
+    metrics = (damaged.output_dir / "metrics.jsonl").read_bytes()
+    damage(folder / "step-0000003" / file)
+    with pytest.raises(CheckpointError, match=f"step-0000003 is damaged: {file} ") as refusal:
+        train(damaged)
+    assert str(refusal.value).endswith("remove step-0000003 to resume from step-0000002")
+    assert (damaged.output_dir / "metrics.jsonl").read_bytes() == metrics
+    if file == FILES[0]:  # and the way out is one
+        shutil.rmtree(folder / "step-0000003")
+        assert len(train(damaged).history) == 3
+
+
+def test_the_way_out_leads_to_a_whole_checkpoint(damaged: TrainConfig) -> None:
+    folder = damaged.output_dir / "checkpoints"
+    half(folder / "step-0000003" / "optimizer.bin")
+    half(folder / "step-0000002" / "optimizer.bin")
+    with pytest.raises(CheckpointError, match="remove step-0000002, step-0000003 to resume from "):
+        train(damaged)
+    half(folder / "step-0000001" / "optimizer.bin")
+    with pytest.raises(CheckpointError, match=r"step-0000001, .* to start anew without --resume"):
+        train(damaged)
+
+
+def test_a_renamed_or_empty_checkpoint_is_damaged(damaged: TrainConfig) -> None:
+    folder = damaged.output_dir / "checkpoints"
+    (folder / "step-0000002").rename(folder / "step-10000000")
+    with pytest.raises(CheckpointError, match="step-10000000 is damaged: its manifest is of step"):
+        train(damaged)
+    (folder / "step-20000000").mkdir()
+    with pytest.raises(CheckpointError, match=r"step-20000000 is damaged: manifest.json is missi"):
+        train(damaged)
+
+
+def test_a_stray_file_is_named_and_left_alone(
+    damaged: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    stray = damaged.output_dir / "checkpoints" / "step-0000009"
+    stray.write_text("x")
+    assert train(damaged).steps == 3
+    assert "step-0000009 is no checkpoint" in caplog.text
+    assert stray.read_text() == "x"
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """During the first call of one function of ``bft.run`` the system writes no large file."""
+
+    def fills(name: str) -> None:
+        original = getattr(run_module, name)
+
+        def limited(*arguments: Any) -> Any:
+            monkeypatch.setattr(run_module, name, original)
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            try:
+                return original(*arguments)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+        monkeypatch.setattr(run_module, name, limited)
+
+    return fills
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("save_every", [None, 4])
+def test_a_model_that_cannot_be_written_is_kept(
+    config: TrainConfig, full_disk: Callable[[str], None], save_every: int, lora_rank: int
+) -> None:
+    whole = train(replace(config, output_dir=config.output_dir / "whole", lora_rank=lora_rank))
+    config = replace(config, save_every=save_every, lora_rank=lora_rank)
+    full_disk("save_model")
+    with pytest.raises(WriteError, match=r"model could not be written: .*step-0000006: make room"):
+        train(config)
+    assert not list(config.output_dir.glob("*model*"))
+    result = train(replace(config, resume=True))
+    assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
+    expected = load_file(whole.model_dir / "model.safetensors")
+    for name, value in load_file(result.model_dir / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_published(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Accelerator.save_state
+
+    def loses(self: Accelerator, output_dir: str) -> None:
+        original(self, output_dir)
+        (Path(output_dir) / "model.safetensors").unlink()
+
+    monkeypatch.setattr(Accelerator, "save_state", loses)
+    with pytest.raises(WriteError, match=r"step-0000002: \*model\* is gone from it"):
+        train(replace(config, save_every=2))
+    assert checkpoints(config.output_dir) == []
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    config: TrainConfig, full_disk: Callable[[str], None]
+) -> None:
+    full_disk("save_progress")
+    with pytest.raises(WriteError, match=r"step-0000002 could not be written: .*no older one"):
+        train(replace(config, save_every=2))
+    assert checkpoints(config.output_dir) == []

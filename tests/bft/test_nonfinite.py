@@ -1,0 +1,166 @@
+"""NaN and infinities: the run stops before they reach the model, and says where they came from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from bft import train as train_module
+from bft.cli import main
+from bft.config import TrainConfig
+from bft.nonfinite import NonFinite, broken_parameter
+from bft.train import train
+
+Flags = Callable[[TrainConfig], list[str]]
+
+
+def strict(text: str) -> Any:
+    """JSON without the words that are not JSON."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def rows(config: TrainConfig) -> list[dict[str, Any]]:
+    text = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
+    return [strict(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def one_bad_record(
+    config: TrainConfig, checkpoint_of: Callable[..., Path], tmp_path: Path
+) -> TrainConfig:
+    """A run whose model overflows at one character, which the record on line 14 holds."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "n_embd": 32, "n_head": 4, "n_layer": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False))
+    folder = checkpoint_of(tmp_path / "overflows", model)
+    lines = config.train_file.read_text(encoding="utf-8").splitlines()
+    lines[13] = lines[13].replace("colour", "~")
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    from transformers import AutoTokenizer
+
+    token = AutoTokenizer.from_pretrained(folder)("~").input_ids[0]
+    torch.nn.init.constant_(model.transformer.wte.weight[token], 3e38)
+    model.save_pretrained(folder)
+    return replace(config, model=str(folder), train_file=data, batch_size=2, accumulation=2)
+
+
+def test_a_run_that_diverges_stops_before_the_step(
+    config: TrainConfig, flags: Flags, capsys: pytest.CaptureFixture
+) -> None:
+    config = replace(config, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=0.0)
+    assert main(["train", *flags(config)]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("bft train: step 2: the ")
+    assert " is nan; " in line
+    assert f"4 of 4 records: {config.train_file}:" in line
+    assert "--on-nonfinite skip" in line
+    assert not (config.output_dir / "model").exists()
+    assert [row["kind"] for row in rows(config)] == ["eval", "train"]
+
+
+def test_the_record_is_named_and_the_checkpoint_before_is_kept(
+    one_bad_record: TrainConfig,
+) -> None:
+    config = replace(one_bad_record, save_every=1, keep_checkpoints=1, seed=1)
+    with pytest.raises(NonFinite) as stop:
+        train(config)
+    step = int(str(stop.value).split()[1].rstrip(":"))
+    assert step > 1
+    assert f"step {step}: the loss is nan; 1 of 4 records: {config.train_file}:14. No model" in str(
+        stop.value
+    )
+    assert f"--resume (from step-{step - 1:07d}) with --on-nonfinite skip" in str(stop.value)
+    assert [p.name for p in (config.output_dir / "checkpoints").iterdir()] == [
+        f"step-{step - 1:07d}"
+    ]
+    result = train(replace(config, resume=True, on_nonfinite="skip"))
+    assert [row["step"] for row in result.history if row["skipped"]] == [step]
+
+
+def test_skipped_steps_are_counted_and_change_nothing(
+    one_bad_record: TrainConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = replace(one_bad_record, on_nonfinite="skip", steps=5, gradient="sampled", eps=0.1)
+    result = train(config)
+    (skipped,) = [row["step"] for row in result.history if row["skipped"]]
+    assert "This step's update is left out" in caplog.text
+    assert "the updates of 1 of 5 steps were left out" in caplog.text
+    (row,) = [row for row in rows(config) if row.get("skipped")]
+    assert row["step"] == skipped
+    assert row["loss"] is row["grad_norm"] is None
+    for name, value in load_file(result.model_dir / "model.safetensors").items():
+        assert torch.isfinite(value).all(), name
+    # The schedule moves on, and looking for the record drew nothing from torch's generator.
+    clean = replace(config, train_file=config.eval_file, output_dir=tmp_path / "clean")
+    rates = [row["learning_rate"] for row in train(clean).history]
+    assert [row["learning_rate"] for row in result.history] == rates
+    again = train(replace(config, output_dir=tmp_path / "again"))
+    assert [row["nll"] for row in again.history if not row["skipped"]] == [
+        row["nll"] for row in result.history if not row["skipped"]
+    ]
+
+
+def test_a_gradient_that_overflows_stops_the_run(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is finite, the gradient is not: no record is to blame, so all are named."""
+    original = train_module.training_step
+
+    def overflows(accelerator: Any, model: Any, *rest: Any) -> dict[str, float]:
+        values = original(accelerator, model, *rest)
+        next(model.parameters()).grad.mul_(1e38).mul_(1e38)
+        return values
+
+    monkeypatch.setattr(train_module, "training_step", overflows)
+    with pytest.raises(
+        NonFinite, match=r"step 1: the norm of the gradient is (nan|inf); 4 of 4 rec"
+    ):
+        train(config)
+
+
+def test_a_broken_model_is_named_at_the_first_evaluation(
+    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
+    folder = tmp_path / "broken"
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((Path(config.model) / name).read_bytes())
+    config = replace(config, model=str(folder))
+    assert main(["train", *flags(config)]) == 1
+    assert "evaluation after step 0: nll is nan" in capsys.readouterr().err
+    (row,) = rows(config)
+    assert row["nll"] is row["perplexity"] is None
+    numbers = tmp_path / "numbers.json"
+    held_out = ["--file", str(config.eval_file), "--limit", "2", "--output", str(numbers)]
+    assert main(["eval", "--model", str(folder), *held_out]) == 0
+    assert strict(numbers.read_text(encoding="utf-8"))["nll"] is None
+    assert broken_parameter(Accelerator(cpu=True), model) == "model.norm.weight"
+
+
+def test_no_checkpoint_is_made_of_a_broken_model(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(optimizer: Any, *arguments: Any) -> None:
+        torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    with pytest.raises(NonFinite, match=r"embed_tokens.weight is not finite any more; nothing is"):
+        train(replace(config, save_every=1))
+    assert not list((config.output_dir / "checkpoints").glob("*"))

@@ -1,0 +1,219 @@
+"""A run that dies resumes as the run that did not, or says why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bft import train as train_module
+from bft.checkpoint import CheckpointError
+from bft.config import TrainConfig
+from bft.same_run import MAY_CHANGE, differences
+from bft.train import TrainResult, train
+
+Checkpoint = Callable[..., Path]
+
+
+def numbers(result: TrainResult) -> list[tuple[float, float]]:
+    return [(row["loss"], row["grad_norm"]) for row in result.history]
+
+
+def go_back(output_dir: Path, step: int) -> None:
+    """Leaves the folder as if the run had died some time after this step's checkpoint."""
+    for folder in (output_dir / "checkpoints").iterdir():
+        if folder.name > f"step-{step:07d}":
+            shutil.rmtree(folder)
+    shutil.rmtree(output_dir / "model")
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+# --- the same run --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", ["sampled", "dropout"])
+def test_a_step_that_draws_goes_on_with_its_own_draws(
+    draws: str, config: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
+) -> None:
+    """To the last bit; evaluations at other steps, and none, draw nothing."""
+    if draws == "sampled":
+        config = replace(config, gradient="sampled", eps=0.1)
+    else:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_head=4, n_layer=2))
+        assert model.config.resid_pdrop == 0.1
+        config = replace(config, model=str(checkpoint_of(tmp_path / "gpt2", model)))
+    config = replace(config, batch_size=2, accumulation=2, save_every=2, keep_checkpoints=9)
+    whole = train(config)
+    weights = load_file(whole.model_dir / "model.safetensors")
+    go_back(config.output_dir, 2)
+    result = train(replace(config, resume=True, eval_every=1))
+    assert numbers(result) == numbers(whole)
+    for name, value in load_file(result.model_dir / "model.safetensors").items():
+        assert torch.equal(value, weights[name]), name
+    assert [row["step"] for row in result.evaluations] == [0, 2, 3, 4, 5, 6]
+    assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
+
+
+def test_a_run_that_dies_in_a_step_resumes(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+    dying = replace(config, output_dir=config.output_dir / "dying", save_every=2)
+    original, calls = train_module.training_step, []
+
+    def dies(*arguments: Any) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "training_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(dying)
+    result = train(replace(dying, resume=True))
+    assert numbers(result) == numbers(whole)
+    assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
+    assert checkpoints(dying.output_dir) == ["step-0000004", "step-0000006"]
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Accelerator.save_state
+
+    def breaks(self: Accelerator, output_dir: str) -> None:
+        if "step-0000004" in output_dir:
+            (Path(output_dir) / "half").write_text("")
+            raise KeyboardInterrupt
+        original(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(config, save_every=2))
+    assert checkpoints(config.output_dir) == ["step-0000002"]
+    assert len(train(replace(config, resume=True)).history) == 6
+
+
+def test_a_finished_run_resumes_to_its_model(config: TrainConfig) -> None:
+    whole = train(replace(config, save_every=4))
+    assert checkpoints(config.output_dir) == ["step-0000004", "step-0000006"]
+    shutil.rmtree(whole.model_dir)
+    result = train(replace(config, resume=True))
+    assert (result.model_dir / "model.safetensors").is_file()
+    assert result.evaluations == whole.evaluations
+
+
+# --- other settings ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def resumable(config: TrainConfig) -> TrainConfig:
+    """A finished run of two steps, to be resumed."""
+    config = replace(config, steps=2, eval_file=None, save_every=1)
+    train(config)
+    return replace(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"learning_rate": 1e-6},
+        {"steps": 1},
+        {"steps": 3},
+        {"steps": None, "epochs": 2.0},
+        {"batch_size": 2},
+        {"seed": 1, "scheme": "sft"},
+        {"lora_rank": 2},
+    ],
+    ids=lambda changed: "-".join(changed),
+)
+def test_another_setting_is_refused_by_name(
+    resumable: TrainConfig, changed: dict[str, Any]
+) -> None:
+    before = {path: path.read_bytes() for path in resumable.output_dir.glob("[!.]*.*")}
+    given = replace(resumable, **changed)
+    with pytest.raises(CheckpointError) as refusal:
+        train(given)
+    for name in changed.keys() - {"steps", "epochs"}:
+        said = f"{name}: saved {json.dumps(getattr(resumable, name))}, given "
+        assert said + json.dumps(changed[name]) in str(refusal.value)
+    if "steps" in changed:
+        assert f"steps: saved 2, given {changed['steps'] or 10}" in str(refusal.value)
+    assert len(str(refusal.value).split("saved")) == 2 + len(changed.keys() - {"epochs"})
+    assert {path: path.read_bytes() for path in resumable.output_dir.glob("[!.]*.*")} == before
+
+
+def test_other_records_and_another_model_are_refused(
+    resumable: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
+) -> None:
+    lines = resumable.train_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines[3] = lines[3].replace("item 3?", "thing 3?")
+    data = tmp_path / "other.jsonl"
+    data.write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"settings: train_file \(contents\): saved [^;]*$"):
+        train(replace(resumable, train_file=data))
+    model = checkpoint_of(tmp_path / "other", tie_word_embeddings=True)
+    weights = load_file(model / "model.safetensors")
+    assert train(replace(resumable, model=str(model))).steps == 2
+    torch.nn.init.ones_(weights["model.embed_tokens.weight"])
+
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"settings: model \(contents\): saved [^;]*$"):
+        train(replace(resumable, model=str(model)))
+
+
+def test_what_no_number_depends_on_may_change(resumable: TrainConfig, tmp_path: Path) -> None:
+    data = shutil.copy(resumable.train_file, tmp_path / "moved.jsonl")
+    model = shutil.copytree(resumable.model, tmp_path / "moved")
+    folder = resumable.output_dir.rename(tmp_path / "moved-run")
+    moved = replace(
+        resumable,
+        train_file=Path(data),
+        model=str(model),
+        output_dir=folder,
+        eval_file=Path(data),
+        save_every=None,
+        steps=None,
+        epochs=0.4,  # of 20 records: 2 steps of 4
+        backend="torch",
+        max_buffer_mib=1,
+        on_nonfinite="skip",
+        gradient_checkpointing=True,
+    )
+    assert train(moved).evaluations[-1]["step"] == 2
+
+
+def test_every_setting_that_may_change_is_one() -> None:
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= MAY_CHANGE
+
+
+def test_a_setting_newer_than_the_checkpoint_had_its_default() -> None:
+    assert differences({"processes": 1}, {"processes": 1, "window": 256}) == []
+    assert differences({"processes": 1}, {"processes": 2, "window": 8}) == [
+        "processes: saved 1, given 2",
+        "window: saved 256, given 8",
+    ]
+
+
+def test_nothing_to_resume_is_an_error(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*; leave --resume out to"):
+        train(replace(config, resume=True))
+    train(replace(config, steps=1))
+    with pytest.raises(ValueError, match="leave --resume out and give --overwrite to start"):
+        train(replace(config, resume=True))

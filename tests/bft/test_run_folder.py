@@ -1,0 +1,176 @@
+"""A folder belongs to one run at a time, and an older run in it is neither mixed in nor lost."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate import Accelerator
+
+from bft.cli import main
+from bft.config import DemoConfig, TrainConfig
+from bft.demo import training
+from bft.encode import DataError
+from bft.ranks import start_accelerator
+from bft.run_folder import FolderInUse, claimed
+from bft.train import train
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def used(config: TrainConfig) -> TrainConfig:
+    """A finished run, with files beside it that it did not write."""
+    config = replace(config, steps=4, save_every=2, eval_file=None, tensorboard=True)
+    train(config)
+    for name in ("notes.txt", "checkpoints/notes.txt", "table.md"):
+        (config.output_dir / name).write_text("mine")
+    return config
+
+
+# --- an older run --------------------------------------------------------------------------------
+
+
+def test_an_older_run_is_not_mixed_in(used: TrainConfig) -> None:
+    before = contents(used.output_dir)
+    with pytest.raises(ValueError, match="holds an older run") as refusal:
+        train(replace(used, steps=2))
+    for word in ("step-0000004", "model", "metrics.jsonl", "--resume", "--overwrite"):
+        assert word in str(refusal.value)
+    assert contents(used.output_dir) == before
+
+
+def test_overwrite_removes_the_older_run_and_nothing_else(used: TrainConfig) -> None:
+    (used.output_dir / "checkpoints" / ".step-0000006.partial").mkdir()
+    result = train(replace(used, steps=1, save_every=1, tensorboard=False, overwrite=True))
+    names = contents(used.output_dir).keys()
+    assert {name for name in names if "notes" in name} == {"notes.txt", "checkpoints/notes.txt"}
+    assert "table.md" in names
+    assert not [name for name in names if "tensorboard" in name]
+    assert {name.split("/")[1] for name in names if "step-" in name} == {"step-0000001"}
+    assert len((used.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
+    assert result.model_dir.is_dir()
+
+
+def test_the_older_run_is_there_until_the_new_one_can_start(
+    used: TrainConfig, tmp_path: Path
+) -> None:
+    before = contents(used.output_dir)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    with pytest.raises(DataError):
+        train(replace(used, train_file=broken, overwrite=True))
+    assert contents(used.output_dir) == before
+
+
+def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -> None:
+    before = contents(used.output_dir)
+    own = str(used.output_dir / "model")
+    with pytest.raises(ValueError, match=r"model: .* is part of the run in .* would remove"):
+        train(replace(used, model=own, overwrite=True))
+    assert contents(used.output_dir) == before
+
+
+def test_a_model_of_no_run_is_left_alone(config: TrainConfig) -> None:
+    shutil.copytree(config.model, config.output_dir / "model")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"output_dir: .*model is of no run"):
+            train(replace(config, overwrite=overwrite))
+    assert contents(config.output_dir / "model") == contents(Path(config.model))
+
+
+def test_other_files_are_no_run(config: TrainConfig) -> None:
+    (config.output_dir / "checkpoints").mkdir(parents=True)
+    (config.output_dir / "checkpoints" / "step-0000009").write_text("a file")
+    (config.output_dir / "notes.txt").write_text("mine")
+    (config.output_dir / "config.yaml").write_text("steps: 1")
+    assert train(replace(config, steps=1)).steps == 1
+
+
+def test_resume_and_overwrite_exclude_each_other(config: TrainConfig) -> None:
+    with pytest.raises(ValueError, match="resume, overwrite: got both, expected one of them"):
+        replace(config, resume=True, overwrite=True)
+
+
+def test_the_written_configuration_starts_another_run(used: TrainConfig, tmp_path: Path) -> None:
+    """How a start found its folder is no setting of the run."""
+    for changed in ({"resume": True}, {"overwrite": True}):
+        train(replace(used, **changed))
+        settings = yaml.safe_load((used.output_dir / "config.yaml").read_text())
+        assert settings["resume"] is settings["overwrite"] is False
+
+
+def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
+    assert training(DemoConfig(), tmp_path).overwrite
+    assert not training(DemoConfig(output_dir=tmp_path), tmp_path).overwrite
+    assert training(DemoConfig(output_dir=tmp_path, overwrite=True), tmp_path).overwrite
+
+
+@pytest.mark.parametrize("name", ["run", "run/deeper"])
+def test_a_file_where_the_folder_should_be_is_named(
+    config: TrainConfig, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match=f"output_dir: got .*/{name}, expected a folder to write"):
+        train(replace(config, output_dir=tmp_path / name))
+
+
+# --- two runs at once ----------------------------------------------------------------------------
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("process 1 on elsewhere", file=file, flush=True)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_second_run_ends_with_status_2(
+    config: TrainConfig, capsys: pytest.CaptureFixture, flags: Callable[[TrainConfig], list[str]]
+) -> None:
+    config.output_dir.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLD, str(config.output_dir / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        assert main(["train", *flags(config)]) == 2
+        error = capsys.readouterr().err
+        assert f"output_dir: {config.output_dir} is in use by process 1 on elsewhere" in error
+        assert "Traceback" not in error
+        assert contents(config.output_dir) == {}
+        first.kill()  # without a chance to clean up
+    assert train(config).steps == 6
+
+
+def test_a_run_holds_its_folder_until_it_ends(config: TrainConfig) -> None:
+    accelerator = Accelerator(cpu=True)
+    with claimed(accelerator, config):
+        for other in (config, replace(config, overwrite=True), replace(config, resume=True)):
+            with pytest.raises(FolderInUse, match=r"in use by process \d+ on \S+; wait"):
+                train(other)
+    with claimed(accelerator, config):
+        pass
+
+
+def test_processes_that_do_not_find_each_other_do_not_start(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE: got 2, but accelerate runs 1 process"):
+        start_accelerator(config)
+    assert not config.output_dir.exists()

@@ -1,0 +1,174 @@
+"""Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the resumed run is the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bft import run as run_module
+from bft import train as train_module
+from bft.cli import main
+from bft.config import TrainConfig
+from bft.signals import Stopped, StopRequest
+from bft.train import train
+
+Flags = Callable[[TrainConfig], list[str]]
+
+
+@pytest.fixture
+def kill_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """This process gets signals in its third step; a resumed run gets none."""
+
+    def install(*numbers: int) -> None:
+        original, calls = train_module.training_step, []
+
+        def signalled(*arguments: Any) -> dict[str, float]:
+            calls.append(1)
+            if len(calls) == 3:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return original(*arguments)
+
+        monkeypatch.setattr(train_module, "training_step", signalled)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_a_signal_stops_after_its_step_and_resumes(
+    config: TrainConfig,
+    kill_in_step: Callable[..., Any],
+    flags: Flags,
+    capfd: pytest.CaptureFixture,
+    number: int,
+    status: int,
+) -> None:
+    whole = train(replace(config, output_dir=config.output_dir / "whole", eval_every=3))
+    config = replace(config, output_dir=config.output_dir / "stopped", eval_every=3)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    kill_in_step(number)
+    assert main(["train", *flags(config)]) == status
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    error = capfd.readouterr().err
+    name = signal.Signals(number).name
+    assert f"{name}: stopping as soon as nothing is lost; once more to stop at once" in error
+    folder = config.output_dir / "checkpoints" / "step-0000003"
+    line = f"bft train: stopped by {name} after step 3 of 6; --resume goes on from {folder}"
+    assert error.strip().splitlines()[-1] == line
+    assert "Traceback" not in error
+    result = train(replace(config, resume=True))
+    for rows in ("history", "evaluations"):
+        assert [(row["step"], row["nll"]) for row in getattr(result, rows)] == [
+            (row["step"], row["nll"]) for row in getattr(whole, rows)
+        ]
+
+
+def test_a_second_signal_stops_at_once(
+    config: TrainConfig,
+    kill_in_step: Callable[..., Any],
+    flags: Flags,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    kill_in_step(signal.SIGTERM, signal.SIGINT)
+    assert main(["train", *flags(config)]) == 130
+    assert capsys.readouterr().err.endswith("\nbft train: stopped\n")
+    assert not (config.output_dir / "checkpoints").exists()
+
+
+def test_a_signal_while_the_model_is_written_waits_for_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = run_module.save_model
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments)
+
+    monkeypatch.setattr(run_module, "save_model", signalled)
+    with pytest.raises(Stopped, match=r"SIGTERM after the last step: .*model is not evaluated"):
+        train(config)
+    assert (config.output_dir / "model" / "model.safetensors").is_file()
+
+
+def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[Any] = []
+
+    def ask() -> None:
+        with StopRequest():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a shell's background job
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != before
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flags) -> None:
+    config = replace(config, steps=20_000, eval_file=None)
+    command = [sys.executable, "-m", "bft", "train", *flags(config)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert "Traceback" not in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("bft train: stopped by SIGTERM after step ")
+    (folder,) = (config.output_dir / "checkpoints").iterdir()
+    assert last.endswith(f"--resume goes on from {folder}")
+    assert int(folder.name.removeprefix("step-")) >= 2
+
+
+@pytest.mark.slow
+def test_one_of_two_ranks_stops_both(config: TrainConfig, flags: Flags, tmp_path: Path) -> None:
+    """The launcher is not told to use CPUs: its ranks find each other, and are one run."""
+    config = replace(config, steps=20_000, batch_size=2, eval_file=None)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--standalone", "--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
+    command += ["-m", "bft", "train", *flags(config)]
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
+    with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
+        wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
+        pid = int((config.output_dir / ".lock").read_text().split()[1])
+        os.kill(pid, signal.SIGTERM)  # rank 0 alone
+        process.wait(timeout=60)
+    logs = sorted((tmp_path / "logs").rglob("stderr.log"))
+    assert len(logs) == 2
+    for log in logs:
+        text = log.read_text(encoding="utf-8")
+        assert "bft train: stopped by SIGTERM after step " in text
+        assert "Traceback" not in text
+    (folder,) = (config.output_dir / "checkpoints").iterdir()
+    names = {path.name for path in folder.iterdir()}
+    assert {"random_states_0.pkl", "random_states_1.pkl", "manifest.json"} <= names
