@@ -125,7 +125,7 @@ def test_a_finished_run_resumes_to_its_model(config: TrainConfig) -> None:
 @pytest.fixture
 def resumable(config: TrainConfig) -> TrainConfig:
     """A finished run of two steps, to be resumed."""
-    config = replace(config, steps=2, eval_file=None, save_every=1)
+    config = replace(config, steps=2, eval_file=None, eval_limit=None, save_every=1)
     train(config)
     return replace(config, resume=True)
 

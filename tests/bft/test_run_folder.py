@@ -34,7 +34,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def used(config: TrainConfig) -> TrainConfig:
     """A finished run, with files beside it that it did not write."""
-    config = replace(config, steps=4, save_every=2, eval_file=None, tensorboard=True)
+    config = replace(
+        config, steps=4, save_every=2, eval_file=None, eval_limit=None, tensorboard=True
+    )
     train(config)
     for name in ("notes.txt", "checkpoints/notes.txt", "table.md"):
         (config.output_dir / name).write_text("mine")

@@ -75,7 +75,9 @@ def test_folder_and_adapter_give_the_last_evaluation(
 def test_only_what_learned_apart_is_untied(
     config: TrainConfig, models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = replace(config, model=str(models["tied"]), lora_rank=4, steps=2, eval_file=None)
+    config = replace(
+        config, model=str(models["tied"]), lora_rank=4, steps=2, eval_file=None, eval_limit=None
+    )
     for targets, tied in ((("q_proj",), True), (("embed_tokens",), False)):
         folder = config.output_dir / targets[0]
         with caplog.at_level(logging.WARNING):

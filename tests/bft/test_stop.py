@@ -134,7 +134,7 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
 
 
 def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flags) -> None:
-    config = replace(config, steps=20_000, eval_file=None)
+    config = replace(config, steps=20_000, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "bft", "train", *flags(config)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:
@@ -153,7 +153,7 @@ def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flag
 @pytest.mark.slow
 def test_one_of_two_ranks_stops_both(config: TrainConfig, flags: Flags, tmp_path: Path) -> None:
     """The launcher is not told to use CPUs: its ranks find each other, and are one run."""
-    config = replace(config, steps=20_000, batch_size=2, eval_file=None)
+    config = replace(config, steps=20_000, batch_size=2, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     command += ["-m", "bft", "train", *flags(config)]
