@@ -1,4 +1,4 @@
-"""The ``bft`` command: ``train``, ``eval``, ``data``, ``demo`` and ``info``."""
+"""The ``bft`` command: ``train``, ``eval``, ``check``, ``data``, ``demo`` and ``info``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bft.config import (
+    CheckConfig,
     DataConfig,
     DemoConfig,
     EvalConfig,
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, flags = arguments[0], arguments[1:]
     config_type, run = COMMANDS[name]
     try:
-        run(parse(config_type, flags, prog=f"bft {name}"))
+        return run(parse(config_type, flags, prog=f"bft {name}")) or 0
     except KeyboardInterrupt:
         print(f"bft {name}: stopped", file=sys.stderr)
         return 130
@@ -52,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bft {name}: {in_flags(message, config_type)}", file=sys.stderr)
         status: int = getattr(error, "exit_status", 1)
         return status
-    return 0
 
 
 def _for_the_user(error: Exception) -> str | None:
@@ -87,6 +87,12 @@ def _train(config: TrainConfig) -> None:
         print(f"model   {result.model_dir}")
 
 
+def _check(config: CheckConfig) -> int:
+    from bft.check import check
+
+    return int(any(finding.verdict == "WRONG" for finding in check(config)))
+
+
 def _demo(config: DemoConfig) -> None:
     from bft.demo import demo
 
@@ -105,6 +111,7 @@ def _usage(arguments: Sequence[str]) -> int:
   demo    fine-tune a small model on biomedical questions and measure what that bought
   train   fine-tune a Hugging Face causal LM with BFT, DFT or SFT
   eval    evaluate a model on held-out records
+  check   compare the fused loss with a model's own, on your model and records
   data    build the demo's question set
   info    versions, devices, backends, and why a backend does not run
 
@@ -164,10 +171,11 @@ def _info(config: InfoConfig) -> None:
     Console().print(table)
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, _demo),
     "train": (TrainConfig, _train),
     "eval": (EvalConfig, _evaluate),
+    "check": (CheckConfig, _check),
     "data": (DataConfig, _data),
     "info": (InfoConfig, _info),
 }

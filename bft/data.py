@@ -40,8 +40,7 @@ logger = logging.getLogger(__name__)
 class AnswerDataset(Dataset[Example]):
     """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
 
-    `where` says where each one was read; `truncated`, `dropped` (of which `answers_lost` to the
-    cut), `tokens` and `labelled` are counts.
+    `truncated`, `dropped` (of which `answers_lost` to the cut), `tokens` and `labelled` are counts.
     Raises DataError when a record cannot be encoded or none keeps a label.
     """
 
@@ -56,10 +55,9 @@ class AnswerDataset(Dataset[Example]):
         if max_length is not None and max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens or None, got {max_length}")
         self.examples: list[Example] = []
-        self.where: list[str] = []
         self.truncated = self.dropped = self.answers_lost = 0
         for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
-            self._add(encode(record, tokenizer), record.where, max_length)
+            self._add(encode(record, tokenizer), max_length)
         if not self.examples:
             raise DataError(
                 f"no record keeps a label ({self.dropped} dropped, {self.answers_lost} of them "
@@ -76,7 +74,7 @@ class AnswerDataset(Dataset[Example]):
         self.tokens = sum(self.lengths)
         self.labelled = sum(example.labelled for example in self.examples)
 
-    def _add(self, example: Example, where: str, max_length: int | None) -> None:
+    def _add(self, example: Example, max_length: int | None) -> None:
         had_labels = example.labelled > 0
         if max_length is not None and len(example.input_ids) > max_length:
             example = example.cut(max_length)
@@ -84,7 +82,6 @@ class AnswerDataset(Dataset[Example]):
                 self.truncated += 1
         if example.labelled:
             self.examples.append(example)
-            self.where.append(where)
         else:
             self.dropped += 1
             self.answers_lost += had_labels

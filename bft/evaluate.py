@@ -28,7 +28,7 @@ from bft.data import Collator, read_jsonl
 from bft.encode import DataError, Example, Record, encode, prompt_text
 from bft.isolation import evaluation_mode
 from bft.limits import check_fits
-from bft.loss import IGNORE, Head
+from bft.loss import IGNORE, Head, aligned
 from bft.patch import use_loss
 from bft_kernels import linear_nll
 
@@ -240,7 +240,7 @@ def _score(
         for rows in _batches(items, batch_tokens):
             measure.items = [items[row] for row in rows]
             batch = collate([item.example for item in measure.items])
-            model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            model(**aligned({name: tensor.to(device) for name, tensor in batch.items()}))
             total.update(measure.sums)
             for row, value in zip(rows, measure.right, strict=True):
                 right[row] = value

@@ -6,24 +6,28 @@ from typing import Any
 
 from torch import nn
 
-from bft.config import SettingError, TrainConfig
+from bft.config import SettingError
+
+EVERYWHERE = ("all-linear",)
 
 
-def add_adapters(model: Any, config: TrainConfig) -> Any:
-    """The model with adapters of `config.lora_rank`; its own parameters are frozen.
+def add_adapters(
+    model: Any, rank: int, alpha: float | None = None, targets: tuple[str, ...] = EVERYWHERE
+) -> Any:
+    """The model with adapters of this rank; its own parameters are frozen.
 
+    ``alpha`` is LoRA's scale, twice the rank if not given.
     Raises SettingError naming the modules that exist if a target is none of them.
     """
     from peft import LoraConfig, get_peft_model
 
-    targets = config.lora_targets
-    everywhere = targets == ("all-linear",)
+    everywhere = targets == EVERYWHERE
     if not everywhere:
         _check_targets(model, targets)
-    alpha: Any = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    scale: Any = 2 * rank if alpha is None else alpha
     lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=alpha,
+        r=rank,
+        lora_alpha=scale,
         target_modules="all-linear" if everywhere else list(targets),
         task_type="CAUSAL_LM",
     )

@@ -195,6 +195,15 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
     return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
 
 
+def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with ``shift_labels`` in place of ``labels``: what a position is to predict.
+
+    Whether a model's own loss shifts its labels then makes no difference.
+    """
+    rest = {name: value for name, value in batch.items() if name != "labels"}
+    return rest | {"shift_labels": batch_targets(batch)[0]}
+
+
 def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
     """``loss * world_size``: makes data parallelism add up ranks instead of averaging them.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bft.data import AnswerDataset
 from bft.encode import Example
+from bft.loss import aligned
 from bft.ranks import gathered, largest
 
 _NAMED = 8  # records, in a message
@@ -46,9 +47,9 @@ def suspects(
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for record in records:
             batch = {name: value.to(device) for name, value in collate([dataset[record]]).items()}
-            if not bool(torch.isfinite(model(**batch).loss)):
-                bad.append(dataset.where[record])
-    everyone = gathered([dataset.where[record] for record in records])
+            if not bool(torch.isfinite(model(**aligned(batch)).loss)):
+                bad.append(dataset[record].where)
+    everyone = gathered([dataset[record].where for record in records])
     named = gathered(bad) or everyone
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     return f"{len(named)} of {len(everyone)} records: {', '.join(named[:_NAMED])}{more}"

@@ -25,7 +25,7 @@ from bft.held_out import Evaluator
 from bft.limits import check_fits
 from bft.load import load_pretrained
 from bft.lora import add_adapters
-from bft.loss import HeadLoss, batch_targets, undo_rank_mean
+from bft.loss import HeadLoss, aligned, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
@@ -250,7 +250,7 @@ def training_step(
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**batch, num_items=num_items)
+            output = model(**aligned(batch), num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
         meter.add(output.loss, targets[index][0], last_stats(model))
     return meter.read(accelerator)
@@ -262,7 +262,7 @@ def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.lora_rank > 0:
-        model = add_adapters(model, config)
+        model = add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     return model, tokenizer
 
 

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from accelerate import Accelerator
 from torch import Tensor
 
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss
 from bft.patch import last_stats, patch_model, unpatch_model
+from bft.train import training_step
 
 SFT = HeadLoss(scheme="sft", normalize="token")
 V = 99
@@ -162,3 +164,15 @@ def test_a_failing_forward_shows_its_own_error():
     model = patch_model(build("LlamaForCausalLM", LLAMA), SFT)
     with pytest.raises(IndexError, match="index out of range"):
         model(**{k: v + V for k, v in batch().items()})
+
+
+@pytest.mark.parametrize("name", ["BartForCausalLM", "LlamaForCausalLM"])
+def test_training_predicts_the_next_token_whatever_the_models_own_loss(name: str):
+    model = build(name, (NOT_SHIFTED | SHIFTED)[name])
+    logits = model(input_ids=batch()["input_ids"], use_cache=False).logits
+    want = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch()["labels"][:, 1:].flatten()
+    )
+    patch_model(model.train(), SFT)
+    values = training_step(Accelerator(cpu=True), model, SFT, [batch()])
+    assert values["nll"] == pytest.approx(want.item(), rel=1e-5)

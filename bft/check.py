@@ -1,0 +1,273 @@
+"""``bft check``: is what the fused loss computes what this model computes, on this batch?
+
+Everything that a run stands on is tried on the user's own model and records, once with the model's
+own logits and once without them, and told in one table: loss, gradients, weights, padding, packing,
+a saved model that is loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bft.checkpoint import save_model
+from bft.config import CheckConfig
+from bft.data import AnswerDataset, Collator, collate_packed, read_jsonl
+from bft.encode import Example
+from bft.head import UnsupportedModel, causal_lm
+from bft.isolation import evaluation_mode
+from bft.limits import check_fits
+from bft.load import load_pretrained
+from bft.lora import add_adapters
+from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
+from bft.patch import fused_loss, patch_model, unpatch_model
+from bft_kernels import reference
+
+SFT = HeadLoss(scheme="sft", normalize="token")
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table."""
+
+    what: str
+    got: str
+    expected: str
+    verdict: str  # "ok", "refused" (training would say so, too), "WRONG"
+
+
+def check(config: CheckConfig) -> list[Finding]:
+    """All findings, printed as a table; see the functions below for what each one tries.
+
+    Raises:
+        DataError, PretrainedError: the records or the model cannot be read, or do not fit.
+    """
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_pretrained(config.model, getattr(torch, config.dtype))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    records = read_jsonl(config.file, limit=config.limit)
+    dataset = AnswerDataset(records, tokenizer, max_length=config.max_length)
+    check_fits(dataset.examples, model, tokenizer)
+    trial = _Trial(model, dataset.examples, Collator.of(tokenizer), device, config)
+    with evaluation_mode(model):
+        findings = list(trial.run())
+        if not any(finding.what == "patch" for finding in findings):
+            findings += _saved(trial, tokenizer)
+    _show(config, findings)
+    return findings
+
+
+class _Trial:
+    """One model and one batch, with and without the patch."""
+
+    def __init__(
+        self,
+        model: Any,
+        examples: list[Example],
+        collate: Collator,
+        device: torch.device,
+        config: CheckConfig,
+    ) -> None:
+        self.model, self.examples, self.config, self.device = model, examples, config, device
+        self.collate = collate
+        self.batch = self.to_device(collate(examples))
+        narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
+        self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return {name: value.to(self.device) for name, value in batch.items()}
+
+    def run(self) -> Iterable[Finding]:
+        """Everything that needs no second model."""
+        labelled = int((batch_targets(self.batch)[0] != IGNORE).sum())
+        tokens = sum(len(example.input_ids) for example in self.examples)
+        yield Finding(
+            "records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "", "ok"
+        )
+        own = self.model(**self.batch).loss
+        want = own.item(), self._gradients(own)
+        with torch.no_grad():
+            logits = self._logits()
+        try:
+            patch_model(self.model, SFT)
+            fused = self.model(**self.batch).loss
+        except UnsupportedModel as error:
+            unpatch_model(self.model)
+            yield Finding("patch", str(error), "a model that the fused loss can express", "WRONG")
+            return
+        state = causal_lm(self.model).__dict__["_fused_head"]
+        softcap, temperature = state.transform
+        yield Finding(
+            "labels", "shifted by one" if state.shift else "not shifted", "as in its own loss", "ok"
+        )
+        yield Finding(
+            "logits",
+            f"softcap {softcap}, temperature {temperature:g}",
+            "a transform of the op",
+            "ok",
+        )
+        got = fused.item(), self._gradients(fused)
+        unpatch_model(self.model)
+        yield self._close("loss, beside the model's own", got[0], want[0])
+        yield self._same_gradients("gradients, beside the model's own", got[1], want[1])
+        yield from self._weighted()
+        yield from self._looks_ahead()
+        yield from self._rows_alone()
+        with torch.no_grad():
+            same = torch.equal(self._logits(), logits)
+        yield Finding(
+            "logits after unpatching",
+            "the same bits" if same else "changed",
+            "the same bits",
+            "ok" if same else "WRONG",
+        )
+
+    def nll(self) -> Tensor:
+        """Of each labelled token of the batch, by the fused loss, ``[N]``."""
+        return self._nll(self.batch)
+
+    # --- the rows --------------------------------------------------------------------------------
+
+    def _weighted(self) -> Iterable[Finding]:
+        """The weighted loss, beside the reference formula on the model's own logits."""
+        loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
+        with torch.no_grad():
+            fused = float(fused_loss(self.model, aligned(self.batch), loss)[0])
+        target = batch_targets(self.batch)[0]
+        labelled = target != IGNORE
+        log_p = self._logits()[labelled].double().log_softmax(-1)
+        nll = -log_p.gather(1, target[labelled, None]).squeeze(1)
+        bounds = nn.functional.pad(labelled.sum(1).cumsum(0), (1, 0))
+        coefficients = reference.token_coefficients(
+            torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window
+        )
+        want = float((coefficients * nll.detach()).sum())
+        yield self._close(f"{loss.scheme} loss, beside the formula on its logits", fused, want)
+
+    def _looks_ahead(self) -> Iterable[Finding]:
+        """Whether a hidden state knows the tokens that it is to predict."""
+        with torch.no_grad():
+            before = self._logits()
+            ids = self.batch["input_ids"]
+            half = ids.shape[1] // 2
+            other = torch.where(ids == ids.min(), ids.max(), ids.min())
+            changed = torch.cat([ids[:, :half], other[:, half:]], 1)
+            after = self._logits(input_ids=changed)
+        change = float((after - before)[:, :half].abs().amax() / before.abs().amax())
+        sees = change > self.loss_error
+        yield Finding(
+            "later tokens seen by earlier positions",
+            f"change of {change:.1e}" if sees else "no",
+            "no",
+            "WRONG" if sees else "ok",
+        )
+
+    def _rows_alone(self) -> Iterable[Finding]:
+        """Documents padded, and packed into one row, beside each document by itself."""
+        alone = torch.cat([self._nll(self.to_device(self.collate([e]))) for e in self.examples])
+        yield self._close_all("padded rows, beside each by itself", self.nll(), alone)
+        name = "packed rows, beside each by itself"
+        try:
+            yield self._close_all(
+                name, self._nll(self.to_device(collate_packed(self.examples))), alone
+            )
+        except UnsupportedModel as error:
+            yield Finding(name, str(error).partition(":")[2].strip(), "the same nll", "refused")
+
+    # --- the model -------------------------------------------------------------------------------
+
+    def _logits(self, **instead: Tensor) -> Tensor:
+        inputs = {k: v for k, v in self.batch.items() if k != "labels"} | instead
+        return self.model(**inputs, use_cache=False).logits
+
+    def _nll(self, batch: Batch) -> Tensor:
+        batch = aligned(batch)
+        with torch.no_grad():
+            stats = fused_loss(self.model, batch, SFT)[1]
+        return stats.nll[batch["shift_labels"] != IGNORE]
+
+    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        self.model.zero_grad()
+        loss.backward()
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        self.model.zero_grad()
+        return found
+
+    # --- comparing -------------------------------------------------------------------------------
+
+    def _close(self, what: str, got: float, want: float) -> Finding:
+        error = abs(got - want) / max(abs(want), 1e-30)
+        verdict = "ok" if error <= self.loss_error else "WRONG"
+        return Finding(what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", verdict)
+
+    def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
+        error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
+        verdict = "ok" if error <= self.loss_error else "WRONG"
+        return Finding(what, f"largest error of a token {error:.1e}", "the same nll", verdict)
+
+    def _same_gradients(
+        self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
+    ) -> Finding:
+        if got.keys() != want.keys():
+            odd = min(got.keys() ^ want.keys())
+            return Finding(what, f"{odd} has one gradient of two", "both", "WRONG")
+        # Some gradients are nothing but rounding (a bias of keys): those need another measure.
+        floor = 1e-3 * max(float(value.norm()) for value in want.values())
+        errors = {
+            name: float((got[name] - value).norm()) / max(float(value.norm()), floor)
+            for name, value in want.items()
+        }
+        worst = max(errors, key=errors.__getitem__)
+        verdict = "ok" if errors[worst] <= self.gradient_error else "WRONG"
+        return Finding(what, f"largest error {errors[worst]:.1e} ({worst})", "the same", verdict)
+
+
+def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:
+    """The model as a run writes it, loaded again: with all parameters trained, and with LoRA."""
+    accelerator = Accelerator(cpu=trial.device.type == "cpu")
+    yield _reloaded(accelerator, trial, trial.model, tokenizer, "saved and loaded again")
+    trial.model = add_adapters(trial.model, rank=4).eval()
+    for name, parameter in trial.model.named_parameters():
+        if "lora_B" in name:  # zero until it is trained
+            nn.init.normal_(parameter, std=0.02)
+    yield _reloaded(
+        accelerator, trial, trial.model, tokenizer, "LoRA merged, saved and loaded again"
+    )
+
+
+def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what: str) -> Finding:
+    want = trial.nll()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(accelerator, model, tokenizer, Path(folder) / "model")
+        loaded, _ = load_pretrained(Path(folder) / "model", next(model.parameters()).dtype)
+    trial.model = loaded.to(trial.device).eval()
+    try:
+        return trial._close_all(what, trial.nll(), want)
+    finally:
+        trial.model = model
+
+
+def _show(config: CheckConfig, findings: list[Finding]) -> None:
+    table = Table(title=f"{config.model} on {config.file}")
+    for column in ("checked", "got", "expected", ""):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        got = finding.got.partition(";")[0]  # the file has it whole
+        table.add_row(finding.what, got, finding.expected, finding.verdict)
+    Console().print(table)
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(finding) for finding in findings]
+        config.output.write_text(json.dumps(rows, indent=2), encoding="utf-8")

@@ -1,0 +1,156 @@
+"""`bft check` finds nothing where all is well, and finds what is broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from bft import check as module
+from bft.cli import main
+from bft.loss import HeadLoss
+
+SMALL = {
+    "vocab_size": 400,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+class Shifted(hf.LlamaForCausalLM):
+    """A model that adds to some of its logits, which the op cannot express."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        labels = kwargs.pop("labels", None)
+        output = super().forward(**kwargs)
+        output.logits = output.logits + torch.eye(1, 400, device=output.logits.device)
+        if labels is not None:
+            output.loss = self.loss_function(output.logits, labels, 400)
+        return output
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)),
+    "bert": lambda: hf.BertLMHeadModel(hf.BertConfig(**SMALL)),
+}
+
+
+@pytest.fixture
+def checked(
+    tmp_path: Path, tokenizer: Any, data_file: Path, fresh_accelerator: None
+) -> Callable[..., tuple[int, dict[str, str]]]:
+    """Saves a model, runs the command on it, returns its status and each row's verdict."""
+
+    def run(name: str, *flags: str) -> tuple[int, dict[str, str]]:
+        torch.manual_seed(0)
+        folder, output = tmp_path / name, tmp_path / "table.json"
+        MODELS[name]().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        where = ["--model", str(folder), "--file", str(data_file), "--output", str(output)]
+        status = main(["check", *where, "--window", "4", *flags])
+        rows = json.loads(output.read_text())
+        return status, {row["what"]: row["verdict"] for row in rows}
+
+    return run
+
+
+PACKED = "packed rows, beside each by itself"
+SAVED = "saved and loaded again"
+LORA = "LoRA merged, saved and loaded again"
+LOSS = "loss, beside the model's own"
+GRADIENTS = "gradients, beside the model's own"
+WEIGHTED = "bft loss, beside the formula on its logits"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_is_well(checked: Callable[..., Any], dtype: str, capsys: pytest.CaptureFixture):
+    status, verdicts = checked("llama", "--dtype", dtype)
+    assert status == 0
+    assert set(verdicts.values()) == {"ok"}
+    assert {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED} < verdicts.keys()
+    assert "records" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_pack_is_told_so(checked: Callable[..., Any]):
+    status, verdicts = checked("falcon")
+    assert status == 0  # training would refuse it, too
+    assert verdicts.pop(PACKED) == "refused"
+    assert set(verdicts.values()) == {"ok"}
+
+
+def test_a_model_that_sees_its_answers_is_wrong(checked: Callable[..., Any]):
+    status, verdicts = checked("bert")
+    assert status == 1
+    assert [name for name, verdict in verdicts.items() if verdict == "WRONG"] == [
+        "later tokens seen by earlier positions"
+    ]
+
+
+def test_a_model_that_the_op_cannot_express_is_wrong(
+    checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", shifted)
+    status, verdicts = checked("llama")
+    assert status == 1
+    assert verdicts["patch"] == "WRONG"
+    assert LOSS not in verdicts
+
+
+def shifted(folder: str, **_: Any) -> tuple[Any, dict[str, Any]]:
+    return Shifted(hf.LlamaConfig(**SMALL)), {"missing_keys": ()}
+
+
+def too_large(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+    value, stats = CALL(self, *args, **kwargs)
+    return value * 1.01, stats
+
+
+def of_half_the_gradient(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+    value, stats = CALL(self, *args, **kwargs)
+    return (value + value.detach()) / 2, stats
+
+
+def with_other_weights(accelerator: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+    parameter = next(model.parameters())
+    kept = parameter.detach().clone()
+    parameter.data.mul_(1.01)
+    SAVE(accelerator, model, tokenizer, folder)
+    parameter.data.copy_(kept)
+
+
+CALL, SAVE = HeadLoss.__call__, module.save_model
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "fault", "wrong"),
+    [
+        (HeadLoss, "__call__", too_large, {LOSS, GRADIENTS, WEIGHTED}),
+        (HeadLoss, "__call__", of_half_the_gradient, {GRADIENTS}),
+        (module, "save_model", with_other_weights, {SAVED, LORA}),
+    ],
+    ids=["loss", "gradient", "saved model"],
+)
+def test_what_is_broken_is_found(
+    checked: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    where: Any,
+    name: str,
+    fault: Any,
+    wrong: set[str],
+):
+    monkeypatch.setattr(where, name, fault)
+    status, verdicts = checked("llama")
+    assert status == 1
+    assert {row for row, verdict in verdicts.items() if verdict == "WRONG"} == wrong
