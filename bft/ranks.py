@@ -39,6 +39,14 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def end(accelerator: Accelerator) -> None:
+    """Closes the trackers and parts the processes, after work that all of them did."""
+    # Gloo joins its thread when it is destroyed, holding Python's lock. The thread needs that lock to
+    # free the tensors of the last call, if it was one with tensors: a barrier has none.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def on_main(accelerator: Any, function: Callable[[], Value]) -> Value:
     """What ``function`` returns on the main rank, on every rank; its error is every rank's, too.
 

@@ -16,7 +16,7 @@ from bft.data import AnswerDataset, StepBatches
 from bft.loss import HeadLoss
 from bft.nonfinite import NonFinite, broken_parameter
 from bft.patch import unpatch_model
-from bft.run_folder import MODEL
+from bft.run_folder import CONFIG, MODEL
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ def _kept(run: Run) -> str:
         except WriteError as error:
             return str(error)
     return f"it is kept in the checkpoint {last}: make room, and --resume writes it"
+
+
+def how_to_go_on(run: Run, checkpoint: Path) -> str:
+    """In words, from a checkpoint of the run."""
+    config = run.config.output_dir / CONFIG
+    return f"bft train --config {config} --resume goes on from {checkpoint.name}"
 
 
 def check_parameters(run: Run) -> None:

@@ -29,8 +29,8 @@ from bft.loss import HeadLoss, aligned, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
-from bft.ranks import on_main, start_accelerator
-from bft.run import Run, save, ways_out, write_model
+from bft.ranks import end, on_main, start_accelerator
+from bft.run import Run, how_to_go_on, save, ways_out, write_model
 from bft.run_folder import claimed, start_log
 from bft.same_run import identity
 from bft.signals import Stopped, StopRequest
@@ -82,9 +82,9 @@ def train(config: TrainConfig) -> TrainResult:
                     raise Stopped(number, f"after the last step: {model_dir} is not evaluated")
             evaluator.run(run.steps)
         except (NonFinite, Stopped):  # on every rank
-            accelerator.end_training()
+            end(accelerator)
             raise
-        accelerator.end_training()
+        end(accelerator)
     skipped = sum(row["skipped"] > 0 for row in log.of("train"))
     if skipped and accelerator.is_main_process:
         logger.warning("the updates of %d of %d steps were left out", skipped, run.steps)
@@ -203,7 +203,7 @@ def take_steps(
                 folder = save(run, step + 1)
             if number:
                 done = f"after step {step + 1} of {run.steps}"
-                raise Stopped(number, f"{done}; --resume goes on from {folder}")
+                raise Stopped(number, f"{done}; {how_to_go_on(run, folder)}")
 
 
 def update(run: Run, step: int, values: dict[str, float]) -> bool:
