@@ -85,12 +85,8 @@ class HeadLoss:
 
         ``num_items`` is the optimizer step's number of documents or labelled tokens over every
         micro-batch and rank (:meth:`count_items` counts one micro-batch's); ``None``: this call's.
+        A step without labels has 0, and a loss of 0.
         """
-        # A whole step without labels has a loss of 0, not 0 / 0.
-        if isinstance(num_items, Tensor):
-            num_items = num_items.clamp_min(1)
-        elif num_items is not None:
-            num_items = max(num_items, 1)
         value, stats = balanced_linear_cross_entropy(
             hidden,
             head.weight,

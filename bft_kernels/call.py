@@ -13,9 +13,10 @@ from bft_kernels.checks import (
     FLOAT_DTYPES,
     check_boundaries,
     check_core,
+    check_derivatives,
     check_finite,
     check_int,
-    check_positive,
+    check_number,
     check_settings,
     check_tensor,
 )
@@ -80,6 +81,7 @@ def prepare(
     z_loss: float = 0.0,
 ) -> Call:
     """Checks everything that needs no values, and flattens."""
+    check_derivatives(hidden=hidden, weight=weight, bias=bias)
     check_core(hidden, weight, target, bias)
     check_settings(
         {
@@ -173,7 +175,7 @@ def run(call: Call) -> Forward:
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed
     return torch.full((), seed, dtype=torch.int64, device=device)
@@ -216,7 +218,7 @@ def documents_of(cu_seqlens: Tensor | None, call: Call) -> Tensor:
         )
     rows = call.shape[0] if len(call.shape) == 2 else 1
     length = call.shape[-1] if call.shape else 1
-    return torch.arange(rows + 1, dtype=torch.int64) * length
+    return torch.arange(rows + 1, dtype=torch.int64, device="cpu") * length
 
 
 def balance(
@@ -243,12 +245,13 @@ def items_of(num_items: int | float | Tensor | None, call: Call) -> Tensor | Non
             )
         if num_items.dtype == torch.bool or num_items.is_complex():
             raise TypeError(f"num_items: got dtype {num_items.dtype}, expected a count")
-        visible = call.config.check_values and num_items.device.type == "cpu"
-        if visible and not torch.compiler.is_compiling():
-            check_positive("num_items", float(num_items))
-        return num_items.detach().reshape(()).to(device, non_blocking=True)
-    check_positive("num_items", num_items)
-    return torch.full((), float(num_items), dtype=call.wide, device=device)
+        items = num_items.detach().reshape(())
+    else:
+        check_number("num_items", num_items, 0)
+        items = torch.full((), float(num_items), dtype=call.wide, device=device)
+    if call.check or items.device.type == "cpu":
+        return ops.num_items(items, call.labelled, bool(call.check))
+    return items.to(device)
 
 
 def check_token_weight(token_weight: object, call: Call) -> None:
@@ -257,6 +260,7 @@ def check_token_weight(token_weight: object, call: Call) -> None:
     Raises:
         TypeError: not a tensor of floats.
         ValueError: another shape or device, one that requires a gradient, or not finite.
+        RuntimeError: one with a tangent.
     """
     check_tensor("token_weight", token_weight, call.shape, FLOAT_DTYPES, call.hidden.device)
     assert isinstance(token_weight, Tensor)
@@ -265,5 +269,6 @@ def check_token_weight(token_weight: object, call: Call) -> None:
             "token_weight: got a tensor that requires a gradient, expected a constant: detach it, "
             "or use reduction='none' and multiply"
         )
+    check_derivatives(token_weight=token_weight)
     if call.check and not torch.compiler.is_compiling():
         check_finite("token_weight", token_weight.reshape(-1, 1), rows=call.labelled)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -116,6 +117,20 @@ def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
         )
 
 
+def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
+    """A count, at least 0, and 0 only in a call without labels.
+
+    Labels on a device are looked at if it may be waited for.
+    """
+    check_number("num_items", float(num_items), 0)
+    visible = wait or labelled.device.type == "cpu"
+    if num_items == 0 and visible and bool(labelled.any()):
+        raise ValueError(
+            f"num_items: got 0 with {int(labelled.sum())} labelled tokens in this call, expected "
+            "the number that the whole step divides by, or None to count this call's"
+        )
+
+
 def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> None:
     """The settings of :func:`bft_kernels.weighting.token_weights`."""
     if isinstance(scheme, str):
@@ -125,6 +140,36 @@ def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> 
     check_int("window", window, 1)
     check_positive("gamma", gamma)
     check_positive("floor", floor)
+
+
+def check_derivatives(**tensors: object) -> None:
+    """Only reverse mode differentiates the ops: anything else would lose a derivative silently.
+
+    Raises:
+        RuntimeError: the call is inside a transform of ``torch.func``, or one of ``tensors``
+            carries a tangent of forward mode.
+    """
+    # Tensors inside a transform do not say truly whether they require a gradient.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func: got a call inside a transform (vmap, grad, vjp, jvp, jacrev, jacfwd or "
+            "hessian), expected one outside of any. The fused loss takes batches as leading "
+            "dimensions of hidden and target, and its gradients are those of backward() and "
+            "torch.autograd.grad. For anything else use torch.nn.functional.cross_entropy"
+        )
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        # A tangent cannot be seen while tracing.
+        if isinstance(tensor, Tensor) and (
+            torch.compiler.is_compiling() or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            raise RuntimeError(
+                f"{name}: got a tensor with a tangent of forward-mode differentiation, or compiled "
+                "code at a dual level, expected neither: the fused loss has gradients in reverse "
+                "mode only. Use backward() or torch.autograd.grad, or "
+                "torch.nn.functional.cross_entropy"
+            )
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -67,7 +67,8 @@ def linear_nll(
         max_buffer_bytes: budget of the blocks; 64 MiB on a CPU, 528 MiB on a GPU by default.
         check: ``True`` checks all values: targets, boundaries, and that labelled rows of
             ``hidden``, ``weight`` and ``bias`` are finite (waits for a GPU). ``False`` checks none,
-            ``None`` what lies on the CPU of targets, boundaries and ``num_items``.
+            ``None`` what lies on the CPU of targets and boundaries. ``num_items`` is checked
+            wherever it can be without waiting.
         return_stats: also return :class:`TokenStats`.
         hidden_variance: with ``sampled``, also fill that statistic.
 
@@ -76,7 +77,8 @@ def linear_nll(
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it.
-        RuntimeError: the forced backend cannot run this; or ``create_graph=True`` in the backward.
+        RuntimeError: the forced backend cannot run this; ``create_graph=True`` in the backward; a
+            call inside a transform of ``torch.func``; or an argument with a forward-mode tangent.
     """
     call = prepare(
         hidden,
@@ -224,7 +226,9 @@ def balanced_linear_cross_entropy(
             their exact gradient in the forward pass (3G) there as well.
         normalize: ``"sequence"`` or ``"token"``.
         num_items: what to divide by: the number of documents (or labelled tokens) of the whole
-            optimizer step, over its micro-batches and ranks. ``None`` counts this call's.
+            optimizer step, over its micro-batches and ranks. ``None`` counts this call's. 0 says
+            that the step has no labels: the loss is 0, and a label in the call is an error (on a
+            GPU it is looked for with ``check=True`` only; without, the loss is not finite).
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 

@@ -52,7 +52,7 @@ def _extension(module: str) -> str:
 
 
 def _reasons(why_not: Any, device: str) -> list[str]:
-    probe = torch.empty(1, 1, device=device)
+    probe = torch.empty(1, 1, dtype=torch.float32, device=device)
     reasons: list[str] = why_not(probe, probe)
     return reasons
 

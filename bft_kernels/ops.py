@@ -25,6 +25,7 @@ from bft_kernels.checks import (
     check_bias,
     check_boundary_values,
     check_finite,
+    check_items,
     check_values,
 )
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
@@ -70,6 +71,18 @@ def documents(cu_seqlens: Tensor, total: int) -> Tensor:
 @documents.register_fake
 def _(cu_seqlens: Tensor, total: int) -> Tensor:
     return torch.empty_like(cu_seqlens, dtype=torch.int64)
+
+
+@torch.library.custom_op("bft_kernels::num_items", mutates_args=())
+def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
+    """``items []`` beside ``labelled [N]``, its value checked: an op, as :func:`documents` is."""
+    check_items(items, labelled, wait)
+    return items.to(labelled.device, copy=True, non_blocking=True)
+
+
+@num_items.register_fake
+def _(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
+    return torch.empty_like(items, device=labelled.device)
 
 
 @torch.library.custom_op(

@@ -249,7 +249,9 @@ def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
         x = ((x ^ x >> 15) * 0x846CA68B) & _MASK32
         x = x ^ x >> 16
         draws.append(((x >> 8).float() + 0.5) * 2.0**-24)
-    return torch.stack(draws) if draws else torch.empty(0, len(columns))
+    if not draws:
+        return torch.empty(0, len(columns), dtype=torch.float32, device=columns.device)
+    return torch.stack(draws)
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,8 @@ def sampled_gradient(
         slope = (1 - (z * temperature / softcap) ** 2) / temperature
     count, vocabulary = z.shape
     positions = range(count) if rows is None else rows
-    u = uniforms(seed, positions, torch.arange(vocabulary)).to(z)
+    columns = torch.arange(vocabulary, dtype=torch.int64, device=z.device)
+    u = uniforms(seed, positions, columns).to(z)
     onehot = torch.zeros_like(z, dtype=torch.bool).scatter_(1, target[:, None], True)
     kept = (u * eps < p) | onehot
     dz = torch.where(kept, p.clamp_min(eps), 0.0)

@@ -99,10 +99,11 @@ def weigh(
 
     ``nll`` says what a confidence too small for its type was.
     """
+    confidence = confidence.detach()  # no_grad leaves a tangent of forward mode
     count = confidence.numel()
     sequences = cu_seqlens.numel() - 1
     cu = cu_seqlens.to(confidence.device, torch.int64, non_blocking=True)
-    position = torch.arange(count, device=confidence.device)
+    position = torch.arange(count, dtype=torch.int64, device=confidence.device)
     # Padding goes to one extra sequence, which the results leave out again.
     sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
     bounds = torch.cat([cu, cu.new_full((1,), count)])
@@ -237,7 +238,7 @@ def shift_labels(
     if cu_seqlens is None:
         return target
     check_cu_seqlens(cu_seqlens, labels.numel(), labels.device)
-    position = torch.arange(labels.numel(), device=labels.device)
+    position = torch.arange(labels.numel(), dtype=torch.int64, device=labels.device)
     ends = (cu_seqlens.to(labels.device, torch.int64, non_blocking=True) - 1).contiguous()
     found = ends[torch.searchsorted(ends, position).clamp(max=ends.numel() - 1)] == position
     return target.masked_fill(found.view_as(target), ignore_index)
@@ -286,7 +287,7 @@ def _cu_seqlens_from_starts(starts: Tensor) -> Tensor:
     if starts.device.type == "cpu":
         first = starts.nonzero().squeeze(1)
     else:
-        position = torch.arange(count, device=starts.device)
+        position = torch.arange(count, dtype=torch.int64, device=starts.device)
         first = torch.where(starts, position, count).sort().values
     return torch.cat([first, first.new_full((1,), count)])
 
@@ -318,7 +319,7 @@ def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
     cu = cu_seqlens.to(labelled.device, torch.int64, non_blocking=True)
     through = labelled.long().cumsum(0)
     before = torch.nn.functional.pad(through, (1, 0))
-    position = torch.arange(labelled.numel(), device=labelled.device)
+    position = torch.arange(labelled.numel(), dtype=torch.int64, device=labelled.device)
     sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
     return Layout(labelled, through - 1, sequence, before[cu])
 
@@ -388,7 +389,8 @@ def token_shares(
     else:
         share = layout.labelled.to(dtype)
         count = layout.labelled.sum()
-    return share / (count.clamp_min(1) if num_items is None else num_items)
+    share = share / (count.clamp_min(1) if num_items is None else num_items)
+    return torch.where(layout.labelled, share, 0.0)  # num_items is 0 in a step without labels
 
 
 def balanced_loss(

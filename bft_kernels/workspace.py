@@ -14,12 +14,12 @@ _kept: list[Tensor] = []  # one at most, but for calls that run side by side
 
 def borrow(count: int) -> Tensor:
     """``count`` floats or more, of any values; nobody else has them until they are given back."""
-    space = _kept.pop() if _kept else torch.empty(0)
+    space = _kept.pop() if _kept else torch.empty(0, dtype=torch.float32, device="cpu")
     if space.numel() >= count:
         return space
     del space  # freed before its successor is made
     with torch.inference_mode(mode=False):  # so that any later call may write to it
-        return torch.empty(count)
+        return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 def give_back(space: Tensor) -> None:

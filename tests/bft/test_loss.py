@@ -138,6 +138,15 @@ def test_a_step_without_labels_is_zero_and_has_gradients(num_items: int | Tensor
         assert not leaf.grad.any()
 
 
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
+def test_a_step_of_no_items_with_a_label_is_refused(num_items: int | Tensor):
+    hidden, head, target = problem()
+    with pytest.raises(ValueError, match=r"^num_items: got 0 with 15 labelled tokens"):
+        HeadLoss()(hidden, head, target, num_items=num_items)
+    with pytest.raises(ValueError, match=r"^num_items: got -1.*at least 0"):
+        HeadLoss()(hidden, head, target, num_items=num_items - 1)
+
+
 # --- settings ------------------------------------------------------------------------------------
 
 

@@ -184,5 +184,15 @@ def check_padding(run: Run, scheme: str, tile: int) -> None:
     check_same(behind, expected)
 
 
+def check_no_items(run: Run, scheme: str, tile: int) -> None:
+    """0 items in a step without labels; with labels, which nobody looked for, no finite loss."""
+    loss, labelled, bounds = draw((7, 0, tile + 9), 0.7)
+    for normalize in ("sequence", "token"):
+        how = (bounds, Weighting(scheme, 6), normalize, torch.tensor(0))
+        for name, value in run(torch.zeros_like(loss), labelled & False, *how)._asdict().items():
+            assert not value.any(), name
+        assert not run(loss, labelled, *how).loss.isfinite()
+
+
 # That nobody checked, of 70 positions.
 BAD_BOUNDS = [[0, 50, 20, 70], [-9, 10**12, 70], [5, 5, -(2**40)], [5, 5, 70]]

@@ -12,12 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bft_kernels import reference
 from bft_kernels.backends.cuda import native
 
 IGNORED = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 UNTOUCHED = 0x55
+
+
+def clear_seed(p: Any, seed: int, eps: float, **transform: Any) -> int:
+    """The first seed from ``seed`` on none of whose draws rounding a logit to float32 decides."""
+    labelled = p.target != IGNORED
+    wide = p.copy(torch.float64)
+    bias = None if wide.bias is None else wide.bias.detach()
+    logits = reference.logits(wide.hidden[labelled], wide.weight, bias, **transform).detach()
+    chance = torch.softmax(logits, 1) / eps
+    rows, columns = labelled.nonzero().squeeze(1).tolist(), torch.arange(len(p.weight))
+    while bool(((reference.uniforms(seed, rows, columns) / chance - 1).abs() < 1e-5).any()):
+        seed += 1
+    return seed
 
 
 class Device:

@@ -226,3 +226,34 @@ def test_accumulation_equals_the_one_big_batch(steps, normalize, gradient, probl
     close(total, expected, 1e-12)
     close(torch.cat(parts).view(64, 6), whole.hidden.grad, tolerance)
     close(p.weight.grad, whole.weight.grad, tolerance)
+
+
+def by_root(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return confidence.sqrt(), torch.ones_like(cu_seqlens[1:], dtype=confidence.dtype)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=len)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"scheme": "dft"}, {"scheme": by_root}, {"gradient": "sampled", "seed": 1}],
+    ids=["bft", "dft", "callable", "sampled"],
+)
+def test_a_step_of_no_items_costs_nothing(how, frozen, normalize, backend, problem):
+    p = problem(12, 6, 50, bias=True, dtype=torch.float32, ignored=1.0, frozen=frozen)
+    rows, target = p.hidden.view(3, 4, 6), p.target.view(3, 4)
+    how = {"bias": p.bias, "normalize": normalize, "backend": backend, **how}
+    for items in (0, 0.0, torch.tensor(0), torch.tensor([0.0])):
+        loss, stats = balanced_linear_cross_entropy(
+            rows, p.weight, target, num_items=items, return_stats=True, **how
+        )
+        assert loss.item() == 0
+        assert loss.requires_grad
+        for name, grad in p.gradients(loss).items():
+            assert not grad.any(), name
+        for name, value in stats._asdict().items():
+            assert value is None or bool(value.isfinite().all()), name
+    target[1, 2] = 3
+    with pytest.raises(ValueError, match=r"^num_items: got 0 with 1 labelled tokens .*whole step"):
+        balanced_linear_cross_entropy(rows, p.weight, target, num_items=0, **how)

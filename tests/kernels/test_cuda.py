@@ -35,14 +35,17 @@ def test_takes_what_it_can_compute(emulated_device, problem):
     assert "it takes strided tensors" in why_not("cuda", sparse, p.weight.float())[0]
 
 
-@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
-def test_operands_stored_in_another_type(emulated_device, stored, how, problem, close, monkeypatch):
+def test_operands_stored_in_another_type(
+    emulated_device, stored, gradient, problem, sampled, close, monkeypatch
+):
     """Under autocast gradients are of the type that is stored, and rounded to it once."""
     # Rows without room are computed again, by way of a dy that is rounded.
     monkeypatch.setattr(core, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
     types = torch.float32, torch.bfloat16
     p = problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
+    how = sampled(p) if gradient == "sampled" else {}
     found = []
     for backend, autocast in (("cuda", True), ("torch", False)):
         hidden, weight = (
@@ -68,14 +71,16 @@ def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen, problem):
     assert ("weight_gradient" in emulated_device.launches) == (not frozen)
 
 
-def test_rows_too_wide_to_gather_are_computed_again(emulated_device, problem, close, monkeypatch):
+def test_rows_too_wide_to_gather_are_computed_again(
+    emulated_device, problem, sampled, close, monkeypatch
+):
     p = problem(21, 12, 180, dtype=torch.float32, scale=2.0)
-    grads = []
+    how, grads = sampled(p), []
     for widest in (native.kernels().MAX_GATHERED, 11):
         monkeypatch.setattr(emulated_device.module, "MAX_GATHERED", widest)
         emulated_device.launches.clear()
         copy = p.copy()
-        linear_nll(*copy.args, backend="cuda", **SAMPLED).sum().backward()
+        linear_nll(*copy.args, backend="cuda", **how).sum().backward()
         assert ("gather_hidden" in emulated_device.launches) == (widest > 11)
         grads.append(copy.grads())
     close(grads[1], grads[0], 1e-5)

@@ -214,6 +214,7 @@ def test_no_rows_and_none_labelled(emulated, dtype, problem):
 def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
     how, eps = dict(TRANSFORMS[transform]), 2**-6
     p = problem(30, 24, 300, dtype=dtype, scale=2.0)
+    seed = DEVICE["clear_seed"](p, seed, eps, **how)
     labelled = p.target != IGNORED
     grad = torch.randn(30)
     got = run_backward(emulated, p, grad, seed=seed, eps=eps, **how)

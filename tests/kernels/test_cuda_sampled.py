@@ -53,12 +53,7 @@ class Sample:
         self.hidden, self.weight = wide.hidden.detach()[self.labelled], wide.weight.detach()
         args = self.hidden, self.weight, p.target[self.labelled]
         rows = self.labelled.nonzero().squeeze(1).tolist()
-        vocabulary = torch.arange(len(self.weight))
-        chance = torch.softmax(reference.logits(*args[:2], bias, **how), 1) / eps
-        # Another draw where rounding a logit to float32 could decide.
-        while bool(((reference.uniforms(seed, rows, vocabulary) / chance - 1).abs() < 1e-5).any()):
-            seed += 1
-        self.seed = seed
+        self.seed = seed = DEVICE["clear_seed"](p, seed, eps, **how)
         drawn = reference.sampled_gradient(*args, seed, eps=eps, bias=bias, rows=rows, **how)
         stats = reference.token_stats(*args, bias=bias, **how)
         self.grad = torch.randn(len(p.target))

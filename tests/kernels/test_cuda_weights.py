@@ -85,6 +85,11 @@ def test_padding_changes_nothing(run, scheme):
     CHECKS.check_padding(run, scheme, TILE)
 
 
+@pytest.mark.parametrize("scheme", ["sft", "bft"])
+def test_a_step_of_no_items(run, scheme):
+    CHECKS.check_no_items(run, scheme, TILE)
+
+
 @pytest.mark.parametrize("bounds", CHECKS.BAD_BOUNDS, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_boundaries_that_nobody_checked_stay_inside(run, scheme, bounds):

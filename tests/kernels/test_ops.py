@@ -195,3 +195,24 @@ def test_compiled_code_refuses_wrong_boundaries(
     compiled(*p.args, good)
     with pytest.raises(Exception, match=message):
         compiled(*p.args, torch.tensor(bounds))
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=len)
+def test_compiled_code_checks_the_number_of_items(frozen, problem, fresh_compiler) -> None:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, items: Tensor) -> Tensor:
+        return balanced_linear_cross_entropy(hidden, weight, target, num_items=items)
+
+    p = problem(8, 4, 9, ignored=0.0, frozen=frozen)
+    nothing = torch.full_like(p.target, -100)
+    compiled = torch.compile(loss, fullgraph=True)
+    assert torch.equal(compiled(*p.args, torch.tensor(3)), loss(*p.args, torch.tensor(3)))
+    assert compiled(p.hidden, p.weight, nothing, torch.tensor(0)).item() == 0
+    with pytest.raises(Exception, match="num_items: got 0 with 8 labelled"):
+        compiled(*p.args, torch.tensor(0))
+    with pytest.raises(Exception, match=r"num_items: got -1\.0, .*at least 0"):
+        compiled(*p.args, torch.tensor(-1))
+
+
+@pytest.mark.parametrize("items", [torch.tensor(3), torch.tensor(2.5)], ids=str)
+def test_opcheck_num_items(items) -> None:
+    torch.library.opcheck(ops.num_items, (items, torch.tensor([True, False]), False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +35,6 @@ CONFIG = CoreConfig(
     check_values=False,
     check_finite=False,
 )
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
 @pytest.fixture(params=["tiles", "chunks"])
@@ -49,20 +47,21 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("columns", [0, 1, 60])
 def test_popular_columns_take_a_dense_product(
-    engine, columns, weighted_gradients, problem, close, monkeypatch
+    engine, columns, weighted_gradients, problem, sampled, close, monkeypatch
 ):
     p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
-    got = weighted_gradients(p, device=DEVICE, backend="triton", **SAMPLED)
-    close(got, weighted_gradients(p, backend="torch", **SAMPLED), 2**-6)
+    how = sampled(p)
+    got = weighted_gradients(p, device=DEVICE, backend="triton", **how)
+    close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
 
 
 @pytest.mark.parametrize("budget", [1, 3000, None])
-def test_chunks_list_what_is_kept_with_its_value(budget, problem, engine):
+def test_chunks_list_what_is_kept_with_its_value(budget, problem, sampled, engine):
     p = problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
+    seed = torch.tensor(sampled(p)["seed"], device=DEVICE)
     p = p.copy(device=DEVICE)
     config = replace(CONFIG, max_buffer_bytes=budget or 2**20, variance=True, hidden_variance=True)
-    seed = torch.tensor(7, device=DEVICE)
     args = [x.detach() for x in p.args]
     out = core.linear_nll(*args, p.bias.detach(), seed, config)
     found = int(out.entry_offsets[-1])

@@ -73,6 +73,11 @@ def test_padding_changes_nothing(scheme):
     CHECKS.check_padding(run, scheme, TILE)
 
 
+@pytest.mark.parametrize("scheme", ["sft", "bft"])
+def test_a_step_of_no_items(scheme):
+    CHECKS.check_no_items(run, scheme, TILE)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_is_written_outside_a_buffer_or_left_unwritten(scheme, layout, guarded):
@@ -100,10 +105,11 @@ def boundaries(kind: str, rows: int) -> Tensor | None:
 @pytest.mark.parametrize("kind", ["rows", "boundaries", "padded", "on the device"])
 @pytest.mark.parametrize("how", ["exact", "frozen", "sampled"])
 @pytest.mark.parametrize("items", [None, 3.0])
-def test_the_loss_and_its_gradients(how, kind, items, problem, close, poison):
+def test_the_loss_and_its_gradients(how, kind, items, problem, sampled, close, poison):
     frozen = ("weight", "bias") if how == "frozen" else ()
     p = problem(36, 12, 70, bias=True, dtype=torch.float32, frozen=frozen)
     p.target[8:20] = -100
+    gradient = sampled(p) if how == "sampled" else {}
     scheme = SCHEMES[int(torch.randint(len(SCHEMES), ()))]
     results: list[dict[str, Any]] = []
     for backend in ("torch", "triton"):
@@ -122,12 +128,10 @@ def test_the_loss_and_its_gradients(how, kind, items, problem, close, poison):
             cu_seqlens=bounds,
             num_items=items,
             normalize="token" if items is None else "sequence",
-            gradient="sampled" if how == "sampled" else "exact",
-            eps=2**-5,
-            seed=3,
             backend=backend,
             max_buffer_bytes=6000,
             return_stats=True,
+            **gradient,
         )
         loss.backward()
         fields = {k: v for k, v in stats._asdict().items() if v is not None}

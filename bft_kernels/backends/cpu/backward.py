@@ -44,7 +44,7 @@ def linear_nll_backward(
     if not wanted.weight:
         grad_weight = None
     elif grad_weight is None:
-        grad_weight = torch.empty(weight.shape, dtype=weight.dtype)
+        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     sizes = plan(hidden, weight, rows, config, products=3, trains_weight=wanted.weight)
     operands = Operands(hidden, weight, rows, config, sizes)
     saved_values = (target, saved.lse, saved.lse_low, saved.nll, grad)
@@ -73,8 +73,10 @@ def recompute(
     """
     vocabulary, width = operands.weight.shape
     count = operands.rows.count
-    grad_hidden = torch.zeros(count, width) if wanted.hidden else None
-    grad_bias = torch.zeros(vocabulary) if wanted.bias else None
+    grad_hidden = (
+        torch.zeros(count, width, dtype=torch.float32, device="cpu") if wanted.hidden else None
+    )
+    grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device="cpu") if wanted.bias else None
     if grad_weight is not None and count == 0 and not add:
         grad_weight.zero_()
     into: Tensor | None = None
@@ -161,9 +163,9 @@ def _from_entries(
     into: Tensor | None = None
     if wanted.weight:
         add = grad_weight is not None and has_rows(grad_weight)
-        into = grad_weight if add else torch.empty(weight.shape, dtype=weight.dtype)
+        into = grad_weight if add else torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     if wanted.bias:
-        grad_bias = torch.empty(weight.shape[0])
+        grad_bias = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
     if wanted.weight or wanted.bias:
         table = hidden if has_rows(hidden) else hidden.contiguous()
         _cpu.scatter_weight(

@@ -61,7 +61,7 @@ def linear_nll(
     )
     # With smoothing dy has a second part, which cannot ride on the sum of the first.
     unit = config.residual == "unit" and not config.label_smoothing
-    sums = torch.zeros(rows.count if unit else 0, width)
+    sums = torch.zeros(rows.count if unit else 0, width, dtype=torch.float32, device="cpu")
     if unit:
         for block in blocks(operands):
             sweep.add_exponentials(block.arguments(), address(sums), width, threads())
@@ -72,8 +72,9 @@ def linear_nll(
     if unit:
         finish_unit(sweep, sums, operands, targets)
     elif config.residual == "unit":
+        lse = results["lse"]
         known = KnownRows(
-            targets, results["lse"], results["lse_low"], results["nll"], torch.ones(rows.count)
+            targets, lse, results["lse_low"], results["nll"], upstream=torch.ones_like(lse)
         )
         grad, _ = recompute(operands, known, bias, config, Wanted(True, False, False))
         assert grad is not None
@@ -86,7 +87,7 @@ def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: Cor
 
     Until the sweep arrives at a confident token's target, this is what keeps the other entries out.
     """
-    bound = torch.empty(targets.numel())
+    bound = torch.empty(targets.numel(), dtype=torch.float32, device="cpu")
     block = _ROWS_AT_A_TIME
     for a in range(0, targets.numel(), block):
         part = targets[a : a + block]
@@ -103,7 +104,8 @@ def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: Cor
 def finish_unit(sweep: _cpu.Sweep, sums: Tensor, operands: Operands, targets: Tensor) -> None:
     """Turns sums of exponentials times rows of ``weight`` into ``dH``, in place."""
     count, block = targets.numel(), _ROWS_AT_A_TIME
-    factors, values = torch.empty(count), torch.empty(count)
+    factors = torch.empty(count, dtype=torch.float32, device="cpu")
+    values = torch.empty_like(factors)
     sweep.unit_factors(0, count, address(factors), address(values))
     for a in range(0, count, block):
         part = slice(a, a + block)
@@ -126,12 +128,13 @@ def pack(
             name: x.new_zeros(rows.total if want else 0)
             for (name, x), want in zip(full.items(), wanted_results(config).values(), strict=True)
         }
-    offsets = torch.empty(0, dtype=torch.int64)
+    offsets = torch.empty(0, dtype=torch.int64, device="cpu")
     entries = 0
     if config.residual == "entries":
         offsets = torch.nn.functional.pad(full["counts"].cumsum(0), (1, 0))
         entries = int(offsets[-1])
-    columns, values = torch.empty(entries, dtype=torch.int32), torch.empty(entries)
+    columns = torch.empty(entries, dtype=torch.int32, device="cpu")
+    values = torch.empty(entries, dtype=torch.float32, device="cpu")
     if config.residual == "entries":
         own = torch.nn.functional.pad(results["counts"].cumsum(0), (1, 0))
         sweep.entries(address(own), address(columns), address(values), threads())

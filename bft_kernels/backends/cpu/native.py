@@ -120,7 +120,9 @@ class Operands:
         self.all_rows = self._take(0, rows.count) if plan.whole or not copies else None
         self.wide: Tensor | None = None  # the widened block of weight
         if converts(weight, self.type, torch.float32):
-            self.wide = torch.empty(plan.columns, weight.shape[1])
+            self.wide = torch.empty(
+                plan.columns, weight.shape[1], dtype=torch.float32, device="cpu"
+            )
 
     def _take(self, first: int, stop: int) -> Tensor:
         return as_operand(self.rows.take(self.hidden, first, stop), self.type, torch.float32)
@@ -143,7 +145,7 @@ def blocks(operands: Operands) -> Iterator[Block]:
     """All products in one reused buffer: a block of ``weight`` is read once."""
     plan, count = operands.plan, operands.rows.count
     vocabulary = operands.weight.shape[0]
-    buffer = torch.empty(plan.rows * plan.columns)
+    buffer = torch.empty(plan.rows * plan.columns, dtype=torch.float32, device="cpu")
     parts = [(a, min(a + plan.rows, count)) for a in range(0, count, plan.rows)]
     width = 0
     for first in range(0, vocabulary, plan.columns):
@@ -198,7 +200,7 @@ def finish(sweep: _cpu.Sweep, first: int, count: int, wanted: dict[str, bool]) -
     """Results of the rows from ``first`` on, ``[count]`` each; empty where not wanted."""
     kinds = {"correct": torch.bool, "counts": torch.int64}
     results = {
-        name: torch.empty(count if want else 0, dtype=kinds.get(name, torch.float32))
+        name: torch.empty(count if want else 0, dtype=kinds.get(name, torch.float32), device="cpu")
         for name, want in wanted.items()
     }
     addresses = {name: address(results[name]) for name, want in wanted.items() if want}

@@ -138,10 +138,12 @@ class _Engine(WeightedSums):
         blocks = CpuPlan(plan.rows, wide, plan.whole)
         self.operands = Operands(hidden, weight, rows, config, blocks)
         self.targets = rows.take(target, 0, rows.count).contiguous()
-        self.lse_low = torch.zeros(rows.count)
-        self.lse = torch.zeros(rows.count)
+        self.lse_low = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
+        self.lse = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
         self.buffer: Tensor | None = None  # borrowed from the first piece on
-        self.block = torch.empty(wide * max(plan.rows, plan.in_gradient))
+        self.block = torch.empty(
+            wide * max(plan.rows, plan.in_gradient), dtype=torch.float32, device="cpu"
+        )
         self.waiting: _Waiting | None = None
         self.columns = plan.columns  # of a block of the piece
         self.operand = hidden[:0]  # of the rows that wait
@@ -216,7 +218,11 @@ class _Engine(WeightedSums):
         known = functools.cache(all_rows.part)  # few different parts, over and over
         direct = self.grad_hidden.dtype == torch.float32
         vocabulary, width = self.weight.shape
-        grad_hidden = self.grad_hidden[piece] if direct else torch.empty(stop - first, width)
+        grad_hidden = (
+            self.grad_hidden[piece]
+            if direct
+            else torch.empty(stop - first, width, dtype=torch.float32, device="cpu")
+        )
         for columns in _steps(0, vocabulary, self.columns * self.plan.group):
             weight = self.operands.columns(*columns)
             into = self.grad_weight[slice(*columns)]

@@ -14,13 +14,15 @@ def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
     """``variance [N]`` and ``hidden_variance [N]``, or ``[0]`` where not wanted."""
     config, (count, vocabulary, _) = inputs.config, inputs.shape
     device = lse.device
-    variance = torch.zeros(count if config.variance else 0, device=device)
-    hidden_variance = torch.zeros(count if config.hidden_variance else 0, device=device)
+    variance = torch.zeros(count if config.variance else 0, dtype=torch.float32, device=device)
+    hidden_variance = torch.zeros(
+        count if config.hidden_variance else 0, dtype=torch.float32, device=device
+    )
     if not (config.variance or config.hidden_variance):
         return variance, hidden_variance
     norms = None
     if config.hidden_variance:
-        norms = torch.empty(vocabulary, device=device)
+        norms = torch.empty(vocabulary, dtype=torch.float32, device=device)
         launch("squared_norms", {}, {"norms": norms}, inputs.problem)
     splits, columns = splits_for(inputs, count)
     planes = 1 if norms is None else 2
@@ -28,7 +30,7 @@ def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
         "certificate",
         {"lse": lse, "norms": norms},
         {
-            "sums": torch.empty(planes * splits * count, device=device),
+            "sums": torch.empty(planes * splits * count, dtype=torch.float32, device=device),
             "variance": variance if config.variance else torch.zeros_like(hidden_variance),
             "hidden_variance": hidden_variance,
         },

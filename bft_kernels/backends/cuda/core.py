@@ -50,7 +50,7 @@ def linear_nll(
         assert into.hidden is not None
         unit = into.hidden.to(unit.dtype)
     if config.residual != "recompute":
-        results["lse_low"] = torch.empty(0, device=device)
+        results["lse_low"] = torch.empty(0, dtype=torch.float32, device=device)
     return Forward(
         **results,
         variance=variance,
@@ -58,7 +58,7 @@ def linear_nll(
         unit=unit,
         entry_offsets=offsets,
         entry_columns=columns,
-        entry_values=torch.empty(0, device=device),
+        entry_values=torch.empty(0, dtype=torch.float32, device=device),
     )
 
 
@@ -106,7 +106,7 @@ def gradient_places(
         dtype = written(weight_dtype)
         into = into._replace(weight=torch.empty(vocabulary, width, dtype=dtype, device=device))
     if wanted.bias:
-        into = into._replace(bias=torch.zeros(vocabulary, device=device))
+        into = into._replace(bias=torch.zeros(vocabulary, dtype=torch.float32, device=device))
     return into
 
 

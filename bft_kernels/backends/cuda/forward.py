@@ -33,7 +33,9 @@ def run_tiles(
     """
     config, device = inputs.config, inputs.hidden.device
     splits, columns = splits_for(inputs, rows)
-    sums = torch.empty(native.kernels().FORWARD_SUMS * splits * rows, device=device)
+    sums = torch.empty(
+        native.kernels().FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device
+    )
     launch(
         "linear_nll_forward",
         {"seed": seed, "floor": floors},
@@ -58,6 +60,6 @@ def splits_for(inputs: Inputs, rows: int) -> tuple[int, int]:
 
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
-    floors = torch.empty(inputs.shape[0], device=inputs.hidden.device)
+    floors = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
     launch("target_floor", {}, {"floor": floors}, inputs.problem)
     return raise_floors(floors, inputs)

@@ -35,9 +35,11 @@ def recompute(
     step = min(-(-vocabulary // TILE), max(1, blocks)) * TILE
     dy = torch.empty(count * step, dtype=operand, device=device)
     row_blocks = -(-count // TILE)
-    bias_sums = torch.empty(0 if into.bias is None else row_blocks * step, device=device)
+    bias_sums = torch.empty(
+        0 if into.bias is None else row_blocks * step, dtype=torch.float32, device=device
+    )
     several = into.hidden is not None and step < vocabulary
-    sums = torch.empty(count * width if several else 0, device=device)
+    sums = torch.empty(count * width if several else 0, dtype=torch.float32, device=device)
     scale = None
     if operand == torch.float16:
         grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)

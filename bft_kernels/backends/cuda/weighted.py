@@ -34,7 +34,7 @@ def weighted_loss(
     run_tiles(inputs, results, 0, count)
     labelled = inputs.rows.labelled
     if cu_seqlens is None:  # each token's weight is its own business
-        cu_seqlens = torch.tensor([0, count])
+        cu_seqlens = torch.tensor([0, count], dtype=torch.int64, device="cpu")
     weights = joint_weights(results["nll"], labelled, cu_seqlens, weighting)
     coefficient = inputs.rows.mask(share.float() * weights)
     # Where a weight is 0 an infinite loss counts nothing.

@@ -23,7 +23,8 @@ def popular_columns(inputs: DeviceInputs, few: int) -> Tensor:
 
     What tokens of the batch are labelled with, others are likely to be labelled with too.
     """
-    sample = torch.arange(few, device=inputs.target.device) * inputs.rows.count // max(1, few)
+    places = torch.arange(few, dtype=torch.int64, device=inputs.target.device)
+    sample = places * inputs.rows.count // max(1, few)
     labels = inputs.target[inputs.rows.order[sample]]
     return labels.clamp(0, inputs.shape[1] - 1).sort().values
 
@@ -49,11 +50,11 @@ def _sums_over(inputs: DeviceInputs, columns: Tensor) -> Tensor:
     inexact = config.operand_dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     unit = 2**-9 if inexact else 1e-5
     longest = squared_norms(weight, torch.float32, config.max_buffer_bytes).max().sqrt()
-    found = torch.empty(count, device=columns.device)
+    found = torch.empty(count, dtype=torch.float32, device=columns.device)
     step = max(1, config.max_buffer_bytes // (16 * max(few, width)))
     for first in range(0, count, step):
         rows = inputs.hidden[first : first + step]
-        z = torch.empty(rows.shape[0], few, device=columns.device)
+        z = torch.empty(rows.shape[0], few, dtype=torch.float32, device=columns.device)
         products.logits(products.rows(rows), z)
         if bias is not None:
             z += bias

@@ -190,7 +190,7 @@ def _by_column(
     """
     counts = torch.bincount(columns, minlength=vocabulary)
     ends = counts.cumsum(0)
-    eighths = torch.arange(1, 8, device=columns.device) * columns.numel() // 8
+    eighths = torch.arange(1, 8, dtype=torch.int64, device=columns.device) * columns.numel() // 8
     bounds = [0, *torch.searchsorted(ends, eighths).tolist(), vocabulary]
     for first, stop in itertools.pairwise(bounds):
         if first == stop:

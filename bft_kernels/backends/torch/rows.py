@@ -39,7 +39,7 @@ class LabelledRows:
     def positions(self, first: int, stop: int) -> Tensor:
         """Positions in the flattened input, int64."""
         if self.index is None:
-            return torch.arange(first, stop, device=self.labelled.device)
+            return torch.arange(first, stop, dtype=torch.int64, device=self.labelled.device)
         return self.index[first:stop]
 
     def take(self, values: Tensor, first: int, stop: int) -> Tensor:

@@ -264,6 +264,7 @@ def piece_weights(
     first, stop = bounds[0], bounds[-1]
     nll = nll[first:stop]
     labelled = rows.take(rows.labelled, first, stop)
-    layout = labelled_layout(labelled, torch.tensor(bounds) - first)
+    documents = torch.tensor(bounds, dtype=torch.int64, device="cpu") - first
+    layout = labelled_layout(labelled, documents)
     settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
     return balance(nll, layout, *settings).weight

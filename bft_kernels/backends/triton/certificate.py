@@ -98,7 +98,9 @@ def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, 
     """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
     config, count = inputs.config, inputs.shape[0]
     splits = inputs.splits(count)
-    sums = torch.zeros(1 if norms is None else 2, splits.count, count, device=lse.device)
+    sums = torch.zeros(
+        1 if norms is None else 2, splits.count, count, dtype=torch.float32, device=lse.device
+    )
     _certificate_kernel[(splits.row_blocks * splits.count,)](
         lse_ptr=lse,
         norms_ptr=norms,

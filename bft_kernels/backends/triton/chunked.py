@@ -113,7 +113,7 @@ class ChunkedEngine(WeightedEngine):
         """Token weight times sequence weight of the rows of one piece."""
         first, stop = bounds[0], bounds[-1]
         labelled = self.rows.take(self.rows.labelled, first, stop)
-        cu_seqlens = torch.tensor(bounds) - first
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device="cpu") - first
         return joint_weights(self.nll[first:stop], labelled, cu_seqlens, weighting)
 
     def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def run_chunks(
         config = replace(config, max_buffer_bytes=config.max_buffer_bytes * 32 // 33)
     products, chunk, _ = products_and_plan(inputs.hidden, inputs.weight, count, config, 0)
     device = inputs.hidden.device
-    buffer = torch.empty(chunk, vocabulary, device=device)
+    buffer = torch.empty(chunk, vocabulary, dtype=torch.float32, device=device)
     per_row = {name: results[name] for name in ROW_RESULTS}
     popular = mask = None
     if sampled:

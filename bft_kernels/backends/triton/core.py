@@ -54,7 +54,9 @@ def linear_nll(
         "hidden_variance": per_row(config.hidden_variance),
         "counts": per_row(sampled, torch.int64),
         "columns": torch.empty(capacity, dtype=torch.int32, device=hidden.device),
-        "values": torch.empty(capacity if chunked else 0, device=hidden.device),
+        "values": torch.empty(
+            capacity if chunked else 0, dtype=torch.float32, device=hidden.device
+        ),
     }
     norms = None
     if config.hidden_variance:
@@ -121,7 +123,9 @@ def linear_nll_backward(
     into = Gradients(
         grad_hidden,
         own,
-        torch.zeros(weight.shape[0], device=weight.device) if wanted.bias else None,
+        torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+        if wanted.bias
+        else None,
     )
     known = RowValues(saved.lse, saved.lse_low, saved.nll, grad)
     if config.residual == "entries":

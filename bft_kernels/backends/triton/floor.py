@@ -62,7 +62,7 @@ def _floor_kernel(
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for labelled rows: lower bounds of lse."""
     count, vocabulary, width = inputs.shape
-    floors = torch.empty(count, device=inputs.hidden.device)
+    floors = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
     return raise_floors(floors, inputs)

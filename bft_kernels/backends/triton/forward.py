@@ -330,7 +330,9 @@ class TiledForward:
         config, vocabulary = self.inputs.config, self.inputs.shape[1]
         splits = self.inputs.splits(rows)
         tile = splits.tile
-        sums = torch.empty(SUMS, splits.count, rows, device=self.inputs.hidden.device)
+        sums = torch.empty(
+            SUMS, splits.count, rows, dtype=torch.float32, device=self.inputs.hidden.device
+        )
         smoothing = config.label_smoothing > 0
         _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
             seed_ptr=self.seed,

@@ -208,7 +208,7 @@ def gather_hidden(
     listed = Listed(
         torch.full((places,), vocabulary, dtype=torch.int32, device=columns.device),
         torch.empty(places, dtype=torch.int32, device=columns.device),
-        torch.empty(places, device=columns.device),
+        torch.empty(places, dtype=torch.float32, device=columns.device),
     )
     block_d = triton.next_power_of_2(width)
     _gather_hidden_kernel[(count,)](
@@ -346,7 +346,7 @@ def _dense_weight(
         return
     ranks = torch.full((vocabulary + 1,), few, dtype=torch.int32, device=dense.device)
     ranks[dense] = torch.arange(few, dtype=torch.int32, device=dense.device)
-    rest = torch.zeros(few, count, device=dense.device)
+    rest = torch.zeros(few, count, dtype=torch.float32, device=dense.device)
     _fill_table_kernel[(triton.cdiv(places, 1024),)](
         *listed, ranks, rest, places, count, few, BLOCK=1024
     )

@@ -281,8 +281,15 @@ def recompute(
     step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
     row_blocks = triton.cdiv(count, tile.block_n)
     dy = torch.empty(count * step, dtype=operand, device=device)
-    bias_sums = torch.zeros(row_blocks if wanted.bias else 0, step, device=device)
-    sums = torch.empty(count if wanted.hidden and step < vocabulary else 0, width, device=device)
+    bias_sums = torch.zeros(
+        row_blocks if wanted.bias else 0, step, dtype=torch.float32, device=device
+    )
+    sums = torch.empty(
+        count if wanted.hidden and step < vocabulary else 0,
+        width,
+        dtype=torch.float32,
+        device=device,
+    )
     scale = None
     if operand == torch.float16:
         lse = inputs.rows.mask(known.lse)

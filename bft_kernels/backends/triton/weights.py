@@ -292,10 +292,10 @@ def _run(
     tiles = triton.cdiv(count, TILE)
     shared, values = _close_gaps(loss, labelled, cu_seqlens, weighting)
     token_weight, window_confidence, lowest, ended = _make_windows(shared, values, weighting)
-    coefficient = torch.empty(count, device=loss.device)
-    sums = torch.empty(tiles, device=loss.device)
-    sequence_weight = torch.empty(sequences, device=loss.device)
-    sequence_confidence = torch.empty(sequences, device=loss.device)
+    coefficient = torch.empty(count, dtype=torch.float32, device=loss.device)
+    sums = torch.empty(tiles, dtype=torch.float32, device=loss.device)
+    sequence_weight = torch.empty(sequences, dtype=torch.float32, device=loss.device)
+    sequence_confidence = torch.empty(sequences, dtype=torch.float32, device=loss.device)
     _weigh_kernel[(tiles + triton.cdiv(sequences, TILE),)](
         token_weight_ptr=token_weight,
         lowest_ptr=lowest,
@@ -331,7 +331,7 @@ def _close_gaps(
 ) -> tuple[dict[str, object], Tensor]:
     """What all kernels take, and the values ``[N]`` that windows average, without gaps."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
-    values = torch.empty(count, device=loss.device)
+    values = torch.empty(count, dtype=torch.float32, device=loss.device)
     shared = {
         "nll_ptr": loss.contiguous(),
         "labelled_ptr": labelled.contiguous(),
@@ -358,9 +358,9 @@ def _make_windows(
     """Token weights, window confidences, lowest windows and ended documents by tile."""
     count, scheme = values.numel(), weighting.scheme
     tiles = triton.cdiv(count, TILE)
-    token_weight = torch.empty(count, device=values.device)
-    window_confidence = torch.empty(count, device=values.device)
-    lowest = torch.empty(count, device=values.device)
+    token_weight = torch.empty(count, dtype=torch.float32, device=values.device)
+    window_confidence = torch.empty(count, dtype=torch.float32, device=values.device)
+    lowest = torch.empty(count, dtype=torch.float32, device=values.device)
     ended = torch.empty(tiles, dtype=torch.int32, device=values.device)
     _window_kernel[(tiles,)](
         values_ptr=values,
