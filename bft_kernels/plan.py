@@ -49,6 +49,12 @@ def cpu_cache_bytes() -> int:
     return one if one > 0 else 2**20
 
 
+# Threads that take blocks by themselves want so many rows in each: with fewer the product is slow,
+# since each reads the whole block of ``weight``.
+CPU_TEAM_ROWS = 128
+# How many blocks of the vocabulary they are at work on at the same time, at most.
+CPU_REACH = 2
+
 # The sampled ``dW`` gathers rows of ``hidden`` in slices of at least so many of its columns: 512
 # bytes of float32, eight lines of a cache.
 CPU_SLICE = 128
@@ -188,6 +194,7 @@ class CpuPlan:
     rows: int
     columns: int
     whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
+    team: int = 1  # blocks that are computed at the same time, by a thread each; 1: by all threads
 
 
 def plan_cpu_blocks(
@@ -201,6 +208,7 @@ def plan_cpu_blocks(
     products: int = 1,
     narrow_gradient: bool = False,
     block_bytes: int = 2 * 2**20,
+    threads: int = 1,
 ) -> CpuPlan:
     """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
 
@@ -209,17 +217,24 @@ def plan_cpu_blocks(
     ``dH`` want many. Where all rows make one block, it takes as many columns as the cache has room
     for, unless columns are copied.
 
+    Threads take blocks by themselves where there are :data:`CPU_TEAM_ROWS` rows for each. Their
+    blocks are as large together as one that they would share, and there are two for each thread
+    where the rows suffice, so that others go on when the system puts a thread aside.
+
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
-        budget: bytes for the block of logits and for the copies below.
+        budget: bytes for the blocks of logits and for the copies below.
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
         narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
         block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
+        threads: that may take blocks by themselves.
     """
     elements = budget // 4
-    column_copies = int(width * (1.5 * widens + 2 * narrow_gradient))
+    team = threads if rows >= threads * CPU_TEAM_ROWS else 1
+    live = CPU_REACH if team > 1 else 1
+    column_copies = int(width * ((live + 0.5) * widens + (live + 1) * narrow_gradient))
     columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
     if column_copies:
         columns = max(1, min(columns, elements // 2 // column_copies))
@@ -228,12 +243,27 @@ def plan_cpu_blocks(
     if whole:
         elements -= rows * width
     row_copies = 2 * width if copies and not whole else 0
-    block = min(elements, block_bytes * products // 4)
+    block = min(elements, block_bytes * products // 4) // team
     columns = max(1, min(columns, block - row_copies))
     room = max(1, block // (columns + row_copies))
     if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
         columns = min(vocabulary, columns * _stretch(room, rows))
-    return CpuPlan(max(1, min(rows, room)), columns, whole)
+    if team > 1:
+        if room < min(CPU_TEAM_ROWS, columns):  # the budget is small
+            return plan_cpu_blocks(
+                rows,
+                vocabulary,
+                width,
+                budget,
+                widens=widens,
+                copies=copies,
+                products=products,
+                narrow_gradient=narrow_gradient,
+                block_bytes=block_bytes,
+            )
+        parts = max(-(-rows // room), min(2 * team, rows // CPU_TEAM_ROWS))
+        room = -(-rows // parts)
+    return CpuPlan(max(1, min(rows, room)), columns, whole, team)
 
 
 @dataclass(frozen=True)

@@ -193,8 +193,8 @@ class _Engine(WeightedSums):
                 logits = torch.mm(operand, weight.T, out=self._space(rows, columns))
                 for a, b, place in self.waiting.parts(*rows, columns):
                     part = logits[a - rows[0] : b - rows[0]]
-                    block = Block(a, columns[0], part, operand, weight)
-                    sweep.add(block.arguments(), address(place), threads=threads())
+                    block = Block(a, columns[0], part, operand, weight, threads())
+                    sweep.add(block.arguments(), address(place), threads=block.threads)
         results = finish(sweep, 0, stop - first, wanted_results(self.config))
         piece = slice(first, stop)
         self.nll[piece], self.token_loss[piece] = results["nll"], results["loss"]
@@ -236,7 +236,7 @@ class _Engine(WeightedSums):
                     for a, b, place in self.waiting.parts(*rows, narrow):
                         within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
                         part = dy[a - rows[0] : b - rows[0], within]
-                        block = Block(a, narrow[0], part, operand, weight)
+                        block = Block(a, narrow[0], part, operand, weight, threads())
                         write_gradient(
                             block, known(a, b), self.bias, self.config, vocabulary, place
                         )
