@@ -232,7 +232,7 @@ def plan_cpu_blocks(
         threads: that may take blocks by themselves.
     """
     elements = budget // 4
-    team = threads if rows >= threads * CPU_TEAM_ROWS else 1
+    team = cpu_team(rows, threads)
     live = CPU_REACH if team > 1 else 1
     column_copies = int(width * ((live + 0.5) * widens + (live + 1) * narrow_gradient))
     columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
@@ -248,39 +248,50 @@ def plan_cpu_blocks(
     room = max(1, block // (columns + row_copies))
     if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
         columns = min(vocabulary, columns * _stretch(room, rows))
+    if team > 1 and room < min(CPU_TEAM_ROWS, columns):  # the budget is small
+        return plan_cpu_blocks(
+            rows,
+            vocabulary,
+            width,
+            budget,
+            widens=widens,
+            copies=copies,
+            products=products,
+            narrow_gradient=narrow_gradient,
+            block_bytes=block_bytes,
+        )
+    return CpuPlan(cpu_part(rows, room, team), columns, whole, team)
+
+
+def cpu_team(rows: int, threads: int) -> int:
+    """How many threads take parts of so many rows by themselves; 1 where all share each."""
+    return threads if rows >= threads * CPU_TEAM_ROWS else 1
+
+
+def cpu_part(rows: int, room: int, team: int) -> int:
+    """Rows of a block, of which one has ``room``: even parts, two or more for each of a team."""
     if team > 1:
-        if room < min(CPU_TEAM_ROWS, columns):  # the budget is small
-            return plan_cpu_blocks(
-                rows,
-                vocabulary,
-                width,
-                budget,
-                widens=widens,
-                copies=copies,
-                products=products,
-                narrow_gradient=narrow_gradient,
-                block_bytes=block_bytes,
-            )
         parts = max(-(-rows // room), min(2 * team, rows // CPU_TEAM_ROWS))
         room = -(-rows // parts)
-    return CpuPlan(max(1, min(rows, room)), columns, whole, team)
+    return max(1, min(rows, room))
 
 
 @dataclass(frozen=True)
 class CpuWeightedPlan:
     """Blocks of the weighted loss, and of how many rows the logits outlive their sweep."""
 
-    rows: int  # of a block, or in_gradient if that is more
+    rows: int  # for which a block has room; one that waits in the gradient has in_gradient if more
     columns: int  # of a block that is swept
     group: int  # how many of them make a block of the gradient, which goes through two products
     in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
     in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
     whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
     copies: bool  # whether columns are copied, so that there are no more of them in any block
+    team: int = 1  # see CpuPlan
 
     def columns_of(self, rows: int) -> int:
         """Columns of a block that is swept, of a piece of so many rows."""
-        return self.columns * (1 if self.copies else _stretch(self.rows, rows))
+        return self.columns * (1 if self.copies else _stretch(self.team * self.rows, rows))
 
 
 def plan_cpu_weighted(
@@ -293,6 +304,7 @@ def plan_cpu_weighted(
     copies: bool,
     trains_weight: bool,
     block_bytes: int = 2 * 2**20,
+    threads: int = 1,
 ) -> CpuWeightedPlan:
     """Where logits wait for the weights of their tokens.
 
@@ -307,6 +319,7 @@ def plan_cpu_weighted(
         copies: whether rows of ``hidden`` are copied first.
         trains_weight: whether there is a ``dW``.
         block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
+        threads: that may take blocks by themselves.
     """
     in_gradient = min(rows, width) if trains_weight else 0
     elements = budget // 4
@@ -326,17 +339,21 @@ def plan_cpu_weighted(
         copies=copies,
         products=3,
         block_bytes=block_bytes,
+        threads=threads,
     )
+    team = blocks.team
     wide = blocks.columns
     if in_gradient:  # a block of them is read before dW is written
         wide = max(1, min(wide, elements // 2 // in_gradient))
     group = min(3, wide)
     columns = wide // group
     wide = group * columns
-    elements -= wide * int(1.5 * width * widens)
-    elements -= max(blocks.rows * (wide + 2 * width * copies), in_gradient * wide)
+    elements -= wide * int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)
+    block = blocks.rows * (wide + 2 * width * copies)
+    waiting = in_gradient * wide if in_gradient > blocks.rows else 0
+    elements -= max(block, waiting) if team == 1 else team * block + waiting
     in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
-    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens)
+    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens, team)
 
 
 def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:

@@ -172,9 +172,10 @@ class Sweep {
         bft::check_range("rows", rows, 0, rows_ - first_row);
     }
 
+    // With more than one thread a block has the sweep to itself.
     bft::cpu::Team checked_team(int threads, int worker) const {
         bft::check_range("worker", worker, 0, workers_ - 1);
-        if (workers_ > 1) bft::check_range("threads", threads, 1, 1);
+        if (worker > 0) bft::check_range("threads", threads, 1, 1);
         return {checked_threads(threads), worker};
     }
 

@@ -152,16 +152,15 @@ class Operands:
         """Rows of ``hidden``, ``[stop - first, D]``."""
         return self._take(first, stop) if self.all_rows is None else self.all_rows[first:stop]
 
-    def columns(self, first: int, stop: int) -> Tensor:
-        """Rows of ``weight``, ``[stop - first, D]``, of a block of the plan's columns or fewer.
+    def columns(self, step: int, first: int, stop: int) -> Tensor:
+        """Rows of ``weight``, ``[stop - first, D]``, the plan's columns or fewer.
 
-        Where they are widened, a later call overwrites them: the next but :data:`CPU_REACH` - 1
-        where the plan has a team, else the next.
+        Where they are widened, step ``step + CPU_REACH`` overwrites them, or the next if the plan
+        has no team.
         """
         part = self.weight[first:stop]
         if not self.wide:
             return part
-        step = first // self.plan.columns
         return self.wide[step % len(self.wide)].take(part, (first, stop), self.type)
 
     def columns_at(self, index: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def each_block(
         b, stop = min(a + plan.rows, count), min(first + plan.columns, vocabulary)
         begin, size = worker * space, (b - a) * (stop - first)
         out = buffer[begin : begin + size].view(b - a, stop - first)
-        operand, columns = operands.take(a, b), operands.columns(first, stop)
+        operand, columns = operands.take(a, b), operands.columns(step, first, stop)
         torch.mm(operand, columns.T, out=out)
         visit(Block(a, first, out, operand, columns, team_of_one, worker))
 
