@@ -49,6 +49,12 @@ def cpu_cache_bytes() -> int:
     return one if one > 0 else 2**20
 
 
+# Threads that take blocks by themselves want so many rows in each: with fewer the product is slow,
+# since each reads the whole block of ``weight``.
+CPU_TEAM_ROWS = 128
+# How many blocks of the vocabulary they are at work on at the same time, at most.
+CPU_REACH = 2
+
 # The sampled ``dW`` gathers rows of ``hidden`` in slices of at least so many of its columns: 512
 # bytes of float32, eight lines of a cache.
 CPU_SLICE = 128
@@ -188,6 +194,7 @@ class CpuPlan:
     rows: int
     columns: int
     whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
+    team: int = 1  # blocks that are computed at the same time, by a thread each; 1: by all threads
 
 
 def plan_cpu_blocks(
@@ -201,6 +208,7 @@ def plan_cpu_blocks(
     products: int = 1,
     narrow_gradient: bool = False,
     block_bytes: int = 2 * 2**20,
+    threads: int = 1,
 ) -> CpuPlan:
     """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
 
@@ -209,17 +217,24 @@ def plan_cpu_blocks(
     ``dH`` want many. Where all rows make one block, it takes as many columns as the cache has room
     for, unless columns are copied.
 
+    Threads take blocks by themselves where there are :data:`CPU_TEAM_ROWS` rows for each. Their
+    blocks are as large together as one that they would share, and there are two for each thread
+    where the rows suffice, so that others go on when the system puts a thread aside.
+
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
-        budget: bytes for the block of logits and for the copies below.
+        budget: bytes for the blocks of logits and for the copies below.
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
         narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
         block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
+        threads: that may take blocks by themselves.
     """
     elements = budget // 4
-    column_copies = int(width * (1.5 * widens + 2 * narrow_gradient))
+    team = cpu_team(rows, threads)
+    live = CPU_REACH if team > 1 else 1
+    column_copies = int(width * ((live + 0.5) * widens + (live + 1) * narrow_gradient))
     columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
     if column_copies:
         columns = max(1, min(columns, elements // 2 // column_copies))
@@ -228,29 +243,55 @@ def plan_cpu_blocks(
     if whole:
         elements -= rows * width
     row_copies = 2 * width if copies and not whole else 0
-    block = min(elements, block_bytes * products // 4)
+    block = min(elements, block_bytes * products // 4) // team
     columns = max(1, min(columns, block - row_copies))
     room = max(1, block // (columns + row_copies))
     if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
         columns = min(vocabulary, columns * _stretch(room, rows))
-    return CpuPlan(max(1, min(rows, room)), columns, whole)
+    if team > 1 and room < min(CPU_TEAM_ROWS, columns):  # the budget is small
+        return plan_cpu_blocks(
+            rows,
+            vocabulary,
+            width,
+            budget,
+            widens=widens,
+            copies=copies,
+            products=products,
+            narrow_gradient=narrow_gradient,
+            block_bytes=block_bytes,
+        )
+    return CpuPlan(cpu_part(rows, room, team), columns, whole, team)
+
+
+def cpu_team(rows: int, threads: int) -> int:
+    """How many threads take parts of so many rows by themselves; 1 where all share each."""
+    return threads if rows >= threads * CPU_TEAM_ROWS else 1
+
+
+def cpu_part(rows: int, room: int, team: int) -> int:
+    """Rows of a block, of which one has ``room``: even parts, two or more for each of a team."""
+    if team > 1:
+        parts = max(-(-rows // room), min(2 * team, rows // CPU_TEAM_ROWS))
+        room = -(-rows // parts)
+    return max(1, min(rows, room))
 
 
 @dataclass(frozen=True)
 class CpuWeightedPlan:
     """Blocks of the weighted loss, and of how many rows the logits outlive their sweep."""
 
-    rows: int  # of a block, or in_gradient if that is more
+    rows: int  # for which a block has room; one that waits in the gradient has in_gradient if more
     columns: int  # of a block that is swept
     group: int  # how many of them make a block of the gradient, which goes through two products
     in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
     in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
     whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
     copies: bool  # whether columns are copied, so that there are no more of them in any block
+    team: int = 1  # see CpuPlan
 
     def columns_of(self, rows: int) -> int:
         """Columns of a block that is swept, of a piece of so many rows."""
-        return self.columns * (1 if self.copies else _stretch(self.rows, rows))
+        return self.columns * (1 if self.copies else _stretch(self.team * self.rows, rows))
 
 
 def plan_cpu_weighted(
@@ -263,6 +304,7 @@ def plan_cpu_weighted(
     copies: bool,
     trains_weight: bool,
     block_bytes: int = 2 * 2**20,
+    threads: int = 1,
 ) -> CpuWeightedPlan:
     """Where logits wait for the weights of their tokens.
 
@@ -277,6 +319,7 @@ def plan_cpu_weighted(
         copies: whether rows of ``hidden`` are copied first.
         trains_weight: whether there is a ``dW``.
         block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
+        threads: that may take blocks by themselves.
     """
     in_gradient = min(rows, width) if trains_weight else 0
     elements = budget // 4
@@ -296,17 +339,21 @@ def plan_cpu_weighted(
         copies=copies,
         products=3,
         block_bytes=block_bytes,
+        threads=threads,
     )
+    team = blocks.team
     wide = blocks.columns
     if in_gradient:  # a block of them is read before dW is written
         wide = max(1, min(wide, elements // 2 // in_gradient))
     group = min(3, wide)
     columns = wide // group
     wide = group * columns
-    elements -= wide * int(1.5 * width * widens)
-    elements -= max(blocks.rows * (wide + 2 * width * copies), in_gradient * wide)
+    elements -= wide * int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)
+    block = blocks.rows * (wide + 2 * width * copies)
+    waiting = in_gradient * wide if in_gradient > blocks.rows else 0
+    elements -= max(block, waiting) if team == 1 else team * block + waiting
     in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
-    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens)
+    return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens, team)
 
 
 def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:

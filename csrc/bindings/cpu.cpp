@@ -20,8 +20,10 @@ namespace {
 
 constexpr int64_t kMaxCount = int64_t{1} << 48;
 
+constexpr int kMaxThreads = 1 << 16;
+
 int checked_threads(int threads) {
-    bft::check_range("threads", threads, 1, 1 << 16);
+    bft::check_range("threads", threads, 1, kMaxThreads);
     return threads;
 }
 
@@ -75,6 +77,27 @@ bft::cpu::Block checked_block(const BlockArguments& arguments, int64_t vocabular
             columns};
 }
 
+// --- threads -------------------------------------------------------------------------------------
+
+void define_team(py::module_& module) {
+    module.def(
+        "run_team",
+        [](const py::function& body, int threads) {
+            checked_threads(threads);
+            const py::gil_scoped_release unlocked;
+            bft::cpu::run_threads(
+                threads,
+                [](void* context, int thread, int) {
+                    const py::gil_scoped_acquire locked;
+                    (*static_cast<const py::function*>(context))(thread);
+                },
+                const_cast<py::function*>(&body));
+        },
+        arg("body"), arg("threads"),
+        "Call body(thread) on the threads that loops run on, all at once: as many as are asked "
+        "for, or what the runtime gives. Loops and products within it have one thread each.");
+}
+
 // --- the forward ---------------------------------------------------------------------------------
 
 class Sweep {
@@ -83,20 +106,22 @@ class Sweep {
           Address floors)
         : vocabulary_(settings.vocabulary),
           rows_(rows),
+          workers_(settings.workers),
           sweep_(settings, rows, array<int64_t>("targets", targets, rows),
                  array<int64_t>("positions", positions, settings.sample ? rows : 0),
                  optional_array<float>("floors", floors, rows)) {}
 
-    void add(const BlockArguments& arguments, Address keep, int threads) {
+    void add(const BlockArguments& arguments, Address keep, int threads, int worker) {
         const bft::cpu::Block block = checked(arguments);
         sweep_.add(block, optional_array<float>("keep", keep, block.rows * block.columns),
-                   checked_threads(threads));
+                   checked_team(threads, worker));
     }
 
-    void add_exponentials(const BlockArguments& block, Address sums, int64_t width, int threads) {
+    void add_exponentials(const BlockArguments& block, Address sums, int64_t width, int threads,
+                          int worker) {
         sweep_.add_exponentials(checked(block),
                                 bft::checked_pointer<float>("sums", sums, rows_ * width), width,
-                                checked_threads(threads));
+                                checked_team(threads, worker));
     }
 
     void finish(int64_t first_row, int64_t rows, const py::dict& out, int threads) {
@@ -147,7 +172,15 @@ class Sweep {
         bft::check_range("rows", rows, 0, rows_ - first_row);
     }
 
+    // With more than one thread a block has the sweep to itself.
+    bft::cpu::Team checked_team(int threads, int worker) const {
+        bft::check_range("worker", worker, 0, workers_ - 1);
+        if (worker > 0) bft::check_range("threads", threads, 1, 1);
+        return {checked_threads(threads), worker};
+    }
+
     int64_t vocabulary_, rows_;
+    int workers_;
     bft::cpu::Sweep sweep_;
 };
 
@@ -165,9 +198,11 @@ void define_sweep(py::module_& module) {
         .def(py::init([](int64_t rows, int64_t vocabulary, Address targets, Address positions,
                          Address floors, Address bias, float softcap, float temperature,
                          Address norms, float eps, int64_t seed, bool sample, bool certificate,
-                         float label_smoothing, float z_loss) {
+                         float label_smoothing, float z_loss, int workers) {
                  bft::check_range("rows", rows, 0, kMaxCount);
+                 bft::check_range("workers", workers, 1, kMaxThreads);
                  bft::cpu::SweepSettings settings;
+                 settings.workers = workers;
                  settings.vocabulary = vocabulary;
                  settings.transform = checked_transform(bias, softcap, temperature, vocabulary);
                  settings.norms = optional_array<const float>("norms", norms, vocabulary);
@@ -182,13 +217,14 @@ void define_sweep(py::module_& module) {
              py::kw_only(), arg("rows"), arg("vocabulary"), arg("targets"), arg("positions") = 0,
              arg("floors") = 0, arg("bias") = 0, arg("softcap") = 0.0f, arg("temperature") = 1.0f,
              arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("sample") = false,
-             arg("certificate") = false, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f)
+             arg("certificate") = false, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f,
+             arg("workers") = 1)
         .def("add", &Sweep::add, arg("block"), arg("keep") = 0, py::kw_only(), arg("threads"),
-             Release(),
+             arg("worker") = 0, Release(),
              "Take a block of raw products; leaves its logits in place, and in keep [rows, "
-             "columns].")
+             "columns]. Several workers may add blocks of different rows at once.")
         .def("add_exponentials", &Sweep::add_exponentials, arg("block"), arg("sums"), arg("width"),
-             arg("threads"), Release(),
+             arg("threads"), arg("worker") = 0, Release(),
              "Take a block; leaves slope * exp(z - maximum) in place, 0 at the target, and scales "
              "sums [rows, width] when the maximum rises.")
         .def("finish", &Sweep::finish, arg("first_row"), arg("rows"), arg("out"), arg("threads"),
@@ -296,6 +332,7 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("instruction_set", [] { return bft::cpu::kernels().name; }, "What is used.");
     module.def("use_instruction_set", &bft::cpu::select_kernels, arg("name"),
                "Use another of instruction_sets() from now on.");
+    define_team(module);
     define_sweep(module);
     define_backward(module);
     define_draws<float>(module, "sampling_uniforms",

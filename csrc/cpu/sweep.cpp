@@ -84,7 +84,7 @@ struct alignas(128) Sweep::Scratch {
 
 Sweep::Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets,
              const int64_t* positions, const float* floors)
-    : settings_(settings), rows_(static_cast<size_t>(rows)) {
+    : settings_(settings), rows_(static_cast<size_t>(rows)), pools_(settings.workers) {
     for (int64_t i = 0; i < rows; ++i) {
         Row& row = rows_[i];
         row.target = static_cast<int32_t>(targets[i]);
@@ -101,22 +101,23 @@ void Sweep::reserve_pools(int threads) {
     if (pools_.size() < static_cast<size_t>(threads)) pools_.resize(threads);
 }
 
-void Sweep::add(const Block& block, float* keep, int threads) {
-    add_block<false>(block, keep, nullptr, 0, threads);
+void Sweep::add(const Block& block, float* keep, Team team) {
+    add_block<false>(block, keep, nullptr, 0, team);
 }
 
-void Sweep::add_exponentials(const Block& block, float* sums, int64_t width, int threads) {
-    add_block<true>(block, nullptr, sums, width, threads);
+void Sweep::add_exponentials(const Block& block, float* sums, int64_t width, Team team) {
+    add_block<true>(block, nullptr, sums, width, team);
 }
 
 template <bool kExponentials>
-void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t width, int threads) {
+void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t width, Team team) {
     const Kernels& kernel = kernels();
-    reserve_pools(threads);
-    std::vector<Scratch> scratches(threads);
+    if (team.worker == 0 && team.threads > 1) reserve_pools(team.threads);
+    std::vector<Scratch> scratches(team.threads);
     const size_t columns = static_cast<size_t>(block.columns);
-    parallel_static(threads, block.rows, [&](int thread, int64_t first, int64_t stop) {
+    parallel_static(team.threads, block.rows, [&](int thread, int64_t first, int64_t stop) {
         Scratch& scratch = scratches[thread];
+        CandidatePool& pool = pools_[team.worker + thread];
         scratch.reserve(columns);
         for (int64_t i = first; i < stop; ++i) {
             Row& row = rows_[block.first_row + i];
@@ -158,7 +159,7 @@ void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t widt
             }
             if (has_target) take_target(row, target_logit);
             if (settings_.sample || settings_.certificate) {
-                find_candidates(row, z, e, block, scratch, pools_[thread]);
+                find_candidates(row, z, e, block, scratch, pool);
             }
             if constexpr (kExponentials) {
                 if (settings_.transform.softcap != 0) {

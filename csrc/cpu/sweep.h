@@ -27,6 +27,7 @@ struct SweepSettings {
     bool certificate = false;  // their variance
     float label_smoothing = 0;
     float z_loss = 0;
+    int workers = 1;  // threads that may add blocks at the same time
 };
 
 // A block of logits: rows of the batch against columns of the vocabulary.
@@ -45,6 +46,12 @@ struct SweepResults {
     int64_t* counts;  // sampled entries, the target's included
 };
 
+// Who takes a block: worker 0 with all threads, or one of several workers with one thread each.
+struct Team {
+    int threads = 1;
+    int worker = 0;
+};
+
 class Sweep {
   public:
     // targets [rows] in 0..V-1; positions [rows] in the flattened input; floors [rows], lower
@@ -57,12 +64,12 @@ class Sweep {
 
     // Takes the next columns of some rows, in ascending order of columns; leaves the logits z in
     // place of the raw products, and a copy that bypasses the caches in keep [rows, columns], which
-    // may be null.
-    void add(const Block& block, float* keep, int threads);
+    // may be null. Blocks of other rows may be added at the same time, each by a worker of its own.
+    void add(const Block& block, float* keep, Team team);
 
     // The same, and leaves slope * exp(z - m) in place of the products, 0 at the target, where m is
     // the largest logit so far; sums [rows, width], which are relative to the m before, are scaled.
-    void add_exponentials(const Block& block, float* sums, int64_t width, int threads);
+    void add_exponentials(const Block& block, float* sums, int64_t width, Team team);
 
     // After the last block. Sampled entries are thinned for good.
     void finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads);
@@ -79,7 +86,7 @@ class Sweep {
     struct Scratch;
 
     template <bool kExponentials>
-    void add_block(const Block& block, float* keep, float* sums, int64_t width, int threads);
+    void add_block(const Block& block, float* keep, float* sums, int64_t width, Team team);
     void fetch_ahead(int64_t row, int64_t stop) const;
     void take_target(Row& row, float logit) const;
     void raise_maximum(Row& row, double maximum, double* factor) const;
@@ -95,7 +102,7 @@ class Sweep {
 
     SweepSettings settings_;
     std::vector<Row> rows_;
-    std::vector<CandidatePool> pools_;  // one a thread
+    std::vector<CandidatePool> pools_;  // one a thread or worker
 };
 
 // The exact gradient dy of rows whose lse is known; see the fields.

@@ -104,7 +104,7 @@ void run(const Case& c) {
     std::vector<Aligned> kept_blocks;
     each_block(c, p, [&](const Block& block, std::vector<float>&) {
         kept_blocks.push_back(aligned(block.rows * block.columns));
-        sweep.add(block, kept_blocks.back().get(), c.threads);
+        sweep.add(block, kept_blocks.back().get(), {c.threads});
     });
 
     const size_t n = static_cast<size_t>(c.rows);

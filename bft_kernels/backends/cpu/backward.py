@@ -11,7 +11,7 @@ from bft_kernels.backends.cpu.native import (
     KnownRows,
     Operands,
     address,
-    blocks,
+    each_block,
     has_rows,
     matrix,
     plan,
@@ -68,8 +68,8 @@ def recompute(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dH [n, D]`` and ``db [V]`` in float32, from logits computed again.
 
-    Vocabulary blocks outside, row blocks inside: each block of ``dW`` is accumulated in float32
-    while it is in cache, and written once.
+    All rows go through a block of the vocabulary before the next but one: each block of ``dW`` is
+    accumulated in float32 while it is in cache, and written once.
     """
     vocabulary, width = operands.weight.shape
     count = operands.rows.count
@@ -79,8 +79,9 @@ def recompute(
     grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device="cpu") if wanted.bias else None
     if grad_weight is not None and count == 0 and not add:
         grad_weight.zero_()
-    into: Tensor | None = None
-    for block in blocks(operands):
+    narrow: dict[int, Tensor] = {}  # blocks of dW that are accumulated beside it
+
+    def take(block: Block) -> None:
         part = slice(block.first_row, block.stop_row)
         rows = known.part(block.first_row, block.stop_row)
         write_gradient(block, rows, bias, config, vocabulary)
@@ -90,21 +91,24 @@ def recompute(
         if grad_bias is not None:
             grad_bias[columns].add_(block.logits.sum(dim=0))
         if grad_weight is None:
-            continue
-        last = block.stop_row == count
+            return
         if grad_weight.dtype == torch.float32:
             beta = 1 if add or block.first_row > 0 else 0
             grad_weight[columns].addmm_(block.logits.T, block.operand, beta=beta)
+            return
+        into = narrow.pop(block.first_column, None)
+        if into is None and add:
+            into = grad_weight[columns].float()
+        if into is None:
+            into = block.logits.T @ block.operand
         else:
-            if block.first_row == 0:
-                into = grad_weight[columns].float() if add else None
-            if into is None:
-                into = block.logits.T @ block.operand
-            else:
-                into.addmm_(block.logits.T, block.operand)
-            if last:
-                grad_weight[columns] = into
-                into = None
+            into.addmm_(block.logits.T, block.operand)
+        if block.stop_row == count:
+            grad_weight[columns] = into
+        else:
+            narrow[block.first_column] = into
+
+    each_block(operands, take, in_turn=grad_weight is not None or grad_bias is not None)
     return grad_hidden, grad_bias
 
 
@@ -133,7 +137,7 @@ def write_gradient(
         kept=address(kept),
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
-        threads=threads(),
+        threads=block.threads,
         **{name: address(values) for name, values in rows._asdict().items()},
         **transform(bias, config),
     )

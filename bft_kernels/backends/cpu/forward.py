@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
+from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import recompute
 from bft_kernels.backends.cpu.native import (
+    Block,
     KnownRows,
     Operands,
     address,
-    blocks,
+    each_block,
     finish,
     make_sweep,
     plan,
@@ -58,14 +60,20 @@ def linear_nll(
         0 if seed is None else int(seed),
         vocabulary,
         config,
+        operands.plan.team,
     )
     # With smoothing dy has a second part, which cannot ride on the sum of the first.
     unit = config.residual == "unit" and not config.label_smoothing
     sums = torch.zeros(rows.count if unit else 0, width, dtype=torch.float32, device="cpu")
     if unit:
-        for block in blocks(operands):
-            sweep.add_exponentials(block.arguments(), address(sums), width, threads())
+
+        def add(block: Block) -> None:
+            sweep.add_exponentials(
+                block.arguments(), address(sums), width, block.threads, block.worker
+            )
             sums[block.first_row : block.stop_row].addmm_(block.logits, block.columns)
+
+        each_block(operands, add)
     else:
         sweep_all(sweep, operands)
     results = finish(sweep, 0, rows.count, wanted_results(config))
@@ -89,7 +97,9 @@ def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: Cor
     """
     bound = torch.empty(targets.numel(), dtype=torch.float32, device="cpu")
     block = _ROWS_AT_A_TIME
-    for a in range(0, targets.numel(), block):
+
+    def find(worker: int, number: int, step: int) -> None:
+        a = number * block
         part = targets[a : a + block]
         product = operands.take(a, a + part.numel()) * operands.columns_at(part)
         y = product.sum(dim=1) - 1e-5 * product.abs_().sum(dim=1)
@@ -98,6 +108,9 @@ def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: Cor
         if config.softcap is not None:
             y = config.softcap * torch.tanh(y / config.softcap) - 1e-5 * config.softcap
         bound[a : a + block] = y / config.temperature
+
+    parts = -(-targets.numel() // block)
+    team.run(team.Blocks(parts, 1, reach=1), find, operands.plan.team)
     return bound.sub_(1e-5 * bound.abs())
 
 

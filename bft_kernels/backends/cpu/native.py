@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
+from bft_kernels.backends.cpu import team
 from bft_kernels.backends.torch.matmul import as_operand, converts
 from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.config import CoreConfig
-from bft_kernels.plan import CpuPlan, cpu_block_bytes, plan_cpu_blocks
+from bft_kernels.plan import CPU_REACH, CpuPlan, cpu_block_bytes, plan_cpu_blocks
 
 
 def address(tensor: Tensor | None) -> int:
@@ -69,6 +71,8 @@ class Block(NamedTuple):
     logits: Tensor  # [rows, columns], contiguous rows
     operand: Tensor  # [rows, D], what was multiplied
     columns: Tensor  # [columns, D], by what
+    threads: int  # that work on it
+    worker: int = 0  # who computes it, where blocks are computed at the same time
 
     @property
     def stop_row(self) -> int:
@@ -105,7 +109,25 @@ def plan(
         products=products,
         narrow_gradient=trains_weight and weight.dtype != torch.float32,
         block_bytes=cpu_block_bytes(threads()),
+        threads=threads(),
     )
+
+
+class _Widened:
+    """A block of ``weight`` in float32, for all threads that come for it."""
+
+    def __init__(self, columns: int, width: int) -> None:
+        self.values = torch.empty(columns, width, dtype=torch.float32, device="cpu")
+        self.holds = (0, 0)  # which columns
+        self.lock = threading.Lock()
+
+    def take(self, part: Tensor, columns: tuple[int, int], operand: torch.dtype) -> Tensor:
+        values = self.values[: columns[1] - columns[0]]
+        with self.lock:
+            if self.holds != columns:
+                values.copy_(part.to(operand))
+                self.holds = columns
+        return values
 
 
 class Operands:
@@ -118,11 +140,10 @@ class Operands:
         self.type = config.operand_dtype
         copies = rows.copies or converts(hidden, self.type, torch.float32)
         self.all_rows = self._take(0, rows.count) if plan.whole or not copies else None
-        self.wide: Tensor | None = None  # the widened block of weight
+        self.wide: list[_Widened] = []  # blocks of weight, of which as many are in use at a time
         if converts(weight, self.type, torch.float32):
-            self.wide = torch.empty(
-                plan.columns, weight.shape[1], dtype=torch.float32, device="cpu"
-            )
+            live = CPU_REACH if plan.team > 1 else 1
+            self.wide = [_Widened(plan.columns, weight.shape[1]) for _ in range(live)]
 
     def _take(self, first: int, stop: int) -> Tensor:
         return as_operand(self.rows.take(self.hidden, first, stop), self.type, torch.float32)
@@ -131,41 +152,55 @@ class Operands:
         """Rows of ``hidden``, ``[stop - first, D]``."""
         return self._take(first, stop) if self.all_rows is None else self.all_rows[first:stop]
 
-    def columns(self, first: int, stop: int) -> Tensor:
-        """Rows of ``weight``, ``[stop - first, D]``; overwritten by the next call if widened."""
+    def columns(self, step: int, first: int, stop: int) -> Tensor:
+        """Rows of ``weight``, ``[stop - first, D]``, the plan's columns or fewer.
+
+        Where they are widened, step ``step + CPU_REACH`` overwrites them, or the next if the plan
+        has no team.
+        """
         part = self.weight[first:stop]
-        return part if self.wide is None else self.wide[: stop - first].copy_(part.to(self.type))
+        if not self.wide:
+            return part
+        return self.wide[step % len(self.wide)].take(part, (first, stop), self.type)
 
     def columns_at(self, index: Tensor) -> Tensor:
         """``weight[index]``."""
         return as_operand(self.weight[index], self.type, torch.float32)
 
 
-def blocks(operands: Operands) -> Iterator[Block]:
-    """All products in one reused buffer: a block of ``weight`` is read once."""
+def each_block(
+    operands: Operands, visit: Callable[[Block], None], *, in_turn: bool = False
+) -> None:
+    """``visit`` every product, each in a buffer of its worker that is used again.
+
+    Parts of the rows are computed at the same time if the plan has a team; each meets the blocks of
+    the vocabulary in their order, and each block meets the parts in theirs if they are ``in_turn``.
+    """
     plan, count = operands.plan, operands.rows.count
     vocabulary = operands.weight.shape[0]
-    buffer = torch.empty(plan.rows * plan.columns, dtype=torch.float32, device="cpu")
-    parts = [(a, min(a + plan.rows, count)) for a in range(0, count, plan.rows)]
-    width = 0
-    for first in range(0, vocabulary, plan.columns):
-        stop = min(first + plan.columns, vocabulary)
-        columns = operands.columns(first, stop)
-        if width != stop - first:  # little is left to do between two products
-            width = stop - first
-            spaces = [buffer[: (b - a) * width].view(b - a, width) for a, b in parts]
-        transposed = columns.T
-        for (a, b), out in zip(parts, spaces, strict=True):
-            operand = operands.take(a, b)
-            torch.mm(operand, transposed, out=out)
-            yield Block(a, first, out, operand, columns)
+    space = plan.rows * plan.columns
+    buffer = torch.empty(plan.team * space, dtype=torch.float32, device="cpu")
+    team_of_one = threads() if plan.team == 1 else 1
+
+    def compute(worker: int, part: int, step: int) -> None:
+        a, first = part * plan.rows, step * plan.columns
+        b, stop = min(a + plan.rows, count), min(first + plan.columns, vocabulary)
+        begin, size = worker * space, (b - a) * (stop - first)
+        out = buffer[begin : begin + size].view(b - a, stop - first)
+        operand, columns = operands.take(a, b), operands.columns(step, first, stop)
+        torch.mm(operand, columns.T, out=out)
+        visit(Block(a, first, out, operand, columns, team_of_one, worker))
+
+    parts, steps = -(-count // plan.rows), -(-vocabulary // plan.columns)
+    team.run(team.Blocks(parts, steps, CPU_REACH, in_turn=in_turn), compute, plan.team)
 
 
 def sweep_all(sweep: _cpu.Sweep, operands: Operands) -> None:
     """Takes all blocks through ``sweep``; the buffer is gone afterwards."""
-    team = threads()
-    for block in blocks(operands):
-        sweep.add(block.arguments(), threads=team)
+    each_block(
+        operands,
+        lambda block: sweep.add(block.arguments(), threads=block.threads, worker=block.worker),
+    )
 
 
 def make_sweep(
@@ -177,8 +212,9 @@ def make_sweep(
     seed: int,
     vocabulary: int,
     config: CoreConfig,
+    workers: int = 1,
 ) -> _cpu.Sweep:
-    """The state of a forward over ``targets [n]``."""
+    """The state of a forward over ``targets [n]``, to which so many workers add blocks at once."""
     return _cpu.Sweep(
         rows=targets.numel(),
         vocabulary=vocabulary,
@@ -192,6 +228,7 @@ def make_sweep(
         certificate=config.variance or config.hidden_variance,
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
+        workers=workers,
         **transform(bias, config),
     )
 

@@ -8,13 +8,15 @@ wait in between where there is room for them, which costs three products (3G), o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bft_kernels import workspace
+from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
     Block,
@@ -31,10 +33,13 @@ from bft_kernels.backends.torch.rows import LabelledRows
 from bft_kernels.backends.torch.weighted import WeightedSums, document_bounds, piece_weights
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.plan import (
+    CPU_REACH,
     PIECE_STEP,
     CpuPlan,
     CpuWeightedPlan,
     cpu_block_bytes,
+    cpu_part,
+    cpu_team,
     plan_cpu_pieces,
     plan_cpu_weighted,
 )
@@ -64,6 +69,7 @@ def weighted_loss(
         copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
         trains_weight=wanted.weight,
         block_bytes=cpu_block_bytes(threads()),
+        threads=threads(),
     )
     engine = _Engine(hidden, weight, target, bias, rows, plan, config, wanted)
     share = rows.take(share.float(), 0, rows.count)
@@ -117,6 +123,17 @@ class _Waiting:
             yield max(first, self.rows), stop, None
 
 
+class _Task(NamedTuple):
+    """A block of a piece, and who computes it with how many threads."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    step: int  # of the columns
+    space: Tensor  # [rows, columns], for logits or their gradient
+    worker: int
+    threads: int
+
+
 class _Engine(WeightedSums):
     """Takes pieces of the batch; each logit is looked at while its block is in cache."""
 
@@ -135,14 +152,18 @@ class _Engine(WeightedSums):
         self.bias = None if self.bias is None else self.bias.contiguous()
         self.plan = plan
         wide = plan.columns * plan.group
-        blocks = CpuPlan(plan.rows, wide, plan.whole)
+        blocks = CpuPlan(plan.rows, wide, plan.whole, plan.team)
         self.operands = Operands(hidden, weight, rows, config, blocks)
         self.targets = rows.take(target, 0, rows.count).contiguous()
         self.lse_low = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
         self.lse = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
         self.buffer: Tensor | None = None  # borrowed from the first piece on
+        # Of each worker a block, and a larger one for the rows that wait in dW if they need it.
+        self.share = plan.rows * wide
+        self.larger = plan.in_gradient * wide if plan.in_gradient > plan.rows else 0
+        size = self.share * plan.team + self.larger if plan.team > 1 else 0
         self.block = torch.empty(
-            wide * max(plan.rows, plan.in_gradient), dtype=torch.float32, device="cpu"
+            max(size, self.share, self.larger), dtype=torch.float32, device="cpu"
         )
         self.waiting: _Waiting | None = None
         self.columns = plan.columns  # of a block of the piece
@@ -158,14 +179,52 @@ class _Engine(WeightedSums):
         self.operand = self.operands.take(first, first + in_gradient + in_buffer)
         return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
 
-    def _row_blocks(self, count: int, least: int) -> Iterator[tuple[int, int]]:
-        """Even parts of the rows that wait, the first of ``least`` rows or more, and of others."""
+    def _parts(self, count: int, least: int, width: int) -> tuple[int, list[tuple[int, int]]]:
+        """The team for a piece of ``count`` rows, and its parts: even parts of the rows that wait,
+        the first of ``least`` rows or more, and of others.
+
+        All threads share each block where one part were too large for a single one's time or block.
+        """
         assert self.waiting is not None
-        for begin, end in ((0, self.waiting.rows), (self.waiting.rows, count)):
-            parts = -(-(end - begin) // max(self.plan.rows, least))
-            if parts:
-                size = max(-(-(end - begin) // parts), least)
-                yield from _steps(begin, end, size)
+        waiting, members = self.waiting.rows, cpu_team(count, self.plan.team)
+        room = self.plan.team * self.plan.rows
+        for size in (members, 1):
+            rows = cpu_part(count, self.plan.rows if size > 1 else room, size)
+            first = min(waiting, max(least, _even(waiting, max(rows, least))))
+            parts = [(0, first)] if first else []
+            for begin, end in ((first, waiting), (waiting, count)):
+                parts += _steps(begin, end, _even(end - begin, rows))
+            largest = max(b - a for a, b in parts)
+            fits = largest * width <= max(self.share, self.larger)
+            if largest * size <= 1.125 * count and fits:
+                break
+        return size, parts
+
+    def _run(
+        self,
+        count: int,
+        least: int,
+        width: int,
+        compute: Callable[[_Task], None],
+        *,
+        in_turn: bool = False,
+    ) -> None:
+        """All parts of a piece against ``width`` columns at a time; see :meth:`_parts`."""
+        members, parts = self._parts(count, least, width)
+        steps = list(_steps(0, self.weight.shape[0], width))
+
+        def task(worker: int, part: int, step: int) -> None:
+            rows, columns = parts[part], steps[step]
+            shape = rows[1] - rows[0], columns[1] - columns[0]
+            size = shape[0] * shape[1]
+            own = members == 1 or size <= self.share
+            begin = (worker if own else self.plan.team) * self.share
+            space = self.block[begin : begin + size].view(shape)
+            each = threads() if members == 1 else 1
+            compute(_Task(rows, columns, step, space, worker, each))
+
+        blocks = team.Blocks(len(parts), len(steps), CPU_REACH, in_turn=in_turn)
+        team.run(blocks, task, members)
 
     def _operand(self, first: int, rows: tuple[int, int]) -> Tensor:
         """Rows of the piece that starts at row ``first``."""
@@ -174,27 +233,37 @@ class _Engine(WeightedSums):
             return self.operand[slice(*rows)]
         return self.operands.take(first + rows[0], first + rows[1])
 
-    def _space(self, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        """The one block of logits or of their gradient."""
-        shape = rows[1] - rows[0], columns[1] - columns[0]
-        return self.block[: shape[0] * shape[1]].view(shape)
-
     def find_losses(self, first: int, stop: int) -> None:
         """Losses of rows ``first:stop``, a piece; logits wait as far as there is room."""
-        vocabulary = self.weight.shape[0]
         self.waiting = self._wait(first, stop)
         self.columns = self.plan.columns_of(stop - first)
         targets = self.targets[first:stop]
-        sweep = make_sweep(targets, targets[:0], self.bias, None, None, 0, vocabulary, self.config)
-        for columns in _steps(0, vocabulary, self.columns):
-            weight = self.operands.columns(*columns)
-            for rows in self._row_blocks(stop - first, 0):
-                operand = self._operand(first, rows)
-                logits = torch.mm(operand, weight.T, out=self._space(rows, columns))
-                for a, b, place in self.waiting.parts(*rows, columns):
-                    part = logits[a - rows[0] : b - rows[0]]
-                    block = Block(a, columns[0], part, operand, weight)
-                    sweep.add(block.arguments(), address(place), threads=threads())
+        sweep = make_sweep(
+            targets,
+            targets[:0],
+            self.bias,
+            None,
+            None,
+            0,
+            self.weight.shape[0],
+            self.config,
+            self.plan.team,
+        )
+
+        def compute(task: _Task) -> None:
+            assert self.waiting is not None
+            rows, columns = task.rows, task.columns
+            weight = self.operands.columns(task.step, *columns)
+            operand = self._operand(first, rows)
+            logits = torch.mm(operand, weight.T, out=task.space)
+            for a, b, place in self.waiting.parts(*rows, columns):
+                part = logits[a - rows[0] : b - rows[0]]
+                block = Block(a, columns[0], part, operand, weight, task.threads, task.worker)
+                sweep.add(
+                    block.arguments(), address(place), threads=block.threads, worker=block.worker
+                )
+
+        self._run(stop - first, 0, self.columns, compute)
         results = finish(sweep, 0, stop - first, wanted_results(self.config))
         piece = slice(first, stop)
         self.nll[piece], self.token_loss[piece] = results["nll"], results["loss"]
@@ -223,30 +292,31 @@ class _Engine(WeightedSums):
             if direct
             else torch.empty(stop - first, width, dtype=torch.float32, device="cpu")
         )
-        for columns in _steps(0, vocabulary, self.columns * self.plan.group):
-            weight = self.operands.columns(*columns)
+
+        def compute(task: _Task) -> None:
+            assert self.waiting is not None
+            rows, columns, dy = task.rows, task.columns, task.space
+            weight = self.operands.columns(task.step, *columns)
             into = self.grad_weight[slice(*columns)]
-            # The first block holds all that waits in dW, which is then written there.
-            for rows in self._row_blocks(stop - first, self.waiting.in_gradient):
-                operand = self._operand(first, rows)
-                dy = self._space(rows, columns)
-                if rows[1] > self.waiting.rows:
-                    torch.mm(operand, weight.T, out=dy)
-                for narrow in _steps(*columns, self.columns):
-                    for a, b, place in self.waiting.parts(*rows, narrow):
-                        within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
-                        part = dy[a - rows[0] : b - rows[0], within]
-                        block = Block(a, narrow[0], part, operand, weight)
-                        write_gradient(
-                            block, known(a, b), self.bias, self.config, vocabulary, place
-                        )
-                if self.wanted.hidden:
-                    beta = int(columns[0] > 0)
-                    grad_hidden[slice(*rows)].addmm_(dy, weight, beta=beta)
-                if self.wanted.weight:
-                    into.addmm_(dy.T, operand, beta=int(self.added or rows[0] > 0))
-                if self.wanted.bias:
-                    self.grad_bias[slice(*columns)] += dy.sum(dim=0)
+            operand = self._operand(first, rows)
+            if rows[1] > self.waiting.rows:
+                torch.mm(operand, weight.T, out=dy)
+            for narrow in _steps(*columns, self.columns):
+                for a, b, place in self.waiting.parts(*rows, narrow):
+                    within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
+                    part = dy[a - rows[0] : b - rows[0], within]
+                    block = Block(a, narrow[0], part, operand, weight, task.threads)
+                    write_gradient(block, known(a, b), self.bias, self.config, vocabulary, place)
+            if self.wanted.hidden:
+                grad_hidden[slice(*rows)].addmm_(dy, weight, beta=int(columns[0] > 0))
+            if self.wanted.weight:
+                into.addmm_(dy.T, operand, beta=int(self.added or rows[0] > 0))
+            if self.wanted.bias:
+                self.grad_bias[slice(*columns)] += dy.sum(dim=0)
+
+        # The first part holds all that waits in dW, which is then written there.
+        least, wide = self.waiting.in_gradient, self.columns * self.plan.group
+        self._run(stop - first, least, wide, compute, in_turn=True)
         if self.wanted.hidden and not direct:
             self.grad_hidden[piece] = grad_hidden
         self.waiting, self.added = None, True
@@ -256,6 +326,11 @@ class _Engine(WeightedSums):
         if self.buffer is not None:
             workspace.give_back(self.buffer)
         return super().result()
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest even parts of ``count`` that are no larger than ``most``."""
+    return max(1, -(-count // max(1, -(-count // most))))
 
 
 def _steps(first: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
