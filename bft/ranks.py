@@ -41,8 +41,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def end(accelerator: Accelerator) -> None:
     """Closes the trackers and parts the processes, after work that all of them did."""
-    # Gloo joins its thread when it is destroyed, holding Python's lock. The thread needs that lock to
-    # free the tensors of the last call, if it was one with tensors: a barrier has none.
+    # Gloo joins its thread when it is destroyed, holding Python's lock. The thread needs that lock
+    # to free the tensors of the last call, if it was one with tensors: a barrier has none.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
