@@ -167,7 +167,7 @@ PROCESS = textwrap.dedent("""
     from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 
     rows, vocabulary, width, budget = map(int, sys.argv[1:])
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)
 
     def peak():
         with open("/proc/self/status") as status:

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 
 from bft_kernels.plan import (
     CPU_PASS_ROWS,
+    CPU_REACH,
     CPU_SLICE,
+    CPU_TEAM_ROWS,
     PIECE_STEP,
     CpuWeightedPlan,
+    cpu_part,
+    cpu_team,
     plan_columns,
     plan_cpu_blocks,
     plan_cpu_pieces,
@@ -23,6 +27,7 @@ from bft_kernels.plan import (
 
 sizes = st.integers(1, 20_000)
 budgets = st.integers(1, 2**28)
+threads = st.sampled_from([1, 2, 3, 16])
 
 
 @given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(0, 5))
@@ -52,8 +57,8 @@ def test_wide_rows_still_get_blocks_of_many_rows(width, budget):
     assert plan.rows >= min(plan.columns, 32), plan
 
 
-@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans())
-def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow):
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans(), threads)
+def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow, threads):
     plan = plan_cpu_blocks(
         rows,
         vocabulary,
@@ -63,35 +68,51 @@ def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow):
         copies=copies,
         products=3,
         narrow_gradient=narrow,
+        threads=threads,
     )
+    assert plan.team in (1, threads)
     assert 1 <= plan.rows <= rows
     assert 1 <= plan.columns <= vocabulary
     assert copies or not plan.whole
-    taken = plan.rows * plan.columns + int(width * (1.5 * widens + 2 * narrow)) * plan.columns
+    live = CPU_REACH if plan.team > 1 else 1
+    copied = int(width * ((live + 0.5) * widens + (live + 1) * narrow))
+    taken = plan.team * plan.rows * plan.columns + copied * plan.columns
     if copies:
-        taken += rows * width if plan.whole else 2 * width * plan.rows
+        taken += rows * width if plan.whole else 2 * width * plan.rows * plan.team
     assert plan.columns == 1 or plan.rows == 1 or taken * 4 <= budget
 
 
-@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans())
-def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains):
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans(), threads)
+def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains, threads):
     plan = plan_cpu_weighted(
-        rows, vocabulary, width, budget, widens=widens, copies=copies, trains_weight=trains
+        rows,
+        vocabulary,
+        width,
+        budget,
+        widens=widens,
+        copies=copies,
+        trains_weight=trains,
+        threads=threads,
     )
     assert 1 <= plan.rows <= rows
     columns = plan.columns * plan.group
     assert 1 <= plan.columns <= columns <= vocabulary
     assert 0 <= plan.in_gradient <= (min(rows, width) if trains else 0)
     assert 0 <= plan.in_buffer <= rows
-    taken = max(plan.rows, plan.in_gradient) * columns + plan.in_buffer * vocabulary
+    block_rows = max(plan.rows, plan.in_gradient)
+    if plan.team > 1:
+        block_rows = plan.team * plan.rows
+        block_rows += plan.in_gradient if plan.in_gradient > plan.rows else 0
+    taken = block_rows * columns + plan.in_buffer * vocabulary
     assert copies or not plan.whole
     taken += copies * width * (rows if plan.whole else plan.in_gradient + plan.in_buffer)
-    taken += columns * int(1.5 * width * widens)
+    live = CPU_REACH if plan.team > 1 else 1
+    taken += columns * int((live + 0.5) * width * widens)
     assert columns == 1 or plan.rows == 1 or taken * 4 <= budget
     for piece in (1, rows // 7 + 1, rows):
         wide = plan.columns_of(piece)
         assert wide % plan.columns == 0
-        assert wide == plan.columns or wide * piece <= plan.columns * plan.rows
+        assert wide == plan.columns or wide * piece <= plan.team * plan.columns * plan.rows
         assert wide == plan.columns or not widens
 
 
@@ -116,6 +137,30 @@ def test_a_block_of_few_rows_has_many_columns():
     assert (plan(3).rows, plan(3).columns) == (3, 4096)
     assert plan(512, widens=True).columns == 512, "a widened block of weight should stay in cache"
     assert plan(0).rows == 1
+
+
+@given(st.integers(1, 20_000), st.integers(1, 4096), threads)
+def test_every_thread_of_a_team_has_a_part_of_rows_enough(rows, room, threads):
+    team = cpu_team(rows, threads)
+    assert team in (1, threads)
+    part = cpu_part(rows, room, team)
+    assert 1 <= part <= min(rows, room)
+    if team > 1 and room >= CPU_TEAM_ROWS:
+        assert part >= CPU_TEAM_ROWS // 2
+        assert -(-rows // part) >= team
+    else:
+        assert team > 1 or part == min(rows, room)
+
+
+def test_two_threads_have_parts_to_choose_from():
+    def plan(rows, threads):
+        return plan_cpu_blocks(rows, 10**5, 576, 2**26, widens=False, copies=False, threads=threads)
+
+    assert (plan(2048, 2).team, plan(2048, 2).rows, plan(2048, 2).columns) == (2, 512, 512)
+    assert (plan(1024, 2).team, plan(1024, 2).rows, plan(1024, 2).columns) == (2, 256, 512)
+    assert (plan(256, 2).team, plan(256, 2).rows, plan(256, 2).columns) == (2, 128, 1024)
+    assert (plan(255, 2).team, plan(255, 2).rows, plan(255, 2).columns) == (1, 255, 2048)
+    assert (plan(2048, 1).team, plan(2048, 1).rows) == (1, 1024)
 
 
 def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
