@@ -70,8 +70,8 @@ def check(p, error, budget: int, **how) -> None:
 def test_several_pieces(dtype, ignored, problem, error, taken):
     p = problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=dtype, scale=2.0)
     check(p, error, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
-    assert len(taken) > 2
     first, *later = taken
+    assert later  # one or two: it depends on where documents end
     assert first[2] == 8
     assert all(in_gradient == 0 for _, _, in_gradient in later)
     assert all(rows - waiting < CPU_PASS_ROWS for rows, waiting, _ in taken)
