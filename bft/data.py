@@ -190,15 +190,15 @@ class Collator:
         multiple = self.pad_to_multiple_of or 1
         shape = (len(examples), -(-longest // multiple) * multiple)
         batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64),
-            "labels": torch.full(shape, IGNORE, dtype=torch.int64),
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64, device="cpu"),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64, device="cpu"),
+            "labels": torch.full(shape, IGNORE, dtype=torch.int64, device="cpu"),
         }
         for row, example in enumerate(examples):
             length = len(example.input_ids)
-            batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
+            batch["input_ids"][row, :length] = _row(example.input_ids)
             batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = torch.tensor(example.labels)
+            batch["labels"][row, :length] = _row(example.labels)
         return batch
 
 
@@ -211,4 +211,8 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     labels = [label for example in examples for label in [IGNORE, *example.labels[1:]]]
     positions = [t for example in examples for t in range(len(example.input_ids))]
     rows = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    return {name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()}
+    return {name: _row(row)[None] for name, row in rows.items()}
+
+
+def _row(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

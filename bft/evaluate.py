@@ -293,10 +293,14 @@ def right_answers(hidden: torch.Tensor, head: Head, rows: Sequence[Sequence[Bran
     device = hidden.device
     width = max(len(branch.children) for _, branch in where)
     children = torch.tensor(  # [P, C], ragged rows filled with -1
-        [[*b.children, *[-1] * (width - len(b.children))] for _, b in where], device=device
+        [[*b.children, *[-1] * (width - len(b.children))] for _, b in where],
+        dtype=torch.int64,
+        device=device,
     )
-    at = torch.tensor([row for row, _ in where], device=device)
-    positions = torch.tensor([branch.position for _, branch in where], device=device)
+    at = torch.tensor([row for row, _ in where], dtype=torch.int64, device=device)
+    positions = torch.tensor(
+        [branch.position for _, branch in where], dtype=torch.int64, device=device
+    )
     state = hidden[at, positions].float()  # [P, D]
     # Softcap and temperature keep the order of logits and are left out.
     logits = torch.einsum("pd,pcd->pc", state, head.weight[children.clamp(min=0)].float())

@@ -67,7 +67,7 @@ def check_documents_apart(
 
 def _split(target: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row's last labelled document: what stands before it, and its labels; ``[B, T]``."""
-    places = torch.arange(target.numel(), device=target.device)
+    places = torch.arange(target.numel(), dtype=torch.int64, device=target.device)
     ends = cu_seqlens[1:].to(target.device, torch.int64)
     document = torch.bucketize(places, ends, right=True).view(target.shape)
     labelled = target != IGNORE

@@ -138,7 +138,7 @@ def draw_seed(seed: int | None = None) -> int:
     The CPU's generator, whatever device the model is on: reading a device's would wait for it.
     """
     if seed is None:
-        seed = int(torch.randint(2**31, (), device="cpu"))
+        seed = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     # An odd stride keeps seeds of different ranks apart modulo 2**31; the sampling hash is
     # required to behave as independent over seeds, so nothing more is needed here.

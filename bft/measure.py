@@ -89,6 +89,8 @@ class StandIn(nn.Module):
     full precision.
     """
 
+    answer: Tensor  # what a measuring one gave
+
     def __init__(self, outer: nn.Module, head: Any, measure: bool) -> None:
         super().__init__()
         self.__dict__["head"] = outer  # not as a submodule
@@ -96,7 +98,6 @@ class StandIn(nn.Module):
         self.vocabulary: int = getattr(head, "out_features", None) or head.weight.shape[0]
         self.measure = measure
         self.received: list[Tensor] = []
-        self.answer = torch.empty(0)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -138,7 +139,7 @@ def probe(vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     rows = torch.zeros(5, vocabulary, dtype=dtype, device=device)
     for row, value in enumerate((0.0, _TINY, _HUGE, -_HUGE)):
         rows[row] = value
-    sign = 1 - 2 * (torch.arange(vocabulary, device=device) % 2)
+    sign = 1 - 2 * (torch.arange(vocabulary, dtype=torch.int64, device=device) % 2)
     rows[4] = sign * torch.logspace(-3, 3, vocabulary, dtype=dtype, device=device)
     return rows[None]
 

@@ -419,4 +419,5 @@ def _share(
     count = getattr(loss, "count_items", None)
     if num_items is None or count is None:
         return 1.0
-    return count(target, cu_seqlens) / torch.as_tensor(num_items).clamp_min(1)
+    items = num_items.clamp_min(1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    return count(target, cu_seqlens) / items

@@ -276,8 +276,9 @@ def _verify(name: str, source: Any, tokenizer: Any, target: Path) -> None:
     if again(_PROBE).input_ids != ids or again.chat_template != tokenizer.chat_template:
         raise PretrainedError(f"{name}: the written tokenizer differs from the packaged one")
     with torch.no_grad():
-        wanted = source(torch.tensor([ids])).logits
-        got = written(torch.tensor([ids])).logits
+        row = torch.tensor([ids], dtype=torch.int64, device=source.device)
+        wanted = source(row).logits
+        got = written(row).logits
     error = (wanted - got).abs().max().item()
     # Same float32 values, same kernels: 0 was measured; the room is for a kernel chosen anew.
     if not error <= 1e-5 * wanted.abs().max().item():

@@ -69,7 +69,8 @@ def largest(accelerator: Any, number: int) -> int:
     """The largest of all ranks' numbers."""
     if accelerator.num_processes == 1:
         return number
-    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    value = torch.tensor([number], dtype=torch.int64, device=accelerator.device)
+    return int(accelerator.gather(value).max())
 
 
 def gathered(items: list[Value]) -> list[Value]:

@@ -101,5 +101,9 @@ def digest_model(model: nn.Module) -> str:
 def _sample(parameter: Tensor) -> Tensor:
     values = parameter.detach().flatten()
     count = min(64, values.numel())
-    places = torch.arange(count, device=values.device) * (values.numel() - 1) // max(1, count - 1)
+    places = (
+        torch.arange(count, dtype=torch.int64, device=values.device)
+        * (values.numel() - 1)
+        // max(1, count - 1)
+    )
     return values[places].double().cpu()

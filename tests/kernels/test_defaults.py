@@ -185,8 +185,8 @@ MAKERS |= {"rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "z
 def test_every_tensor_is_made_with_a_type_and_a_device() -> None:
     """The call would be right only where the defaults are torch's own."""
     wrong = []
-    files = sorted((ROOT / "bft_kernels").rglob("*.py"))
-    assert len(files) > 50
+    files = sorted(file for name in ("bft_kernels", "bft") for file in (ROOT / name).rglob("*.py"))
+    assert len(files) > 80
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
