@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from bft.config import TrainConfig
 
 Value = TypeVar("Value")
+_parted: list[Any] = []  # groups of processes that ended
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -41,9 +42,11 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def end(accelerator: Accelerator) -> None:
     """Closes the trackers and parts the processes, after work that all of them did."""
-    # Gloo joins its thread when it is destroyed, holding Python's lock. The thread needs that lock
-    # to free the tensors of the last call, if it was one with tensors: a barrier has none.
-    accelerator.wait_for_everyone()
+    # Gloo's destructor waits for its threads with Python's lock in its hand, and a thread may need
+    # that lock to free the tensors of the last call: seen as a run in seven that never ended, on a
+    # busy machine. So the group lives on until the interpreter ends.
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        _parted.append(torch.distributed.group.WORLD)
     accelerator.end_training()
 
 
