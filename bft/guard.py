@@ -1,4 +1,4 @@
-"""Nothing goes past a patched model in silence.
+"""A training step that goes past a patched model raises.
 
 A trainer may take the labels out of a batch, put a ``forward`` of its own in place of the patched
 one, or run a model's body and head itself. Training then goes on with another loss than the one
@@ -6,11 +6,13 @@ that was asked for, and no number shows it. So while a model trains (``training`
 enabled), its body and its head raise when they run outside of the patched forward.
 
 ``no_grad``, ``eval()`` and ``generate()`` are left alone, and so is a backward pass: activation
-checkpointing runs parts of the model again there.
+checkpointing runs parts of the model again there. Who calls ``model.model.forward`` instead of
+``model.model``, or runs the layers one by one, is not seen.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -43,11 +45,18 @@ class Patch(Protocol):
 class Guard:
     """A forward pre-hook of a model's body or head. An object, so that it is copied and pickled."""
 
-    def __init__(self, model: nn.Module, patch: Patch, part: str) -> None:
+    def __init__(self, model: nn.Module | None, patch: Patch, part: str) -> None:
         self.model, self.patch, self.part = model, patch, part
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        if id(self.model) not in memo:  # the copy of a part alone is no patched model's
+            return Guard(None, self.patch, self.part)
+        return Guard(memo[id(self.model)], copy.deepcopy(self.patch, memo), self.part)
+
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.patch.depth or self.patch.allow_unlabelled or not trains(module):
+        if self.model is None or self.patch.depth or self.patch.allow_unlabelled:
+            return
+        if not trains(module):
             return
         name = type(self.model).__name__
         raise Bypassed(

@@ -2,9 +2,9 @@
 
 The loss keeps packed documents apart. Whether the model's layers do depends on the model, on its
 attention and on what the batch holds: many ignore ``position_ids`` that restart, and no layer is
-told of a ``cu_seqlens`` that only the loss reads. So the first packed batch is run twice, without
-gradients: as it is, and with other tokens in the earlier documents of each row. The hidden states
-of the later document must not notice.
+told of a ``cu_seqlens`` that only the loss reads. So the first packed batch of its kind is run
+without gradients: as it is, and with other tokens in the earlier documents of each row. The hidden
+states of the later document must not notice.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE
+from bft_kernels.weighting import cu_seqlens_from_position_ids
 
 Run = Callable[[Mapping[str, Any]], Tensor]
 
@@ -37,26 +38,25 @@ def check_documents_apart(
         model: the model, whose modes are ``eval()`` meanwhile.
         run: ``call -> hidden [B, T, D]``, the states that reach the head.
         call: the arguments of the model's forward, without labels.
-        target: ``[B, T]`` int64; unlabelled positions (padding, too) are not compared.
+        target: ``[B, T]`` int64.
         cu_seqlens: ``[S + 1]``, the boundaries that the loss goes by.
 
     Returns:
         Whether the batch could tell: some row holds a labelled document behind another one.
     """
-    earlier, judged = _split(target, cu_seqlens)
-    other = _other_tokens(call, earlier)
-    if not _most_of_ranks(model, float(other is not None and bool(judged.any()))):
+    earlier, judged, later = _split(call, target, cu_seqlens)
+    changed = _other_tokens(call, earlier)
+    if not _most_of_ranks(model, float(changed is not None and bool(judged.any()))):
         return False
     with evaluation_mode(model):
-        before = run(call)[judged]  # [n, D]
-        after = run(call if other is None else {**call, **other})[judged]
-    change = 0.0
-    if len(before):
-        change = float((after - before).abs().amax() / before.abs().amax().clamp_min(1e-30))
-    change = _most_of_ranks(model, change)
-    # Mostly none at all. But the rows of a product may be grouped otherwise (a mixture's experts),
-    # and then round otherwise.
-    if not change < max(4 * torch.finfo(before.dtype).eps, 1e-5):
+        own = run(call)[judged]  # [n, D]
+        noise = _change(model, own, run({**call, **(_other_tokens(call, later) or {})})[judged])
+        change = _change(model, own, run({**call, **(changed or {})})[judged])
+    # Mostly there is no noise, and no change is allowed. But the rows of a product may be grouped
+    # otherwise (a mixture's experts), and then round otherwise: as later tokens show, on which
+    # nothing depends but in a model that looks both ways.
+    eps = torch.finfo(own.dtype).eps
+    if change > min(max(8 * noise, eps / 4, 1e-6), max(4 * eps, 1e-5)):
         raise UnsupportedModel(
             f"model: packed documents see each other in {type(model).__name__}: other tokens in a "
             f"row's earlier documents change the hidden states of a later one by {change:.1e} of "
@@ -65,15 +65,35 @@ def check_documents_apart(
     return True
 
 
-def _split(target: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row's last labelled document: what stands before it, and its labels; ``[B, T]``."""
+def _split(
+    call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row's last labelled document: what stands before it, its first half, and the rest
+    of the row; each ``[B, T]``. Padding that a mask hides is in none of them.
+    """
     places = torch.arange(target.numel(), dtype=torch.int64, device=target.device)
-    ends = cu_seqlens[1:].to(target.device, torch.int64)
-    document = torch.bucketize(places, ends, right=True).view(target.shape)
-    labelled = target != IGNORE
-    last = document.masked_fill(~labelled, -1).amax(1, keepdim=True)
-    earlier = document < last
-    return earlier, labelled & (document == last) & earlier.any(1, keepdim=True)
+    bounds = cu_seqlens.to(target.device, torch.int64)
+    document = torch.bucketize(places, bounds[1:], right=True).view(target.shape)
+    last = document.masked_fill(target == IGNORE, -1).amax(1, keepdim=True)
+    mask = call.get("attention_mask")
+    shown = torch.ones_like(target, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.shape == target.shape:
+        shown = mask.to(target.device) != 0
+    # At its boundary a document that sees another one is changed most: there is a half at least.
+    first, end = bounds[last.clamp_min(0)], bounds[last.clamp_min(0) + 1]
+    half = (places.view(target.shape) - first) * 2 <= end - first
+    earlier = (document < last) & shown
+    judged = (document == last) & half & shown & earlier.any(1, keepdim=True)
+    later = (document >= last) & ~half & shown
+    return earlier, judged, later
+
+
+def _change(model: nn.Module, before: Tensor, after: Tensor) -> float:
+    """The largest change of a hidden state ``[n, D]``, as a part of its norm; of all ranks."""
+    if not len(before):
+        return _most_of_ranks(model, 0.0)
+    norm = before.float().norm(dim=1).clamp_min(1e-30)
+    return _most_of_ranks(model, float(((after - before).float().norm(dim=1) / norm).amax()))
 
 
 def _other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] | None:
@@ -86,6 +106,31 @@ def _other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] |
     if bool(low == high):
         return None
     return {"input_ids": torch.where(where, torch.where(ids == low, high, low), ids)}
+
+
+def kind_of(
+    call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor, attention: str | None
+) -> str:
+    """What decides whether documents see each other, besides the model: one trial for each.
+
+    Which arguments there are, their dimensions and types, what switches say, whether there is one
+    row (flash attention looks at ``position_ids`` only then), and whether the boundaries are those
+    that ``position_ids`` show.
+    """
+    parts = [str(attention)]
+    for name, value in sorted(call.items()):
+        if isinstance(value, Tensor):
+            parts.append(f"{name} {value.dim()} {value.dtype} {value.shape[:1] == (1,)}")
+        elif value is not None:
+            parts.append(f"{name} {value if isinstance(value, bool | str) else type(value)}")
+    positions = call.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        shown = cu_seqlens_from_position_ids(positions.expand(target.shape))
+        same = shown.shape == cu_seqlens.shape and torch.equal(
+            shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)
+        )
+        parts.append(f"boundaries {'of' if same else 'beside'} position_ids")
+    return ", ".join(parts)
 
 
 def _most_of_ranks(model: nn.Module, here: float) -> float:

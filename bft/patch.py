@@ -38,7 +38,7 @@ from bft.head import (
     is_sharded,
     verify_linear,
 )
-from bft.isolation import check_documents_apart
+from bft.isolation import check_documents_apart, kind_of
 from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
@@ -66,6 +66,7 @@ class _State:
     function: Callable[..., Any]  # the __func__ of what took its place
     apart: set[str] | None  # as in _APART; None: packed calls are not checked
     guards: Sequence[RemovableHandle] = ()
+    guarded: nn.Module | None = None  # the head that is
     depth: int = 0  # calls that are running, one in the other
     logits_missed: bool = False  # whether a log line said that an evaluation gets no logits
     stats: Any = None
@@ -172,8 +173,15 @@ def patch_model(
         apart=_APART.setdefault(inner, set()) if verify else None,
     )
     inner.__dict__["forward"] = _Forward(inner)
-    state.guards = guard(inner, outer, state)
+    _watch(inner, state, outer)
     return model
+
+
+def _watch(model: nn.Module, state: _State, head: nn.Module) -> None:
+    """Guards the model's body and ``head``, and nothing else any more."""
+    for handle in state.guards:
+        handle.remove()
+    state.guards, state.guarded = guard(model, head, state), head
 
 
 def unpatch_model(model: Model) -> Model:
@@ -282,7 +290,9 @@ def _labelled_call(model: Any, state: _State, call: dict[str, Any]) -> Any:
         _read_measured(model, state, output, stand_in)
         target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
 
-    head = find_head(model)[1]
+    outer, head = find_head(model)
+    if outer is not state.guarded:  # the vocabulary was resized, say
+        _watch(model, state, outer)
     loss = _call_head(state, head, hidden, target, cu_seqlens, num_items)
     auxiliary = _router_loss(model, output)
     if auxiliary is not None:
@@ -313,8 +323,8 @@ def _check_apart(
     model: Any, seen: set[str], call: dict[str, Any], target: Tensor, cu_seqlens: Tensor
 ) -> None:
     """Tries once for each kind of packed call whether its documents see each other."""
-    kind = " ".join(sorted(name for name, value in call.items() if value is not None))
-    kind = f"{getattr(model.config, '_attn_implementation', None)}: {kind}"
+    attention = getattr(model.config, "_attn_implementation", None)
+    kind = kind_of(call, target, cu_seqlens, attention)
     if kind in seen:
         return
 

@@ -285,6 +285,24 @@ def test_copies_and_pickles_are_patched_and_guarded_on_their_own(
     torch.testing.assert_close(model(**batch).loss, want, rtol=0, atol=0)
 
 
+def test_a_copy_of_the_body_alone_is_nobodys():
+    model, batch = patch_model(llama(), SFT), rows()
+    body = copy.deepcopy(model.model)
+    body(input_ids=batch["input_ids"]).last_hidden_state.sum().backward()
+    with pytest.raises(Bypassed):
+        own_loss(model, **batch)
+
+
+def test_a_head_that_took_the_old_ones_place_is_guarded():
+    model, batch = patch_model(llama(), SFT), rows()
+    model.resize_token_embeddings(310)
+    model(**batch).loss.backward()
+    with pytest.raises(Bypassed, match="head"):
+        model.lm_head(torch.zeros(1, 2, 16))
+    unpatch_model(model)
+    model.lm_head(torch.zeros(1, 2, 16))
+
+
 def test_a_patched_model_is_saved_whole(tmp_path: Path):
     model, batch = patch_model(llama(), SFT), rows()
     torch.save(model, tmp_path / "model.pt")
