@@ -3,7 +3,7 @@
 While a block of logits is in cache, ``csrc/cpu`` takes from it everything the forward needs (see
 ``csrc/cpu/sweep.h``) and looks at no logit twice; only the exact weighted loss keeps logits, under
 the byte budget and in the memory of ``dW`` (see ``weighted.py``). The products are ``torch.mm``;
-threads are those of torch's own OpenMP runtime.
+threads are those of torch's own OpenMP runtime, and take blocks by themselves (see ``team.py``).
 """
 
 from __future__ import annotations
