@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,18 @@ def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone() -
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process, which a failing test does not wait for."""
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -141,10 +152,10 @@ def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flag
     config = replace(config, steps=20_000, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "bft", "train", *flags(config)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    with started(command, **pipes) as process:
         wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=120)[1]
     assert process.returncode == 143, error
     assert "Traceback" not in error
     last = error.strip().splitlines()[-1]
@@ -162,11 +173,11 @@ def test_one_of_two_ranks_stops_both(config: TrainConfig, flags: Flags, tmp_path
     command += ["--standalone", "--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     command += ["-m", "bft", "train", *flags(config)]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
-    with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
+    with started(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
         wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
         pid = int((config.output_dir / ".lock").read_text().split()[1])
         os.kill(pid, signal.SIGTERM)  # rank 0 alone
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     logs = sorted((tmp_path / "logs").rglob("stderr.log"))
     assert len(logs) == 2
     for log in logs:
