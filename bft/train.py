@@ -130,7 +130,8 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
     )
     steps = config.steps or batches.steps_in(config.epochs or 1.0)
     known_by = on_main(
-        accelerator, lambda: identity(config, steps, accelerator.num_processes, records, model)
+        accelerator,
+        lambda: identity(config, steps, accelerator.num_processes, dataset.examples, model),
     )
 
     optimizer = torch.optim.AdamW(
