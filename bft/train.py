@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> TrainResult:
     The files are read once, at the start. The model is written before it is evaluated.
 
     Raises:
-        FolderInUse, ValueError: the output folder belongs to another run.
+        FolderInUse, SettingError: the output folder belongs to another run.
         CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
         NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
         WriteError: a checkpoint or the model could not be written; what is left says the message.
@@ -200,8 +200,10 @@ def take_steps(
             number = stop.agreed(accelerator)
             if not number and due(step + 1, config.eval_every) and step + 1 < run.steps:
                 evaluator.run(step + 1)
+                number = stop.agreed(accelerator)
             if number or due(step + 1, config.save_every, last=run.steps):
                 folder = save(run, step + 1)
+                number = number or stop.agreed(accelerator)
             if number:
                 done = f"after step {step + 1} of {run.steps}"
                 raise Stopped(number, f"{done}; {how_to_go_on(run, folder)}")
