@@ -233,6 +233,14 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
         on_main(accelerator, lambda: write(scratch))
 
 
+def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
+    """Writes what a LoRA model has learned, and nothing of its base."""
+    state = accelerator.get_state_dict(model)
+    with _appearing(folder, accelerator) as scratch:
+        plain = accelerator.unwrap_model(model)
+        on_main(accelerator, lambda: plain.save_pretrained(scratch, state_dict=state))
+
+
 def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes the base of a PEFT model with its adapters added to its weights.
 

@@ -25,6 +25,7 @@ from bft.ranks import on_main
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
+ADAPTER = "rescued-adapter"  # where a full disk took nothing larger
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 EVENTS = "tensorboard"
@@ -91,6 +92,12 @@ def remove_old_run(folder: Path) -> None:
     checkpoints = folder / CHECKPOINTS
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()
+
+
+def bytes_of_old_run(folder: Path) -> int:
+    """What :func:`remove_old_run` would free."""
+    files = [path for remains in _remains(folder) for path in (remains, *remains.rglob("*"))]
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
 
 
 @contextmanager
@@ -164,7 +171,7 @@ def _remains(folder: Path) -> list[Path]:
         for path in (folder / CHECKPOINTS).glob("*")
         if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
     ]
-    whole = (MODEL, METRICS, CONFIG, EVENTS)
-    cut_short = (f".{MODEL}.partial", f".{MODEL}.previous", f".{METRICS}.partial")
-    names = [name for name in whole + cut_short if (folder / name).exists()]
+    whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
+    cut_short = [f".{name}.partial" for name in (MODEL, ADAPTER, METRICS)] + [f".{MODEL}.previous"]
+    names = [name for name in (*whole, *cut_short) if (folder / name).exists()]
     return sorted(found) + [folder / name for name in names]

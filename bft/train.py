@@ -30,6 +30,7 @@ from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
 from bft.ranks import end, on_main, start_accelerator
+from bft.room import check_room
 from bft.run import Run, how_to_go_on, save, ways_out, write_model
 from bft.run_folder import claimed, start_log
 from bft.same_run import identity
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> TrainResult:
     The files are read once, at the start. The model is written before it is evaluated.
 
     Raises:
-        FolderInUse, SettingError: the output folder belongs to another run.
+        FolderInUse, SettingError: the output folder belongs to another run, or has no room.
         CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
         NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
         WriteError: a checkpoint or the model could not be written; what is left says the message.
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
         first = 0
         if config.resume:
             first = load_progress(accelerator, config.output_dir, run.identity)
+        check_room(run, first)
         log = start_log(accelerator, config, first)
         evaluator = Evaluator(run, held_out, records, log)
         del records  # only their answers are needed from here on

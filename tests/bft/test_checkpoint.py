@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bft import run as run_module
 from bft.checkpoint import CheckpointError, WriteError
-from bft.config import TrainConfig
+from bft.config import SettingError, TrainConfig
 from bft.train import train
 
 
@@ -144,24 +144,29 @@ def test_a_stray_file_is_named_and_left_alone(
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """During the first call of one function of ``bft.run`` the system writes no large file."""
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """During the first call of one function of ``bft.run`` the system writes no large file.
 
-    def fills(name: str) -> None:
+    With ``stays=True`` it writes none from there on.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(name: str, stays: bool = False) -> None:
         original = getattr(run_module, name)
 
         def limited(*arguments: Any) -> Any:
             monkeypatch.setattr(run_module, name, original)
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
             try:
                 return original(*arguments)
             finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                if not stays:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
         monkeypatch.setattr(run_module, name, limited)
 
-    return fills
+    yield fills
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -180,6 +185,58 @@ def test_a_model_that_cannot_be_written_is_kept(
     expected = load_file(whole.model_dir / "model.safetensors")
     for name, value in load_file(result.model_dir / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_disk_that_stays_full_keeps_the_smallest(
+    config: TrainConfig, full_disk: Callable[..., None], lora_rank: int
+) -> None:
+    config = replace(config, lora_rank=lora_rank, eval_file=None, eval_limit=None)
+    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+    full_disk("save_model", stays=True)
+    with pytest.raises(WriteError, match=r"model could not be written: .*no older one; ") as error:
+        train(config)
+    assert not list(config.output_dir.glob("*/step-*"))
+    assert not list(config.output_dir.glob(".*.partial"))
+    adapter = config.output_dir / "rescued-adapter"
+    assert adapter.exists() == (lora_rank > 0)
+    if lora_rank == 0:
+        assert "nothing smaller would keep the work" in str(error.value)
+    else:
+        assert f"the trained adapter alone is kept in {adapter}" in str(error.value)
+        expected = load_file(whole.model_dir / "adapter" / "adapter_model.safetensors")
+        found = load_file(adapter / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("save_every", [None, 2])
+def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_of: Callable[..., Path],
+    save_every: int,
+    lora_rank: int,
+) -> None:
+    """The room that is asked for is what the run writes: the model and two checkpoints."""
+    model = checkpoint_of(config.output_dir.with_name("larger"), hidden_size=128)
+    config = replace(config, model=str(model))
+    config = replace(config, steps=4, eval_file=None, eval_limit=None, save_every=save_every)
+    config = replace(config, lora_rank=lora_rank)
+    train(config)
+    files = [p for end in ("*.safetensors", "optimizer.bin") for p in config.output_dir.rglob(end)]
+    written = sum(path.stat().st_size for path in files)
+    free = [0.9 * written, 1.1 * written]
+    usage = shutil.disk_usage(config.output_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    other = replace(config, output_dir=config.output_dir / "other")
+    with pytest.raises(SettingError, match=r"output_dir: .* MiB free, and the run needs .* MiB"):
+        train(other)
+    assert [path.name for path in other.output_dir.iterdir()] == [".lock"]
+    assert train(replace(config, overwrite=True)).steps == 4  # what it removes is room
+    free.pop(0)
+    assert train(other).steps == 4
 
 
 def test_a_checkpoint_that_lost_a_file_is_not_published(
