@@ -34,6 +34,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be resumed from: why, and the way out."""
 
 
+class AnotherRun(CheckpointError):
+    """The checkpoint is of a run with other settings, records or model."""
+
+    exit_status = 2  # it is the flags that are wrong
+
+
 class WriteError(RuntimeError):
     """A checkpoint or model that could not be written, as on a full disk."""
 
@@ -96,7 +102,7 @@ def save_progress(
                 raise WriteError(
                     f"{folder}: {wanted} is gone from it; does another run write there?"
                 )
-        write_manifest(scratch, {"step": step, "identity": identity or {}})
+        write_manifest(scratch, step, identity or {})
 
     with _appearing(folder, accelerator) as scratch:
         accelerator.save_state(str(scratch))
@@ -117,8 +123,8 @@ def load_progress(
     """Restores the newest checkpoint of the run; returns its step, 0 if there is none.
 
     Raises:
-        CheckpointError: it is damaged; it is of a run with another ``identity``; or the random
-            states of this rank are not restored.
+        AnotherRun: it is of a run with another ``identity``.
+        CheckpointError: it is damaged, or the random states of this rank are not restored.
     """
     folder = on_main(accelerator, lambda: _resumable(output_dir, identity))
     if folder is None:
@@ -165,7 +171,7 @@ def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None
         raise CheckpointError(f"{found[-1]} is damaged: {damage}; {way_out}")
     different = differences(facts["identity"], identity) if identity is not None else []
     if different:
-        raise CheckpointError(
+        raise AnotherRun(
             f"{found[-1]} is of a run with other settings: {'; '.join(different)}. Resume with the "
             "saved ones, or start a new run in another folder or with --overwrite"
         )
@@ -225,6 +231,14 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
 
     with _appearing(folder, accelerator) as scratch:
         on_main(accelerator, lambda: write(scratch))
+
+
+def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
+    """Writes what a LoRA model has learned, and nothing of its base."""
+    state = accelerator.get_state_dict(model)
+    with _appearing(folder, accelerator) as scratch:
+        plain = accelerator.unwrap_model(model)
+        on_main(accelerator, lambda: plain.save_pretrained(scratch, state_dict=state))
 
 
 def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:

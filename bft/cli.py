@@ -118,7 +118,8 @@ def _usage(arguments: Sequence[str]) -> int:
 bft COMMAND --help lists a command's flags; a YAML file holds the same names.
 bft --version names the versions of bft-kernels and torch.
 
-exit status: 0 if all went well, 1 if the run failed, 2 if a flag or the YAML file is wrong"""
+exit status: 0 if all went well; 1 if the run failed, or bft check found something wrong;
+2 if a flag, the YAML file or the output folder is wrong or in use; 130, 143 after a signal"""
     if arguments and arguments[0] not in ("-h", "--help"):
         print(f"bft: got {arguments[0]!r}, expected a command\n\n{text}", file=sys.stderr)
         return 2

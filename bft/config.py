@@ -235,6 +235,9 @@ class DataConfig:
     output_dir: Path = Path("data/hpo")
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True)
 class InfoConfig:

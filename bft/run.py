@@ -10,13 +10,19 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from bft.checkpoint import WriteError, checkpoint_folders, save_model, save_progress
+from bft.checkpoint import (
+    WriteError,
+    checkpoint_folders,
+    save_adapter,
+    save_model,
+    save_progress,
+)
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, StepBatches
 from bft.loss import HeadLoss
 from bft.nonfinite import NonFinite, broken_parameter
 from bft.patch import unpatch_model
-from bft.run_folder import CONFIG, MODEL
+from bft.run_folder import ADAPTER, CONFIG, MODEL
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def save(run: Run, step: int) -> Path:
 
 
 def write_model(run: Run) -> Path:
-    """Writes the trained model; where it cannot be written, a checkpoint to write it from later."""
+    """Writes the trained model; where it cannot be written, what it can be had from later."""
     folder = run.config.output_dir / MODEL
     check_parameters(run)
     # Mixed precision has wrapped the model's forward.
@@ -65,14 +71,28 @@ def write_model(run: Run) -> Path:
 
 
 def _kept(run: Run) -> str:
-    """Where the trained model is, in words, if it could not be written."""
+    """Where the trained model is, in words, if it could not be written.
+
+    Without a checkpoint of the last step one is tried, and with LoRA then the adapter alone.
+    """
     last = f"step-{run.steps:07d}"
     if last not in [path.name for path in checkpoint_folders(run.config.output_dir)]:
         try:
             save(run, run.steps)
         except WriteError as error:
-            return str(error)
+            return f"{error}; {_adapter_kept(run)}"
     return f"it is kept in the checkpoint {last}: make room, and --resume writes it"
+
+
+def _adapter_kept(run: Run) -> str:
+    if run.config.lora_rank == 0:
+        return "every parameter was trained, so that nothing smaller would keep the work"
+    folder = run.config.output_dir / ADAPTER
+    try:
+        save_adapter(run.accelerator, run.model, folder)
+    except WriteError as error:
+        return str(error)
+    return f"the trained adapter alone is kept in {folder}, as PEFT loads it"
 
 
 def how_to_go_on(run: Run, checkpoint: Path) -> str:

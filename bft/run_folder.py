@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, checkpoint_folders
-from bft.config import TrainConfig, plain
+from bft.config import SettingError, TrainConfig, plain
 from bft.metrics import MetricLog
 from bft.ranks import on_main
 
 logger = logging.getLogger(__name__)
 
 MODEL = "model"
+ADAPTER = "rescued-adapter"  # where a full disk took nothing larger
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 EVENTS = "tensorboard"
@@ -43,8 +44,8 @@ def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
 
     Raises:
         FolderInUse: another run goes on in it.
-        ValueError: it holds an older run and the configuration neither resumes nor replaces it; or
-            there is nothing to resume.
+        SettingError: it cannot be made; it holds an older run and the configuration neither resumes
+            nor replaces it; or there is nothing to resume.
     """
     with ExitStack() as stack:
 
@@ -93,13 +94,19 @@ def remove_old_run(folder: Path) -> None:
         checkpoints.rmdir()
 
 
+def bytes_of_old_run(folder: Path) -> int:
+    """What :func:`remove_old_run` would free."""
+    files = [path for remains in _remains(folder) for path in (remains, *remains.rglob("*"))]
+    return sum(path.stat().st_size for path in files if path.is_file() and not path.is_symlink())
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(
+        raise SettingError(
             f"output_dir: got {folder}, expected a folder to write in ({error.strerror})"
         ) from None
     with file:
@@ -127,7 +134,7 @@ def _check_resumable(folder: Path) -> None:
     if checkpoint_folders(folder):
         return
     others = " and give --overwrite" if _remains(folder) else ""
-    raise ValueError(
+    raise SettingError(
         f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} to "
         "start at the first step"
     )
@@ -139,19 +146,19 @@ def _check_free(config: TrainConfig) -> None:
     if names in ([], [CONFIG]):  # the file of this start's own settings, perhaps
         return
     if MODEL in names and METRICS not in names:
-        raise ValueError(
+        raise SettingError(
             f"output_dir: {folder / MODEL} is of no run: no {METRICS} is beside it; "
             "move it away, or give another folder"
         )
     if not config.overwrite:
-        raise ValueError(
+        raise SettingError(
             f"output_dir: {folder} holds an older run ({', '.join(names)}); --resume goes on with "
             "it, --overwrite removes it, or give another folder"
         )
     for name, used in (("model", Path(config.model)), ("train_file", config.train_file)):
         for path in remains:
             if used.exists() and used.resolve().is_relative_to(path.resolve()):
-                raise ValueError(
+                raise SettingError(
                     f"{name}: {used} is part of the run in {folder} that --overwrite would remove; "
                     "give another output folder"
                 )
@@ -164,7 +171,7 @@ def _remains(folder: Path) -> list[Path]:
         for path in (folder / CHECKPOINTS).glob("*")
         if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
     ]
-    whole = (MODEL, METRICS, CONFIG, EVENTS)
-    cut_short = (f".{MODEL}.partial", f".{MODEL}.previous", f".{METRICS}.partial")
-    names = [name for name in whole + cut_short if (folder / name).exists()]
+    whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
+    cut_short = [f".{name}.partial" for name in (MODEL, ADAPTER, METRICS)] + [f".{MODEL}.previous"]
+    names = [name for name in (*whole, *cut_short) if (folder / name).exists()]
     return sorted(found) + [folder / name for name in names]

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bft.config import TrainConfig, plain
-from bft.encode import Record
+from bft.encode import Example
 from bft.head import causal_lm
 
 # Where a run reads, writes and reports, and how it computes: not what. The number of steps, the
-# records and the model are compared as what they are, not as how they were given.
+# examples and the model are compared as what they are, not as how they were given.
 MAY_CHANGE = frozenset(
     {
         "output_dir",
@@ -46,7 +46,7 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConf
 
 
 def identity(
-    config: TrainConfig, steps: int, processes: int, records: Iterable[Record], model: nn.Module
+    config: TrainConfig, steps: int, processes: int, examples: Iterable[Example], model: nn.Module
 ) -> dict[str, Any]:
     """What a checkpoint of this run holds to be known by, ready for JSON.
 
@@ -57,7 +57,7 @@ def identity(
         **settings,
         "steps": steps,
         "processes": processes,
-        "train_file (contents)": digest_records(records),
+        "train_file (as encoded by the tokenizer and its chat template)": digest_examples(examples),
         "model (contents)": digest_model(model),
     }
 
@@ -73,13 +73,14 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     ]
 
 
-def digest_records(records: Iterable[Record]) -> str:
-    """A digest of what is trained on: the same for a file that was moved."""
+def digest_examples(examples: Iterable[Example]) -> str:
+    """A digest of the tokens and labels that are trained on: the same for a file that was moved.
+
+    The records, the tokenizer and its chat template have all gone into them.
+    """
     digest = hashlib.sha256()
-    for record in records:
-        digest.update(
-            json.dumps([record.pair, record.messages, record.tools], default=dict).encode()
-        )
+    for example in examples:
+        digest.update(json.dumps([example.input_ids, example.labels]).encode())
     return digest.hexdigest()[:16]
 
 

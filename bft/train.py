@@ -30,6 +30,7 @@ from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
 from bft.ranks import end, on_main, start_accelerator
+from bft.room import check_room
 from bft.run import Run, how_to_go_on, save, ways_out, write_model
 from bft.run_folder import claimed, start_log
 from bft.same_run import identity
@@ -54,7 +55,7 @@ def train(config: TrainConfig) -> TrainResult:
     The files are read once, at the start. The model is written before it is evaluated.
 
     Raises:
-        FolderInUse, ValueError: the output folder belongs to another run.
+        FolderInUse, SettingError: the output folder belongs to another run, or has no room.
         CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
         NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
         WriteError: a checkpoint or the model could not be written; what is left says the message.
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
         first = 0
         if config.resume:
             first = load_progress(accelerator, config.output_dir, run.identity)
+        check_room(run, first)
         log = start_log(accelerator, config, first)
         evaluator = Evaluator(run, held_out, records, log)
         del records  # only their answers are needed from here on
@@ -130,7 +132,8 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
     )
     steps = config.steps or batches.steps_in(config.epochs or 1.0)
     known_by = on_main(
-        accelerator, lambda: identity(config, steps, accelerator.num_processes, records, model)
+        accelerator,
+        lambda: identity(config, steps, accelerator.num_processes, dataset.examples, model),
     )
 
     optimizer = torch.optim.AdamW(
@@ -199,8 +202,10 @@ def take_steps(
             number = stop.agreed(accelerator)
             if not number and due(step + 1, config.eval_every) and step + 1 < run.steps:
                 evaluator.run(step + 1)
+                number = stop.agreed(accelerator)
             if number or due(step + 1, config.save_every, last=run.steps):
                 folder = save(run, step + 1)
+                number = number or stop.agreed(accelerator)
             if number:
                 done = f"after step {step + 1} of {run.steps}"
                 raise Stopped(number, f"{done}; {how_to_go_on(run, folder)}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from bft import run as run_module
 from bft.checkpoint import CheckpointError, WriteError
-from bft.config import TrainConfig
+from bft.config import SettingError, TrainConfig
 from bft.train import train
 
 
@@ -77,8 +78,7 @@ def damaged(three_checkpoints: TrainConfig, tmp_path: Path, fresh_accelerator: N
 DAMAGES = [(file, damage) for file in FILES for damage in (Path.unlink, half, zeroed, one_bit)]
 
 
-# A manifest that reads as one is believed: it holds no checksum of its own.
-@pytest.mark.parametrize(("file", "damage"), [d for d in DAMAGES if d != (FILES[1], one_bit)])
+@pytest.mark.parametrize(("file", "damage"), DAMAGES)
 def test_damage_is_named_with_the_way_out(
     damaged: TrainConfig, file: str, damage: Callable[[Path], None]
 ) -> None:
@@ -92,6 +92,21 @@ def test_damage_is_named_with_the_way_out(
     if file == FILES[0]:  # and the way out is one
         shutil.rmtree(folder / "step-0000003")
         assert len(train(damaged).history) == 3
+
+
+@pytest.mark.parametrize("changed", ["identity", "files", "step", "crc32", "space", "list"])
+def test_a_manifest_that_reads_as_one_is_not_believed(damaged: TrainConfig, changed: str) -> None:
+    path = damaged.output_dir / "checkpoints" / "step-0000003" / "manifest.json"
+    facts = json.loads(path.read_text())
+    if changed in ("identity", "step", "crc32"):
+        del facts[changed]
+    elif changed == "files":
+        facts["files"] = {}
+    elif changed == "list":
+        facts = [facts]
+    path.write_text(json.dumps(facts, indent=2 if changed == "space" else 1))
+    with pytest.raises(CheckpointError, match=r"manifest.json has been changed since it was wri"):
+        train(damaged)
 
 
 def test_the_way_out_leads_to_a_whole_checkpoint(damaged: TrainConfig) -> None:
@@ -129,24 +144,29 @@ def test_a_stray_file_is_named_and_left_alone(
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """During the first call of one function of ``bft.run`` the system writes no large file."""
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """During the first call of one function of ``bft.run`` the system writes no large file.
 
-    def fills(name: str) -> None:
+    With ``stays=True`` it writes none from there on.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(name: str, stays: bool = False) -> None:
         original = getattr(run_module, name)
 
         def limited(*arguments: Any) -> Any:
             monkeypatch.setattr(run_module, name, original)
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
             try:
                 return original(*arguments)
             finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                if not stays:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
         monkeypatch.setattr(run_module, name, limited)
 
-    return fills
+    yield fills
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -165,6 +185,58 @@ def test_a_model_that_cannot_be_written_is_kept(
     expected = load_file(whole.model_dir / "model.safetensors")
     for name, value in load_file(result.model_dir / "model.safetensors").items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_disk_that_stays_full_keeps_the_smallest(
+    config: TrainConfig, full_disk: Callable[..., None], lora_rank: int
+) -> None:
+    config = replace(config, lora_rank=lora_rank, eval_file=None, eval_limit=None)
+    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+    full_disk("save_model", stays=True)
+    with pytest.raises(WriteError, match=r"model could not be written: .*no older one; ") as error:
+        train(config)
+    assert not list(config.output_dir.glob("*/step-*"))
+    assert not list(config.output_dir.glob(".*.partial"))
+    adapter = config.output_dir / "rescued-adapter"
+    assert adapter.exists() == (lora_rank > 0)
+    if lora_rank == 0:
+        assert "nothing smaller would keep the work" in str(error.value)
+    else:
+        assert f"the trained adapter alone is kept in {adapter}" in str(error.value)
+        expected = load_file(whole.model_dir / "adapter" / "adapter_model.safetensors")
+        found = load_file(adapter / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("save_every", [None, 2])
+def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint_of: Callable[..., Path],
+    save_every: int,
+    lora_rank: int,
+) -> None:
+    """The room that is asked for is what the run writes: the model and two checkpoints."""
+    model = checkpoint_of(config.output_dir.with_name("larger"), hidden_size=128)
+    config = replace(config, model=str(model))
+    config = replace(config, steps=4, eval_file=None, eval_limit=None, save_every=save_every)
+    config = replace(config, lora_rank=lora_rank)
+    train(config)
+    files = [p for end in ("*.safetensors", "optimizer.bin") for p in config.output_dir.rglob(end)]
+    written = sum(path.stat().st_size for path in files)
+    free = [0.9 * written, 1.1 * written]
+    usage = shutil.disk_usage(config.output_dir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    other = replace(config, output_dir=config.output_dir / "other")
+    with pytest.raises(SettingError, match=r"output_dir: .* MiB free, and the run needs .* MiB"):
+        train(other)
+    assert [path.name for path in other.output_dir.iterdir()] == [".lock"]
+    assert train(replace(config, overwrite=True)).steps == 4  # what it removes is room
+    free.pop(0)
+    assert train(other).steps == 4
 
 
 def test_a_checkpoint_that_lost_a_file_is_not_published(

@@ -166,7 +166,7 @@ def test_other_records_and_another_model_are_refused(
     lines[3] = lines[3].replace("item 3?", "thing 3?")
     data = tmp_path / "other.jsonl"
     data.write_text("".join(lines), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"settings: train_file \(contents\): saved [^;]*$"):
+    with pytest.raises(CheckpointError, match=r"settings: train_file \(as [^;]*: saved [^;]*$"):
         train(replace(resumable, train_file=data))
     model = checkpoint_of(tmp_path / "other", tie_word_embeddings=True)
     weights = load_file(model / "model.safetensors")
@@ -176,6 +176,19 @@ def test_other_records_and_another_model_are_refused(
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"settings: model \(contents\): saved [^;]*$"):
         train(replace(resumable, model=str(model)))
+
+
+def test_another_chat_template_is_refused(
+    resumable: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
+) -> None:
+    model = checkpoint_of(tmp_path / "other", tie_word_embeddings=True)
+    template = model / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.write_text(text.replace("<|end|>", "!<|end|>"), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"settings: train_file \(as .* template\): saved"):
+        train(replace(resumable, model=str(model)))
+    template.write_text(text, encoding="utf-8")
+    assert train(replace(resumable, model=str(model))).steps == 2
 
 
 def test_what_no_number_depends_on_may_change(resumable: TrainConfig, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 from accelerate import Accelerator
 
 from bft.cli import main
-from bft.config import DemoConfig, TrainConfig
+from bft.config import DemoConfig, SettingError, TrainConfig
 from bft.demo import training
 from bft.encode import DataError
 from bft.ranks import start_accelerator
@@ -48,11 +48,23 @@ def used(config: TrainConfig) -> TrainConfig:
 
 def test_an_older_run_is_not_mixed_in(used: TrainConfig) -> None:
     before = contents(used.output_dir)
-    with pytest.raises(ValueError, match="holds an older run") as refusal:
+    with pytest.raises(SettingError, match="holds an older run") as refusal:
         train(replace(used, steps=2))
     for word in ("step-0000004", "model", "metrics.jsonl", "--resume", "--overwrite"):
         assert word in str(refusal.value)
     assert contents(used.output_dir) == before
+
+
+def test_what_the_folder_refuses_is_a_wrong_flag(
+    used: TrainConfig, capsys: pytest.CaptureFixture, flags: Callable[[TrainConfig], list[str]]
+) -> None:
+    assert main(["train", *flags(used)]) == 2
+    assert capsys.readouterr().err.startswith("bft train: --output-dir: ")
+    empty = replace(used, resume=True, output_dir=used.output_dir / "empty")
+    assert main(["train", *flags(empty)]) == 2
+    assert "--resume: there is no checkpoint" in capsys.readouterr().err
+    assert main(["train", *flags(replace(used, resume=True, seed=7))]) == 2
+    assert "seed: saved 0, given 7" in capsys.readouterr().err
 
 
 def test_overwrite_removes_the_older_run_and_nothing_else(used: TrainConfig) -> None:
@@ -81,7 +93,7 @@ def test_the_older_run_is_there_until_the_new_one_can_start(
 def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -> None:
     before = contents(used.output_dir)
     own = str(used.output_dir / "model")
-    with pytest.raises(ValueError, match=r"model: .* is part of the run in .* would remove"):
+    with pytest.raises(SettingError, match=r"model: .* is part of the run in .* would remove"):
         train(replace(used, model=own, overwrite=True))
     assert contents(used.output_dir) == before
 
@@ -89,7 +101,7 @@ def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -
 def test_a_model_of_no_run_is_left_alone(config: TrainConfig) -> None:
     shutil.copytree(config.model, config.output_dir / "model")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"output_dir: .*model is of no run"):
+        with pytest.raises(SettingError, match=r"output_dir: .*model is of no run"):
             train(replace(config, overwrite=overwrite))
     assert contents(config.output_dir / "model") == contents(Path(config.model))
 
@@ -126,7 +138,7 @@ def test_a_file_where_the_folder_should_be_is_named(
     config: TrainConfig, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ValueError, match=f"output_dir: got .*/{name}, expected a folder to write"):
+    with pytest.raises(SettingError, match=f"output_dir: got .*/{name}, expected a folder"):
         train(replace(config, output_dir=tmp_path / name))
 
 
@@ -152,7 +164,7 @@ def test_the_second_run_ends_with_status_2(
         assert first.stdout.readline() == "held\n"
         assert main(["train", *flags(config)]) == 2
         error = capsys.readouterr().err
-        assert f"output_dir: {config.output_dir} is in use by process 1 on elsewhere" in error
+        assert f"--output-dir: {config.output_dir} is in use by process 1 on elsewhere" in error
         assert "Traceback" not in error
         assert contents(config.output_dir) == {}
         first.kill()  # without a chance to clean up

@@ -20,6 +20,7 @@ from bft import run as run_module
 from bft import train as train_module
 from bft.cli import main
 from bft.config import TrainConfig
+from bft.held_out import Evaluator
 from bft.signals import Stopped, StopRequest
 from bft.train import train
 
@@ -78,6 +79,23 @@ def test_a_signal_stops_after_its_step_and_resumes(
         assert [(row["step"], row["nll"]) for row in getattr(result, rows)] == [
             (row["step"], row["nll"]) for row in getattr(whole, rows)
         ]
+
+
+@pytest.mark.parametrize("during", ["evaluation", "save"])
+def test_a_signal_between_two_steps_costs_no_other_step(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    owner, name = {"evaluation": (Evaluator, "run"), "save": (train_module, "save")}[during]
+    original = getattr(owner, name)
+
+    def signalled(first: Any, step: int) -> Any:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(first, step)
+
+    monkeypatch.setattr(owner, name, signalled)
+    with pytest.raises(Stopped, match=r"after step 2 of 6; .* goes on from step-0000002$"):
+        train(replace(config, eval_every=2, save_every=2))
 
 
 def test_a_second_signal_stops_at_once(

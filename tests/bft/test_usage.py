@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bft.cli import COMMANDS
 from bft.config import DemoConfig, EvalConfig, SettingError, TrainConfig
 from bft.usage import in_flags, parse, yaml_flags
 
@@ -169,6 +171,22 @@ def test_settings_of_the_demo() -> None:
     assert refused(DemoConfig, ["--seed", "-1"]).startswith("--seed: got -1")
     assert refused(DemoConfig, ["--steps", "0"]).startswith("--steps: got 0")
     assert refused(DemoConfig, ["--eval-limit", "0"]).startswith("--eval-limit: got 0")
+
+
+@pytest.mark.parametrize("config_type", [kind for kind, _ in COMMANDS.values()])
+def test_numbers_of_every_command_are_checked(config_type: type[Any], tmp_path: Path) -> None:
+    """No number of any command may be negative."""
+    file = tmp_path / "data.jsonl"
+    names = {field.name: field for field in dataclasses.fields(config_type)}
+    required = {
+        name: file if "file" in name else "x"
+        for name, field in names.items()
+        if field.default is dataclasses.MISSING
+    }
+    for name, field in names.items():
+        if field.type.partition(" ")[0] in ("int", "float"):
+            with pytest.raises(ValueError, match=f"^{name}: "):
+                config_type(**required, **{name: -1})
 
 
 def test_a_file_may_hold_what_another_run_needs(data: Path) -> None:
