@@ -7,6 +7,7 @@ a saved model that is loaded again.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from collections.abc import Iterable
@@ -44,7 +45,9 @@ class Finding:
     what: str
     got: str
     expected: str
-    verdict: str  # "ok", "refused" (training would say so, too), "WRONG"
+    # "ok", "refused" (training would say so, too), "not compared" (the model has nothing to compare
+    # with), "WRONG"
+    verdict: str
 
 
 def check(config: CheckConfig) -> list[Finding]:
@@ -96,8 +99,8 @@ class _Trial:
         yield Finding(
             "records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "", "ok"
         )
-        own = self.model(**self.batch).loss
-        want = own.item(), self._gradients(own)
+        own = self._own_loss()
+        want = None if own is None else (own.item(), self._gradients(own))
         with torch.no_grad():
             logits = self._logits()
         try:
@@ -120,8 +123,12 @@ class _Trial:
         )
         got = fused.item(), self._gradients(fused)
         unpatch_model(self.model)
-        yield self._close("loss, beside the model's own", got[0], want[0])
-        yield self._same_gradients("gradients, beside the model's own", got[1], want[1])
+        name = "loss, beside the model's own"
+        if want is None:
+            yield Finding(name, "the model returns no loss for labels", "a loss", "not compared")
+        else:
+            yield self._close(name, got[0], want[0])
+            yield self._same_gradients("gradients, beside the model's own", got[1], want[1])
         yield from self._weighted()
         yield from self._looks_ahead()
         yield from self._rows_alone()
@@ -141,10 +148,13 @@ class _Trial:
     # --- the rows --------------------------------------------------------------------------------
 
     def _weighted(self) -> Iterable[Finding]:
-        """The weighted loss, beside the reference formula on the model's own logits."""
+        """The weighted loss, beside the reference formula on the model's own logits.
+
+        The weights are constants of the gradients, whatever the tokens' probabilities do.
+        """
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
-        with torch.no_grad():
-            fused = float(fused_loss(self.model, aligned(self.batch), loss)[0])
+        fused = fused_loss(self.model, aligned(self.batch), loss)[0]
+        got = fused.item(), self._gradients(fused)
         target = batch_targets(self.batch)[0]
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
@@ -153,8 +163,11 @@ class _Trial:
         coefficients = reference.token_coefficients(
             torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window
         )
-        want = float((coefficients * nll.detach()).sum())
-        yield self._close(f"{loss.scheme} loss, beside the formula on its logits", fused, want)
+        formula = (coefficients * nll).sum()
+        want = formula.item(), self._gradients(formula)
+        beside = "beside the formula on its logits"
+        yield self._close(f"{loss.scheme} loss, {beside}", got[0], want[0])
+        yield self._same_gradients(f"{loss.scheme} gradients, {beside}", got[1], want[1])
 
     def _looks_ahead(self) -> Iterable[Finding]:
         """Whether a hidden state knows the tokens that it is to predict."""
@@ -176,17 +189,24 @@ class _Trial:
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
-        alone = torch.cat([self._nll(self.to_device(self.collate([e]))) for e in self.examples])
-        yield self._close_all("padded rows, beside each by itself", self.nll(), alone)
+        alone = [self._nll(self.to_device(self.collate([e]))) for e in self.examples]
+        yield self._close_all("padded rows, beside each by itself", self.nll(), torch.cat(alone))
         name = "packed rows, beside each by itself"
+        times = 2 if len(alone) == 1 else 1  # one document has none before it to see
+        packed = self.to_device(collate_packed(self.examples * times))
         try:
-            yield self._close_all(
-                name, self._nll(self.to_device(collate_packed(self.examples))), alone
-            )
+            yield self._close_all(name, self._nll(packed), torch.cat(alone * times))
         except UnsupportedModel as error:
             yield Finding(name, str(error).partition(":")[2].strip(), "the same nll", "refused")
 
     # --- the model -------------------------------------------------------------------------------
+
+    def _own_loss(self) -> Tensor | None:
+        """The model's own loss of the batch; None if it computes none."""
+        taken = inspect.signature(causal_lm(self.model).forward).parameters.values()
+        if not any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in taken):
+            return None
+        return getattr(self.model(**self.batch), "loss", None)
 
     def _logits(self, **instead: Tensor) -> Tensor:
         inputs = {k: v for k, v in self.batch.items() if k != "labels"} | instead

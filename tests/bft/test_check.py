@@ -40,6 +40,34 @@ class Shifted(hf.LlamaForCausalLM):
         return output
 
 
+class Lossless(hf.LlamaForCausalLM):
+    """A model that leaves the loss to its trainer."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        kwargs.pop("labels", None)
+        return super().forward(**kwargs)
+
+
+class Unlabelled(hf.LlamaForCausalLM):
+    """A model that has never heard of labels."""
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        use_cache: Any = None,
+        return_dict: Any = None,
+    ) -> Any:
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            return_dict=return_dict,
+        )
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)),
@@ -72,6 +100,7 @@ LORA = "LoRA merged, saved and loaded again"
 LOSS = "loss, beside the model's own"
 GRADIENTS = "gradients, beside the model's own"
 WEIGHTED = "bft loss, beside the formula on its logits"
+WEIGHTED_GRADIENTS = "bft gradients, beside the formula on its logits"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,12 +108,14 @@ def test_all_is_well(checked: Callable[..., Any], dtype: str, capsys: pytest.Cap
     status, verdicts = checked("llama", "--dtype", dtype)
     assert status == 0
     assert set(verdicts.values()) == {"ok"}
-    assert {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED} < verdicts.keys()
+    rows = {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}
+    assert rows < verdicts.keys()
     assert "records" in capsys.readouterr().out
 
 
-def test_a_model_that_cannot_pack_is_told_so(checked: Callable[..., Any]):
-    status, verdicts = checked("falcon")
+@pytest.mark.parametrize("flags", [(), ("--limit", "1")], ids=["four", "one"])
+def test_a_model_that_cannot_pack_is_told_so(checked: Callable[..., Any], flags: tuple[str, ...]):
+    status, verdicts = checked("falcon", *flags)
     assert status == 0  # training would refuse it, too
     assert verdicts.pop(PACKED) == "refused"
     assert set(verdicts.values()) == {"ok"}
@@ -101,15 +132,31 @@ def test_a_model_that_sees_its_answers_is_wrong(checked: Callable[..., Any]):
 def test_a_model_that_the_op_cannot_express_is_wrong(
     checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", shifted)
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(Shifted))
     status, verdicts = checked("llama")
     assert status == 1
     assert verdicts["patch"] == "WRONG"
     assert LOSS not in verdicts
 
 
-def shifted(folder: str, **_: Any) -> tuple[Any, dict[str, Any]]:
-    return Shifted(hf.LlamaConfig(**SMALL)), {"missing_keys": ()}
+@pytest.mark.parametrize("kind", [Lossless, Unlabelled])
+def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(
+    checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
+        patch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
+        status, verdicts = checked("llama")
+    assert status == 0
+    assert verdicts.pop(LOSS) == "not compared"
+    assert GRADIENTS not in verdicts
+    assert verdicts[WEIGHTED_GRADIENTS] == "ok"
+    assert set(verdicts.values()) == {"ok"}
+
+
+def loads(kind: type[Any]) -> Callable[..., Any]:
+    """In the place of ``from_pretrained``."""
+    return lambda folder, **_: (kind(hf.LlamaConfig(**SMALL)), {"missing_keys": ()})
 
 
 def too_large(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
@@ -120,6 +167,14 @@ def too_large(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
 def of_half_the_gradient(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
     value, stats = CALL(self, *args, **kwargs)
     return (value + value.detach()) / 2, stats
+
+
+def of_moving_weights(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+    """The right value, and a gradient that goes through the weights, too."""
+    value, stats = CALL(self, *args, **kwargs)
+    if self.scheme != "sft":
+        value = value + (value * value - (value * value).detach()) / 2
+    return value, stats
 
 
 def with_other_weights(accelerator: Any, model: Any, tokenizer: Any, folder: Path) -> None:
@@ -136,11 +191,12 @@ CALL, SAVE = HeadLoss.__call__, module.save_model
 @pytest.mark.parametrize(
     ("where", "name", "fault", "wrong"),
     [
-        (HeadLoss, "__call__", too_large, {LOSS, GRADIENTS, WEIGHTED}),
-        (HeadLoss, "__call__", of_half_the_gradient, {GRADIENTS}),
+        (HeadLoss, "__call__", too_large, {LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}),
+        (HeadLoss, "__call__", of_half_the_gradient, {GRADIENTS, WEIGHTED_GRADIENTS}),
+        (HeadLoss, "__call__", of_moving_weights, {WEIGHTED_GRADIENTS}),
         (module, "save_model", with_other_weights, {SAVED, LORA}),
     ],
-    ids=["loss", "gradient", "saved model"],
+    ids=["loss", "gradient", "weighted gradient", "saved model"],
 )
 def test_what_is_broken_is_found(
     checked: Callable[..., Any],
