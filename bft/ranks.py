@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,7 +14,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from bft.config import TrainConfig
 
 Value = TypeVar("Value")
-_parted: list[Any] = []  # groups of processes that ended
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -42,11 +42,11 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def end(accelerator: Accelerator) -> None:
     """Closes the trackers and parts the processes, after work that all of them did."""
-    # Gloo's destructor waits for its threads with Python's lock in its hand, and a thread may need
-    # that lock to free the tensors of the last call: seen as a run in seven that never ended, on a
-    # busy machine. So the group lives on until the interpreter ends.
+    # Gloo's threads free the tensors of the last call when they come to it, and need Python's lock
+    # for that. Its destructor waits for them with that lock in its hand: on a busy machine a run in
+    # seven never ended. While this thread sleeps the lock is free.
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
-        _parted.append(torch.distributed.group.WORLD)
+        time.sleep(0.5)
     accelerator.end_training()
 
 
