@@ -30,7 +30,8 @@ class Blocks:
     """
 
     def __init__(self, parts: int, steps: int, reach: int, *, in_turn: bool = False) -> None:
-        self.steps, self.reach, self.in_turn = steps, reach, in_turn
+        self.parts, self.steps = parts, steps
+        self.reach, self.in_turn = reach, in_turn
         self._step = [0] * parts  # of each part: its next, or the one that is taken
         self._idle = set(range(parts if steps else 0))
         self._ended = False
@@ -43,19 +44,21 @@ class Blocks:
         """
         with self._changed:
             while self._idle and not self._ended:
-                ready = [part for part in self._idle if self._is_ready(part)]
+                end = min(self._step) + self.reach
+                ready = [
+                    (self._step[part], part)
+                    for part in self._idle
+                    if self._step[part] < end and not self._waits_for_turn(part)
+                ]
                 if ready:
-                    part = min(ready, key=lambda part: (self._step[part], part))
+                    step, part = min(ready)
                     self._idle.remove(part)
-                    return part, self._step[part]
+                    return part, step
                 self._changed.wait()
             return None
 
-    def _is_ready(self, part: int) -> bool:
-        step = self._step[part]
-        if self.in_turn and part > 0 and self._step[part - 1] == step:
-            return False
-        return step < min(self._step) + self.reach
+    def _waits_for_turn(self, part: int) -> bool:
+        return self.in_turn and part > 0 and self._step[part - 1] == self._step[part]
 
     def done(self, part: int) -> None:
         """Says that the step of ``part`` that was taken is done."""
@@ -75,9 +78,17 @@ class Blocks:
 def run(blocks: Blocks, compute: Callable[[int, int, int], None], threads: int) -> None:
     """Calls ``compute(worker, part, step)`` for every block, on up to ``threads`` threads.
 
+    One thread is the caller's, whose products and loops may have more.
+
     Raises:
         BaseException: what a call raised first; blocks that nobody has taken by then are left out.
     """
+    if threads == 1:
+        with torch.inference_mode():
+            for step in range(blocks.steps):
+                for part in range(blocks.parts):
+                    compute(0, part, step)
+        return
 
     def work(worker: int) -> None:
         # Threads have modes of their own; what is computed here has no gradient.
