@@ -26,7 +26,7 @@ from bft.config import CheckConfig
 from bft.data import AnswerDataset, Collator, collate_packed, read_jsonl
 from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
-from bft.isolation import evaluation_mode
+from bft.isolation import evaluation_mode, other_tokens
 from bft.limits import check_fits
 from bft.load import load_pretrained
 from bft.lora import add_adapters
@@ -175,9 +175,9 @@ class _Trial:
             before = self._logits()
             ids = self.batch["input_ids"]
             half = ids.shape[1] // 2
-            other = torch.where(ids == ids.min(), ids.max(), ids.min())
-            changed = torch.cat([ids[:, :half], other[:, half:]], 1)
-            after = self._logits(input_ids=changed)
+            later = torch.zeros_like(ids, dtype=torch.bool)
+            later[:, half:] = True
+            after = self._logits(**(other_tokens(self.batch, later) or {}))
         change = float((after - before)[:, :half].abs().amax() / before.abs().amax())
         sees = change > self.loss_error
         yield Finding(

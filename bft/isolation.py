@@ -45,12 +45,12 @@ def check_documents_apart(
         Whether the batch could tell: some row holds a labelled document behind another one.
     """
     earlier, judged, later = _split(call, target, cu_seqlens)
-    changed = _other_tokens(call, earlier)
+    changed = other_tokens(call, earlier)
     if not _most_of_ranks(model, float(changed is not None and bool(judged.any()))):
         return False
     with evaluation_mode(model):
         own = run(call)[judged]  # [n, D]
-        noise = _change(model, own, run({**call, **(_other_tokens(call, later) or {})})[judged])
+        noise = _change(model, own, run({**call, **(other_tokens(call, later) or {})})[judged])
         change = _change(model, own, run({**call, **(changed or {})})[judged])
     # Mostly there is no noise, and no change is allowed. But the rows of a product may be grouped
     # otherwise (a mixture's experts), and then round otherwise: as later tokens show, on which
@@ -96,7 +96,7 @@ def _change(model: nn.Module, before: Tensor, after: Tensor) -> float:
     return _most_of_ranks(model, float(((after - before).float().norm(dim=1) / norm).amax()))
 
 
-def _other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] | None:
+def other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] | None:
     """The inputs with each token at ``where [B, T]`` replaced by another one of the batch."""
     ids = call.get("input_ids")
     if ids is None:
@@ -109,13 +109,18 @@ def _other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] |
 
 
 def kind_of(
-    call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor, attention: str | None
+    call: Mapping[str, Any],
+    target: Tensor,
+    cu_seqlens: Tensor,
+    attention: str | None,
+    *,
+    given: bool,
 ) -> str:
     """What decides whether documents see each other, besides the model: one trial for each.
 
     Which arguments there are, their dimensions and types, what switches say, whether there is one
     row (flash attention looks at ``position_ids`` only then), and whether the boundaries are those
-    that ``position_ids`` show.
+    that ``position_ids`` show, as they are unless ``cu_seqlens`` was ``given`` beside them.
     """
     parts = [str(attention)]
     for name, value in sorted(call.items()):
@@ -124,12 +129,13 @@ def kind_of(
         elif value is not None:
             parts.append(f"{name} {value if isinstance(value, bool | str) else type(value)}")
     positions = call.get("position_ids")
-    if isinstance(positions, Tensor) and positions.dim() == 2:
+    if given and isinstance(positions, Tensor) and positions.dim() == 2:
         shown = cu_seqlens_from_position_ids(positions.expand(target.shape))
         same = shown.shape == cu_seqlens.shape and torch.equal(
             shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)
         )
-        parts.append(f"boundaries {'of' if same else 'beside'} position_ids")
+        if not same:
+            parts.append("boundaries beside position_ids")
     return ", ".join(parts)
 
 

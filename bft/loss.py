@@ -195,13 +195,14 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
     return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
 
 
-def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+def aligned(batch: Mapping[str, Any], target: Tensor | None = None) -> dict[str, Any]:
     """The batch with ``shift_labels`` in place of ``labels``: what a position is to predict.
 
-    Whether a model's own loss shifts its labels then makes no difference.
+    Whether a model's own loss shifts its labels then makes no difference. ``target`` is what
+    :func:`batch_targets` gave for the batch, where that is known.
     """
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    return rest | {"shift_labels": batch_targets(batch)[0]}
+    return rest | {"shift_labels": batch_targets(batch)[0] if target is None else target}
 
 
 def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:

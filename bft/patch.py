@@ -277,7 +277,8 @@ def _labelled_call(model: Any, state: _State, call: dict[str, Any]) -> Any:
         as_dict = getattr(model.config, "return_dict", True)
 
     if cu_seqlens is not None and state.apart is not None:
-        _check_apart(model, state.apart, call, target, cu_seqlens)
+        explicit = given["cu_seqlens"] is not None or given["cu_seq_lens_q"] is not None
+        _check_apart(model, state.apart, call, target, cu_seqlens, explicit)
     output, stand_in = run_body(
         model,
         _own_forward(model),
@@ -320,11 +321,16 @@ def _read_measured(model: Any, state: _State, output: Any, stand_in: StandIn) ->
 
 
 def _check_apart(
-    model: Any, seen: set[str], call: dict[str, Any], target: Tensor, cu_seqlens: Tensor
+    model: Any,
+    seen: set[str],
+    call: dict[str, Any],
+    target: Tensor,
+    cu_seqlens: Tensor,
+    explicit: bool,
 ) -> None:
     """Tries once for each kind of packed call whether its documents see each other."""
     attention = getattr(model.config, "_attn_implementation", None)
-    kind = kind_of(call, target, cu_seqlens, attention)
+    kind = kind_of(call, target, cu_seqlens, attention, given=explicit)
     if kind in seen:
         return
 

@@ -255,7 +255,7 @@ def training_step(
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**aligned(batch), num_items=num_items)
+            output = model(**aligned(batch, targets[index][0]), num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
         meter.add(output.loss, targets[index][0], last_stats(model))
     return meter.read(accelerator)
