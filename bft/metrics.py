@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -15,6 +16,8 @@ import torch
 
 from bft.loss import IGNORE
 from bft_kernels import BalancedTokenStats
+
+logger = logging.getLogger(__name__)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -91,7 +94,8 @@ def to_json(value: Any, **options: Any) -> str:
 class MetricLog:
     """``metrics.jsonl``: one JSON object a line, written line by line; null where not finite.
 
-    A resumed run drops the lines past the step it resumes from, and goes on.
+    A resumed run drops the lines past the step it resumes from, and goes on. Lines that a full disk
+    does not take wait in memory, and go with the next that it takes.
     """
 
     def __init__(self, path: Path, *, enabled: bool, resumed_step: int = 0) -> None:
@@ -105,13 +109,31 @@ class MetricLog:
             partial = path.with_name(f".{path.name}.partial")  # all of the old lines, or all new
             partial.write_text("".join(to_json(row) + "\n" for row in self.rows), encoding="utf-8")
             os.replace(partial, path)
+        self.waiting: list[str] = []
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         row = {"kind": kind, "step": step, **values}
         self.rows.append(row)
         if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(to_json(row) + "\n")
+            self.waiting.append(to_json(row) + "\n")
+            try:
+                self._append("".join(self.waiting).encode())
+            except OSError as error:
+                if len(self.waiting) == 1:
+                    logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
+            else:
+                self.waiting.clear()
+
+    def _append(self, lines: bytes) -> None:
+        """All of the lines, or none."""
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while rest := lines[file.tell() - before :]:
+                    file.write(rest)
+            except OSError:
+                file.truncate(before)
+                raise
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The rows of one kind: ``train`` or ``eval``."""

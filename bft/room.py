@@ -1,9 +1,13 @@
-"""Whether the disk has room for what a run will write, asked before its first step."""
+"""Room on the disk for what a run will write: asked for, and set aside, before its first step."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
 
@@ -11,9 +15,13 @@ from bft.checkpoint import checkpoint_folders
 from bft.config import SettingError, TrainConfig
 from bft.ranks import on_main
 from bft.run import Run
-from bft.run_folder import bytes_of_old_run
+from bft.run_folder import ROOM, bytes_of_old_run
+
+logger = logging.getLogger(__name__)
 
 _MIB = 2**20
+_SMALL_FILES = 2**16  # configuration, random states, manifest
+_PER_TENSOR = 2**12  # of a parameter's name and padding in the files of model and optimizer
 
 
 def check_room(run: Run, first: int) -> None:
@@ -23,7 +31,7 @@ def check_room(run: Run, first: int) -> None:
 
 def _check(run: Run, first: int) -> None:
     config = run.config
-    model, checkpoint = model_bytes(run.model), checkpoint_bytes(run.model)
+    model, checkpoint = _model_bytes(run), checkpoint_bytes(run.model)
     needed = _needed(config, first, run.steps, model, checkpoint)
     disk = shutil.disk_usage(config.output_dir)
     free = disk.free + (bytes_of_old_run(config.output_dir) if config.overwrite else 0)
@@ -38,6 +46,46 @@ def _check(run: Run, first: int) -> None:
         f"output_dir: {config.output_dir} has {free / _MIB:,.1f} MiB free, and the run needs "
         f"{needed / _MIB:,.1f} MiB ({what}); {way_out}"
     )
+
+
+def set_aside(run: Run, first: int) -> None:
+    """Takes the room for what is written next, so that no other program can until then.
+
+    That is the first checkpoint, or the model: with either, nothing that was trained is lost.
+    """
+    size = _model_bytes(run)
+    if run.config.save_every is not None and first < run.steps:
+        tensors = len(list(run.model.parameters()))
+        size = max(size, checkpoint_bytes(run.model) + tensors * _PER_TENSOR + _SMALL_FILES)
+    on_main(run.accelerator, lambda: _allocate(run.config.output_dir / ROOM, size))
+
+
+def _allocate(path: Path, size: int) -> None:
+    allocate = getattr(os, "posix_fallocate", None)  # macOS has none
+    try:
+        if allocate is None:
+            raise OSError(errno.EOPNOTSUPP, "posix_fallocate is missing")
+        with path.open("wb") as file:
+            allocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SettingError(
+                f"output_dir: {path.parent} has no room for what the run writes first, "
+                f"{size / _MIB:,.1f} MiB ({error.strerror}); make room, or give another folder"
+            ) from None
+        logger.warning(
+            "%s: no room can be set aside there (%s): the model is lost if others fill the disk",
+            path.parent,
+            error.strerror,
+        )
+
+
+def _model_bytes(run: Run) -> int:
+    """The folder of the model: weights, tokenizer, and some KiB of configuration."""
+    tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)  # slow ones are small
+    size = len(tokenizer.to_str()) if tokenizer is not None else 0
+    return model_bytes(run.model) + size + _SMALL_FILES
 
 
 def model_bytes(model: nn.Module) -> int:

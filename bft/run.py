@@ -22,7 +22,8 @@ from bft.data import AnswerDataset, StepBatches
 from bft.loss import HeadLoss
 from bft.nonfinite import NonFinite, broken_parameter
 from bft.patch import unpatch_model
-from bft.run_folder import ADAPTER, CONFIG, MODEL
+from bft.ranks import on_main
+from bft.run_folder import ADAPTER, CONFIG, MODEL, give_room
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def save(run: Run, step: int) -> Path:
     """A checkpoint after ``step`` steps."""
     config, accelerator = run.config, run.accelerator
     check_parameters(run)
+    _use_room(run)
     try:
         return save_progress(
             accelerator, config.output_dir, step, config.keep_checkpoints, run.identity
@@ -63,11 +65,16 @@ def write_model(run: Run) -> Path:
     check_parameters(run)
     # Mixed precision has wrapped the model's forward.
     unpatch_model(run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
+    _use_room(run)
     try:
         save_model(run.accelerator, run.model, run.tokenizer, folder)
     except WriteError as error:
         raise WriteError(f"{error}; {_kept(run)}") from error
     return folder
+
+
+def _use_room(run: Run) -> None:
+    on_main(run.accelerator, lambda: give_room(run.config.output_dir))
 
 
 def _kept(run: Run) -> str:

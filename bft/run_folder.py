@@ -30,6 +30,7 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 EVENTS = "tensorboard"
 LOCK = ".lock"
+ROOM = ".room"  # set aside for what is written next, see bft.room
 
 
 class FolderInUse(RuntimeError):
@@ -51,13 +52,18 @@ def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
 
         def claim() -> None:
             stack.enter_context(_lock(config.output_dir))
+            give_room(config.output_dir)  # left by a run that was killed
             if config.resume:
                 _check_resumable(config.output_dir)
             else:
                 _check_free(config)
 
         on_main(accelerator, claim)
-        yield
+        try:
+            yield
+        finally:
+            if accelerator.is_main_process:
+                give_room(config.output_dir)
 
 
 def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
@@ -80,6 +86,11 @@ def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
         }
         accelerator.init_trackers("tensorboard", config=values)
     return log
+
+
+def give_room(folder: Path) -> None:
+    """Frees what was set aside, for what is written now."""
+    (folder / ROOM).unlink(missing_ok=True)
 
 
 def remove_old_run(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from bft.checkpoint import load_progress
+from bft.checkpoint import WriteError, load_progress
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
 from bft.encode import Record
@@ -29,8 +29,8 @@ from bft.loss import HeadLoss, aligned, batch_targets, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
-from bft.ranks import end, on_main, start_accelerator
-from bft.room import check_room
+from bft.ranks import end, largest, on_main, start_accelerator
+from bft.room import check_room, set_aside
 from bft.run import Run, how_to_go_on, save, ways_out, write_model
 from bft.run_folder import claimed, start_log
 from bft.same_run import identity
@@ -72,6 +72,7 @@ def train(config: TrainConfig) -> TrainResult:
             first = load_progress(accelerator, config.output_dir, run.identity)
         check_room(run, first)
         log = start_log(accelerator, config, first)
+        set_aside(run, first)
         evaluator = Evaluator(run, held_out, records, log)
         del records  # only their answers are needed from here on
         try:
@@ -83,6 +84,7 @@ def train(config: TrainConfig) -> TrainResult:
                 if number := stop.agreed(accelerator):
                     raise Stopped(number, f"after the last step: {model_dir} is not evaluated")
             evaluator.run(run.steps)
+            check_log(accelerator, log, model_dir)
         except (NonFinite, Stopped):  # on every rank
             end(accelerator)
             raise
@@ -91,6 +93,15 @@ def train(config: TrainConfig) -> TrainResult:
     if skipped and accelerator.is_main_process:
         logger.warning("the updates of %d of %d steps were left out", skipped, run.steps)
     return TrainResult(model_dir, run.steps, log.of("train"), log.of("eval"))
+
+
+def check_log(accelerator: Accelerator, log: MetricLog, model_dir: Path) -> None:
+    """Raises WriteError if the disk has not taken all lines."""
+    if missing := largest(accelerator, len(log.waiting)):
+        raise WriteError(
+            f"{log.path} lacks its last {missing} lines, which the disk did not take; "
+            f"{model_dir} is whole"
+        )
 
 
 def read(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from bft import run as run_module
+from bft import train as train_module
 from bft.checkpoint import CheckpointError, WriteError
 from bft.config import SettingError, TrainConfig
 from bft.train import train
@@ -237,6 +241,101 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
     assert train(replace(config, overwrite=True)).steps == 4  # what it removes is room
     free.pop(0)
     assert train(other).steps == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mount needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Another program's file takes all that is left."""
+    with (folder / "others").open("ab") as file:
+        file.write(bytes(shutil.disk_usage(folder).free))
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("save_every", [None, 8])
+def test_a_disk_that_others_fill_during_the_run_takes_the_model(
+    config: TrainConfig,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    save_every: int | None,
+    lora_rank: int,
+) -> None:
+    """The model; with checkpoints the first of them, from which the model can be had later."""
+    for name in ("take_steps", "write_model"):
+        original = getattr(train_module, name)
+
+        def on_a_full_disk(*arguments: Any, original: Callable[..., Any] = original) -> Any:
+            fill(small_disk)
+            return original(*arguments)
+
+        monkeypatch.setattr(train_module, name, on_a_full_disk)
+    config = replace(config, output_dir=small_disk / "run", lora_rank=lora_rank)
+    config = replace(config, save_every=save_every)
+    if save_every is None:
+        result = train(config)
+    else:
+        with pytest.raises(WriteError, match=r"model could not be .* the checkpoint step-0000006"):
+            train(config)
+        (small_disk / "others").unlink()
+        monkeypatch.undo()
+        result = train(replace(config, resume=True))
+    assert load_file(result.model_dir / "model.safetensors")
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert not (config.output_dir / ".room").exists()
+
+
+def test_room_is_set_aside_while_a_run_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room, seen = config.output_dir / ".room", []
+
+    def killed(*_: Any) -> None:
+        seen.append(room.stat().st_blocks * 512)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "take_steps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not room.exists()
+    room.write_bytes(bytes(100))  # of a run that nothing could end in order
+    result = train(replace(config, overwrite=True))
+    written = sum(path.stat().st_size for path in result.model_dir.iterdir())
+    assert written <= seen[0] < 1.5 * written + 2**17
+    assert not room.exists()
+
+
+def test_a_disk_without_room_to_set_aside_is_named(
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A quota, which no free space tells of; a file system that sets nothing aside."""
+
+    def fails(number: int) -> Callable[..., None]:
+        def allocate(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return allocate
+
+    monkeypatch.setattr(os, "posix_fallocate", fails(errno.EDQUOT))
+    with pytest.raises(SettingError, match=r"no room for what the run writes first, .* MiB \(Disk"):
+        train(config)
+    monkeypatch.setattr(os, "posix_fallocate", fails(errno.EOPNOTSUPP))
+    assert train(replace(config, overwrite=True)).model_dir.exists()
+    assert "no room can be set aside" in caplog.text
 
 
 def test_a_checkpoint_that_lost_a_file_is_not_published(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,28 @@ def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
     train, held_out = MetricLog(path, enabled=True, resumed_step=1).rows
     assert math.isnan(train["loss"])
     assert held_out["accuracy"] is None
+
+
+def test_lines_that_a_full_disk_does_not_take_wait(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricLog(path, enabled=True)
+    log.write("train", 1, {"loss": 1.0})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))  # in a line's middle
+    try:
+        for step in (2, 3):
+            log.write("train", step, {"loss": 1.0 / step})
+            assert path.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(log.waiting) == 2
+    assert caplog.text.count("wait in memory") == 1
+    log.write("train", 4, {"loss": 0.25})
+    assert not log.waiting
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_figure_is_a_png(tmp_path: Path) -> None:

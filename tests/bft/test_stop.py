@@ -27,6 +27,14 @@ from bft.train import train
 Flags = Callable[[TrainConfig], list[str]]
 
 
+@pytest.fixture(autouse=True)
+def not_in_the_background() -> Iterator[None]:
+    """A shell's background job, as these tests may be, ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def kill_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """This process gets signals in its third step; a resumed run gets none."""

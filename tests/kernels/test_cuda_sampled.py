@@ -67,11 +67,15 @@ class Sample:
 
     def check_hidden(self, got: Tensor, error: Any) -> None:
         assert bool(got[~self.labelled].isnan().all())
-        allowed = torch.finfo(got.dtype).eps + 3e-6
-        assert error(got[self.labelled], self.dy @ self.weight) <= allowed
+        self._check(got[self.labelled], self.dy, self.weight, error)
 
     def check_weight(self, got: Tensor, error: Any) -> None:
-        assert error(got, self.dy.T @ self.hidden) <= torch.finfo(got.dtype).eps + 3e-6
+        self._check(got, self.dy.T, self.hidden, error)
+
+    def _check(self, got: Tensor, dy: Tensor, operand: Tensor, error: Any) -> None:
+        expected, size = dy @ operand, dy.abs() @ operand.abs()
+        cancels = float(size.norm() / expected.norm().clamp_min(1e-300))
+        assert error(got, expected) <= torch.finfo(got.dtype).eps + 1e-6 * (1 + cancels)
 
     def check_entries(self, keys: Tensor, packed: Tensor, offsets: Tensor, error: Any) -> None:
         """Keys and packed words, by the lists they are in, are what is kept."""
