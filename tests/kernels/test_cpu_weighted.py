@@ -12,7 +12,7 @@ from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross
 
 pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
-from bft_kernels.backends.cpu import weighted
+from bft_kernels.backends.cpu import team, weighted
 from bft_kernels.plan import CPU_PASS_ROWS, PIECE_STEP
 
 MIB = 2**20
@@ -98,6 +98,28 @@ def test_the_gradient_has_room_whatever_the_budget(budget, problem, error, taken
     check(p, error, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
     [(rows, waiting, in_gradient)] = taken
     assert in_gradient == 32 <= waiting < rows
+
+
+@pytest.mark.parametrize(
+    ("width", "in_gradient", "members"), [(160, 160, 2), (180, 168, 2), (240, 240, 1)]
+)
+def test_the_rows_in_the_gradient_are_no_more_than_a_thread_s_part(
+    width, in_gradient, members, problem, error, taken, all_threads, monkeypatch
+):
+    """A few too many are computed again; where they are many, all threads share their blocks."""
+    torch.set_num_threads(2)
+    sizes = []
+    run = team.run
+
+    def seen(blocks, compute, threads):
+        sizes.append(threads)
+        run(blocks, compute, threads)
+
+    monkeypatch.setattr(team, "run", seen)
+    p = problem(300, width, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error, 4 * MIB, cu_seqlens=torch.tensor([0, 300]), window=4)
+    assert [piece[2] for piece in taken] == [in_gradient]
+    assert sizes == [2, members]
 
 
 def test_all_logits_wait_in_the_gradient(problem, error, taken):

@@ -172,12 +172,21 @@ class _Engine(WeightedSums):
     def _wait(self, first: int, stop: int) -> _Waiting:
         """Makes room for the logits of a piece."""
         count, vocabulary = stop - first, self.weight.shape[0]
-        in_gradient = 0 if self.added else min(count, self.plan.in_gradient)
+        in_gradient = 0 if self.added else self._rows_in_gradient(count)
         in_buffer = min(count - in_gradient, self.plan.in_buffer)
         if self.buffer is None:
             self.buffer = workspace.borrow(self.plan.in_buffer * vocabulary)
         self.operand = self.operands.take(first, first + in_gradient + in_buffer)
         return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
+
+    def _rows_in_gradient(self, count: int) -> int:
+        """How many of the first piece's rows wait in ``dW``: they are one part, see :meth:`_parts`.
+
+        A few give up their place, and are computed again, where the part would be too large.
+        """
+        rows, members = min(count, self.plan.in_gradient), cpu_team(count, self.plan.team)
+        most = _largest_part(count, members)
+        return most if most < rows <= most + count // 8 else rows
 
     def _parts(self, count: int, least: int, width: int) -> tuple[int, list[tuple[int, int]]]:
         """The team for a piece of ``count`` rows, and its parts: even parts of the rows that wait,
@@ -196,7 +205,7 @@ class _Engine(WeightedSums):
                 parts += _steps(begin, end, _even(end - begin, rows))
             largest = max(b - a for a, b in parts)
             fits = largest * width <= max(self.share, self.larger)
-            if largest * size <= 1.125 * count and fits:
+            if largest <= _largest_part(count, size) and fits:
                 break
         return size, parts
 
@@ -326,6 +335,11 @@ class _Engine(WeightedSums):
         if self.buffer is not None:
             workspace.give_back(self.buffer)
         return super().result()
+
+
+def _largest_part(count: int, members: int) -> int:
+    """Rows that one of a team may have to itself while others wait for it, of ``count`` in all."""
+    return int(1.125 * count / members)
 
 
 def _even(count: int, most: int) -> int:
