@@ -1,4 +1,4 @@
-"""No op makes a tensor on the host, copies one or waits for the device, so that CUDA graphs hold it.
+"""No op makes or copies a tensor on the host, or waits for the device: a CUDA graph may hold it.
 
 There need be no GPU: tensors lie on the ``meta`` device, the ops' own bodies run on them below
 autograd, and kernels that would be launched only look at where their arguments lie.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,10 @@ from bft_kernels import (
     token_weights,
 )
 from bft_kernels.backends.cuda import native
+from bft_kernels.backends.torch.forward import linear_nll as torch_linear_nll
+from bft_kernels.config import CoreConfig
+from bft_kernels.results import Wanted
+from bft_kernels.weighting import _call_scheme
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 8, 16, 300
 OPS = [op for op in vars(ops).values() if isinstance(op, torch.library.CustomOpDef)]
@@ -140,7 +145,6 @@ LOSSES: dict[str, Callable[..., Any]] = {
 BALANCED = [name for name in LOSSES if name.startswith(("sft", "dft", "bft"))]
 FROZEN = {"trained head": (), "frozen head": ("weight", "bias")}
 BUDGETS = {"a chunk": None, "chunks": 6 * VOCABULARY * 4}
-# The torch backend lists what it keeps, however much that is.
 SAMPLED = {"gradient": "sampled", "eps": 2**-5}
 
 
@@ -154,9 +158,121 @@ def frozen(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def test_exact_losses_keep_to_the_device(device, name, budget, frozen):
     p = device.problem((ROWS, LENGTH), frozen)
     work = device.run(lambda: LOSSES[name](**p, max_buffer_bytes=BUDGETS[budget]))
-    assert not work.made
-    assert not work.copied
-    assert not work.own
+    assert not work.made + work.copied + work.own
     assert device.launched or device.backend == "torch"
     assert p["hidden"].grad is not None
     assert (p["weight"].grad is not None) == (not frozen)
+
+
+@pytest.mark.parametrize(("budget", "seed"), [("a chunk", None), ("chunks", 7)])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "smoothed" not in name])
+@pytest.mark.parametrize("device", ["triton", "cuda"], indirect=True)  # torch waits: see below
+def test_sampled_losses_keep_to_the_device(device, name, budget, seed, frozen):
+    p = device.problem((ROWS, LENGTH), frozen)
+    how = {**SAMPLED, "seed": seed, "max_buffer_bytes": BUDGETS[budget]}
+    if "statistics" in name:
+        how["hidden_variance"] = True
+    work = device.run(lambda: LOSSES[name](**p, **how))
+    assert not work.made + work.copied + work.own
+    assert p["hidden"].grad is not None
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_boundaries_on_the_device_stay_there(device, name, frozen):
+    p = device.problem((ROWS * LENGTH,), frozen)
+    cu_seqlens = device.tensor(5, dtype=torch.int32)
+    work = device.run(lambda: LOSSES[name](**p, cu_seqlens=cu_seqlens))
+    assert not work.made + work.copied + work.own
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", BALANCED)
+def test_boundaries_on_the_host_are_copied_once(device, name, budget, frozen):
+    """The host may read what the caller has there; documents fit the chunks, or do not."""
+    p = device.problem((ROWS * LENGTH,), frozen)
+    cu_seqlens = torch.tensor([0, 0, 3, 16, 16, 24])
+    how = {"cu_seqlens": cu_seqlens, "max_buffer_bytes": BUDGETS[budget]}
+    work = device.run(lambda: LOSSES[name](**p, **how))
+    needed = name != "dft, tokens" or frozen
+    assert work.copied == ["aten._to_copy.default"] * bool(needed)
+    assert not work.made
+
+
+def test_weights_by_themselves_keep_to_the_device():
+    device = Device("")
+    confidence = device.tensor(30, dtype=torch.float32)
+    with device.work as work:
+        for scheme in ("dft", "bft", "bft-v1-code"):
+            token_weights(confidence, device.tensor(4, dtype=torch.int64), scheme=scheme)
+    assert not work.made + work.copied + work.own
+
+
+# --- while a CUDA graph is captured -------------------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+    """A problem on a GPU that captures, as far as the host can tell."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield {
+            "hidden": torch.empty(ROWS, LENGTH, WIDTH, device="cuda"),
+            "weight": torch.empty(VOCABULARY, WIDTH, device="cuda"),
+            "target": torch.empty(ROWS, LENGTH, dtype=torch.int64, device="cuda"),
+        }
+
+
+BOUNDS = torch.tensor([0, 9, ROWS * LENGTH])
+CONFIG = CoreConfig(
+    -100, None, 1.0, 0.0, 0.0, 2**-5, "entries", False, False, False, "float32", "torch", 2**20,
+    False, False,
+)  # fmt: skip
+
+
+def test_a_capture_takes_what_lies_on_the_device(captured):
+    balanced_linear_cross_entropy(**captured, num_items=3)
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient": "sampled"}, {"scheme": "sft"}], ids=str)
+def test_a_capture_refuses_boundaries_on_the_host(captured, how):
+    with pytest.raises(
+        RuntimeError, match=r"^cu_seqlens: got a tensor on cpu .* captured, .* Move"
+    ):
+        balanced_linear_cross_entropy(**captured, cu_seqlens=BOUNDS, **how)
+
+
+def test_a_captured_op_refuses_boundaries_on_the_host(captured):
+    """Compiled code is captured with the copy outside the op."""
+    count, device = ROWS * LENGTH, captured["hidden"].device
+    share, cu_seqlens = torch.empty(count, device=device), BOUNDS.to(device)
+    arguments = (*captured.values(), share, cu_seqlens, BOUNDS, None)
+    settings = (*CONFIG.arguments(), "bft", 4, 1.0, 1e-8, *Wanted(True, True, False))
+    with pytest.raises(RuntimeError, match=r"^cu_seqlens: got a tensor on the CPU while .* Move"):
+        ops.weighted_loss._init_fn(*arguments, *settings)
+
+
+def test_a_capture_refuses_a_count_on_the_host(captured):
+    labelled = captured["target"] > 0
+    with pytest.raises(RuntimeError, match=r"^num_items: got a tensor on cpu while .* a number"):
+        ops.num_items._init_fn(torch.tensor(3), labelled, False)
+
+
+@pytest.mark.parametrize("function", [linear_nll, balanced_linear_cross_entropy])
+def test_a_capture_refuses_checks_of_values(captured, function):
+    with pytest.raises(RuntimeError, match=r"^check: got True while .* None or False"):
+        function(**captured, check=True)
+
+
+def test_a_capture_refuses_a_callable(captured):
+    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("not called")
+
+    confidence = torch.empty(9, device=captured["hidden"].device)
+    with pytest.raises(RuntimeError, match=r"^scheme: got a callable while .* a name"):
+        _call_scheme(scheme, confidence, BOUNDS, confidence)
+
+
+def test_a_capture_refuses_lists_of_unknown_length(captured):
+    seed = torch.empty((), dtype=torch.int64, device=captured["hidden"].device)
+    with pytest.raises(RuntimeError, match=r"^gradient: got 'sampled' with backend='torch'"):
+        torch_linear_nll(*captured.values(), None, seed, CONFIG)
