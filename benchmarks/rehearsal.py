@@ -12,7 +12,7 @@ from torch import Tensor
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
-from bft_kernels.results import Saved, Wanted
+from bft_kernels.results import Documents, Saved, Wanted
 
 # N, D and V of the published figures.
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
@@ -87,8 +87,8 @@ def ours(
             linear_nll_backward(grad, *inputs, saved, config, wanted, given)
     linear_nll(*inputs, None, replace(exact, residual="unit"))
     weighting = Weighting("bft")
-    bounds = torch.tensor([0, ROWS // 2, ROWS])
-    weighted_loss(hidden, weight, target, grad, bounds, bias, exact, weighting, wanted)
+    documents = Documents(_empty(3, dtype=torch.int64), [0, ROWS // 2, ROWS])
+    weighted_loss(hidden, weight, target, grad, documents, bias, exact, weighting, wanted)
 
 
 def weights() -> None:

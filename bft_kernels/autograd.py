@@ -105,7 +105,7 @@ def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
 
 
 def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, _, _, bias = inputs[: ops.WEIGHTED_LOSS_TENSORS]
+    hidden, weight, *_, bias = inputs[: ops.WEIGHTED_LOSS_TENSORS]
     result = WeightedLoss(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
@@ -123,10 +123,10 @@ def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
     scaled = [
         _scale(gradient, grad, dtype) if want and needed else None
         for gradient, dtype, want, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.wanted, (needs[0], needs[1], needs[5]), strict=True
+            ctx.saved_tensors, ctx.dtypes, ctx.wanted, (needs[0], needs[1], needs[6]), strict=True
         )
     ]
-    return (scaled[0], scaled[1], None, None, None, scaled[2], *nothing)
+    return (scaled[0], scaled[1], None, None, None, None, scaled[2], *nothing)
 
 
 def _setup_balanced_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -19,11 +19,12 @@ from bft_kernels.checks import (
     check_number,
     check_settings,
     check_tensor,
+    check_unchecked,
 )
 from bft_kernels.config import CoreConfig, Weighting, accumulator
 from bft_kernels.plan import default_buffer_bytes
 from bft_kernels.results import BalancedLoss, Forward, Wanted, WeightedLoss
-from bft_kernels.weighting import SchemeFunction, balanced_loss
+from bft_kernels.weighting import SchemeFunction, balanced_loss, boundaries_beside
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def prepare(
             "z_loss": z_loss,
         }
     )
+    check_unchecked(hidden.device, check)
     seed = _check_seed(seed, hidden)
     device = hidden.device.type
     config = CoreConfig(
@@ -182,9 +184,15 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def run_weighted(
-    call: Call, share: Tensor, documents: Tensor | None, weighting: Weighting
+    call: Call,
+    share: Tensor,
+    documents: Tensor | None,
+    bounds: Tensor | None,
+    weighting: Weighting,
 ) -> WeightedLoss:
-    """The weighted sum, its gradients made along with it."""
+    """The weighted sum, its gradients made along with it. For weights local to a token there need
+    be no ``documents``; ``bounds`` are those on the CPU, unless documents are rows.
+    """
     settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
     config = replace(call.config, residual="recompute")
     return WeightedLoss(
@@ -194,6 +202,7 @@ def run_weighted(
             call.target,
             share,
             documents,
+            bounds,
             call.bias,
             *config.arguments(),
             *settings,
@@ -202,8 +211,8 @@ def run_weighted(
     )
 
 
-def documents_of(cu_seqlens: Tensor | None, call: Call) -> Tensor:
-    """``[S + 1]`` int64; on the CPU where the boundaries are known without asking the device."""
+def boundaries_of(cu_seqlens: Tensor | None, call: Call) -> Tensor | None:
+    """``[S + 1]`` int64, where it was given; ``None`` where documents are rows."""
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, call.hidden.device)
         # Looking at boundaries on the CPU waits for nothing.
@@ -216,9 +225,17 @@ def documents_of(cu_seqlens: Tensor | None, call: Call) -> Tensor:
             f"cu_seqlens: got None with a target of shape {tuple(call.shape)}, expected "
             "boundaries: only the rows of a 2-D target are documents by themselves"
         )
+    return None
+
+
+def documents_of(boundaries: Tensor | None, call: Call) -> Tensor:
+    """``[S + 1]`` int64 beside the tokens; made there, unless the caller's lie elsewhere."""
+    device = call.hidden.device
+    if boundaries is not None:
+        return boundaries_beside(boundaries, device)
     rows = call.shape[0] if len(call.shape) == 2 else 1
     length = call.shape[-1] if call.shape else 1
-    return torch.arange(rows + 1, dtype=torch.int64, device="cpu") * length
+    return torch.arange(rows + 1, dtype=torch.int64, device=device) * length
 
 
 def balance(

@@ -172,6 +172,24 @@ def check_derivatives(**tensors: object) -> None:
             )
 
 
+def check_capture(device: torch.device, got: str, expected: str) -> None:
+    """What needs the host, or its memory, raises while a CUDA graph is captured on ``device``.
+
+    A replay repeats what the device did: not the host's work, and a copy from the host's memory
+    reads it again, whoever has it by then. Compiled code is captured later, in the ops.
+    """
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{got} while a CUDA graph is captured, expected {expected}")
+
+
+def check_unchecked(device: torch.device, check: object) -> None:
+    """``check=True`` waits for the device, which a capture cannot."""
+    if check:
+        check_capture(device, "check: got True", "None or False: checks of values wait for the GPU")
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Each keyword of the public functions that is no tensor, as far as it is given.
 

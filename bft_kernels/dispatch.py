@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from bft_kernels.config import CoreConfig, Weighting
-from bft_kernels.results import BalancedLoss, Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.results import (
+    BalancedLoss,
+    Documents,
+    Forward,
+    Gradients,
+    Saved,
+    Wanted,
+    WeightedLoss,
+)
 from bft_kernels.weighting import balanced_loss
 
 logger = logging.getLogger("bft_kernels")
@@ -62,7 +70,7 @@ class Implementation(Protocol):
         weight: Tensor,
         target: Tensor,
         share: Tensor,
-        cu_seqlens: Tensor | None,
+        documents: Documents | None,
         bias: Tensor | None,
         config: CoreConfig,
         weighting: Weighting,

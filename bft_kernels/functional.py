@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bft_kernels.call import (
     balance,
+    boundaries_of,
     check_token_weight,
     documents_of,
     items_of,
@@ -173,7 +174,7 @@ def linear_cross_entropy(
     if reduction == "mean":
         share = share / call.labelled.sum().clamp_min(1)
     if reduction != "none" and gradient == "exact" and call.trains_head:
-        fused = run_weighted(call, share, None, Weighting("sft"))
+        fused = run_weighted(call, share, None, None, Weighting("sft"))
         loss, result = fused.loss, fused
     else:
         result = run(call)
@@ -255,19 +256,25 @@ def balanced_linear_cross_entropy(
         return_stats=return_stats,
         hidden_variance=hidden_variance,
     )
-    documents = documents_of(cu_seqlens, call)
+    boundaries = boundaries_of(cu_seqlens, call)
     items = items_of(num_items, call)
+    weighting = Weighting(scheme, window, gamma) if isinstance(scheme, str) else None
+    on_host = boundaries is None or boundaries.device.type == "cpu"
+    known = weighting is not None and (weighting.local or on_host)
+    fused = weighting if gradient == "exact" and call.trains_head and known else None
+    if fused is not None and fused.local and normalize == "token" and not return_stats:
+        share = token_shares(call.labelled, None, items, call.wide)
+        return run_weighted(call, share, None, None, fused).loss
+    documents = documents_of(boundaries, call)
     inputs = (call.labelled, documents, items, normalize)
     settings = (scheme, window, gamma, Weighting.floor)
-    weighting = Weighting(scheme, window, gamma) if isinstance(scheme, str) else None
-    known = weighting is not None and (weighting.local or documents.device.type == "cpu")
     result: Forward | WeightedLoss
-    if gradient == "exact" and call.trains_head and known:
-        assert weighting is not None
-        layout = labelled_layout(call.labelled, documents)
-        share = token_shares(layout, normalize, items, call.wide)
-        fused = run_weighted(call, share, documents, weighting)
-        loss, result = fused.loss, fused
+    if fused is not None:
+        layout = labelled_layout(call.labelled, documents) if normalize == "sequence" else None
+        share = token_shares(call.labelled, layout, items, call.wide)
+        apart = boundaries is not None and boundaries.device != documents.device
+        result = run_weighted(call, share, documents, boundaries if apart else None, fused)
+        loss = result.loss
         if not return_stats:
             return loss
         balanced = balance(result.nll, inputs, settings, backend)

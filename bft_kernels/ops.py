@@ -24,13 +24,24 @@ from torch import Tensor
 from bft_kernels.checks import (
     check_bias,
     check_boundary_values,
+    check_capture,
     check_finite,
     check_items,
+    check_unchecked,
     check_values,
 )
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
 from bft_kernels.dispatch import select, select_balanced_loss
-from bft_kernels.results import BalancedLoss, Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.results import (
+    BalancedLoss,
+    Documents,
+    Forward,
+    Gradients,
+    Saved,
+    Wanted,
+    WeightedLoss,
+)
+from bft_kernels.weighting import boundaries_beside
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
@@ -42,7 +53,7 @@ _WEIGHTING = "str scheme, int window, float gamma, float floor"
 
 # Arguments of linear_nll before its settings, and of weighted_loss before its settings.
 LINEAR_NLL_TENSORS = 5
-WEIGHTED_LOSS_TENSORS = 6
+WEIGHTED_LOSS_TENSORS = 7
 
 
 def _returns(record: type) -> str:
@@ -52,6 +63,7 @@ def _returns(record: type) -> str:
 def _check(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
 ) -> None:
+    check_unchecked(hidden.device, config.check_values or config.check_finite)
     if config.check_values:
         check_values(target, weight.shape[0], config.ignore_index)
     if config.check_finite:
@@ -64,6 +76,7 @@ def _check(
 @torch.library.custom_op("bft_kernels::documents", mutates_args=())
 def documents(cu_seqlens: Tensor, total: int) -> Tensor:
     """``cu_seqlens`` as int64, its values checked: an op, so that compiled code checks them too."""
+    check_unchecked(cu_seqlens.device, True)
     check_boundary_values(cu_seqlens, total)
     return cu_seqlens.to(torch.int64, copy=True)
 
@@ -76,8 +89,18 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 @torch.library.custom_op("bft_kernels::num_items", mutates_args=())
 def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
     """``items []`` beside ``labelled [N]``, its value checked: an op, as :func:`documents` is."""
+    device = labelled.device
+    check_unchecked(device, wait)
+    if items.device != device:
+        check_capture(
+            device,
+            f"num_items: got a tensor on {items.device}",
+            f"a number, or a tensor on {device} that a replay may find changed",
+        )
     check_items(items, labelled, wait)
-    return items.to(labelled.device, copy=True, non_blocking=True)
+    if items.device.type == "cpu":  # a value takes no copy
+        return torch.full((), items.item(), dtype=items.dtype, device=device)
+    return items.to(device, copy=True, non_blocking=True)
 
 
 @num_items.register_fake
@@ -216,7 +239,8 @@ def _(
     "bft_kernels::weighted_loss",
     mutates_args=(),
     schema=(
-        f"({_INPUTS}, Tensor share, Tensor? cu_seqlens, Tensor? bias, {CONFIG_SCHEMA}, "
+        f"({_INPUTS}, Tensor share, Tensor? cu_seqlens, Tensor? bounds, Tensor? bias, "
+        f"{CONFIG_SCHEMA}, "
         f"{_WEIGHTING}, {_WANTED}) -> ({_returns(WeightedLoss)})"
     ),
 )
@@ -226,19 +250,44 @@ def weighted_loss(
     target: Tensor,
     share: Tensor,
     cu_seqlens: Tensor | None,
+    bounds: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """``rest``: the fields of ``CoreConfig``, of ``Weighting`` and of ``Wanted``."""
+    """``rest``: the fields of ``CoreConfig``, of ``Weighting`` and of ``Wanted``.
+
+    ``cu_seqlens`` lies beside the tokens, and is not looked at for weights local to a token.
+    ``bounds`` are the same on the CPU; ``None`` beside tokens on an accelerator says that documents
+    are equally long.
+    """
     config, weighting, wanted = split_weighted(rest)
+    documents = None
+    if cu_seqlens is not None and not weighting.local:
+        documents = _documents_on_host(cu_seqlens, bounds, hidden)
     _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
     with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
         return tuple(
             backend.weighted_loss(
-                hidden, weight, target, share, cu_seqlens, bias, config, weighting, wanted
+                hidden, weight, target, share, documents, bias, config, weighting, wanted
             )
         )
+
+
+def _documents_on_host(cu_seqlens: Tensor, bounds: Tensor | None, hidden: Tensor) -> Documents:
+    if bounds is not None:
+        check_capture(
+            hidden.device,
+            "cu_seqlens: got a tensor on the CPU",
+            f"one on {hidden.device}: a replay would keep to the boundaries of the capture. Move "
+            "it there before; rows of equal length need none",
+        )
+        return Documents(cu_seqlens, bounds.tolist())
+    if cu_seqlens.device.type == "cpu":
+        return Documents(cu_seqlens, cu_seqlens.tolist())
+    documents = cu_seqlens.numel() - 1
+    length = hidden.shape[0] // max(1, documents)
+    return Documents(cu_seqlens, [place * length for place in range(documents + 1)])
 
 
 def split_weighted(rest: tuple[Any, ...]) -> tuple[CoreConfig, Weighting, Wanted]:
@@ -259,6 +308,7 @@ def _(
     target: Tensor,
     share: Tensor,
     cu_seqlens: Tensor | None,
+    bounds: Tensor | None,
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
@@ -304,6 +354,7 @@ def balanced_loss(
     """
     *weighting, backend = rest
     function = select_balanced_loss(backend, loss)
+    cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
     with torch.cuda.device_of(loss):
         return tuple(
             function(loss, labelled, cu_seqlens, num_items, normalize, Weighting(*weighting))

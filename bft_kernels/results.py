@@ -57,6 +57,13 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [V]
 
 
+class Documents(NamedTuple):
+    """Where documents begin and end, for who plans on the host and computes on a device."""
+
+    cu_seqlens: Tensor  # [S + 1] int64, beside the tokens
+    bounds: list[int]  # the same on the host, which did not ask the device
+
+
 class WeightedLoss(NamedTuple):
     """Results of ``weighted_loss``."""
 

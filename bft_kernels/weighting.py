@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.checks import (
+    check_capture,
     check_confidence,
     check_cu_seqlens,
     check_tensor,
@@ -102,7 +103,7 @@ def weigh(
     confidence = confidence.detach()  # no_grad leaves a tangent of forward mode
     count = confidence.numel()
     sequences = cu_seqlens.numel() - 1
-    cu = cu_seqlens.to(confidence.device, torch.int64, non_blocking=True)
+    cu = boundaries_beside(cu_seqlens, confidence.device)
     position = torch.arange(count, dtype=torch.int64, device=confidence.device)
     # Padding goes to one extra sequence, which the results leave out again.
     sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
@@ -156,6 +157,9 @@ def _call_scheme(
     """A callable's weights. It sees the tokens of the sequences, not the padding behind them,
     which takes one wait for the device where there is one.
     """
+    check_capture(
+        confidence.device, "scheme: got a callable", "a name: the host counts a callable's tokens"
+    )
     padded = confidence.shape[0]
     count = int(cu_seqlens[-1])
     torch._check(count >= 0)  # for a count that tracing does not know
@@ -212,6 +216,22 @@ def window_sums(values: Tensor, start: Tensor, length: Tensor, window: int) -> T
     return total
 
 
+def boundaries_beside(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """``cu_seqlens`` as int64 on ``device``.
+
+    Raises:
+        RuntimeError: they would have to be copied while a CUDA graph is captured.
+    """
+    if cu_seqlens.device != device:
+        check_capture(
+            device,
+            f"cu_seqlens: got a tensor on {cu_seqlens.device}",
+            f"one on {device}: a replay would read freed memory. Move it there before the "
+            "capture; rows of equal length need none",
+        )
+    return cu_seqlens.to(device, torch.int64, non_blocking=True)
+
+
 # --- layouts: from what a batch brings to target and cu_seqlens ----------------------------------
 
 
@@ -239,7 +259,7 @@ def shift_labels(
         return target
     check_cu_seqlens(cu_seqlens, labels.numel(), labels.device)
     position = torch.arange(labels.numel(), dtype=torch.int64, device=labels.device)
-    ends = (cu_seqlens.to(labels.device, torch.int64, non_blocking=True) - 1).contiguous()
+    ends = (boundaries_beside(cu_seqlens, labels.device) - 1).contiguous()
     found = ends[torch.searchsorted(ends, position).clamp(max=ends.numel() - 1)] == position
     return target.masked_fill(found.view_as(target), ignore_index)
 
@@ -316,7 +336,7 @@ class Layout(NamedTuple):
 
 def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
     """The layout of flattened positions ``labelled [N]`` in documents ``cu_seqlens [S + 1]``."""
-    cu = cu_seqlens.to(labelled.device, torch.int64, non_blocking=True)
+    cu = boundaries_beside(cu_seqlens, labelled.device)
     through = labelled.long().cumsum(0)
     before = torch.nn.functional.pad(through, (1, 0))
     position = torch.arange(labelled.numel(), dtype=torch.int64, device=labelled.device)
@@ -365,6 +385,13 @@ def balance(
     )
 
 
+def local_weights(nll: Tensor, labelled: Tensor, scheme: str) -> Tensor:
+    """The weights of a scheme that is local to a token, ``[N]``: whatever the documents are."""
+    if scheme == "sft":
+        return labelled.to(nll.dtype)
+    return torch.where(labelled, torch.exp(-nll), 0.0)
+
+
 def sequence_shares(layout: Layout, dtype: torch.dtype) -> Tensor:
     """``1 / T_b`` for each position of document ``b`` of ``T_b`` labels, ``[N]``; 0 if ignored."""
     lengths = layout.cu_labelled.diff().clamp_min(1)
@@ -374,23 +401,24 @@ def sequence_shares(layout: Layout, dtype: torch.dtype) -> Tensor:
 
 
 def token_shares(
-    layout: Layout, normalize: str, num_items: Tensor | None, dtype: torch.dtype
+    labelled: Tensor, layout: Layout | None, num_items: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What multiplies each token's weight and loss, ``[N]``; 0 where ignored.
 
     Args:
-        normalize: ``"sequence"``: ``1 / T_b`` over the number of documents with labels;
-            ``"token"``: 1 over the number of labels.
+        labelled: ``[N]`` bool.
+        layout: of the documents, for ``1 / T_b`` over the number of documents with labels; ``None``
+            for 1 over the number of labels.
         num_items: ``[]``, that number, if it is not this batch's.
     """
-    if normalize == "sequence":
+    if layout is not None:
         share = sequence_shares(layout, dtype)
         count = (layout.cu_labelled.diff() > 0).sum()
     else:
-        share = layout.labelled.to(dtype)
-        count = layout.labelled.sum()
+        share = labelled.to(dtype)
+        count = labelled.sum()
     share = share / (count.clamp_min(1) if num_items is None else num_items)
-    return torch.where(layout.labelled, share, 0.0)  # num_items is 0 in a step without labels
+    return torch.where(labelled, share, 0.0)  # num_items is 0 in a step without labels
 
 
 def balanced_loss(
@@ -407,7 +435,8 @@ def balanced_loss(
     """The weighted sum of token losses, with constant weights made from those losses."""
     layout = labelled_layout(labelled, cu_seqlens)
     balanced = balance(loss, layout, scheme, window, gamma, floor)
-    coefficient = token_shares(layout, normalize, num_items, loss.dtype) * balanced.weight
+    by_sequence = layout if normalize == "sequence" else None
+    coefficient = token_shares(labelled, by_sequence, num_items, loss.dtype) * balanced.weight
     # Where a weight is 0 an infinite loss must not turn the sum into NaN.
     total = torch.where(coefficient != 0, coefficient * loss, 0).sum()
     return BalancedLoss(total, coefficient, *balanced[1:])

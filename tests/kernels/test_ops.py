@@ -75,7 +75,7 @@ def test_opcheck_weighted_loss(rows, scheme, problem) -> None:
     share = torch.rand(rows, dtype=torch.float64)
     documents = torch.tensor([0, rows // 3, rows // 3, rows])
     weighting = (scheme, 4, 1.0, 1e-8)
-    arguments = (*p.args, share, documents, p.bias, *CONFIG.arguments(), *weighting)
+    arguments = (*p.args, share, documents, None, p.bias, *CONFIG.arguments(), *weighting)
     torch.library.opcheck(ops.weighted_loss, (*arguments, *Wanted(True, True, True)))
 
 

@@ -30,7 +30,7 @@ from bft_kernels.backends.cpu.native import (
 )
 from bft_kernels.backends.torch.matmul import converts
 from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.weighted import WeightedSums, document_bounds, piece_weights
+from bft_kernels.backends.torch.weighted import Piece, WeightedSums, in_rows
 from bft_kernels.config import CoreConfig, Weighting
 from bft_kernels.plan import (
     CPU_REACH,
@@ -43,7 +43,7 @@ from bft_kernels.plan import (
     plan_cpu_pieces,
     plan_cpu_weighted,
 )
-from bft_kernels.results import Wanted, WeightedLoss
+from bft_kernels.results import Documents, Wanted, WeightedLoss
 
 
 def weighted_loss(
@@ -51,7 +51,7 @@ def weighted_loss(
     weight: Tensor,  # [V, D]
     target: Tensor,  # [N]
     share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
-    cu_seqlens: Tensor | None,  # [S + 1] on the CPU; None for weights local to a token
+    documents: Documents | None,  # None for weights local to a token
     bias: Tensor | None,  # [V]
     config: CoreConfig,
     weighting: Weighting,
@@ -73,24 +73,26 @@ def weighted_loss(
     )
     engine = _Engine(hidden, weight, target, bias, rows, plan, config, wanted)
     share = rows.take(share.float(), 0, rows.count)
-    for bounds in _pieces(rows, cu_seqlens, weighting, plan):
-        first, stop = bounds[0], bounds[-1]
+    for piece in _pieces(rows, documents, plan):
+        first, stop = piece.first, piece.stop
         engine.find_losses(first, stop)
-        coefficient = share[first:stop] * piece_weights(engine.nll, rows, bounds, weighting)
+        coefficient = share[first:stop] * engine.weights(piece, weighting)
         engine.add_gradients(first, stop, coefficient)
     return engine.result()
 
 
 def _pieces(
-    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, plan: CpuWeightedPlan
-) -> list[list[int]]:
-    """Bounds of the documents of each piece; for weights local to a token just its bounds."""
-    any_rows = weighting.local or cu_seqlens is None
-    bounds = document_bounds(rows, None if any_rows else cu_seqlens, PIECE_STEP)
-    cuts = pairwise(plan_cpu_pieces(bounds, plan))
-    if any_rows:
-        return [[bounds[first], bounds[stop]] for first, stop in cuts]
-    return [bounds[first : stop + 1] for first, stop in cuts]
+    rows: LabelledRows, documents: Documents | None, plan: CpuWeightedPlan
+) -> Iterator[Piece]:
+    """Documents that are taken together; any rows, for weights local to a token."""
+    if documents is None:
+        cu_seqlens, bounds = None, [*range(0, rows.count, PIECE_STEP), rows.count]
+    else:
+        cu_seqlens, bounds = in_rows(rows, documents)
+    for begin, end in pairwise(plan_cpu_pieces(bounds, plan)):
+        first, stop = bounds[begin], bounds[end]
+        own = None if cu_seqlens is None else cu_seqlens[begin : end + 1] - first
+        yield Piece(first, stop, own)
 
 
 class _Waiting:

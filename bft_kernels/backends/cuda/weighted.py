@@ -13,7 +13,8 @@ from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting, storage
-from bft_kernels.results import Wanted, WeightedLoss
+from bft_kernels.results import Documents, Wanted, WeightedLoss
+from bft_kernels.weighting import local_weights
 
 
 def weighted_loss(
@@ -21,7 +22,7 @@ def weighted_loss(
     weight: Tensor,  # [V, D]
     target: Tensor,  # [N]
     share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
-    cu_seqlens: Tensor | None,  # [S + 1] on the CPU; None for weights local to a token
+    documents: Documents | None,  # None for weights local to a token
     bias: Tensor | None,  # [V]
     config: CoreConfig,
     weighting: Weighting,
@@ -33,9 +34,10 @@ def weighted_loss(
     results = row_results(inputs)
     run_tiles(inputs, results, 0, count)
     labelled = inputs.rows.labelled
-    if cu_seqlens is None:  # each token's weight is its own business
-        cu_seqlens = torch.tensor([0, count], dtype=torch.int64, device="cpu")
-    weights = joint_weights(results["nll"], labelled, cu_seqlens, weighting)
+    if documents is None:
+        weights = local_weights(results["nll"], labelled, weighting.scheme)
+    else:
+        weights = joint_weights(results["nll"], labelled, documents.cu_seqlens, weighting)
     coefficient = inputs.rows.mask(share.float() * weights)
     # Where a weight is 0 an infinite loss counts nothing.
     losses = torch.where(coefficient != 0, results["loss"], 0.0)

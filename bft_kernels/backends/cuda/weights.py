@@ -42,8 +42,8 @@ def _run(
         {
             "loss": loss.contiguous(),
             "labelled": labelled.contiguous(),
-            "cu_seqlens": cu_seqlens.to(device, torch.int64, non_blocking=True).contiguous(),
-            "num_items": None if num_items is None else num_items.to(device, torch.float32),
+            "cu_seqlens": cu_seqlens.to(torch.int64).contiguous(),
+            "num_items": None if num_items is None else num_items.to(torch.float32),
         },
         {
             "before": room(count + 1, torch.int32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -39,6 +39,4 @@ class WeightFunctions:
         self, nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
     ) -> Tensor:
         """Token weight times sequence weight, ``[N]``."""
-        if weighting.local:  # whose windows nothing looks at
-            weighting = replace(weighting, window=1)
         return self.run(nll, labelled, cu_seqlens, None, "token", False, weighting).coefficient

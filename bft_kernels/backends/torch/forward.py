@@ -17,6 +17,7 @@ from bft_kernels.backends.torch.sweep import (
     token_loss,
     write_unit_gradient,
 )
+from bft_kernels.checks import check_capture
 from bft_kernels.config import CoreConfig, accumulator, storage
 from bft_kernels.plan import plan_rows
 from bft_kernels.results import Forward
@@ -84,6 +85,12 @@ def linear_nll(
     config: CoreConfig,
 ) -> Forward:
     """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
+    if config.residual == "entries":  # as many as are kept, in the backward too
+        check_capture(
+            hidden.device,
+            "gradient: got 'sampled' with backend='torch'",
+            "'exact', or 'triton' or 'cuda': the host reads how many entries are kept",
+        )
     wide = accumulator(hidden.dtype)
     rows = LabelledRows(target, config.ignore_index)
     sampled = config.residual == "entries" or config.variance

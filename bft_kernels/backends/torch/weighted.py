@@ -7,6 +7,7 @@ still there. A longer document takes two passes: losses first, then gradients fr
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from bft_kernels.backends.torch.sweep import (
     write_unit_gradient,
 )
 from bft_kernels.config import CoreConfig, Weighting, accumulator, storage
-from bft_kernels.results import Wanted, WeightedLoss
-from bft_kernels.weighting import balance, labelled_layout
+from bft_kernels.results import Documents, Wanted, WeightedLoss
+from bft_kernels.weighting import balance, labelled_layout, local_weights
 
 
 def weighted_loss(
@@ -30,7 +31,7 @@ def weighted_loss(
     weight: Tensor,  # [V, D]
     target: Tensor,  # [N]
     share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
-    cu_seqlens: Tensor | None,  # [S + 1] on the CPU; None for weights local to a token
+    documents: Documents | None,  # None for weights local to a token
     bias: Tensor | None,  # [V]
     config: CoreConfig,
     weighting: Weighting,
@@ -41,34 +42,42 @@ def weighted_loss(
     scratch = 2 + (config.softcap is not None)
     products, chunk, tile_rows = products_and_plan(hidden, weight, rows.count, config, scratch)
     engine = WeightedEngine(hidden, weight, target, bias, rows, products, tile_rows, config, wanted)
-    run_pieces(engine, share, cu_seqlens, weighting, chunk)
+    run_pieces(engine, share, documents, weighting, chunk)
     return engine.result()
 
 
 def run_pieces(
     engine: WeightedEngine,
     share: Tensor,
-    cu_seqlens: Tensor | None,
+    documents: Documents | None,
     weighting: Weighting,
     chunk: int,
 ) -> None:
     """Takes all rows through ``engine``, at most ``chunk`` rows of logits at a time."""
     rows = engine.rows
     share = rows.take(share.to(engine.wide), 0, rows.count)
-    for bounds in pieces(rows, cu_seqlens, weighting, chunk):
-        first, stop = bounds[0], bounds[-1]
+    for piece in pieces(rows, documents, chunk):
+        first, stop = piece.first, piece.stop
         if stop - first <= chunk:
             engine.load(first, stop, gradient=True)
-            coefficient = share[first:stop] * engine.weights(bounds, weighting)
+            coefficient = share[first:stop] * engine.weights(piece, weighting)
             engine.add_gradients(first, stop, coefficient)
             continue
         parts = [(a, min(a + chunk, stop)) for a in range(first, stop, chunk)]
         for a, b in parts:
             engine.load(a, b, gradient=False)
-        coefficient = share[first:stop] * engine.weights(bounds, weighting)
+        coefficient = share[first:stop] * engine.weights(piece, weighting)
         for a, b in parts:
             engine.load(a, b, gradient=True, collect=False)
             engine.add_gradients(a, b, coefficient[a - first : b - first])
+
+
+class Piece(NamedTuple):
+    """Rows ``first:stop``, taken together."""
+
+    first: int
+    stop: int
+    cu_seqlens: Tensor | None  # [s + 1] from 0, beside the rows; None for weights local to a token
 
 
 class WeightedSums:
@@ -103,9 +112,21 @@ class WeightedSums:
         self.added = False  # whether grad_weight holds gradients
         self.grad_bias = weight.new_zeros(vocabulary if wanted.bias else 0, dtype=self.wide)
 
-    def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
-        """See :func:`piece_weights`."""
-        return piece_weights(self.nll, self.rows, bounds, weighting)
+    def weights(self, piece: Piece, weighting: Weighting) -> Tensor:
+        """Token weight times sequence weight of the rows of one piece."""
+        nll = self.nll[piece.first : piece.stop]
+        labelled = self.rows.take(self.rows.labelled, piece.first, piece.stop)
+        if piece.cu_seqlens is None:
+            return local_weights(nll, labelled, weighting.scheme)
+        return self.joint_weights(nll, labelled, piece.cu_seqlens, weighting)
+
+    def joint_weights(
+        self, nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+    ) -> Tensor:
+        """The same, of a scheme that looks at documents."""
+        layout = labelled_layout(labelled, cu_seqlens)
+        settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
+        return balance(nll, layout, *settings).weight
 
     def add_losses(self, first: int, stop: int, coefficient: Tensor) -> None:
         """Adds the weighted token losses; where a weight is 0 an infinite one counts nothing."""
@@ -229,42 +250,31 @@ class WeightedEngine(WeightedSums):
             self.grad_bias += sums if factor is None else sums.mul_(factor)
 
 
-def document_bounds(rows: LabelledRows, cu_seqlens: Tensor | None, chunk: int) -> list[int]:
-    """Where documents with labelled tokens begin and end, in rows; every ``chunk`` rows if None."""
-    if cu_seqlens is None:
-        return [*range(0, rows.count, chunk), rows.count]
-    bounds = cu_seqlens
+def in_rows(rows: LabelledRows, documents: Documents) -> Documents:
+    """``documents`` over the rows that are computed, without those that have none on a CPU."""
+    if rows.masked:
+        return documents
+    cu_seqlens = documents.cu_seqlens
     if rows.index is not None:
-        bounds = torch.searchsorted(rows.index, cu_seqlens.to(torch.int64))
-    return [int(bound) for bound in bounds.unique_consecutive()]
+        cu_seqlens = torch.searchsorted(rows.index, cu_seqlens)
+    cu_seqlens = cu_seqlens.unique_consecutive()
+    return Documents(cu_seqlens, cu_seqlens.tolist())
 
 
-def pieces(
-    rows: LabelledRows, cu_seqlens: Tensor | None, weighting: Weighting, chunk: int
-) -> Iterator[list[int]]:
-    """Bounds of documents taken together, in rows; a piece fits the chunk unless one does not.
+def pieces(rows: LabelledRows, documents: Documents | None, chunk: int) -> Iterator[Piece]:
+    """Documents that are taken together; a piece fits the chunk unless one does not.
 
     Weights local to a token need no documents: any rows go together.
     """
-    bounds = document_bounds(rows, None if weighting.local else cu_seqlens, chunk)
-    piece = bounds[:1]
-    for stop in bounds[1:]:
-        if stop - piece[0] > chunk and len(piece) > 1:
-            yield piece
-            piece = piece[-1:]
-        piece.append(stop)
-    if len(piece) > 1:
-        yield piece
-
-
-def piece_weights(
-    nll: Tensor, rows: LabelledRows, bounds: list[int], weighting: Weighting
-) -> Tensor:
-    """Token weight times sequence weight of the rows of one piece, from all rows' ``nll [n]``."""
-    first, stop = bounds[0], bounds[-1]
-    nll = nll[first:stop]
-    labelled = rows.take(rows.labelled, first, stop)
-    documents = torch.tensor(bounds, dtype=torch.int64, device="cpu") - first
-    layout = labelled_layout(labelled, documents)
-    settings = (weighting.scheme, weighting.window, weighting.gamma, weighting.floor)
-    return balance(nll, layout, *settings).weight
+    if documents is None:
+        for first in range(0, rows.count, chunk):
+            yield Piece(first, min(first + chunk, rows.count), None)
+        return
+    cu_seqlens, bounds = in_rows(rows, documents)
+    begin = 0
+    for place in range(1, len(bounds) + 1):
+        last = place == len(bounds)
+        if bounds[place - 1] > bounds[begin] and (last or bounds[place] - bounds[begin] > chunk):
+            first, stop = bounds[begin], bounds[place - 1]
+            yield Piece(first, stop, cu_seqlens[begin:place] - first)
+            begin = place - 1

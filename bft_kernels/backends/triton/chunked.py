@@ -29,7 +29,7 @@ from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.sweep import certify_rows, row_arguments, sweep_rows
 from bft_kernels.backends.triton.weights import joint_weights
 from bft_kernels.config import CoreConfig, Weighting
-from bft_kernels.results import Wanted, WeightedLoss
+from bft_kernels.results import Documents, Wanted, WeightedLoss
 
 
 @triton.jit
@@ -109,12 +109,11 @@ class ChunkedEngine(WeightedEngine):
             correct=self.nll.new_empty(statistics, dtype=torch.bool),
         )
 
-    def weights(self, bounds: list[int], weighting: Weighting) -> Tensor:
+    def joint_weights(
+        self, nll: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+    ) -> Tensor:
         """Token weight times sequence weight of the rows of one piece."""
-        first, stop = bounds[0], bounds[-1]
-        labelled = self.rows.take(self.rows.labelled, first, stop)
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int64, device="cpu") - first
-        return joint_weights(self.nll[first:stop], labelled, cu_seqlens, weighting)
+        return joint_weights(nll, labelled, cu_seqlens, weighting)
 
     def _weighted_dy(self, first: int, stop: int, coefficient: Tensor) -> Tensor:
         """``coefficient * dy`` of the buffer's rows, in their place and in the products' type."""
@@ -158,7 +157,7 @@ def weighted_loss(
     weight: Tensor,  # [V, D]
     target: Tensor,  # [N]
     share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
-    cu_seqlens: Tensor | None,  # [S + 1] on the CPU; None for weights local to a token
+    documents: Documents | None,  # None for weights local to a token
     bias: Tensor | None,  # [V]
     config: CoreConfig,
     weighting: Weighting,
@@ -166,7 +165,7 @@ def weighted_loss(
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
     engine, chunk = _engine(hidden, weight, target, bias, config, wanted)
-    run_pieces(engine, share, cu_seqlens, weighting, chunk)
+    run_pieces(engine, share, documents, weighting, chunk)
     return engine.result()
 
 

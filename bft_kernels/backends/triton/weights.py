@@ -335,7 +335,7 @@ def _close_gaps(
     shared = {
         "nll_ptr": loss.contiguous(),
         "labelled_ptr": labelled.contiguous(),
-        "cu_ptr": cu_seqlens.to(loss.device, non_blocking=True).contiguous(),
+        "cu_ptr": cu_seqlens.contiguous(),
         "before_ptr": torch.empty(count + 1, dtype=torch.int32, device=loss.device),
         "sequence_ptr": torch.empty(count, dtype=torch.int32, device=loss.device),
         "N": count,

@@ -1,0 +1,278 @@
+"""No op makes or copies a tensor on the host, or waits for the device: a CUDA graph may hold it.
+
+There need be no GPU: tensors lie on the ``meta`` device, the ops' own bodies run on them below
+autograd, and kernels that would be launched only look at where their arguments lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    ops,
+    token_weights,
+)
+from bft_kernels.backends.cuda import native
+from bft_kernels.backends.torch.forward import linear_nll as torch_linear_nll
+from bft_kernels.config import CoreConfig
+from bft_kernels.results import Wanted
+from bft_kernels.weighting import _call_scheme
+
+ROWS, LENGTH, WIDTH, VOCABULARY = 3, 8, 16, 300
+OPS = [op for op in vars(ops).values() if isinstance(op, torch.library.CustomOpDef)]
+BODIES: dict[Any, Callable[..., Any]] = {op._opoverload: op._init_fn for op in OPS}
+
+
+class HostWork(TorchDispatchMode):
+    """Runs the ops' bodies and notes what is done with tensors on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []  # on the host, from nothing there
+        self.copied: list[str] = []  # from one to the other
+        self.own: list[str] = []  # host tensors from host tensors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in BODIES:
+            with self:
+                return BODIES[func](*args, **kwargs)
+        given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if func is torch.ops.aten._local_scalar_dense.default and given != {"cpu"}:
+            raise AssertionError("the host reads a value of the device")
+        result = func(*args, **kwargs)
+        made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        if "cpu" in given | made:
+            alone = given | made == {"cpu"}
+            new = not given or func is torch.ops.aten.lift_fresh.default
+            (self.copied if not alone else self.made if new else self.own).append(str(func))
+        return result
+
+
+@dataclass
+class Device:
+    """Stands for an accelerator under a backend."""
+
+    backend: str
+    work: HostWork = field(default_factory=HostWork)
+    launched: int = 0  # kernels
+
+    def tensor(self, *shape: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or torch.bfloat16
+        return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
+
+    def launch(self, *arguments: Any, **named: Any) -> None:
+        """Of a kernel: all that it reads and writes must be there."""
+        found = {x.device.type for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)}
+        assert found == {"meta"}
+        self.launched += 1
+
+    def run(self, loss: Callable[[], Any]) -> HostWork:
+        """What a loss and its backward do with the host."""
+        with self.work:
+            value = loss()
+            (value if isinstance(value, Tensor) else value[0]).sum().backward()
+        return self.work
+
+    def problem(self, shape: tuple[int, ...], frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """Arguments that a loss takes."""
+        return {
+            "hidden": self.tensor(*shape, WIDTH, grad="hidden" not in frozen),
+            "weight": self.tensor(VOCABULARY, WIDTH, grad="weight" not in frozen),
+            "target": self.tensor(*shape, dtype=torch.int64),
+            "bias": self.tensor(VOCABULARY, grad="bias" not in frozen),
+        }
+
+
+@pytest.fixture(params=["triton", "cuda", "torch"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device(request.param)
+    # There is none for this device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    if device.backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        for kind in (InterpretedFunction, JITFunction):
+            monkeypatch.setattr(kind, "run", lambda _, *args, **named: device.launch(args, named))
+    if device.backend == "cuda":
+        module = request.getfixturevalue("emulated")
+        monkeypatch.setattr(native, "kernels", lambda: module)
+        monkeypatch.setattr(native, "processors", lambda _: 132)
+        for name in ("certificate", "forward", "recompute", "sampled", "weights"):
+            own = importlib.import_module(f"bft_kernels.backends.cuda.{name}")
+            monkeypatch.setattr(own, "launch", device.launch, raising=False)
+    implementation = importlib.import_module(f"bft_kernels.backends.{device.backend}")
+    monkeypatch.setattr(ops, "select", lambda *_: implementation)
+    if device.backend != "torch":
+        monkeypatch.setattr(ops, "select_balanced_loss", lambda *_: implementation.balanced_loss)
+    return device
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "nll": linear_nll,
+    "nll, statistics": functools.partial(linear_nll, return_stats=True),
+    "sum": functools.partial(linear_cross_entropy, reduction="sum"),
+    "mean": linear_cross_entropy,
+    "mean, smoothed": functools.partial(linear_cross_entropy, label_smoothing=0.1, z_loss=1e-4),
+    "none": functools.partial(linear_cross_entropy, reduction="none"),
+    "sft": functools.partial(balanced_linear_cross_entropy, scheme="sft"),
+    "dft, tokens": functools.partial(
+        balanced_linear_cross_entropy, scheme="dft", normalize="token"
+    ),
+    "bft": balanced_linear_cross_entropy,
+    "bft, statistics": functools.partial(balanced_linear_cross_entropy, return_stats=True),
+    "bft-v1-code, tokens, items": functools.partial(
+        balanced_linear_cross_entropy, scheme="bft-v1-code", normalize="token", num_items=7
+    ),
+}
+BALANCED = [name for name in LOSSES if name.startswith(("sft", "dft", "bft"))]
+FROZEN = {"trained head": (), "frozen head": ("weight", "bias")}
+BUDGETS = {"a chunk": None, "chunks": 6 * VOCABULARY * 4}
+SAMPLED = {"gradient": "sampled", "eps": 2**-5}
+
+
+@pytest.fixture(params=FROZEN)
+def frozen(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return FROZEN[request.param]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_exact_losses_keep_to_the_device(device, name, budget, frozen):
+    p = device.problem((ROWS, LENGTH), frozen)
+    work = device.run(lambda: LOSSES[name](**p, max_buffer_bytes=BUDGETS[budget]))
+    assert not work.made + work.copied + work.own
+    assert device.launched or device.backend == "torch"
+    assert p["hidden"].grad is not None
+    assert (p["weight"].grad is not None) == (not frozen)
+
+
+@pytest.mark.parametrize(("budget", "seed"), [("a chunk", None), ("chunks", 7)])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "smoothed" not in name])
+@pytest.mark.parametrize("device", ["triton", "cuda"], indirect=True)  # torch waits: see below
+def test_sampled_losses_keep_to_the_device(device, name, budget, seed, frozen):
+    p = device.problem((ROWS, LENGTH), frozen)
+    how = {**SAMPLED, "seed": seed, "max_buffer_bytes": BUDGETS[budget]}
+    if "statistics" in name:
+        how["hidden_variance"] = True
+    work = device.run(lambda: LOSSES[name](**p, **how))
+    assert not work.made + work.copied + work.own
+    assert p["hidden"].grad is not None
+
+
+@pytest.mark.parametrize("name", BALANCED)
+def test_boundaries_on_the_device_stay_there(device, name, frozen):
+    p = device.problem((ROWS * LENGTH,), frozen)
+    cu_seqlens = device.tensor(5, dtype=torch.int32)
+    work = device.run(lambda: LOSSES[name](**p, cu_seqlens=cu_seqlens))
+    assert not work.made + work.copied + work.own
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", BALANCED)
+def test_boundaries_on_the_host_are_copied_once(device, name, budget, frozen):
+    """The host may read what the caller has there; documents fit the chunks, or do not."""
+    p = device.problem((ROWS * LENGTH,), frozen)
+    cu_seqlens = torch.tensor([0, 0, 3, 16, 16, 24])
+    how = {"cu_seqlens": cu_seqlens, "max_buffer_bytes": BUDGETS[budget]}
+    work = device.run(lambda: LOSSES[name](**p, **how))
+    needed = name != "dft, tokens" or frozen
+    assert work.copied == ["aten._to_copy.default"] * bool(needed)
+    assert not work.made
+
+
+def test_weights_by_themselves_keep_to_the_device():
+    device = Device("")
+    confidence = device.tensor(30, dtype=torch.float32)
+    with device.work as work:
+        for scheme in ("dft", "bft", "bft-v1-code"):
+            token_weights(confidence, device.tensor(4, dtype=torch.int64), scheme=scheme)
+    assert not work.made + work.copied + work.own
+
+
+# --- while a CUDA graph is captured -------------------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+    """A problem on a GPU that captures, as far as the host can tell."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield {
+            "hidden": torch.empty(ROWS, LENGTH, WIDTH, device="cuda"),
+            "weight": torch.empty(VOCABULARY, WIDTH, device="cuda"),
+            "target": torch.empty(ROWS, LENGTH, dtype=torch.int64, device="cuda"),
+        }
+
+
+BOUNDS = torch.tensor([0, 9, ROWS * LENGTH])
+CONFIG = CoreConfig(
+    -100, None, 1.0, 0.0, 0.0, 2**-5, "entries", False, False, False, "float32", "torch", 2**20,
+    False, False,
+)  # fmt: skip
+
+
+def test_a_capture_takes_what_lies_on_the_device(captured):
+    balanced_linear_cross_entropy(**captured, num_items=3)
+
+
+@pytest.mark.parametrize("how", [{}, {"gradient": "sampled"}, {"scheme": "sft"}], ids=str)
+def test_a_capture_refuses_boundaries_on_the_host(captured, how):
+    with pytest.raises(
+        RuntimeError, match=r"^cu_seqlens: got a tensor on cpu .* captured, .* Move"
+    ):
+        balanced_linear_cross_entropy(**captured, cu_seqlens=BOUNDS, **how)
+
+
+def test_a_captured_op_refuses_boundaries_on_the_host(captured):
+    """Compiled code is captured with the copy outside the op."""
+    count, device = ROWS * LENGTH, captured["hidden"].device
+    share, cu_seqlens = torch.empty(count, device=device), BOUNDS.to(device)
+    arguments = (*captured.values(), share, cu_seqlens, BOUNDS, None)
+    settings = (*CONFIG.arguments(), "bft", 4, 1.0, 1e-8, *Wanted(True, True, False))
+    with pytest.raises(RuntimeError, match=r"^cu_seqlens: got a tensor on the CPU while .* Move"):
+        ops.weighted_loss._init_fn(*arguments, *settings)
+
+
+def test_a_capture_refuses_a_count_on_the_host(captured):
+    labelled = captured["target"] > 0
+    with pytest.raises(RuntimeError, match=r"^num_items: got a tensor on cpu while .* a number"):
+        ops.num_items._init_fn(torch.tensor(3), labelled, False)
+
+
+@pytest.mark.parametrize("function", [linear_nll, balanced_linear_cross_entropy])
+def test_a_capture_refuses_checks_of_values(captured, function):
+    with pytest.raises(RuntimeError, match=r"^check: got True while .* None or False"):
+        function(**captured, check=True)
+
+
+def test_a_capture_refuses_a_callable(captured):
+    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("not called")
+
+    confidence = torch.empty(9, device=captured["hidden"].device)
+    with pytest.raises(RuntimeError, match=r"^scheme: got a callable while .* a name"):
+        _call_scheme(scheme, confidence, BOUNDS, confidence)
+
+
+def test_a_capture_refuses_lists_of_unknown_length(captured):
+    seed = torch.empty((), dtype=torch.int64, device=captured["hidden"].device)
+    with pytest.raises(RuntimeError, match=r"^gradient: got 'sampled' with backend='torch'"):
+        torch_linear_nll(*captured.values(), None, seed, CONFIG)
