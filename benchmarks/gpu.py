@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
