@@ -76,14 +76,16 @@ def record(tmp_path: Path) -> Record:
 
 # What a machine with a GPU may lack; no process of a run may import them.
 BLOCKED = """
-import sys
+from importlib.machinery import PathFinder
 
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {names}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find = PathFinder.find_spec
 
-sys.meta_path.insert(0, Blocked())
+
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {names} else find(name, path, target)
+
+
+PathFinder.find_spec = classmethod(find_spec)
 """
 ABSENT = (
     *("tyro", "rich", "accelerate", "hypothesis", "ninja", "pybind11", "matplotlib", "peft"),
@@ -117,7 +119,7 @@ def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> 
     process = start_bare(tmp_path, "--providers", "bft triton sampled 2^-12", "quack")
     text, _ = process.communicate()
     folder = tmp_path / "results"
-    assert process.returncode == 0, text + (folder / "failures.txt").read_text()
+    assert process.returncode == 0, text
     assert "no figures: matplotlib is not installed" in text
     peer, ours = rows_of(folder)
     assert (peer["status"], ours["status"]) == ("unavailable", "ok")
@@ -140,10 +142,11 @@ def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", [4.0, 12.0, 25.0])
+@pytest.mark.parametrize("when", [8.0, 20.0])
 def test_what_a_kill_leaves_can_be_read(tmp_path: Path, when: float) -> None:
     process = start_bare(tmp_path, "--providers", "eager")
     time.sleep(when * random.uniform(0.7, 1.3))
+    assert process.poll() is None
     process.kill()
     process.communicate()
     folder = tmp_path / "results"
@@ -155,7 +158,7 @@ def test_what_a_kill_leaves_can_be_read(tmp_path: Path, when: float) -> None:
     if (folder / "loss.csv").exists():
         assert all(row["status"] for row in rows_of(folder))
     if (folder / "summary.md").exists():
-        assert (folder / "summary.md").read_text().rstrip().endswith("None.")
+        assert "## Failures\n\nNone." in (folder / "summary.md").read_text()
 
 
 @pytest.mark.slow
