@@ -44,8 +44,9 @@ types: $(INSTALLED)  ## check the type annotations
 static: venv  ## compile every kernel for GPUs that are not here; none may spill or grow
 	$(BIN)/python -m benchmarks static --check --no-peers
 
-gpu: venv  ## on a GPU: tests, speed, memory and figures, into benchmarks/results/
-	$(BIN)/python -m benchmarks gpu $(ARGS)
+# Without network: PYTHON's own torch, Triton, numpy and pytest will do, and it compiles for itself.
+gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, into benchmarks/results/
+	PYTHONPATH=. $(PYTHON) -m benchmarks gpu $(ARGS)
 
 bench: venv  ## compare speed with the saved baselines, in multiples of a bare product
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)

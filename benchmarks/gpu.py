@@ -1,14 +1,19 @@
 """``python -m benchmarks gpu``: tests, speed, memory and figures of a GPU in one command.
 
-Needs no network. Writes ``environment.json``, ``junit.xml``, ``loss.csv``, figures, ``summary.md``
-and ``failures.txt`` into ``benchmarks/results/<name of the GPU>/``, each as soon as it exists and
-in place of an earlier run's.
+Needs no network, and of packages torch, Triton, numpy and pytest. In this order: one sampled step,
+capture in a CUDA graph and synchronisation, the hash, values, speed and memory; ``_cuda`` is
+compiled for the GPU that is there meanwhile. Writes ``environment.json``, ``tests.jsonl``,
+``loss.csv``, figures, ``summary.md``, ``failures.txt`` and ``logs`` into
+``benchmarks/results/<name of the GPU>/``, each line when it is known: a run that is killed leaves
+what it had found. A folder that has results stays as it is, the next one is named ``-2``.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import importlib.util
 import os
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +21,26 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_inputs import REHEARSAL, SHAPES
 from benchmarks.gpu_providers import CANDIDATES, find
 from benchmarks.gpu_record import Record, nvidia_smi, slug
 from benchmarks.gpu_report import draw_figures, write_summary
-from benchmarks.gpu_speed import TURNS, measure_all
-from benchmarks.gpu_suite import REHEARSED, SELECTED, run_suite
+from benchmarks.gpu_speed import REHEARSAL, SHAPES, TURNS, compile_ahead, measure_all
+from benchmarks.gpu_suite import FIRST, VALUES, Build, run_suite
 from benchmarks.readings import RESULTS
 
-# Of all the time; what the tests leave goes to the measurements.
-_TESTS_SHARE = 0.35
-_REPORT_SHARE = 0.03
+# By when a part must be done, of all the time; what one leaves goes to the next.
+_FIRST, _TRITON, _BUILD, _CUDA_FIRST, _CUDA, _COMPILED, _SPEED = (
+    *(0.15, 0.35, 0.4, 0.45, 0.55, 0.65),
+    0.97,
+)
+# Compiling kernels is most of the tests' time, and goes on beside the GPU.
+_PROCESSES = 16
+# Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
+_SELECTED = {FIRST: "{0}", VALUES: "{0} and not spill"}
+_REHEARSED = {
+    FIRST: "{0} and (graph and chunks-sampled or region2)",
+    VALUES: "{0} and (ties_go and not cuda or never_chosen)",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,35 @@ class Config:
     providers: tuple[str, ...] = tuple(candidate.name for candidate in CANDIDATES)
     """Some of these, or your own as `module:function`."""
     tests: bool = True
-    """Run the correctness tests first."""
+    """Compile `_cuda` and run the correctness tests first."""
+
+
+def parse(arguments: list[str], prog: str) -> Config:
+    """Reads the command line; tyro, which reads the others', may not be installed here."""
+    parser = argparse.ArgumentParser(
+        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, help="for everything (%(default)s)")
+    parser.add_argument(
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        help="rehearse on the CPU with tiny shapes, Triton's interpreter in the place of the GPU",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="instead of a folder named after the GPU; for --dry-run needed"
+    )
+    names = ", ".join(repr(candidate.name) for candidate in CANDIDATES)
+    parser.add_argument(
+        "--providers", nargs="+", help=f"your own as module:function, or some of {names}"
+    )
+    parser.add_argument(
+        "--tests",
+        action=argparse.BooleanOptionalAction,
+        help="compile _cuda and run the correctness tests first (yes)",
+    )
+    parser.set_defaults(**{f.name: f.default for f in dataclasses.fields(Config)})
+    given = vars(parser.parse_args(arguments))
+    return Config(**given | {"providers": tuple(given["providers"])})
 
 
 def main(config: Config) -> None:
@@ -51,41 +93,76 @@ def main(config: Config) -> None:
     Raises:
         SystemExit: there is no GPU, a setting is wrong, or something failed (status 1).
     """
-    record = Record(_folder(config), "cpu" if config.dry_run else "cuda")
+    if not config.minutes > 0:
+        raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
+    record = Record(_folder(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
     for name in config.providers:
         try:
             find(name)
         except ValueError as error:
             raise SystemExit(str(error)) from None
-    end = record.started + 60 * config.minutes
-    record.clear()
-    env = _environment(config.dry_run)
-
-    def tests() -> None:
-        limit = _TESTS_SHARE * (end - time.monotonic())
-        run_suite(record, env, limit, REHEARSED if config.dry_run else SELECTED)
-
-    def speed() -> None:
-        shapes, turns = (REHEARSAL, 1) if config.dry_run else (SHAPES, TURNS)
-        until = end - 60 * config.minutes * _REPORT_SHARE
-        measure_all(record, env, until, shapes, config.providers, turns)
-        record.note(nvidia_smi_after=nvidia_smi())
-
-    parts: dict[str, Callable[[], None]] = {
-        "environment": record.environment,
-        **({"tests": tests} if config.tests else {}),
-        "speed": speed,
-        "figures": lambda: draw_figures(record),
-    }
-    for name, part in parts.items():
+    record.open()
+    for name, part in _parts(config, record).items():
         try:
             part()
         except Exception:
             record.failure(name, traceback.format_exc())
         write_summary(record)
-    record.say(f"written to {record.folder}; {len(record.failed)} failures")
+    for what in record.cut:
+        record.say(f"cut: {what}")
+    record.say(f"written to {record.folder}; {len(record.failed)} failures, {len(record.cut)} cut")
     if record.failed:
         raise SystemExit(1)
+
+
+def _parts(config: Config, record: Record) -> dict[str, Callable[[], None]]:
+    """What is done, in its order."""
+    env, names = _environment(config.dry_run), config.providers
+    shapes, turns = (REHEARSAL, 1) if config.dry_run else (SHAPES, TURNS)
+    processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
+    builds: list[Build] = []
+
+    def until(share: float) -> float:
+        return record.started + 60 * config.minutes * share
+
+    def check(title: str, files: tuple[str, ...], share: float) -> Callable[[], None]:
+        backend = title.partition(" ")[0]
+        chosen = (_REHEARSED if config.dry_run else _SELECTED)[files].format(backend)
+        one = 1 if files == FIRST else processes  # of the first steps the order counts
+
+        def run() -> None:
+            missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
+            if backend == "cuda" and missing:
+                record.say(f"{title}: not run, there is no bft_kernels._cuda")
+            else:
+                run_suite(record, env, until(share), title, files, chosen, one)
+
+        return run
+
+    def build() -> None:
+        reason = builds[0].finish(until(_BUILD))
+        if reason:
+            record.note(build_reason=reason)
+
+    def speed() -> None:
+        measure_all(record, env, until(_SPEED), shapes, names, turns)
+        record.note(nvidia_smi_after=nvidia_smi())
+
+    tests: dict[str, Callable[[], None]] = {
+        "start of the build": lambda: builds.append(Build(record, env)),
+        "triton first": check("triton first", FIRST, _FIRST),
+        "triton values": check("triton values", VALUES, _TRITON),
+        "build": build,
+        "cuda first": check("cuda first", FIRST, _CUDA_FIRST),
+        "cuda values": check("cuda values", VALUES, _CUDA),
+    }
+    return {
+        "environment": record.environment,
+        **(tests if config.tests else {}),
+        "compiling": lambda: compile_ahead(record, env, until(_COMPILED), shapes, names, processes),
+        "speed": speed,
+        "figures": lambda: draw_figures(record),
+    }
 
 
 def _folder(config: Config) -> Path:

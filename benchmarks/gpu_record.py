@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,41 +49,48 @@ _QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,"
     "power.limit,temperature.gpu,memory.total,compute_mode"
 )
-_WRITTEN = (
-    "environment.json",
-    "loss.csv",
-    "junit.xml",
-    "failures.txt",
-    "log.txt",
-    "summary.md",
-    "*.png",
-    "*.svg",
-)
 
 
 @dataclass
 class Record:
-    """Where results go, and what went wrong so far."""
+    """Where results go, and what went wrong so far.
+
+    Rows, outcomes and failures are added to files when they are known; what is written anew
+    replaces its file when it is whole. So a run that is killed leaves what it had found.
+    """
 
     folder: Path
     device: str  # cuda or cpu
     started: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)  # no time was left for it
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # that every row names
     noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
+    summarize: Callable[[Record], None] = lambda record: None
+
+    def open(self) -> None:
+        """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
+        asked, number = self.folder, 1
+        while self.folder.exists() and any(self.folder.iterdir()):
+            number += 1
+            self.folder = asked.with_name(f"{asked.name}-{number}")
+        (self.folder / "logs").mkdir(parents=True)
+
+    def log(self, name: str) -> Path:
+        """What a process prints."""
+        return self.folder / "logs" / f"{name}.txt"
 
     @property
-    def log(self) -> Path:
-        """What the processes print."""
-        return self.folder / "log.txt"
+    def tests(self) -> Path:
+        """How each test ended, see :mod:`benchmarks.gpu_plugin`."""
+        return self.folder / "tests.jsonl"
 
-    def clear(self) -> None:
-        """Removes what an earlier run wrote here."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for pattern in _WRITTEN:
-            for path in self.folder.glob(pattern):
-                path.unlink()
+    def write(self, name: str, text: str) -> None:
+        """A file of the folder, which is never there in part."""
+        part = self.folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.folder / name)
 
     def say(self, text: str) -> None:
         """Prints progress."""
@@ -99,6 +108,7 @@ class Record:
         full = dict.fromkeys(COLUMNS, "") | row
         self.rows.append(full)
         append(self.folder / "loss.csv", [full | self.facts])
+        self.summarize(self)
 
     def environment(self) -> None:
         """Writes environment.json, and keeps what every row names of it."""
@@ -127,8 +137,7 @@ class Record:
     def note(self, **values: Any) -> None:
         """Adds to environment.json."""
         self.noted |= values
-        text = json.dumps(self.noted, indent=1, default=str) + "\n"
-        (self.folder / "environment.json").write_text(text, encoding="utf-8")
+        self.write("environment.json", json.dumps(self.noted, indent=1, default=str) + "\n")
 
 
 def nvidia_smi() -> dict[str, str]:

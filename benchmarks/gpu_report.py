@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.figures import render, save
 from benchmarks.gpu_record import Record
-from benchmarks.gpu_suite import read_junit
-from benchmarks.plot import loss_figures
+from benchmarks.gpu_suite import read_outcome
 
 Row = dict[str, Any]
 
@@ -23,17 +23,26 @@ def by_shape(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def draw_figures(record: Record) -> None:
-    """Writes ``loss``, as PNG and as SVG.
+    """Writes ``loss``, as PNG and as SVG, where matplotlib is installed.
 
     Raises:
         RuntimeError: nothing was timed.
     """
+    if find_spec("matplotlib") is None:
+        record.say(
+            "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"
+        )
+        return
+    from benchmarks.figures import render, save
+    from benchmarks.plot import loss_figures
+
     rows = [{name: str(value) for name, value in row.items()} for row in record.rows]
     figures = loss_figures(rows)
     if not figures:
         raise RuntimeError("figures: got no timed row, expected some")
     for name, panels in figures.items():
-        save(render(panels), record.folder / name)
+        for part in save(render(panels), record.folder / f".part-{name}"):
+            os.replace(part, record.folder / f"{name}{part.suffix}")
 
 
 def _bare(rows: list[Row]) -> float:
@@ -55,17 +64,17 @@ def write_summary(record: Record) -> None:
         "## Tests",
         "",
     ]
-    report = record.folder / "junit.xml"
-    lines += [read_junit(report).text + "." if report.exists() else "No report.", ""]
+    lines += [f"{read_outcome(record.tests).text}; see [tests.jsonl](tests.jsonl).", ""]
     for title, rows in by_shape(record.rows).items():
         lines += [f"## {title}", "", *_table(rows), ""]
     if (record.folder / "loss.png").exists():
         lines += ["![Time against memory](loss.png)", ""]
+    lines += ["## Cut", "", *([f"- {title}" for title in record.cut] or ["Nothing."]), ""]
     lines += ["## Failures", ""]
     lines += [f"- {title}" for title in record.failed] or ["None."]
     if record.failed:
         lines += ["", "Details: [failures.txt](failures.txt)."]
-    (record.folder / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    record.write("summary.md", "\n".join(lines) + "\n")
 
 
 def _table(rows: list[Row]) -> list[str]:

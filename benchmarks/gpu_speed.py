@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_inputs import fit_to
 from benchmarks.gpu_providers import Candidate, find, why_missing
 from benchmarks.gpu_record import Record
-from benchmarks.gpu_suite import ROOT, kill_group, tail
+from benchmarks.gpu_suite import kill_group, start, tail
 from benchmarks.gpu_worker import Job, Task
 from benchmarks.shapes import Shape
+
+# In order of importance: when time runs out, the last ones are missing.
+SHAPES = (
+    Shape(8192, 4096, 131_072),
+    Shape(8192, 4096, 151_936),
+    Shape(4096, 4096, 128_256),
+    Shape(16_384, 2048, 248_320),
+    Shape(1024, 4096, 128_256),
+)
+# For the interpreter, which takes about a second for a step of this.
+REHEARSAL = (Shape(8, 16, 64),)
+
+_WORKSPACE = 2 * 2**30
+_SMALLEST = 1024
 
 DTYPE = torch.bfloat16
 TURNS = 11
@@ -76,6 +92,52 @@ def measure_all(
             write(job, row)
 
 
+def compile_ahead(
+    record: Record,
+    env: dict[str, str],
+    end: float,
+    shapes: Sequence[Shape],
+    names: Sequence[str],
+    processes: int,
+) -> None:
+    """A step of each of ours, in several processes: Triton keeps what they compile on disk.
+
+    Kernels are compiled for a width: one shape of each will do. What fails here fails again where
+    it is measured.
+    """
+    fitting = (fit(shape, record.device) for shape in shapes)
+    widths = list({shape.width: shape for shape in reversed(list(fitting))}.values())
+    if record.device == "cuda":
+        room = int(_USABLE * torch.cuda.get_device_properties(0).total_memory)
+        processes = max(1, min(processes, room // max(needed(shape) for shape in widths)))
+    members = [find(name) for name in names]
+    ours = [m for m in members if m.family == "bft triton" and not why_missing(m, record.device)]
+    jobs = [Job(member.name, shape) for shape in widths for member in ours]
+
+    def run(place: int) -> None:
+        mine = jobs[place::processes]
+        family = Family(mine, end, max(0.0, end - time.monotonic()), {})
+        for _ in _measure(family, record, env, 0, f"compile-{place}"):
+            pass
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(run, range(processes)))
+    record.say(f"compiled ahead: {len(jobs)} steps in {processes} processes")
+
+
+def needed(shape: Shape) -> int:
+    """Bytes for inputs and gradients, a gradient of ``weight`` in float32 and 2 GiB."""
+    weight = shape.vocabulary * shape.width
+    return 4 * (shape.tokens * shape.width + weight) + 4 * weight + _WORKSPACE
+
+
+def fit_to(shape: Shape, memory: int) -> Shape:
+    """The shape, its tokens and vocabulary halved until a fused loss in 16 bits has room for it."""
+    while needed(shape) > memory and min(shape.tokens, shape.vocabulary) > _SMALLEST:
+        shape = Shape(shape.tokens // 2, shape.width, shape.vocabulary // 2)
+    return shape
+
+
 def fit(shape: Shape, device: str) -> Shape:
     """The shape as it has room on the device."""
     if device == "cpu":
@@ -113,12 +175,14 @@ class _Writer:
         if row["status"] in ("ok", "unavailable") or fits:
             if "seconds" not in row:
                 self.record.say(f"{where}: {row['status']}: {row['reason']}")
-            return
-        self.record.failure(f"{where}: {row['status']}", detail)
+        elif row["status"] == "cut":
+            self.record.cut.append(f"{where}: {row['reason']}")
+        else:
+            self.record.failure(f"{where}: {row['status']}", detail)
 
 
 def _measure(
-    family: Family, record: Record, env: dict[str, str], turns: int
+    family: Family, record: Record, env: dict[str, str], turns: int, title: str = ""
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Starts processes until every job of a family has its row."""
     while family.jobs:
@@ -127,10 +191,11 @@ def _measure(
             reason = "no time was left to start it"
             yield from ((job, {"status": "cut", "reason": reason}) for job in family.jobs)
             return
-        before = record.log.stat().st_size if record.log.exists() else 0
-        with _process(record, env) as (process, connection):
+        log = record.log(re.sub(r"\W+", "-", title or family.jobs[0].provider))
+        before = log.stat().st_size if log.exists() else 0
+        with _process(log, env) as (process, connection):
             connection.send(Task(tuple(family.jobs), DTYPE, record.device, left, turns))
-            yield from _receive(family, process, connection, record, before)
+            yield from _receive(family, process, connection, log, before)
         tired = [job for job in family.jobs if family.strikes.get(job.provider, 0) >= _STRIKES]
         family.jobs = [job for job in family.jobs if job not in tired]
         reason = f"it took its process down {_STRIKES} times before"
@@ -139,21 +204,11 @@ def _measure(
 
 @contextlib.contextmanager
 def _process(
-    record: Record, env: dict[str, str]
+    log: Path, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
     ours, theirs = Pipe()
     code = f"from benchmarks.gpu_worker import serve; serve({theirs.fileno()})"
-    with record.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=env,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
     theirs.close()
     try:
         yield process, ours
@@ -166,7 +221,7 @@ def _receive(
     family: Family,
     process: subprocess.Popen[bytes],
     connection: Connection,
-    record: Record,
+    log: Path,
     before: int,
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
     """Rows of one process, until it is done, dead or out of time."""
@@ -184,7 +239,7 @@ def _receive(
             row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
         if not lives:
             family.strikes[job.provider] = family.strikes.get(job.provider, 0) + 1
-            row.setdefault("detail", f"{row['reason']}\n{tail(record.log, before)}")
+            row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
         yield job, row
         if not lives:
             return

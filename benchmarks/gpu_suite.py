@@ -1,80 +1,215 @@
-"""The correctness tests on the device, in a process with a time limit."""
+"""What runs beside ``python -m benchmarks gpu``: the build, and the tests on the device."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
+import torch
+
+from benchmarks import gpu_plugin
 from benchmarks.gpu_record import Record
 
 ROOT = Path(__file__).parents[1]
-FILES = (
+# One step, capture, synchronisation and the hash, in this order.
+FIRST = ("tests/gpu/test_first_steps.py",)
+VALUES = (
     "tests/kernels/test_fused.py",
     "tests/kernels/test_gpu_backends.py",
     "tests/kernels/test_triton.py",
     "tests/kernels/test_triton_weights.py",
-    "tests/kernels/test_sampling_native.py",
 )
-# What tests a device among the tests of these files.
-SELECTED = "triton or cuda and not spill"
-REHEARSED = "(triton or cuda) and ties_go or test_cuda_equals"
-# Compiling kernels is most of the time, and goes on beside the GPU.
-PROCESSES = 8
-# Seconds for pytest to write its report when it is interrupted.
-_GRACE = 10.0
+# A process that dies is started again for the rest of its share, but not for ever.
+_STARTS = 4
+_POLL = 0.1
+_SUMMARY = 5.0  # seconds between two summaries
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a junit.xml says."""
+    """How many tests ended how."""
 
-    tests: int
-    failed: int
-    skipped: int
-    seconds: float
-    details: tuple[str, ...]  # of each failure
+    counts: Counter[str]
 
     @property
     def text(self) -> str:
-        passed = self.tests - self.failed - self.skipped
-        counts = f"{passed} passed, {self.failed} failed, {self.skipped} skipped"
-        return f"{counts} in {self.seconds:.0f} s"
+        ended = ", ".join(f"{self.counts[how]} {how}" for how in ("passed", "failed", "skipped"))
+        cut = self.counts["selected"] + self.counts["started"]
+        return ended + (f", {cut} cut" if cut else "")
 
 
-def run_suite(record: Record, env: dict[str, str], limit: float, selected: str = SELECTED) -> None:
-    """Runs pytest, cut off after ``limit`` seconds; writes junit.xml and what failed."""
-    report = record.folder / "junit.xml"
-    command = [sys.executable, "-m", "pytest", *FILES, "-k", selected, "-v", "--color=no"]
-    command += ["-p", "no:cacheprovider", f"--junitxml={report.resolve()}"]
-    processes = min(PROCESSES, (os.cpu_count() or 1) // 2)
-    if record.device == "cuda" and processes > 1 and importlib.util.find_spec("xdist"):
-        command += ["-n", str(processes)]
-    before = record.log.stat().st_size if record.log.exists() else 0
-    record.say(f"tests, for up to {limit:.0f} s")
-    code = run_limited(command, env, record.log, limit)
-    outcome = read_junit(report) if report.exists() else None
-    record.say(f"tests: {outcome.text if outcome else 'no report'}")
-    for detail in outcome.details if outcome else ():
-        record.failure("tests", detail)
-    if code is None:
-        done = outcome.text if outcome else "pytest wrote no report"
-        record.failure("tests", f"cut after {limit:.0f} s; so far: {done}")
-    elif code != 0 and not (outcome and outcome.details):
-        record.failure("tests", f"pytest ended with {code}\n{tail(record.log, before)}")
+def read_outcome(path: Path) -> Outcome:
+    """Of a file of :mod:`benchmarks.gpu_plugin`."""
+    return Outcome(Counter(row["outcome"] for row in gpu_plugin.read(path).values()))
 
 
-def run_limited(command: list[str], env: dict[str, str], log: Path, limit: float) -> int | None:
-    """The exit status; None if it took too long, and was interrupted and then killed."""
+class Build:
+    """Compiles the extension beside everything else.
+
+    On a GPU ``bft_kernels._cuda`` for that GPU alone; it replaces an older one when it is whole. A
+    rehearsal compiles ``_cpu``, and leaves it where it was built.
+    """
+
+    def __init__(self, record: Record, env: dict[str, str]) -> None:
+        self.record, self.started = record, time.monotonic()
+        self.name = "cuda" if record.device == "cuda" else "cpu"
+        self.folder = ROOT / "build" / f"gpu-{record.device}"
+        settings = {"BFT_BUILD": self.name}
+        if record.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in env:
+            settings["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))
+        elif record.device == "cpu":
+            settings["CXXFLAGS"] = "-O0"
+        command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(self.folder)]
+        command += ["--build-lib", str(self.folder / "lib")]
+        self.log = record.log("build")
+        self.process = start(command, env | settings, self.log)
+
+    def finish(self, until: float) -> str:
+        """Waits; why there is no module of this build, empty if there is one."""
+        try:
+            code = self.process.wait(max(0.0, until - time.monotonic()))
+            status, reason = ("ok", "") if code == 0 else ("failed", tail(self.log))
+        except subprocess.TimeoutExpired:
+            limit = time.monotonic() - self.started
+            status, reason = "cut", f"the build was not done after {limit:.0f} s"
+        finally:
+            kill_group(self.process)
+        if "no nvcc" in reason:
+            status = "unavailable"
+        seconds = round(time.monotonic() - self.started, 1)
+        self.record.note(build={"module": self.name, "status": status, "seconds": seconds})
+        self.record.say(f"build of _{self.name}: {status}")
+        if status == "failed":
+            self.record.failure("build", reason)
+        elif status == "cut":
+            self.record.cut.append(f"build: {reason}")
+        elif status == "ok" and self.record.device == "cuda":
+            self._install()
+        return reason
+
+    def _install(self) -> None:
+        for built in self.folder.glob("lib/bft_kernels/_cuda*.so"):
+            target = ROOT / "bft_kernels" / built.name
+            shutil.copy2(built, target.with_suffix(".new"))
+            target.with_suffix(".new").replace(target)
+        importlib.invalidate_caches()
+
+
+def run_suite(
+    record: Record,
+    env: dict[str, str],
+    until: float,
+    title: str,
+    files: tuple[str, ...],
+    selected: str,
+    processes: int,
+) -> None:
+    """Runs pytest in several processes until a time; ``tests.jsonl`` says how each test ended."""
+    record.say(f"{title}, for up to {max(0.0, until - time.monotonic()):.0f} s")
+    shares = [
+        _Share(record, env, title, files, selected, place, processes) for place in range(processes)
+    ]
+    known, shown = set(gpu_plugin.read(record.tests)), time.monotonic()
+    reported: set[str] = set(known)
+    running = list(shares)
+    try:
+        while running and time.monotonic() < until:
+            running = [share for share in running if share.goes_on()]
+            time.sleep(_POLL)
+            if time.monotonic() > shown + _SUMMARY:
+                _report(record, reported)
+                record.summarize(record)
+                shown = time.monotonic()
+    finally:
+        for share in shares:
+            kill_group(share.process)
+    _report(record, reported)
+    ours = {name: row for name, row in gpu_plugin.read(record.tests).items() if name not in known}
+    outcome = Outcome(Counter(row["outcome"] for row in ours.values()))
+    record.say(f"{title}: {outcome.text}")
+    if running:
+        record.cut.append(f"{title}: {outcome.text}, until no time was left")
+    elif not ours and title not in record.failed:
+        record.failure(title, f"no test was selected\n{tail(shares[0].log)}")
+
+
+def _report(record: Record, reported: set[str]) -> None:
+    """Writes down the failures that are new."""
+    for name, row in gpu_plugin.read(record.tests).items():
+        if row["outcome"] == "failed" and name not in reported:
+            reported.add(name)
+            record.failure(name, row["detail"])
+
+
+class _Share:
+    """Some of the tests, in one process at a time."""
+
+    def __init__(
+        self,
+        record: Record,
+        env: dict[str, str],
+        title: str,
+        files: tuple[str, ...],
+        selected: str,
+        place: int,
+        count: int,
+    ) -> None:
+        self.record, self.title, self.place, self.count = record, title, place, count
+        self.log = record.log(f"{title}-{place}".replace(" ", "-"))
+        self.command = [sys.executable, "-m", "pytest", *files, "-k", selected, "-v", "--color=no"]
+        self.command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_plugin"]
+        self.command += ["--continue-on-collection-errors"]
+        self.env = env | {
+            gpu_plugin.OUTCOMES: str(record.tests.resolve()),
+            gpu_plugin.SHARE: f"{place}/{count}",
+            gpu_plugin.PARENT: str(os.getpid()),
+        }
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        self.starts += 1
+        self.process = start(self.command, self.env, self.log)
+
+    def goes_on(self) -> bool:
+        """Whether tests of it still run; starts another process where one died."""
+        code = self.process.poll()
+        if code is None:
+            return True
+        if code in (0, 1, 5):  # passed, failed, none selected
+            return False
+        last = gpu_plugin.read(self.record.tests)
+        running = [
+            name
+            for name, row in last.items()
+            if row["outcome"] == "started" and gpu_plugin.place_of(name, self.count) == self.place
+        ]
+        detail = f"its process ended with {code}\n{tail(self.log)}"
+        rows = [{"test": name, "outcome": "failed", "detail": detail} for name in running]
+        gpu_plugin.write(self.record.tests, rows)
+        died = code < 0 or code == gpu_plugin.DEVICE_LOST
+        if died and self.starts < _STARTS:
+            self.start()
+            return True
+        if not rows and self.title not in self.record.failed:
+            self.record.failure(self.title, f"pytest ended with {code}\n{tail(self.log)}")
+        return False
+
+
+def start(command: list[str], env: dict[str, str], log: Path, **how: Any) -> Any:
+    """A process in a session of its own, whose output goes to the end of a file."""
     with log.open("ab") as file:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             cwd=ROOT,
             env=env,
@@ -82,50 +217,18 @@ def run_limited(command: list[str], env: dict[str, str], log: Path, limit: float
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            **how,
         )
-    try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        end = time.monotonic() + _GRACE
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.1)
-        return None
-    finally:
-        kill_group(process)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: Any) -> None:
     """Ends a process that leads a session, and all it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def read_junit(path: Path) -> Outcome:
-    """Counts, and the text of each failure."""
-    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-
-    def total(name: str) -> float:
-        return sum(float(suite.get(name, 0)) for suite in suites)
-
-    details = []
-    for suite in suites:
-        for case in suite.iter("testcase"):
-            for kind in ("failure", "error"):
-                for found in case.iter(kind):
-                    name = f"{case.get('classname')}::{case.get('name')}"
-                    details.append(f"{name}\n{found.get('message', '')}\n{found.text or ''}")
-    return Outcome(
-        tests=int(total("tests")),
-        failed=int(total("failures") + total("errors")),
-        skipped=int(total("skipped")),
-        seconds=total("time"),
-        details=tuple(details),
-    )
-
-
-def tail(log: Path, start: int, characters: int = 6000) -> str:
+def tail(log: Path, start: int = 0, characters: int = 6000) -> str:
     """The end of what a log has from a place on."""
     with log.open("rb") as file:
         file.seek(start)

@@ -120,10 +120,11 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     loss = step(candidate.run, problem)
     synchronize(device)
     row["first_seconds"] = time.perf_counter() - started
+    if task.turns == 0:  # it was to be compiled
+        return row
     row |= _compare(candidate, _parts(loss, problem), job, task)
     if candidate.eps is not None:
         row["entries_per_token"] = expected_entries(problem, candidate.eps)
-    row |= _memory(candidate, problem, device)
     blocking = _fastest_blocking(job.shape, task.dtype, device)
     runs: dict[str, Callable[[], object]] = {
         "bare": lambda: bare_product(problem, *blocking),
@@ -136,6 +137,7 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
             break
         for name, run in runs.items():
             samples[name].append(seconds(run, device))
+    row |= _memory(candidate, problem, device)
     taken, bare = (statistics.median(samples[name]) for name in ("own", "bare"))
     return row | {
         "seconds": taken,

@@ -1,11 +1,13 @@
 """A setuptools build_ext that compiles C++ and CUDA with ninja.
 
 Ninja compiles in parallel, and compiles again only what a changed source, header or flag touches.
+Where it is not installed everything is compiled each time, in parallel too.
 CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured; nvcc reads NVCC_APPEND_FLAGS by itself. As in
 torch's extensions, TORCH_CUDA_ARCH_LIST says which GPUs are compiled for, and MAX_JOBS how many
 compilers run at once.
 """
 
+import importlib.util
 import os
 import platform
 import re
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
@@ -35,6 +38,7 @@ CUDA_NAMES = {
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
     "Blackwell+Tegra": "11.0",
 }
+_FAILED = "the compiler failed, its messages are above"
 # Added where a C++ file's name ends in the key: files that are compiled once an instruction set.
 INSTRUCTION_SETS = {
     "_avx2": "-mavx2 -mfma",
@@ -49,39 +53,83 @@ class NinjaBuildExt(build_ext):
 
     def build_extension(self, ext):
         """Compile and link one module, or raise CompileError with the reason."""
-        import ninja  # not at the top: a pure Python build needs neither
-        import pybind11
-
-        includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [_pybind11(), sysconfig.get_path("include")]
         compile_cpp, link = _host_commands(includes)
         compile_with = {"cpp": compile_cpp}
         if any(source.endswith(".cu") for source in ext.sources):
             compile_with["cu"], link = _cuda_commands()
-
-        folder = Path(self.build_temp, ext.name)
+        folder, target = Path(self.build_temp, ext.name), self.get_ext_fullpath(ext.name)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "build.ninja", "w") as file:
-            plan = ninja.Writer(file, width=10_000)
-            plan.variable("builddir", str(folder))
-            for suffix, command in compile_with.items():
-                command += " $extra -MD -MF $out.d -c $in -o $out"
-                plan.rule(suffix, command, depfile="$out.d", deps="gcc")
-            plan.rule("link", f"{link} $in -o $out")
-            objects = [str(folder / f"{source}.o") for source in ext.sources]
-            for source, target in zip(ext.sources, objects, strict=True):
-                plan.build(target, source.rpartition(".")[2], source, variables=_extra(source))
-            plan.build(self.get_ext_fullpath(ext.name), "link", objects)
-        command = [Path(ninja.BIN_DIR, "ninja"), "-f", file.name, *_jobs()]
-        if subprocess.run(command).returncode:
-            raise CompileError("the compiler failed, its messages are above")
+        objects = {source: str(folder / f"{source}.o") for source in ext.sources}
+        try:
+            import ninja  # not at the top: a pure Python build needs none
+        except ImportError:
+            _compile_all(compile_with, link, objects, target)
+        else:
+            _compile_changed(ninja, folder, compile_with, link, objects, target)
+
+
+def _compile_changed(ninja, folder, compile_with, link, objects, target):
+    """Have ninja run the commands, by suffix of the source, whose inputs have changed."""
+    with open(folder / "build.ninja", "w") as file:
+        plan = ninja.Writer(file, width=10_000)
+        plan.variable("builddir", str(folder))
+        for suffix, command in compile_with.items():
+            command += " $extra -MD -MF $out.d -c $in -o $out"
+            plan.rule(suffix, command, depfile="$out.d", deps="gcc")
+        plan.rule("link", f"{link} $in -o $out")
+        for source, made in objects.items():
+            plan.build(made, source.rpartition(".")[2], source, variables={"extra": _extra(source)})
+        plan.build(target, "link", list(objects.values()))
+    jobs = _jobs()
+    command = [Path(ninja.BIN_DIR, "ninja"), "-f", file.name, *(["-j", str(jobs)] if jobs else [])]
+    if subprocess.run(command).returncode:
+        raise CompileError(_FAILED)
+
+
+def _compile_all(compile_with, link, objects, target):
+    """Run every command, as many at once as there are processors."""
+    for made in [*objects.values(), target]:
+        Path(made).parent.mkdir(parents=True, exist_ok=True)
+
+    def run(command):
+        print(command, flush=True)
+        return subprocess.run(command, shell=True).returncode
+
+    def compile_one(source):
+        command = f"{compile_with[source.rpartition('.')[2]]} {_extra(source)}"
+        return run(f"{command} -c {shlex.quote(source)} -o {shlex.quote(objects[source])}")
+
+    with ThreadPoolExecutor(_jobs() or os.cpu_count()) as pool:
+        for failed in pool.map(compile_one, objects):
+            if failed:
+                pool.shutdown(cancel_futures=True)
+                raise CompileError(_FAILED)
+    if run(f"{link} {shlex.join(objects.values())} -o {shlex.quote(target)}"):
+        raise CompileError(_FAILED)
+
+
+def _pybind11():
+    """Return the folder of pybind11's headers: its own, or that of the copy which torch has."""
+    try:
+        import pybind11
+    except ImportError:
+        torch = importlib.util.find_spec("torch")  # which is not imported
+        for folder in (torch and torch.submodule_search_locations) or ():
+            if Path(folder, "include", "pybind11").is_dir():
+                return str(Path(folder, "include"))
+        raise CompileError(
+            "no pybind11: install it, or a torch that has its headers in torch/include"
+        ) from None
+    return pybind11.get_include()
 
 
 def _extra(source):
-    """Return the flags of one file's instruction set, as a variable of ninja."""
+    """Return the flags of one file's instruction set."""
     stem = Path(source).stem
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     flags = [flags for end, flags in INSTRUCTION_SETS.items() if on_x86 and stem.endswith(end)]
-    return {"extra": flags[0]} if flags else {}
+    return flags[0] if flags else ""
 
 
 def _host_commands(includes):
@@ -102,13 +150,13 @@ def _host_commands(includes):
 
 
 def _jobs():
-    """Return ninja's flag for MAX_JOBS; without it ninja goes by the number of processors."""
+    """Return MAX_JOBS; None where the number of processors decides."""
     jobs = os.environ.get("MAX_JOBS")
     if not jobs:
-        return []
+        return None
     if not re.fullmatch("0*[1-9][0-9]*", jobs):
         raise OptionError(f"MAX_JOBS: got {jobs!r}, expected a positive integer")
-    return ["-j", jobs]
+    return int(jobs)
 
 
 def _cuda_commands():

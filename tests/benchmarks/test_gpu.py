@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.gpu_inputs import SHAPES, fit_to
-from benchmarks.gpu_providers import CANDIDATES, find, why_missing
+from benchmarks import gpu, gpu_plugin
+from benchmarks.gpu_providers import CANDIDATES, find
 from benchmarks.gpu_record import COLUMNS, Record, slug
 from benchmarks.gpu_report import draw_figures, write_summary
-from benchmarks.gpu_speed import measure_all
-from benchmarks.gpu_suite import read_junit, run_suite
+from benchmarks.gpu_speed import SHAPES, fit_to, measure_all
+from benchmarks.gpu_suite import read_outcome, run_suite, start
 from benchmarks.shapes import Shape, expected_entries, text_like
 
+ROOT = Path(__file__).parents[2]
 TINY = Shape(8, 16, 64)
 # Providers that fail in every way they can.
 OWN = """
@@ -66,32 +70,95 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def record(tmp_path: Path) -> Record:
     record = Record(tmp_path / "results", "cpu")
-    record.clear()
+    record.open()
     return record
 
 
+# What a machine with a GPU may lack; no process of a run may import them.
+BLOCKED = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in {names} else find(name, path, target)
+
+
+PathFinder.find_spec = classmethod(find_spec)
+"""
+ABSENT = (
+    *("tyro", "rich", "accelerate", "hypothesis", "ninja", "pybind11", "matplotlib", "peft"),
+    *("transformers", "datasets", "pandas", "jinja2", "yaml", "xdist", "pytest_benchmark", "scipy"),
+)
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """Of processes in which none of ``ABSENT`` can be imported, whatever starts them."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(BLOCKED.format(names=ABSENT))
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    # Plugins of pytest that are installed would be imported by their entry points.
+    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+def start_bare(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--output", "results"]
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=tmp_path,
+        env=bare_environment(tmp_path / "bare"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.mark.slow
-def test_a_dry_run_does_everything(tmp_path: Path) -> None:
-    (tmp_path / "failures.txt").write_text("of an earlier run")
-    gpu.main(gpu.Config(dry_run=True, output=tmp_path))
-    rows = rows_of(tmp_path)
-    assert [row["provider"] for row in rows if row["status"] == "ok"] == [
-        c.name for c in CANDIDATES if not why_missing(c, "cpu")
-    ]
-    assert {row["provider"] for row in rows} == {c.name for c in CANDIDATES}
-    assert all(row["reason"] for row in rows if row["status"] == "unavailable")
-    for row in rows:
-        assert row["commit"] == rows[0]["commit"]
-        sampled = "sampled" in row["provider"] and row["status"] == "ok"
-        assert bool(row["entries_per_token"]) == bool(row["listed_per_token"]) == sampled
-    assert read_junit(tmp_path / "junit.xml").failed == 0
-    assert json.loads((tmp_path / "environment.json").read_text())["nvidia_smi"]
-    summary = (tmp_path / "summary.md").read_text()
+def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> None:
+    process = start_bare(tmp_path, "--providers", "bft triton sampled 2^-12", "quack")
+    text, _ = process.communicate()
+    folder = tmp_path / "results"
+    assert process.returncode == 0, text
+    assert "no figures: matplotlib is not installed" in text
+    peer, ours = rows_of(folder)
+    assert (peer["status"], ours["status"]) == ("unavailable", "ok")
+    assert peer["reason"]
+    assert peer["commit"] == ours["commit"]
+    assert ours["entries_per_token"]
+    assert ours["listed_per_token"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["nvidia_smi"]
+    assert environment["build"]["status"] == "ok"
+    outcomes = gpu_plugin.read(folder / "tests.jsonl")
+    assert {row["outcome"] for row in outcomes.values()} <= {"passed", "skipped"}
+    order = [name.partition("[")[0].partition("::")[2] for name in outcomes]
+    graph = order.index("test_a_graph_replays_what_the_inputs_have_become")
+    assert graph < order.index("test_the_hash_has_the_bits_of_the_definition")
+    assert order.index("test_ties_go_to_the_lowest_index") > graph
+    summary = (folder / "summary.md").read_text()
     assert "bft triton sampled 2^-12" in summary
-    assert "3 passed, 0 failed" in summary
-    for name in ("loss.png", "loss.svg", "log.txt"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert not (tmp_path / "failures.txt").exists()
+    assert f"{read_outcome(folder / 'tests.jsonl').text};" in summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", [8.0, 20.0])
+def test_what_a_kill_leaves_can_be_read(tmp_path: Path, when: float) -> None:
+    process = start_bare(tmp_path, "--providers", "eager")
+    time.sleep(when * random.uniform(0.7, 1.3))
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    folder = tmp_path / "results"
+    if (folder / "environment.json").exists():
+        assert json.loads((folder / "environment.json").read_text())["torch"]
+    lines = (folder / "tests.jsonl").read_text() if (folder / "tests.jsonl").exists() else ""
+    assert not lines or lines.endswith("\n")
+    assert all(json.loads(line)["test"] for line in lines.splitlines())
+    if (folder / "loss.csv").exists():
+        assert all(row["status"] for row in rows_of(folder))
+    if (folder / "summary.md").exists():
+        assert "## Failures\n\nNone." in (folder / "summary.md").read_text()
 
 
 @pytest.mark.slow
@@ -141,39 +208,123 @@ def test_without_time_every_row_is_cut(record: Record) -> None:
     measure_all(record, {}, time.monotonic(), [TINY], ["eager", "trl"], turns=1)
     assert {row["status"] for row in record.rows} <= {"cut", "unavailable"}
     assert len(record.rows) == 2
+    assert record.cut
+    assert not record.failed
 
 
-def test_a_test_run_that_is_cut_or_selects_nothing_is_a_failure(record: Record) -> None:
+# Tests that end in every way they can.
+OUTCOMES = """
+import os
+import signal
+import time
+
+import pytest
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_passes(place):
+    pass
+
+
+def test_fails():
+    assert 1 + 1 == 3, "arithmetic"
+
+
+def test_is_skipped():
+    pytest.skip("not here")
+
+
+def test_dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_hangs():
+    time.sleep(600)
+"""
+
+
+def run_outcomes(record: Record, seconds: float, selected: str) -> dict[str, str]:
+    """How each test of ``OUTCOMES`` ends, in two processes."""
+    file = record.folder / "test_outcomes.py"
+    file.write_text(OUTCOMES)
     env = gpu._environment(dry_run=True)
-    run_suite(record, env, 0.5)
-    assert record.failed == ["tests"]
-    run_suite(record, env, 100, "no_such_test")
-    assert record.failed == ["tests"] * 2
+    run_suite(record, env, time.monotonic() + seconds, "trial", (str(file),), selected, 2)
+    rows = gpu_plugin.read(record.tests)
+    return {name.rpartition("::")[2]: row["outcome"] for name, row in rows.items()}
+
+
+def test_a_process_that_dies_takes_one_test_along(record: Record) -> None:
+    outcomes = run_outcomes(record, 100, "not hangs")
+    assert outcomes.pop("test_fails") == outcomes.pop("test_dies") == "failed"
+    assert outcomes.pop("test_is_skipped") == "skipped"
+    assert outcomes == {f"test_passes[{place}]": "passed" for place in range(6)}
     text = (record.folder / "failures.txt").read_text()
-    assert "cut after 0 s" in text
-    assert "pytest ended with 5" in text
+    assert "arithmetic" in text
+    assert "its process ended with -9" in text
+    assert len(record.failed) == 2
+    assert not record.cut
 
 
-def test_failing_tests_are_read_from_the_report(tmp_path: Path) -> None:
-    report = tmp_path / "junit.xml"
-    report.write_text(
-        '<testsuites><testsuite name="pytest" errors="1" failures="1" skipped="1" tests="4" '
-        'time="2.5"><testcase classname="a" name="b"/><testcase classname="a" name="c"><failure '
-        'message="off by 1">trace</failure></testcase><testcase classname="a" name="d"><error '
-        'message="no GPU"/></testcase><testcase classname="a" name="e"><skipped/></testcase>'
-        "</testsuite></testsuites>"
+@pytest.mark.slow
+def test_tests_that_have_no_time_are_cut_and_no_failure(record: Record) -> None:
+    outcomes = run_outcomes(record, 20, "hangs or skipped")
+    assert outcomes == {"test_hangs": "started", "test_is_skipped": "skipped"}
+    assert record.cut == ["trial: 0 passed, 0 failed, 1 skipped, 1 cut, until no time was left"]
+    assert not record.failed
+
+
+def test_a_selection_of_no_test_is_a_failure(record: Record) -> None:
+    assert run_outcomes(record, 100, "no_such_test") == {}
+    assert record.failed == ["trial"]
+
+
+def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path: Path) -> None:
+    path = tmp_path / "tests.jsonl"
+    gpu_plugin.write(path, [{"test": "a", "outcome": "selected"}])
+    gpu_plugin.write(
+        path, [{"test": "a", "outcome": "started"}, {"test": "b", "outcome": "failed"}]
     )
-    outcome = read_junit(report)
-    assert outcome.text == "1 passed, 2 failed, 1 skipped in 2 s"
-    assert outcome.details == ("a::c\noff by 1\ntrace", "a::d\nno GPU\n")
+    with path.open("a") as file:
+        file.write('{"test": "b", "outc')  # a full disk
+    assert {name: row["outcome"] for name, row in gpu_plugin.read(path).items()} == {
+        "a": "started",
+        "b": "failed",
+    }
+    assert read_outcome(path).text == "0 passed, 1 failed, 0 skipped, 1 cut"
+
+
+def test_earlier_results_stay(tmp_path: Path) -> None:
+    folders = []
+    for _ in range(3):
+        record = Record(tmp_path / "gpu", "cpu")
+        record.open()
+        record.note(run=len(folders))
+        folders.append(record.folder.name)
+    assert folders == ["gpu", "gpu-2", "gpu-3"]
+    for number, name in enumerate(folders):
+        assert json.loads((tmp_path / name / "environment.json").read_text()) == {"run": number}
+
+
+def test_a_build_that_is_cut_or_fails_says_so(record: Record, monkeypatch) -> None:
+    for code, status in (("import time; time.sleep(99)", "cut"), ("1 / 0", "failed")):
+        build = gpu.Build.__new__(gpu.Build)
+        build.record, build.started, build.name = record, time.monotonic(), "cpu"
+        build.log = record.log(status)
+        build.process = start([sys.executable, "-c", code], dict(os.environ), build.log)
+        reason = build.finish(time.monotonic() + (0.2 if status == "cut" else 30))
+        assert record.noted["build"]["status"] == status
+        assert reason
+    assert record.failed == ["build"]
+    assert len(record.cut) == 1
+    assert "ZeroDivisionError" in (record.folder / "failures.txt").read_text()
 
 
 def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("this part is broken")
 
-    monkeypatch.setattr(gpu, "run_suite", broken)
-    config = gpu.Config(dry_run=True, output=tmp_path, providers=("quack",))
+    monkeypatch.setattr(gpu, "compile_ahead", broken)
+    config = gpu.Config(dry_run=True, output=tmp_path, providers=("quack",), tests=False)
     with pytest.raises(SystemExit) as exit_:
         gpu.main(config)
     assert exit_.value.code == 1

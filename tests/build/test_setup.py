@@ -144,6 +144,40 @@ def test_a_second_build_compiles_only_what_changed(built, changed, rebuilt):
     assert ("ninja: no work to do." in done.stdout) == (not rebuilt)
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_without_ninja_and_pybind11_it_builds_with_the_headers_of_torch(tree):
+    blocked = ("ninja", "pybind11")
+    done = run(tree, "setup.py", "build_ext", "--inplace", without=blocked, BFT_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "torch/include" in done.stdout
+    done = run(tree, "-c", "from bft_kernels import _cpu; print(_cpu.has_openmp.__name__)")
+    assert done.stdout == "has_openmp\n", done.stderr
+
+
+def test_without_pybind11_and_torch_it_says_what_to_install(tree):
+    done = run(
+        tree,
+        *["setup.py", "build_ext", "--inplace"],
+        without=("torch", "ninja", "pybind11"),
+        BFT_BUILD="cpu",
+    )
+    assert done.returncode != 0
+    assert "cannot build bft_kernels._cpu: no pybind11: install it, or a torch" in done.stderr
+
+
+def test_without_ninja_a_compiler_that_fails_is_an_error(tree):
+    done = run(
+        *[tree, "setup.py", "build_ext", "--inplace"],
+        without=("torch", "ninja"),
+        BFT_BUILD="cpu",
+        CXX="false",
+    )
+    assert done.returncode != 0
+    assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in done.stderr
+    assert modules(tree) == []
+
+
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 @pytest.mark.parametrize("cxx", [None, "no-such-compiler"])
 def test_without_a_compiler_cpu_and_cuda_fail_and_say_so(tree, mode, cxx):
@@ -276,14 +310,15 @@ echo end >> log
 """
 
 
-def build_with_tool(tree, **environment):
+def build_with_tool(tree, without=("torch",), **environment):
     """Build both modules with TOOL; what it wrote, a line each."""
     tool = tree / "toolkit/bin/nvcc"
     tool.parent.mkdir(parents=True)
     tool.write_text(TOOL)
     tool.chmod(0o755)
     environment = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), **environment}
-    done = build(tree, CXX=str(tool), **environment)
+    command = ["setup.py", "build_ext", "--inplace"]
+    done = run(tree, *command, without=without, CXX=str(tool), **environment)
     log = tree / "log"
     return done, log.read_text().splitlines() if log.exists() else []
 
@@ -296,9 +331,10 @@ def most_at_once(log):
     return most
 
 
+@pytest.mark.parametrize("without", [("torch",), ("torch", "ninja")], ids=["ninja", "no ninja"])
 @pytest.mark.parametrize(("jobs", "most"), [("1", 1), ("3", 3)])
-def test_max_jobs_is_how_many_compilers_run(tree, jobs, most):
-    done, log = build_with_tool(tree, MAX_JOBS=jobs, TORCH_CUDA_ARCH_LIST="9.0")
+def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, without):
+    done, log = build_with_tool(tree, without, MAX_JOBS=jobs, TORCH_CUDA_ARCH_LIST="9.0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
     assert most_at_once(log) == most
@@ -307,6 +343,12 @@ def test_max_jobs_is_how_many_compilers_run(tree, jobs, most):
     assert len(compiled) == 1
     assert "-gencode arch=compute_90,code=sm_90 " in compiled[0]
     assert "sm_80" not in compiled[0]
+
+
+def test_without_pybind11_the_headers_are_those_of_torch(tree):
+    done, log = build_with_tool(tree, without=("ninja", "pybind11"), BFT_BUILD="cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all("torch/include" in line for line in log if " -c " in line)
 
 
 @pytest.mark.parametrize("jobs", [None, ""])
