@@ -1,7 +1,18 @@
-"""``python -m bft``, for ``accelerate launch -m bft train ...`` and ``torchrun -m bft ...``."""
+"""``bft``; and ``python -m bft``, for ``accelerate launch -m bft train ...`` and ``torchrun``."""
 
 import sys
 
-from bft.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs one command. Importing takes seconds, in which Ctrl-C is one line, too."""
+    try:
+        from bft.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("bft: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -132,6 +133,7 @@ def _evaluate(config: EvalConfig) -> None:
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
     from bft.metrics import to_json
+    from bft.nonfinite import NonFinite
 
     records = read_jsonl(config.file, limit=config.limit)
     model, tokenizer = load_pretrained(config.model, "auto")
@@ -153,6 +155,8 @@ def _evaluate(config: EvalConfig) -> None:
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         config.output.write_text(to_json(result, indent=2), encoding="utf-8")
+    if not math.isfinite(result["nll"]):
+        raise NonFinite(f"nll is {result['nll']}: {config.model} is broken")
 
 
 def _info(config: InfoConfig) -> None:

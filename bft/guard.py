@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 WAYS_OUT = (
-    "unpatch_model(model) leaves the loss to the caller; fused_loss(model, batch, loss) computes "
-    "one loss without a patch; patch_model(..., allow_unlabelled=True) allows calls without the "
-    "fused loss"
+    "unpatch_model(model) leaves the loss to the caller; fused_loss(model, batch, loss)[0], "
+    "returned from a trainer's compute_loss, is one loss of a model without a patch; "
+    "patch_model(..., allow_unlabelled=True) allows calls without the fused loss"
 )
 
 

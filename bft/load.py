@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft.pretrained import PretrainedError, first_line, pretrained
@@ -36,6 +38,11 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
             "expected all of them"
         )
+    broken = _not_finite(model)
+    if broken is not None:
+        raise PretrainedError(
+            f"model: {folder} holds an infinity or NaN in {broken}, expected finite weights"
+        )
     # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
     if files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
@@ -43,3 +50,12 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
         )
     return model, tokenizer
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The first parameter that holds an infinity or NaN; types of 8 bits and fewer have neither."""
+    for name, parameter in model.named_parameters():
+        wide = parameter.is_floating_point() and parameter.element_size() > 1
+        if wide and not bool(torch.isfinite(parameter.detach()).all()):
+            return name
+    return None

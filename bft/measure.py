@@ -62,8 +62,9 @@ def run_body(
                 raise
             raise UnsupportedModel(
                 f"model: {describe(own)}, which took the place of forward before patch_model, "
-                f"failed without labels ({type(error).__name__}: {error}). Patch the model before "
-                "whatever put it there, or give it its own back: del model.forward"
+                f"failed without labels ({type(error).__name__}: {error}). Where a trainer put it "
+                "there, leave the model unpatched and return fused_loss(model, batch, loss)[0] "
+                "from the trainer's compute_loss"
             ) from error
 
 

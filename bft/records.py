@@ -22,6 +22,10 @@ from bft_kernels.checks import check_int
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+# Who answers, in other formats. Templates write them as they come, and label nothing of them.
+_ALIASES = {"human": "user", "prompter": "user"} | dict.fromkeys(
+    ("ai", "bot", "chatbot", "chatgpt", "gpt", "model"), "assistant"
+)
 
 # How files begin that are no JSONL, and what turns them into it.
 _FOREIGN = {
@@ -175,8 +179,9 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
     if not isinstance(role, str):
         raise DataError(f"{where}: '{name}.role': expected a string, got {_kind(role)}")
     # A template may know other roles; one of these misspelt would be an answer without labels.
-    if role not in _ROLES and role.strip().lower() in _ROLES:
-        raise DataError(f"{where}: '{name}.role': expected {role.strip().lower()!r}, got {role!r}")
+    meant = _ALIASES.get(role.strip().lower(), role.strip().lower())
+    if role not in _ROLES and meant in _ROLES:
+        raise DataError(f"{where}: '{name}.role': expected {meant!r}, got {role!r}")
     if calls and not (isinstance(calls, list) and role == "assistant"):
         raise DataError(
             f"{where}: '{name}.tool_calls': expected a list in an 'assistant' turn, "

@@ -68,7 +68,7 @@ def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
 
 def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
     """Opens metrics.jsonl and TensorBoard and writes the configuration beside them."""
-    if config.overwrite:
+    if not config.resume:  # of a run that may be overwritten, or of a start that failed
         on_main(accelerator, lambda: remove_old_run(config.output_dir))
     log = MetricLog(
         config.output_dir / METRICS,
@@ -135,9 +135,15 @@ def _lock(folder: Path) -> Iterator[None]:
                 folder,
                 error.strerror,
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise SettingError(
+                f"output_dir: {folder} cannot be written to ({error.strerror}); make room, or give "
+                "another folder"
+            ) from None
         yield
 
 
@@ -154,17 +160,18 @@ def _check_resumable(folder: Path) -> None:
 def _check_free(config: TrainConfig) -> None:
     folder, remains = config.output_dir, _remains(config.output_dir)
     names = [str(path.relative_to(folder)) for path in remains]
-    if names in ([], [CONFIG]):  # the file of this start's own settings, perhaps
-        return
+    if not set(names) - {CONFIG, METRICS, EVENTS} and not took_a_step(folder):
+        return  # of a start that failed, or this start's own settings
     if MODEL in names and METRICS not in names:
         raise SettingError(
             f"output_dir: {folder / MODEL} is of no run: no {METRICS} is beside it; "
             "move it away, or give another folder"
         )
     if not config.overwrite:
+        goes_on = "--resume goes on with it, " if checkpoint_folders(folder) else ""
         raise SettingError(
-            f"output_dir: {folder} holds an older run ({', '.join(names)}); --resume goes on with "
-            "it, --overwrite removes it, or give another folder"
+            f"output_dir: {folder} holds an older run ({', '.join(names)}); {goes_on}--overwrite "
+            "removes it, or give another folder"
         )
     for name, used in (("model", Path(config.model)), ("train_file", config.train_file)):
         for path in remains:
@@ -173,6 +180,12 @@ def _check_free(config: TrainConfig) -> None:
                     f"{name}: {used} is part of the run in {folder} that --overwrite would remove; "
                     "give another output folder"
                 )
+
+
+def took_a_step(folder: Path) -> bool:
+    """Whether the log of a run in the folder has a line of a step."""
+    log = folder / METRICS
+    return log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
 
 
 def _remains(folder: Path) -> list[Path]:

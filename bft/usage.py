@@ -25,7 +25,7 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
         SystemExit: help was asked for (0), or tyro has told what it cannot read (2).
     """
     file, typed = _split(arguments)
-    flags = typed if file is None else [*yaml_flags(file, config_type), *typed]
+    flags = typed if file is None else [*_left(yaml_flags(file, config_type), typed), *typed]
     # tyro would tell what our checks say in a form of its own, without the option's name.
     unchecked = type(
         config_type.__name__,
@@ -40,6 +40,13 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
     _check_typed(config, typed)
     check_paths(config)
     return config
+
+
+def _left(of_file: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """The flags of a file that typed ones leave: epochs override steps, and steps epochs."""
+    names = {flag.partition("=")[0] for flag in typed}
+    gone = {"--steps"} if "--epochs" in names else {"--epochs"} if "--steps" in names else set()
+    return [flag for flag in of_file if flag.partition("=")[0] not in gone]
 
 
 def in_flags(message: str, config_type: type[Any]) -> str:

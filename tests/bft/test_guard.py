@@ -220,9 +220,11 @@ def test_an_evaluation_says_that_there_are_no_logits(
     assert "unpatch_model" in told[0]
 
 
-def sft_trainer(model: Any, tokenizer: Any, folder: Path, **settings: Any) -> trl.SFTTrainer:
+def sft_trainer(
+    model: Any, tokenizer: Any, folder: Path, trainer: Any = trl.SFTTrainer, **settings: Any
+) -> trl.SFTTrainer:
     text = [{"text": "What does the heart do? It pumps the blood."}] * 4
-    return trl.SFTTrainer(
+    return trainer(
         model,
         trl.SFTConfig(
             output_dir=str(folder),
@@ -259,6 +261,19 @@ def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer: Any, tmp_path: 
     patch_model(made.model, SFT)
     with pytest.raises(UnsupportedModel, match=r"trl\..*took the place of forward before"):
         made.train()
+
+
+def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer: Any, tmp_path: Path):
+    """What the messages advise."""
+
+    class Fused(trl.SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+            loss = fused_loss(model, inputs, SFT)[0]
+            return (loss, None) if return_outputs else loss
+
+    made = sft_trainer(model_of(tokenizer), tokenizer, tmp_path, trainer=Fused)
+    expected = sft_trainer(model_of(tokenizer), tokenizer, tmp_path).train().training_loss
+    assert made.train().training_loss == pytest.approx(expected, rel=1e-5)
 
 
 # --- copies --------------------------------------------------------------------------------------

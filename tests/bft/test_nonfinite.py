@@ -133,24 +133,41 @@ def test_a_gradient_that_overflows_stops_the_run(
         train(config)
 
 
-def test_a_broken_model_is_named_at_the_first_evaluation(
-    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
-) -> None:
+def with_norm_weights_of(value: float, config: TrainConfig, folder: Path) -> TrainConfig:
     model = AutoModelForCausalLM.from_pretrained(config.model)
-    torch.nn.init.constant_(model.model.norm.weight, math.nan)
-    folder = tmp_path / "broken"
+    torch.nn.init.constant_(model.model.norm.weight, value)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_bytes((Path(config.model) / name).read_bytes())
-    config = replace(config, model=str(folder))
+    return replace(config, model=str(folder))
+
+
+def test_a_model_of_nan_is_refused_wherever_it_is_loaded(
+    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
+) -> None:
+    config = with_norm_weights_of(math.nan, config, tmp_path / "broken")
+    common = ["--model", config.model, "--file", str(config.train_file)]
+    for command in (["train", *flags(config)], ["eval", *common], ["check", *common]):
+        assert main(command) == 1
+        assert "holds an infinity or NaN in model.norm.weight, expected" in capsys.readouterr().err
+
+
+def test_a_broken_model_is_named_at_the_first_evaluation(
+    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "broken"
+    config = with_norm_weights_of(3e38, config, folder)  # finite, and its logits are not
     assert main(["train", *flags(config)]) == 1
     assert "evaluation after step 0: nll is nan" in capsys.readouterr().err
     (row,) = rows(config)
     assert row["nll"] is row["perplexity"] is None
     numbers = tmp_path / "numbers.json"
     held_out = ["--file", str(config.eval_file), "--limit", "2", "--output", str(numbers)]
-    assert main(["eval", "--model", str(folder), *held_out]) == 0
+    assert main(["eval", "--model", str(folder), *held_out]) == 1
+    assert "bft eval: nll is nan: " in capsys.readouterr().err
     assert strict(numbers.read_text(encoding="utf-8"))["nll"] is None
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.nn.init.constant_(model.model.norm.weight, math.nan)
     assert broken_parameter(Accelerator(cpu=True), model) == "model.norm.weight"
 
 

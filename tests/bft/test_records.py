@@ -136,6 +136,8 @@ CALL = '{"role": "assistant", "content": null, "tool_calls": '
         ('{"messages": [{"role": "user", "content": "a"}]}', "expected an 'assistant' turn"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing before it"),
         ('{"messages": [{"role": "Assistant", "content": "a"}]}', "expected 'assistant', got 'Ass"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "expected 'user', got 'human'"),
+        ('{"messages": [{"role": "GPT", "content": "a"}]}', "expected 'assistant', got 'GPT'"),
         ('{"messages": [{"role": "assistant", "content": " "}]}', "[0].content': expected text to"),
         ('{"messages": [{"role": "assistant", "content": null}]}', "expected a string, got nothin"),
         ('{"messages": [' + CALL + "[]}]}", "[0].content': expected a string, got nothing"),

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from accelerate import Accelerator
 
+from bft import train as train_module
 from bft.cli import main
 from bft.config import DemoConfig, SettingError, TrainConfig
 from bft.demo import training
@@ -53,6 +55,32 @@ def test_an_older_run_is_not_mixed_in(used: TrainConfig) -> None:
     for word in ("step-0000004", "model", "metrics.jsonl", "--resume", "--overwrite"):
         assert word in str(refusal.value)
     assert contents(used.output_dir) == before
+
+
+def test_resume_is_no_way_out_where_there_is_no_checkpoint(config: TrainConfig) -> None:
+    train(replace(config, steps=1))
+    with pytest.raises(SettingError, match=r"older run \(.*\); --overwrite removes it, or"):
+        train(replace(config, steps=1))
+
+
+def test_a_start_that_failed_leaves_the_folder_free(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took no step, so that there is nothing to lose."""
+
+    def fails(*_: Any) -> None:
+        raise ValueError("backend: got a wrong one")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "take_steps", fails)
+        with pytest.raises(ValueError, match="a wrong one"):
+            train(replace(config, tensorboard=True))
+    assert (config.output_dir / "tensorboard").exists()
+    (config.output_dir / "notes.txt").write_text("mine")
+    result = train(replace(config, steps=1))
+    assert [row["step"] for row in result.evaluations] == [0, 1]
+    assert not (config.output_dir / "tensorboard").exists()
+    assert (config.output_dir / "notes.txt").exists()
 
 
 def test_what_the_folder_refuses_is_a_wrong_flag(

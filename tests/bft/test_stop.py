@@ -191,6 +191,16 @@ def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flag
     assert int(folder.name.removeprefix("step-")) >= 2
 
 
+def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "transformers.py").write_text(code)  # as if it came while this is imported
+    (tmp_path / "rich.py").write_text(code)
+    command = [sys.executable, "-m", "bft", "train", "--help"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (130, "bft: stopped\n")
+
+
 @pytest.mark.slow
 def test_one_of_two_ranks_stops_both(config: TrainConfig, flags: Flags, tmp_path: Path) -> None:
     """The launcher is not told to use CPUs: its ranks find each other, and are one run."""

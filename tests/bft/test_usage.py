@@ -53,6 +53,13 @@ def test_yaml_of_a_run_reads_back(data: Path) -> None:
     assert from_yaml(data, config.to_yaml()) == config
 
 
+def test_steps_override_the_file_s_epochs_and_the_reverse(data: Path) -> None:
+    config = from_yaml(data, "steps: 3\nepochs: null", "--epochs", "2")
+    assert (config.steps, config.epochs) == (None, 2.0)
+    config = from_yaml(data, "steps: null\nepochs: 2", "--steps=5")
+    assert (config.steps, config.epochs) == (5, None)
+
+
 def test_flags_override_the_file(data: Path) -> None:
     text = yaml.safe_dump({"window": 8, "packing": True})
     config = from_yaml(data, text, "--window", "9", "--no-packing")
