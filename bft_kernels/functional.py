@@ -224,7 +224,7 @@ def balanced_linear_cross_entropy(
         cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, ignored ones included.
             Without it each row of a 2-D ``target`` is one document, and a 1-D ``target`` is one.
             It may lie on the CPU with tensors on a GPU: then documents that fit the budget get
-            their exact gradient in the forward pass (3G) there as well.
+            their exact gradient in the forward pass (3G) there as well, but no CUDA graph takes it.
         normalize: ``"sequence"`` or ``"token"``.
         num_items: what to divide by: the number of documents (or labelled tokens) of the whole
             optimizer step, over its micro-batches and ranks. ``None`` counts this call's. 0 says

@@ -198,6 +198,16 @@ def test_boundaries_on_the_host_are_copied_once(device, name, budget, frozen):
     assert not work.made
 
 
+@pytest.mark.parametrize("length", [0, 1, 8])
+def test_rows_are_planned_from_the_shape(length):
+    device = Device("")
+    hidden = device.tensor(ROWS * length, WIDTH)
+    cu_seqlens = device.tensor(ROWS + 1, dtype=torch.int64)
+    found = ops._documents_on_host(cu_seqlens, None, hidden)
+    assert found.cu_seqlens is cu_seqlens
+    assert found.bounds == [0, length, 2 * length, 3 * length]
+
+
 def test_weights_by_themselves_keep_to_the_device():
     device = Device("")
     confidence = device.tensor(30, dtype=torch.float32)
