@@ -30,6 +30,7 @@ from bft_kernels.checks import (
 )
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
 from bft_kernels.dispatch import select, select_balanced_loss
+from bft_kernels.precision import own_settings
 from bft_kernels.results import BalancedLoss, Forward, Gradients, Saved, Wanted, WeightedLoss
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor target"
@@ -102,7 +103,7 @@ def linear_nll(
     config = CoreConfig(*settings)
     _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    with own_settings(hidden):
         return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
 
 
@@ -178,7 +179,7 @@ def run_backward(
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
     backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    with own_settings(hidden):
         return backend.linear_nll_backward(
             grad, hidden, weight, target, bias, saved, config, wanted, grad_weight
         )
@@ -233,7 +234,7 @@ def weighted_loss(
     config, weighting, wanted = split_weighted(rest)
     _check(hidden, weight, target, bias, config)
     backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    with own_settings(hidden):
         return tuple(
             backend.weighted_loss(
                 hidden, weight, target, share, cu_seqlens, bias, config, weighting, wanted
