@@ -102,7 +102,7 @@ def linear_nll(
     """See :class:`bft_kernels.results.Forward`. ``settings``: the fields of ``CoreConfig``."""
     config = CoreConfig(*settings)
     _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight)
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
     with own_settings(hidden):
         return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
 
@@ -178,7 +178,7 @@ def run_backward(
     grad_weight: Tensor | None = None,
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
-    backend = select(config.backend, hidden, weight)
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
     with own_settings(hidden):
         return backend.linear_nll_backward(
             grad, hidden, weight, target, bias, saved, config, wanted, grad_weight
@@ -233,7 +233,7 @@ def weighted_loss(
     """``rest``: the fields of ``CoreConfig``, of ``Weighting`` and of ``Wanted``."""
     config, weighting, wanted = split_weighted(rest)
     _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight)
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
     with own_settings(hidden):
         return tuple(
             backend.weighted_loss(

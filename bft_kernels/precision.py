@@ -71,7 +71,7 @@ def _multiply_in_float32() -> list[Undo]:
     """float32 operands. Steps that bring back what was there, in the order to take them in."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         return _highest()
-    backends = torch.backends
+    backends: Any = torch.backends
     places = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
     before = [place.fp32_precision for place, _ in places]
     if all(value in _PLAIN for value in before):
