@@ -175,7 +175,7 @@ def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, problem
 def far_apart(count: int, file: Path, device: str) -> Tensor:
     """``[count]`` bfloat16 of any values: of a file's holes, or of a GPU that has the room."""
     if device != "cuda":
-        return torch.from_file(str(file), True, count, dtype=torch.bfloat16).to(device)
+        return torch.from_file(str(file), True, count, dtype=torch.bfloat16, device=device)
     free, _ = torch.cuda.mem_get_info()
     if free < 2.5 * count:
         pytest.skip(f"needs {2.5 * count / 2**30:.0f} GiB of free memory on the GPU")
