@@ -47,7 +47,7 @@ class FakeDevice(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if getattr(func, "__self__", None) is Tensor.device:
-            return _DEVICE if is_there(args[0]) else _CPU
+            return _DEVICE if is_there(args[0]) else func(*args)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = any(map(is_there, tensors))
         if there and not isinstance(func, torch._ops.OpOverload):
