@@ -74,11 +74,13 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("operand", [*HALF, torch.float32, None], ids=str)
 def test_the_kernel_multiplies(operand, wide_products) -> None:
     trial = importlib.import_module("bft_kernels.backends.triton.trial")
-    out = trial.logits_of_ones(CPU, operand)
-    assert bool((out == 64).all())
-    assert tried("triton", operand) == ""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = trial.logits_of_ones(device, operand)
+    assert bool((out == 4 * trial.trial_tile(operand).block_d).all())
+    assert dispatch.try_out("bft_kernels.backends.triton", device, operand) == ""
 
 
+@without_gpu
 @needs_triton
 @pytest.mark.parametrize(
     ("error", "said"),
