@@ -109,6 +109,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fp16": lambda: ours(torch.float16),
     "fp32": lambda: ours(_FP32),
     "fp32 transformed": lambda: ours(_FP32, transformed=True),
+    "fp32 D 1001": lambda: ours(_FP32, width=1001),
     "bf16 D 1000": lambda: ours(_BF16, width=1000),
     "bf16 of fp32 weight": lambda: ours(_BF16, _BF16, _FP32),
     "bf16 of fp32 weight transformed": lambda: ours(_BF16, _BF16, _FP32, transformed=True),

@@ -3,6 +3,10 @@
 A backend says why it cannot take some inputs; ``auto`` takes the first that has no reason and says
 so once in the log. A forced backend that cannot raises with its reasons: nothing falls back
 silently.
+
+What an installation lacks shows in a call only: a C compiler for Triton, code for this GPU, a
+driver that is new enough, shared memory. Before its first call on a GPU a backend makes a small one
+(``trial`` in its package), whose error is a reason as good as any; ``auto`` warns of it once.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.precision import own_settings
 from bft_kernels.results import (
     BalancedLoss,
     Documents,
@@ -80,12 +85,13 @@ class Implementation(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """A named implementation and the reasons why it may not apply."""
+    """A named implementation and the reasons why it may not apply, as far as tensors tell."""
 
     name: str
     why_not: Callable[[Tensor, Tensor], list[str]]
     module: str
     unasked_on: tuple[str, ...] | None = None  # types of devices where "auto" may take it; any
+    tried: bool = True  # whether it makes a small call before its first on a GPU
     balances: bool = False  # whether it has a `balanced_loss` of its own
 
     def load(self) -> Implementation:
@@ -184,7 +190,7 @@ def _why_not_cuda(hidden: Tensor, weight: Tensor) -> list[str]:
 
 # In order of preference.
 BACKENDS = (
-    Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu"),
+    Backend("cpu", _why_not_cpu, "bft_kernels.backends.cpu", tried=False),
     Backend(
         "triton",
         _why_not_triton,
@@ -208,12 +214,52 @@ def backend_names() -> tuple[str, ...]:
     return tuple(backend.name for backend in BACKENDS)
 
 
-def why_not(name: str, hidden: Tensor, weight: Tensor) -> list[str]:
-    """Reasons why backend ``name`` cannot run on these tensors; empty if it can."""
+def why_not(
+    name: str, hidden: Tensor, weight: Tensor, operand: torch.dtype | None = None
+) -> list[str]:
+    """Reasons why backend ``name`` cannot run on these tensors; empty if it can.
+
+    Args:
+        name: of the backend.
+        hidden, weight: what it is asked to take.
+        operand: the type its products' operands are rounded to, where that is not theirs.
+    """
+    backend = _named(name)
+    operand = operand or torch.promote_types(hidden.dtype, weight.dtype)
+    return backend.why_not(hidden, weight) or _why_tried(backend, weight.device, operand)
+
+
+def _named(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
-            return backend.why_not(hidden, weight)
+            return backend
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {backend_names()}")
+
+
+def _why_tried(backend: Backend, device: torch.device, operand: torch.dtype | None) -> list[str]:
+    """What its small call on a GPU raised; without ``operand`` any product will do."""
+    if not backend.tried or device.type != "cuda":
+        return []
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return []  # code cannot be loaded now; the call itself will say so
+    failure = try_out(backend.module, device, operand)
+    return [failure] if failure else []
+
+
+@functools.cache
+def try_out(module: str, device: torch.device, operand: torch.dtype | None) -> str:
+    """The error of a backend's small call on a device; empty if there was none."""
+    try:
+        x = torch.zeros((), device=device, dtype=torch.float32)
+        with own_settings(x), torch.no_grad():
+            importlib.import_module(f"{module}.trial").try_out(device, operand)
+    except torch.OutOfMemoryError:
+        raise  # is no property of the backend
+    except Exception as error:
+        of = "" if operand is None else f" in {str(operand).removeprefix('torch.')}"
+        lines = str(error).strip().splitlines() or ["no message"]
+        return f"a small call on {device}{of} failed: {type(error).__name__}: {lines[0]}"
+    return ""
 
 
 def _wanted(name: str, device: str) -> tuple[str, ...]:
@@ -222,16 +268,23 @@ def _wanted(name: str, device: str) -> tuple[str, ...]:
     return tuple(b.name for b in BACKENDS if b.unasked_on is None or device in b.unasked_on)
 
 
-def select(name: str, hidden: Tensor, weight: Tensor) -> Implementation:
-    """The implementation to run.
+def select(
+    name: str, hidden: Tensor, weight: Tensor, operand: torch.dtype | None = None
+) -> Implementation:
+    """The implementation to run. For the arguments see :func:`why_not`.
 
     Raises:
         ValueError: an unknown name.
         RuntimeError: the forced backend, or every backend, has a reason not to run.
     """
+    operand = operand or torch.promote_types(hidden.dtype, weight.dtype)
     refusals = {}
     for backend in _wanted(name, hidden.device.type):
-        reasons = why_not(backend, hidden, weight)
+        reasons = _named(backend).why_not(hidden, weight)
+        if not reasons:
+            reasons = _why_tried(_named(backend), weight.device, operand)
+            if reasons and name == "auto":
+                _warn(backend, reasons[0])
         if not reasons:
             if name == "auto":
                 _announce(backend, str(hidden.device), str(hidden.dtype))
@@ -248,7 +301,9 @@ def select_balanced_loss(name: str, loss: Tensor) -> BalancedLossFunction:
     """
     wanted = _wanted(name, loss.device.type)
     for backend in BACKENDS:
-        if backend.balances and backend.name in wanted and not backend.why_not(loss, loss):
+        if not backend.balances or backend.name not in wanted:
+            continue
+        if not backend.why_not(loss, loss) and not _why_tried(backend, loss.device, None):
             function: BalancedLossFunction = importlib.import_module(backend.module).balanced_loss
             return function
     return _plain_balanced_loss
@@ -269,6 +324,11 @@ def _plain_balanced_loss(
 @functools.cache
 def _load(name: str) -> Implementation:
     return next(backend for backend in BACKENDS if backend.name == name).load()
+
+
+@functools.cache
+def _warn(name: str, reason: str) -> None:
+    logger.warning("backend %s is not used: %s", name, reason)
 
 
 @functools.cache

@@ -3,7 +3,9 @@
 All take ``hidden [..., D]``, ``weight [V, D]`` and ``target [...]``, already aligned (the shift of
 next-token prediction is the caller's; see :func:`bft_kernels.weighting.shift_labels`). Logits exist
 only in blocks of ``max_buffer_bytes``; sums over ``V`` and ``N`` and the gradients of blocks are
-accumulated in float32, whatever the inputs (float64 inputs stay float64).
+accumulated in float32, whatever the inputs (float64 inputs stay float64). Products of float32 are
+float32, whatever :func:`torch.set_float32_matmul_precision` and ``fp32_precision`` allow others;
+autocast makes them narrow.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bft_kernels.dispatch import BACKENDS
+from bft_kernels.dispatch import BACKENDS, Backend, why_not
 
 _PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
 _EXTENSIONS = {"cpu": "bft_kernels._cpu", "cuda": "bft_kernels._cuda"}
@@ -20,7 +21,9 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dictionary of ``versions``, ``devices``, ``extensions`` and ``backends``;
-        ``backends[name][device]`` lists reasons and is empty where the backend runs.
+        ``backends[name][device]`` lists reasons and is empty where the backend runs: on the
+        current GPU found out by a small call, on others as far as their properties tell. Those are
+        not used, so that no memory is taken on them.
     """
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -34,7 +37,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "extensions": {name: _extension(module) for name, module in _EXTENSIONS.items()},
         "backends": {
-            backend.name: {device: _reasons(backend.why_not, device) for device in devices}
+            backend.name: {device: _reasons(backend, device) for device in devices}
             for backend in BACKENDS
         },
     }
@@ -51,10 +54,27 @@ def _extension(module: str) -> str:
     return f"built, runs {_cpu.instruction_set()} on {threads}"
 
 
-def _reasons(why_not: Any, device: str) -> list[str]:
-    probe = torch.empty(1, 1, dtype=torch.float32, device=device)
-    reasons: list[str] = why_not(probe, probe)
-    return reasons
+@dataclass(frozen=True)
+class _Probe:
+    """What backends ask of a tensor, which would take a context of hundreds of MiB on a GPU."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    layout: torch.layout = torch.strided
+    shape: tuple[int, int] = (1, 1)
+
+    def dim(self) -> int:
+        return 2
+
+    def stride(self) -> tuple[int, int]:
+        return 1, 1
+
+
+def _reasons(backend: Backend, device: str) -> list[str]:
+    probe: Any = _Probe(torch.device(device))
+    if probe.device.type == "cuda" and probe.device.index != torch.cuda.current_device():
+        return backend.why_not(probe, probe)
+    return why_not(backend.name, probe, probe)
 
 
 def _version(package: str) -> str:

@@ -32,6 +32,7 @@ from bft_kernels.checks import (
 )
 from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
 from bft_kernels.dispatch import select, select_balanced_loss
+from bft_kernels.precision import own_settings
 from bft_kernels.results import (
     BalancedLoss,
     Documents,
@@ -124,8 +125,8 @@ def linear_nll(
     """See :class:`bft_kernels.results.Forward`. ``settings``: the fields of ``CoreConfig``."""
     config = CoreConfig(*settings)
     _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
+    with own_settings(hidden):
         return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
 
 
@@ -200,8 +201,8 @@ def run_backward(
     grad_weight: Tensor | None = None,
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
-    backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
+    with own_settings(hidden):
         return backend.linear_nll_backward(
             grad, hidden, weight, target, bias, saved, config, wanted, grad_weight
         )
@@ -265,8 +266,8 @@ def weighted_loss(
     if cu_seqlens is not None and not weighting.local:
         documents = _documents_on_host(cu_seqlens, bounds, hidden)
     _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight)
-    with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+    backend = select(config.backend, hidden, weight, config.operand_dtype)
+    with own_settings(hidden):
         return tuple(
             backend.weighted_loss(
                 hidden, weight, target, share, documents, bias, config, weighting, wanted

@@ -7,6 +7,7 @@ the same inputs again, test by test.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import os
 import re
@@ -16,11 +17,10 @@ import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -32,13 +32,16 @@ from bft_kernels.backends.cuda import native
 
 RUN_SEED = int(os.environ.get("BFT_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
 
-# No database: a run must not depend on files an earlier one left. No deadline: the first example
-# pays for loading torch's kernels.
-hypothesis.settings.register_profile(
-    "kernels", database=None, deadline=None, max_examples=60, print_blob=True
-)
-hypothesis.settings.load_profile("kernels")
-hypothesis.core.global_force_seed = RUN_SEED  # what --hypothesis-seed sets
+if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may have pytest and no more
+    import hypothesis
+
+    # No database: a run must not depend on files an earlier one left. No deadline: the first
+    # example pays for loading torch's kernels.
+    hypothesis.settings.register_profile(
+        "kernels", database=None, deadline=None, max_examples=60, print_blob=True
+    )
+    hypothesis.settings.load_profile("kernels")
+    hypothesis.core.global_force_seed = RUN_SEED  # what --hypothesis-seed sets
 
 # A statistical test fails where chance alone would give a p-value this small. The suite computes
 # well under a thousand of them, so that a correct program fails less than one run in a million.
@@ -272,12 +275,45 @@ def inclusion() -> Callable[[Tensor, float], Tensor]:
 
 
 @pytest.fixture
-def poison() -> Iterator[None]:
-    """``torch.empty`` gives NaN instead of what was there, so that an unwritten output shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` and its kin give NaN instead of what was there, so that an unwritten output
+    shows.
+
+    Torch's deterministic algorithms fill them too, but are others than those under test, and cuBLAS
+    refuses to be one of them.
+    """
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(make)
+        def allocate(*args: Any, **how: Any) -> Tensor:
+            made = make(*args, **how)
+            return made.detach().fill_(unwritten(made.dtype)).requires_grad_(made.requires_grad)
+
+        return allocate
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(Tensor, name, poisoned(getattr(Tensor, name)))
+
+
+def unwritten(dtype: torch.dtype) -> float:
+    """What memory holds that nobody has written to: NaN where there is one."""
+    return math.nan if dtype.is_floating_point else 99
+
+
+@pytest.fixture
+def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where there is no GPU, a device that refuses what one would: a mix with tensors of the CPU.
+
+    Compilers do not trace it.
+    """
+    if torch.cuda.is_available() or "fresh_compiler" in request.fixturenames:
+        yield
+        return
+    FAKE["refuse_in_kernels"](monkeypatch)
+    with FAKE["FakeDevice"]():
+        yield
 
 
 GUARD = 64
@@ -297,8 +333,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             dtype = dtype or torch.float32
             whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
             inside = whole[GUARD : GUARD + shape.numel()]
-            unwritten = math.nan if dtype.is_floating_point else 99
-            inside.fill_(unwritten if filled else 0)
+            inside.fill_(unwritten(dtype) if filled else 0)
             made.append(whole)
             return inside.view(shape)
 
@@ -381,6 +416,7 @@ def allocations() -> Callable[[Callable[[], object]], Allocations]:
 
 
 ROOT = Path(__file__).parents[2]
+FAKE = runpy.run_path(str(Path(__file__).with_name("fake_device.py")))
 DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
 Emulation = DEVICE["Emulation"]
 
@@ -421,6 +457,18 @@ def emulated_device(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Em
         module = importlib.import_module(f"bft_kernels.backends.cuda.{name}")
         monkeypatch.setattr(module, "launch", emulation.launch, raising=False)
     return emulation
+
+
+@pytest.fixture
+def cuda_backend(request: pytest.FixtureRequest) -> None:
+    """The ``cuda`` backend on a GPU, or in the emulation where there is none.
+
+    What was emulated says nothing of a GPU that is there: without the module nothing runs.
+    """
+    if not torch.cuda.is_available():
+        request.getfixturevalue("emulated_device")
+    elif importlib.util.find_spec("bft_kernels._cuda") is None:
+        pytest.skip("bft_kernels._cuda is not built: nothing of this backend can run on the GPU")
 
 
 @dataclass

@@ -51,7 +51,7 @@ class Fused:
     @property
     def slow(self) -> bool:
         """Interpreted or emulated."""
-        return self.name != "cpu" and self.device == "cpu"
+        return self.name != "cpu" and self.device != "cuda"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -65,14 +65,13 @@ def backends() -> Iterator[Fused]:
         shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (37, 24, 501), (33, 65, 1600), (70, 16, 515))
         for name in _cpu.instruction_sets():
             yield Fused("cpu", name, "cpu", shapes)
+    device = "cuda" if torch.cuda.is_available() else "cpu:7"
     if importlib.util.find_spec("triton") is not None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (19, 24, 150), (35, 33, 70))
         for chunks in (False, True):
             yield Fused("triton", None, device, shapes, chunks)
     shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (19, 24, 150), (135, 33, 70))
-    on_device = torch.cuda.is_available() and importlib.util.find_spec("bft_kernels._cuda")
-    yield Fused("cuda", None, "cuda" if on_device else "cpu", shapes)
+    yield Fused("cuda", None, device, shapes)
 
 
 BACKENDS = list(backends())
@@ -85,8 +84,10 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if fused.chunks is not None:
         module = "bft_kernels.backends.triton.core"
         monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: fused.chunks)
-    if fused.name == "cuda" and fused.device == "cpu":
-        request.getfixturevalue("emulated_device")
+    if fused.name == "cuda":
+        request.getfixturevalue("cuda_backend")
+    if fused.name != "cpu":
+        request.getfixturevalue("on_device")
     if fused.instruction_set is None:
         yield
         return

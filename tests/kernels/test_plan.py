@@ -5,6 +5,9 @@ from __future__ import annotations
 from itertools import accumulate, combinations, pairwise
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bft_kernels.backends.torch import linear_nll as torch_linear_nll
 from bft_kernels.backends.triton import configs, core, gather
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 CONFIG = CoreConfig(
     ignore_index=-100,

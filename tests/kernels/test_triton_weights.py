@@ -21,7 +21,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bft_kernels.backends.triton.weights import TILE, balanced_loss, joint_weights
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("on_device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 
 CHECKS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("balanced_weights.py"))))
 LAYOUTS = CHECKS.layouts(TILE)
@@ -35,7 +36,7 @@ def run(
     normalize: str = "sequence",
     items: Tensor | None = None,
 ) -> BalancedLoss:
-    inputs = (loss.to(DEVICE), labelled.to(DEVICE), bounds.to(DEVICE), items)
+    inputs = (None if x is None else x.to(DEVICE) for x in (loss, labelled, bounds, items))
     return BalancedLoss(*(x.cpu() for x in balanced_loss(*inputs, normalize, settings)))
 
 
@@ -158,7 +159,7 @@ def test_the_loss_of_one_graph(problem, close, fresh_compiler):
 
 
 @pytest.mark.parametrize("rows", [0, 13])
-def test_opcheck(rows):
+def test_opcheck(rows, fresh_compiler):
     loss, labelled, bounds = CHECKS.draw((rows, 0), 0.7)
     inputs = (loss.requires_grad_(), labelled, bounds)
     settings = (None, "token", "bft", 4, 1.0, 1e-8, "triton")

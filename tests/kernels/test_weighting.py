@@ -7,6 +7,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

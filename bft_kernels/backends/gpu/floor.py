@@ -47,8 +47,8 @@ def _sums_over(inputs: DeviceInputs, columns: Tensor) -> Tensor:
     repeated = torch.nn.functional.pad(columns[1:] == columns[:-1], (1, 0))[:few]
     products = Products(weight, config.operand_dtype, torch.float32, max(1, few))
     # The vendor's product is not the tiles': by what either can be wrong, as a part of |h| |w|.
-    inexact = config.operand_dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    unit = 2**-9 if inexact else 1e-5
+    # Float32 is never TF32 here; see `precision`.
+    unit = 1e-5
     longest = squared_norms(weight, torch.float32, config.max_buffer_bytes).max().sqrt()
     found = torch.empty(count, dtype=torch.float32, device=columns.device)
     step = max(1, config.max_buffer_bytes // (16 * max(few, width)))

@@ -1,0 +1,103 @@
+"""What the caller allows torch's matrix products, kept from the products of a loss.
+
+TF32 and bfloat16 inside float32 products and float16 sums are settings of the whole process. A loss
+promises float32, and draws again in its backward what it drew in its forward: it takes its products
+in a narrow type only where it is asked to, by autocast or by the tensors' own type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Undo = Callable[[], None]
+
+_PLAIN = ("none", "ieee")  # values of `fp32_precision` that leave float32 as it is
+
+
+@contextlib.contextmanager
+def own_settings(x: Tensor) -> Iterator[None]:
+    """The device of ``x``, no autocast, and products as exact as their type."""
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False), _exact:
+        yield
+
+
+class _Exact:
+    """Clears the settings for the first of the threads that are inside, restores for the last.
+
+    Autograd runs the backward of each device in a thread of its own; settings saved by each would
+    be restored in the order in which they end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo: list[Undo] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._undo = [*_sum_in_float32(), *_multiply_in_float32()]
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for undo in self._undo:
+                    undo()
+                self._undo = []
+
+
+_exact = _Exact()
+
+
+def _sum_in_float32() -> list[Undo]:
+    """float16 operands: with sums in float16 torch refuses a float32 result."""
+    matmul = torch.backends.cuda.matmul
+    if not matmul.allow_fp16_accumulation:
+        return []
+    matmul.allow_fp16_accumulation = False
+    return [lambda: setattr(matmul, "allow_fp16_accumulation", True)]
+
+
+def _multiply_in_float32() -> list[Undo]:
+    """float32 operands. Steps that bring back what was there, in the order to take them in."""
+    if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
+        return _highest()
+    backends: Any = torch.backends
+    places = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
+    before = [place.fp32_precision for place, _ in places]
+    if all(value in _PLAIN for value in before):
+        return []
+    # What was set by its old name is cleared by it too: the profiler reads the old name, and torch
+    # raises where the two disagree.
+    undo = _highest()
+    for (place, above), value in zip(places, before, strict=True):
+        # What was inherited is not set, so that it goes on following.
+        own = "none" if value == above.fp32_precision else value
+        undo.append(functools.partial(_set_precision, place, own))
+        place.fp32_precision = "ieee"
+    return undo
+
+
+def _set_precision(place: Any, value: str) -> None:
+    place.fp32_precision = value
+
+
+def _highest() -> list[Undo]:
+    """Sets :func:`torch.set_float32_matmul_precision`, if it was what set the precision."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set by its new name only
+        return []
+    if before == "highest":
+        return []
+    torch.set_float32_matmul_precision("highest")
+    return [functools.partial(torch.set_float32_matmul_precision, before)]

@@ -1,0 +1,248 @@
+"""The small call that a backend makes before its first on a GPU, and what becomes of its errors.
+
+No GPU is needed: what a GPU lacks raises here as it would there, most of it because it is true of a
+CPU, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from bft_kernels import dispatch, info, linear_nll
+from bft_kernels.backends.cuda import native
+from bft_kernels.backends.torch import trial as products
+from bft_kernels.info import _Probe
+
+CPU = torch.device("cpu")
+HALF = [torch.bfloat16, torch.float16]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU makes real calls")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was tried or said before."""
+    for name in ("try_out", "_warn", "_announce"):
+        function = getattr(dispatch, name).__wrapped__
+        monkeypatch.setattr(dispatch, name, functools.cache(function))
+
+
+def tried(name: str, operand: torch.dtype | None = torch.bfloat16) -> str:
+    """The error of a backend's small call, made on the CPU."""
+    return dispatch.try_out(dispatch._named(name).module, CPU, operand)
+
+
+@pytest.mark.parametrize("operand", HALF, ids=str)
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_products_that_torch_does_not_have(name, operand) -> None:
+    """As on AMD before torch 2.10: no half product of a CPU has a float32 result."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    assert tried(name, operand).startswith("a small call on cpu in ")
+    assert "aten::mm.dtype" in tried(name, operand)
+    assert tried("torch", torch.float32) == tried("torch", None) == ""
+
+
+def test_a_torch_without_the_argument(monkeypatch) -> None:
+    def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+        raise AssertionError("is not reached")
+
+    monkeypatch.setattr(torch, "mm", mm)
+    assert "TypeError" in tried("torch")
+    assert "out_dtype" in tried("torch")
+
+
+@pytest.fixture
+def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half products with a float32 result, as a GPU has them."""
+    monkeypatch.setattr(products, "try_out", lambda device, operand: None)
+
+
+@needs_triton
+@pytest.mark.parametrize("operand", [*HALF, torch.float32, None], ids=str)
+def test_the_kernel_multiplies(operand, wide_products) -> None:
+    trial = importlib.import_module("bft_kernels.backends.triton.trial")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = trial.logits_of_ones(device, operand)
+    assert bool((out == 4 * trial.trial_tile(operand).block_d).all())
+    assert dispatch.try_out("bft_kernels.backends.triton", device, operand) == ""
+
+
+@without_gpu
+@needs_triton
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Failed to find C compiler. Please specify"), "Failed to find C compiler"),
+        ("shared memory", "Required: 99000, Hardware limit: 65536"),
+    ],
+    ids=["no compiler", "no shared memory"],
+)
+def test_a_kernel_that_cannot_be_launched(error, said, wide_products, monkeypatch) -> None:
+    from triton.runtime.errors import OutOfResources
+    from triton.runtime.interpreter import GridExecutor
+
+    def launch(*args: Any, **how: Any) -> None:
+        raise error if isinstance(error, Exception) else OutOfResources(99000, 65536, error)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    assert said in tried("triton")
+
+
+def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device) -> None:
+    for operand in (*HALF, torch.float32, None):
+        emulated_device.launches.clear()
+        assert tried("cuda", operand) == ""
+        assert {"linear_nll_forward", "weight_gradient"} <= set(emulated_device.launches)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("linear_nll_forward: the CUDA launch failed: cudaErrorNoKernelImageForDevice"),
+        RuntimeError("linear_nll_forward: the CUDA launch failed: cudaErrorInsufficientDriver"),
+        ImportError("libcudart.so.14: cannot open shared object file"),
+    ],
+    ids=["another GPU", "an old driver", "no library"],
+)
+def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch) -> None:
+    def kernels() -> Any:
+        raise error
+
+    monkeypatch.setattr(native, "kernels", kernels)
+    assert tried("cuda").endswith(f"{type(error).__name__}: {error}")
+
+
+@without_gpu
+def test_a_gpu_that_is_not_there() -> None:
+    probe: Any = _Probe(torch.device("cuda", 0), torch.bfloat16)
+    (reason,) = dispatch.why_not("torch", probe, probe)
+    assert reason.startswith("a small call on cuda:0 in bfloat16 failed: ")
+
+
+class Trials:
+    """Stands for the small calls of backends: which are made, and their errors."""
+
+    def __init__(self, **errors: Exception) -> None:
+        self.errors, self.made = errors, []
+
+    def __call__(self, module: str, device: torch.device, operand: Any) -> str:
+        self.made.append((module, operand))
+        error = self.errors.get(module.rpartition(".")[2])
+        return str(error or "")
+
+
+@pytest.fixture
+def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends take tensors of a CPU for those of a GPU."""
+    backends = tuple(
+        dataclasses.replace(one, why_not=lambda hidden, weight: [], unasked_on=None, tried=True)
+        for one in dispatch.BACKENDS
+        if one.name in ("cpu", "torch")
+    )
+    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    why_tried = dispatch._why_tried
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "_why_tried", lambda one, device, how: why_tried(one, gpu, how))
+
+
+def test_auto_warns_once_and_takes_the_next(on_any_device, problem, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
+    p = problem(4, 3, 7, dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, logger="bft_kernels"):
+        for _ in range(3):
+            linear_nll(*p.args).sum().backward()
+    assert [record.getMessage() for record in caplog.records] == [
+        "backend cpu is not used: no image"
+    ]
+
+
+def test_a_backend_that_was_asked_for_raises_with_the_error(
+    on_any_device, problem, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
+    p = problem(4, 3, 7, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"backend: got 'cpu', which cannot run.*no image"):
+        linear_nll(*p.args, backend="cpu")
+    assert not caplog.records
+
+
+def test_what_is_tried_is_the_type_of_the_products(on_any_device, problem, monkeypatch) -> None:
+    trials = Trials()
+    monkeypatch.setattr(dispatch, "try_out", trials)
+    p = problem(4, 3, 7, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear_nll(*p.args, backend="torch")
+    assert trials.made == [("bft_kernels.backends.torch", torch.bfloat16)]
+
+
+def test_a_call_is_made_once(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(products, "try_out", lambda device, operand: calls.append(operand))
+    for _ in range(3):
+        assert tried("torch") == ""
+    assert calls == [torch.bfloat16]
+
+
+def test_no_memory_is_no_reason(monkeypatch) -> None:
+    def full(device: torch.device, operand: Any) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(products, "try_out", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        tried("torch")
+
+
+def test_settings_of_precision_do_not_count(monkeypatch) -> None:
+    """Torch refuses half products with a float32 result where sums may be float16."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    monkeypatch.setattr(products, "try_out", lambda *_: seen.append(matmul.allow_fp16_accumulation))
+    matmul.allow_fp16_accumulation = True
+    try:
+        tried("torch")
+        assert matmul.allow_fp16_accumulation
+    finally:
+        matmul.allow_fp16_accumulation = False
+    assert seen == [False]
+
+
+class Devices(TorchFunctionMode):
+    """The devices on which tensors are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.used.add(str(kwargs.get("device", "cpu")))
+        return func(*args, **kwargs)
+
+
+@without_gpu
+def test_info_uses_no_gpu_but_the_current_one(monkeypatch) -> None:
+    """A context is hundreds of MiB on each GPU it is opened on."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with Devices() as devices:
+        facts = info()
+    assert list(facts["devices"]) == ["cpu", "cuda:0", "cuda:1", "cuda:2"]
+    assert devices.used <= {"cpu", "cuda:1"}
+    reasons = facts["backends"]["torch"]
+    assert reasons["cuda:0"] == reasons["cuda:2"] == []
+    assert reasons["cuda:1"][0].startswith("a small call on cuda:1 in float32 failed")
+    assert "it takes tensors on the CPU" in facts["backends"]["cpu"]["cuda:2"][0]
