@@ -8,7 +8,6 @@ a saved model that is loaded again.
 from __future__ import annotations
 
 import inspect
-import json
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from bft.limits import check_fits
 from bft.load import load_pretrained
 from bft.lora import add_adapters
 from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
+from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
 from bft_kernels import reference
 
@@ -288,6 +288,4 @@ def _show(config: CheckConfig, findings: list[Finding]) -> None:
         table.add_row(finding.what, got, finding.expected, finding.verdict)
     Console().print(table)
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(finding) for finding in findings]
-        config.output.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+        write_json(config.output, [asdict(finding) for finding in findings])

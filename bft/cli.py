@@ -132,7 +132,7 @@ def _evaluate(config: EvalConfig) -> None:
     from bft.data import read_jsonl
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
-    from bft.metrics import to_json
+    from bft.metrics import write_json
     from bft.nonfinite import NonFinite
 
     records = read_jsonl(config.file, limit=config.limit)
@@ -153,8 +153,7 @@ def _evaluate(config: EvalConfig) -> None:
             table.add_row(name, format(value, ".4f") if isinstance(value, float) else str(value))
     Console().print(table)
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(to_json(result, indent=2), encoding="utf-8")
+        write_json(config.output, result)
     if not math.isfinite(result["nll"]):
         raise NonFinite(f"nll is {result['nll']}: {config.model} is broken")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bft import hpo
 from bft.config import DemoConfig, TrainConfig
-from bft.metrics import to_json
+from bft.metrics import write_json
 from bft.plot import plot_run
 from bft.pretrained import cache_root
 from bft.train import TrainResult, train
@@ -58,9 +58,7 @@ def demo(config: DemoConfig) -> TrainResult:
     table = config.output_dir / "table.md"
     table.write_text(markdown_table(rows), encoding="utf-8")
     figure = plot_run(result, config.output_dir / "figure.png", config.scheme)
-    (config.output_dir / "result.json").write_text(
-        to_json({"before": before, "after": after}, indent=2), encoding="utf-8"
-    )
+    write_json(config.output_dir / "result.json", {"before": before, "after": after})
     console.print(f"model   {result.model_dir}\ntable   {table}\nfigure  {figure}")
     return result
 

@@ -37,6 +37,7 @@ from typing import TypedDict
 from rich.console import Console
 from rich.table import Table
 
+from bft.metrics import naming
 from bft.pretrained import packaged_file
 
 SPLITS = ("train", "validation", "test")
@@ -282,7 +283,8 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
     scratch.mkdir()
     try:
         for name, text in files.items():
-            (scratch / name).write_text(text, encoding="utf-8", newline="\n")
+            with naming(folder / name):
+                (scratch / name).write_text(text, encoding="utf-8", newline="\n")
         for name in files:
             os.replace(scratch / name, folder / name)
     finally:

@@ -9,6 +9,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,24 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk, as a full one's, does not say which file it is about: this does."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file as :func:`to_json` has it, and the folders that it is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.write_text(to_json(value, indent=2), encoding="utf-8")
+
+
 class MetricLog:
     """``metrics.jsonl``: one JSON object a line, written line by line; null where not finite.
 
@@ -107,7 +127,9 @@ class MetricLog:
         if enabled:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.partial")  # all of the old lines, or all new
-            partial.write_text("".join(to_json(row) + "\n" for row in self.rows), encoding="utf-8")
+            with naming(path):
+                lines = "".join(to_json(row) + "\n" for row in self.rows)
+                partial.write_text(lines, encoding="utf-8")
             os.replace(partial, path)
         self.waiting: list[str] = []
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, checkpoint_folders
 from bft.config import SettingError, TrainConfig, plain
-from bft.metrics import MetricLog
+from bft.metrics import MetricLog, naming
 from bft.ranks import on_main
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
     if accelerator.is_main_process:
         # How this start found its folder is no setting for another start with the same file.
         settings = dataclasses.replace(config, resume=False, overwrite=False)
-        (config.output_dir / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
+        with naming(config.output_dir / CONFIG):
+            (config.output_dir / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
     if config.tensorboard:
         values = {
             name: value if isinstance(value, int | float | str | bool) else str(value)
@@ -115,7 +116,7 @@ def bytes_of_old_run(folder: Path) -> int:
 def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+", encoding="utf-8")
+        file = (folder / LOCK).open("a+b", buffering=0)  # what is not written is known at once
     except OSError as error:
         raise SettingError(
             f"output_dir: got {folder}, expected a folder to write in ({error.strerror})"
@@ -125,9 +126,10 @@ def _lock(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            owner = file.read().decode().strip() or "another process"
             raise FolderInUse(
-                f"output_dir: {folder} is in use by {file.read().strip() or 'another process'}; "
-                "wait until that run ends, or give another folder"
+                f"output_dir: {folder} is in use by {owner}; wait until that run ends, or give "
+                "another folder"
             ) from None
         except OSError as error:
             logger.warning(
@@ -137,8 +139,7 @@ def _lock(folder: Path) -> Iterator[None]:
             )
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             raise SettingError(
                 f"output_dir: {folder} cannot be written to ({error.strerror}); make room, or give "

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from bft import run as run_module
 from bft import train as train_module
 from bft.checkpoint import CheckpointError, WriteError
+from bft.cli import main
 from bft.config import SettingError, TrainConfig
 from bft.train import train
 
@@ -294,6 +295,29 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
     steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert not (config.output_dir / ".room").exists()
+
+
+def test_a_full_disk_is_named_with_the_file(
+    config: TrainConfig,
+    small_disk: Path,
+    flags: Callable[[TrainConfig], list[str]],
+    capsys: pytest.CaptureFixture,
+) -> None:
+    fill(small_disk)
+    status = main(["train", *flags(replace(config, output_dir=small_disk / "run"))])
+    assert status == 2
+    assert f"--output-dir: {small_disk}/run cannot be written to (No space" in _last(capsys)
+    held_out = ["--model", config.model, "--file", str(config.eval_file), "--limit", "1"]
+    for command in ("eval", "check"):
+        output = small_disk / f"{command}.json"
+        assert main([command, *held_out, "--output", str(output)]) == 1
+        assert _last(capsys) == f"bft {command}: {output}: No space left on device"
+    assert main(["data", "--output-dir", str(small_disk / "hpo")]) == 1
+    assert f"{small_disk}/hpo/" in _last(capsys)
+
+
+def _last(capsys: pytest.CaptureFixture) -> str:
+    return str(capsys.readouterr().err.splitlines()[-1])
 
 
 def test_room_is_set_aside_while_a_run_goes_on(

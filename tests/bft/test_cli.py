@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_line(data: Path, model: Path, capsys: pytest.Capture
     common = ["eval", "--model", model, "--file", data, "--max-length", "16"]
     assert told(capsys, [*common, "--output", "/dev/full"]) == (
         1,
-        "bft eval: No space left on device",
+        "bft eval: /dev/full: No space left on device",
     )
 
 
