@@ -143,6 +143,7 @@ def _parts(config: Config, record: Record) -> dict[str, Callable[[], None]]:
         reason = builds[0].finish(until(_BUILD))
         if reason:
             record.note(build_reason=reason)
+        record.look(env)
 
     def speed() -> None:
         measure_all(record, env, until(_SPEED), shapes, names, turns)
@@ -158,6 +159,7 @@ def _parts(config: Config, record: Record) -> dict[str, Callable[[], None]]:
     }
     return {
         "environment": record.environment,
+        "info": lambda: record.look(env),
         **(tests if config.tests else {}),
         "compiling": lambda: compile_ahead(record, env, until(_COMPILED), shapes, names, processes),
         "speed": speed,

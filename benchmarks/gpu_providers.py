@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from benchmarks import losses
 from benchmarks.providers import SAMPLED, why_absent
 from benchmarks.shapes import Problem
-from bft_kernels.dispatch import why_not
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,11 @@ def find(name: str) -> Candidate:
     return Candidate(name, name, run)
 
 
-def why_missing(candidate: Candidate, device: str) -> str:
-    """Why it cannot run here, as far as that shows without running it; empty if it can."""
+def why_missing(candidate: Candidate, device: str, reasons: Mapping[str, str]) -> str:
+    """Why it cannot run here, as far as that shows without running it; empty if it can.
+
+    ``reasons`` are those of our backends.
+    """
     reason = why_absent(candidate.family, candidate.distribution or "")
     if reason:
         return reason
@@ -145,6 +147,5 @@ def why_missing(candidate: Candidate, device: str) -> str:
         return "it runs on a GPU only"
     ours, _, backend = candidate.family.partition(" ")
     if ours == "bft" and device != "cpu":
-        probe = torch.empty(1, 1, device=device)
-        return "; ".join(why_not(backend, probe, probe))
+        return reasons.get(backend, "")
     return ""

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +18,9 @@ import torch
 
 from benchmarks.gpu_providers import CANDIDATES
 from benchmarks.results import append, environment, version
-from bft_kernels import info
 
+# Seconds for what each backend tries.
+_LOOK = 60
 COLUMNS = (
     "provider",
     "family",
@@ -67,6 +69,7 @@ class Record:
     rows: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # that every row names
     noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
+    reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
     summarize: Callable[[Record], None] = lambda record: None
 
     def open(self) -> None:
@@ -112,17 +115,12 @@ class Record:
 
     def environment(self) -> None:
         """Writes environment.json, and keeps what every row names of it."""
-        facts = info()
         cuda = torch.version.cuda or torch.version.hip or ""
-        self.facts = environment(self.device) | {
-            "triton": facts["versions"]["triton"],
-            "cuda": cuda,
-        }
+        self.facts = environment(self.device) | {"triton": version("triton"), "cuda": cuda}
         peers = [c.distribution for c in CANDIDATES if c.distribution is not None]
         self.note(
             started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             **self.facts,
-            bft_kernels=facts,
             peers={name: version(name) for name in peers},
             nvidia_smi=nvidia_smi(),
         )
@@ -133,6 +131,31 @@ class Record:
                 multiprocessors=properties.multi_processor_count,
                 capability=torch.cuda.get_device_capability(0),
             )
+
+    def look(self, env: dict[str, str]) -> None:
+        """Notes ``bft_kernels.info()``, which tries each backend, from a process: it may hang."""
+        code = "import json; from bft_kernels import info; print(json.dumps(info()))"
+        found: dict[str, Any] = {}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=Path(__file__).parents[1],
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=_LOOK,
+                check=True,
+            )
+            found = json.loads(done.stdout)
+        except subprocess.CalledProcessError as error:
+            self.failure("info", f"its process ended with {error.returncode}\n{error.stderr}")
+        except subprocess.TimeoutExpired:
+            self.failure("info", f"its process was not done after {_LOOK} s")
+        self.note(bft_kernels=found)
+        self.reasons = {
+            name: "; ".join(devices.get(f"{self.device}:0", ()))
+            for name, devices in found.get("backends", {}).items()
+        }
 
     def note(self, **values: Any) -> None:
         """Adds to environment.json."""

@@ -56,7 +56,7 @@ class Family:
     jobs: list[Job]
     end: float
     limit: float  # seconds of one job
-    strikes: dict[str, int]
+    strikes: dict[str, list[str]]  # how it ended, each time
 
 
 def measure_all(
@@ -73,7 +73,7 @@ def measure_all(
     families: dict[str, list[Candidate]] = {}
     for name in names:
         candidate = find(name)
-        missing = why_missing(candidate, record.device)
+        missing = why_missing(candidate, record.device, record.reasons)
         if missing:
             for shape in asked:
                 write(Job(name, shape), {"status": "unavailable", "reason": missing})
@@ -111,7 +111,11 @@ def compile_ahead(
         room = int(_USABLE * torch.cuda.get_device_properties(0).total_memory)
         processes = max(1, min(processes, room // max(needed(shape) for shape in widths)))
     members = [find(name) for name in names]
-    ours = [m for m in members if m.family == "bft triton" and not why_missing(m, record.device)]
+    ours = [
+        member
+        for member in members
+        if member.family == "bft triton" and not why_missing(member, record.device, record.reasons)
+    ]
     jobs = [Job(member.name, shape) for shape in widths for member in ours]
 
     def run(place: int) -> None:
@@ -196,10 +200,14 @@ def _measure(
         with _process(log, env) as (process, connection):
             connection.send(Task(tuple(family.jobs), DTYPE, record.device, left, turns))
             yield from _receive(family, process, connection, log, before)
-        tired = [job for job in family.jobs if family.strikes.get(job.provider, 0) >= _STRIKES]
+        out = {name for name, ends in family.strikes.items() if len(ends) >= _STRIKES}
+        tired = [job for job in family.jobs if job.provider in out]
         family.jobs = [job for job in family.jobs if job not in tired]
-        reason = f"it took its process down {_STRIKES} times before"
-        yield from ((job, {"status": "failed", "reason": reason}) for job in tired)
+        for job in tired:
+            cut = all(how == "cut" for how in family.strikes[job.provider])
+            what = "was not done in time" if cut else "took its process down"
+            reason = f"it {what} {_STRIKES} times before"
+            yield job, {"status": "cut" if cut else "failed", "reason": reason}
 
 
 @contextlib.contextmanager
@@ -238,7 +246,7 @@ def _receive(
             process.wait()
             row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
         if not lives:
-            family.strikes[job.provider] = family.strikes.get(job.provider, 0) + 1
+            family.strikes.setdefault(job.provider, []).append(row["status"])
             row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
         yield job, row
         if not lives:

@@ -65,7 +65,7 @@ class Build:
         self.name = "cuda" if record.device == "cuda" else "cpu"
         self.folder = ROOT / "build" / f"gpu-{record.device}"
         settings = {"BFT_BUILD": self.name}
-        if record.device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in env:
+        if record.device == "cuda":  # images set the variable, for every GPU
             settings["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))
         elif record.device == "cpu":
             settings["CXXFLAGS"] = "-O0"
@@ -93,8 +93,8 @@ class Build:
             self.record.failure("build", reason)
         elif status == "cut":
             self.record.cut.append(f"build: {reason}")
-        elif status == "ok" and self.record.device == "cuda":
-            self._install()
+        if status in ("ok", "failed") and self.record.device == "cuda":
+            self._install()  # it comes first: _cpu, after it, may be what failed
         return reason
 
     def _install(self) -> None:
@@ -137,8 +137,9 @@ def run_suite(
     ours = {name: row for name, row in gpu_plugin.read(record.tests).items() if name not in known}
     outcome = Outcome(Counter(row["outcome"] for row in ours.values()))
     record.say(f"{title}: {outcome.text}")
-    if running:
-        record.cut.append(f"{title}: {outcome.text}, until no time was left")
+    if running or outcome.counts["selected"] + outcome.counts["started"]:
+        why = "until no time was left" if running else "until its processes died too often"
+        record.cut.append(f"{title}: {outcome.text}, {why}")
     elif not ours and title not in record.failed:
         record.failure(title, f"no test was selected\n{tail(shares[0].log)}")
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from bft_kernels import info
-
 ABSENT = "not installed"
 # Beside torch and this package.
 _OTHERS = ("transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl")
@@ -29,15 +27,14 @@ def version(distribution: str) -> str:
 
 def environment(device: str) -> dict[str, Any]:
     """Commit, device, thread count and versions; of peers those that are installed."""
-    facts = info()
     others = {name: version(name) for name in _OTHERS}
     return {
         "commit": _commit(),
         "processor": _processor(),
-        "device": facts["devices"].get(f"{device}:0", platform.machine()),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "torch": facts["versions"]["torch"],
-        "bft-kernels": facts["versions"]["bft-kernels"],
+        "torch": version("torch"),
+        "bft-kernels": version("bft-kernels"),
         "python": platform.python_version(),
         "packages": ", ".join(f"{name} {v}" for name, v in others.items() if v != ABSENT),
     }

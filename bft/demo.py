@@ -10,7 +10,7 @@ from rich.table import Table
 
 from bft import hpo
 from bft.config import DemoConfig, TrainConfig
-from bft.metrics import write_json
+from bft.metrics import naming, write_json
 from bft.plot import plot_run
 from bft.pretrained import cache_root
 from bft.train import TrainResult, train
@@ -56,7 +56,8 @@ def demo(config: DemoConfig) -> TrainResult:
     console.rule("Held-out questions")
     console.print(rich_table(rows))
     table = config.output_dir / "table.md"
-    table.write_text(markdown_table(rows), encoding="utf-8")
+    with naming(table):
+        table.write_text(markdown_table(rows), encoding="utf-8")
     figure = plot_run(result, config.output_dir / "figure.png", config.scheme)
     write_json(config.output_dir / "result.json", {"before": before, "after": after})
     console.print(f"model   {result.model_dir}\ntable   {table}\nfigure  {figure}")

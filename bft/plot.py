@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from bft.metrics import naming
 from bft.train import TrainResult
 
 
@@ -19,7 +20,8 @@ def plot_run(result: TrainResult, path: Path, scheme: str) -> Path:
     _training_curves(curves, result.history, scheme)
     _accuracy_bars(bars, result.evaluations[0], result.evaluations[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    curves.figure.savefig(path, dpi=120)
+    with naming(path):
+        curves.figure.savefig(path, dpi=120)
     plt.close(curves.figure)
     return path
 

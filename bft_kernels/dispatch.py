@@ -246,6 +246,10 @@ def _why_tried(backend: Backend, device: torch.device, operand: torch.dtype | No
     return [failure] if failure else []
 
 
+# Of errors that say nothing about a backend: memory that others have, a setting of the process.
+_PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory", "CUBLAS_WORKSPACE_CONFIG")
+
+
 @functools.cache
 def try_out(module: str, device: torch.device, operand: torch.dtype | None) -> str:
     """The error of a backend's small call on a device; empty if there was none."""
@@ -256,6 +260,8 @@ def try_out(module: str, device: torch.device, operand: torch.dtype | None) -> s
     except torch.OutOfMemoryError:
         raise  # is no property of the backend
     except Exception as error:
+        if any(passing in str(error) for passing in _PASSING):
+            raise
         of = "" if operand is None else f" in {str(operand).removeprefix('torch.')}"
         lines = str(error).strip().splitlines() or ["no message"]
         return f"a small call on {device}{of} failed: {type(error).__name__}: {lines[0]}"

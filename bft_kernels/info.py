@@ -74,7 +74,10 @@ def _reasons(backend: Backend, device: str) -> list[str]:
     probe: Any = _Probe(torch.device(device))
     if probe.device.type == "cuda" and probe.device.index != torch.cuda.current_device():
         return backend.why_not(probe, probe)
-    return why_not(backend.name, probe, probe)
+    try:
+        return why_not(backend.name, probe, probe)
+    except RuntimeError as error:  # such as a GPU whose memory others have
+        return [f"not tried: {str(error).splitlines()[0]}"]
 
 
 def _version(package: str) -> str:

@@ -100,7 +100,7 @@ def _compile_all(compile_with, link, objects, target):
         command = f"{compile_with[source.rpartition('.')[2]]} {_extra(source)}"
         return run(f"{command} -c {shlex.quote(source)} -o {shlex.quote(objects[source])}")
 
-    with ThreadPoolExecutor(_jobs() or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_jobs() or _processors()) as pool:
         for failed in pool.map(compile_one, objects):
             if failed:
                 pool.shutdown(cancel_futures=True)
@@ -157,6 +157,11 @@ def _jobs():
     if not re.fullmatch("0*[1-9][0-9]*", jobs):
         raise OptionError(f"MAX_JOBS: got {jobs!r}, expected a positive integer")
     return int(jobs)
+
+
+def _processors():
+    """Return how many this process may use: in a container fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _cuda_commands():

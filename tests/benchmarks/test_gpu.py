@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_plugin
+from benchmarks import gpu, gpu_plugin, gpu_speed, gpu_suite
 from benchmarks.gpu_providers import CANDIDATES, find
 from benchmarks.gpu_record import COLUMNS, Record, slug
 from benchmarks.gpu_report import draw_figures, write_summary
-from benchmarks.gpu_speed import SHAPES, fit_to, measure_all
+from benchmarks.gpu_speed import SHAPES, Family, fit_to, measure_all
 from benchmarks.gpu_suite import read_outcome, run_suite, start
+from benchmarks.gpu_worker import Job
 from benchmarks.shapes import Shape, expected_entries, text_like
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +205,15 @@ def test_what_takes_too_long_is_cut(own, record: Record) -> None:
     assert [row[:2] for row in rows[2:]] == [("eager", "ok")] * 2
 
 
+@pytest.mark.slow
+def test_what_is_too_slow_twice_is_cut_on_other_shapes(own, record: Record) -> None:
+    jobs = [Job("own:hangs", Shape(8, 16, 64 + place)) for place in range(4)]
+    family = Family(jobs, time.monotonic() + 60, 2.0, {})
+    rows = [row for _, row in gpu_speed._measure(family, record, own, 1)]
+    assert [row["status"] for row in rows] == ["cut"] * 4
+    assert rows[-1]["reason"] == "it was not done in time 2 times before"
+
+
 def test_without_time_every_row_is_cut(record: Record) -> None:
     measure_all(record, {}, time.monotonic(), [TINY], ["eager", "trl"], turns=1)
     assert {row["status"] for row in record.rows} <= {"cut", "unavailable"}
@@ -303,6 +313,24 @@ def test_earlier_results_stay(tmp_path: Path) -> None:
     assert folders == ["gpu", "gpu-2", "gpu-3"]
     for number, name in enumerate(folders):
         assert json.loads((tmp_path / name / "environment.json").read_text()) == {"run": number}
+
+
+def test_the_build_is_for_this_gpu_alone(tmp_path: Path, monkeypatch) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr(gpu_suite, "start", lambda command, env, log: seen.append(env))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    record = Record(tmp_path / "results", "cuda")
+    record.open()
+    gpu.Build(record, {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0 10.0+PTX"})  # as images set it
+    assert seen[0]["TORCH_CUDA_ARCH_LIST"] == "9.0"
+
+
+def test_what_the_backends_say_comes_from_another_process(record: Record) -> None:
+    record.look(gpu._environment(dry_run=True))
+    assert record.noted["bft_kernels"]["backends"]["torch"]["cpu"] == []
+    record.look({"PATH": "", "PYTHONHOME": "/nowhere"})  # as one that dies
+    assert record.failed == ["info"]
+    assert record.noted["bft_kernels"] == {}
 
 
 def test_a_build_that_is_cut_or_fails_says_so(record: Record, monkeypatch) -> None:

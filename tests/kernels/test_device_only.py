@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +40,25 @@ OPS = [op for op in vars(ops).values() if isinstance(op, torch.library.CustomOpD
 BODIES: dict[Any, Callable[..., Any]] = {op._opoverload: op._init_fn for op in OPS}
 
 
+class FromHost(TorchFunctionMode):
+    """Refuses what makes a tensor of the host's values: on a GPU they are copied there.
+
+    On this device such a call leaves no other trace.
+    """
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor)
+    INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        listed = func in self.INDEXED and any(
+            isinstance(index, list | np.ndarray)
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if func in self.MAKERS or listed:
+            raise AssertionError(f"{func.__name__}: a tensor of the host's values")
+        return func(*args, **kwargs or {})
+
+
 class HostWork(TorchDispatchMode):
     """Runs the ops' bodies and notes what is done with tensors on the host."""
 
@@ -50,7 +71,7 @@ class HostWork(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in BODIES:
-            with self:
+            with self, FromHost():
                 return BODIES[func](*args, **kwargs)
         given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is torch.ops.aten._local_scalar_dense.default and given != {"cpu"}:
@@ -84,7 +105,7 @@ class Device:
 
     def run(self, loss: Callable[[], Any]) -> HostWork:
         """What a loss and its backward do with the host."""
-        with self.work:
+        with self.work, FromHost():
             value = loss()
             (value if isinstance(value, Tensor) else value[0]).sum().backward()
         return self.work
@@ -286,3 +307,20 @@ def test_a_capture_refuses_lists_of_unknown_length(captured):
     seed = torch.empty((), dtype=torch.int64, device=captured["hidden"].device)
     with pytest.raises(RuntimeError, match=r"^gradient: got 'sampled' with backend='torch'"):
         torch_linear_nll(*captured.values(), None, seed, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: torch.tensor([0, 3], device=x.device),
+        lambda x: torch.as_tensor([0, 3], device=x.device),
+        lambda x: x.new_tensor([0, 3]),
+        lambda x: x[[0, 1]],
+        lambda x: x[:, np.array([0, 1])],
+        lambda x: x.index_copy_(0, torch.tensor([0]).to(x.device), x[:1]),
+    ],
+)
+def test_values_of_the_host_are_seen(made: Callable[[Tensor], Any]):
+    x = torch.empty(4, 4, device="meta")
+    with HostWork(), FromHost(), pytest.raises(AssertionError, match="a tensor of the host's"):
+        made(x)

@@ -285,6 +285,7 @@ def test_is_captured_in_a_graph(engine, name, problem, close):
     expected = {key: value.clone() for key, value in p.grads().items()}
     p.hidden.grad = p.weight.grad = None
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         CALLS[name](p.args, boundaries, **engine.how).backward()
     torch.cuda.current_stream().wait_stream(stream)

@@ -196,13 +196,25 @@ def test_a_call_is_made_once(monkeypatch) -> None:
     assert calls == [torch.bfloat16]
 
 
-def test_no_memory_is_no_reason(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("none left"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_no_memory_is_no_reason(error: Exception, monkeypatch) -> None:
     def full(device: torch.device, operand: Any) -> None:
-        raise torch.OutOfMemoryError("none left")
+        raise error
 
     monkeypatch.setattr(products, "try_out", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         tried("torch")
+    info_module = importlib.import_module("bft_kernels.info")
+    monkeypatch.setattr(info_module, "why_not", lambda *_: tried("torch"))
+    (reason,) = info_module._reasons(info_module.BACKENDS[0], "cpu")
+    assert reason == f"not tried: {error}"
 
 
 def test_settings_of_precision_do_not_count(monkeypatch) -> None:

@@ -18,7 +18,6 @@ from bft_kernels.backends.triton import configs, core, gather
 
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 CONFIG = CoreConfig(
     ignore_index=-100,
     softcap=None,
