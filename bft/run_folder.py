@@ -161,7 +161,7 @@ def _check_resumable(folder: Path) -> None:
 def _check_free(config: TrainConfig) -> None:
     folder, remains = config.output_dir, _remains(config.output_dir)
     names = [str(path.relative_to(folder)) for path in remains]
-    if not set(names) - {CONFIG, METRICS, EVENTS} and not took_a_step(folder):
+    if not set(names) - {CONFIG, METRICS, EVENTS} and not _took_a_step(folder):
         return  # of a start that failed, or this start's own settings
     if MODEL in names and METRICS not in names:
         raise SettingError(
@@ -183,7 +183,7 @@ def _check_free(config: TrainConfig) -> None:
                 )
 
 
-def took_a_step(folder: Path) -> bool:
+def _took_a_step(folder: Path) -> bool:
     """Whether the log of a run in the folder has a line of a step."""
     log = folder / METRICS
     return log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")

@@ -329,7 +329,7 @@ def _plain_balanced_loss(
 
 @functools.cache
 def _load(name: str) -> Implementation:
-    return next(backend for backend in BACKENDS if backend.name == name).load()
+    return _named(name).load()
 
 
 @functools.cache
