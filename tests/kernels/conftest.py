@@ -134,6 +134,24 @@ class Problem:
         return dict(zip(leaves, found, strict=True))
 
 
+def cancellation(p: Problem, loss_of: Callable[[Problem], Tensor]) -> dict[str, float]:
+    """How far rounding grows in each gradient's sums: ``|terms| / |sum|``, in float64.
+
+    The logits stand in for ``hidden`` and the unit matrix for ``weight``, which gives ``dz``.
+    """
+    wide = p.copy(torch.float64, frozen=("weight", "bias"))
+    hidden, weight = wide.hidden.detach(), wide.weight
+    unit = torch.eye(weight.shape[0], dtype=torch.float64)
+    own = replace(wide, hidden=hidden @ weight.T, weight=unit)
+    dz = own.gradients(loss_of(own))["hidden"]
+    terms = {
+        "hidden": (dz @ weight, dz.abs() @ weight.abs()),
+        "weight": (dz.T @ hidden, dz.T.abs() @ hidden.abs()),
+        "bias": (dz.sum(0), dz.abs().sum(0)),
+    }
+    return {k: float(size.norm() / total.norm()) for k, (total, size) in terms.items()}
+
+
 def draw_problem(
     rows: int,
     width: int,
@@ -160,6 +178,11 @@ def draw_problem(
 def problem() -> Callable[..., Problem]:
     """:func:`draw_problem`; session-scoped, so that hypothesis tests may use it."""
     return draw_problem
+
+
+@pytest.fixture(scope="session")
+def cancels() -> Callable[..., dict[str, float]]:
+    return cancellation
 
 
 @pytest.fixture(scope="session")
