@@ -15,3 +15,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("bft.loss" if name == "HeadLoss" else "bft.patch"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

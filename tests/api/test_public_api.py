@@ -1,0 +1,118 @@
+"""The public API is what public_api.txt lists: names, signatures and defaults, commands and flags.
+
+    python tests/api/test_public_api.py    # writes the list anew
+
+CONTRIBUTING.md says what may change, and how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+PACKAGES = ("bft_kernels", "bft")
+IMPORT = re.compile(r"^from (bft\w*(?:\.\w+)*) import \(?([\w, ]+)\)?$", re.MULTILINE)
+DOTTED = re.compile(r"`(bft_kernels(?:\.\w+)+|bft\.(?!py\b)\w+(?:\.\w+)*)\(")
+
+
+def signature(function: Any) -> str:
+    """Parameters and what is returned, each parameter with its kind and default."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
+
+
+def describe(name: str, thing: Any) -> Iterator[str]:
+    """One line a function; of a class its constructor, its fields and its public methods."""
+    if not inspect.isclass(thing):
+        yield f"{name}{signature(thing)}" if callable(thing) else f"{name}: {type(thing).__name__}"
+        return
+    fields = getattr(thing, "_fields", ())
+    yield f"class {name}({', '.join(fields)})" if fields else f"class {name}{signature(thing)}"
+    for method, function in inspect.getmembers(thing):
+        own = any(
+            method in vars(base) and base.__module__.partition(".")[0] in PACKAGES
+            for base in thing.__mro__
+        )
+        public = method == "__call__" or not method.startswith("_")
+        if own and public and method not in fields and callable(function):
+            yield f"class {name}.{method}{signature(function)}"
+
+
+def imported_by_docs() -> set[tuple[str, str]]:
+    """Module and name of each import, and of each call by its full name, in the documents."""
+    found = set()
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = document.read_text(encoding="utf-8")
+        for module, names in IMPORT.findall(text):
+            found |= {(module, name.strip()) for name in names.split(",") if name.strip()}
+        for dotted in DOTTED.findall(text):
+            module, _, name = dotted.rpartition(".")
+            found.add((module, name))
+    return found
+
+
+def commands() -> Iterator[str]:
+    """Each command of ``bft`` with its flags, their types and defaults."""
+    from bft.cli import COMMANDS
+
+    for command, (config, _) in COMMANDS.items():
+        yield f"bft {command}"
+        types = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            needed = field.default is dataclasses.MISSING
+            default = "required" if needed else f"= {str(field.default)!r}"
+            kind = types[field.name]
+            kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            yield f"bft {command} --{field.name.replace('_', '-')}: {kind} {default}"
+
+
+def lines() -> list[str]:
+    """The public API of today's code."""
+    found = []
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in sorted(module.__all__):
+            found += describe(f"{package}.{name}", getattr(module, name))
+    public = {(package, name) for package in PACKAGES for name in _all(package)}
+    for module_name, name in sorted(imported_by_docs() - public):
+        module = importlib.import_module(module_name)
+        found += describe(f"{module_name}.{name}", getattr(module, name))
+    return [*found, *commands()]
+
+
+def _all(package: str) -> list[str]:
+    return list(importlib.import_module(package).__all__)
+
+
+def test_the_public_api_is_what_the_snapshot_lists():
+    expected = SNAPSHOT.read_text(encoding="utf-8").splitlines()
+    changed = "\n".join(
+        difflib.unified_diff(expected, lines(), "listed", "today", lineterm="", n=0)
+    )
+    assert not changed, f"{changed}\n\nSee CONTRIBUTING.md, then run `python {__file__}`."
+
+
+def test_what_documents_import_is_there():
+    assert ("bft_kernels", "linear_nll") in imported_by_docs()
+    assert ("bft", "patch_model") in imported_by_docs()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_public_is_imported_by_its_name(package):
+    """And `dir` of the package tells it, which completion asks."""
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text("\n".join(lines()) + "\n", encoding="utf-8")
