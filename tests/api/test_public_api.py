@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 PACKAGES = ("bft_kernels", "bft")
 IMPORT = re.compile(r"^from (bft\w*(?:\.\w+)*) import \(?([\w, ]+)\)?$", re.MULTILINE)
+MODULE = re.compile(r"\b(typing|pathlib)\.(_\w+\.)?")
 DOTTED = re.compile(r"`(bft_kernels(?:\.\w+)+|bft\.(?!py\b)\w+(?:\.\w+)*)\(")
 
 
@@ -72,7 +73,7 @@ def commands() -> Iterator[str]:
             needed = field.default is dataclasses.MISSING
             default = "required" if needed else f"= {str(field.default)!r}"
             kind = types[field.name]
-            kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            kind = kind.__name__ if isinstance(kind, type) else MODULE.sub("", str(kind))
             yield f"bft {command} --{field.name.replace('_', '-')}: {kind} {default}"
 
 
