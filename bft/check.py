@@ -158,7 +158,7 @@ class _Trial:
         target = batch_targets(self.batch)[0]
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
-        nll = -log_p.gather(1, target[labelled, None]).squeeze(1)
+        nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
         bounds = nn.functional.pad(labelled.sum(1).cumsum(0), (1, 0))
         coefficients = reference.token_coefficients(
             torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window

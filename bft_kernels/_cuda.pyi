@@ -1,10 +1,3 @@
-def sampling_uniforms(
-    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int, stream: int
-) -> None: ...
-def sampling_bits(
-    seed: int, row0: int, rows: int, col0: int, cols: int, out_ptr: int, stream: int
-) -> None: ...
-
 class Problem:
     def __init__(
         self,

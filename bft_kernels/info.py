@@ -12,7 +12,7 @@ import torch
 
 from bft_kernels.dispatch import BACKENDS, Backend, why_not
 
-_PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "numpy")
+_PACKAGES = ("triton", "transformers", "accelerate", "peft", "numpy")
 _EXTENSIONS = {"cpu": "bft_kernels._cpu", "cuda": "bft_kernels._cuda"}
 
 
@@ -32,6 +32,7 @@ def info() -> dict[str, Any]:
         "versions": {
             "bft-kernels": _version("bft-kernels"),
             "python": platform.python_version(),
+            "torch": torch.__version__,  # with what it was built for, which metadata may leave out
             **{name: _version(name) for name in _PACKAGES},
         },
         "devices": devices,

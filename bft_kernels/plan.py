@@ -27,7 +27,7 @@ def default_buffer_bytes(device_type: str) -> int:
 
 
 # How many columns of the vocabulary are best for the vendor's product, measured at widths from 576
-# to 4096; see docs/performance.md.
+# to 4096; see docs/dev/cpu.md.
 CPU_BLOCK_COLUMNS = 512
 
 

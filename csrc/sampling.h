@@ -70,10 +70,4 @@ BFT_HOST_DEVICE T draw(RowKey key, uint32_t column) {
     }
 }
 
-// A rectangle of the [N, V] matrix: where it starts and how large it is.
-struct Region {
-    int64_t row0, rows;
-    int64_t col0, cols;
-};
-
 }  // namespace bft

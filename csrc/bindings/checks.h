@@ -2,13 +2,9 @@
 // checked here. std::invalid_argument becomes ValueError.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <stdexcept>
 #include <string>
-
-#include "csrc/sampling.h"
 
 namespace bft {
 
@@ -39,18 +35,6 @@ T* checked_pointer(const char* name, std::uintptr_t address, int64_t elements) {
                                     " other than 0, of " + std::to_string(elements) + " elements");
     }
     return reinterpret_cast<T*>(address);
-}
-
-// Rows may lie anywhere in 63 bits, columns in 32; the rectangle's own size must fit in memory.
-inline Region checked_region(int64_t row0, int64_t rows, int64_t col0, int64_t cols) {
-    constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
-    constexpr int64_t kColumns = int64_t{1} << 32;
-    constexpr int64_t kElements = int64_t{1} << 48;
-    check_range("col0", col0, 0, kColumns);
-    check_range("cols", cols, 0, kColumns - col0);
-    check_range("rows", rows, 0, kElements / std::max<int64_t>(cols, 1));
-    check_range("row0", row0, 0, kMax - rows);
-    return {row0, rows, col0, cols};
 }
 
 }  // namespace bft

@@ -9,7 +9,6 @@
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/cpu/sampling.h"
 #include "csrc/cpu/sweep.h"
 
 namespace py = pybind11;
@@ -304,23 +303,6 @@ void define_backward(py::module_& module) {
         "dW [V, D], added or stored, and db [V] from the entries of dy and the rows of hidden.");
 }
 
-// --- the draws -----------------------------------------------------------------------------------
-
-template <typename T>
-void fill_draws(int64_t seed, int64_t row0, int64_t rows, int64_t col0, int64_t cols,
-                Address out_ptr, int threads) {
-    const bft::Region region = bft::checked_region(row0, rows, col0, cols);
-    T* out = bft::checked_pointer<T>("out_ptr", out_ptr, rows * cols);
-    bft::cpu::fill_draws(static_cast<uint64_t>(seed), region, out, checked_threads(threads));
-}
-
-template <typename T>
-void define_draws(py::module_& module, const char* name, const char* doc) {
-    module.def(name, &fill_draws<T>, doc, arg("seed"), arg("row0"), arg("rows"), arg("col0"),
-               arg("cols"), arg("out_ptr"), arg("threads") = 1,
-               py::call_guard<py::gil_scoped_release>());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
@@ -335,8 +317,4 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     define_team(module);
     define_sweep(module);
     define_backward(module);
-    define_draws<float>(module, "sampling_uniforms",
-                        "Write u of every entry as float32 [rows, cols] to out_ptr.");
-    define_draws<uint32_t>(module, "sampling_bits",
-                           "Write the 32 hashed bits of every entry as uint32 [rows, cols].");
 }

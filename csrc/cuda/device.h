@@ -2,7 +2,7 @@
 // accessors, asynchronous copies, ldmatrix and mma. Needs sm_80.
 //
 // Kernels reach memory through Global<T> and Shared<T> only. Compiled by nvcc these are a pointer
-// and an offset. Compiled by the host's compiler, csrc/emulation implements the same names and
+// and an offset. Compiled by the host's compiler, tests/cuda/emulation implements the same names and
 // checks every access.
 #pragma once
 
@@ -40,7 +40,7 @@ __host__ __device__ constexpr uint32_t align_shared(uint32_t bytes) {
 }  // namespace bft::cuda
 
 #ifndef __CUDACC__
-#include "csrc/emulation/device.h"
+#include "tests/cuda/emulation/device.h"
 #else
 
 namespace bft::cuda {

@@ -9,7 +9,7 @@
 #ifndef __CUDACC__
 #include <tuple>
 
-#include "csrc/emulation/launch.h"
+#include "tests/cuda/emulation/launch.h"
 #endif
 
 namespace bft::cuda {

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+from tests.support.problems import assert_close, draw_problem
 
 LOSSES = {
     "nll": lambda p, **how: (linear_nll(*p.args, bias=p.bias, **how) ** 2).sum(),
@@ -31,8 +32,8 @@ def loss_of(request):
 
 
 @pytest.fixture
-def p(problem):
-    return problem(40, 8, 60, bias=True)
+def p():
+    return draw_problem(40, 8, 60, bias=True)
 
 
 def fresh_gradients(p, loss_of) -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def fresh_gradients(p, loss_of) -> dict[str, Tensor]:
 # --- existing gradients --------------------------------------------------------------------------
 
 
-def test_backward_adds_to_existing_gradients_in_place(p, loss_of, close):
+def test_backward_adds_to_existing_gradients_in_place(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     before = {name: torch.randn_like(leaf) for name, leaf in p.leaves.items()}
     for name, leaf in p.leaves.items():
@@ -55,14 +56,14 @@ def test_backward_adds_to_existing_gradients_in_place(p, loss_of, close):
     for name, grad in p.grads().items():
         assert grad.data_ptr() == places[name], name
         assert grad is tensors[name], name
-        close(grad, before[name] + expected[name], 1e-12, name)
+        assert_close(grad, before[name] + expected[name], 1e-12, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_micro_batches_sum_up(gradient, dtype, problem, close):
+def test_micro_batches_sum_up(gradient, dtype):
     how = {"gradient": gradient, "seed": 1, "eps": 2**-8}
-    p = problem(40, 8, 60, dtype=dtype)
+    p = draw_problem(40, 8, 60, dtype=dtype)
     parts = []
     for rows in torch.arange(40).split(10):
         h, t = p.hidden.detach()[rows], p.target[rows]
@@ -71,7 +72,7 @@ def test_micro_batches_sum_up(gradient, dtype, problem, close):
         linear_nll(h, p.weight, t, **how).sum().backward()
         parts.append(own.grad.double())
     # Each addition rounds once to the gradient's type, and partial sums may exceed the last one.
-    close(p.weight.grad, torch.stack(parts).sum(0), 16 * torch.finfo(dtype).eps)
+    assert_close(p.weight.grad, torch.stack(parts).sum(0), 16 * torch.finfo(dtype).eps)
 
 
 class LargeTensors(TorchDispatchMode):
@@ -103,9 +104,9 @@ class LargeTensors(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_accumulation_makes_no_second_gradient(gradient, problem, backend_under):
+def test_accumulation_makes_no_second_gradient(gradient, backend_under):
     # V * D is larger than everything else here: N * D, the blocks and the entries together.
-    p = problem(6, 64, 500, dtype=torch.float32)
+    p = draw_problem(6, 64, 500, dtype=torch.float32)
     how = {"gradient": gradient, "seed": 1, "eps": 2**-4, "max_buffer_bytes": 40_000}
     counts = []
     for _ in range(2):
@@ -120,7 +121,7 @@ def test_accumulation_makes_no_second_gradient(gradient, problem, backend_under)
 # --- where it must not be in place ---------------------------------------------------------------
 
 
-def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, close):
+def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     for leaf in p.leaves.values():
         leaf.grad = torch.full_like(leaf, 3.0)
@@ -133,41 +134,43 @@ def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, close):
     ):
         got = torch.autograd.grad(loss_of(p), [p.leaves[name] for name in wanted])
         for name, grad in zip(wanted, got, strict=True):
-            close(grad, expected[name], 1e-12, name)
+            assert_close(grad, expected[name], 1e-12, name)
     for name, grad in p.grads().items():
         assert bool((grad == 3).all()), name
 
 
 @pytest.mark.parametrize("inputs", [("hidden",), ("weight",), ("weight", "bias")], ids=str)
-def test_backward_with_inputs_touches_only_those(inputs, p, loss_of, close):
+def test_backward_with_inputs_touches_only_those(inputs, p, loss_of):
     expected = fresh_gradients(p, loss_of)
     for leaf in p.leaves.values():
         leaf.grad = torch.ones_like(leaf)
     loss_of(p).backward(inputs=[p.leaves[name] for name in inputs])
     for name, grad in p.grads().items():
-        close(grad, 1 + expected[name] if name in inputs else torch.ones_like(grad), 1e-12, name)
+        assert_close(
+            grad, 1 + expected[name] if name in inputs else torch.ones_like(grad), 1e-12, name
+        )
 
 
-def test_hooks_see_the_gradient(p, loss_of, close):
+def test_hooks_see_the_gradient(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
     p.weight.register_hook(lambda grad: seen.append(grad.clone()))
     loss_of(p).backward()
     assert len(seen) == 1
-    close(seen[0], expected["weight"], 1e-12)
-    close(p.weight.grad, 1 + expected["weight"], 1e-12)
+    assert_close(seen[0], expected["weight"], 1e-12)
+    assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
 
 
-def test_hooks_may_replace_the_gradient(p, loss_of, close):
+def test_hooks_may_replace_the_gradient(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     p.weight.register_hook(lambda grad: 10 * grad)
     loss_of(p).backward()
-    close(p.weight.grad, 1 + 10 * expected["weight"], 1e-11)
+    assert_close(p.weight.grad, 1 + 10 * expected["weight"], 1e-11)
 
 
-def test_hooks_after_accumulation_fire_once(p, loss_of, close):
+def test_hooks_after_accumulation_fire_once(p, loss_of):
     # An optimizer inside the backward steps here and drops the gradient.
     expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
@@ -180,11 +183,11 @@ def test_hooks_after_accumulation_fire_once(p, loss_of, close):
     p.weight.register_post_accumulate_grad_hook(step)
     loss_of(p).backward()
     assert len(seen) == 1
-    close(seen[0], 1 + expected["weight"], 1e-12)
+    assert_close(seen[0], 1 + expected["weight"], 1e-12)
     assert p.weight.grad is None
 
 
-def test_hooks_on_several_tensors_fire(p, loss_of, close):
+def test_hooks_on_several_tensors_fire(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
@@ -193,10 +196,10 @@ def test_hooks_on_several_tensors_fire(p, loss_of, close):
     )
     loss_of(p).backward()
     assert len(seen) == 1
-    close(seen[0][1], expected["weight"], 1e-12)
+    assert_close(seen[0][1], expected["weight"], 1e-12)
 
 
-def test_hooks_on_the_accumulating_node_fire(p, loss_of, close):
+def test_hooks_on_the_accumulating_node_fire(p, loss_of):
     # Data-parallel wrappers hook this node to know that a gradient is ready.
     p.weight.grad = torch.ones_like(p.weight)
     ready = []
@@ -205,10 +208,10 @@ def test_hooks_on_the_accumulating_node_fire(p, loss_of, close):
     expected = fresh_gradients(p, loss_of)
     loss_of(p).backward()
     assert len(ready) == 1
-    close(ready[0], 1 + expected["weight"], 1e-12)
+    assert_close(ready[0], 1 + expected["weight"], 1e-12)
 
 
-def test_a_weight_that_is_no_leaf(p, loss_of, close):
+def test_a_weight_that_is_no_leaf(p, loss_of):
     # A scaled head: the gradient goes on to what it was made from.
     expected = fresh_gradients(p, loss_of)
     base = (p.weight.detach() / 2).requires_grad_()
@@ -216,13 +219,13 @@ def test_a_weight_that_is_no_leaf(p, loss_of, close):
     q = p.copy()
     q.weight = base * 2
     loss_of(q).backward()
-    close(base.grad, 1 + 2 * expected["weight"], 1e-12)
+    assert_close(base.grad, 1 + 2 * expected["weight"], 1e-12)
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_tied_weights(existing, loss_of, problem, close):
+def test_tied_weights(existing, loss_of):
     # Embedding and head are one parameter, and both uses add to its gradient.
-    p = problem(40, 8, 60, bias=True)
+    p = draw_problem(40, 8, 60, bias=True)
     tokens = torch.randint(60, (40,))
 
     def run(function, weight: Tensor) -> Tensor:
@@ -241,10 +244,10 @@ def test_tied_weights(existing, loss_of, problem, close):
         tied.grad = torch.ones_like(tied)
         expected = expected + 1
     run(loss_of, tied).backward()
-    close(tied.grad, expected, 1e-11)
+    assert_close(tied.grad, expected, 1e-11)
 
 
-def test_two_losses_share_a_head(p, close):
+def test_two_losses_share_a_head(p):
     expected = fresh_gradients(p, LOSSES["nll"])["weight"] + sum(
         fresh_gradients(p, LOSSES[name])["weight"] for name in ("mean", "balanced")
     )
@@ -252,14 +255,14 @@ def test_two_losses_share_a_head(p, close):
         p.weight.grad = torch.zeros_like(p.weight) if existing else None
         total = sum(LOSSES[name](p) for name in ("nll", "mean", "balanced"))
         total.backward()
-        close(p.weight.grad, expected, 1e-11)
+        assert_close(p.weight.grad, expected, 1e-11)
 
 
 # --- kept graphs and second derivatives ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, close):
+def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of):
     expected = fresh_gradients(p, loss_of)
     for leaf in p.leaves.values():
         leaf.grad = torch.zeros_like(leaf) if existing else None
@@ -268,12 +271,12 @@ def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, close):
     (3 * loss).backward(retain_graph=True)
     loss.backward()
     for name, grad in p.grads().items():
-        close(grad, 5 * expected[name], 1e-11, name)
+        assert_close(grad, 5 * expected[name], 1e-11, name)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
 
 
-def test_retained_gradients_are_not_shared(p, loss_of, close):
+def test_retained_gradients_are_not_shared(p, loss_of):
     # What a kept graph handed out must not change when it is asked again.
     loss = loss_of(p)
     first = torch.autograd.grad(loss, list(p.leaves.values()), retain_graph=True)
@@ -294,12 +297,12 @@ def test_double_backward_is_refused(frozen, p, loss_of):
         loss_of(q).backward(create_graph=True)
 
 
-def test_scaled_upstream(p, loss_of, close):
+def test_scaled_upstream(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     for factor in (0.0, -2.5):
         q = p.copy()
         (factor * loss_of(q)).backward()
-        close(q.grads(), {k: factor * v for k, v in expected.items()}, 1e-12)
+        assert_close(q.grads(), {k: factor * v for k, v in expected.items()}, 1e-12)
 
 
 def test_statistics_need_no_graph(p):
@@ -336,9 +339,9 @@ def test_no_grad_keeps_nothing(p, loss_of):
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["recompute", "unit"])
-def test_little_is_kept(frozen, problem):
+def test_little_is_kept(frozen):
     # 400 rows of 2000 logits in float64 would be 6.4 MB.
-    p = problem(400, 8, 2000, frozen=frozen)
+    p = draw_problem(400, 8, 2000, frozen=frozen)
     kept, _ = saved_bytes(lambda: linear_nll(*p.args))
     for x in (p.hidden, p.weight, p.target):
         kept.pop(x.untyped_storage().data_ptr(), None)
@@ -346,14 +349,14 @@ def test_little_is_kept(frozen, problem):
     assert sum(kept.values()) <= (rows * 8 if frozen else rows * 3) + 100
 
 
-def test_a_frozen_head_does_no_work_on_it(problem, monkeypatch):
+def test_a_frozen_head_does_no_work_on_it(monkeypatch):
     from bft_kernels.backends.torch.matmul import Products
 
     def refuse(*_):
         raise AssertionError("a gradient of a frozen weight is made")
 
     monkeypatch.setattr(Products, "weight_gradient", refuse)
-    p = problem(20, 8, 50, bias=True, frozen=("weight", "bias"))
+    p = draw_problem(20, 8, 50, bias=True, frozen=("weight", "bias"))
     for loss in (
         linear_nll(*p.args, bias=p.bias).sum(),
         linear_cross_entropy(*p.args, bias=p.bias),
@@ -383,7 +386,7 @@ def test_nothing_is_left_behind(p):
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed(reentrant, existing, p, loss_of, close):
+def test_checkpointed(reentrant, existing, p, loss_of):
     expected = fresh_gradients(p, loss_of)
 
     def body(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -397,7 +400,7 @@ def test_checkpointed(reentrant, existing, p, loss_of, close):
     loss.backward()
     if existing:
         expected["weight"] = expected["weight"] + 1
-    close(p.grads(), expected, 1e-12)
+    assert_close(p.grads(), expected, 1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -414,18 +417,18 @@ def test_checkpointed_with_a_seed_from_the_generator(reentrant, p):
     assert torch.equal(p.weight.grad, plain[1])
 
 
-def test_saved_tensors_may_be_packed(p, loss_of, close):
+def test_saved_tensors_may_be_packed(p, loss_of):
     # Offloading gives the backward other tensors than the forward had.
     expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True), torch.tensor):
         loss = loss_of(p)
     loss.backward()
-    close(p.weight.grad, 1 + expected["weight"], 1e-12)
-    close(p.hidden.grad, expected["hidden"], 1e-12)
+    assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
+    assert_close(p.hidden.grad, expected["hidden"], 1e-12)
 
 
-def test_inside_a_model(close):
+def test_inside_a_model():
     # As in training: activations before, an optimizer after, several steps.
     def train(loss_of) -> list[Tensor]:
         torch.manual_seed(0)
@@ -445,5 +448,5 @@ def test_inside_a_model(close):
     weighted = train(lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b))
     plain = train(lambda h, w, t, b: reference.linear_nll(h, w, t, bias=b).mean())
     for a, b, c in zip(fused, weighted, plain, strict=True):
-        close(a, c, 1e-9)
-        close(b, c, 1e-9)
+        assert_close(a, c, 1e-9)
+        assert_close(b, c, 1e-9)

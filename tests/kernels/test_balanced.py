@@ -14,6 +14,7 @@ from bft_kernels import (
     token_weights,
 )
 from bft_kernels.checks import SCHEMES
+from tests.support.problems import assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -67,15 +68,15 @@ def independent_balanced_loss(p, cu: Tensor, scheme: str, window: int, normalize
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("lengths", DOCUMENTS, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_balanced_loss(scheme, lengths, normalize, budget, problem, close):
+def test_balanced_loss(scheme, lengths, normalize, budget):
     # 33 rows of 41 logits: in 4000 bytes ten rows fit, so some documents do and some do not.
-    p = problem(33, 7, 41, scale=2.0)
+    p = draw_problem(33, 7, 41, scale=2.0)
     cu = cumulative(lengths)
     expected = independent_balanced_loss(p, cu, scheme, 4, normalize)
     spec = reference.balanced_linear_cross_entropy(
         *p.args, cu, scheme=scheme, window=4, normalize=normalize
     )
-    close(spec, expected, 1e-12)
+    assert_close(spec, expected, 1e-12)
     for dtype in (torch.int32, torch.int64):
         got = balanced_linear_cross_entropy(
             *p.args,
@@ -85,17 +86,15 @@ def test_balanced_loss(scheme, lengths, normalize, budget, problem, close):
             normalize=normalize,
             max_buffer_bytes=budget,
         )
-        close(got, expected, 1e-11)
-        close(p.gradients(got), p.gradients(expected, True), 1e-11)
+        assert_close(got, expected, 1e-11)
+        assert_close(p.gradients(got), p.gradients(expected, True), 1e-11)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_balanced_gradients_are_those_of_constants_times_nll(
-    scheme, frozen, gradient, seed, problem, close
-):
-    p = problem(33, 7, 91, bias=True, scale=2.0, frozen=frozen)
+def test_balanced_gradients_are_those_of_constants_times_nll(scheme, frozen, gradient, seed):
+    p = draw_problem(33, 7, 91, bias=True, scale=2.0, frozen=frozen)
     cu, how = cumulative((10, 0, 23)), {"gradient": gradient, "seed": seed, "eps": 2**-6}
     loss, stats = balanced_linear_cross_entropy(
         *p.args, bias=p.bias, cu_seqlens=cu, scheme=scheme, window=5, return_stats=True, **how
@@ -107,18 +106,18 @@ def test_balanced_gradients_are_those_of_constants_times_nll(
     coefficient = coefficient / int((labels > 0).sum())
     assert not coefficient.requires_grad
     same = (coefficient * linear_nll(*p.args, bias=p.bias, **how)).sum()
-    close(loss, same, 1e-12)
-    close(p.gradients(loss, True), p.gradients(same), 1e-12)
+    assert_close(loss, same, 1e-12)
+    assert_close(p.gradients(loss, True), p.gradients(same), 1e-12)
     if gradient == "exact":
         spec = (coefficient * reference.linear_nll(*p.args, bias=p.bias)).sum()
-        close(p.gradients(loss), p.gradients(spec), 1e-11)
+        assert_close(p.gradients(loss), p.gradients(spec), 1e-11)
 
 
 @pytest.mark.parametrize("budget", [1, 3000, None])
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_balanced_statistics(scheme, gradient, budget, problem, close):
-    p = problem(33, 7, 91, scale=2.0)
+def test_balanced_statistics(scheme, gradient, budget):
+    p = draw_problem(33, 7, 91, scale=2.0)
     cu = cumulative((0, 12, 1, 20))
     p.target[12] = -100  # the document of one token has no label
     _, stats = balanced_linear_cross_entropy(
@@ -133,21 +132,21 @@ def test_balanced_statistics(scheme, gradient, budget, problem, close):
     labelled = p.target != -100
     own = reference.token_stats(p.hidden[labelled], p.weight, p.target[labelled])
     for name, value in own.items():
-        close(getattr(stats, name)[labelled], value, 1e-12, name)
+        assert_close(getattr(stats, name)[labelled], value, 1e-12, name)
     through = torch.nn.functional.pad(labelled.long().cumsum(0), (1, 0))
     expected = token_weights(own["confidence"].detach(), through[cu], scheme=scheme, window=5)
-    close(stats.token_weight[labelled], expected.token_weight, 1e-11)
-    close(stats.window_confidence[labelled], expected.window_confidence, 1e-11)
-    close(stats.sequence_weight, expected.sequence_weight, 1e-11)
-    close(stats.sequence_confidence, expected.sequence_confidence, 1e-11)
+    assert_close(stats.token_weight[labelled], expected.token_weight, 1e-11)
+    assert_close(stats.window_confidence[labelled], expected.window_confidence, 1e-11)
+    assert_close(stats.sequence_weight, expected.sequence_weight, 1e-11)
+    assert_close(stats.sequence_confidence, expected.sequence_confidence, 1e-11)
     assert stats.sequence_weight[[0, 2]].tolist() == [0, 0]
     for name in ("token_weight", "window_confidence", "confidence", "lse", "entropy"):
         assert bool((getattr(stats, name)[~labelled] == 0).all()), name
     assert (stats.variance is not None) == (gradient == "sampled")
 
 
-def test_callable_scheme(problem, close):
-    p = problem(33, 7, 91)
+def test_callable_scheme():
+    p = draw_problem(33, 7, 91)
     cu, seen = cumulative((10, 0, 23)), []
 
     def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,17 +158,17 @@ def test_callable_scheme(problem, close):
         *p.args, cu_seqlens=cu, scheme=scheme, return_stats=True
     )
     spec = reference.balanced_linear_cross_entropy(*p.args, cu, scheme=scheme)
-    close(loss, spec, 1e-12)
-    close(p.gradients(loss), p.gradients(spec), 1e-12)
-    close(stats.token_weight, stats.confidence.sqrt())
+    assert_close(loss, spec, 1e-12)
+    assert_close(p.gradients(loss), p.gradients(spec), 1e-12)
+    assert_close(stats.token_weight, stats.confidence.sqrt())
     labels = (p.target != -100).long()
     assert seen[0] == [0, int(labels[:10].sum()), int(labels[:10].sum()), int(labels.sum())]
     assert stats.sequence_weight[1] == 0
 
 
-def test_one_document_many_layouts(problem, close):
+def test_one_document_many_layouts():
     # The same three documents: rows of a padded batch, packed, and one by one.
-    p = problem(24, 6, 50, scale=2.0)
+    p = draw_problem(24, 6, 50, scale=2.0)
     lengths = (8, 5, 3)
     for row, length in enumerate(lengths):
         p.target[row * 8 + length : row * 8 + 8] = -100
@@ -192,16 +191,16 @@ def test_one_document_many_layouts(problem, close):
         for row, n in enumerate(lengths)
     )
     for other in (packed, single):
-        close(other, padded, 1e-12)
-        close(p.gradients(other), p.gradients(padded, True), 1e-12)
+        assert_close(other, padded, 1e-12)
+        assert_close(p.gradients(other), p.gradients(padded, True), 1e-12)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_accumulation_equals_the_one_big_batch(steps, normalize, gradient, problem, close):
+def test_accumulation_equals_the_one_big_batch(steps, normalize, gradient):
     # Loss and gradients of micro-batches with the step's num_items, and backward() after each.
-    p = problem(64, 6, 50, scale=2.0)
+    p = draw_problem(64, 6, 50, scale=2.0)
     hidden, target = p.hidden.detach().view(8, 8, 6), p.target.view(8, 8)
     target[3] = -100
     how = {"window": 3, "normalize": normalize, "gradient": gradient, "eps": 1e-9}
@@ -224,9 +223,9 @@ def test_accumulation_equals_the_one_big_batch(steps, normalize, gradient, probl
         parts.append(h.grad)
     # eps of 1e-9 leaves the sampled gradient nearly nothing to draw.
     tolerance = 1e-12 if gradient == "exact" else 1e-8
-    close(total, expected, 1e-12)
-    close(torch.cat(parts).view(64, 6), whole.hidden.grad, tolerance)
-    close(p.weight.grad, whole.weight.grad, tolerance)
+    assert_close(total, expected, 1e-12)
+    assert_close(torch.cat(parts).view(64, 6), whole.hidden.grad, tolerance)
+    assert_close(p.weight.grad, whole.weight.grad, tolerance)
 
 
 def by_root(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,8 +240,8 @@ def by_root(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     [{}, {"scheme": "dft"}, {"scheme": by_root}, {"gradient": "sampled", "seed": 1}],
     ids=["bft", "dft", "callable", "sampled"],
 )
-def test_a_step_of_no_items_costs_nothing(how, frozen, normalize, backend, problem):
-    p = problem(12, 6, 50, bias=True, dtype=torch.float32, ignored=1.0, frozen=frozen)
+def test_a_step_of_no_items_costs_nothing(how, frozen, normalize, backend):
+    p = draw_problem(12, 6, 50, bias=True, dtype=torch.float32, ignored=1.0, frozen=frozen)
     rows, target = p.hidden.view(3, 4, 6), p.target.view(3, 4)
     how = {"bias": p.bias, "normalize": normalize, "backend": backend, **how}
     for items in (0, 0.0, torch.tensor(0), torch.tensor([0.0])):

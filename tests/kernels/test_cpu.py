@@ -17,6 +17,7 @@ from bft_kernels import (
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import why_not
 from bft_kernels.results import Forward
+from tests.support.problems import assert_close, draw_problem
 
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
@@ -69,9 +70,9 @@ def pairs(result: Forward) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_kept_set_is_the_specifications(dtype, transform, seed, problem, close):
+def test_the_kept_set_is_the_specifications(dtype, transform, seed):
     how = dict(TRANSFORMS[transform])
-    p = problem(60, 24, 3000, ignored=0.0, dtype=dtype, scale=3.0, bias=how.pop("bias", False))
+    p = draw_problem(60, 24, 3000, ignored=0.0, dtype=dtype, scale=3.0, bias=how.pop("bias", False))
     eps = 2**-9
     with torch.no_grad():
         wide = p.copy(torch.float64)
@@ -91,12 +92,12 @@ def test_the_kept_set_is_the_specifications(dtype, transform, seed, problem, clo
         assert bool((result.entry_columns.diff()[row.diff() == 0] > 0).all())
         want = expected.dy[row, result.entry_columns.long()]
         both = want != 0
-        close(result.entry_values[both], want[both], 1e-4)
-        close(result.variance, expected.variance, 1e-4)
+        assert_close(result.entry_values[both], want[both], 1e-4)
+        assert_close(result.variance, expected.variance, 1e-4)
 
 
-def test_gradients_are_the_same_for_any_threads_and_slices(problem, seed, monkeypatch):
-    p = problem(90, 33, 2000, bias=True, dtype=torch.float32, scale=2.0)
+def test_gradients_are_the_same_for_any_threads_and_slices(seed, monkeypatch):
+    p = draw_problem(90, 33, 2000, bias=True, dtype=torch.float32, scale=2.0)
     saved = entries(p, seed, 2**-8, 2**24)
     config = CoreConfig(
         -100, None, 1.0, 0.0, 0.0, 2**-8, "entries", False, False, False, "float32", "cpu", 2**24,
@@ -203,8 +204,8 @@ def test_softcap_is_accurate_near_zero_and_at_its_ends():
         assert float(nll) == pytest.approx(float(z.logsumexp(0) - z[v]), rel=1e-6, abs=1e-6)
 
 
-def test_says_why_it_does_not_run(problem):
-    p = problem(4, 3, 5)
+def test_says_why_it_does_not_run():
+    p = draw_problem(4, 3, 5)
     assert "hidden is float64, it computes in float32" in why_not("cpu", p.hidden, p.weight)
     narrow = p.copy(torch.float32)
     assert why_not("cpu", narrow.hidden, narrow.weight) == []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from csrc import ninja_build
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
@@ -19,12 +20,11 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 @pytest.mark.slow
 @pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 def test_sanitizers_find_nothing(tmp_path):
-    build = runpy.run_path(str(ROOT / "csrc" / "ninja_build.py"))
-    sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), Path(__file__).with_name("cpu_sanitized.cpp")]
+    sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "tests/support/cpu_sanitized.cpp"]
 
     def compile_one(source: Path) -> Path:
         target = tmp_path / f"{source.stem}.o"
-        extra = build["_extra"](str(source)).get("extra", "").split()
+        extra = ninja_build._extra(str(source)).get("extra", "").split()
         flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", f"-I{ROOT}", *SANITIZE, *extra]
         subprocess.run([CXX, *flags, "-c", source, "-o", target], check=True)
         return target

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from tests.support.problems import draw_problem, error_of
 
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
@@ -134,8 +135,8 @@ def test_a_worker_that_a_sweep_does_not_have_is_refused():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_thread_that_is_put_aside_does_not_hold_up_the_other(name, problem, monkeypatch):
-    p = problem(600, 32, 5000, dtype=torch.float32, ignored=0.0)
+def test_a_thread_that_is_put_aside_does_not_hold_up_the_other(name, monkeypatch):
+    p = draw_problem(600, 32, 5000, dtype=torch.float32, ignored=0.0)
     product, lock, others = torch.mm, threading.Lock(), threading.Event()
     aside: list[int] = []
     count = 0
@@ -160,8 +161,8 @@ def test_a_thread_that_is_put_aside_does_not_hold_up_the_other(name, problem, mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_same_numbers_whoever_is_put_aside(name, dtype, seed, problem, monkeypatch, error):
-    p = problem(600, 32, 5000, dtype=dtype, bias=True)
+def test_the_same_numbers_whoever_is_put_aside(name, dtype, seed, monkeypatch):
+    p = draw_problem(600, 32, 5000, dtype=dtype, bias=True)
     draw, product = random.Random(seed), torch.mm
 
     def mm(*args: Tensor, **how: Tensor) -> Tensor:
@@ -180,13 +181,13 @@ def test_the_same_numbers_whoever_is_put_aside(name, dtype, seed, problem, monke
     for team in teams:
         for got, first, expected in zip(team, teams[0], alone, strict=True):
             assert torch.equal(got, first)
-            assert error(got, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-3)
+            assert error_of(got, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.slow
-def test_busy_neighbours_slow_us_down_as_much_as_eager(problem):
+def test_busy_neighbours_slow_us_down_as_much_as_eager():
     torch.set_num_threads(max(2, torch.get_num_threads()))
-    p = problem(2048, 576, 16_384, dtype=torch.float32, ignored=0.0, scale=6.0)
+    p = draw_problem(2048, 576, 16_384, dtype=torch.float32, ignored=0.0, scale=6.0)
 
     def eager() -> Tensor:
         return torch.nn.functional.cross_entropy(p.hidden @ p.weight.T, p.target)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross_entropy, workspace
+from tests.support.problems import draw_problem, error_of
 
 pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
@@ -67,9 +68,9 @@ def check(p, error, budget: int, **how) -> None:
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_several_pieces(dtype, ignored, problem, error, taken):
-    p = problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=dtype, scale=2.0)
-    check(p, error, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
+def test_several_pieces(dtype, ignored, taken):
+    p = draw_problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=dtype, scale=2.0)
+    check(p, error_of, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
     first, *later = taken
     assert later  # one or two: it depends on where documents end
     assert first[2] == 8
@@ -78,24 +79,24 @@ def test_several_pieces(dtype, ignored, problem, error, taken):
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, problem, error, taken):
-    p = problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=torch.float32, scale=2.0)
-    check(p, error, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
+def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, taken):
+    p = draw_problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=torch.float32, scale=2.0)
+    check(p, error_of, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
     [(rows, waiting, in_gradient)] = taken
     assert in_gradient == 8 < waiting < rows
 
 
-def test_a_long_document_among_short_ones(problem, error, taken):
-    p = problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
+def test_a_long_document_among_short_ones(taken):
+    p = draw_problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
     bounds = torch.tensor([0, 60, 150, 250, 600, 700, 800, 900, ROWS])
-    check(p, error, 24 * MIB, cu_seqlens=bounds, window=4)
+    check(p, error_of, 24 * MIB, cu_seqlens=bounds, window=4)
     assert any(waiting < rows for rows, waiting, _ in taken)
 
 
 @pytest.mark.parametrize("budget", [1, 10_000, 300_000])
-def test_the_gradient_has_room_whatever_the_budget(budget, problem, error, taken):
-    p = problem(200, 32, 601, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
+def test_the_gradient_has_room_whatever_the_budget(budget, taken):
+    p = draw_problem(200, 32, 601, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error_of, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
     [(rows, waiting, in_gradient)] = taken
     assert in_gradient == 32 <= waiting < rows
 
@@ -104,7 +105,7 @@ def test_the_gradient_has_room_whatever_the_budget(budget, problem, error, taken
     ("width", "in_gradient", "members"), [(160, 160, 2), (180, 168, 2), (240, 240, 1)]
 )
 def test_the_rows_in_the_gradient_are_no_more_than_a_thread_s_part(
-    width, in_gradient, members, problem, error, taken, all_threads, monkeypatch
+    width, in_gradient, members, taken, all_threads, monkeypatch
 ):
     """A few too many are computed again; where they are many, all threads share their blocks."""
     torch.set_num_threads(2)
@@ -116,27 +117,27 @@ def test_the_rows_in_the_gradient_are_no_more_than_a_thread_s_part(
         run(blocks, compute, threads)
 
     monkeypatch.setattr(team, "run", seen)
-    p = problem(300, width, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error, 4 * MIB, cu_seqlens=torch.tensor([0, 300]), window=4)
+    p = draw_problem(300, width, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error_of, 4 * MIB, cu_seqlens=torch.tensor([0, 300]), window=4)
     assert [piece[2] for piece in taken] == [in_gradient]
     assert sizes == [2, members]
 
 
-def test_all_logits_wait_in_the_gradient(problem, error, taken):
-    p = problem(90, 96, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error, MIB, reduction="mean")
+def test_all_logits_wait_in_the_gradient(taken):
+    p = draw_problem(90, 96, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error_of, MIB, reduction="mean")
     assert taken == [(90, 90, 90)]
 
 
-def test_pieces_of_a_mean_are_cut_anywhere(problem, error, taken):
-    p = problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error, 24 * MIB, reduction="mean", label_smoothing=0.1, z_loss=0.01)
+def test_pieces_of_a_mean_are_cut_anywhere(taken):
+    p = draw_problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
+    check(p, error_of, 24 * MIB, reduction="mean", label_smoothing=0.1, z_loss=0.01)
     assert len(taken) > 1
     assert all(rows - waiting < PIECE_STEP for rows, waiting, _ in taken)
 
 
-def test_the_same_result_with_any_number_of_threads(problem, all_threads):
-    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+def test_the_same_result_with_any_number_of_threads(all_threads):
+    p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -150,9 +151,9 @@ def test_the_same_result_with_any_number_of_threads(problem, all_threads):
             torch.testing.assert_close(other[name], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_logits_that_waited_in_an_earlier_call_do_not_matter(problem, taken):
+def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
     """The buffer is kept: poisoned, made under inference mode, of another size, and freed."""
-    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+    p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
     def run(rows: int = ROWS, budget: int = 24 * MIB) -> dict[str, Tensor]:
         copy = p.copy()
@@ -181,8 +182,8 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(problem, taken):
             assert torch.equal(other[name], expected), name
 
 
-def test_calls_side_by_side_have_a_buffer_each(problem):
-    p = problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
+def test_calls_side_by_side_have_a_buffer_each():
+    p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
     def run(_=None) -> dict[str, Tensor]:
         copy = p.copy()

@@ -11,12 +11,14 @@ from torch import Tensor
 from bft_kernels import balanced_linear_cross_entropy, linear_nll
 from bft_kernels.backends.cuda import core, native
 from bft_kernels.dispatch import why_not
+from tests.support.emulated_device import sampled_options
+from tests.support.problems import assert_close, draw_problem
 
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
-def test_says_why_it_does_not_run(problem, monkeypatch):
-    p = problem(4, 3, 5, dtype=torch.float32)
+def test_says_why_it_does_not_run(monkeypatch):
+    p = draw_problem(4, 3, 5, dtype=torch.float32)
     if not torch.cuda.is_available():
         reasons = why_not("cuda", p.hidden, p.weight)
         assert "there is no CUDA device (torch.cuda.is_available() is False)" in reasons
@@ -27,8 +29,8 @@ def test_says_why_it_does_not_run(problem, monkeypatch):
     assert "bft_kernels._cuda is not built" in why_not("cuda", p.hidden, p.weight)[0]
 
 
-def test_takes_what_it_can_compute(emulated_device, problem):
-    p = problem(4, 3, 5)
+def test_takes_what_it_can_compute(emulated_device):
+    p = draw_problem(4, 3, 5)
     assert why_not("cuda", p.hidden.float(), p.weight.float()) == []
     assert "hidden is float64, it computes in float32" in why_not("cuda", p.hidden, p.weight)
     sparse = p.hidden.detach().float().to_sparse()
@@ -37,14 +39,12 @@ def test_takes_what_it_can_compute(emulated_device, problem):
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
-def test_operands_stored_in_another_type(
-    emulated_device, stored, gradient, problem, sampled, close, monkeypatch
-):
+def test_operands_stored_in_another_type(emulated_device, stored, gradient, sampled, monkeypatch):
     """Under autocast gradients are of the type that is stored, and rounded to it once."""
     # Rows without room are computed again, by way of a dy that is rounded.
     monkeypatch.setattr(core, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
     types = torch.float32, torch.bfloat16
-    p = problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
+    p = draw_problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
     how = sampled(p) if gradient == "sampled" else {}
     found = []
     for backend, autocast in (("cuda", True), ("torch", False)):
@@ -59,23 +59,21 @@ def test_operands_stored_in_another_type(
     for got, want, kind in zip(*found, stored, strict=True):
         assert got.dtype == types[kind]
         # An exact dy is rounded before its products.
-        close(got, want, 1e-5 if how and kind == 0 else 2**-6)
+        assert_close(got, want, 1e-5 if how and kind == 0 else 2**-6)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
-def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen, problem):
-    p = problem(9, 6, 40, bias=True, dtype=torch.float32, frozen=frozen)
+def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
+    p = draw_problem(9, 6, 40, bias=True, dtype=torch.float32, frozen=frozen)
     emulated_device.launches.clear()
     linear_nll(*p.args, bias=p.bias, backend="cuda", **SAMPLED).sum().backward()
     assert ("sort_entries" in emulated_device.launches) == (not frozen)
     assert ("weight_gradient" in emulated_device.launches) == (not frozen)
 
 
-def test_rows_too_wide_to_gather_are_computed_again(
-    emulated_device, problem, sampled, close, monkeypatch
-):
-    p = problem(21, 12, 180, dtype=torch.float32, scale=2.0)
-    how, grads = sampled(p), []
+def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch):
+    p = draw_problem(21, 12, 180, dtype=torch.float32, scale=2.0)
+    how, grads = sampled_options(p), []
     for widest in (native.kernels().MAX_GATHERED, 11):
         monkeypatch.setattr(emulated_device.module, "MAX_GATHERED", widest)
         emulated_device.launches.clear()
@@ -83,12 +81,12 @@ def test_rows_too_wide_to_gather_are_computed_again(
         linear_nll(*copy.args, backend="cuda", **how).sum().backward()
         assert ("gather_hidden" in emulated_device.launches) == (widest > 11)
         grads.append(copy.grads())
-    close(grads[1], grads[0], 1e-5)
+    assert_close(grads[1], grads[0], 1e-5)
 
 
-def test_float16_gradients_survive_a_mean(emulated_device, problem, close):
+def test_float16_gradients_survive_a_mean(emulated_device):
     """A token's share is below float16's range; dy is scaled before it is rounded."""
-    p = problem(30, 12, 70, dtype=torch.float16, ignored=0.0)
+    p = draw_problem(30, 12, 70, dtype=torch.float16, ignored=0.0)
     found: list[dict[str, Tensor]] = []
     for backend, dtype in (("cuda", torch.float16), ("torch", torch.float64)):
         copy = p.copy(dtype)
@@ -97,4 +95,4 @@ def test_float16_gradients_survive_a_mean(emulated_device, problem, close):
         )
         (loss * 2**16).backward()
         found.append({k: v.double() * 64 for k, v in copy.grads().items() if v is not None})
-    close(*found, 2e-3)
+    assert_close(*found, 2e-3)

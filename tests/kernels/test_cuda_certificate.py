@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,9 @@ import torch
 from torch import Tensor
 
 from bft_kernels import reference
+from tests.support.emulated_device import DTYPES, IGNORED, Device
+from tests.support.problems import Problem, draw_problem, error_of
 
-DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
-Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
 EPS = 2**-5
 
 
@@ -110,44 +108,44 @@ SHAPES = [(1, 1, 1), (5, 8, 127), (37, 72, 129), (40, 67, 600), (130, 16, 260)]
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results(emulated, dtype, shape, transform, problem, error, seed):
+def test_results(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
-    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
+    p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
     got = run_certificate(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
-    check(got, p, error, **how)
+    check(got, p, error_of, **how)
 
 
 @pytest.mark.parametrize("eps", [2**-12, 1.0])
-def test_eps_at_the_ends(emulated, eps, problem, error):
-    p = problem(20, 24, 300, dtype=torch.float32, scale=2.0)
-    check(run_certificate(emulated, p, eps=eps), p, error, eps=eps)
+def test_eps_at_the_ends(emulated, eps):
+    p = draw_problem(20, 24, 300, dtype=torch.float32, scale=2.0)
+    check(run_certificate(emulated, p, eps=eps), p, error_of, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows_and_none_labelled(emulated, dtype, problem, error):
+def test_no_rows_and_none_labelled(emulated, dtype):
     for rows in (0, 9):
-        p = problem(rows, 8, 40, dtype=dtype, ignored=2.0)
-        check(run_certificate(emulated, p), p, error)
+        p = draw_problem(rows, 8, 40, dtype=dtype, ignored=2.0)
+        check(run_certificate(emulated, p), p, error_of)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
-def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error):
-    p = problem(20, 43, 150, dtype=dtype, scale=2.0)
+def test_rows_may_be_strided(emulated, dtype, pad):
+    p = draw_problem(20, 43, 150, dtype=dtype, scale=2.0)
 
     def spread_out(x):
         wide = torch.full((x.shape[0], 48 + pad), math.nan, dtype=dtype)
         wide[:, pad : pad + 43] = x.detach()
         return wide[:, pad : pad + 43]
 
-    strided = problem_from(p.hidden.detach(), p.weight.detach(), p.target)
+    strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
     strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
-    check(run_certificate(emulated, strided), p, error)
+    check(run_certificate(emulated, strided), p, error_of)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_neither_parts_splits_nor_threads_change_a_row(emulated, dtype, problem):
-    p = problem(40, 72, 300, dtype=dtype, bias=True)
+def test_neither_parts_splits_nor_threads_change_a_row(emulated, dtype):
+    p = draw_problem(40, 72, 300, dtype=dtype, bias=True)
     first = run_certificate(emulated, p, processors=2)
     again = {"seed": {"order_seed": 1}, "strict": {"order_seed": 2, "strict": True}}
     again |= {"part": {"part": 16}, "plain": {"norms": False}}
@@ -160,8 +158,8 @@ def test_neither_parts_splits_nor_threads_change_a_row(emulated, dtype, problem)
             assert torch.equal(first[name].nan_to_num(7.0), other[name].nan_to_num(7.0)), kind
 
 
-def test_a_target_outside_of_the_vocabulary_leaves_nothing_out(emulated, problem, error):
-    p = problem(5, 8, 140, dtype=torch.float32, ignored=0.0)
+def test_a_target_outside_of_the_vocabulary_leaves_nothing_out(emulated):
+    p = draw_problem(5, 8, 140, dtype=torch.float32, ignored=0.0)
     lse = true_lse(p, None, 1.0)
     inside = run_certificate(emulated, p, lse)
     p.target[1], p.target[2], p.target[3] = 140, -5, 2**32 + 3
@@ -169,7 +167,7 @@ def test_a_target_outside_of_the_vocabulary_leaves_nothing_out(emulated, problem
     z = p.hidden.detach().double() @ p.weight.detach().double().T
     probability = z.softmax(-1)
     whole = (probability * (EPS - probability).clamp_min(0)).sum(-1)
-    assert error(got["variance"][1:4], whole[1:4]) < 4e-6
+    assert error_of(got["variance"][1:4], whole[1:4]) < 4e-6
     kept = torch.tensor([0, 4])
     assert torch.equal(got["variance"][kept], inside["variance"][kept])
     assert bool((got["variance"][1:4] > inside["variance"][1:4]).any())
@@ -177,8 +175,8 @@ def test_a_target_outside_of_the_vocabulary_leaves_nothing_out(emulated, problem
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 5.0}], ids=str)
-def test_a_bad_row_spoils_its_own_certificate_only(emulated, value, transform, problem):
-    p = problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+def test_a_bad_row_spoils_its_own_certificate_only(emulated, value, transform):
+    p = draw_problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
     p.hidden.data[7, :2] = value
     p.weight.data[:, :2] = torch.tensor([1.0, -1.0])  # inf - inf, whatever the others are
     got = run_certificate(emulated, p, **transform)
@@ -188,8 +186,8 @@ def test_a_bad_row_spoils_its_own_certificate_only(emulated, value, transform, p
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("target", [5, 6])
-def test_a_bad_column_spoils_the_certificate(emulated, value, target, problem):
-    p = problem(20, 9, 151, ignored=0.0, dtype=torch.float32)
+def test_a_bad_column_spoils_the_certificate(emulated, value, target):
+    p = draw_problem(20, 9, 151, ignored=0.0, dtype=torch.float32)
     p.hidden.data[:, :2] = torch.tensor([1.0, -1.0])
     p.weight.data[5] = value
     p.target[:] = target
@@ -198,9 +196,9 @@ def test_a_bad_column_spoils_the_certificate(emulated, value, target, problem):
     assert torch.equal(got["norms"].isfinite(), torch.arange(151) != 5)
 
 
-def test_columns_that_cannot_be_drawn_add_nothing(emulated, problem_from):
+def test_columns_that_cannot_be_drawn_add_nothing(emulated):
     weight = torch.tensor([[0.0], [-math.inf], [0.0], [-math.inf]])
-    p = problem_from(torch.ones(2, 1), weight, torch.tensor([0, 1]))
+    p = Problem(torch.ones(2, 1), weight, torch.tensor([0, 1]))
     got = run_certificate(emulated, p, eps=1.0)
     assert got["variance"].tolist() == pytest.approx([0.25, 0.5], rel=1e-6)
 

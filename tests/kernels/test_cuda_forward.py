@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import reference
-
-DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
-Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
+from tests.support.emulated_device import DTYPES, IGNORED, Device
+from tests.support.problems import Problem, draw_problem, error_of
 
 
 def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,43 +129,43 @@ SHAPES = [(1, 1, 1), (5, 8, 127), (37, 72, 129), (40, 67, 600), (130, 16, 260)]
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results(emulated, dtype, shape, transform, problem, error, seed):
+def test_results(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
-    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
+    p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
     got = run_forward(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
-    check(got, p, error, **how)
+    check(got, p, error_of, **how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows_and_none_labelled(emulated, dtype, problem):
-    assert run_forward(emulated, problem(0, 8, 40, dtype=dtype), seed=1)["nll"].shape == (0,)
-    got = run_forward(emulated, problem(9, 8, 40, dtype=dtype, ignored=2.0), seed=1)
+def test_no_rows_and_none_labelled(emulated, dtype):
+    assert run_forward(emulated, draw_problem(0, 8, 40, dtype=dtype), seed=1)["nll"].shape == (0,)
+    got = run_forward(emulated, draw_problem(9, 8, 40, dtype=dtype, ignored=2.0), seed=1)
     assert all(bool(got[name].isnan().all()) for name in ("loss", "nll", "lse", "floor"))
     assert bool((got["mask"] == 0x55).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
-def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error):
-    p = problem(20, 40, 150, dtype=dtype, scale=2.0)
+def test_rows_may_be_strided(emulated, dtype, pad):
+    p = draw_problem(20, 40, 150, dtype=dtype, scale=2.0)
 
     def spread_out(x):
         wide = torch.full((x.shape[0], x.shape[1] + 2 * pad), math.nan, dtype=dtype)
         wide[:, pad:-pad] = x.detach()
         return wide[:, pad:-pad]
 
-    strided = problem_from(p.hidden.detach(), p.weight.detach(), p.target)
+    strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
     strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
     assert strided.hidden.stride(0) == 40 + 2 * pad
-    check(run_forward(emulated, strided), p, error)
+    check(run_forward(emulated, strided), p, error_of)
 
 
 @pytest.mark.parametrize("transform", ["plain", "all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_cover_the_kept_set(emulated, dtype, transform, problem, seed):
+def test_bits_cover_the_kept_set(emulated, dtype, transform, seed):
     how = dict(TRANSFORMS[transform])
     rows, vocabulary, eps = 40, 600, 2**-6
-    p = problem(rows, 24, vocabulary, dtype=dtype, bias=how.pop("bias", False), scale=3.0)
+    p = draw_problem(rows, 24, vocabulary, dtype=dtype, bias=how.pop("bias", False), scale=3.0)
     for name in ("label_smoothing", "z_loss"):
         how.pop(name, None)
     how |= {"seed": seed, "eps": eps}
@@ -201,7 +198,7 @@ def test_bits_cover_the_kept_set(emulated, dtype, transform, problem, seed):
 
 
 @pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "one column"])
-def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
+def test_bits_of_hostile_logits(emulated, kind, seed):
     vocabulary, eps = 300, 2**-8
     z = {
         "flat": torch.zeros(vocabulary),
@@ -210,7 +207,7 @@ def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
         "one column": torch.zeros(vocabulary).index_fill_(0, torch.tensor([299]), 60.0),
     }[kind]
     target = torch.tensor([0, 150, 299])
-    p = problem_from(torch.ones(3, 1), z[:, None], target)
+    p = Problem(torch.ones(3, 1), z[:, None], target)
     got = run_forward(emulated, p, seed=seed, eps=eps, floor=torch.full((3,), -math.inf))
     args = torch.ones(3, 1).double(), z[:, None].double(), target
     kept = reference.sampled_gradient(*args, seed, eps=eps).kept
@@ -218,7 +215,7 @@ def test_bits_of_hostile_logits(emulated, kind, problem_from, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, error):
+def test_logits_that_are_not_finite_or_large(emulated, dtype):
     vocabulary = 300
     hidden = torch.eye(8, dtype=dtype)
     z = torch.randn(8, vocabulary)
@@ -232,7 +229,7 @@ def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, erro
     target = torch.tensor([299, 1, 2, 160, 3, 4, 17, 0])
     # A row has one column of weight to itself, but 0 * inf is NaN: those rows are computed alone.
     for row in range(8):
-        own = problem_from(
+        own = Problem(
             torch.cat([hidden[:1, :1], torch.ones(1, 1, dtype=dtype)]),
             z[row][:, None].to(dtype),
             torch.tensor([target[row], IGNORED]),
@@ -249,25 +246,25 @@ def test_logits_that_are_not_finite_or_large(emulated, dtype, problem_from, erro
     # NaN stays in its row.
     mixed = hidden.clone()
     mixed[3] = math.nan
-    p = problem_from(mixed, torch.randn(vocabulary, 8).to(dtype), target)
+    p = Problem(mixed, torch.randn(vocabulary, 8).to(dtype), target)
     got = run_forward(emulated, p)
     bad = torch.arange(8) == 3
     assert bool(got["lse"][bad].isnan().all())
     assert bool(got["lse"][~bad].isfinite().all())
 
 
-def test_ties_go_to_the_lowest_index(emulated, problem_from):
+def test_ties_go_to_the_lowest_index(emulated):
     weight = torch.zeros(300, 4)
     weight[[3, 70, 71, 135, 299]] = 1.0
     target = torch.tensor([3, 70, 71, 135, 299, 0])
     for processors in (1, 8):
-        p = problem_from(torch.ones(6, 4), weight.clone(), target)
+        p = Problem(torch.ones(6, 4), weight.clone(), target)
         got = run_forward(emulated, p, processors=processors)
         assert got["correct"].tolist() == [True, False, False, False, False, False]
 
 
-def test_a_target_outside_of_the_vocabulary_is_nan(emulated, problem):
-    p = problem(4, 8, 40, dtype=torch.bfloat16, ignored=0.0)
+def test_a_target_outside_of_the_vocabulary_is_nan(emulated):
+    p = draw_problem(4, 8, 40, dtype=torch.bfloat16, ignored=0.0)
     p.target[1], p.target[2] = 40, -5
     got = run_forward(emulated, p, seed=0)
     assert got["nll"].isnan().tolist() == [False, True, True, False]
@@ -275,8 +272,8 @@ def test_a_target_outside_of_the_vocabulary_is_nan(emulated, problem):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
-    p = problem(40, 72, 300, dtype=dtype)
+def test_the_order_of_threads_changes_nothing(emulated, dtype):
+    p = draw_problem(40, 72, 300, dtype=dtype)
     runs = [
         run_forward(emulated, p, seed=3, order_seed=order, strict=order == 2, label_smoothing=0.1)
         for order in range(3)

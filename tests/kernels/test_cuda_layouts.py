@@ -106,7 +106,7 @@ def aligned(product: Product) -> bool:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 def test_fragments_reach_the_tensor_core_in_the_order_of_their_registers(assemble, arch):
-    found = assemble("tests/kernels/emulation/layouts.cu", arch).sass()
+    found = assemble("tests/cuda/emulation/programs/layouts.cu", arch).sass()
     assert len(found) == 6
     for name, code in found.items():
         across, swapped = (flag == "1" for flag in re.findall(r"Lb([01])E", name))

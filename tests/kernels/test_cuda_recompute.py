@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import reference
-
-DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
-Device, DTYPES, IGNORED = (DEVICE[name] for name in ("Device", "DTYPES", "IGNORED"))
+from tests.support.emulated_device import DTYPES, IGNORED, Device, clear_seed
+from tests.support.problems import cancellation, draw_problem, error_of
 
 
 def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
@@ -122,8 +119,6 @@ def check(
     got: dict[str, Tensor],
     p: Any,
     grad: Tensor,
-    error: Any,
-    cancels: Any,
     rounding: float = 0,
     **how: Any,
 ) -> None:
@@ -133,11 +128,13 @@ def check(
     assert bool(got["hidden"][~labelled].isnan().all())
     got = got | {"hidden": torch.where(labelled[:, None], got["hidden"], 0.0)}
     # What rounding dy to the operands' type can do, in sums that cancel, and rounding the result.
-    factor = cancels(p, lambda p: (reference.linear_nll(*p.args, bias=p.bias, **how) * grad).sum())
+    factor = cancellation(
+        p, lambda p: (reference.linear_nll(*p.args, bias=p.bias, **how) * grad).sum()
+    )
     rounding = max(rounding, torch.finfo(p.hidden.dtype).eps / 2)
     for name, expected in truth.items():
-        allowed = 4 * error(plain[name], expected) + rounding * (1 + factor[name]) + 2e-6
-        assert error(got[name], expected) <= allowed, name
+        allowed = 4 * error_of(plain[name], expected) + rounding * (1 + factor[name]) + 2e-6
+        assert error_of(got[name], expected) <= allowed, name
 
 
 TRANSFORMS = {
@@ -152,18 +149,18 @@ SHAPES = [(1, 1, 2), (5, 8, 127), (37, 72, 129), (40, 67, 400), (130, 16, 260)]
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients(emulated, dtype, shape, transform, problem, error, cancels, seed):
+def test_gradients(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
-    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0, ignored=0.2)
+    p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0, ignored=0.2)
     p.target[0] = 1
     grad = torch.randn(shape[0])
     got = run_backward(emulated, p, grad, step=128 + 128 * (seed % 3), order_seed=seed, **how)
-    check(got, p, grad, error, cancels, **how)
+    check(got, p, grad, **how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_scale_is_taken_back(emulated, dtype, problem):
-    p = problem(20, 24, 150, bias=True, dtype=dtype, scale=2.0)
+def test_the_scale_is_taken_back(emulated, dtype):
+    p = draw_problem(20, 24, 150, bias=True, dtype=dtype, scale=2.0)
     grad = torch.randn(20) * 2.0**-20
     got = run_backward(emulated, p, grad, scale=2.0**22)
     tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # its last place near 0
@@ -177,18 +174,18 @@ def test_the_scale_is_taken_back(emulated, dtype, problem):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_gradients_are_added_to(emulated, dtype, problem, error, cancels):
-    p = problem(20, 24, 150, dtype=dtype, scale=2.0)
+def test_weight_gradients_are_added_to(emulated, dtype):
+    p = draw_problem(20, 24, 150, dtype=dtype, scale=2.0)
     grad = torch.randn(20)
     got = run_backward(emulated, p, grad, adds=True)
     # Ones were there, beside which small numbers lose digits.
     own = float(expect(p, grad, torch.float64)["weight"].square().mean().sqrt())
-    check(got, p, grad, error, cancels, rounding=torch.finfo(dtype).eps * (1 + 2 / own))
+    check(got, p, grad, rounding=torch.finfo(dtype).eps * (1 + 2 / own))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_gradients_in_float32_are_rounded_nowhere_else(emulated, dtype, problem):
-    p = problem(20, 24, 150, dtype=dtype, scale=2.0)
+def test_gradients_in_float32_are_rounded_nowhere_else(emulated, dtype):
+    p = draw_problem(20, 24, 150, dtype=dtype, scale=2.0)
     grad = torch.randn(20)
     narrow, wide = (run_backward(emulated, p, grad, wide=wide) for wide in (False, True))
     for name in ("hidden", "weight"):
@@ -197,9 +194,9 @@ def test_gradients_in_float32_are_rounded_nowhere_else(emulated, dtype, problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows_and_none_labelled(emulated, dtype, problem):
+def test_no_rows_and_none_labelled(emulated, dtype):
     for rows in (0, 9):
-        p = problem(rows, 8, 140, dtype=dtype, ignored=2.0)
+        p = draw_problem(rows, 8, 140, dtype=dtype, ignored=2.0)
         got = run_backward(emulated, p, torch.randn(rows))
         assert bool((got["weight"] == 0).all())
         assert bool((got["bias"] == 0).all())
@@ -209,10 +206,10 @@ def test_no_rows_and_none_labelled(emulated, dtype, problem):
 
 @pytest.mark.parametrize("transform", ["plain", "cap"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
+def test_sampled_gradients(emulated, dtype, transform, seed):
     how, eps = dict(TRANSFORMS[transform]), 2**-6
-    p = problem(30, 24, 300, dtype=dtype, scale=2.0)
-    seed = DEVICE["clear_seed"](p, seed, eps, **how)
+    p = draw_problem(30, 24, 300, dtype=dtype, scale=2.0)
+    seed = clear_seed(p, seed, eps, **how)
     labelled = p.target != IGNORED
     grad = torch.randn(30)
     got = run_backward(emulated, p, grad, seed=seed, eps=eps, **how)
@@ -223,14 +220,14 @@ def test_sampled_gradients(emulated, dtype, transform, problem, error, seed):
     dy = dy * grad[labelled, None].double()
     expected = {"weight": dy.T @ args[0], "bias": dy.sum(0)}
     allowed = torch.finfo(dtype).eps + 2e-6
-    assert error(got["hidden"][labelled], dy @ args[1]) <= allowed
+    assert error_of(got["hidden"][labelled], dy @ args[1]) <= allowed
     for name, value in expected.items():
-        assert error(got[name], value) <= allowed, name
+        assert error_of(got[name], value) <= allowed, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_order_of_threads_changes_nothing(emulated, dtype, problem):
-    p = problem(40, 72, 300, dtype=dtype, bias=True)
+def test_the_order_of_threads_changes_nothing(emulated, dtype):
+    p = draw_problem(40, 72, 300, dtype=dtype, bias=True)
     grad = torch.randn(40)
     runs = [run_backward(emulated, p, grad, order_seed=i, strict=i == 2) for i in range(3)]
     for name, first in runs[0].items():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +12,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import reference
-
-DEVICE = runpy.run_path(str(Path(__file__).with_name("cuda_device.py")))
-Device, DTYPES, IGNORED, UNTOUCHED = (
-    DEVICE[name] for name in ("Device", "DTYPES", "IGNORED", "UNTOUCHED")
-)
+from tests.support.emulated_device import DTYPES, IGNORED, UNTOUCHED, Device, clear_seed
+from tests.support.problems import Problem, draw_problem, error_of
 
 
 def random_mask(rows: int, vocabulary: int) -> Tensor:
@@ -53,7 +48,7 @@ class Sample:
         self.hidden, self.weight = wide.hidden.detach()[self.labelled], wide.weight.detach()
         args = self.hidden, self.weight, p.target[self.labelled]
         rows = self.labelled.nonzero().squeeze(1).tolist()
-        self.seed = seed = DEVICE["clear_seed"](p, seed, eps, **how)
+        self.seed = seed = clear_seed(p, seed, eps, **how)
         drawn = reference.sampled_gradient(*args, seed, eps=eps, bias=bias, rows=rows, **how)
         stats = reference.token_stats(*args, bias=bias, **how)
         self.grad = torch.randn(len(p.target))
@@ -113,9 +108,9 @@ SHAPES = [(1, 1, 2), (5, 8, 127), (37, 72, 129), (40, 67, 400)]
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 33, 600, 9000])
 @pytest.mark.parametrize("capacity", [1.0, 0.6, 0.0])
-def test_lists(emulated, capacity, vocabulary, problem, seed):
+def test_lists(emulated, capacity, vocabulary, seed):
     count = 23
-    p = problem(count, 1, vocabulary)
+    p = draw_problem(count, 1, vocabulary)
     p.hidden, p.weight = p.hidden.float(), p.weight.float()
     device = Device(emulated, p, order_seed=seed)
     bits = random_mask(len(device.rows), vocabulary)
@@ -136,16 +131,16 @@ def test_lists(emulated, capacity, vocabulary, problem, seed):
     assert bool((got[fits:] == UNTOUCHED).all())
 
 
-def test_scan_of_no_rows(emulated, problem):
-    device = Device(emulated, problem(0, 4, 9, dtype=torch.float32))
+def test_scan_of_no_rows(emulated):
+    device = Device(emulated, draw_problem(0, 4, 9, dtype=torch.float32))
     assert device.scan(torch.zeros(0, dtype=torch.int64)).tolist() == [0]
     device.count(torch.zeros(0, 1, dtype=torch.int32), 0, torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("vocabulary", [1, 255, 256, 700])
 @pytest.mark.parametrize("entries", [0, 1, 500])
-def test_sorted_entries(emulated, entries, vocabulary, problem):
-    device = Device(emulated, problem(1, 1, vocabulary, dtype=torch.float32))
+def test_sorted_entries(emulated, entries, vocabulary):
+    device = Device(emulated, draw_problem(1, 1, vocabulary, dtype=torch.float32))
     keys = torch.randint(vocabulary + 1, (entries,), dtype=torch.int32)
     sorted_keys, packed, starts = device.sort(keys, torch.arange(entries))
     expected, order = keys.sort(stable=True)
@@ -161,9 +156,9 @@ def test_sorted_entries(emulated, entries, vocabulary, problem):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gather_hidden(emulated, dtype, shape, transform, problem, error, seed):
+def test_gather_hidden(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
-    p = problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
+    p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
     p.target[0] = 1
     sample = Sample(p, seed, 2**-6, **how)
     device = Device(emulated, p, order_seed=seed, **how)
@@ -171,8 +166,8 @@ def test_gather_hidden(emulated, dtype, shape, transform, problem, error, seed):
     offsets, columns = lists_of(listed, device.rows, shape[0])
     wanted = ("hidden", "entries")
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, *wanted)
-    sample.check_hidden(got["grad_hidden"], error)
-    sample.check_entries(got["keys"], got["packed"], offsets, error)
+    sample.check_hidden(got["grad_hidden"], error_of)
+    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
     for part in wanted:
         own = device.gather_hidden(sample.known, sample.eps, offsets, columns, part)
         for name, values in own.items():
@@ -185,24 +180,24 @@ WIDTHS = [512, 520, 1020, 2040, 4096, 4104, 8200, 16381, 16384]
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_widths(emulated, dtype, width, problem, error, seed):
-    p = problem(2, width, 40, ignored=0.0, dtype=dtype, scale=1.5)
+def test_widths(emulated, dtype, width, seed):
+    p = draw_problem(2, width, 40, ignored=0.0, dtype=dtype, scale=1.5)
     sample = Sample(p, seed, 2**-5)
     device = Device(emulated, p, order_seed=seed)
     offsets, columns = lists_of(torch.ones(2, 40) > 0, device.rows, 2)
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
-    sample.check_hidden(got["grad_hidden"], error)
-    sample.check_entries(got["keys"], got["packed"], offsets, error)
+    sample.check_hidden(got["grad_hidden"], error_of)
+    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = torch.full((40, width), math.nan, dtype=dtype)
     device.gather_weight(starts, packed, weight)
-    sample.check_weight(weight, error)
+    sample.check_weight(weight, error_of)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pad", [8, 3], ids=["aligned", "unaligned"])
-def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error, seed):
-    p = problem(20, 40, 150, dtype=dtype, scale=2.0, ignored=0.2)
+def test_rows_may_be_strided(emulated, dtype, pad, seed):
+    p = draw_problem(20, 40, 150, dtype=dtype, scale=2.0, ignored=0.2)
 
     def spread_out(x):
         wide = torch.full((x.shape[0], x.shape[1] + 2 * pad), math.nan, dtype=dtype)
@@ -210,23 +205,23 @@ def test_rows_may_be_strided(emulated, dtype, pad, problem, problem_from, error,
         return wide[:, pad:-pad]
 
     sample = Sample(p, seed, 2**-6)
-    strided = problem_from(p.hidden.detach(), p.weight.detach(), p.target)
+    strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
     strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
     device = Device(emulated, strided, order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 20)
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
-    sample.check_hidden(got["grad_hidden"], error)
+    sample.check_hidden(got["grad_hidden"], error_of)
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = spread_out(torch.full((150, 40), math.nan, dtype=dtype))
     device.gather_weight(starts, packed, weight)
-    sample.check_weight(weight, error)
+    sample.check_weight(weight, error_of)
     whole = weight.as_strided((150, 40 + 2 * pad), (40 + 2 * pad, 1), 0)
     assert int(whole.isnan().sum()) == 150 * 2 * pad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_room_are_left_alone(emulated, dtype, problem, seed):
-    p = problem(30, 24, 300, dtype=dtype, scale=2.0)
+def test_rows_without_room_are_left_alone(emulated, dtype, seed):
+    p = draw_problem(30, 24, 300, dtype=dtype, scale=2.0)
     sample = Sample(p, seed, 2**-6)
     device = Device(emulated, p, order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 30)
@@ -244,9 +239,9 @@ def test_rows_without_room_are_left_alone(emulated, dtype, problem, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_rows_and_none_labelled(emulated, dtype, problem):
+def test_no_rows_and_none_labelled(emulated, dtype):
     for rows in (0, 9):
-        p = problem(rows, 8, 40, dtype=dtype, ignored=2.0)
+        p = draw_problem(rows, 8, 40, dtype=dtype, ignored=2.0)
         device = Device(emulated, p)
         known = {name: torch.ones(rows) for name in ("lse", "nll", "grad")}
         offsets = torch.zeros(rows + 1, dtype=torch.int64)
@@ -262,8 +257,8 @@ def test_no_rows_and_none_labelled(emulated, dtype, problem):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_keep_nothing_and_rows_of_nan(emulated, dtype, problem, seed):
-    p = problem(4, 16, 50, dtype=dtype, ignored=0.0)
+def test_rows_that_keep_nothing_and_rows_of_nan(emulated, dtype, seed):
+    p = draw_problem(4, 16, 50, dtype=dtype, ignored=0.0)
     p.target[:] = torch.tensor([3, 50, -5, 7])  # nobody checked the second and third
     device = Device(emulated, p, order_seed=seed)
     known = {"lse": torch.tensor([60.0, 60.0, 60.0, math.nan]), "nll": torch.full((4,), math.nan)}
@@ -284,9 +279,9 @@ def test_rows_that_keep_nothing_and_rows_of_nan(emulated, dtype, problem, seed):
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("width", [16, 600, 67])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gather_weight(emulated, dtype, width, adds, out, problem, error, seed):
+def test_gather_weight(emulated, dtype, width, adds, out, seed):
     count, vocabulary = 40, 90
-    p = problem(count, width, vocabulary, dtype=dtype)
+    p = draw_problem(count, width, vocabulary, dtype=dtype)
     device = Device(emulated, p, order_seed=seed)
     # Most columns have few entries, one has many, and some have none.
     keys = torch.randint(vocabulary + 1, (400,), dtype=torch.int32)
@@ -302,8 +297,8 @@ def test_gather_weight(emulated, dtype, width, adds, out, problem, error, seed):
     dy = torch.zeros(vocabulary + 1, count, dtype=torch.float64)
     dy.index_put_((keys.long(), rows), values.double(), accumulate=True)
     expected = dy[:-1] @ p.hidden.detach().double() + float(adds)
-    assert error(weight, expected) <= torch.finfo(weight.dtype).eps + 2e-6
-    assert error(bias, before.double() + dy[:-1].sum(1)) <= 2e-6
+    assert error_of(weight, expected) <= torch.finfo(weight.dtype).eps + 2e-6
+    assert error_of(bias, before.double() + dy[:-1].sum(1)) <= 2e-6
     only = before.clone()
     device.gather_weight(starts, packed, None, only)
     assert torch.equal(only, bias)
@@ -317,9 +312,9 @@ def test_gather_weight(emulated, dtype, width, adds, out, problem, error, seed):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_from_bits_to_gradients(emulated, dtype, transform, problem, error, seed):
+def test_from_bits_to_gradients(emulated, dtype, transform, seed):
     how, count, vocabulary = dict(TRANSFORMS[transform]), 30, 400
-    p = problem(count, 24, vocabulary, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
+    p = draw_problem(count, 24, vocabulary, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
     sample = Sample(p, seed, 2**-7, **how)
     device = Device(emulated, p, order_seed=seed, **how)
     counts = torch.zeros(count, dtype=torch.int64)
@@ -353,21 +348,21 @@ def test_from_bits_to_gradients(emulated, dtype, transform, problem, error, seed
     got = device.gather_hidden(
         sample.known | forward, sample.eps, offsets, columns, "hidden", "entries"
     )
-    sample.check_hidden(got["grad_hidden"], error)
-    sample.check_entries(got["keys"], got["packed"], offsets, error)
+    sample.check_hidden(got["grad_hidden"], error_of)
+    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
     weight, bias = torch.full((vocabulary, 24), math.nan), torch.zeros(vocabulary)
     half = len(columns) // 2
     for part in slice(half), slice(half, None):  # as a small budget has it
         _, packed, starts = device.sort(got["keys"][part].clone(), got["packed"][part].clone())
         device.gather_weight(starts, packed, weight, bias, adds=part.start is not None)
-    sample.check_weight(weight, error)
-    assert error(bias, sample.dy.sum(0)) <= 3e-6
+    sample.check_weight(weight, error_of)
+    assert error_of(bias, sample.dy.sum(0)) <= 3e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [40, 520])
-def test_the_order_of_threads_changes_nothing(emulated, dtype, width, problem, seed):
-    p = problem(10, width, 100, dtype=dtype, bias=True)
+def test_the_order_of_threads_changes_nothing(emulated, dtype, width, seed):
+    p = draw_problem(10, width, 100, dtype=dtype, bias=True)
     sample = Sample(p, seed, 2**-4)
     runs = []
     for order in range(3):
@@ -388,8 +383,8 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, width, problem, s
             assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
 
 
-def test_arguments_are_checked(emulated, problem):
-    device = Device(emulated, problem(4, 8, 40, dtype=torch.float32))
+def test_arguments_are_checked(emulated):
+    device = Device(emulated, draw_problem(4, 8, 40, dtype=torch.float32))
     mask, counts = torch.zeros(4, 2, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ValueError, match="rows"):
         device.count(mask, 1, counts)
@@ -408,7 +403,7 @@ def test_arguments_are_checked(emulated, problem):
     reads = {**known, "offsets": counts, "columns": columns}
     with pytest.raises(ValueError, match="keys_ptr"):
         device.call("gather_hidden", reads, {"packed": counts.clone()}, eps=0.5, capacity=4)
-    wide = Device(emulated, problem(1, emulated.MAX_GATHERED + 1, 1, dtype=torch.float32))
+    wide = Device(emulated, draw_problem(1, emulated.MAX_GATHERED + 1, 1, dtype=torch.float32))
     with pytest.raises(ValueError, match="D: got"):
         wide.gather_weight(torch.zeros(2, dtype=torch.int64), counts, None, torch.zeros(1))
     weight = torch.zeros(40, 8).as_strided((40, 8), (7, 1))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import runpy
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +14,11 @@ from bft_kernels.backends.cuda.weights import balanced_loss, joint_weights
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
+from tests.support import balanced_weights
+from tests.support.problems import assert_close
 
-CHECKS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("balanced_weights.py"))))
 TILE = 256
-LAYOUTS = CHECKS.layouts(TILE)
+LAYOUTS = balanced_weights.layouts(TILE)
 
 
 @pytest.fixture
@@ -43,16 +41,16 @@ def run(emulated_device: Any) -> Callable[..., BalancedLoss]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_the_specification(run, scheme, layout, close):
-    CHECKS.check_specification(run, joint_weights, LAYOUTS[layout], scheme, close)
+def test_equals_the_specification(run, scheme, layout):
+    balanced_weights.check_specification(run, joint_weights, LAYOUTS[layout], scheme, assert_close)
 
 
-def test_a_document_of_more_tiles_than_a_warp_has_lanes(run, close):
+def test_a_document_of_more_tiles_than_a_warp_has_lanes(run):
     lengths = (9, 40 * TILE + 5, 3)
-    loss, labelled, bounds = CHECKS.draw(lengths, 0.8)
+    loss, labelled, bounds = balanced_weights.draw(lengths, 0.8)
     settings = Weighting("bft", 3)
-    got, want = (f(loss, labelled, bounds, settings) for f in (run, CHECKS.plain))
-    close(got._asdict(), want._asdict(), 1e-6)
+    got, want = (f(loss, labelled, bounds, settings) for f in (run, balanced_weights.plain))
+    assert_close(got._asdict(), want._asdict(), 1e-6)
     for hopeless in (11, 20 * TILE, 40 * TILE):
         own = torch.ones(loss.numel())
         own[hopeless] = 30.0
@@ -63,37 +61,37 @@ def test_a_document_of_more_tiles_than_a_warp_has_lanes(run, close):
 
 @pytest.mark.parametrize("scheme", ["bft", "bft-v1"])
 def test_windows_keep_small_sums_next_to_large_ones(run, scheme):
-    CHECKS.check_small_sums(run, scheme, 4 * TILE + 7)
+    balanced_weights.check_small_sums(run, scheme, 4 * TILE + 7)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_losses_at_the_ends_of_the_range(run, scheme):
-    CHECKS.check_ends_of_the_range(run, scheme, TILE)
+    balanced_weights.check_ends_of_the_range(run, scheme, TILE)
 
 
 def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(run):
-    CHECKS.check_underflow(run)
+    balanced_weights.check_underflow(run)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_documents_do_not_see_each_other(run, scheme):
-    CHECKS.check_documents_are_alone(run, scheme, TILE)
+    balanced_weights.check_documents_are_alone(run, scheme, TILE)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_padding_changes_nothing(run, scheme):
-    CHECKS.check_padding(run, scheme, TILE)
+    balanced_weights.check_padding(run, scheme, TILE)
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 def test_a_step_of_no_items(run, scheme):
-    CHECKS.check_no_items(run, scheme, TILE)
+    balanced_weights.check_no_items(run, scheme, TILE)
 
 
-@pytest.mark.parametrize("bounds", CHECKS.BAD_BOUNDS, ids=str)
+@pytest.mark.parametrize("bounds", balanced_weights.BAD_BOUNDS, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_boundaries_that_nobody_checked_stay_inside(run, scheme, bounds):
-    loss, labelled, _ = CHECKS.draw((70,), 0.8)
+    loss, labelled, _ = balanced_weights.draw((70,), 0.8)
     for normalize in ("sequence", "token"):
         got = run(loss, labelled, torch.tensor(bounds), Weighting(scheme, 4), normalize)
         assert not any(bool(value.isnan().any()) for value in got)
@@ -101,7 +99,7 @@ def test_boundaries_that_nobody_checked_stay_inside(run, scheme, bounds):
 
 @pytest.mark.parametrize("offset", [0, 3, 16])
 def test_labels_may_start_anywhere_and_other_losses_are_not_seen(run, offset):
-    loss, labelled, bounds = CHECKS.draw((100, 3 * TILE, 20), 0.6)
+    loss, labelled, bounds = balanced_weights.draw((100, 3 * TILE, 20), 0.6)
     settings = Weighting("bft", 8)
     expected = run(loss, labelled, bounds, settings)
     part = torch.cat([torch.ones(offset, dtype=torch.bool), labelled])[offset:]
@@ -112,7 +110,7 @@ def test_labels_may_start_anywhere_and_other_losses_are_not_seen(run, offset):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_order_of_threads_changes_nothing(run, scheme):
-    loss, labelled, bounds = CHECKS.draw((7, 0, 2 * TILE, 90), 0.7)
+    loss, labelled, bounds = balanced_weights.draw((7, 0, 2 * TILE, 90), 0.7)
     inputs = loss, labelled, bounds, Weighting(scheme, 9)
     first = run(*inputs)
     for seed in 1, 2:

@@ -21,6 +21,7 @@ from bft_kernels import (
     weighting,
     workspace,
 )
+from tests.support.problems import draw_problem
 
 ROOT = Path(__file__).parents[2]
 # `meta` stands for any device that the tensors are not on: what is made there has no values.
@@ -96,8 +97,8 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen, problem) -> None:
-    p = problem(24, 8, 70, bias=True, dtype=dtype, frozen=frozen)
+def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen) -> None:
+    p = draw_problem(24, 8, 70, bias=True, dtype=dtype, frozen=frozen)
     want = results(CALLS[name], p, backend=backend)
     for what in DEFAULTS:
         workspace.empty_cache()
@@ -108,14 +109,14 @@ def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen, problem
 
 @pytest.mark.parametrize("name", ["mean", "balanced", "sampled"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_results_of_kernels_do_not_depend_on_defaults(backend, name, problem, request) -> None:
+def test_results_of_kernels_do_not_depend_on_defaults(backend, name, request) -> None:
     if torch.cuda.is_available():
         pytest.skip("the interpreter and the emulation stand in for a GPU")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
     else:
         request.getfixturevalue("emulated_device")
-    p = problem(3, 8, 40, bias=True, dtype=torch.float32)
+    p = draw_problem(3, 8, 40, bias=True, dtype=torch.float32)
     want = results(CALLS[name], p, backend=backend)
     with default(torch.float64, "meta"):
         got = results(CALLS[name], p, backend=backend)
@@ -123,8 +124,8 @@ def test_results_of_kernels_do_not_depend_on_defaults(backend, name, problem, re
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_a_seed_from_the_generator_does_not_depend_on_defaults(what, problem) -> None:
-    p = problem(12, 8, 60)
+def test_a_seed_from_the_generator_does_not_depend_on_defaults(what) -> None:
+    p = draw_problem(12, 8, 60)
 
     def draw() -> list[Tensor]:
         torch.manual_seed(3)
@@ -163,8 +164,8 @@ def test_weights_and_layouts_do_not_depend_on_defaults(what) -> None:
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_the_specification_does_not_depend_on_defaults(what, problem) -> None:
-    p = problem(6, 4, 20, ignored=0.0).copy(frozen=("hidden", "weight"))
+def test_the_specification_does_not_depend_on_defaults(what) -> None:
+    p = draw_problem(6, 4, 20, ignored=0.0).copy(frozen=("hidden", "weight"))
     cu_seqlens = torch.tensor([0, 2, 6])
 
     def run() -> list[Tensor]:

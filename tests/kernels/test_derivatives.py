@@ -18,6 +18,7 @@ from bft_kernels import (
     token_weights,
 )
 from bft_kernels.checks import SCHEMES
+from tests.support.problems import assert_close, draw_problem
 
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -55,8 +56,8 @@ def how(request, backend) -> dict[str, Any]:
 
 
 @pytest.fixture(params=[(), ("weight", "bias")], ids=["trained", "frozen"])
-def p(request, problem):
-    return problem(9, 5, 31, bias=True, dtype=torch.float32, frozen=request.param)
+def p(request):
+    return draw_problem(9, 5, 31, bias=True, dtype=torch.float32, frozen=request.param)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -143,14 +144,14 @@ def test_compiled_code_refuses_them_too(mode, p, fresh_compiler):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_batch_of_upstream_gradients_is_supported(name, how, p, close):
+def test_a_batch_of_upstream_gradients_is_supported(name, how, p):
     loss = LOSSES[name](*p.args, bias=p.bias, **how)
     leaves = list(p.leaves.values())
     one = torch.autograd.grad(loss, leaves, retain_graph=True)
     factors = torch.tensor([1.0, -2.0, 0.5])
     many = torch.autograd.grad(loss, leaves, factors, is_grads_batched=True)
     for got, want in zip(many, one, strict=True):
-        close(got, factors.view(-1, *[1] * want.dim()) * want, 1e-5)
+        assert_close(got, factors.view(-1, *[1] * want.dim()) * want, 1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -16,6 +16,7 @@ from bft_kernels import (
     linear_cross_entropy,
     linear_nll,
 )
+from tests.support.problems import assert_close, draw_problem
 
 
 @pytest.fixture
@@ -25,21 +26,21 @@ def crippled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
 
 
-def test_a_forced_backend_that_cannot_run_says_why(crippled, problem) -> None:
-    p = problem(4, 3, 7)
+def test_a_forced_backend_that_cannot_run_says_why(crippled) -> None:
+    p = draw_problem(4, 3, 7)
     assert dispatch.why_not("broken", p.hidden, p.weight) == ["it is Sunday"]
     with pytest.raises(RuntimeError, match=r"backend: got .broken.*it is Sunday"):
         linear_nll(*p.args, backend="broken")
 
 
-def test_auto_takes_the_first_that_runs(crippled, problem, close) -> None:
-    p = problem(4, 3, 7)
-    close(linear_nll(*p.args), linear_nll(*p.args, backend="torch"))
+def test_auto_takes_the_first_that_runs(crippled) -> None:
+    p = draw_problem(4, 3, 7)
+    assert_close(linear_nll(*p.args), linear_nll(*p.args, backend="torch"))
 
 
-def test_auto_says_its_choice_once(problem, caplog) -> None:
+def test_auto_says_its_choice_once(caplog) -> None:
     dispatch._announce.cache_clear()
-    p = problem(4, 3, 7)
+    p = draw_problem(4, 3, 7)
     with caplog.at_level(logging.INFO, logger="bft_kernels"):
         for _ in range(3):
             linear_nll(*p.args).sum().backward()
@@ -68,20 +69,22 @@ def test_info_tells_versions_devices_extensions_and_backends() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_module_equals_function(reduction, problem, close) -> None:
-    p = problem(9, 4, 17, bias=True)
+def test_module_equals_function(reduction) -> None:
+    p = draw_problem(9, 4, 17, bias=True)
     settings = {"reduction": reduction, "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1}
     module = LinearCrossEntropyLoss(**settings)
-    close(module(*p.args, bias=p.bias), linear_cross_entropy(*p.args, bias=p.bias, **settings))
+    assert_close(
+        module(*p.args, bias=p.bias), linear_cross_entropy(*p.args, bias=p.bias, **settings)
+    )
     assert "softcap=5.0" in repr(module)
     assert list(module.parameters()) == []
 
 
-def test_balanced_module_equals_function(problem, close) -> None:
-    p = problem(9, 4, 17)
+def test_balanced_module_equals_function() -> None:
+    p = draw_problem(9, 4, 17)
     settings = {"scheme": "bft-v1", "window": 3, "normalize": "token", "return_stats": True}
     cu_seqlens = torch.tensor([0, 4, 9])
     got = BalancedLinearCrossEntropyLoss(**settings)(*p.args, cu_seqlens=cu_seqlens, num_items=5)
     want = balanced_linear_cross_entropy(*p.args, cu_seqlens=cu_seqlens, num_items=5, **settings)
-    close(got[0], want[0])
-    close(got[1]._asdict(), want[1]._asdict())
+    assert_close(got[0], want[0])
+    assert_close(got[1]._asdict(), want[1]._asdict())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.cuda.emulation import build
+
 ROOT = Path(__file__).parents[2]
-BUILD = runpy.run_path(str(ROOT / "csrc/emulation/build.py"))
-SOURCES = [ROOT / "csrc/cuda/sampling.cu", ROOT / "tests/kernels/emulation/program.cpp"]
+SOURCES = [ROOT / "tests/cuda/emulation/programs/program.cpp"]
 KINDS = {
     "out of bounds": 2,
     "uninitialised": 2,
@@ -26,12 +26,12 @@ KINDS = {
     "global race": 1,
 }
 
-needs_compiler = pytest.mark.skipif(BUILD["CXX"] is None, reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(build.CXX is None, reason="needs a C++ compiler")
 
 
 def run_program(folder: Path, *flags: str) -> str:
     program = folder / "program"
-    BUILD["build"](program, SOURCES, *flags)
+    build.build(program, SOURCES, *flags)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "seed 3 is right" in done.stdout
@@ -127,27 +127,27 @@ def test_is_loaded_beside_the_compiled_module(emulated):
 
 
 def test_the_binding_runs_on_host_memory(emulated):
-    out = np.zeros((3, 5000), np.uint32)
-    again = np.zeros((2, 4000), np.uint32)
-    region = {"seed": 11, "row0": 7, "rows": 3, "col0": 100, "cols": 5000, "stream": 0}
-    part = region | {"row0": 8, "rows": 2, "col0": 200, "cols": 4000}
-    with emulated.memory([rows(out, True), rows(again, True)], seed=1, unwritten=True):
-        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
-        emulated.sampling_bits(**part, out_ptr=again.ctypes.data)
-    assert len(np.unique(out)) > 0.99 * out.size
-    np.testing.assert_array_equal(again, out[1:, 100:4100])
+    keys = np.sort(np.random.default_rng(0).integers(0, 900, 5000)).astype(np.int32)
+    starts = np.full(901, -1)
+    call = {"E": 5000, "V": 900, "stream": 0, "sorted_keys_ptr": keys.ctypes.data}
+    call["starts_ptr"] = starts.ctypes.data
+    both = [rows(keys, False), rows(starts, True)]
+    with emulated.memory(both, seed=1, unwritten=True):
+        emulated.column_starts(**call)
+    np.testing.assert_array_equal(starts, np.searchsorted(keys, np.arange(901)))
 
-    with emulated.memory([rows(out, False)]), pytest.raises(RuntimeError, match=r"^read only: "):
-        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
-    short = [(out.ctypes.data, out.nbytes - 4, True, "out")]
-    with emulated.memory(short), pytest.raises(RuntimeError, match=r"^out of bounds: .* of out,"):
-        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
+    fixed = emulated.memory([rows(keys, False), rows(starts, False)])
+    with fixed, pytest.raises(RuntimeError, match=r"^read only: "):
+        emulated.column_starts(**call)
+    short = emulated.memory([both[0], (starts.ctypes.data, starts.nbytes - 8, True, "starts")])
+    with short, pytest.raises(RuntimeError, match=r"^out of bounds: .* of starts,"):
+        emulated.column_starts(**call)
     with pytest.raises(RuntimeError, match="not registered"):
-        emulated.sampling_bits(**region, out_ptr=out.ctypes.data)
+        emulated.column_starts(**call)
 
 
 def test_the_same_kernels_assemble_for_a_gpu(assemble):
-    assembled = assemble("tests/kernels/emulation/kernels.cu", "sm_80")
+    assembled = assemble("tests/cuda/emulation/programs/kernels.cu", "sm_80")
     assert assembled.kernels > 5
     sass = "\n".join(assembled.sass().values())
     for instruction in (

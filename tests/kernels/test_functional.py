@@ -15,6 +15,7 @@ from bft_kernels import (
     linear_nll,
     reference,
 )
+from tests.support.problems import assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -60,22 +61,22 @@ def expected_nll(p, options: dict) -> Tensor:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_statistics(shape, options, budget, problem, close):
+def test_values_and_statistics(shape, options, budget):
     n, d, v, ignored = shape
-    p = problem(n, d, v, ignored=ignored, bias="bias" in options)
+    p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
     nll, stats = linear_nll(
         *p.args, bias=p.bias, max_buffer_bytes=budget, return_stats=True, **settings(options)
     )
     assert isinstance(stats, TokenStats)
     assert nll.dtype == torch.float64
-    close(nll, expected_nll(p, options), 1e-12)
+    assert_close(nll, expected_nll(p, options), 1e-12)
     labelled = p.target != -100
     expected = reference.token_stats(
         p.hidden[labelled], p.weight, p.target[labelled], bias=p.bias, **settings(options)
     )
     for name, value in expected.items():
         got = getattr(stats, name)
-        close(got[labelled], value, 1e-12, name)
+        assert_close(got[labelled], value, 1e-12, name)
         assert not got.requires_grad
         assert bool((got[~labelled] == 0).all()), name
     assert stats.variance is None
@@ -85,9 +86,9 @@ def test_values_and_statistics(shape, options, budget, problem, close):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", [*OPTIONS, *LOSS_OPTIONS], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_cross_entropy_values(reduction, options, budget, problem, close):
+def test_cross_entropy_values(reduction, options, budget):
     for n, d, v, ignored in SHAPES:
-        p = problem(n, d, v, ignored=ignored, bias="bias" in options)
+        p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
         weight = torch.rand(n, dtype=torch.float64)
         token = expected_nll(p, options)
         count = max(1, int((p.target != -100).sum()))
@@ -102,12 +103,12 @@ def test_cross_entropy_values(reduction, options, budget, problem, close):
                 max_buffer_bytes=budget,
                 **settings(options),
             )
-            close(got, expected, 1e-12)
+            assert_close(got, expected, 1e-12)
 
 
-def test_equals_torch(problem, close):
+def test_equals_torch():
     # The drop-in claim itself, without the specification in between.
-    p = problem(40, 12, 90, bias=True)
+    p = draw_problem(40, 12, 90, bias=True)
     logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias)
     for reduction in ("none", "mean", "sum"):
         expected = torch.nn.functional.cross_entropy(
@@ -116,16 +117,16 @@ def test_equals_torch(problem, close):
         got = linear_cross_entropy(
             *p.args, bias=p.bias, reduction=reduction, label_smoothing=0.1, ignore_index=-100
         )
-        close(got, expected, 1e-12)
+        assert_close(got, expected, 1e-12)
 
 
-def test_confidence_times_loss_is_dft(problem, close):
-    p = problem(40, 12, 90)
+def test_confidence_times_loss_is_dft():
+    p = draw_problem(40, 12, 90)
     stats = linear_nll(*p.args, return_stats=True)[1]
     loss = linear_cross_entropy(*p.args, token_weight=stats.confidence)
     dft = balanced_linear_cross_entropy(*p.args, scheme="dft", normalize="token")
-    close(loss, dft, 1e-12)
-    close(p.gradients(loss), p.gradients(dft), 1e-12)
+    assert_close(loss, dft, 1e-12)
+    assert_close(p.gradients(loss), p.gradients(dft), 1e-12)
 
 
 # --- gradients -----------------------------------------------------------------------------------
@@ -134,21 +135,21 @@ def test_confidence_times_loss_is_dft(problem, close):
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_for_any_upstream_gradient(shape, options, budget, problem, close):
+def test_gradients_for_any_upstream_gradient(shape, options, budget):
     n, d, v, ignored = shape
-    p = problem(n, d, v, ignored=ignored, bias="bias" in options)
+    p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
     upstream = torch.randn(n, dtype=torch.float64)
     expected = p.gradients((upstream * expected_nll(p, options)).sum())
     nll = linear_nll(*p.args, bias=p.bias, max_buffer_bytes=budget, **settings(options))
-    close(p.gradients((upstream * nll).sum()), expected, 1e-11)
+    assert_close(p.gradients((upstream * nll).sum()), expected, 1e-11)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", [*OPTIONS, *LOSS_OPTIONS], ids=str)
-def test_cross_entropy_gradients(options, budget, reduction, problem, close):
+def test_cross_entropy_gradients(options, budget, reduction):
     for n, d, v, ignored in SHAPES:
-        p = problem(n, d, v, ignored=ignored, bias="bias" in options)
+        p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
         factor, upstream = torch.rand(n, dtype=torch.float64), torch.randn((), dtype=torch.float64)
         token = expected_nll(p, options) * factor
         count = max(1, int((p.target != -100).sum()))
@@ -161,7 +162,7 @@ def test_cross_entropy_gradients(options, budget, reduction, problem, close):
             max_buffer_bytes=budget,
             **settings(options),
         )
-        close(p.gradients((got * upstream).sum()), p.gradients(token.sum() * scale), 1e-11)
+        assert_close(p.gradients((got * upstream).sum()), p.gradients(token.sum() * scale), 1e-11)
 
 
 FROZEN = [
@@ -178,9 +179,9 @@ FROZEN = [
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("shape", [(13, 6, 33, 0.5), (0, 4, 9, 0.0), (5, 4, 9, 1.0)], ids=str)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_frozen_inputs(frozen, shape, softcap, problem, close):
+def test_frozen_inputs(frozen, shape, softcap):
     n, d, v, ignored = shape
-    p = problem(n, d, v, ignored=ignored, bias=True, frozen=frozen)
+    p = draw_problem(n, d, v, ignored=ignored, bias=True, frozen=frozen)
     upstream = torch.randn(n, dtype=torch.float64)
     losses = {
         "nll": lambda **k: (upstream * linear_nll(*p.args, bias=p.bias, **k)).sum(),
@@ -197,8 +198,10 @@ def test_frozen_inputs(frozen, shape, softcap, problem, close):
     for name, make in losses.items():
         for budget in (1, 3000, None):
             loss = make(softcap=softcap, max_buffer_bytes=budget)
-            close(loss, expected[name], 1e-11)
-            close(p.gradients(loss), p.gradients(expected[name], True), 1e-11, f"{name} {budget}")
+            assert_close(loss, expected[name], 1e-11)
+            assert_close(
+                p.gradients(loss), p.gradients(expected[name], True), 1e-11, f"{name} {budget}"
+            )
             for leaf in (p.hidden, p.weight, p.bias):
                 assert leaf.grad is None
     # backward() leaves the frozen ones alone.
@@ -208,8 +211,8 @@ def test_frozen_inputs(frozen, shape, softcap, problem, close):
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
-def test_frozen_inputs_sampled(frozen, seed, problem, close):
-    p = problem(33, 16, 129, bias=True)
+def test_frozen_inputs_sampled(frozen, seed):
+    p = draw_problem(33, 16, 129, bias=True)
     upstream = torch.randn(33, dtype=torch.float64)
 
     def run(q) -> dict[str, Tensor]:
@@ -217,13 +220,13 @@ def test_frozen_inputs_sampled(frozen, seed, problem, close):
         return q.gradients((upstream * nll).sum())
 
     whole, part = run(p), run(p.copy(frozen=frozen))
-    close(part, {name: grad for name, grad in whole.items() if name not in frozen}, 1e-14)
+    assert_close(part, {name: grad for name, grad in whole.items() if name not in frozen}, 1e-14)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=str)
-def test_gradcheck(options, frozen, problem):
-    p = problem(6, 4, 9, bias="bias" in options, frozen=frozen)
+def test_gradcheck(options, frozen):
+    p = draw_problem(6, 4, 9, bias="bias" in options, frozen=frozen)
     upstream = torch.randn(6, dtype=torch.float64)
 
     def weighted(*leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -243,9 +246,9 @@ def test_gradcheck(options, frozen, problem):
     assert torch.autograd.gradcheck(weighted, tuple(p.leaves.values()), check_batched_grad=False)
 
 
-def test_masked_columns(problem, close):
+def test_masked_columns():
     # A bias of -inf takes columns out of the vocabulary, as constrained decoding does.
-    p = problem(30, 8, 40, bias=True)
+    p = draw_problem(30, 8, 40, bias=True)
     banned = torch.randperm(40)[:15]
     with torch.no_grad():
         p.bias[banned] = -math.inf
@@ -259,11 +262,11 @@ def test_masked_columns(problem, close):
     for budget in (1, 2000, None):
         nll, stats = linear_nll(*p.args, bias=p.bias, max_buffer_bytes=budget, return_stats=True)
         loss = (upstream * nll).sum()
-        close(loss, expected, 1e-12)
-        close(p.gradients(loss), p.gradients(expected, True), 1e-11)
+        assert_close(loss, expected, 1e-12)
+        assert_close(p.gradients(loss), p.gradients(expected, True), 1e-11)
         found = linear_nll(*kept, bias=p.bias[rest], return_stats=True)[1]
         for name in ("nll", "lse", "confidence", "entropy", "correct"):
-            close(getattr(stats, name), getattr(found, name), 1e-12, name)
+            assert_close(getattr(stats, name), getattr(found, name), 1e-12, name)
         for run in (
             lambda b=budget: linear_cross_entropy(*p.args, bias=p.bias, max_buffer_bytes=b),
             lambda b=budget: balanced_linear_cross_entropy(
@@ -281,9 +284,9 @@ def test_masked_columns(problem, close):
                     assert bool((grad[banned] == 0).all()), name
 
 
-def test_a_masked_target_costs_infinity(problem):
+def test_a_masked_target_costs_infinity():
     # As in torch, and in every path alike; a weight of 0 takes the token out again.
-    p = problem(6, 3, 8, bias=True, ignored=0)
+    p = draw_problem(6, 3, 8, bias=True, ignored=0)
     with torch.no_grad():
         p.bias[2] = -math.inf
     p.target[:] = torch.tensor([0, 1, 2, 3, 4, 5])

@@ -23,6 +23,7 @@ from bft_kernels import (
     linear_nll,
     reference,
 )
+from tests.support.problems import assert_close, cancellation, draw_problem, error_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS: dict[str, dict[str, Any]] = {
@@ -159,11 +160,11 @@ def run(loss: Callable[..., Any], p: Any, **how: Any) -> dict[str, Tensor]:
     ids=str,
 )
 def test_no_less_accurate_than_plain_torch(
-    fused, shape, name, transform, dtype, budget, frozen, problem, error, cancels, poison
+    fused, shape, name, transform, dtype, budget, frozen, poison
 ):
     how = TRANSFORMS[transform]
     frozen = ("weight", "bias") if frozen else ()
-    drawn = problem(*shape, bias="bias" in how, dtype=dtype, scale=2.0, frozen=frozen)
+    drawn = draw_problem(*shape, bias="bias" in how, dtype=dtype, scale=2.0, frozen=frozen)
     # The truth: the torch backend in float64 on the same values, itself tested elsewhere.
     truth = run(LOSSES[name], drawn.copy(torch.float64, frozen=frozen), backend="torch", **how)
     # What torch's own products and softmax make of them in float32, in the same blocks.
@@ -183,19 +184,21 @@ def test_no_less_accurate_than_plain_torch(
         rounding += finfo.smallest_normal * finfo.eps / float(expected.square().mean().sqrt())
         # Hundreds of blocks are hundreds of partial sums; a few numbers' error is a matter of luck.
         steady = budget is None and expected.numel() >= 16
-        allowed = (2 if steady else 4) * error(plain[part], expected) + 6 * rounding
+        allowed = (2 if steady else 4) * error_of(plain[part], expected) + 6 * rounding
         if not steady and part != "loss":  # and so is how the terms of a sum cancel
-            factor = cancels(drawn, lambda p: value_of(LOSSES[name], p, backend="torch", **how))
+            factor = cancellation(
+                drawn, lambda p: value_of(LOSSES[name], p, backend="torch", **how)
+            )
             allowed += 4 * torch.finfo(torch.float32).eps * factor[part]
         if part == "loss":  # a loss near 0 is the logarithm of a sum next to 1
             allowed += shape[0] * finfo.eps / float(expected.abs())
-        assert error(got[part].cpu(), expected) <= allowed, part
+        assert error_of(got[part].cpu(), expected) <= allowed, part
 
 
 @pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS), ids=str)
-def test_statistics(fused, shape, transform, problem, close, poison):
+def test_statistics(fused, shape, transform, poison):
     how = dict(TRANSFORMS[transform])
-    p = problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
+    p = draw_problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
     biased = how.pop("bias", False)
     if biased:
         p.bias.data[::3] = -math.inf
@@ -209,9 +212,9 @@ def test_statistics(fused, shape, transform, problem, close, poison):
 
     nll, stats = stats_of(p.copy(device=fused.device), **fused.how)
     want, expected = stats_of(p.copy(torch.float64), backend="torch")
-    close(nll.cpu(), want, 1e-5)
+    assert_close(nll.cpu(), want, 1e-5)
     for field in expected._fields:
-        close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
+        assert_close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
 
 
 @every_backend
@@ -246,12 +249,12 @@ def logit_gradient(p: Any, fused: Fused, **how: Any) -> Tensor:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_backend
-def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed, problem):
+def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed):
     slow = fused.slow
     rows, vocabulary = (11, 170) if slow else (60, 3000)
     how = dict(TRANSFORMS[transform])
     bias = how.pop("bias", False)
-    p = problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
+    p = draw_problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
     labelled = p.target >= 0
     positions = labelled.nonzero().squeeze(1)
     eps = 2**-6 if slow else 2**-9
@@ -311,21 +314,21 @@ def test_hostile_logits(fused, kind, seed):
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
-def test_adds_to_a_gradient_that_is_there(fused, gradient, problem, close):
-    p = problem(20, 24, 150, dtype=torch.float32).copy(device=fused.device)
+def test_adds_to_a_gradient_that_is_there(fused, gradient):
+    p = draw_problem(20, 24, 150, dtype=torch.float32).copy(device=fused.device)
     how = {"gradient": gradient, "seed": 1, "eps": 2**-6, **fused.how}
     linear_nll(*p.args, **how).sum().backward()
     once, place = p.weight.grad.clone(), p.weight.grad.data_ptr()
     linear_nll(*p.args, **how).sum().backward()
     assert p.weight.grad.data_ptr() == place
-    close(p.weight.grad.cpu(), 2 * once.cpu(), 1e-6)
+    assert_close(p.weight.grad.cpu(), 2 * once.cpu(), 1e-6)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
 @every_backend
-def test_rows_that_do_not_lie_together(fused, layout, gradient, problem, close):
-    p = problem(24, 24, 120, dtype=torch.float32)
+def test_rows_that_do_not_lie_together(fused, layout, gradient):
+    p = draw_problem(24, 24, 120, dtype=torch.float32)
     hidden = {
         "transposed": p.hidden.detach().t().contiguous().t(),
         "expanded": p.hidden.detach()[:1].expand(24, 24),
@@ -343,14 +346,14 @@ def test_rows_that_do_not_lie_together(fused, layout, gradient, problem, close):
         how = {"gradient": gradient, "seed": 2, "eps": 2**-6, "backend": backend}
         linear_nll(x, weight, p.target.to(device), **how).sum().backward()
         results.append((x.grad.cpu(), weight.grad.cpu()))
-    close(results[1][0], results[0][0], 1e-5)
-    close(results[1][1], results[0][1], 1e-5)
+    assert_close(results[1][0], results[0][0], 1e-5)
+    assert_close(results[1][1], results[0][1], 1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
-def test_nan_stays_in_its_row(fused, gradient, problem):
-    p = problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+def test_nan_stays_in_its_row(fused, gradient):
+    p = draw_problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
     p.hidden.data[7, 3] = math.nan
     p = p.copy(device=fused.device)
     nll, stats = linear_nll(*p.args, gradient=gradient, seed=0, return_stats=True, **fused.how)
@@ -364,8 +367,8 @@ def test_nan_stays_in_its_row(fused, gradient, problem):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("vocabulary", [151, 1105])
 @every_backend
-def test_a_bad_column_spoils_the_certificate_and_nothing_else(fused, value, vocabulary, problem):
-    p = problem(20, 9, vocabulary, ignored=0.0, dtype=torch.float32)
+def test_a_bad_column_spoils_the_certificate_and_nothing_else(fused, value, vocabulary):
+    p = draw_problem(20, 9, vocabulary, ignored=0.0, dtype=torch.float32)
     p.hidden.data[:, :2] = torch.tensor([1.0, -1.0])  # inf - inf, whatever the others are
     p.weight.data[5] = value
     p = p.copy(device=fused.device)

@@ -21,6 +21,8 @@ from bft_kernels.backends.gpu.lists import capacity_for
 from bft_kernels.backends.gpu.rows import DeviceRows
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import BACKENDS
+from tests.support.emulated_device import sampled_options
+from tests.support.problems import assert_close, draw_problem, weighted_gradients
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -48,7 +50,6 @@ class Engine:
 def engine(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
-    weighted_gradients: Callable[..., dict[str, Tensor]],
 ) -> Engine:
     """Both of Triton's, and CUDA's one."""
     backend, _, forward = request.param.partition("-")
@@ -68,20 +69,18 @@ def engine(
 
 
 @pytest.fixture
-def expected(weighted_gradients: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
+def expected() -> Callable[..., Any]:
     """The gradients that the ``torch`` backend gives."""
     return lambda p, **how: weighted_gradients(p, backend="torch", **how)
 
 
 @pytest.mark.parametrize("room", [0, 40, 300])
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
-def test_entries_without_room_are_computed_again(
-    engine, room, frozen, expected, problem, sampled, close, monkeypatch
-):
-    p = problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+def test_entries_without_room_are_computed_again(engine, room, frozen, expected, monkeypatch):
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
     monkeypatch.setattr(engine.module("core"), "capacity_for", lambda *_: room)
-    how = sampled(p)
-    close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+    how = sampled_options(p)
+    assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
 
 def test_lists_have_room_for_what_text_keeps():
@@ -91,9 +90,9 @@ def test_lists_have_room_for_what_text_keeps():
     assert capacity_for(0, 50, 2**-12) == 0
 
 
-def test_columns_without_a_logit_may_come_first(engine, problem):
+def test_columns_without_a_logit_may_come_first(engine):
     """A bias of -inf takes a tile out that others of its split follow, far below 0."""
-    p = problem(3, 1, 2560, bias=True, dtype=torch.float32)
+    p = draw_problem(3, 1, 2560, bias=True, dtype=torch.float32)
     hidden = torch.ones(3, 1, device=engine.device)
     weight = p.weight.detach().to(engine.device) - 200
     bias = torch.zeros(2560, device=engine.device)
@@ -105,28 +104,28 @@ def test_columns_without_a_logit_may_come_first(engine, problem):
 
 
 @pytest.mark.parametrize("budget", [32_768, 49_152, None])
-def test_sums_of_a_block_do_not_reach_the_next(engine, budget, expected, problem, close):
+def test_sums_of_a_block_do_not_reach_the_next(engine, budget, expected):
     """Whole row blocks without a label, and a last block of the vocabulary that is narrower."""
-    p = problem(engine.rows + 45, 12, 300, bias=True, dtype=torch.float32, ignored=0.0)
+    p = draw_problem(engine.rows + 45, 12, 300, bias=True, dtype=torch.float32, ignored=0.0)
     p.target[20:] = -100
     how = {"max_buffer_bytes": budget}
-    close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+    assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
 
 @pytest.mark.parametrize("budget", [1, 20_000, None])
-def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected, problem, sampled, close):
+def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected):
     shape = (
         (6, 12, 40) if budget == 1 else (2 * engine.rows, 12, 100)
     )  # an entry at a time, or some
-    p = problem(*shape, bias=True, dtype=torch.float32, scale=2.0)
-    how = {"max_buffer_bytes": budget, **sampled(p)}
-    close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+    p = draw_problem(*shape, bias=True, dtype=torch.float32, scale=2.0)
+    how = {"max_buffer_bytes": budget, **sampled_options(p)}
+    assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True}], ids=["plain", "bias"])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
-def test_floors_are_below_lse_and_near_it(engine, options, scale, problem):
-    p = problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
+def test_floors_are_below_lse_and_near_it(engine, options, scale):
+    p = draw_problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
     p = p.copy(device=engine.device)
     operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
     config = CoreConfig(
@@ -147,8 +146,8 @@ def test_floors_are_below_lse_and_near_it(engine, options, scale, problem):
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
-def test_two_runs_give_the_same_bits(engine, how, problem):
-    p = problem(engine.rows, 12, 80, bias=True, dtype=torch.float32)
+def test_two_runs_give_the_same_bits(engine, how):
+    p = draw_problem(engine.rows, 12, 80, bias=True, dtype=torch.float32)
     first, second = engine.gradients(p, **how), engine.gradients(p, **how)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -161,13 +160,13 @@ def test_rows_are_listed_on_the_device():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (17, 5, 67), (0, 3, 9), (33, 20, 129)], ids=str)
 @pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
-def test_nothing_is_written_outside_a_buffer(engine, how, shape, problem, guarded):
-    engine.gradients(problem(*shape, bias=True, dtype=torch.float32), **how)
+def test_nothing_is_written_outside_a_buffer(engine, how, shape, guarded):
+    engine.gradients(draw_problem(*shape, bias=True, dtype=torch.float32), **how)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
-def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, problem, guarded):
-    p = problem(24, 12, 150, dtype=torch.bfloat16, frozen=frozen).copy(device=engine.device)
+def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, guarded):
+    p = draw_problem(24, 12, 150, dtype=torch.bfloat16, frozen=frozen).copy(device=engine.device)
     how = {"cu_seqlens": torch.tensor([0, 9, 24]), "max_buffer_bytes": 8000}
     balanced_linear_cross_entropy(*p.args, **how, **engine.how).backward()
 
@@ -184,11 +183,9 @@ def far_apart(count: int, file: Path, device: str) -> Tensor:
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("wide", ["hidden", "weight"])
-def test_offsets_beyond_31_bits(
-    engine, wide, gradient, expected, problem, sampled, close, tmp_path
-):
+def test_offsets_beyond_31_bits(engine, wide, gradient, expected, sampled, tmp_path):
     """Rows far apart in a file of holes: three of them lie beyond 2^31 elements."""
-    p = problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
+    p = draw_problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
     how = sampled(p) if gradient == "sampled" else {}
     want = expected(p, **how)
     stride = 2**30
@@ -203,31 +200,31 @@ def test_offsets_beyond_31_bits(
     nll = linear_nll(*leaves.values(), own.target, **engine.how, **how)
     grads = torch.autograd.grad((nll * upstream).sum(), list(leaves.values()))
     # dy is rounded to bfloat16 before its two products.
-    close({name: x.cpu() for name, x in zip(leaves, grads, strict=True)}, want, 2**-5)
+    assert_close({name: x.cpu() for name, x in zip(leaves, grads, strict=True)}, want, 2**-5)
 
 
 @pytest.mark.parametrize("budget", [1, 5000, 10**6])
-def test_smoothing_and_ties_with_a_frozen_head(engine, budget, problem, close):
-    p = problem(13, 6, 300, dtype=torch.float32, scale=2.0)
+def test_smoothing_and_ties_with_a_frozen_head(engine, budget):
+    p = draw_problem(13, 6, 300, dtype=torch.float32, scale=2.0)
     how = {"label_smoothing": 0.3, "z_loss": 0.02, "return_stats": True, "reduction": "none"}
     copy = p.copy(device=engine.device, frozen=("weight",))
     loss, stats = linear_cross_entropy(*copy.args, max_buffer_bytes=budget, **engine.how, **how)
     wide = p.copy(torch.float64)
     want, truth = linear_cross_entropy(*wide.args, backend="torch", **how)
-    close(loss.cpu(), want, 1e-5)
+    assert_close(loss.cpu(), want, 1e-5)
     for field in ("lse", "entropy", "correct"):
-        close(getattr(stats, field).cpu(), getattr(truth, field), 1e-5, field)
+        assert_close(getattr(stats, field).cpu(), getattr(truth, field), 1e-5, field)
     upstream = torch.linspace(0.5, 2, 13)
     (loss * upstream.to(engine.device)).sum().backward()
     (want * upstream).sum().backward()
-    close(copy.hidden.grad.cpu(), wide.hidden.grad, 1e-5)
+    assert_close(copy.hidden.grad.cpu(), wide.hidden.grad, 1e-5)
 
 
 @pytest.mark.parametrize("how", [{}, SAMPLED, {"frozen": True}], ids=["exact", "sampled", "unit"])
-def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how, problem):
+def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how):
     how = dict(how)
     frozen = ("weight",) if how.pop("frozen", False) else ()
-    p = problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
+    p = draw_problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
     p.target[2], p.target[5], p.target[7] = 40, -7, 10**6
     p = p.copy(device=engine.device)
     nll = linear_nll(*p.args, check=False, **engine.how, **how)
@@ -263,8 +260,8 @@ CALLS: dict[str, Any] = {
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_nothing_waits_for_the_device(engine, name, dtype, frozen, problem):
-    p = problem(130, 64, 1000, dtype=dtype, frozen=frozen).copy(device="cuda")
+def test_nothing_waits_for_the_device(engine, name, dtype, frozen):
+    p = draw_problem(130, 64, 1000, dtype=dtype, frozen=frozen).copy(device="cuda")
     boundaries = torch.tensor([0, 40, 130], device="cuda")
     for mode in ("default", "error"):  # kernels are compiled in the first turn
         torch.cuda.synchronize()
@@ -277,8 +274,8 @@ def test_nothing_waits_for_the_device(engine, name, dtype, frozen, problem):
 
 @needs_gpu
 @pytest.mark.parametrize("name", [name for name in CALLS if "CPU" not in name])
-def test_is_captured_in_a_graph(engine, name, problem, close):
-    p = problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
+def test_is_captured_in_a_graph(engine, name):
+    p = draw_problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
     boundaries = torch.tensor([0, 40, 130], device="cuda")
     loss = CALLS[name](p.args, boundaries, **engine.how)
     loss.backward()
@@ -297,4 +294,4 @@ def test_is_captured_in_a_graph(engine, name, problem, close):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(captured, loss)
-    close(p.grads(), expected, 0)
+    assert_close(p.grads(), expected, 0)

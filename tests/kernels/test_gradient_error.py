@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bft_kernels import linear_nll
+from tests.support.problems import draw_problem
 
 
 def measured_and_certified(
@@ -43,8 +44,8 @@ def measured_and_certified(
 
 
 @pytest.mark.parametrize("eps", [2**-10, 2**-6])
-def test_the_error_is_the_certified_one(eps, problem):
-    p = problem(128, 32, 4000, dtype=torch.float32, scale=3.0)
+def test_the_error_is_the_certified_one(eps):
+    p = draw_problem(128, 32, 4000, dtype=torch.float32, scale=3.0)
     upstream = torch.rand(128) + 0.1
     for name, (measured, certified) in measured_and_certified(
         p.hidden, p.weight, p.target, upstream, eps, seeds=8

@@ -17,6 +17,7 @@ from bft_kernels import (
     reference,
 )
 from bft_kernels.checks import SCHEMES
+from tests.support.problems import Problem, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -53,8 +54,8 @@ def every_loss(p, **options) -> dict[str, Tensor]:
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("rows", [0, 5])
-def test_without_labels_the_loss_is_zero_and_attached(rows, frozen, gradient, problem):
-    p = problem(rows, 4, 9, ignored=1.0, bias=True, frozen=frozen)
+def test_without_labels_the_loss_is_zero_and_attached(rows, frozen, gradient):
+    p = draw_problem(rows, 4, 9, ignored=1.0, bias=True, frozen=frozen)
     for name, loss in every_loss(p, gradient=gradient).items():
         assert float(loss.detach()) == 0, name
         assert loss.requires_grad, name
@@ -62,8 +63,8 @@ def test_without_labels_the_loss_is_zero_and_attached(rows, frozen, gradient, pr
             assert bool((grad == 0).all()), f"{name}: d{leaf}"
 
 
-def test_without_labels_statistics_are_zero(problem):
-    p = problem(6, 4, 9, ignored=1.0)
+def test_without_labels_statistics_are_zero():
+    p = draw_problem(6, 4, 9, ignored=1.0)
     loss, stats = balanced_linear_cross_entropy(
         *p.args, cu_seqlens=torch.tensor([0, 0, 4, 6]), gradient="sampled", return_stats=True
     )
@@ -72,8 +73,8 @@ def test_without_labels_statistics_are_zero(problem):
         assert value is None or bool((value == 0).all()), name
 
 
-def test_nan_in_ignored_rows_does_not_leak(problem, close):
-    p = problem(20, 4, 9, bias=True, ignored=0.4)
+def test_nan_in_ignored_rows_does_not_leak():
+    p = draw_problem(20, 4, 9, bias=True, ignored=0.4)
     p.target[0], p.target[1] = -100, 3
     clean = p.copy()
     with torch.no_grad():
@@ -91,27 +92,29 @@ def test_nan_in_ignored_rows_does_not_leak(problem, close):
             for frozen in ((), ("weight", "bias"), ("hidden",)):
                 got, expected = p.copy(frozen=frozen), clean.copy(frozen=frozen)
                 a, b = (run(q, gradient=gradient, seed=1) for q in (got, expected))
-                close(a, b, 1e-13, name)
-                close(got.gradients(a), expected.gradients(b), 1e-13, name)
+                assert_close(a, b, 1e-13, name)
+                assert_close(got.gradients(a), expected.gradients(b), 1e-13, name)
 
 
 # --- forms of the input --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (3, 2, 2), (2, 0)], ids=str)
-def test_any_number_of_dimensions(shape, problem, close):
+def test_any_number_of_dimensions(shape):
     count = math.prod(shape)
-    p = problem(count, 5, 11, ignored=0.2)
+    p = draw_problem(count, 5, 11, ignored=0.2)
     hidden, target = p.hidden.view(*shape, 5), p.target.view(shape)
     flat = linear_nll(*p.args)
     nll, stats = linear_nll(hidden, p.weight, target, return_stats=True)
     assert nll.shape == target.shape
     for value in (stats.nll, stats.lse, stats.confidence, stats.entropy, stats.correct):
         assert value.shape == target.shape
-    close(nll.reshape(-1), flat, 1e-14)
+    assert_close(nll.reshape(-1), flat, 1e-14)
     assert linear_cross_entropy(hidden, p.weight, target, reduction="none").shape == shape
     upstream = torch.randn(shape, dtype=torch.float64)
-    close(p.gradients((upstream * nll).sum()), p.gradients((upstream.view(-1) * flat).sum()), 1e-13)
+    assert_close(
+        p.gradients((upstream * nll).sum()), p.gradients((upstream.view(-1) * flat).sum()), 1e-13
+    )
     if len(shape) <= 2:
         balanced = balanced_linear_cross_entropy(hidden, p.weight, target)
         rows = shape[0] if len(shape) == 2 else 1
@@ -120,17 +123,17 @@ def test_any_number_of_dimensions(shape, problem, close):
         cu = torch.tensor([0, 5, count])
         balanced = balanced_linear_cross_entropy(hidden, p.weight, target, cu_seqlens=cu)
     assert balanced.shape == ()
-    close(balanced, reference.balanced_linear_cross_entropy(*p.args, cu), 1e-12)
+    assert_close(balanced, reference.balanced_linear_cross_entropy(*p.args, cu), 1e-12)
 
 
-def test_documents_may_cross_rows(problem, close):
-    p = problem(12, 5, 11)
+def test_documents_may_cross_rows():
+    p = draw_problem(12, 5, 11)
     cu = torch.tensor([0, 7, 12])
     flat = balanced_linear_cross_entropy(*p.args, cu_seqlens=cu, window=3)
     rows = balanced_linear_cross_entropy(
         p.hidden.view(3, 4, 5), p.weight, p.target.view(3, 4), cu_seqlens=cu, window=3
     )
-    close(rows, flat, 1e-14)
+    assert_close(rows, flat, 1e-14)
 
 
 def non_contiguous(x: Tensor) -> dict[str, Tensor]:
@@ -144,12 +147,10 @@ def non_contiguous(x: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("layout", ["spaced", "transposed", "flipped", "offset"])
-def test_non_contiguous_inputs(layout, gradient, problem, problem_from, close):
-    p = problem(21, 6, 40, bias=True)
+def test_non_contiguous_inputs(layout, gradient):
+    p = draw_problem(21, 6, 40, bias=True)
     bias, target = (non_contiguous(x)[layout] for x in (p.bias, p.target))
-    q = problem_from(
-        non_contiguous(p.hidden)[layout], non_contiguous(p.weight)[layout], target, bias
-    )
+    q = Problem(non_contiguous(p.hidden)[layout], non_contiguous(p.weight)[layout], target, bias)
     upstream = torch.randn(42, dtype=torch.float64)[::2]
     how = {"gradient": gradient, "seed": 5, "max_buffer_bytes": 4000}
     cu = torch.tensor([0, 3, 9, 9, 14, 5, 21, 8])[[0, 2, 4, 6]]
@@ -163,38 +164,38 @@ def test_non_contiguous_inputs(layout, gradient, problem, problem_from, close):
             )
             results.append((nll, x.gradients((upstream * nll).sum()), x.gradients(loss)))
         for got, expected in zip(results[1], results[0], strict=True):
-            close(got, expected, 1e-12)
+            assert_close(got, expected, 1e-12)
 
 
-def test_expanded_inputs(close):
+def test_expanded_inputs():
     # A hidden state shared by all tokens, and an upstream gradient without memory of its own.
     hidden = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
     target = torch.randint(17, (9,))
     nll = linear_nll(hidden.expand(9, 6), weight, target)
     expected = reference.linear_nll(hidden.expand(9, 6), weight, target)
-    close(nll, expected, 1e-13)
+    assert_close(nll, expected, 1e-13)
     got = torch.autograd.grad(nll, [hidden, weight], torch.ones(()).double().expand(9))
     for a, b in zip(got, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
-        close(a, b, 1e-12)
+        assert_close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 10**6])
-def test_ignore_index(ignore_index, problem, close):
-    p = problem(30, 5, 11, ignore_index=ignore_index)
+def test_ignore_index(ignore_index):
+    p = draw_problem(30, 5, 11, ignore_index=ignore_index)
     labelled = p.target != ignore_index
     expected = reference.linear_nll(*p.args, ignore_index=ignore_index)
     nll = linear_nll(*p.args, ignore_index=ignore_index)
-    close(nll, expected, 1e-13)
+    assert_close(nll, expected, 1e-13)
     assert bool((nll[~labelled] == 0).all())
     mean = linear_cross_entropy(*p.args, ignore_index=ignore_index)
-    close(mean, expected.sum() / labelled.sum(), 1e-13)
-    close(p.gradients(mean), p.gradients(expected.sum() / labelled.sum()), 1e-12)
+    assert_close(mean, expected.sum() / labelled.sum(), 1e-13)
+    assert_close(p.gradients(mean), p.gradients(expected.sum() / labelled.sum()), 1e-12)
     balanced = balanced_linear_cross_entropy(*p.args, ignore_index=ignore_index, window=4)
     spec = reference.balanced_linear_cross_entropy(
         *p.args, torch.tensor([0, 30]), ignore_index=ignore_index, window=4
     )
-    close(balanced, spec, 1e-12)
+    assert_close(balanced, spec, 1e-12)
 
 
 # --- with and without gradients ------------------------------------------------------------------
@@ -202,20 +203,20 @@ def test_ignore_index(ignore_index, problem, close):
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("budget", [1, 3000, None])
-def test_the_loss_is_the_same_with_and_without_gradients(gradient, budget, problem, close):
-    p = problem(33, 7, 91, bias=True)
+def test_the_loss_is_the_same_with_and_without_gradients(gradient, budget):
+    p = draw_problem(33, 7, 91, bias=True)
     how = {"gradient": gradient, "max_buffer_bytes": budget}
     with torch.no_grad():
         bare = every_loss(p, **how)
     for frozen in FROZEN:
-        close(every_loss(p.copy(frozen=frozen), **how), bare, 1e-12, str(frozen))
+        assert_close(every_loss(p.copy(frozen=frozen), **how), bare, 1e-12, str(frozen))
     assert not any(loss.requires_grad for loss in bare.values())
     with torch.inference_mode():
-        close(every_loss(p, **how), bare, 1e-12)
+        assert_close(every_loss(p, **how), bare, 1e-12)
 
 
-def test_statistics_do_not_change_the_loss(problem):
-    p = problem(33, 7, 91)
+def test_statistics_do_not_change_the_loss():
+    p = draw_problem(33, 7, 91)
     for gradient in ("exact", "sampled"):
         for function in (linear_nll, linear_cross_entropy, balanced_linear_cross_entropy):
             plain = function(*p.args, gradient=gradient)
@@ -230,8 +231,8 @@ def sampled_gradient(p, seed: int | Tensor | None) -> Tensor:
     return torch.autograd.grad(loss, p.weight)[0]
 
 
-def test_a_seed_decides_the_sample(problem):
-    p = problem(33, 7, 91)
+def test_a_seed_decides_the_sample():
+    p = draw_problem(33, 7, 91)
     first = sampled_gradient(p, 5)
     assert torch.equal(sampled_gradient(p, 5), first)
     assert torch.equal(sampled_gradient(p, torch.tensor(5)), first)
@@ -240,8 +241,8 @@ def test_a_seed_decides_the_sample(problem):
         assert not torch.equal(sampled_gradient(p, extreme), first)
 
 
-def test_without_a_seed_torchs_generator_decides(problem):
-    p = problem(33, 7, 91)
+def test_without_a_seed_torchs_generator_decides():
+    p = draw_problem(33, 7, 91)
     torch.manual_seed(3)
     first, second = sampled_gradient(p, None), sampled_gradient(p, None)
     assert not torch.equal(first, second)
@@ -250,8 +251,8 @@ def test_without_a_seed_torchs_generator_decides(problem):
     assert torch.equal(sampled_gradient(p, None), second)
 
 
-def test_only_a_sample_consumes_random_numbers(problem):
-    p = problem(33, 7, 91)
+def test_only_a_sample_consumes_random_numbers():
+    p = draw_problem(33, 7, 91)
     state = torch.get_rng_state()
     every_loss(p)
     with torch.no_grad():
@@ -262,8 +263,8 @@ def test_only_a_sample_consumes_random_numbers(problem):
     assert not torch.equal(torch.get_rng_state(), state)
 
 
-def test_exact_gradients_are_deterministic(problem):
-    p = problem(200, 16, 300, dtype=torch.float32)
+def test_exact_gradients_are_deterministic():
+    p = draw_problem(200, 16, 300, dtype=torch.float32)
     for run in (
         lambda: linear_nll(*p.args).sum(),
         lambda: balanced_linear_cross_entropy(*p.args, max_buffer_bytes=50_000),
@@ -292,11 +293,9 @@ ACCELERATED: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("budget", [None, 600])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("name", ACCELERATED)
-def test_ignored_rows_that_stay_change_nothing(
-    name, softcap, budget, frozen, problem, close, monkeypatch
-):
+def test_ignored_rows_that_stay_change_nothing(name, softcap, budget, frozen, monkeypatch):
     """On an accelerator nobody waits for the number of labelled rows: ignored ones are masked."""
-    p = problem(33, 5, 12, bias=True, frozen=("weight", "bias") if frozen else ())
+    p = draw_problem(33, 5, 12, bias=True, frozen=("weight", "bias") if frozen else ())
     p.hidden.data[p.target == -100] = math.nan  # what padding holds must not matter
     results = []
     for known in (True, False):
@@ -309,15 +308,15 @@ def test_ignored_rows_that_stay_change_nothing(
         )
         loss.backward()
         results.append((loss, own.grads()))
-    close(results[1][0], results[0][0], 1e-12)
-    close(results[1][1], results[0][1], 1e-12)
+    assert_close(results[1][0], results[0][0], 1e-12)
+    assert_close(results[1][1], results[0][1], 1e-12)
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, balanced_linear_cross_entropy])
-def test_a_batch_of_upstream_gradients(function, problem, close):
-    p = problem(9, 4, 7)
+def test_a_batch_of_upstream_gradients(function):
+    p = draw_problem(9, 4, 7)
     loss = function(*p.args)
     (one,) = torch.autograd.grad(loss, p.weight, retain_graph=True)
     factors = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
     (many,) = torch.autograd.grad(loss, p.weight, factors, is_grads_batched=True)
-    close(many, factors[:, None, None] * one, 1e-12)
+    assert_close(many, factors[:, None, None] * one, 1e-12)

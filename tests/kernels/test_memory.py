@@ -18,6 +18,8 @@ from bft_kernels import (
     linear_cross_entropy,
     linear_nll,
 )
+from tests.support.allocations import measure_allocations
+from tests.support.problems import draw_problem
 
 ROWS, WIDTH, VOCABULARY = 512, 24, 4000
 BUDGET = 2**18  # bytes; the logits would take 8 MB
@@ -82,9 +84,9 @@ def nothing_kept() -> None:
 
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_tensor_has_n_times_v_elements(path, dtype, ignored, problem, backend_under):
+def test_no_tensor_has_n_times_v_elements(path, dtype, ignored, backend_under):
     frozen, run = PATHS[path]
-    p = problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen)
+    p = draw_problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen)
     for grad in (False, True):
         with Sizes() as sizes:
             backend_under(sizes)
@@ -109,9 +111,11 @@ def entries_of(p) -> int:
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", [BUDGET, 2**20])
-def test_memory_stays_within_the_contract(path, dtype, ignored, budget, problem, allocations):
+def test_memory_stays_within_the_contract(path, dtype, ignored, budget):
     frozen, run = PATHS[path]
-    p = problem(ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen, scale=2.0)
+    p = draw_problem(
+        ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen, scale=2.0
+    )
 
     def step() -> Tensor:
         loss = run(p, max_buffer_bytes=budget)
@@ -121,7 +125,7 @@ def test_memory_stays_within_the_contract(path, dtype, ignored, budget, problem,
     step()
     for leaf in p.leaves.values():
         leaf.grad = None
-    found = allocations(step)
+    found = measure_allocations(step)
     gradients = sum(leaf.numel() * leaf.element_size() for leaf in p.leaves.values())
     allowed = gradients + 1.02 * budget
     allowed += ROWS * 250 + VOCABULARY * 40  # vectors of N and of V
@@ -135,20 +139,22 @@ def test_memory_stays_within_the_contract(path, dtype, ignored, budget, problem,
     assert found.largest < ROWS * VOCABULARY  # not even one byte for each logit
 
     with torch.no_grad():
-        bare = allocations(lambda: run(p, max_buffer_bytes=budget))
+        bare = measure_allocations(lambda: run(p, max_buffer_bytes=budget))
     assert bare.peak <= 1.02 * budget + ROWS * 250 + VOCABULARY * 40
 
 
-def test_a_frozen_head_costs_no_memory_for_it(problem, allocations):
-    p = problem(64, 200, VOCABULARY, dtype=torch.float32, frozen=("weight",))
-    found = allocations(lambda: linear_nll(*p.args, max_buffer_bytes=BUDGET).sum().backward())
+def test_a_frozen_head_costs_no_memory_for_it():
+    p = draw_problem(64, 200, VOCABULARY, dtype=torch.float32, frozen=("weight",))
+    found = measure_allocations(
+        lambda: linear_nll(*p.args, max_buffer_bytes=BUDGET).sum().backward()
+    )
     assert found.largest < VOCABULARY * 200 * 4 / 8
 
 
-def test_autocast_stays_near_the_budget(problem, allocations):
+def test_autocast_stays_near_the_budget():
     # A block rounded to bf16 and widened again is there twice for a moment, the narrow copy taking
     # half the bytes: an eighth of the budget on top.
-    p = problem(ROWS, WIDTH, VOCABULARY, dtype=torch.float32)
+    p = draw_problem(ROWS, WIDTH, VOCABULARY, dtype=torch.float32)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -159,7 +165,7 @@ def test_autocast_stays_near_the_budget(problem, allocations):
     p.hidden.grad = p.weight.grad = None
     gradients = (ROWS + VOCABULARY) * WIDTH * 4
     allowed = gradients + 1.125 * BUDGET + ROWS * (250 + WIDTH * 4)
-    assert allocations(step).peak <= allowed
+    assert measure_allocations(step).peak <= allowed
 
 
 PROCESS = textwrap.dedent("""

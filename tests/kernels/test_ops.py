@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
 from bft_kernels.config import CoreConfig
 from bft_kernels.results import Forward, Saved, Wanted
+from tests.support.problems import assert_close, draw_problem
 
 CONFIG = CoreConfig(
     ignore_index=-100,
@@ -42,18 +43,18 @@ CONFIGS = {
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 13])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_opcheck_linear_nll(name, rows, bias, problem) -> None:
+def test_opcheck_linear_nll(name, rows, bias) -> None:
     config = CONFIGS[name]
     frozen = {"none": ("hidden", "weight", "bias"), "unit": ("weight", "bias")}.get(name, ())
-    p = problem(rows, 5, 11, bias=bias, frozen=frozen)
+    p = draw_problem(rows, 5, 11, bias=bias, frozen=frozen)
     seed = torch.tensor(3) if name == "entries" else None
     torch.library.opcheck(ops.linear_nll, (*p.args, p.bias, seed, *config.arguments()))
 
 
 @pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
-def test_opcheck_backward(name, problem) -> None:
+def test_opcheck_backward(name) -> None:
     config = CONFIGS[name]
-    p = problem(13, 5, 11, bias=True, frozen=("hidden", "weight", "bias"))
+    p = draw_problem(13, 5, 11, bias=True, frozen=("hidden", "weight", "bias"))
     seed = torch.tensor(3)
     out = Forward(*ops.linear_nll(*p.args, p.bias, seed, *config.arguments()))
     saved = Saved(*(getattr(out, field) for field in Saved._fields if field != "seed"), seed=seed)
@@ -70,8 +71,8 @@ def test_opcheck_backward(name, problem) -> None:
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("rows", [0, 13])
-def test_opcheck_weighted_loss(rows, scheme, problem) -> None:
-    p = problem(rows, 5, 11, bias=True)
+def test_opcheck_weighted_loss(rows, scheme) -> None:
+    p = draw_problem(rows, 5, 11, bias=True)
     share = torch.rand(rows, dtype=torch.float64)
     documents = torch.tensor([0, rows // 3, rows // 3, rows])
     weighting = (scheme, 4, 1.0, 1e-8)
@@ -127,28 +128,28 @@ def balanced_callable(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     "function",
     [mean, per_token, per_token_sampled, balanced, balanced_sampled, balanced_callable],
 )
-def test_compiled_equals_eager(function, problem, close, fresh_compiler) -> None:
+def test_compiled_equals_eager(function, fresh_compiler) -> None:
     """One graph, the same numbers, also when the number of tokens changes."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
     for rows in (12, 20, 16):
-        p = problem(rows, 5, 31)
+        p = draw_problem(rows, 5, 31)
         shape = (2, rows // 2)
         arguments = p.hidden.view(*shape, 5), p.weight, p.target.view(shape)
         expected = function(*arguments)
-        close(compiled(*arguments), expected)
+        assert_close(compiled(*arguments), expected)
         for got, want in zip(
             torch.autograd.grad(compiled(*arguments), (p.hidden, p.weight)),
             torch.autograd.grad(expected, (p.hidden, p.weight)),
             strict=True,
         ):
-            close(got, want)
+            assert_close(got, want)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_autocast_rounds_as_eager_does(gradient, problem) -> None:
+def test_autocast_rounds_as_eager_does(gradient) -> None:
     """Operands are rounded to bfloat16, sums are not; gradients have their parameter's type."""
-    p = problem(40, 64, 200, dtype=torch.float32)
+    p = draw_problem(40, 64, 200, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         nll = linear_nll(*p.args, gradient=gradient, eps=2**-20, seed=1)
     rounded = p.hidden.bfloat16().float() @ p.weight.bfloat16().float().T
@@ -165,8 +166,8 @@ def test_autocast_rounds_as_eager_does(gradient, problem) -> None:
         assert (a - b).norm() <= 0.01 * b.norm()
 
 
-def test_fake_tensors_have_the_shapes_and_types_of_real_ones(problem) -> None:
-    p = problem(10, 6, 21, dtype=torch.bfloat16)
+def test_fake_tensors_have_the_shapes_and_types_of_real_ones() -> None:
+    p = draw_problem(10, 6, 21, dtype=torch.bfloat16)
     real = linear_nll(*p.args, return_stats=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [mode.from_tensor(x) for x in p.args]
@@ -183,13 +184,11 @@ def test_fake_tensors_have_the_shapes_and_types_of_real_ones(problem) -> None:
     ("bounds", "message"),
     [([0, 5, 3, 8], "falls from 5 to 3"), ([2, 8], "starts at 2"), ([0, 3], "ends at 3")],
 )
-def test_compiled_code_refuses_wrong_boundaries(
-    bounds, message, frozen, problem, fresh_compiler
-) -> None:
+def test_compiled_code_refuses_wrong_boundaries(bounds, message, frozen, fresh_compiler) -> None:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
         return balanced_linear_cross_entropy(hidden, weight, target, cu_seqlens=cu_seqlens)
 
-    p = problem(8, 4, 9, ignored=0.0, frozen=("weight",) if frozen else ())
+    p = draw_problem(8, 4, 9, ignored=0.0, frozen=("weight",) if frozen else ())
     compiled = torch.compile(loss, fullgraph=True)
     good = torch.tensor([0, 5, 8] if len(bounds) == 3 else [0, *bounds[2:], 8])
     compiled(*p.args, good)
@@ -198,11 +197,11 @@ def test_compiled_code_refuses_wrong_boundaries(
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=len)
-def test_compiled_code_checks_the_number_of_items(frozen, problem, fresh_compiler) -> None:
+def test_compiled_code_checks_the_number_of_items(frozen, fresh_compiler) -> None:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, items: Tensor) -> Tensor:
         return balanced_linear_cross_entropy(hidden, weight, target, num_items=items)
 
-    p = problem(8, 4, 9, ignored=0.0, frozen=frozen)
+    p = draw_problem(8, 4, 9, ignored=0.0, frozen=frozen)
     nothing = torch.full_like(p.target, -100)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*p.args, torch.tensor(3)), loss(*p.args, torch.tensor(3)))

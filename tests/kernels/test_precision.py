@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from bft_kernels.backends.torch import backward, matmul, weighted
+from tests.support.problems import draw_problem, error_of
 
 try:
     from bft_kernels.backends.triton import chunked, gather
@@ -56,8 +57,8 @@ def allowed_factor(path: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("scale", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_errors_are_torchs_own(dtype, scale, frozen, problem, error):
-    p = problem(160, 96, 1000, bias=True, dtype=dtype, scale=scale, ignored=0.1, frozen=frozen)
+def test_errors_are_torchs_own(dtype, scale, frozen):
+    p = draw_problem(160, 96, 1000, bias=True, dtype=dtype, scale=scale, ignored=0.1, frozen=frozen)
     weight = torch.rand(160)
     truth = p.copy(torch.float64)
     nll = plain_nll(truth)
@@ -66,29 +67,35 @@ def test_errors_are_torchs_own(dtype, scale, frozen, problem, error):
     usual = gradients((weight * plain).sum(), p)
     value, stats = linear_nll(*p.args, bias=p.bias, return_stats=True)
     assert value.dtype == torch.float32
-    assert error(value, nll) <= FACTOR[dtype] * error(plain, nll)
+    assert error_of(value, nll) <= FACTOR[dtype] * error_of(plain, nll)
     labelled = p.target != -100
     logits = linear(truth.hidden, truth.weight, truth.bias)[labelled]
     own = linear(p.hidden, p.weight, p.bias)[labelled]
-    assert error(stats.lse[labelled], logits.logsumexp(1)) <= FACTOR[dtype] * error(
+    assert error_of(stats.lse[labelled], logits.logsumexp(1)) <= FACTOR[dtype] * error_of(
         own.logsumexp(1), logits.logsumexp(1)
     )
     entropy = [torch.distributions.Categorical(logits=x).entropy() for x in (own.float(), logits)]
     # Rounding of a sum over V, which is all that is left where float32 happens to cancel.
     unit = torch.finfo(torch.float32).eps
-    assert error(stats.entropy[labelled], entropy[1]) <= FACTOR[dtype] * error(*entropy) + 8 * unit
+    assert (
+        error_of(stats.entropy[labelled], entropy[1])
+        <= FACTOR[dtype] * error_of(*entropy) + 8 * unit
+    )
     for path, run in PATHS.items():
         for name, got in gradients(run(p, weight), p).items():
             assert got.dtype == dtype
             factor = allowed_factor(path, dtype)
-            assert error(got, exact[name]) <= factor * error(usual[name], exact[name]), (path, name)
+            assert error_of(got, exact[name]) <= factor * error_of(usual[name], exact[name]), (
+                path,
+                name,
+            )
 
 
 @pytest.mark.parametrize("offset", [30.0, 1000.0])
-def test_a_large_common_offset_costs_nothing(offset, problem, error):
+def test_a_large_common_offset_costs_nothing(offset):
     # Rows of `weight` with a large mean, as embeddings have: where the recomputed probabilities of
     # a row share an error, that mean collects it in dH.
-    p = problem(100, 96, 1000, bias=True, dtype=torch.float32, scale=3.0, ignored=0)
+    p = draw_problem(100, 96, 1000, bias=True, dtype=torch.float32, scale=3.0, ignored=0)
     with torch.no_grad():
         p.weight += 3 * torch.randn(96) / math.sqrt(96)
         p.bias += offset
@@ -99,12 +106,15 @@ def test_a_large_common_offset_costs_nothing(offset, problem, error):
     for path, run in PATHS.items():
         for name, got in gradients(run(p, weight), p).items():
             factor = allowed_factor(path, torch.float32)
-            assert error(got, exact[name]) <= factor * error(usual[name], exact[name]), (path, name)
+            assert error_of(got, exact[name]) <= factor * error_of(usual[name], exact[name]), (
+                path,
+                name,
+            )
 
 
-def test_mixed_types(problem, error):
+def test_mixed_types():
     # bf16 activations with a float32 head and the other way round.
-    p = problem(80, 32, 300, bias=True)
+    p = draw_problem(80, 32, 300, bias=True)
     for types in (
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float32, torch.bfloat16, torch.bfloat16),
@@ -119,12 +129,12 @@ def test_mixed_types(problem, error):
         nll = linear_nll(leaves[0], leaves[1], q.target, bias=leaves[2])
         truth = reference.linear_nll(wide[0], wide[1], q.target, bias=wide[2])
         assert nll.dtype == torch.float32
-        assert error(nll, truth) < 1e-6
+        assert error_of(nll, truth) < 1e-6
         got = torch.autograd.grad(nll.sum(), leaves)
         for g, x, e in zip(got, leaves, torch.autograd.grad(truth.sum(), wide), strict=True):
             assert g.dtype == x.dtype
             # One rounding to the leaf's own type.
-            assert error(g, e) < max(2e-6, torch.finfo(x.dtype).eps)
+            assert error_of(g, e) < max(2e-6, torch.finfo(x.dtype).eps)
 
 
 @pytest.fixture(params=["wide", "narrow"])
@@ -151,9 +161,7 @@ BACKENDS = ["torch", *(["triton"] if chunked else [])]
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("how", [{}, {"z_loss": 0.1, "temperature": 0.05}], ids=["plain", "steep"])
-def test_float16_gradients_survive_until_the_loss_scale_arrives(
-    backend, frozen, how, products, error
-):
+def test_float16_gradients_survive_until_the_loss_scale_arrives(backend, frozen, how, products):
     # 1/N of a probability is below float16's range; a scaler multiplies the loss by 2^16 and more.
     # The divisor, that of many micro-batches, does the same to fewer tokens.
     rows, vocabulary, divisor = 96, 60, 2**22
@@ -181,7 +189,7 @@ def test_float16_gradients_survive_until_the_loss_scale_arrives(
     for loss in losses:
         got = torch.autograd.grad(loss * 2**16, leaves)
         for mine, expected in zip(got, exact, strict=False):
-            assert error(mine, expected) < (2e-3 if products == "narrow" else 1e-3)
+            assert error_of(mine, expected) < (2e-3 if products == "narrow" else 1e-3)
 
 
 def test_a_scale_is_a_power_of_two():
@@ -275,9 +283,9 @@ def test_extreme_logits_of_narrow_types(dtype):
     assert torch.allclose(hidden.grad.double(), expected)
 
 
-def test_confidence_never_exceeds_one(problem):
+def test_confidence_never_exceeds_one():
     # Tokens of probability 1 - 1e-9 and above, where rounding decides.
-    p = problem(3000, 8, 50, dtype=torch.float32, ignored=0, scale=40.0)
+    p = draw_problem(3000, 8, 50, dtype=torch.float32, ignored=0, scale=40.0)
     with torch.no_grad():
         target = (p.hidden @ p.weight.T).argmax(1)
     nll, stats = linear_nll(p.hidden, p.weight, target, return_stats=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bft_kernels import balanced_linear_cross_entropy, linear_nll, precision
+from tests.support.problems import draw_problem
 
 BACKENDS = torch.backends
 NEW = hasattr(BACKENDS, "fp32_precision")
@@ -112,9 +113,9 @@ def grads(p: Any, backend: str, loss: str) -> list[Tensor]:
 @pytest.mark.parametrize("loss", ["exact", "sampled", "balanced"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @every_setting
-def test_float32_is_float32(setting, backend, loss, problem, backend_under) -> None:
+def test_float32_is_float32(setting, backend, loss, backend_under) -> None:
     """Bits, where this processor has a faster product; elsewhere what the product would look at."""
-    p = problem(40, 96, 300, dtype=torch.float32)
+    p = draw_problem(40, 96, 300, dtype=torch.float32)
     want = grads(p, backend, loss)
     setting()
     before = state()

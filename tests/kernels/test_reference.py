@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bft_kernels import reference
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+from tests.support.draws import draw_bits, inclusion
+from tests.support.problems import assert_close, draw_problem
 
 # (seed, row, column, the hash's 32 bits, u). Made once from the definition in Python integers;
 # they must never change, or a checkpointed run does not continue as it would have.
@@ -33,15 +35,15 @@ def backend_uniforms(seed: int, rows: list[int], columns: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("seed_", "row", "column", "bits", "u"), GOLDEN)
-def test_golden_draws(seed_, row, column, bits, u, raw_bits):
+def test_golden_draws(seed_, row, column, bits, u):
     expected = float.fromhex(u)
     columns = torch.tensor([column])
-    assert int(raw_bits(seed_, [row], [column])[0, 0]) == bits
+    assert int(draw_bits(seed_, [row], [column])[0, 0]) == bits
     assert float(reference.uniforms(seed_, [row], columns)) == expected
     assert float(backend_uniforms(seed_, [row], columns)) == expected
 
 
-def test_backend_draws_bit_for_bit(raw_bits):
+def test_backend_draws_bit_for_bit():
     wide = torch.randint(-(2**63), 2**63 - 1, (6,)).tolist()
     for seed_ in [0, 1, -1, 2**63 - 1, -(2**63), 2**32, *wide]:
         far = torch.randint(2**32, 2**62, (4,)).tolist()
@@ -56,7 +58,7 @@ def test_backend_draws_bit_for_bit(raw_bits):
         expected = reference.uniforms(seed_, rows, columns)
         assert expected.dtype == torch.float32
         assert torch.equal(backend_uniforms(seed_, rows, columns), expected)
-        bits = raw_bits(seed_, rows, columns.numpy())
+        bits = draw_bits(seed_, rows, columns.numpy())
         u = ((bits >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2**-24)
         assert np.array_equal(u, expected.numpy())
         # One factor for eps is exact for a power of two.
@@ -84,8 +86,8 @@ def test_draws_lie_above_zero_and_up_to_one():
     ],
     ids=str,
 )
-def test_losses_equal_torch(options, problem, close):
-    p = problem(23, 7, 41, bias=True)
+def test_losses_equal_torch(options):
+    p = draw_problem(23, 7, 41, bias=True)
     y = torch.nn.functional.linear(p.hidden, p.weight, p.bias)
     if cap := options.get("softcap"):
         y = cap * torch.tanh(y / cap)
@@ -96,11 +98,11 @@ def test_losses_equal_torch(options, problem, close):
     squared = options.get("z_loss", 0.0) * z.logsumexp(1) ** 2
     expected = expected + torch.where(p.target != -100, squared, 0)
     got = reference.linear_nll(*p.args, bias=p.bias, **options)
-    close(got, expected, 1e-13)
+    assert_close(got, expected, 1e-13)
 
 
-def test_masked_columns_cost_nothing(problem, close):
-    p = problem(9, 4, 12, bias=True, ignored=0)
+def test_masked_columns_cost_nothing():
+    p = draw_problem(9, 4, 12, bias=True, ignored=0)
     with torch.no_grad():
         p.bias[3] = -math.inf
         p.target[p.target == 3] = 4
@@ -108,18 +110,18 @@ def test_masked_columns_cost_nothing(problem, close):
     rest = [v for v in range(12) if v != 3]
     z = p.hidden @ p.weight[rest].T + p.bias[rest]
     target = p.target - (p.target > 3).long()
-    close(got, torch.nn.functional.cross_entropy(z, target, reduction="none"), 1e-13)
+    assert_close(got, torch.nn.functional.cross_entropy(z, target, reduction="none"), 1e-13)
     assert bool((reference.linear_nll(*p.args, bias=p.bias, label_smoothing=0.1) == math.inf).all())
 
 
-def test_statistics(problem, close):
-    p = problem(31, 5, 19, ignored=0)
+def test_statistics():
+    p = draw_problem(31, 5, 19, ignored=0)
     stats = reference.token_stats(*p.args)
     distribution = torch.distributions.Categorical(logits=p.hidden @ p.weight.T)
-    close(stats["nll"], -distribution.log_prob(p.target))
-    close(stats["entropy"], distribution.entropy())
-    close(stats["confidence"], distribution.probs.gather(1, p.target[:, None])[:, 0])
-    close(stats["lse"], (p.hidden @ p.weight.T).logsumexp(1))
+    assert_close(stats["nll"], -distribution.log_prob(p.target))
+    assert_close(stats["entropy"], distribution.entropy())
+    assert_close(stats["confidence"], distribution.probs.gather(1, p.target[:, None])[:, 0])
+    assert_close(stats["lse"], (p.hidden @ p.weight.T).logsumexp(1))
     assert torch.equal(stats["correct"], distribution.probs.argmax(1) == p.target)
 
 
@@ -147,8 +149,8 @@ def test_balanced_loss_in_plain_numbers():
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
-def test_sampled_gradient_in_plain_numbers(options, seed, problem, close):
-    p = problem(6, 4, 50, ignored=0)
+def test_sampled_gradient_in_plain_numbers(options, seed):
+    p = draw_problem(6, 4, 50, ignored=0)
     rows, eps = [5, 2**33, 7, 0, 1, 2], 2**-5
     with torch.no_grad():
         got = reference.sampled_gradient(*p.args, seed, eps=eps, rows=rows, **options)
@@ -175,11 +177,11 @@ def test_sampled_gradient_in_plain_numbers(options, seed, problem, close):
         torch.nn.functional.one_hot(p.target, 50).bool(), 0, prob * (eps - prob).clamp(min=0)
     )
     if not options:
-        close(got.hidden_variance, exact @ norms)
+        assert_close(got.hidden_variance, exact @ norms)
 
 
 @pytest.mark.parametrize("eps", [2**-12, 1e-3, 1.0])
-def test_the_chance_to_be_kept_is_p_over_eps_to_24_bits(eps, inclusion):
+def test_the_chance_to_be_kept_is_p_over_eps_to_24_bits(eps):
     # The grid of u is enumerated. A power of two scales it exactly; otherwise eps and the product
     # round once each.
     bound = 2**-24 if math.frexp(eps)[0] == 0.5 else 3 * 2**-24

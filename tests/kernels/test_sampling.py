@@ -17,6 +17,8 @@ from torch import Tensor
 from bft_kernels import linear_nll, ops, reference
 from bft_kernels.config import CoreConfig
 from bft_kernels.results import Forward
+from tests.support.draws import P_VALUE, draw_bits, inclusion
+from tests.support.problems import assert_close, draw_problem
 
 
 def wide_int(rng: np.random.Generator) -> int:
@@ -59,12 +61,12 @@ def axis_draws(axis: str, count: int, rng: np.random.Generator, raw_bits) -> np.
 
 
 @pytest.mark.parametrize("axis", ["columns", "rows", "seeds", "seeds in steps of 2^32"])
-def test_draws_are_uniform(axis, rng, raw_bits, p_value):
+def test_draws_are_uniform(axis, rng):
     for _ in range(3):
-        bits = axis_draws(axis, 2**19, rng, raw_bits)
+        bits = axis_draws(axis, 2**19, rng, draw_bits)
         for shift in (24, 16, 8, 0):
             counts = np.bincount((bits >> np.uint32(shift)) & np.uint32(255), minlength=256)
-            assert chi_square(counts, bits.size / 256) > p_value, f"bits {shift} to {shift + 7}"
+            assert chi_square(counts, bits.size / 256) > P_VALUE, f"bits {shift} to {shift + 7}"
 
 
 # Differences of (seed, row, column) between the two draws of a pair; None is drawn at random.
@@ -92,7 +94,7 @@ LAGS = [
 
 
 @pytest.mark.parametrize("lag", LAGS, ids=str)
-def test_pairs_are_independent(lag, rng, raw_bits, p_value):
+def test_pairs_are_independent(lag, rng):
     # 32 x 32 cells of the leading five bits and of five bits further down, over a grid of 2^21
     # pairs. No draw is in two pairs, so that the pairs are independent of each other as well.
     rows, columns = 2**10, 2**11
@@ -102,20 +104,20 @@ def test_pairs_are_independent(lag, rng, raw_bits, p_value):
     column = 2**16 + place + place // step * step  # steps of draws, then steps left to partners
     row = int(rng.integers(2**30)) + 2 * max(1, abs(row_lag)) * np.arange(rows)
     seed = wide_int(rng) // 4
-    first = raw_bits(seed, row, column)
-    second = raw_bits(seed + seed_lag, row + row_lag, column + column_lag)
+    first = draw_bits(seed, row, column)
+    second = draw_bits(seed + seed_lag, row + row_lag, column + column_lag)
     for shift in (27, 12):
         a, b = ((x >> np.uint32(shift)) & np.uint32(31) for x in (first, second))
         counts = np.bincount((a * np.uint32(32) + b).ravel(), minlength=1024)
-        assert chi_square(counts, counts.sum() / 1024) > p_value, f"bits {shift} to {shift + 4}"
+        assert chi_square(counts, counts.sum() / 1024) > P_VALUE, f"bits {shift} to {shift + 4}"
 
 
-def test_pairs_of_seeds_are_independent_over_many_seeds(rng, raw_bits, p_value):
+def test_pairs_of_seeds_are_independent_over_many_seeds(rng):
     # The cell (row 5, column 77) of half a million neighbouring seeds.
-    bits = raw_bits(wide_int(rng) // 2 + np.arange(2**20), [5], [77])[:, 0] >> np.uint32(27)
+    bits = draw_bits(wide_int(rng) // 2 + np.arange(2**20), [5], [77])[:, 0] >> np.uint32(27)
     pairs = bits.reshape(-1, 2)
     counts = np.bincount(pairs[:, 0] * np.uint32(32) + pairs[:, 1], minlength=1024)
-    assert chi_square(counts, counts.sum() / 1024) > p_value
+    assert chi_square(counts, counts.sum() / 1024) > P_VALUE
 
 
 def common_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -125,26 +127,26 @@ def common_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (both[:, 1:] == both[:, :-1]).sum(axis=1)
 
 
-def test_no_row_or_seed_is_a_rearrangement_of_another(rng, raw_bits):
+def test_no_row_or_seed_is_a_rearrangement_of_another(rng):
     # Two rows of 2^16 distinct values out of 2^32 share one on average. A permuted or shifted copy
     # shares nearly all; with random multipliers, sharing a sixteenth has a chance of 2^-35 a pair.
     columns = np.arange(2**16)
     row, seed = int(rng.integers(2**20)), wide_int(rng) // 4
-    base = raw_bits(seed, row + np.arange(16), columns)
+    base = draw_bits(seed, row + np.arange(16), columns)
     others = {
-        "the next row": raw_bits(seed, row + 1 + np.arange(16), columns),
-        "a far row": raw_bits(seed, row + 2**32 + np.arange(16), columns),
-        "the next seed": raw_bits(seed + 1, row + np.arange(16), columns),
-        "the negative seed": raw_bits(-seed, row + np.arange(16), columns),
-        "the seed with a bit flipped": raw_bits(seed ^ 2**32, row + np.arange(16), columns),
-        "seed + 1, row - 1": raw_bits(seed + 1, row - 1 + np.arange(16), columns),
-        "seed and row exchanged": raw_bits(row, (seed & 0xFFFF) + np.arange(16), columns),
+        "the next row": draw_bits(seed, row + 1 + np.arange(16), columns),
+        "a far row": draw_bits(seed, row + 2**32 + np.arange(16), columns),
+        "the next seed": draw_bits(seed + 1, row + np.arange(16), columns),
+        "the negative seed": draw_bits(-seed, row + np.arange(16), columns),
+        "the seed with a bit flipped": draw_bits(seed ^ 2**32, row + np.arange(16), columns),
+        "seed + 1, row - 1": draw_bits(seed + 1, row - 1 + np.arange(16), columns),
+        "seed and row exchanged": draw_bits(row, (seed & 0xFFFF) + np.arange(16), columns),
     }
     for what, other in others.items():
         assert common_values(base, other).max() < 2**12, what
 
 
-def test_rows_and_seeds_overlap_as_random_ones_do(rng, raw_bits, p_value):
+def test_rows_and_seeds_overlap_as_random_ones_do(rng):
     # Shared values of 300 pairs of rows and of seeds, against rows with multipliers and offsets
     # from another generator, which are as independent as this family of sequences can be.
     pairs, columns = 300, np.arange(2**16)
@@ -159,23 +161,23 @@ def test_rows_and_seeds_overlap_as_random_ones_do(rng, raw_bits, p_value):
     expected = common_values(random_rows(), random_rows())
     draws = {
         "rows": (
-            raw_bits(seed, 2 * np.arange(pairs), columns),
-            raw_bits(seed, 2 * np.arange(pairs) + 1, columns),
+            draw_bits(seed, 2 * np.arange(pairs), columns),
+            draw_bits(seed, 2 * np.arange(pairs) + 1, columns),
         ),
         "seeds": (
-            raw_bits(seed + 2 * np.arange(pairs), np.zeros(pairs), columns),
-            raw_bits(seed + 2 * np.arange(pairs) + 1, np.zeros(pairs), columns),
+            draw_bits(seed + 2 * np.arange(pairs), np.zeros(pairs), columns),
+            draw_bits(seed + 2 * np.arange(pairs) + 1, np.zeros(pairs), columns),
         ),
     }
     for what, both in draws.items():
         table = [
             np.bincount(np.minimum(x, 3), minlength=4) for x in (common_values(*both), expected)
         ]
-        assert stats.chi2_contingency(table).pvalue > p_value, (what, table)
+        assert stats.chi2_contingency(table).pvalue > P_VALUE, (what, table)
 
 
 @pytest.mark.parametrize("argument", ["seed", "row", "column"])
-def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng, raw_bits, p_value):
+def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng):
     count = 2**13
     width = {"seed": 64, "row": 63, "column": 31}[argument]
     seeds = rng.integers(-(2**63), 2**63 - 1, count)
@@ -188,7 +190,9 @@ def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng, r
         changed[argument] = moved.view(np.int64)
         # One column for each row: the diagonal, a block at a time.
         blocks = [
-            np.diagonal(raw_bits(changed["seed"][a:b], changed["row"][a:b], changed["column"][a:b]))
+            np.diagonal(
+                draw_bits(changed["seed"][a:b], changed["row"][a:b], changed["column"][a:b])
+            )
             for a, b in zip(range(0, count, 64), range(64, count + 1, 64), strict=True)
         ]
         return np.concatenate(blocks)
@@ -204,7 +208,7 @@ def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng, r
         slack = 0.01 * count if argument == "column" else 0
         distance = max(0.0, abs(worst - count / 2) - slack)
         p = stats.binomtest(int(count / 2 + distance), count).pvalue
-        assert p * 32 * width > p_value, f"{argument} bit {bit}: {worst} of {count}"
+        assert p * 32 * width > P_VALUE, f"{argument} bit {bit}: {worst} of {count}"
 
 
 # --- the kept set --------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def sampled_rows(logits: Tensor, target: Tensor, seed: int | None, eps: float, *
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inclusion_counts_are_binomial(dtype, rng, inclusion, p_value):
+def test_inclusion_counts_are_binomial(dtype, rng):
     # Many rows with the same distribution are as many independent draws of its columns.
     rows, vocabulary, seeds, eps = 512, 384, 16, 2**-7
     logits = torch.randn(vocabulary, dtype=dtype) * 2
@@ -245,16 +249,16 @@ def test_inclusion_counts_are_binomial(dtype, rng, inclusion, p_value):
     low = stats.binom.cdf(counts, rows, np.minimum(chance * (1 - slack), 1))
     high = stats.binom.sf(counts - 1, rows, np.minimum(chance * (1 + slack), 1))
     worst = 2 * np.minimum(low, high).min() * counts.size
-    assert worst > p_value
+    assert worst > P_VALUE
 
     expected, variance = rows * chance, rows * chance * (1 - chance)
     dense = variance > 10
     statistic = ((counts - expected) ** 2)[:, dense] / variance[dense]
-    assert two_sided(stats.chi2.cdf(statistic.sum(), statistic.size)) > p_value
+    assert two_sided(stats.chi2.cdf(statistic.sum(), statistic.size)) > P_VALUE
     # Dependence between columns, or between rows, would show in the spread of the sums.
     mean, spread = chance.sum(), (chance * (1 - chance)).sum()
     per_row = (kept.sum(axis=2) - mean) ** 2 / spread
-    assert two_sided(stats.chi2.cdf(per_row.sum(), per_row.size)) > p_value
+    assert two_sided(stats.chi2.cdf(per_row.sum(), per_row.size)) > P_VALUE
 
 
 def test_entries_expected_are_at_most_one_over_eps():
@@ -274,8 +278,8 @@ def test_entries_expected_are_at_most_one_over_eps():
     ids=str,
 )
 @pytest.mark.parametrize("budget", [1, 5000, None])
-def test_gradients_are_those_of_the_specification(options, budget, seed, problem, close):
-    p = problem(29, 11, 300, bias=True, scale=2.0)
+def test_gradients_are_those_of_the_specification(options, budget, seed):
+    p = draw_problem(29, 11, 300, bias=True, scale=2.0)
     upstream, eps = torch.randn(29, dtype=torch.float64), 2**-6
     nll, got = linear_nll(
         *p.args,
@@ -302,19 +306,19 @@ def test_gradients_are_those_of_the_specification(options, budget, seed, problem
             **options,
         )
         dy = upstream[rows, None] * expected.dy
-        close(p.hidden.grad[rows], dy @ p.weight, 1e-12)
-        close(p.weight.grad, dy.T @ p.hidden[rows], 1e-12)
-        close(p.bias.grad, dy.sum(0), 1e-12)
-        close(got.variance[rows], expected.variance, 1e-12)
-        close(got.hidden_variance[rows], expected.hidden_variance, 1e-12)
+        assert_close(p.hidden.grad[rows], dy @ p.weight, 1e-12)
+        assert_close(p.weight.grad, dy.T @ p.hidden[rows], 1e-12)
+        assert_close(p.bias.grad, dy.sum(0), 1e-12)
+        assert_close(got.variance[rows], expected.variance, 1e-12)
+        assert_close(got.hidden_variance[rows], expected.hidden_variance, 1e-12)
     ignored = p.target == -100
     for zero in (p.hidden.grad, got.variance, got.hidden_variance):
         assert bool((zero[ignored] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kept_set_does_not_depend_on_blocks(dtype, seed, problem):
-    p = problem(70, 24, 3000, ignored=0, dtype=dtype, scale=3.0)
+def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
+    p = draw_problem(70, 24, 3000, ignored=0, dtype=dtype, scale=3.0)
     eps = 2**-9
 
     def entries(budget: int) -> set[tuple[int, int]]:
@@ -415,12 +419,12 @@ def draw_differences(problem, options: dict, seeds: int, rng: np.random.Generato
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "temperature": 1.3}], ids=str)
-def test_gradients_are_unbiased(options, rng, problem, p_value):
+def test_gradients_are_unbiased(options, rng):
     seeds = 200
-    for name, difference, variance in draw_differences(problem, options, seeds, rng):
+    for name, difference, variance in draw_differences(draw_problem, options, seeds, rng):
         z = difference.mean(axis=0) / np.sqrt(variance / seeds)
         worst = 2 * stats.norm.sf(np.abs(z).max()) * z.size
-        assert worst > p_value, (
+        assert worst > P_VALUE, (
             f"{name}: the mean of a projection is {np.abs(z).max():.1f} sigma off"
         )
         # Hotelling's T^2, which needs no known variance.
@@ -429,8 +433,8 @@ def test_gradients_are_unbiased(options, rng, problem, p_value):
         mean = difference.mean(axis=0)
         t2 = seeds * mean @ np.linalg.solve(covariance, mean)
         f = (seeds - k) / (k * (seeds - 1)) * t2
-        assert stats.f.sf(f, k, seeds - k) > p_value, name
+        assert stats.f.sf(f, k, seeds - k) > P_VALUE, name
         # And the variance is the stated one, neither more nor less.
         spread = (difference**2 / variance).sum(axis=0)
         p = stats.chi2.cdf(spread, seeds), stats.chi2.sf(spread, seeds)
-        assert 2 * np.minimum(*p).min() * k > p_value, name
+        assert 2 * np.minimum(*p).min() * k > P_VALUE, name

@@ -1,11 +1,9 @@
 """The hash in C++, CUDA and Triton against integers of any length: every bit must agree."""
 
-import hashlib
 import importlib
 import importlib.util
 import os
-import re
-import runpy
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -14,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from csrc import ninja_build
+from tests.support.draws import CXX, Program
 
 ROOT = Path(__file__).parents[2]
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
@@ -24,11 +25,7 @@ def module_or_none(name):
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
-cpu = module_or_none("bft_kernels._cpu")
-cuda = module_or_none("bft_kernels._cuda")
-needs_cpu = pytest.mark.skipif(cpu is None, reason="bft_kernels._cpu is not built")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-needs_cuda = pytest.mark.skipif(cuda is None, reason="bft_kernels._cuda is not built")
 
 
 def mix64(z):
@@ -61,15 +58,12 @@ def expected_block(seed, row0, rows, col0, cols):
     return np.array(bits, dtype=np.uint32).reshape(rows, cols)
 
 
-def native_block(dtype, *region):
-    """The region [rows, cols] from C++; fails if a neighbour of the output was written."""
-    rows, cols = region[2], region[4]
-    memory = np.full(rows * cols + 2, 77, dtype=dtype)
-    fill = cpu.sampling_bits if dtype is np.uint32 else cpu.sampling_uniforms
-    fill(*region, memory.ctypes.data + memory.itemsize)
-    assert memory[0] == 77
-    assert memory[-1] == 77
-    return memory[1:-1].reshape(rows, cols)
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """``csrc/sampling.h`` as the host's compiler makes it."""
+    if CXX is None:
+        pytest.skip("needs a C++ compiler")
+    return Program(tmp_path_factory.mktemp("draws"), CXX)
 
 
 def test_the_definition_stays():
@@ -79,8 +73,7 @@ def test_the_definition_stays():
     assert expected_bits(-1, 2**32, 49151) == 0xF6A4BD19
 
 
-@needs_cpu
-def test_cpp_equals_integer_arithmetic():
+def test_cpp_equals_integer_arithmetic(native):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
     seeds = st.integers(-(2**63), 2**63 - 1)
@@ -99,15 +92,14 @@ def test_cpp_equals_integer_arithmetic():
     def check(seed, row_range, col_range):
         region = (seed, *row_range, *col_range)
         bits = expected_block(*region)
-        np.testing.assert_array_equal(native_block(np.uint32, *region), bits)
-        uniforms = native_block(np.float32, *region)
+        got, uniforms = native(*region)
+        np.testing.assert_array_equal(got, bits)
         expected = [expected_u(int(x)) for x in bits.flat]
         assert [Fraction(float(u)) for u in uniforms.flat] == expected
 
     check()
 
 
-@needs_cpu
 @pytest.mark.parametrize(
     ("row", "column", "top_bits", "u"),
     [
@@ -118,112 +110,28 @@ def test_cpp_equals_integer_arithmetic():
         (185, 10078, 2**24 - 1, 1.0),
     ],
 )
-def test_u_at_the_ends_and_where_rounding_starts(row, column, top_bits, u):
-    assert native_block(np.uint32, 3, row, 1, column, 1)[0, 0] >> 8 == top_bits
-    assert native_block(np.float32, 3, row, 1, column, 1)[0, 0] == u
+def test_u_at_the_ends_and_where_rounding_starts(native, row, column, top_bits, u):
+    bits, uniforms = native(3, row, 1, column, 1)
+    assert bits[0, 0] >> 8 == top_bits
+    assert uniforms[0, 0] == u
 
 
-@needs_cpu
-def test_a_block_does_not_depend_on_its_tiling():
-    seed, row0, rows, col0, cols = 11, 2**33, 64, 1000, 1500
-    whole = native_block(np.uint32, seed, row0, rows, col0, cols)
-    for i in range(0, rows, 7):
-        for j in range(0, cols, 129):
-            n, m = min(7, rows - i), min(129, cols - j)
-            tile = native_block(np.uint32, seed, row0 + i, n, col0 + j, m)
-            np.testing.assert_array_equal(tile, whole[i : i + n, j : j + m])
-
-
-DIGEST = """
-import hashlib, importlib.util, sys
-import numpy
-spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-out = numpy.empty((64, 1500), numpy.uint32)
-module.sampling_bits(11, 5, 64, 1000, 1500, out.ctypes.data)
-print(hashlib.sha256(out.tobytes()).hexdigest())
-"""
-
-
-@needs_cpu
-@pytest.mark.parametrize("threads", ["1", "3"])
-def test_bits_do_not_depend_on_threads(threads):
-    done = subprocess.run(
-        [sys.executable, "-c", DIGEST, cpu.__file__],
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    block = native_block(np.uint32, 11, 5, 64, 1000, 1500)
-    assert done.stdout.strip() == hashlib.sha256(block.tobytes()).hexdigest()
-
-
-GOOD = {"seed": 0, "row0": 0, "rows": 2, "col0": 0, "cols": 3, "out_ptr": 64}
-BAD = [
-    ({"row0": -1}, "row0: got -1, expected a number from 0 to 9223372036854775805"),
-    ({"row0": 2**63 - 2}, "row0: got 9223372036854775806"),
-    ({"rows": -2}, "rows: got -2, expected a number from 0 to"),
-    ({"rows": 2**62}, "rows: got 4611686018427387904"),
-    ({"col0": -3}, "col0: got -3, expected a number from 0 to 4294967296"),
-    ({"col0": 2**32 - 2}, "cols: got 3, expected a number from 0 to 2"),
-    ({"cols": -4}, "cols: got -4"),
-    ({"cols": 2**40}, "cols: got 1099511627776"),
-    ({"out_ptr": 0}, "out_ptr: got address 0, expected a multiple of 4 other than 0"),
-    ({"out_ptr": 66}, "out_ptr: got address 66, expected a multiple of 4"),
-]
-
-
-@pytest.mark.parametrize(
-    ("module", "extra"),
-    [
-        pytest.param(cpu, {}, marks=needs_cpu, id="cpu"),
-        pytest.param(cuda, {"stream": 0}, marks=needs_cuda, id="cuda"),
-    ],
-)
-@pytest.mark.parametrize(("change", "message"), BAD)
-@pytest.mark.parametrize("name", ["sampling_bits", "sampling_uniforms"])
-def test_bad_arguments_are_named(module, extra, change, message, name):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        getattr(module, name)(**(GOOD | extra | change))
-
-
-@needs_cpu
-@pytest.mark.parametrize("size", [(0, 3), (2, 0), (0, 0)])
-def test_an_empty_block_needs_no_address(size):
-    cpu.sampling_bits(0, 0, size[0], 0, size[1], 0)
-
-
-@needs_cuda
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the launch works where there is a GPU")
-def test_cuda_without_a_gpu_imports_and_says_why_a_launch_fails():
-    with pytest.raises(RuntimeError, match="fill_draws: the CUDA launch failed: cudaError"):
-        cuda.sampling_bits(**GOOD, stream=0)
-
-
-@needs_cuda
 @needs_gpu
 @pytest.mark.parametrize("region", [(-5, 2**40, 3, 2**32 - 9, 9), (7, 0, 70000, 10, 5)])
-def test_cuda_equals_integer_arithmetic(region):
-    rows, cols = region[2], region[4]
-    bits = torch.zeros(rows, cols, dtype=torch.int32, device="cuda")
-    uniforms = torch.zeros(rows, cols, device="cuda")
-    stream = torch.cuda.current_stream().cuda_stream
-    cuda.sampling_bits(*region, bits.data_ptr(), stream)
-    cuda.sampling_uniforms(*region, uniforms.data_ptr(), stream)
+def test_cuda_equals_integer_arithmetic(region, tmp_path):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    bits, uniforms = Program(tmp_path, "nvcc", "-arch=native", "-x", "cu")(*region)
     expected = expected_block(*region)
-    np.testing.assert_array_equal(bits.cpu().numpy().view(np.uint32), expected)
-    fractions = [Fraction(float(u)) for u in uniforms.cpu().numpy().flat]
+    np.testing.assert_array_equal(bits, expected)
+    fractions = [Fraction(float(u)) for u in uniforms.flat]
     assert fractions == [expected_u(int(x)) for x in expected.flat]
 
 
-@pytest.mark.parametrize(
-    "arch", runpy.run_path(str(ROOT / "csrc" / "ninja_build.py"))["CUDA_ARCHITECTURES"]
-)
+@pytest.mark.parametrize("arch", ninja_build.CUDA_ARCHITECTURES)
 def test_cuda_kernels_do_not_spill(arch, assemble):
     # One kernel for the bits, one for u.
-    assert assemble("csrc/cuda/sampling.cu", f"sm_{arch}").kernels == 2
+    assert assemble("tests/support/draws.cpp", f"sm_{arch}").kernels == 2
 
 
 @pytest.mark.skipif(module_or_none("triton") is None, reason="needs triton")
@@ -236,7 +144,7 @@ def test_triton_equals_integer_arithmetic(region, interpret, tmp_path):
     subprocess.run(
         [
             sys.executable,
-            str(Path(__file__).with_name("sampling_triton.py")),
+            str(ROOT / "tests/support/triton_draws.py"),
             *map(str, region),
             out,
         ],

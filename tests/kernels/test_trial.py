@@ -22,6 +22,7 @@ from bft_kernels import dispatch, info, linear_nll
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.torch import trial as products
 from bft_kernels.info import _Probe
+from tests.support.problems import draw_problem
 
 CPU = torch.device("cpu")
 HALF = [torch.bfloat16, torch.float16]
@@ -158,9 +159,9 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_why_tried", lambda one, device, how: why_tried(one, gpu, how))
 
 
-def test_auto_warns_once_and_takes_the_next(on_any_device, problem, monkeypatch, caplog) -> None:
+def test_auto_warns_once_and_takes_the_next(on_any_device, monkeypatch, caplog) -> None:
     monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
-    p = problem(4, 3, 7, dtype=torch.float32)
+    p = draw_problem(4, 3, 7, dtype=torch.float32)
     with caplog.at_level(logging.WARNING, logger="bft_kernels"):
         for _ in range(3):
             linear_nll(*p.args).sum().backward()
@@ -170,19 +171,19 @@ def test_auto_warns_once_and_takes_the_next(on_any_device, problem, monkeypatch,
 
 
 def test_a_backend_that_was_asked_for_raises_with_the_error(
-    on_any_device, problem, monkeypatch, caplog
+    on_any_device, monkeypatch, caplog
 ) -> None:
     monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
-    p = problem(4, 3, 7, dtype=torch.float32)
+    p = draw_problem(4, 3, 7, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"backend: got 'cpu', which cannot run.*no image"):
         linear_nll(*p.args, backend="cpu")
     assert not caplog.records
 
 
-def test_what_is_tried_is_the_type_of_the_products(on_any_device, problem, monkeypatch) -> None:
+def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch) -> None:
     trials = Trials()
     monkeypatch.setattr(dispatch, "try_out", trials)
-    p = problem(4, 3, 7, dtype=torch.float32)
+    p = draw_problem(4, 3, 7, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         linear_nll(*p.args, backend="torch")
     assert trials.made == [("bft_kernels.backends.torch", torch.bfloat16)]

@@ -10,6 +10,8 @@ import torch
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import why_not
 from bft_kernels.plan import takes_chunks
+from tests.support.emulated_device import sampled_options
+from tests.support.problems import assert_close, draw_problem, weighted_gradients
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -46,20 +48,18 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 @pytest.mark.parametrize("columns", [0, 1, 60])
-def test_popular_columns_take_a_dense_product(
-    engine, columns, weighted_gradients, problem, sampled, close, monkeypatch
-):
-    p = problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
+def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
+    p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
-    how = sampled(p)
+    how = sampled_options(p)
     got = weighted_gradients(p, device=DEVICE, backend="triton", **how)
-    close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
+    assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
 
 
 @pytest.mark.parametrize("budget", [1, 3000, None])
-def test_chunks_list_what_is_kept_with_its_value(budget, problem, sampled, engine):
-    p = problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
-    seed = torch.tensor(sampled(p)["seed"], device=DEVICE)
+def test_chunks_list_what_is_kept_with_its_value(budget, engine):
+    p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
+    seed = torch.tensor(sampled_options(p)["seed"], device=DEVICE)
     p = p.copy(device=DEVICE)
     config = replace(CONFIG, max_buffer_bytes=budget or 2**20, variance=True, hidden_variance=True)
     args = [x.detach() for x in p.args]
@@ -82,8 +82,8 @@ def test_chunks_are_taken_where_they_fit():
     assert takes_chunks(64, 131_072, 2**27)
 
 
-def test_says_why_it_does_not_run(problem):
-    p = problem(4, 3, 5)
+def test_says_why_it_does_not_run():
+    p = draw_problem(4, 3, 5)
     assert "hidden is float64, it computes in float32" in why_not("triton", p.hidden, p.weight)
     meta = torch.empty(4, 3, device="meta")
     assert "hidden is on meta, it takes CUDA tensors" in why_not("triton", meta, meta)[0]

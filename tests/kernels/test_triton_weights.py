@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +13,8 @@ from bft_kernels.checks import SCHEMES
 from bft_kernels.config import Weighting
 from bft_kernels.dispatch import select_balanced_loss
 from bft_kernels.results import BalancedLoss
+from tests.support import balanced_weights
+from tests.support.problems import assert_close, draw_problem
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -24,8 +23,7 @@ from bft_kernels.backends.triton.weights import TILE, balanced_loss, joint_weigh
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 
-CHECKS = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("balanced_weights.py"))))
-LAYOUTS = CHECKS.layouts(TILE)
+LAYOUTS = balanced_weights.layouts(TILE)
 
 
 def run(
@@ -42,53 +40,53 @@ def run(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_the_specification(scheme, layout, close):
+def test_equals_the_specification(scheme, layout):
     def joint(*inputs: Any) -> Tensor:
         *tensors, settings = inputs
         return joint_weights(*(x.to(DEVICE) for x in tensors), settings).cpu()
 
-    CHECKS.check_specification(run, joint, LAYOUTS[layout], scheme, close)
+    balanced_weights.check_specification(run, joint, LAYOUTS[layout], scheme, assert_close)
 
 
 @pytest.mark.parametrize("scheme", ["bft", "bft-v1"])
 def test_windows_keep_small_sums_next_to_large_ones(scheme):
-    CHECKS.check_small_sums(run, scheme, 20 * TILE + 7)
+    balanced_weights.check_small_sums(run, scheme, 20 * TILE + 7)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_losses_at_the_ends_of_the_range(scheme):
-    CHECKS.check_ends_of_the_range(run, scheme, TILE)
+    balanced_weights.check_ends_of_the_range(run, scheme, TILE)
 
 
 def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm():
-    CHECKS.check_underflow(run)
+    balanced_weights.check_underflow(run)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_documents_do_not_see_each_other(scheme):
-    CHECKS.check_documents_are_alone(run, scheme, TILE)
+    balanced_weights.check_documents_are_alone(run, scheme, TILE)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_padding_changes_nothing(scheme):
-    CHECKS.check_padding(run, scheme, TILE)
+    balanced_weights.check_padding(run, scheme, TILE)
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 def test_a_step_of_no_items(scheme):
-    CHECKS.check_no_items(run, scheme, TILE)
+    balanced_weights.check_no_items(run, scheme, TILE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_nothing_is_written_outside_a_buffer_or_left_unwritten(scheme, layout, guarded):
-    got = run(*CHECKS.draw(*LAYOUTS[layout]), Weighting(scheme, 4))
+    got = run(*balanced_weights.draw(*LAYOUTS[layout]), Weighting(scheme, 4))
     assert not any(bool(value.isnan().any()) for value in got)
 
 
-@pytest.mark.parametrize("bounds", CHECKS.BAD_BOUNDS, ids=str)
+@pytest.mark.parametrize("bounds", balanced_weights.BAD_BOUNDS, ids=str)
 def test_boundaries_that_nobody_checked_stay_inside(bounds, guarded):
-    loss, labelled, _ = CHECKS.draw((70,), 0.8)
+    loss, labelled, _ = balanced_weights.draw((70,), 0.8)
     for scheme in SCHEMES:
         run(loss, labelled, torch.tensor(bounds), Weighting(scheme, 4))
 
@@ -106,9 +104,9 @@ def boundaries(kind: str, rows: int) -> Tensor | None:
 @pytest.mark.parametrize("kind", ["rows", "boundaries", "padded", "on the device"])
 @pytest.mark.parametrize("how", ["exact", "frozen", "sampled"])
 @pytest.mark.parametrize("items", [None, 3.0])
-def test_the_loss_and_its_gradients(how, kind, items, problem, sampled, close, poison):
+def test_the_loss_and_its_gradients(how, kind, items, sampled, poison):
     frozen = ("weight", "bias") if how == "frozen" else ()
-    p = problem(36, 12, 70, bias=True, dtype=torch.float32, frozen=frozen)
+    p = draw_problem(36, 12, 70, bias=True, dtype=torch.float32, frozen=frozen)
     p.target[8:20] = -100
     gradient = sampled(p) if how == "sampled" else {}
     scheme = SCHEMES[int(torch.randint(len(SCHEMES), ()))]
@@ -139,10 +137,10 @@ def test_the_loss_and_its_gradients(how, kind, items, problem, sampled, close, p
         assert not any(value.requires_grad for value in fields.values())
         found = {"loss": loss, **fields, **copy.grads()}
         results.append({name: value.detach().cpu() for name, value in found.items()})
-    close(results[1], results[0], 1e-5)
+    assert_close(results[1], results[0], 1e-5)
 
 
-def test_the_loss_of_one_graph(problem, close, fresh_compiler):
+def test_the_loss_of_one_graph(fresh_compiler):
     def loss_of(hidden: Tensor, weight: Tensor, target: Tensor, bounds: Tensor) -> Tensor:
         return balanced_linear_cross_entropy(
             hidden, weight, target, cu_seqlens=bounds, window=4, backend="triton"
@@ -150,17 +148,17 @@ def test_the_loss_of_one_graph(problem, close, fresh_compiler):
 
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (13, 18):
-        p = problem(rows, 5, 31, dtype=torch.float32, frozen=("weight",)).copy(device=DEVICE)
+        p = draw_problem(rows, 5, 31, dtype=torch.float32, frozen=("weight",)).copy(device=DEVICE)
         bounds = torch.tensor([0, 4, rows], device=DEVICE)
         expected, got = loss_of(*p.args, bounds), compiled(*p.args, bounds)
-        close(got.cpu(), expected.cpu(), 1e-6)
+        assert_close(got.cpu(), expected.cpu(), 1e-6)
         gradients = [torch.autograd.grad(loss, p.hidden)[0].cpu() for loss in (got, expected)]
-        close(*gradients, 1e-6)
+        assert_close(*gradients, 1e-6)
 
 
 @pytest.mark.parametrize("rows", [0, 13])
 def test_opcheck(rows, fresh_compiler):
-    loss, labelled, bounds = CHECKS.draw((rows, 0), 0.7)
+    loss, labelled, bounds = balanced_weights.draw((rows, 0), 0.7)
     inputs = (loss.requires_grad_(), labelled, bounds)
     settings = (None, "token", "bft", 4, 1.0, 1e-8, "triton")
     torch.library.opcheck(ops.balanced_loss, (*(x.to(DEVICE) for x in inputs), *settings))

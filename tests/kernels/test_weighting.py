@@ -8,6 +8,8 @@ from fractions import Fraction
 import pytest
 import torch
 
+from tests.support.problems import assert_close
+
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import given
@@ -63,7 +65,7 @@ def independent_weights(
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_an_independent_computation(scheme, lengths, window, close):
+def test_equals_an_independent_computation(scheme, lengths, window):
     c = confidences(sum(lengths))
     got = token_weights(c, cumulative(lengths), scheme=scheme, window=window, gamma=1.7, floor=1e-6)
     expected = weighting.TokenWeights([], [], [], [])
@@ -77,25 +79,25 @@ def test_equals_an_independent_computation(scheme, lengths, window, close):
         expected.sequence_weight.append(own[2])
         expected.sequence_confidence.append(own[3])
     for name in got._fields:
-        close(getattr(got, name), c.new_tensor(getattr(expected, name)), 1e-10, name)
+        assert_close(getattr(got, name), c.new_tensor(getattr(expected, name)), 1e-10, name)
 
 
 @pytest.mark.parametrize("window", [1, 4, 7, 256])
 @pytest.mark.parametrize("lengths", LENGTHS[:4], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_equals_the_specification(scheme, lengths, window, close):
+def test_equals_the_specification(scheme, lengths, window):
     c = confidences(sum(lengths))
     got = token_weights(c, cumulative(lengths), scheme=scheme, window=window)
     coefficient = reference.token_coefficients(
         c, cumulative(lengths), scheme=scheme, window=window, normalize="token", num_items=1
     )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    close(got.token_weight * got.sequence_weight[owner], coefficient, 1e-12)
+    assert_close(got.token_weight * got.sequence_weight[owner], coefficient, 1e-12)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_packed_equals_one_by_one(scheme, dtype, close):
+def test_packed_equals_one_by_one(scheme, dtype):
     lengths = (0, 5, 300, 0, 256, 257, 1, 40)
     c = confidences(sum(lengths), dtype)
     packed = token_weights(c, cumulative(lengths, torch.int32), scheme=scheme, window=32)
@@ -226,7 +228,7 @@ def test_constant_confidences_at_the_ends_of_the_range(scheme, value):
         assert torch.equal(got.sequence_weight, torch.full((2,), 1 - round(value) * 1.0))
 
 
-def test_callable_scheme(close):
+def test_callable_scheme():
     seen = []
 
     def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,9 +240,9 @@ def test_callable_scheme(close):
     assert len(seen) == 1
     assert torch.equal(seen[0][0], c)
     assert torch.equal(seen[0][1], cu)
-    close(got.token_weight, c.square())
-    close(got.sequence_weight, c.new_tensor([4, 0, 5]))
-    close(got.window_confidence, token_weights(c, cu, window=4).window_confidence)
+    assert_close(got.token_weight, c.square())
+    assert_close(got.sequence_weight, c.new_tensor([4, 0, 5]))
+    assert_close(got.window_confidence, token_weights(c, cu, window=4).window_confidence)
     assert not any(value.requires_grad for value in got)
 
 
@@ -280,23 +282,23 @@ def test_no_host_synchronisation(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_compiled(scheme, close, fresh_compiler):
+def test_compiled(scheme, fresh_compiler):
     compiled = torch.compile(token_weights, fullgraph=True, backend="aot_eager", dynamic=True)
     for lengths in ((5, 0, 9), (30, 12, 1), (7,)):
         c, cu = confidences(sum(lengths)), cumulative(lengths)
         expected = token_weights(c, cu, scheme=scheme, window=6)
         got = compiled(c, cu, scheme=scheme, window=6)
         for name in expected._fields:
-            close(getattr(got, name), getattr(expected, name), 1e-12, name)
+            assert_close(getattr(got, name), getattr(expected, name), 1e-12, name)
 
 
 @pytest.mark.slow
-def test_compiled_by_inductor(close, fresh_compiler):
+def test_compiled_by_inductor(fresh_compiler):
     compiled = torch.compile(token_weights, fullgraph=True)
     c, cu = confidences(500, torch.float32), cumulative((200, 0, 300))
     expected, got = token_weights(c, cu, window=6), compiled(c, cu, window=6)
     for name in expected._fields:
-        close(getattr(got, name), getattr(expected, name), 1e-6, name)
+        assert_close(getattr(got, name), getattr(expected, name), 1e-6, name)
 
 
 # --- the authors' released loss ------------------------------------------------------------------
@@ -327,7 +329,7 @@ def released_loss(logits: Tensor, labels: Tensor, group_size: int, gamma: float 
 
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_bft_v1_code_is_the_released_loss(side, window, close):
+def test_bft_v1_code_is_the_released_loss(side, window):
     batch, length, width, vocabulary = 5, 24, 6, 37
     hidden = torch.randn(batch, length, width, dtype=torch.float64)
     weight = torch.randn(vocabulary, width, dtype=torch.float64)
@@ -353,14 +355,14 @@ def test_bft_v1_code_is_the_released_loss(side, window, close):
     )
     expected.backward()
     loss.backward()
-    close(loss, expected, 1e-10)
+    assert_close(loss, expected, 1e-10)
     for mine, other in zip(ours, theirs, strict=True):
-        close(mine.grad, other.grad, 1e-10)
+        assert_close(mine.grad, other.grad, 1e-10)
     # Without num_items the empty row is not counted.
     default = balanced_linear_cross_entropy(
         *ours, weighting.shift_labels(labels), scheme="bft-v1-code", window=window
     )
-    close(default, expected * batch / (batch - 1), 1e-10)
+    assert_close(default, expected * batch / (batch - 1), 1e-10)
 
 
 # --- layouts -------------------------------------------------------------------------------------

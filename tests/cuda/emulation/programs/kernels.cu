@@ -1,0 +1,20 @@
+// The test kernels for nvcc: that csrc/cuda/device.h assembles, and to look at what became of it.
+#include "csrc/cuda/launch.h"
+#include "tests/cuda/emulation/programs/right.cuh"
+#include "tests/cuda/emulation/programs/wrong.cuh"
+
+namespace bft::cuda {
+
+template __global__ void gemm_kernel<bf16>(int, int, int, Global<const bf16>, Global<const bf16>,
+                                           Global<float>);
+template __global__ void gemm_kernel<fp16>(int, int, int, Global<const fp16>, Global<const fp16>,
+                                           Global<float>);
+template __global__ void fragments_kernel<bf16>(Global<const bf16>, Global<const bf16>,
+                                                Global<uint32_t>, Global<float>);
+template __global__ void round_kernel<bf16>(int, Global<const float>, Global<float>);
+template __global__ void round_kernel<fp16>(int, Global<const float>, Global<float>);
+template __global__ void early_read_kernel<true>(In, Out);
+template __global__ void misaligned_shared_kernel<true>(In, Out);
+template __global__ void atomic_and_plain_kernel<true>(In, Out);
+
+}  // namespace bft::cuda

@@ -1,0 +1,234 @@
+"""The emulated device: a problem on it, its kernels, and what stands for it in a backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bft_kernels import reference
+from bft_kernels.backends.cuda import native
+
+IGNORED = -100
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+UNTOUCHED = 0x55
+
+
+def clear_seed(p: Any, seed: int, eps: float, **transform: Any) -> int:
+    """The first seed from ``seed`` on none of whose draws rounding a logit to float32 decides."""
+    labelled = p.target != IGNORED
+    wide = p.copy(torch.float64)
+    bias = None if wide.bias is None else wide.bias.detach()
+    logits = reference.logits(wide.hidden[labelled], wide.weight, bias, **transform).detach()
+    chance = torch.softmax(logits, 1) / eps
+    rows, columns = labelled.nonzero().squeeze(1).tolist(), torch.arange(len(p.weight))
+    while bool(((reference.uniforms(seed, rows, columns) / chance - 1).abs() < 1e-5).any()):
+        seed += 1
+    return seed
+
+
+def sampled_options(p: Any, seed: int = 7, eps: float = 2**-5) -> dict[str, Any]:
+    """Options of a sample of a problem in which every engine that computes in float32 keeps the
+    same entries.
+    """
+    return {"gradient": "sampled", "eps": eps, "seed": clear_seed(p, seed, eps)}
+
+
+class Device:
+    """A problem as kernels are given it, and calls that may touch nothing beside what they name."""
+
+    def __init__(
+        self,
+        cuda: Any,
+        p: Any,
+        *,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        order_seed: int = 0,
+        strict: bool = False,
+    ) -> None:
+        self.cuda, self.order_seed, self.strict = cuda, order_seed, strict
+        self.hidden, self.weight = p.hidden.detach(), p.weight.detach()
+        self.shape = (*self.hidden.shape, len(self.weight))
+        labelled = p.target != IGNORED
+        order = torch.sort(labelled.to(torch.uint8), descending=True, stable=True).indices
+        self.arrays = {
+            "hidden": self.hidden,
+            "weight": self.weight,
+            "bias": None if p.bias is None else p.bias.detach().float(),
+            "target": p.target,
+            "order": order,
+            "count": labelled.sum().reshape(1),
+        }
+        self.rows = order[: int(labelled.sum())]
+        self.problem = cuda.Problem(
+            **{f"{name}_ptr": address(x) for name, x in self.arrays.items()},
+            **dict(zip("NDV", self.shape, strict=True)),
+            stride_hn=self.hidden.stride(0),
+            stride_wv=self.weight.stride(0),
+            dtype=TYPE_NUMBERS[self.hidden.dtype],
+            softcap=softcap or 0.0,
+            temperature=temperature,
+        )
+
+    def call(
+        self,
+        name: str,
+        reads: dict[str, Tensor | None],
+        writes: dict[str, Tensor | None],
+        *,
+        of_problem: bool = True,
+        reads_outputs: bool = False,
+        **numbers: Any,
+    ) -> None:
+        """Runs a kernel, which may not read what nobody has written but with `reads_outputs`."""
+        given = reads | writes
+        listed = given | (self.arrays if of_problem else {})
+        ranges = [
+            (x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), key in writes, key)
+            for key, x in listed.items()
+            if x is not None and x.numel()
+        ]
+        numbers |= {f"{key}_ptr": address(x) for key, x in given.items()}
+        numbers |= {"problem": self.problem} if of_problem else {}
+        order = {"seed": self.order_seed, "strict": self.strict, "unwritten": not reads_outputs}
+        with self.cuda.memory(ranges, **order):
+            getattr(self.cuda, name)(**numbers, stream=0)
+
+    def count(self, mask: Tensor, first: int, counts: Tensor) -> None:
+        where = {"first_row": first, "rows": len(mask)}
+        self.call("count_entries", {"mask": mask}, {"counts": counts}, **where)
+
+    def scan(self, counts: Tensor) -> Tensor:
+        """Offsets [N + 1] of counts [N]."""
+        offsets = torch.full((len(counts) + 1,), UNTOUCHED)
+        temporary = torch.zeros(self.cuda.scan_bytes(len(counts)), dtype=torch.uint8)
+        self.call(
+            "scan_counts",
+            {"counts": counts},
+            {"offsets": offsets, "temporary": temporary},
+            of_problem=False,
+            N=len(counts),
+            temporary_bytes=len(temporary),
+        )
+        return offsets
+
+    def list(self, mask: Tensor, first: int, offsets: Tensor, columns: Tensor) -> None:
+        where = {"first_row": first, "rows": len(mask), "capacity": len(columns)}
+        reads = {"mask": mask, "offsets": offsets}
+        self.call("list_entries", reads, {"columns": columns}, **where)
+
+    def gather_hidden(
+        self, known: dict[str, Tensor], eps: float, offsets: Tensor, columns: Tensor, *wanted: str
+    ) -> dict[str, Tensor]:
+        """What is wanted of hidden, and of keys and packed as entries."""
+        (count, width, vocabulary), capacity = self.shape, len(columns)
+        out: dict[str, Tensor] = {}
+        if "hidden" in wanted:
+            out["grad_hidden"] = torch.full((count, width), math.nan).to(self.hidden.dtype)
+        if "entries" in wanted:
+            out["keys"] = torch.full((capacity,), vocabulary, dtype=torch.int32)
+            out["packed"] = torch.full((capacity,), UNTOUCHED)
+        reads = {**known, "offsets": offsets, "columns": columns}
+        self.call("gather_hidden", reads, dict(out), eps=eps, capacity=capacity)
+        return out
+
+    def sort(self, keys: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and packed words by key, and starts [V + 1]."""
+        sizes = {"E": len(keys), "V": self.shape[2]}
+        out = {
+            "sorted_keys": torch.full_like(keys, -1),
+            "sorted_packed": torch.full_like(packed, -1),
+        }
+        temporary = torch.zeros(self.cuda.sort_bytes(*sizes.values()), dtype=torch.uint8)
+        self.call(
+            "sort_entries",
+            {"keys": keys, "packed": packed},
+            {**out, "temporary": temporary},
+            of_problem=False,
+            temporary_bytes=len(temporary),
+            **sizes,
+        )
+        starts = torch.full((self.shape[2] + 1,), -1)
+        reads = {"sorted_keys": out["sorted_keys"]}
+        self.call("column_starts", reads, {"starts": starts}, of_problem=False, **sizes)
+        return out["sorted_keys"], out["sorted_packed"], starts
+
+    def gather_weight(
+        self,
+        starts: Tensor,
+        packed: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        adds: bool = False,
+    ) -> None:
+        self.call(
+            "gather_weight",
+            {"starts": starts, "packed": packed},
+            {"grad_weight": weight, "grad_bias": bias},
+            reads_outputs=adds or bias is not None,
+            stride_gv=0 if weight is None else weight.stride(0),
+            wide=weight is not None and weight.dtype != self.hidden.dtype,
+            adds=adds,
+        )
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+class Emulation:
+    """Stands for a device: what the ``cuda`` backend launches runs here, one launch at a time, and
+    may touch its own arguments only.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.launches: list[str] = []
+        self.how: dict[str, Any] = {}  # arguments of `memory`
+
+    def launch(
+        self,
+        function: str,
+        reads: dict[str, Tensor | None],
+        writes: dict[str, Tensor | None],
+        problem: native.Problem | None = None,
+        **numbers: Any,
+    ) -> None:
+        """See :func:`bft_kernels.backends.cuda.native.launch`."""
+        tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
+        ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
+        self.launches.append(function)
+        # Another order of blocks and threads each time.
+        with self.module.memory(ranges, **({"seed": len(self.launches)} | self.how)):
+            self.launch_natively(function, reads, writes, problem, **numbers)
+
+    launch_natively = staticmethod(native.launch)
+
+
+Range = tuple[int, int, bool, str]  # address, bytes, writable, name
+
+
+def byte_ranges(tensors: list[tuple[str, Tensor | None]], writable: bool) -> Iterator[Range]:
+    """From the first to the last element of each tensor."""
+    for name, x in tensors:
+        if x is not None and x.numel() > 0:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
+
+
+def merge(ranges: list[Range]) -> list[Range]:
+    """Ranges that share bytes as one."""
+    merged: list[Range] = []
+    for address, size, writable, name in sorted(ranges):
+        if merged and address < merged[-1][0] + merged[-1][1]:
+            first, before, also, other = merged[-1]
+            size = max(before, address + size - first)
+            merged[-1] = first, size, writable or also, f"{other}, {name}"
+        else:
+            merged.append((address, size, writable, name))
+    return merged

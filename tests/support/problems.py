@@ -1,0 +1,151 @@
+"""Inputs of the ops, and how results are compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bft_kernels import linear_nll
+
+
+@dataclass
+class Problem:
+    """Inputs of the core op. Tensors are leaves that require gradients unless frozen."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    target: Tensor  # [N]
+    bias: Tensor | None = None  # [V]
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "weight", "bias"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.detach().requires_grad_(name not in self.frozen))
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.hidden, self.weight, self.target
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The tensors that require a gradient."""
+        found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {k: v for k, v in found.items() if v is not None and v.requires_grad}
+
+    def copy(
+        self, dtype: torch.dtype | None = None, *, device: str | None = None, **changes: Any
+    ) -> Problem:
+        """Leaves of its own with the same values, without gradients."""
+
+        def clone(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().clone().to(device, dtype or x.dtype)
+
+        own = {"hidden": clone(self.hidden), "weight": clone(self.weight), "bias": clone(self.bias)}
+        own["target"] = self.target.to(device)
+        return replace(self, **{**own, **changes})
+
+    def grads(self) -> dict[str, Tensor | None]:
+        return {name: leaf.grad for name, leaf in self.leaves.items()}
+
+    def gradients(self, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
+        """Of the leaves; zeros where the loss does not reach them, as in a batch without labels."""
+        leaves = self.leaves
+        if not loss.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=retain)
+        return dict(zip(leaves, found, strict=True))
+
+
+def cancellation(p: Problem, loss_of: Callable[[Problem], Tensor]) -> dict[str, float]:
+    """How far rounding grows in each gradient's sums: ``|terms| / |sum|``, in float64.
+
+    The logits stand in for ``hidden`` and the unit matrix for ``weight``, which gives ``dz``.
+    """
+    wide = p.copy(torch.float64, frozen=("weight", "bias"))
+    hidden, weight = wide.hidden.detach(), wide.weight
+    unit = torch.eye(weight.shape[0], dtype=torch.float64)
+    own = replace(wide, hidden=hidden @ weight.T, weight=unit)
+    dz = own.gradients(loss_of(own))["hidden"]
+    terms = {
+        "hidden": (dz @ weight, dz.abs() @ weight.abs()),
+        "weight": (dz.T @ hidden, dz.T.abs() @ hidden.abs()),
+        "bias": (dz.sum(0), dz.abs().sum(0)),
+    }
+    return {k: float(size.norm() / total.norm()) for k, (total, size) in terms.items()}
+
+
+def draw_problem(
+    rows: int,
+    width: int,
+    vocabulary: int,
+    *,
+    ignored: float = 0.3,
+    bias: bool = False,
+    dtype: torch.dtype = torch.float64,
+    scale: float = 1.0,
+    frozen: tuple[str, ...] = (),
+    ignore_index: int = -100,
+) -> Problem:
+    """Logits of standard deviation ``scale``; a token is ignored with probability ``ignored``."""
+    hidden = torch.randn(rows, width, dtype=torch.float64) * scale
+    weight = torch.randn(vocabulary, width, dtype=torch.float64) / math.sqrt(width)
+    target = torch.randint(vocabulary, (rows,))
+    target[torch.rand(rows) < ignored] = ignore_index
+    offset = torch.randn(vocabulary, dtype=torch.float64) if bias else None
+    offset = None if offset is None else offset.to(dtype)
+    return Problem(hidden.to(dtype), weight.to(dtype), target, offset, frozen)
+
+
+def weighted_gradients(p: Problem, *, device: str = "cpu", **how: Any) -> dict[str, Tensor]:
+    """Gradients of a problem's losses, each with a weight of its own."""
+    copy = p.copy(device=device)
+    upstream = torch.linspace(0.5, 2, p.target.numel(), device=device)
+    (linear_nll(*copy.args, bias=copy.bias, **how) * upstream).sum().backward()
+    return {name: grad.cpu() for name, grad in copy.grads().items() if grad is not None}
+
+
+def error_of(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected| / |expected|`` in the Euclidean norm, in float64.
+
+    The smallest subnormal of ``got``'s type is allowed in every element: below the normal numbers
+    (6e-5 in float16) a type rounds to multiples of it, however small the value.
+    """
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+    kind = torch.finfo(got.dtype)
+    floor = kind.smallest_normal * kind.eps * math.sqrt(got.numel())
+    got, expected = got.detach().double(), expected.detach().double()
+    beyond = ((got - expected).norm() - floor).clamp_min(0)
+    return float(beyond / expected.norm().clamp_min(1e-300))
+
+
+def assert_close(got: Any, expected: Any, tolerance: float = 1e-11, what: str = "") -> None:
+    """Asserts that ``got`` equals ``expected`` to ``tolerance`` of its largest entry (or of 1)."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for name in expected:
+            assert_close(got[name], expected[name], tolerance, f"{what} {name}")
+        return
+    if expected is None or got is None:
+        assert got is expected, f"{what}: got {got}, expected {expected}"
+        return
+    assert got.shape == expected.shape, f"{what}: {got.shape}, not {expected.shape}"
+    if got.dtype == torch.bool:
+        assert torch.equal(got, expected), what
+        return
+    got, expected = got.detach().double(), expected.detach().double()
+    finite = torch.isfinite(expected)
+    # Infinities must be the same ones, and a NaN is never right.
+    assert torch.equal(got[~finite], expected[~finite]), what
+    got, expected = got[finite], expected[finite]
+    if expected.numel() == 0:
+        return
+    scale = float(expected.abs().max().clamp_min(1.0))
+    worst = float((got - expected).abs().max())
+    assert worst <= tolerance * scale, f"{what}: off by {worst:.3g} at a scale of {scale:.3g}"
