@@ -1,4 +1,4 @@
-"""``python -m benchmarks tables``: writes the tables of README.md and docs/ from CSVs."""
+"""``python -m benchmarks tables``: writes the tables of docs/ from CSVs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _END = "<!-- end of table -->"
 
 @dataclass(frozen=True)
 class Config:
-    """Writes the tables between the markers of README.md and docs/ anew from benchmarks/results."""
+    """Writes the tables between the markers of docs/ anew from benchmarks/results."""
 
     check: bool = False
     """Write nothing; fail where a document does not say what the CSVs say."""
@@ -241,10 +241,10 @@ _MEASURED = Losses(
 
 # By the name in its markers: the document and what makes its cells.
 TABLES: dict[str, tuple[str, Callable[[], list[list[str]]]]] = {
-    "measured": ("README.md", _MEASURED),
+    "measured": ("docs/performance.md", _MEASURED),
     "again": ("docs/performance.md", Repeated(_MEASURED, "loss-again.csv")),
     "modes": ("docs/performance.md", Modes(_MEASURED, "smollm2-135m")),
-    "steps": ("README.md", Steps("epyc-zen5", "smollm2-135m")),
+    "steps": ("docs/performance.md", Steps("epyc-zen5", "smollm2-135m")),
     "steps-gemma": ("docs/performance.md", Steps("epyc-zen5", "gemma3-270m")),
     "growth": (
         "docs/performance.md",
