@@ -47,7 +47,7 @@ def gradients(loss: Tensor, p) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **p.grads()}
 
 
-def check(p, error, budget: int, **how) -> None:
+def check(p, budget: int, **how) -> None:
     """No less accurate than torch's own products and softmax in float32."""
 
     def run(copy, **more):
@@ -62,15 +62,15 @@ def check(p, error, budget: int, **how) -> None:
     got = run(p.copy(), backend="cpu", max_buffer_bytes=budget)
     for name, expected in truth.items():
         dtype = torch.float32 if name == "loss" else p.hidden.dtype
-        allowed = 3 * error(plain[name], expected) + 4 * torch.finfo(dtype).eps
-        assert error(got[name], expected) <= allowed, name
+        allowed = 3 * error_of(plain[name], expected) + 4 * torch.finfo(dtype).eps
+        assert error_of(got[name], expected) <= allowed, name
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_pieces(dtype, ignored, taken):
     p = draw_problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=dtype, scale=2.0)
-    check(p, error_of, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
+    check(p, 24 * MIB, cu_seqlens=boundaries(longest=100), window=4)
     first, *later = taken
     assert later  # one or two: it depends on where documents end
     assert first[2] == 8
@@ -81,7 +81,7 @@ def test_several_pieces(dtype, ignored, taken):
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, taken):
     p = draw_problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=torch.float32, scale=2.0)
-    check(p, error_of, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
+    check(p, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
     [(rows, waiting, in_gradient)] = taken
     assert in_gradient == 8 < waiting < rows
 
@@ -89,14 +89,14 @@ def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, taken):
 def test_a_long_document_among_short_ones(taken):
     p = draw_problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
     bounds = torch.tensor([0, 60, 150, 250, 600, 700, 800, 900, ROWS])
-    check(p, error_of, 24 * MIB, cu_seqlens=bounds, window=4)
+    check(p, 24 * MIB, cu_seqlens=bounds, window=4)
     assert any(waiting < rows for rows, waiting, _ in taken)
 
 
 @pytest.mark.parametrize("budget", [1, 10_000, 300_000])
 def test_the_gradient_has_room_whatever_the_budget(budget, taken):
     p = draw_problem(200, 32, 601, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error_of, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
+    check(p, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
     [(rows, waiting, in_gradient)] = taken
     assert in_gradient == 32 <= waiting < rows
 
@@ -118,20 +118,20 @@ def test_the_rows_in_the_gradient_are_no_more_than_a_thread_s_part(
 
     monkeypatch.setattr(team, "run", seen)
     p = draw_problem(300, width, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error_of, 4 * MIB, cu_seqlens=torch.tensor([0, 300]), window=4)
+    check(p, 4 * MIB, cu_seqlens=torch.tensor([0, 300]), window=4)
     assert [piece[2] for piece in taken] == [in_gradient]
     assert sizes == [2, members]
 
 
 def test_all_logits_wait_in_the_gradient(taken):
     p = draw_problem(90, 96, 3001, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error_of, MIB, reduction="mean")
+    check(p, MIB, reduction="mean")
     assert taken == [(90, 90, 90)]
 
 
 def test_pieces_of_a_mean_are_cut_anywhere(taken):
     p = draw_problem(ROWS, 8, VOCABULARY, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, error_of, 24 * MIB, reduction="mean", label_smoothing=0.1, z_loss=0.01)
+    check(p, 24 * MIB, reduction="mean", label_smoothing=0.1, z_loss=0.01)
     assert len(taken) > 1
     assert all(rows - waiting < PIECE_STEP for rows, waiting, _ in taken)
 

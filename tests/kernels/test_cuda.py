@@ -39,13 +39,13 @@ def test_takes_what_it_can_compute(emulated_device):
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
-def test_operands_stored_in_another_type(emulated_device, stored, gradient, sampled, monkeypatch):
+def test_operands_stored_in_another_type(emulated_device, stored, gradient, monkeypatch):
     """Under autocast gradients are of the type that is stored, and rounded to it once."""
     # Rows without room are computed again, by way of a dy that is rounded.
     monkeypatch.setattr(core, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
     types = torch.float32, torch.bfloat16
     p = draw_problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
-    how = sampled(p) if gradient == "sampled" else {}
+    how = sampled_options(p) if gradient == "sampled" else {}
     found = []
     for backend, autocast in (("cuda", True), ("torch", False)):
         hidden, weight = (

@@ -84,7 +84,7 @@ def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
     return {"variance": sample.variance, "hidden_variance": sample.hidden_variance, "norms": norms}
 
 
-def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
+def check(got: dict[str, Tensor], p: Any, **how: Any) -> None:
     """Results are as near to the truth as PyTorch's own in float32, from the same values."""
     labelled = p.target != IGNORED
     truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)
@@ -93,7 +93,7 @@ def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
         if name != "norms":
             assert bool(own[~labelled].isnan().all()), f"{name}: written where ignored"
             own = own[labelled]
-        assert error(own, expected) <= 4 * error(plain[name], expected) + 4e-6, name
+        assert error_of(own, expected) <= 4 * error_of(plain[name], expected) + 4e-6, name
 
 
 TRANSFORMS = {
@@ -112,20 +112,20 @@ def test_results(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
     got = run_certificate(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
-    check(got, p, error_of, **how)
+    check(got, p, **how)
 
 
 @pytest.mark.parametrize("eps", [2**-12, 1.0])
 def test_eps_at_the_ends(emulated, eps):
     p = draw_problem(20, 24, 300, dtype=torch.float32, scale=2.0)
-    check(run_certificate(emulated, p, eps=eps), p, error_of, eps=eps)
+    check(run_certificate(emulated, p, eps=eps), p, eps=eps)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_rows_and_none_labelled(emulated, dtype):
     for rows in (0, 9):
         p = draw_problem(rows, 8, 40, dtype=dtype, ignored=2.0)
-        check(run_certificate(emulated, p), p, error_of)
+        check(run_certificate(emulated, p), p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,7 +140,7 @@ def test_rows_may_be_strided(emulated, dtype, pad):
 
     strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
     strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
-    check(run_certificate(emulated, strided), p, error_of)
+    check(run_certificate(emulated, strided), p)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

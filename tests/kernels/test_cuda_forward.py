@@ -98,7 +98,7 @@ def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
     return {**{name: stats[name] for name in names}, "loss": loss, "gap": gap}
 
 
-def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
+def check(got: dict[str, Tensor], p: Any, **how: Any) -> None:
     """Results are as near to the truth as PyTorch's own in float32, from the same values."""
     labelled = p.target != IGNORED
     truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)
@@ -109,12 +109,14 @@ def check(got: dict[str, Tensor], p: Any, error: Any, **how: Any) -> None:
             assert torch.equal(own[labelled][clear], expected[clear])
             continue
         assert bool(own[~labelled].isnan().all()), f"{name}: written where ignored"
-        allowed = 4 * error(plain[name], expected) + 4e-6
+        allowed = 4 * error_of(plain[name], expected) + 4e-6
         # The logarithm of a sum near 1 has float32's digits beside 1.
         allowed += 2e-7 * len(expected) ** 0.5 / max(float(expected.norm()), 1e-30)
-        assert error(own[labelled], expected) <= allowed, name
+        assert error_of(own[labelled], expected) <= allowed, name
     exact = got["lse"].double() + got["lse_low"].double()
-    assert error(exact[labelled], truth["lse"]) <= 4 * error(plain["lse"], truth["lse"]) + 1e-6
+    assert (
+        error_of(exact[labelled], truth["lse"]) <= 4 * error_of(plain["lse"], truth["lse"]) + 1e-6
+    )
 
 
 TRANSFORMS = {
@@ -133,7 +135,7 @@ def test_results(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=3.0)
     got = run_forward(emulated, p, processors=1 + seed % 3, order_seed=seed, **how)
-    check(got, p, error_of, **how)
+    check(got, p, **how)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,7 +159,7 @@ def test_rows_may_be_strided(emulated, dtype, pad):
     strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
     strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
     assert strided.hidden.stride(0) == 40 + 2 * pad
-    check(run_forward(emulated, strided), p, error_of)
+    check(run_forward(emulated, strided), p)
 
 
 @pytest.mark.parametrize("transform", ["plain", "all"])

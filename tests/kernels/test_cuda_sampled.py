@@ -60,19 +60,19 @@ class Sample:
         self.dy = drawn.dy * self.grad[self.labelled, None].double()
         self.dy[~drawn.kept] = 0
 
-    def check_hidden(self, got: Tensor, error: Any) -> None:
+    def check_hidden(self, got: Tensor) -> None:
         assert bool(got[~self.labelled].isnan().all())
-        self._check(got[self.labelled], self.dy, self.weight, error)
+        self._check(got[self.labelled], self.dy, self.weight)
 
-    def check_weight(self, got: Tensor, error: Any) -> None:
-        self._check(got, self.dy.T, self.hidden, error)
+    def check_weight(self, got: Tensor) -> None:
+        self._check(got, self.dy.T, self.hidden)
 
-    def _check(self, got: Tensor, dy: Tensor, operand: Tensor, error: Any) -> None:
+    def _check(self, got: Tensor, dy: Tensor, operand: Tensor) -> None:
         expected, size = dy @ operand, dy.abs() @ operand.abs()
         cancels = float(size.norm() / expected.norm().clamp_min(1e-300))
-        assert error(got, expected) <= torch.finfo(got.dtype).eps + 1e-6 * (1 + cancels)
+        assert error_of(got, expected) <= torch.finfo(got.dtype).eps + 1e-6 * (1 + cancels)
 
-    def check_entries(self, keys: Tensor, packed: Tensor, offsets: Tensor, error: Any) -> None:
+    def check_entries(self, keys: Tensor, packed: Tensor, offsets: Tensor) -> None:
         """Keys and packed words, by the lists they are in, are what is kept."""
         kept = keys < self.dy.shape[1]
         assert bool((packed[~kept] == UNTOUCHED).all())
@@ -83,7 +83,7 @@ class Sample:
         found[rows, keys[kept].long()] = values.double()
         assert int(kept.sum()) == int(self.kept.sum())
         assert torch.equal(found[self.labelled] != 0, self.dy != 0)
-        assert error(found[self.labelled], self.dy) <= 3e-6
+        assert error_of(found[self.labelled], self.dy) <= 3e-6
 
 
 def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +166,8 @@ def test_gather_hidden(emulated, dtype, shape, transform, seed):
     offsets, columns = lists_of(listed, device.rows, shape[0])
     wanted = ("hidden", "entries")
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, *wanted)
-    sample.check_hidden(got["grad_hidden"], error_of)
-    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
+    sample.check_hidden(got["grad_hidden"])
+    sample.check_entries(got["keys"], got["packed"], offsets)
     for part in wanted:
         own = device.gather_hidden(sample.known, sample.eps, offsets, columns, part)
         for name, values in own.items():
@@ -186,12 +186,12 @@ def test_widths(emulated, dtype, width, seed):
     device = Device(emulated, p, order_seed=seed)
     offsets, columns = lists_of(torch.ones(2, 40) > 0, device.rows, 2)
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
-    sample.check_hidden(got["grad_hidden"], error_of)
-    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
+    sample.check_hidden(got["grad_hidden"])
+    sample.check_entries(got["keys"], got["packed"], offsets)
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = torch.full((40, width), math.nan, dtype=dtype)
     device.gather_weight(starts, packed, weight)
-    sample.check_weight(weight, error_of)
+    sample.check_weight(weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,11 +210,11 @@ def test_rows_may_be_strided(emulated, dtype, pad, seed):
     device = Device(emulated, strided, order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 20)
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
-    sample.check_hidden(got["grad_hidden"], error_of)
+    sample.check_hidden(got["grad_hidden"])
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = spread_out(torch.full((150, 40), math.nan, dtype=dtype))
     device.gather_weight(starts, packed, weight)
-    sample.check_weight(weight, error_of)
+    sample.check_weight(weight)
     whole = weight.as_strided((150, 40 + 2 * pad), (40 + 2 * pad, 1), 0)
     assert int(whole.isnan().sum()) == 150 * 2 * pad
 
@@ -348,14 +348,14 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
     got = device.gather_hidden(
         sample.known | forward, sample.eps, offsets, columns, "hidden", "entries"
     )
-    sample.check_hidden(got["grad_hidden"], error_of)
-    sample.check_entries(got["keys"], got["packed"], offsets, error_of)
+    sample.check_hidden(got["grad_hidden"])
+    sample.check_entries(got["keys"], got["packed"], offsets)
     weight, bias = torch.full((vocabulary, 24), math.nan), torch.zeros(vocabulary)
     half = len(columns) // 2
     for part in slice(half), slice(half, None):  # as a small budget has it
         _, packed, starts = device.sort(got["keys"][part].clone(), got["packed"][part].clone())
         device.gather_weight(starts, packed, weight, bias, adds=part.start is not None)
-    sample.check_weight(weight, error_of)
+    sample.check_weight(weight)
     assert error_of(bias, sample.dy.sum(0)) <= 3e-6
 
 

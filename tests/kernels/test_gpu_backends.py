@@ -183,10 +183,10 @@ def far_apart(count: int, file: Path, device: str) -> Tensor:
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("wide", ["hidden", "weight"])
-def test_offsets_beyond_31_bits(engine, wide, gradient, expected, sampled, tmp_path):
+def test_offsets_beyond_31_bits(engine, wide, gradient, expected, tmp_path):
     """Rows far apart in a file of holes: three of them lie beyond 2^31 elements."""
     p = draw_problem(5, 3, 5, dtype=torch.bfloat16, ignored=0.0)
-    how = sampled(p) if gradient == "sampled" else {}
+    how = sampled_options(p) if gradient == "sampled" else {}
     want = expected(p, **how)
     stride = 2**30
     rows = far_apart(4 * stride + 8, tmp_path / "holes", engine.device)

@@ -47,23 +47,23 @@ def chi_square(counts: np.ndarray, expected: float) -> float:
 # --- the hash ------------------------------------------------------------------------------------
 
 
-def axis_draws(axis: str, count: int, rng: np.random.Generator, raw_bits) -> np.ndarray:
+def axis_draws(axis: str, count: int, rng: np.random.Generator) -> np.ndarray:
     """``count`` draws that differ in one coordinate only."""
     seed, row, column = wide_int(rng), int(rng.integers(2**40)), int(rng.integers(2**17))
     if axis == "columns":
-        return raw_bits(seed, [row], column + np.arange(count))[0]
+        return draw_bits(seed, [row], column + np.arange(count))[0]
     if axis == "rows":
-        return raw_bits(seed, row + np.arange(count), [column])[:, 0]
+        return draw_bits(seed, row + np.arange(count), [column])[:, 0]
     if axis == "seeds":
-        return raw_bits(seed // 2 + np.arange(count), [row], [column])[:, 0]
+        return draw_bits(seed // 2 + np.arange(count), [row], [column])[:, 0]
     # A trainer may count steps in the high half of the seed.
-    return raw_bits((np.arange(count) - count // 2) << 32, [row], [column])[:, 0]
+    return draw_bits((np.arange(count) - count // 2) << 32, [row], [column])[:, 0]
 
 
 @pytest.mark.parametrize("axis", ["columns", "rows", "seeds", "seeds in steps of 2^32"])
 def test_draws_are_uniform(axis, rng):
     for _ in range(3):
-        bits = axis_draws(axis, 2**19, rng, draw_bits)
+        bits = axis_draws(axis, 2**19, rng)
         for shift in (24, 16, 8, 0):
             counts = np.bincount((bits >> np.uint32(shift)) & np.uint32(255), minlength=256)
             assert chi_square(counts, bits.size / 256) > P_VALUE, f"bits {shift} to {shift + 7}"
@@ -374,13 +374,13 @@ def test_ignored_rows_do_not_move_the_others(seed):
 # --- the estimate --------------------------------------------------------------------------------
 
 
-def draw_differences(problem, options: dict, seeds: int, rng: np.random.Generator):
+def draw_differences(options: dict, seeds: int, rng: np.random.Generator):
     """Sampled minus exact gradients of many seeds, projected on random directions.
 
     Each projection is a sum of ten thousands of independent terms, so it is normal to far out in
     its tails, and its variance is known exactly. Yields ``[seeds, K]`` and variances ``[K]``.
     """
-    p = problem(48, 12, 500, bias=True, scale=2.0)
+    p = draw_problem(48, 12, 500, bias=True, scale=2.0)
     eps, projections = 2**-5, 24
     upstream = torch.randn(48, dtype=torch.float64)
 
@@ -421,7 +421,7 @@ def draw_differences(problem, options: dict, seeds: int, rng: np.random.Generato
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "temperature": 1.3}], ids=str)
 def test_gradients_are_unbiased(options, rng):
     seeds = 200
-    for name, difference, variance in draw_differences(draw_problem, options, seeds, rng):
+    for name, difference, variance in draw_differences(options, seeds, rng):
         z = difference.mean(axis=0) / np.sqrt(variance / seeds)
         worst = 2 * stats.norm.sf(np.abs(z).max()) * z.size
         assert worst > P_VALUE, (

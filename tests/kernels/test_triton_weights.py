@@ -14,6 +14,7 @@ from bft_kernels.config import Weighting
 from bft_kernels.dispatch import select_balanced_loss
 from bft_kernels.results import BalancedLoss
 from tests.support import balanced_weights
+from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -104,11 +105,11 @@ def boundaries(kind: str, rows: int) -> Tensor | None:
 @pytest.mark.parametrize("kind", ["rows", "boundaries", "padded", "on the device"])
 @pytest.mark.parametrize("how", ["exact", "frozen", "sampled"])
 @pytest.mark.parametrize("items", [None, 3.0])
-def test_the_loss_and_its_gradients(how, kind, items, sampled, poison):
+def test_the_loss_and_its_gradients(how, kind, items, poison):
     frozen = ("weight", "bias") if how == "frozen" else ()
     p = draw_problem(36, 12, 70, bias=True, dtype=torch.float32, frozen=frozen)
     p.target[8:20] = -100
-    gradient = sampled(p) if how == "sampled" else {}
+    gradient = sampled_options(p) if how == "sampled" else {}
     scheme = SCHEMES[int(torch.randint(len(SCHEMES), ()))]
     results: list[dict[str, Any]] = []
     for backend in ("torch", "triton"):
