@@ -12,8 +12,22 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from tyro.conf import Positional
 
-from benchmarks.figures import Panel, ours, render, svg
-from benchmarks.plot import (
+from benchmarks.results.figures import Panel, ours, render, svg
+from benchmarks.results.readings import (
+    PARTS,
+    RESULTS,
+    WEIGHTINGS,
+    Row,
+    digits,
+    finite,
+    grouped,
+    latest,
+    number,
+    read,
+    result_folders,
+    values,
+)
+from benchmarks.run.plot import (
     GIB,
     SCALED,
     TRAINED,
@@ -28,21 +42,7 @@ from benchmarks.plot import (
     trained_ours,
     trained_title,
 )
-from benchmarks.readings import (
-    PARTS,
-    RESULTS,
-    WEIGHTINGS,
-    Row,
-    digits,
-    finite,
-    grouped,
-    latest,
-    number,
-    read,
-    result_folders,
-    values,
-)
-from benchmarks.scale import predict
+from benchmarks.run.scale import predict
 
 _MODES = {
     "both": "forward and both gradients",

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.losses import documents
-from benchmarks.measure import BLOCKINGS, bare_product, seconds, step, time_turns, timing
-from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.measure.timing import BLOCKINGS, bare_product, seconds, step, time_turns, timing
+from benchmarks.providers.losses import documents
+from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
 from benchmarks.shapes import SHAPES, Problem, Shape, make_problem
 from bft_kernels import token_weights
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.readings import PARTS
-from benchmarks.results import append
+from benchmarks.results.readings import PARTS
+from benchmarks.results.schema import append
 
 # With what HTML, TeX and CSV would take for their own.
 ODD = 'odd <b>&"$x$, loss'

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_plugin, gpu_speed, gpu_suite
-from benchmarks.gpu_providers import CANDIDATES, find
-from benchmarks.gpu_record import COLUMNS, Record, slug
-from benchmarks.gpu_report import draw_figures, write_summary
-from benchmarks.gpu_speed import SHAPES, Family, fit_to, measure_all
-from benchmarks.gpu_suite import read_outcome, run_suite, start
-from benchmarks.gpu_worker import Job
+from benchmarks.measure import suite, suite_plugin, watched
+from benchmarks.measure.suite import read_outcome, run_suite, start
+from benchmarks.measure.watched import SHAPES, Family, fit_to, measure_all
+from benchmarks.measure.worker import Job
+from benchmarks.providers.candidates import CANDIDATES, find
+from benchmarks.results.folder import COLUMNS, Record, slug
+from benchmarks.results.summary import draw_figures, write_summary
+from benchmarks.run import gpu
 from benchmarks.shapes import Shape, expected_entries, text_like
 
 ROOT = Path(__file__).parents[2]
@@ -131,7 +132,7 @@ def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> 
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["nvidia_smi"]
     assert environment["build"]["status"] == "ok"
-    outcomes = gpu_plugin.read(folder / "tests.jsonl")
+    outcomes = suite_plugin.read(folder / "tests.jsonl")
     assert {row["outcome"] for row in outcomes.values()} <= {"passed", "skipped"}
     order = [name.partition("[")[0].partition("::")[2] for name in outcomes]
     graph = order.index("test_a_graph_replays_what_the_inputs_have_become")
@@ -209,7 +210,7 @@ def test_what_takes_too_long_is_cut(own, record: Record) -> None:
 def test_what_is_too_slow_twice_is_cut_on_other_shapes(own, record: Record) -> None:
     jobs = [Job("own:hangs", Shape(8, 16, 64 + place)) for place in range(4)]
     family = Family(jobs, time.monotonic() + 60, 2.0, {})
-    rows = [row for _, row in gpu_speed._measure(family, record, own, 1)]
+    rows = [row for _, row in watched._measure(family, record, own, 1)]
     assert [row["status"] for row in rows] == ["cut"] * 4
     assert rows[-1]["reason"] == "it was not done in time 2 times before"
 
@@ -259,7 +260,7 @@ def run_outcomes(record: Record, seconds: float, selected: str) -> dict[str, str
     file.write_text(OUTCOMES)
     env = gpu._environment(dry_run=True)
     run_suite(record, env, time.monotonic() + seconds, "trial", (str(file),), selected, 2)
-    rows = gpu_plugin.read(record.tests)
+    rows = suite_plugin.read(record.tests)
     return {name.rpartition("::")[2]: row["outcome"] for name, row in rows.items()}
 
 
@@ -290,13 +291,13 @@ def test_a_selection_of_no_test_is_a_failure(record: Record) -> None:
 
 def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path: Path) -> None:
     path = tmp_path / "tests.jsonl"
-    gpu_plugin.write(path, [{"test": "a", "outcome": "selected"}])
-    gpu_plugin.write(
+    suite_plugin.write(path, [{"test": "a", "outcome": "selected"}])
+    suite_plugin.write(
         path, [{"test": "a", "outcome": "started"}, {"test": "b", "outcome": "failed"}]
     )
     with path.open("a") as file:
         file.write('{"test": "b", "outc')  # a full disk
-    assert {name: row["outcome"] for name, row in gpu_plugin.read(path).items()} == {
+    assert {name: row["outcome"] for name, row in suite_plugin.read(path).items()} == {
         "a": "started",
         "b": "failed",
     }
@@ -317,7 +318,7 @@ def test_earlier_results_stay(tmp_path: Path) -> None:
 
 def test_the_build_is_for_this_gpu_alone(tmp_path: Path, monkeypatch) -> None:
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(gpu_suite, "start", lambda command, env, log: seen.append(env))
+    monkeypatch.setattr(suite, "start", lambda command, env, log: seen.append(env))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     record = Record(tmp_path / "results", "cuda")
     record.open()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loss, noise
-from benchmarks.errors import first_rows, gradient_errors, relative_error, truth
-from benchmarks.loss_table import COLUMNS
-from benchmarks.losses import WEIGHTINGS
-from benchmarks.measure import Timing, extra_memory, step, time_turns, timing
-from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
-from benchmarks.results import append
+from benchmarks.measure import noise
+from benchmarks.measure.errors import first_rows, gradient_errors, relative_error, truth
+from benchmarks.measure.timing import Timing, extra_memory, step, time_turns, timing
+from benchmarks.providers.losses import WEIGHTINGS
+from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.results.loss_table import COLUMNS
+from benchmarks.results.schema import append
+from benchmarks.run import loss
 from benchmarks.shapes import HEADS, SHAPES, Shape, make_problem, save_recorded
 
 SMALL = Shape(160, 16, 500)  # of one document of 128 tokens and one of 32
@@ -246,7 +247,7 @@ def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_readme_lists_every_head_and_column() -> None:
-    text = (Path(loss.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    text = (Path(loss.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name, head in HEADS.items():
         line = f"| {name} | {head.width} | {head.vocabulary:,} | {head.source} |"
         assert line in text, line

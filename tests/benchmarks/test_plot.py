@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from benchmarks import plot
-from benchmarks.figures import (
+from benchmarks.results.figures import (
     Point,
     Stack,
     apart,
@@ -22,7 +21,8 @@ from benchmarks.figures import (
     svg,
     time_and_memory,
 )
-from benchmarks.readings import digits, finite, latest, number, read, result_folders
+from benchmarks.results.readings import digits, finite, latest, number, read, result_folders
+from benchmarks.run import plot
 
 
 def test_rows_are_read_whatever_the_age_of_the_file(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.readings import RESULTS, number, read
+from benchmarks.results.readings import RESULTS, number, read
+from benchmarks.run import tables
 
 
 def test_documents_and_csvs_agree() -> None:

@@ -16,12 +16,14 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import train, train_losses, train_worker
-from benchmarks.measure import in_use
-from benchmarks.readings import PARTS
-from benchmarks.train_losses import LOSSES
-from benchmarks.train_search import attempt, largest_batch, next_batch
-from benchmarks.train_worker import Outcome, Stepper, time_steps
+from benchmarks.measure import train_step
+from benchmarks.measure.largest_batch import attempt, largest_batch, next_batch
+from benchmarks.measure.timing import in_use
+from benchmarks.measure.train_step import Outcome, Stepper, time_steps
+from benchmarks.providers import at_head
+from benchmarks.providers.at_head import LOSSES
+from benchmarks.results.readings import PARTS
+from benchmarks.run import train
 from bft.config import TrainConfig
 
 TEXT = "the heart pumps blood through a vessel and insulin lowers sugar in it"
@@ -137,7 +139,7 @@ def test_the_parts_of_a_step_are_told_apart(
     ids = torch.randint(VOCABULARY, (2, 12))
     stepper.step(label, ids)  # the patch measures the model
     now = 0
-    monkeypatch.setattr(train_worker, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(train_step, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def takes(seconds: int) -> Callable[..., None]:
         def pass_time(*_: Any) -> None:
@@ -171,8 +173,8 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
     def broken(*_: Any) -> None:
         raise ValueError("no such luck")
 
-    loss = train_losses.StepLoss("broken", "plain", lambda _: broken)
-    monkeypatch.setattr(train_losses, "LOSSES", (*LOSSES, loss))
+    loss = at_head.StepLoss("broken", "plain", lambda _: broken)
+    monkeypatch.setattr(at_head, "LOSSES", (*LOSSES, loss))
     job = train.Config(**config).job()
     turns = torch.randint(VOCABULARY, (3, 2, 12))
     results = time_steps(job, ["broken, plain", "exact, plain"], turns, keep=False)
@@ -181,9 +183,9 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
 
 
 def test_a_head_that_a_peer_cannot_express_is_refused() -> None:
-    loss = train_losses.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
-    head = train_losses.Head(torch.zeros(8, 4), softcap=30.0)
-    with pytest.raises(train_losses.UnsupportedModel, match=r"got one with .*softcap"):
+    loss = at_head.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
+    head = at_head.Head(torch.zeros(8, 4), softcap=30.0)
+    with pytest.raises(at_head.UnsupportedModel, match=r"got one with .*softcap"):
         loss(torch.zeros(1, 2, 4), head, torch.zeros(1, 2, dtype=torch.int64), None, None)
 
 

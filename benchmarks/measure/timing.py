@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Case
+from benchmarks.providers.registry import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
 
 Name = TypeVar("Name", bound=Hashable)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).with_name("results")
+RESULTS = Path(__file__).parent
 # What `loss` and `gpu`, `scale` and `train` write.
 FILES = ("loss.csv", "scale.csv", "train.csv")
 # Of a step of fine-tuning, in their order, whose seconds `train` writes. The head is the product,

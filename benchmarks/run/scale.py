@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Timing, bare_product, keep_memory, seconds, step, timing
-from benchmarks.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
-from benchmarks.providers import Case, cases, why_not
-from benchmarks.results import append, environment
+from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
+from benchmarks.measure.timing import Timing, bare_product, keep_memory, seconds, step, timing
+from benchmarks.providers.registry import Case, cases, why_not
+from benchmarks.results.schema import append, environment
 from benchmarks.shapes import Shape, make_problem
 
 # What a shape is measured for: medians of a few short times would be noise.

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.gpu_record import Record
-from benchmarks.gpu_suite import read_outcome
+from benchmarks.measure.suite import read_outcome
+from benchmarks.results.folder import Record
 
 Row = dict[str, Any]
 
@@ -33,8 +33,8 @@ def draw_figures(record: Record) -> None:
             "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"
         )
         return
-    from benchmarks.figures import render, save
-    from benchmarks.plot import loss_figures
+    from benchmarks.results.figures import render, save
+    from benchmarks.run.plot import loss_figures
 
     rows = [{name: str(value) for name, value in row.items()} for row in record.rows]
     figures = loss_figures(rows)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.losses import weigh
-from benchmarks.measure import step
-from benchmarks.providers import EPS, PROVIDERS, SAMPLED, Case
+from benchmarks.measure.timing import step
+from benchmarks.providers.losses import weigh
+from benchmarks.providers.registry import EPS, PROVIDERS, SAMPLED, Case
 from benchmarks.shapes import Problem
 from bft_kernels import linear_nll
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.providers import Case, why_not
+from benchmarks.providers.registry import Case, why_not
 from benchmarks.shapes import Problem
 from bft.config import TrainConfig
 from bft.head import UnsupportedModel

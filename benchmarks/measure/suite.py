@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_plugin
-from benchmarks.gpu_record import Record
+from benchmarks.measure import suite_plugin
+from benchmarks.results.folder import Record
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # One step, capture, synchronisation and the hash, in this order.
 FIRST = ("tests/gpu/test_first_steps.py",)
 VALUES = (
@@ -49,8 +49,8 @@ class Outcome:
 
 
 def read_outcome(path: Path) -> Outcome:
-    """Of a file of :mod:`benchmarks.gpu_plugin`."""
-    return Outcome(Counter(row["outcome"] for row in gpu_plugin.read(path).values()))
+    """Of a file of :mod:`benchmarks.measure.suite_plugin`."""
+    return Outcome(Counter(row["outcome"] for row in suite_plugin.read(path).values()))
 
 
 class Build:
@@ -119,7 +119,7 @@ def run_suite(
     shares = [
         _Share(record, env, title, files, selected, place, processes) for place in range(processes)
     ]
-    known, shown = set(gpu_plugin.read(record.tests)), time.monotonic()
+    known, shown = set(suite_plugin.read(record.tests)), time.monotonic()
     reported: set[str] = set(known)
     running = list(shares)
     try:
@@ -134,7 +134,7 @@ def run_suite(
         for share in shares:
             kill_group(share.process)
     _report(record, reported)
-    ours = {name: row for name, row in gpu_plugin.read(record.tests).items() if name not in known}
+    ours = {name: row for name, row in suite_plugin.read(record.tests).items() if name not in known}
     outcome = Outcome(Counter(row["outcome"] for row in ours.values()))
     record.say(f"{title}: {outcome.text}")
     if running or outcome.counts["selected"] + outcome.counts["started"]:
@@ -146,7 +146,7 @@ def run_suite(
 
 def _report(record: Record, reported: set[str]) -> None:
     """Writes down the failures that are new."""
-    for name, row in gpu_plugin.read(record.tests).items():
+    for name, row in suite_plugin.read(record.tests).items():
         if row["outcome"] == "failed" and name not in reported:
             reported.add(name)
             record.failure(name, row["detail"])
@@ -168,12 +168,12 @@ class _Share:
         self.record, self.title, self.place, self.count = record, title, place, count
         self.log = record.log(f"{title}-{place}".replace(" ", "-"))
         self.command = [sys.executable, "-m", "pytest", *files, "-k", selected, "-v", "--color=no"]
-        self.command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu_plugin"]
+        self.command += ["-p", "no:cacheprovider", "-p", "benchmarks.measure.suite_plugin"]
         self.command += ["--continue-on-collection-errors"]
         self.env = env | {
-            gpu_plugin.OUTCOMES: str(record.tests.resolve()),
-            gpu_plugin.SHARE: f"{place}/{count}",
-            gpu_plugin.PARENT: str(os.getpid()),
+            suite_plugin.OUTCOMES: str(record.tests.resolve()),
+            suite_plugin.SHARE: f"{place}/{count}",
+            suite_plugin.PARENT: str(os.getpid()),
         }
         self.starts = 0
         self.start()
@@ -189,16 +189,16 @@ class _Share:
             return True
         if code in (0, 1, 5):  # passed, failed, none selected
             return False
-        last = gpu_plugin.read(self.record.tests)
+        last = suite_plugin.read(self.record.tests)
         running = [
             name
             for name, row in last.items()
-            if row["outcome"] == "started" and gpu_plugin.place_of(name, self.count) == self.place
+            if row["outcome"] == "started" and suite_plugin.place_of(name, self.count) == self.place
         ]
         detail = f"its process ended with {code}\n{tail(self.log)}"
         rows = [{"test": name, "outcome": "failed", "detail": detail} for name in running]
-        gpu_plugin.write(self.record.tests, rows)
-        died = code < 0 or code == gpu_plugin.DEVICE_LOST
+        suite_plugin.write(self.record.tests, rows)
+        died = code < 0 or code == suite_plugin.DEVICE_LOST
         if died and self.starts < _STARTS:
             self.start()
             return True

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_providers import CANDIDATES, find
-from benchmarks.gpu_record import Record, nvidia_smi, slug
-from benchmarks.gpu_report import draw_figures, write_summary
-from benchmarks.gpu_speed import REHEARSAL, SHAPES, TURNS, compile_ahead, measure_all
-from benchmarks.gpu_suite import FIRST, VALUES, Build, run_suite
-from benchmarks.readings import RESULTS
+from benchmarks.measure.suite import FIRST, VALUES, Build, run_suite
+from benchmarks.measure.watched import REHEARSAL, SHAPES, TURNS, compile_ahead, measure_all
+from benchmarks.providers.candidates import CANDIDATES, find
+from benchmarks.results.folder import Record, nvidia_smi, slug
+from benchmarks.results.readings import RESULTS
+from benchmarks.results.summary import draw_figures, write_summary
 
 # By when a part must be done, of all the time; what one leaves goes to the next.
 _FIRST, _TRITON, _BUILD, _CUDA_FIRST, _CUDA, _COMPILED, _SPEED = (

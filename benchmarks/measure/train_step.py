@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.measure import (
+from benchmarks.measure.timing import (
     first_line,
     in_use,
     keep_memory,
@@ -21,7 +21,7 @@ from benchmarks.measure import (
     return_memory,
     synchronize,
 )
-from benchmarks.train_losses import find
+from benchmarks.providers.at_head import find
 from bft.config import TrainConfig
 from bft.head import LogitTransform
 from bft.loss import Head, LossFunction
@@ -94,7 +94,7 @@ class Stepper:
     def step(self, label: str, ids: Tensor) -> Tensor:
         """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss.
 
-        ``clock.parts`` has the seconds of each of :data:`benchmarks.readings.PARTS`.
+        ``clock.parts`` has the seconds of each of :data:`benchmarks.results.readings.PARTS`.
         """
         ids = ids.to(self.device)
         self.clock.start()

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import losses
-from benchmarks.providers import SAMPLED, why_absent
+from benchmarks.providers import losses
+from benchmarks.providers.registry import SAMPLED, why_absent
 from benchmarks.shapes import Problem
 
 

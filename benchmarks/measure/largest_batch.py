@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from benchmarks.measure import start
-from benchmarks.train_worker import Job, Outcome, send_peak
+from benchmarks.measure.timing import start
+from benchmarks.measure.train_step import Job, Outcome, send_peak
 
 _LOOK_EVERY = 0.01  # seconds between looks at a process's memory
 

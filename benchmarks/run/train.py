@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import start, timing
-from benchmarks.noise import quiet_load
-from benchmarks.readings import PARTS
-from benchmarks.results import append, environment
-from benchmarks.train_losses import LOSSES, NAMES, StepLoss
-from benchmarks.train_search import attempt, largest_batch
-from benchmarks.train_worker import Job, Outcome, send_times
+from benchmarks.measure.largest_batch import attempt, largest_batch
+from benchmarks.measure.noise import quiet_load
+from benchmarks.measure.timing import start, timing
+from benchmarks.measure.train_step import Job, Outcome, send_times
+from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
+from benchmarks.results.readings import PARTS
+from benchmarks.results.schema import append, environment
 from bft import hpo
 from bft.config import TrainConfig
 from bft.data import read_jsonl

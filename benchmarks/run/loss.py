@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.errors import first_rows, gradient_errors, truth
-from benchmarks.loss_table import COLUMNS, show
-from benchmarks.measure import (
+from benchmarks.measure.errors import first_rows, gradient_errors, truth
+from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
+from benchmarks.measure.timing import (
     Timing,
     extra_memory,
     first_line,
@@ -23,9 +23,9 @@ from benchmarks.measure import (
     time_all,
     time_turns,
 )
-from benchmarks.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
-from benchmarks.providers import PROVIDERS, Case, cases, why_not
-from benchmarks.results import append, check_columns, environment
+from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
+from benchmarks.results.loss_table import COLUMNS, show
+from benchmarks.results.schema import append, check_columns, environment
 from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
 
 

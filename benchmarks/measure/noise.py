@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from benchmarks.measure import Timing
+from benchmarks.measure.timing import Timing
 
 # Interquartile range over median of the bare product above which a machine is too noisy.
 MOST_SPREAD = 0.15

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_providers import CANDIDATES
-from benchmarks.results import append, environment, version
+from benchmarks.providers.candidates import CANDIDATES
+from benchmarks.results.schema import append, environment, version
 
 # Seconds for what each backend tries.
 _LOOK = 60
@@ -86,7 +86,7 @@ class Record:
 
     @property
     def tests(self) -> Path:
-        """How each test ended, see :mod:`benchmarks.gpu_plugin`."""
+        """How each test ended, see :mod:`benchmarks.measure.suite_plugin`."""
         return self.folder / "tests.jsonl"
 
     def write(self, name: str, text: str) -> None:
@@ -139,7 +139,7 @@ class Record:
         try:
             done = subprocess.run(
                 [sys.executable, "-c", code],
-                cwd=Path(__file__).parents[1],
+                cwd=Path(__file__).parents[2],
                 env=env,
                 capture_output=True,
                 text=True,

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_providers import Candidate, find, why_missing
-from benchmarks.gpu_record import Record
-from benchmarks.gpu_suite import kill_group, start, tail
-from benchmarks.gpu_worker import Job, Task
+from benchmarks.measure.suite import kill_group, start, tail
+from benchmarks.measure.worker import Job, Task
+from benchmarks.providers.candidates import Candidate, find, why_missing
+from benchmarks.results.folder import Record
 from benchmarks.shapes import Shape
 
 # In order of importance: when time runs out, the last ones are missing.
@@ -215,7 +215,7 @@ def _process(
     log: Path, env: dict[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
     ours, theirs = Pipe()
-    code = f"from benchmarks.gpu_worker import serve; serve({theirs.fileno()})"
+    code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
     process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
     theirs.close()
     try:

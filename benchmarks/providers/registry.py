@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks import losses
-from benchmarks.losses import WEIGHTINGS, Run, ours
-from benchmarks.results import ABSENT, version
+from benchmarks.providers import losses
+from benchmarks.providers.losses import WEIGHTINGS, Run, ours
+from benchmarks.results.schema import ABSENT, version
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not as backend_why_not
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from tyro.conf import Positional
 
-from benchmarks.figures import (
+from benchmarks.results.figures import (
     Panel,
     Point,
     Stack,
@@ -24,7 +24,7 @@ from benchmarks.figures import (
     stacked,
     time_and_memory,
 )
-from benchmarks.readings import (
+from benchmarks.results.readings import (
     PARTS,
     WEIGHTINGS,
     Row,
@@ -36,7 +36,7 @@ from benchmarks.readings import (
     read,
     result_folders,
 )
-from benchmarks.scale import fit, predict
+from benchmarks.run.scale import fit, predict
 from benchmarks.shapes import Shape
 
 # Rows that agree in these are timed on one problem. Files of `gpu` have no names of shapes.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.readings import (
+from benchmarks.results.readings import (
     RESULTS,
     WEIGHTINGS,
     Row,

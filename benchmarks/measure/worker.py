@@ -19,10 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.errors import relative_error
-from benchmarks.gpu_providers import Candidate, find
-from benchmarks.losses import ours
-from benchmarks.measure import (
+from benchmarks.measure.errors import relative_error
+from benchmarks.measure.timing import (
     bare_product,
     first_line,
     gradient_bytes,
@@ -31,6 +29,8 @@ from benchmarks.measure import (
     step,
     synchronize,
 )
+from benchmarks.providers.candidates import Candidate, find
+from benchmarks.providers.losses import ours
 from benchmarks.shapes import Problem, Shape, expected_entries, text_like
 
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.
