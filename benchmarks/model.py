@@ -21,7 +21,8 @@ from benchmarks.model_ours import certificate, exact, exact_memory, forward, for
 from benchmarks.model_peers import PUBLISHED, errors
 from benchmarks.model_report import tables
 from benchmarks.model_sampled import DESIGNS, GOALS, Goal, sampled
-from benchmarks.results.schema import append, environment
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append
 from benchmarks.shapes import Shape
 
 # Hidden sizes at which the engines of the forward are compared.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.results.schema import environment
+from benchmarks.results.environment import environment
 from benchmarks.shapes import Recorded, make_problem
 from bft_kernels.backends.gpu.floor import POPULAR
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from benchmarks import compiled_cuda
 from benchmarks.compiled import TARGETS, Usage, compile_cases
-from benchmarks.results.schema import append, environment
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append
 
 BUDGET = Path(__file__).with_name("static_budget.json")
 # How much worse than recorded a kernel may become: another compiler schedules a little differently.

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from torch import Tensor
 
-from benchmarks.measure.timing import start
+from benchmarks.measure.processes import spawn
 from benchmarks.measure.train_step import Job, Outcome, send_peak
 
 _LOOK_EVERY = 0.01  # seconds between looks at a process's memory
@@ -39,7 +39,7 @@ def attempt(
         limit: bytes: the process's resident set on a CPU, the device's allocator on a GPU.
         patience: seconds, from the start of the step on.
     """
-    process, receiver = start(send_peak, job, label, ids, limit, daemon=True)
+    process, receiver = spawn(send_peak, job, label, ids, limit, daemon=True)
     try:
         failed: Outcome | None = receiver.recv()
         if failed is not None:  # before the step

@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def count_cut(rows: Mapping[str, dict[str, Any]]) -> int:
+    """Tests that were selected or started, and never ended."""
+    return sum(row["outcome"] in ("selected", "started") for row in rows.values())
+
+
+def told(rows: Mapping[str, dict[str, Any]]) -> str:
+    """How many ended how."""
+    counts, cut = Counter(row["outcome"] for row in rows.values()), count_cut(rows)
+    ended = ", ".join(f"{counts[how]} {how}" for how in ("passed", "failed", "skipped"))
+    return ended + (f", {cut} cut" if cut else "")
+
+
 def place_of(name: str, count: int) -> int:
     """Which of the shares a test belongs to, the same in every process.
 
@@ -78,8 +91,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     ranks = {}
     for item in mine:
         function = item.nodeid.partition("[")[0]
-        heavy = "offsets_beyond" in function
-        ranks[item.nodeid] = (heavy, nth[function])
+        ranks[item.nodeid] = ("offsets_beyond" in function, nth[function])
         nth[function] += 1
     items[:] = sorted(mine, key=lambda item: ranks[item.nodeid])
     path = Path(os.environ[OUTCOMES])

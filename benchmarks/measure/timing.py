@@ -1,23 +1,31 @@
-"""Interleaved timings as multiples of a bare product, and peak memory in a process of its own."""
+"""Interleaved timings, as multiples of a bare product."""
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
+import contextlib
+import functools
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.providers.registry import Case
-from benchmarks.shapes import Problem, Shape, Source, make_problem
+from benchmarks.providers.registry import Case, find
+from benchmarks.shapes import Problem, Shape
 
 Name = TypeVar("Name", bound=Hashable)
+Blocking = tuple[int | None, int | None]
+# Rows and columns of the blocks in which the bare product is tried; None: all of them.
+BLOCKINGS: dict[str, tuple[Blocking, ...]] = {
+    "cpu": ((None, None), (512, None), (None, 4096), (None, 1024), (1024, 512), (512, 1024)),
+    "cuda": ((None, None), (None, 16_384), (None, 4096), (2048, None)),
+}
+_LEAST_TURNS = 3  # that are timed whatever the time
 
 
 def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
@@ -27,12 +35,6 @@ def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
     if loss.requires_grad:
         loss.backward()
     return loss.detach()
-
-
-def gradient_bytes(problem: Problem) -> int:
-    """Of the gradients that the last step made."""
-    leaves = problem.hidden, problem.weight
-    return sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
 
 
 def synchronize(device: str) -> None:
@@ -48,51 +50,6 @@ def seconds(run: Callable[[], object], device: str) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def keep_memory() -> None:
-    """Has the C library keep what is freed, so that only the first run touches fresh pages.
-
-    By default glibc returns every large tensor to the system, and a step pays for mapping and
-    clearing its gradients anew: work of the system, the same whichever loss asked for them, but
-    on a virtual machine as much as a tenth of a step.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
-    """
-    _mallopt("keep_memory", {-1: -1, -4: 0})  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-
-
-def return_memory() -> None:
-    """Has the C library return every tensor of 128 KiB and more to the system when it is freed.
-
-    By default that bound grows with the tensors that are freed, and those below it are cut from
-    larger blocks: what a step takes at its highest then differs from run to run by as much as 40%.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
-    """
-    _mallopt("return_memory", {-3: 2**17})  # M_MMAP_THRESHOLD of malloc.h; setting it fixes it
-
-
-def _mallopt(name: str, settings: dict[int, int]) -> None:
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        raise RuntimeError(f"{name}: the C library has no mallopt, expected glibc") from None
-    if not all(mallopt(setting, value) for setting, value in settings.items()):
-        raise RuntimeError(f"{name}: mallopt refused the setting")
-
-
-# Rows and columns of the blocks in which the bare product is tried; None: all of them.
-BLOCKINGS: tuple[tuple[int | None, int | None], ...] = (
-    (None, None),
-    (512, None),
-    (None, 4096),
-    (None, 1024),
-    (1024, 512),
-    (512, 1024),
-)
 
 
 @torch.no_grad()
@@ -113,23 +70,43 @@ class Timing:
 
     seconds: float  # median
     spread: float  # interquartile range over the median
+    fastest: float
+    slowest: float
+    repeats: int
 
 
 def timing(samples: list[float]) -> Timing:
     """Median and spread of at least one time."""
-    median = statistics.median(samples)
-    if len(samples) < 2:
-        return Timing(median, 0.0)
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, (high - low) / median)
+    median, spread = statistics.median(samples), 0.0
+    if len(samples) > 1:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+        spread = (high - low) / median
+    return Timing(median, spread, min(samples), max(samples), len(samples))
 
 
 def time_turns(
-    runs: Mapping[Name, Callable[[], object]], device: str, repeats: int
+    runs: Mapping[Name, Callable[[], object]],
+    device: str,
+    repeats: int,
+    *,
+    lasting: float = 0.0,
+    until: float = math.inf,
 ) -> dict[Name, Timing]:
-    """Times of each run, in turns so that noise hits all alike; a first turn warms up."""
+    """Times of each run, in turns so that noise hits all alike; a first turn warms up.
+
+    Args:
+        runs: by name.
+        device: cpu or cuda.
+        repeats: turns that are counted.
+        lasting: seconds; short turns are repeated until so many have passed.
+        until: of ``time.monotonic()``: then three turns are enough.
+    """
     samples: dict[Name, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
+    started = time.monotonic()
+    for turn in itertools.count():
+        now = time.monotonic()
+        if (turn > repeats and now >= started + lasting) or (turn > _LEAST_TURNS and now > until):
+            break
         for name, run in runs.items():
             taken = seconds(run, device)
             if turn > 0:
@@ -138,89 +115,57 @@ def time_turns(
 
 
 def time_all(
-    problem: Problem, device: str, repeats: int, cases: list[Case]
+    problem: Problem, device: str, repeats: int, cases: Sequence[Case]
 ) -> tuple[Timing, dict[Case, Timing]]:
     """1G, which is the fastest of the ``BLOCKINGS`` of the bare product, and each case."""
-    runs: dict[Case | tuple[int | None, int | None], Callable[[], object]] = {}
-    for blocking in BLOCKINGS:
-        runs[blocking] = lambda b=blocking: bare_product(problem, *b)  # type: ignore[misc]
-    for case in cases:
-        runs[case] = lambda c=case: step(c, problem)  # type: ignore[misc]
+    runs: dict[Case | Blocking, Callable[[], object]] = {
+        blocking: functools.partial(bare_product, problem, *blocking)
+        for blocking in BLOCKINGS[device]
+    }
+    runs |= {case: functools.partial(step, case, problem) for case in cases}
     times = time_turns(runs, device, repeats)
-    bare = min((times[blocking] for blocking in BLOCKINGS), key=lambda timing: timing.seconds)
+    bare = min((times[blocking] for blocking in BLOCKINGS[device]), key=lambda one: one.seconds)
     return bare, {case: times[case] for case in cases}
 
 
-def first_line(error: object) -> str:
-    """Enough of a message for a table."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else ""
+def fastest_blocking(problem: Problem, device: str, repeats: int = 2) -> Blocking:
+    """The one of 1G, of those for which there is memory."""
+    runs: dict[Blocking, Callable[[], None]] = {}
+    for blocking in BLOCKINGS[device]:
+        run = functools.partial(bare_product, problem, *blocking)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            run()
+            runs[blocking] = run
+    times = time_turns(runs, device, repeats)
+    return min(times, key=lambda one: times[one].seconds)
 
 
-def start(
-    target: Callable[..., None], *arguments: Any, daemon: bool = False
-) -> tuple[Any, Connection]:
-    """A fresh process that runs ``target(sender, *arguments)``, and the connection's other end.
-
-    A daemon ends with this process, and can have no children of its own.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(sender, *arguments), daemon=daemon)
-    process.start()
-    sender.close()
-    return process, receiver
+def fastest_option(case: Case, problem: Problem, device: str) -> Case:
+    """The case with the fastest of its provider's options, if there are several."""
+    options = [replace(case, option=option) for option in find(case.provider).options]
+    if len(options) == 1:
+        return options[0]
+    times = time_turns({one: functools.partial(step, one, problem) for one in options}, device, 2)
+    return min(options, key=lambda one: times[one].seconds)
 
 
-def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
-    """Peak bytes of one step beyond the inputs and their gradients, in a fresh process.
-
-    Raises:
-        RuntimeError: that process failed.
-    """
-    process, receiver = start(_extra_memory, case, source, dtype, device)
-    try:
-        return int(receiver.recv())
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"{case.provider}: its process for memory ended with {process.exitcode}"
-        ) from None
-    finally:
-        process.join()
-
-
-def _extra_memory(
-    sender: Connection, case: Case, source: Source, dtype: torch.dtype, device: str
-) -> None:
-    warm = make_problem(Shape(8, 16, 64), dtype, device)
-    step(case, warm)  # libraries and thread pools are loaded before the baseline is read
-    problem = make_problem(source, dtype, device)
-    release(device)
-    before = in_use(device, reset=True)
-    step(case, problem)
-    peak = in_use(device, peak=True)
-    sender.send(max(0, peak - before - gradient_bytes(problem)))
-
-
-def release(device: str) -> None:
-    """Gives back what was freed, which must not pass for memory in use."""
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
-    """Bytes in use now, or at most since the last reset."""
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if reset:  # makes the kernel forget the highest mark of the set-up
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    field = "VmHWM" if peak else "VmRSS"
-    with open("/proc/self/status", encoding="ascii") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) * 1024
+def rates(
+    taken: Timing, bare: Timing, shape: Shape, itemsize: int, case: Case | None = None
+) -> dict[str, Any]:
+    """Columns of a time, as multiples of 1G and a second; of 1G itself without ``case``."""
+    hidden, weight = shape.tokens * shape.width, shape.vocabulary * shape.width
+    gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}
+    moved = hidden + weight + (gradients[case.mode] if case else 0)
+    products = case.products if case else 1
+    return {
+        "repeats": taken.repeats,
+        "seconds": taken.seconds,
+        "fastest_seconds": taken.fastest,
+        "slowest_seconds": taken.slowest,
+        "spread": taken.spread,
+        "g_seconds": bare.seconds,
+        "times_g": taken.seconds / bare.seconds,
+        "tokens_per_second": shape.tokens / taken.seconds,
+        "flops_per_second": products * shape.flops / taken.seconds,
+        "bytes_per_second": itemsize * moved / taken.seconds,
+    }

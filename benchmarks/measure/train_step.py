@@ -13,14 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.measure.timing import (
-    first_line,
-    in_use,
-    keep_memory,
-    release,
-    return_memory,
-    synchronize,
-)
+from benchmarks.measure.memory import in_use, keep_memory, release, return_memory
+from benchmarks.measure.processes import explain, first_line
+from benchmarks.measure.timing import synchronize
 from benchmarks.providers.at_head import find
 from bft.config import TrainConfig
 from bft.head import LogitTransform
@@ -94,7 +89,7 @@ class Stepper:
     def step(self, label: str, ids: Tensor) -> Tensor:
         """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss.
 
-        ``clock.parts`` has the seconds of each of :data:`benchmarks.results.readings.PARTS`.
+        ``clock.parts`` has the seconds of each of :data:`benchmarks.results.schema.PARTS`.
         """
         ids = ids.to(self.device)
         self.clock.start()
@@ -223,8 +218,3 @@ def _restrict(device: str, limit: int | None) -> None:
     if device == "cuda" and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-
-
-def explain(error: Exception) -> str:
-    """For a table."""
-    return f"{type(error).__name__}: {first_line(error)}"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,36 +17,28 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure.suite import kill_group, start, tail
+from benchmarks.measure.processes import kill_group, start, tail
 from benchmarks.measure.worker import Job, Task
-from benchmarks.providers.candidates import Candidate, find, why_missing
-from benchmarks.results.folder import Record
-from benchmarks.shapes import Shape
-
-# In order of importance: when time runs out, the last ones are missing.
-SHAPES = (
-    Shape(8192, 4096, 131_072),
-    Shape(8192, 4096, 151_936),
-    Shape(4096, 4096, 128_256),
-    Shape(16_384, 2048, 248_320),
-    Shape(1024, 4096, 128_256),
-)
-# For the interpreter, which takes about a second for a step of this.
-REHEARSAL = (Shape(8, 16, 64),)
-
-_WORKSPACE = 2 * 2**30
-_SMALLEST = 1024
+from benchmarks.providers.registry import Case, find, why_not_at_all
+from benchmarks.results.folder import Folder
+from benchmarks.shapes import Shape, name_of
 
 DTYPE = torch.bfloat16
 TURNS = 11
+_WORKSPACE = 2 * 2**30
+_SMALLEST = 1024
 # A provider that takes its process down is tried again on other shapes, but not for ever.
 _STRIKES = 2
 # Starting a process costs about as much time as measuring two providers.
 _START = 2
 # Most families need less than their share of the time: one may take this much of it.
 _OVERDRAFT = 1.5
+# Of the time, what Triton's kernels get: there are the most of them.
+_WEIGHT = {"bft triton": 2}
 # An allocator does not get all of a device's memory.
 _USABLE = 0.9
+
+Measured = Iterator[tuple[Job, dict[str, Any]]]
 
 
 @dataclass
@@ -56,48 +48,43 @@ class Family:
     jobs: list[Job]
     end: float
     limit: float  # seconds of one job
-    strikes: dict[str, list[str]]  # how it ended, each time
+    strikes: dict[Case, list[str]] = field(default_factory=dict)  # how it ended, each time
 
 
 def measure_all(
-    record: Record,
+    folder: Folder,
     env: dict[str, str],
     end: float,
     shapes: Sequence[Shape],
-    names: Sequence[str],
+    cases: Sequence[Case],
     turns: int = TURNS,
 ) -> None:
-    """A row for every provider and shape; whatever is not measured by ``end`` is cut."""
-    asked = {fit(shape, record.device): shape for shape in shapes}
-    write = _Writer(record, asked)
-    families: dict[str, list[Candidate]] = {}
-    for name in names:
-        candidate = find(name)
-        missing = why_missing(candidate, record.device, record.reasons)
-        if missing:
+    """A row for every case and shape; whatever is not measured by ``end`` is cut."""
+    asked = {fit(shape, folder.device): shape for shape in shapes}
+    families: dict[str, list[Case]] = {}
+    for case in cases:
+        if reason := _missing(folder, case):
             for shape in asked:
-                write(Job(name, shape), {"status": "unavailable", "reason": missing})
+                _write(folder, asked, Job(case, shape), {"status": "unavailable", "reason": reason})
         else:
-            families.setdefault(candidate.family, []).append(candidate)
-    weights = [_START + sum(one.weight for one in members) for members in families.values()]
+            families.setdefault(find(case.provider).family, []).append(case)
+    weights = [_START + _WEIGHT.get(name, 1) * len(cases) for name, cases in families.items()]
     for place, members in enumerate(families.values()):
         now = time.monotonic()
         share = _OVERDRAFT * (end - now) * weights[place] / sum(weights[place:])
-        until = min(end, now + share)
-        jobs = [Job(member.name, shape) for shape in asked for member in members]
         # One that hangs must leave some time for the others of its family.
         limit = share if len(members) == 1 else share / 3
-        family = Family(jobs, until, limit, {})
-        for job, row in _measure(family, record, env, turns):
-            write(job, row)
+        jobs = [Job(member, shape) for shape in asked for member in members]
+        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, env, turns):
+            _write(folder, asked, job, row)
 
 
 def compile_ahead(
-    record: Record,
+    folder: Folder,
     env: dict[str, str],
     end: float,
     shapes: Sequence[Shape],
-    names: Sequence[str],
+    cases: Sequence[Case],
     processes: int,
 ) -> None:
     """A step of each of ours, in several processes: Triton keeps what they compile on disk.
@@ -105,28 +92,22 @@ def compile_ahead(
     Kernels are compiled for a width: one shape of each will do. What fails here fails again where
     it is measured.
     """
-    fitting = (fit(shape, record.device) for shape in shapes)
+    fitting = (fit(shape, folder.device) for shape in shapes)
     widths = list({shape.width: shape for shape in reversed(list(fitting))}.values())
-    if record.device == "cuda":
+    if folder.device == "cuda":
         room = int(_USABLE * torch.cuda.get_device_properties(0).total_memory)
         processes = max(1, min(processes, room // max(needed(shape) for shape in widths)))
-    members = [find(name) for name in names]
-    ours = [
-        member
-        for member in members
-        if member.family == "bft triton" and not why_missing(member, record.device, record.reasons)
-    ]
-    jobs = [Job(member.name, shape) for shape in widths for member in ours]
+    ours = [case for case in cases if find(case.provider).backend == "triton"]
+    jobs = [Job(one, shape) for shape in widths for one in ours if not _missing(folder, one)]
 
     def run(place: int) -> None:
-        mine = jobs[place::processes]
-        family = Family(mine, end, max(0.0, end - time.monotonic()), {})
-        for _ in _measure(family, record, env, 0, f"compile-{place}"):
+        family = Family(jobs[place::processes], end, max(0.0, end - time.monotonic()))
+        for _ in _measure(family, folder, env, 0, f"compile-{place}"):
             pass
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(run, range(processes)))
-    record.say(f"compiled ahead: {len(jobs)} steps in {processes} processes")
+    folder.say(f"compiled ahead: {len(jobs)} steps in {processes} processes")
 
 
 def needed(shape: Shape) -> int:
@@ -150,44 +131,48 @@ def fit(shape: Shape, device: str) -> Shape:
     return fit_to(shape, int(memory * _USABLE))
 
 
-@dataclass
-class _Writer:
+def _missing(folder: Folder, case: Case) -> str:
+    """Why no process need be started; its process looks closer."""
+    reasons = folder.reasons.get(find(case.provider).backend, "")
+    return why_not_at_all(case, folder.device) or reasons
+
+
+def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, Any]) -> None:
     """Turns what a process reports into a row of the results."""
-
-    record: Record
-    asked: dict[Shape, Shape]
-
-    def __call__(self, job: Job, row: dict[str, Any]) -> None:
-        detail = row.pop("detail", row.get("reason", ""))
-        candidate, shape, asked = find(job.provider), job.shape, self.asked[job.shape]
-        where = f"{job.provider}, N {shape.tokens}, D {shape.width}, V {shape.vocabulary}"
-        row |= {
-            "provider": job.provider,
-            "family": candidate.family,
+    detail, status = row.pop("detail", row.get("reason", "")), row["status"]
+    shape, whole = job.shape, asked[job.shape]
+    folder.row(
+        {
+            "provider": job.case.provider,
+            "weighting": job.case.weighting,
+            "mode": job.case.mode,
+            "shape": name_of(shape),
+            "inputs": "synthetic",
             "tokens": shape.tokens,
             "width": shape.width,
             "vocabulary": shape.vocabulary,
-            "scaled_down_from": "" if asked == shape else f"{asked.tokens} x {asked.vocabulary}",
+            "scaled_down_from": "" if whole == shape else f"{whole.tokens} x {whole.vocabulary}",
             "dtype": str(DTYPE).removeprefix("torch."),
-            "eps": "" if candidate.eps is None else candidate.eps,
+            "memory_kept": False,
         }
-        self.record.row(row)
-        if "seconds" in row:
-            self.record.say(f"{where}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
-        ours = candidate.family.startswith("bft ")
-        fits = row["status"] == "out of memory" and not ours  # a result about a peer, no failure
-        if row["status"] in ("ok", "unavailable") or fits:
-            if "seconds" not in row:
-                self.record.say(f"{where}: {row['status']}: {row['reason']}")
-        elif row["status"] == "cut":
-            self.record.cut.append(f"{where}: {row['reason']}")
-        else:
-            self.record.failure(f"{where}: {row['status']}", detail)
+        | row
+    )
+    if "seconds" in row:
+        folder.say(f"{job}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
+    # That a peer has no room is a result about it, and no failure.
+    no_room = status == "out of memory" and not find(job.case.provider).backend
+    if status in ("ok", "unavailable") or no_room:
+        if "seconds" not in row:
+            folder.say(f"{job}: {status}: {row['reason']}")
+    elif status == "cut":
+        folder.cut.append(f"{job}: {row['reason']}")
+    else:
+        folder.failure(f"{job}: {status}", detail)
 
 
 def _measure(
-    family: Family, record: Record, env: dict[str, str], turns: int, title: str = ""
-) -> Iterator[tuple[Job, dict[str, Any]]]:
+    family: Family, folder: Folder, env: dict[str, str], turns: int, title: str = ""
+) -> Measured:
     """Starts processes until every job of a family has its row."""
     while family.jobs:
         left = family.end - time.monotonic()
@@ -195,16 +180,16 @@ def _measure(
             reason = "no time was left to start it"
             yield from ((job, {"status": "cut", "reason": reason}) for job in family.jobs)
             return
-        log = record.log(re.sub(r"\W+", "-", title or family.jobs[0].provider))
+        log = folder.log(re.sub(r"\W+", "-", title or str(family.jobs[0].case)))
         before = log.stat().st_size if log.exists() else 0
         with _process(log, env) as (process, connection):
-            connection.send(Task(tuple(family.jobs), DTYPE, record.device, left, turns))
+            connection.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
             yield from _receive(family, process, connection, log, before)
-        out = {name for name, ends in family.strikes.items() if len(ends) >= _STRIKES}
-        tired = [job for job in family.jobs if job.provider in out]
+        out = {case for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
+        tired = [job for job in family.jobs if job.case in out]
         family.jobs = [job for job in family.jobs if job not in tired]
         for job in tired:
-            cut = all(how == "cut" for how in family.strikes[job.provider])
+            cut = all(how == "cut" for how in family.strikes[job.case])
             what = "was not done in time" if cut else "took its process down"
             reason = f"it {what} {_STRIKES} times before"
             yield job, {"status": "cut" if cut else "failed", "reason": reason}
@@ -231,9 +216,10 @@ def _receive(
     connection: Connection,
     log: Path,
     before: int,
-) -> Iterator[tuple[Job, dict[str, Any]]]:
+) -> Measured:
     """Rows of one process, until it is done, dead or out of time."""
-    while family.jobs:
+    lives = True
+    while family.jobs and lives:
         job = family.jobs.pop(0)
         allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
         lives = False
@@ -246,8 +232,6 @@ def _receive(
             process.wait()
             row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
         if not lives:
-            family.strikes.setdefault(job.provider, []).append(row["status"])
+            family.strikes.setdefault(job.case, []).append(row["status"])
             row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
         yield job, row
-        if not lives:
-            return

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.providers import losses
 from benchmarks.providers.losses import WEIGHTINGS, Run, ours
-from benchmarks.results.schema import ABSENT, version
+from benchmarks.results.environment import ABSENT, version
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not as backend_why_not
 
@@ -25,7 +24,7 @@ SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
 EPS = 2**-12  # the default of the sampled gradient
 MIB = 2**20
 
-_NONE: Mapping[str, str] = MappingProxyType({})
+Products = tuple[int, int, int]  # in each of MODES, in G
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,22 @@ class Provider:
     name: str
     # Ways to run it by name; of several the fastest here is reported.
     options: Mapping[str, Run]
-    # Products that the method must do in each of MODES, in G: of the mean, and of a weighted loss.
-    plain: tuple[int, int, int]
-    weighted: tuple[int, int, int]
+    # Products that the method must do: of the mean, and of a weighted loss.
+    plain: Products
+    weighted: Products
     weightings: tuple[str, ...] = WEIGHTINGS
-    refused: Mapping[str, str] = field(default_factory=lambda: _NONE)  # modes, and why
+    modes: tuple[str, ...] = MODES  # of the others ``same_as`` has the figures
+    same_as: str = ""
     distribution: str = ""  # that it is installed from
     module: str = ""  # what must be importable
     gpu_only: bool = False
     compiles: bool = False  # is slow to start
     backend: str = ""  # of this package
-    sampled: bool = False
+    eps: float | None = None  # of a sampled gradient
+    allowed: float = 0.2  # relative error that passes for rounding, sampling or filtering
+    # Where time is short: who comes first, and who shares a process.
+    priority: int = 3
+    family: str = ""
 
     def products(self, weighting: str, mode: str) -> int:
         """In G."""
@@ -63,137 +67,140 @@ class Case:
 
     def __call__(self, problem: Problem) -> Tensor:
         """The loss ``[]``."""
-        options = PROVIDERS[self.provider].options
+        options = find(self.provider).options
         run = options[self.option or next(iter(options))]
         if self.mode == "forward":
             with torch.no_grad():
                 return run(problem, self.weighting)
         return run(problem.frozen() if self.mode == "frozen" else problem, self.weighting)
 
+    def __str__(self) -> str:
+        return f"{self.provider}, {self.weighting}, {self.mode}"
+
     @property
     def products(self) -> int:
-        return PROVIDERS[self.provider].products(self.weighting, self.mode)
-
-
-def _one(run: Run) -> dict[str, Run]:
-    return {"": run}
+        return find(self.provider).products(self.weighting, self.mode)
 
 
 def _ours(backend: str) -> list[Provider]:
-    """Both gradients of a backend, and the exact one with other budgets where that matters."""
+    """Both gradients of a backend, and what else of it is worth a row."""
     name = f"bft {backend}"
     # An exact weighted loss whose documents do not fit the budget computes up to 1G again.
     exact = (1, 4, 3) if backend == "cuda" else (1, 3, 2)  # that one keeps no logits
-    same = {"forward": f"its forward is that of {name} exact"}
-    budgets = (16, 256) if backend == "cpu" else ()
-    how: dict[str, Any] = {"backend": backend}
+    on_a_gpu = backend in ("triton", "cuda")
+
+    def one(label: str, modes: tuple[str, ...] = ("both", "frozen"), **how: Any) -> Provider:
+        eps = how.get("eps")
+        return Provider(
+            f"{name} {label}",
+            {"": functools.partial(ours, backend=backend, **how)},
+            plain=(1, 1, 1) if eps else exact,
+            weighted=(1, 1, 1) if eps else exact,
+            modes=modes,
+            same_as=f"{name} exact",
+            backend=backend,
+            eps=eps,
+            allowed=0.2 if eps else 0.05,
+            priority={"triton": 0, "cuda": 1}.get(backend, 2),
+            family=name,
+        )
+
     return [
-        Provider(
-            f"{name} exact", _one(functools.partial(ours, **how)), exact, exact, backend=backend
+        one("exact", MODES),
+        *(
+            one(f"exact, {budget} MiB", max_buffer_bytes=budget * MIB)
+            for budget in ((16, 256) if backend == "cpu" else ())
         ),
         *(
-            Provider(
-                f"{name} exact, {budget} MiB",
-                _one(functools.partial(ours, max_buffer_bytes=budget * MIB, **how)),
-                exact,
-                exact,
-                refused=same,
-                backend=backend,
-            )
-            for budget in budgets
+            one("sampled" if power == 12 else f"sampled 2^-{power}", eps=2.0**-power, **SAMPLED)
+            for power in ((12, 10, 8) if on_a_gpu else (12,))
         ),
-        Provider(
-            f"{name} sampled",
-            _one(functools.partial(ours, eps=EPS, **SAMPLED, **how)),
-            (1, 1, 1),
-            (1, 1, 1),
-            refused=same,
-            backend=backend,
-            sampled=True,
-        ),
+        *([one("no statistics", ("forward",), return_stats=False)] if on_a_gpu else []),
     ]
 
 
+def _peer(
+    name: str,
+    run: Run | Mapping[str, Run],
+    plain: Products,
+    weighted: Products,
+    installed: str = "",
+    **more: Any,
+) -> Provider:
+    """``installed`` is the distribution, and the module that it must have."""
+    distribution, _, module = installed.partition(": ")
+    options = run if isinstance(run, Mapping) else {"": run}
+    more |= {"distribution": distribution, "module": module, "family": name}
+    return Provider(name, options, plain, weighted, **more)
+
+
+_CHUNKS = {
+    "auto": losses.torch_chunked,
+    **{
+        f"{rows} rows": functools.partial(
+            losses.torch_chunked, chunking_method=None, batch_chunk_size=rows
+        )
+        for rows in (256, 512, 1024)
+    },
+}
+_LIGER_CHUNKED = "liger-kernel: liger_kernel.chunked_loss.fused_linear_ppo"
+_LIGER_SCALED = "liger-kernel: liger_kernel.ops.fused_linear_scaled_cross_entropy"
+_LIGER_FUSED = "liger-kernel: liger_kernel.transformers"
+_CCE = "cut-cross-entropy: cut_cross_entropy"
+_TRL = "trl: trl.kernels.chunked_logprob"
+_VERL = "verl: verl.utils.experimental.torch_functional"
+_QUACK = "quack-kernels: quack.linear_cross_entropy"
+# Products of the method by mode: all logits kept, or computed again for each gradient.
+_KEPT, _AGAIN, _AGAIN_BOTH = (1, 3, 2), (1, 4, 3), (1, 4, 4)
+
 _LIST = [
-    Provider("eager", _one(losses.eager), (1, 3, 2), (1, 3, 2)),
-    Provider("compiled eager", _one(losses.compiled), (1, 3, 2), (1, 3, 2), compiles=True),
-    Provider(
-        "torch chunked",
-        {
-            "auto": losses.torch_chunked,
-            **{
-                f"{rows} rows": functools.partial(
-                    losses.torch_chunked, chunking_method=None, batch_chunk_size=rows
-                )
-                for rows in (256, 512, 1024)
-            },
-        },
-        (1, 3, 2),
-        (1, 4, 3),
+    _peer("eager", losses.eager, _KEPT, _KEPT, priority=2),
+    _peer("compiled eager", losses.compiled, _KEPT, _KEPT, compiles=True, priority=4),
+    _peer("torch chunked", _CHUNKS, _KEPT, _AGAIN, priority=2),
+    _peer(
+        "cut-cross-entropy", losses.cut_cross_entropy, _KEPT, _KEPT, _CCE, compiles=True, priority=2
     ),
-    Provider(
-        "cut-cross-entropy",
-        _one(losses.cut_cross_entropy),
-        (1, 3, 2),
-        (1, 3, 2),
-        distribution="cut-cross-entropy",
-        module="cut_cross_entropy",
-        compiles=True,
+    _peer("liger chunked", losses.liger_chunked, _AGAIN, _AGAIN, _LIGER_CHUNKED),
+    _peer("liger scaled", losses.liger_scaled, _AGAIN_BOTH, _AGAIN_BOTH, _LIGER_SCALED),
+    _peer(
+        "liger fused", losses.liger_fused, _KEPT, _AGAIN, _LIGER_FUSED, gpu_only=True, priority=2
     ),
-    Provider(
-        "liger chunked",
-        _one(losses.liger_chunked),
-        (1, 4, 3),
-        (1, 4, 3),
-        distribution="liger-kernel",
-        module="liger_kernel.chunked_loss.fused_linear_ppo",
-    ),
-    Provider(
-        "liger scaled",
-        _one(losses.liger_scaled),
-        (1, 4, 4),
-        (1, 4, 4),
-        distribution="liger-kernel",
-        module="liger_kernel.ops.fused_linear_scaled_cross_entropy",
-    ),
-    Provider(
-        "liger fused",
-        _one(losses.liger_fused),
-        (1, 3, 2),
-        (1, 4, 3),
-        distribution="liger-kernel",
-        module="liger_kernel.transformers",
-        gpu_only=True,
-    ),
-    Provider(
-        "trl",
-        _one(losses.trl_chunked),
-        (1, 4, 3),
-        (1, 4, 3),
-        distribution="trl",
-        module="trl.kernels.chunked_logprob",
-    ),
-    Provider(
-        "verl",
-        _one(losses.verl_chunked),
-        (1, 4, 4),
-        (1, 4, 4),
-        distribution="verl",
-        module="verl.utils.experimental.torch_functional",
-    ),
-    Provider(
+    _peer("trl", losses.trl_chunked, _AGAIN, _AGAIN, _TRL),
+    _peer("verl", losses.verl_chunked, _AGAIN_BOTH, _AGAIN_BOTH, _VERL),
+    _peer(
         "quack",
-        _one(losses.quack),
-        (1, 3, 2),
-        (1, 3, 2),
+        losses.quack,
+        _KEPT,
+        _KEPT,
+        _QUACK,
         weightings=("plain",),
-        distribution="quack-kernels",
-        module="quack.linear_cross_entropy",
         gpu_only=True,
+        priority=4,  # tunes itself for long
     ),
     *(provider for backend in ("cpu", "triton", "cuda", "torch") for provider in _ours(backend)),
 ]
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _LIST}
+
+
+def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
+    loss: Tensor = getattr(importlib.import_module(module), function)(problem)
+    return loss
+
+
+def find(name: str) -> Provider:
+    """By its name, or one's own mean over tokens as ``module:function`` of a problem.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    module, separator, function = name.partition(":")
+    if not separator:
+        names = ", ".join(PROVIDERS)
+        raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
+    run = functools.partial(_imported, module, function)
+    return _peer(name, run, _KEPT, _KEPT, weightings=("plain",))
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:
@@ -202,8 +209,10 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
     Raises:
         ValueError: a name that is none.
     """
-    known = {"providers": PROVIDERS, "weightings": WEIGHTINGS, "modes": MODES}
-    for argument, got in {"providers": names, "weightings": weightings, "modes": modes}.items():
+    for name in names:
+        find(name)
+    known = {"weightings": WEIGHTINGS, "modes": MODES}
+    for argument, got in {"weightings": weightings, "modes": modes}.items():
         for name in got:
             if name not in known[argument]:
                 expected = ", ".join(known[argument])
@@ -213,27 +222,41 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
     ]
 
 
-def why_absent(name: str, distribution: str) -> str:
-    """What is not there for a provider that is installed from ``distribution``, if from any."""
-    if distribution and version(distribution) == ABSENT:
-        return f"{distribution} is {ABSENT}"
-    if name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
+def telling_cases(names: Sequence[str]) -> list[Case]:
+    """For where time is short: ours balanced in every mode, peers their mean; important first.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    found = []
+    for provider in sorted(map(find, names), key=lambda one: one.priority):
+        modes = ("both", "frozen", "forward") if provider.backend else ("both",)
+        weighting = "bft" if provider.backend else "plain"
+        found += [Case(provider.name, weighting, mode) for mode in modes if mode in provider.modes]
+    return found
+
+
+def why_not_at_all(case: Case, device: str) -> str:
+    """Why it cannot run on a kind of device, as far as that shows without importing anything."""
+    provider = find(case.provider)
+    if case.weighting not in provider.weightings:
+        return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
+    if case.mode not in provider.modes:
+        return f"its {case.mode} is that of {provider.same_as}"
+    if provider.distribution and version(provider.distribution) == ABSENT:
+        return f"{provider.distribution} is {ABSENT}"
+    if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+    if provider.gpu_only and device == "cpu":
+        return "it runs on a GPU only"
     return ""
 
 
 def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
     """Why it cannot run here, as far as that shows without running it; empty if it can."""
-    provider = PROVIDERS[case.provider]
-    if case.weighting not in provider.weightings:
-        return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
-    if case.mode in provider.refused:
-        return provider.refused[case.mode]
-    reason = why_absent(provider.name, provider.distribution)
+    provider, reason = find(case.provider), why_not_at_all(case, device)
     if reason:
         return reason
-    if provider.gpu_only and device == "cpu":
-        return "it runs on a GPU only"
     if provider.module:
         try:
             importlib.import_module(provider.module)

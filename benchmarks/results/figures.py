@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.results.readings import digits
+from benchmarks.results.schema import digits
 
 _WIDTH = 3.6  # inches
 _DPI = 200  # of a PNG

@@ -1,4 +1,4 @@
-"""The folder of one run of ``python -m benchmarks gpu``: every result is written when it exists."""
+"""The folder of a run that may be killed at any second: every result is written when it exists."""
 
 from __future__ import annotations
 
@@ -16,37 +16,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.providers.candidates import CANDIDATES
-from benchmarks.results.schema import append, environment, version
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append, full
 
 # Seconds for what each backend tries.
 _LOOK = 60
-COLUMNS = (
-    "provider",
-    "family",
-    "status",  # ok, wrong, failed, out of memory, cut, unavailable
-    "reason",
-    "tokens",
-    "width",
-    "vocabulary",
-    "scaled_down_from",
-    "dtype",
-    "seconds",
-    "fastest_seconds",
-    "slowest_seconds",
-    "turns",
-    "bare_seconds",
-    "times_g",
-    "tokens_per_second",
-    "extra_bytes",
-    "first_seconds",
-    "eps",
-    "entries_per_token",  # expected, from the probabilities
-    "listed_per_token",  # by the forward, before the backward thins them
-    "error_loss",
-    "error_hidden",
-    "error_weight",
-)
 _QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,"
     "power.limit,temperature.gpu,memory.total,compute_mode"
@@ -54,14 +28,14 @@ _QUERY = (
 
 
 @dataclass
-class Record:
+class Folder:
     """Where results go, and what went wrong so far.
 
     Rows, outcomes and failures are added to files when they are known; what is written anew
     replaces its file when it is whole. So a run that is killed leaves what it had found.
     """
 
-    folder: Path
+    path: Path
     device: str  # cuda or cpu
     started: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
@@ -70,30 +44,30 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)  # that every row names
     noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
     reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
-    summarize: Callable[[Record], None] = lambda record: None
+    summarize: Callable[[Folder], None] = lambda folder: None
 
     def open(self) -> None:
         """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
-        asked, number = self.folder, 1
-        while self.folder.exists() and any(self.folder.iterdir()):
+        asked, number = self.path, 1
+        while self.path.exists() and any(self.path.iterdir()):
             number += 1
-            self.folder = asked.with_name(f"{asked.name}-{number}")
-        (self.folder / "logs").mkdir(parents=True)
+            self.path = asked.with_name(f"{asked.name}-{number}")
+        (self.path / "logs").mkdir(parents=True)
 
     def log(self, name: str) -> Path:
         """What a process prints."""
-        return self.folder / "logs" / f"{name}.txt"
+        return self.path / "logs" / f"{name}.txt"
 
     @property
     def tests(self) -> Path:
         """How each test ended, see :mod:`benchmarks.measure.suite_plugin`."""
-        return self.folder / "tests.jsonl"
+        return self.path / "tests.jsonl"
 
     def write(self, name: str, text: str) -> None:
         """A file of the folder, which is never there in part."""
-        part = self.folder / f".{name}.part"
+        part = self.path / f".{name}.part"
         part.write_text(text, encoding="utf-8")
-        os.replace(part, self.folder / name)
+        os.replace(part, self.path / name)
 
     def say(self, text: str) -> None:
         """Prints progress."""
@@ -102,28 +76,26 @@ class Record:
     def failure(self, title: str, detail: str) -> None:
         """Writes down what failed and why."""
         self.failed.append(title)
-        with (self.folder / "failures.txt").open("a", encoding="utf-8") as file:
+        with (self.path / "failures.txt").open("a", encoding="utf-8") as file:
             file.write(f"{title}\n{detail.rstrip()}\n\n")
         self.say(f"FAILED {title}")
 
     def row(self, row: dict[str, Any]) -> None:
         """Adds a row to loss.csv."""
-        full = dict.fromkeys(COLUMNS, "") | row
-        self.rows.append(full)
-        append(self.folder / "loss.csv", [full | self.facts])
+        self.rows.append(full(row | self.facts))
+        append(self.path / "loss.csv", self.rows[-1:])
         self.summarize(self)
+
+    def note(self, **values: Any) -> None:
+        """Adds to environment.json."""
+        self.noted |= values
+        self.write("environment.json", json.dumps(self.noted, indent=1, default=str) + "\n")
 
     def environment(self) -> None:
         """Writes environment.json, and keeps what every row names of it."""
-        cuda = torch.version.cuda or torch.version.hip or ""
-        self.facts = environment(self.device) | {"triton": version("triton"), "cuda": cuda}
-        peers = [c.distribution for c in CANDIDATES if c.distribution is not None]
-        self.note(
-            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            **self.facts,
-            peers={name: version(name) for name in peers},
-            nvidia_smi=nvidia_smi(),
-        )
+        self.facts = environment(self.device) | {"load": os.getloadavg()[0]}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.note(started=now, **self.facts, nvidia_smi=nvidia_smi())
         if self.device == "cuda":
             properties = torch.cuda.get_device_properties(0)
             self.note(
@@ -152,15 +124,11 @@ class Record:
         except subprocess.TimeoutExpired:
             self.failure("info", f"its process was not done after {_LOOK} s")
         self.note(bft_kernels=found)
+        device = "cuda:0" if self.device == "cuda" else "cpu"
         self.reasons = {
-            name: "; ".join(devices.get(f"{self.device}:0", ()))
+            name: "; ".join(devices.get(device, ()))
             for name, devices in found.get("backends", {}).items()
         }
-
-    def note(self, **values: Any) -> None:
-        """Adds to environment.json."""
-        self.noted |= values
-        self.write("environment.json", json.dumps(self.noted, indent=1, default=str) + "\n")
 
 
 def nvidia_smi() -> dict[str, str]:
@@ -180,8 +148,7 @@ def nvidia_smi() -> dict[str, str]:
         except (OSError, subprocess.SubprocessError) as error:
             missing += f"{error}; "
             continue
-        values = done.stdout.strip().split(", ")
-        return dict(zip(_QUERY.split(","), values, strict=False))
+        return dict(zip(_QUERY.split(","), done.stdout.strip().split(", "), strict=False))
     return {"missing": missing}
 
 

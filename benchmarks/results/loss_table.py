@@ -1,74 +1,61 @@
-"""The rows of ``python -m benchmarks loss``: their columns, and how they are printed."""
+"""Rows of loss.csv as they are shown: cells of a table, and who could not run and why."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+Row = Mapping[str, Any]
+Cells = list[list[str]]
 
-COLUMNS = (
-    "provider",
-    "weighting",
-    "mode",
-    "shape",
-    "inputs",
-    "tokens",
-    "width",
-    "vocabulary",
-    "dtype",
-    "memory_kept",
-    "commit",
-    "processor",
-    "device",
-    "threads",
-    "torch",
-    "bft-kernels",
-    "python",
-    "packages",
-    "load",
-    "repeats",
-    "seconds",
-    "spread",
-    "g_seconds",
-    "times_g",
-    "flops_per_second",
-    "bytes_per_second",
-    "extra_bytes",
-    "error_hidden",
-    "error_weight",
-    "certificate_hidden",
-    "certificate_weight",
-    "options",
-    "reason",
-)
-_MODES = {
-    "forward": "forward, no gradients",
-    "both": "forward, dH and dW",
-    "frozen": "forward and dH, frozen head",
+
+def _figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        value = row.get(column, "")
+        return "" if value == "" else f"{value / unit:{form}}"
+
+    return text
+
+
+def _entries(row: Row) -> str:
+    """Expected, and listed by the forward."""
+    kept, listed = (_figure(f"{name}_per_token", ".0f")(row) for name in ("entries", "listed"))
+    return f"{kept} ({listed})" if listed else kept
+
+
+# What a heading stands for.
+FIGURES: dict[str, Callable[[Row], str]] = {
+    "ms": _figure("seconds", ",.2f", 1e-3),
+    "±": _figure("spread", ".0%"),
+    "x G": _figure("times_g", ".2f"),
+    "tokens/s": _figure("tokens_per_second", ".0f"),
+    "Gflop/s": _figure("flops_per_second", ".0f", 1e9),
+    "GB/s": _figure("bytes_per_second", ".2f", 1e9),
+    "MiB": _figure("extra_bytes", ".0f", 2**20),
+    "entries a token (listed)": _entries,
+    "err loss": _figure("error_loss", ".1e"),
+    "err dH": _figure("error_hidden", ".1e"),
+    "err dW": _figure("error_weight", ".1e"),
 }
-_SHOWN = ("seconds", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
 
 
-def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """A table a weighting and mode, and below them who could not run and why."""
-    bare, *others = rows
-    for weighting, mode in dict.fromkeys((row["weighting"], row["mode"]) for row in others):
-        measured = [
-            row
-            for row in others
-            if (row["weighting"], row["mode"]) == (weighting, mode) and "seconds" in row
-        ]
-        console.print(_table(bare, measured, f"{weighting} loss, {_MODES[mode]}"))
-    for providers, places, reason in _reasons(others):
-        text = f"missing: {', '.join(providers)} ({', '.join(places)}): {reason}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+def label(row: Row) -> str:
+    """The provider, and which of its options was the fastest."""
+    return f"{row['provider']} ({row['options']})" if row.get("options") else row["provider"]
 
 
-def _reasons(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], tuple[str, ...], str]]:
-    """Providers that could not run in the same places for the same reason."""
+def sizes(row: Row) -> str:
+    """Of a row's problem."""
+    return f"N {row['tokens']}, D {row['width']}, V {row['vocabulary']}, {row['dtype']}"
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """Those that have a time."""
+    return [row for row in rows if row.get("seconds", "") != ""]
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """Who has no figures and why, in one line where the reason is the same."""
     places: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["reason"]:
@@ -77,42 +64,16 @@ def _reasons(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], tuple[str,
     together: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for (provider, reason), found in places.items():
         together.setdefault((tuple(found), reason), []).append(provider)
-    return [(providers, found, reason) for (found, reason), providers in together.items()]
+    return [
+        f"{', '.join(providers)} ({', '.join(found)}): {reason}"
+        for (found, reason), providers in together.items()
+    ]
 
 
-def _table(bare: dict[str, Any], rows: Sequence[dict[str, Any]], what: str) -> Table:
-    table = Table(
-        title=f"{bare['shape']} ({bare['inputs']} inputs): N {bare['tokens']}, "
-        f"D {bare['width']}, V {bare['vocabulary']}, {bare['dtype']}, {bare['device_kind']}"
-        f"{', memory kept' if bare['memory_kept'] else ''}\n{what}",
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table: figures right, and left a first column without a heading, which holds labels."""
+    heading, *lines = (
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in cells
     )
-    table.add_column("", no_wrap=True)
-    for column in _SHOWN:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in (bare, *rows):
-        name = row["provider"]
-        if row.get("options"):
-            name += f" ({row['options']})"
-        extra = row.get("extra_bytes", "")
-        table.add_row(
-            name,
-            f"{row['seconds']:.3g}",
-            f"{row['spread']:.0%}",
-            f"{row['times_g']:.2f}",
-            f"{row['flops_per_second'] / 1e9:.0f}",
-            f"{row['bytes_per_second'] / 1e9:.2f}",
-            "" if extra == "" else f"{extra / 2**20:.0f}",
-            *_errors(row, "error"),
-        )
-        if any(_errors(row, "certificate")):
-            table.add_row("  certified", *[""] * 6, *_errors(row, "certificate"))
-    return table
-
-
-def _errors(row: dict[str, Any], kind: str) -> tuple[str, ...]:
-    """Of both gradients, relative to float64."""
-    names = (f"{kind}_hidden", f"{kind}_weight")
-    return tuple(f"{row[name]:.1e}" if name in row else "" for name in names)
+    rule = ("|---:|" if cells[0][0] else "|---|") + "---:|" * (len(cells[0]) - 1)
+    return "\n".join([heading, rule, *lines])

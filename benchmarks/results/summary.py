@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+import statistics
 from importlib.util import find_spec
 from typing import Any
 
-from benchmarks.measure.suite import read_outcome
-from benchmarks.results.folder import Record
+from benchmarks.measure import suite_plugin
+from benchmarks.results.folder import Folder
+from benchmarks.results.loss_table import FIGURES, label, markdown, reasons, sizes, timed
 
 Row = dict[str, Any]
+_SHOWN = [name for name in FIGURES if name not in ("Gflop/s", "GB/s")]
 
 
-def by_shape(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows of each shape, under its title."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        title = f"N {row['tokens']}, D {row['width']}, V {row['vocabulary']}"
-        found.setdefault(title, []).append(row)
-    return found
-
-
-def draw_figures(record: Record) -> None:
-    """Writes ``loss``, as PNG and as SVG, where matplotlib is installed.
+def draw_figures(folder: Folder) -> None:
+    """Writes those of ``python -m benchmarks plot``, where matplotlib is installed.
 
     Raises:
         RuntimeError: nothing was timed.
     """
     if find_spec("matplotlib") is None:
-        record.say(
+        folder.say(
             "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"
         )
         return
     from benchmarks.results.figures import render, save
-    from benchmarks.run.plot import loss_figures
+    from benchmarks.results.panels import loss_figures
 
-    rows = [{name: str(value) for name, value in row.items()} for row in record.rows]
-    figures = loss_figures(rows)
+    figures = loss_figures([{name: str(value) for name, value in r.items()} for r in folder.rows])
     if not figures:
         raise RuntimeError("figures: got no timed row, expected some")
     for name, panels in figures.items():
-        for part in save(render(panels), record.folder / f".part-{name}"):
-            os.replace(part, record.folder / f"{name}{part.suffix}")
+        part = save(render(panels), folder.path / f".part-{name}")
+        part.replace(folder.path / f"{name}{part.suffix}")
 
 
-def _bare(rows: list[Row]) -> float:
-    """Seconds of 1G: the middle of what was measured beside each provider."""
-    times = sorted(row["bare_seconds"] for row in rows)
-    return float(times[len(times) // 2])
-
-
-def write_summary(record: Record) -> None:
+def write_summary(folder: Folder) -> None:
     """Writes summary.md from what there is by now."""
-    facts = record.facts
+    facts = folder.facts
     lines = [
-        f"# {facts.get('device', record.device)}",
+        f"# {facts.get('device', folder.device)}",
         "",
         f"Commit `{facts.get('commit', '')}`, torch {facts.get('torch', '')}, triton "
         f"{facts.get('triton', '')}, CUDA {facts.get('cuda', '') or 'none'}; see "
@@ -63,62 +48,45 @@ def write_summary(record: Record) -> None:
         "",
         "## Tests",
         "",
+        f"{suite_plugin.told(suite_plugin.read(folder.tests))}; see [tests.jsonl](tests.jsonl).",
+        "",
     ]
-    lines += [f"{read_outcome(record.tests).text}; see [tests.jsonl](tests.jsonl).", ""]
-    for title, rows in by_shape(record.rows).items():
+    shapes: dict[str, list[Row]] = {}
+    for row in folder.rows:
+        name = f"{row['shape']}, " if row["shape"] else ""
+        shapes.setdefault(f"{name}{sizes(row)}", []).append(row)
+    for title, rows in shapes.items():
         lines += [f"## {title}", "", *_table(rows), ""]
-    if (record.folder / "loss.png").exists():
-        lines += ["![Time against memory](loss.png)", ""]
-    lines += ["## Cut", "", *([f"- {title}" for title in record.cut] or ["Nothing."]), ""]
+    lines += [f"![Time against memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
+    lines += ["", "## Cut", "", *([f"- {title}" for title in folder.cut] or ["Nothing."]), ""]
     lines += ["## Failures", ""]
-    lines += [f"- {title}" for title in record.failed] or ["None."]
-    if record.failed:
+    lines += [f"- {title}" for title in folder.failed] or ["None."]
+    if folder.failed:
         lines += ["", "Details: [failures.txt](failures.txt)."]
-    record.write("summary.md", "\n".join(lines) + "\n")
+    folder.write("summary.md", "\n".join(lines) + "\n")
 
 
 def _table(rows: list[Row]) -> list[str]:
     """Timed rows from fast to slow, then the others with their reasons."""
-    timed = sorted((row for row in rows if row["seconds"] != ""), key=lambda row: row["seconds"])
-    lines = []
+    lines, ranked = [], sorted(timed(rows), key=lambda row: row["seconds"])
     if rows[0]["scaled_down_from"]:
         lines += [f"Scaled down from {rows[0]['scaled_down_from']}: the device has no room.", ""]
-    if timed:
+    if ranked:
+        bare = statistics.median(row["g_seconds"] for row in ranked)
         lines += [
-            f"{rows[0]['dtype']}; 1G is {1e3 * _bare(timed):.2f} ms. Relative errors are against "
-            "the torch backend's exact gradient.",
+            f"1G is {1e3 * bare:.2f} ms. Relative errors are against the torch backend's exact "
+            "gradient.",
             "",
-            "| | ms | x G | tokens/s | extra MiB | entries a token (listed) | error: loss | dH "
-            "| dW | |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
         ]
-    for row in timed:
-        note = "" if row["status"] == "ok" else f"**{row['status']}**: "
-        cells = [
-            row["provider"],
-            f"{1e3 * row['seconds']:.2f}",
-            f"{row['times_g']:.2f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['extra_bytes'] / 2**20:.0f}" if row["extra_bytes"] != "" else "",
-            _entries(row),
-            _percent(row["error_loss"]),
-            _percent(row["error_hidden"]),
-            _percent(row["error_weight"]),
-            note + str(row["reason"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [["", "loss", *_SHOWN, "note"]]
+        for row in ranked:
+            note = "" if row["status"] == "ok" else f"**{row['status']}**: "
+            figures = [FIGURES[name](row) for name in _SHOWN]
+            kind = f"{row['weighting']}, {row['mode']}"
+            cells.append([label(row), kind, *figures, f"{note}{row['reason']}"])
+        lines += [*markdown(cells).splitlines(), ""]
     others = [row for row in rows if row["seconds"] == ""]
-    if others and timed:
-        lines.append("")
-    return lines + [f"- {row['provider']}: {row['status']}: {row['reason']}" for row in others]
-
-
-def _entries(row: Row) -> str:
-    if row["entries_per_token"] == "":
-        return ""
-    listed = "" if row["listed_per_token"] == "" else f" ({row['listed_per_token']:.0f})"
-    return f"{row['entries_per_token']:.0f}{listed}"
-
-
-def _percent(value: float | str) -> str:
-    return "" if isinstance(value, str) else f"{value:.2%}"
+    for status in dict.fromkeys(row["status"] for row in others):
+        same = [row for row in others if row["status"] == status]
+        lines += [f"- {status}: {text}" for text in reasons(same)]
+    return lines

@@ -21,18 +21,25 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure.suite import FIRST, VALUES, Build, run_suite
-from benchmarks.measure.watched import REHEARSAL, SHAPES, TURNS, compile_ahead, measure_all
-from benchmarks.providers.candidates import CANDIDATES, find
-from benchmarks.results.folder import Record, nvidia_smi, slug
-from benchmarks.results.readings import RESULTS
+from benchmarks.measure.build import Build
+from benchmarks.measure.suite import FIRST, VALUES, Suite, run_suite
+from benchmarks.measure.watched import TURNS, compile_ahead, measure_all
+from benchmarks.providers.registry import PROVIDERS, telling_cases
+from benchmarks.results.folder import Folder, nvidia_smi, slug
+from benchmarks.results.schema import RESULTS
 from benchmarks.results.summary import draw_figures, write_summary
+from benchmarks.shapes import ON_A_GPU, REHEARSAL
 
 # By when a part must be done, of all the time; what one leaves goes to the next.
-_FIRST, _TRITON, _BUILD, _CUDA_FIRST, _CUDA, _COMPILED, _SPEED = (
-    *(0.15, 0.35, 0.4, 0.45, 0.55, 0.65),
-    0.97,
-)
+_BY = {
+    "triton first": 0.15,
+    "triton values": 0.35,
+    "build": 0.4,
+    "cuda first": 0.45,
+    "cuda values": 0.55,
+    "compiling": 0.65,
+    "speed": 0.97,
+}
 # Compiling kernels is most of the tests' time, and goes on beside the GPU.
 _PROCESSES = 16
 # Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
@@ -53,7 +60,9 @@ class Config:
     """Rehearse on the CPU with tiny shapes, where Triton's interpreter stands in for the GPU."""
     output: Path | None = None
     """Instead of a folder named after the GPU; needed for `dry_run`."""
-    providers: tuple[str, ...] = tuple(candidate.name for candidate in CANDIDATES)
+    providers: tuple[str, ...] = tuple(
+        name for name, provider in PROVIDERS.items() if provider.backend != "cpu"
+    )
     """Some of these, or your own as `module:function`."""
     tests: bool = True
     """Compile `_cuda` and run the correctness tests first."""
@@ -73,7 +82,7 @@ def parse(arguments: list[str], prog: str) -> Config:
     parser.add_argument(
         "--output", type=Path, help="instead of a folder named after the GPU; for --dry-run needed"
     )
-    names = ", ".join(repr(candidate.name) for candidate in CANDIDATES)
+    names = ", ".join(map(repr, Config.providers))
     parser.add_argument(
         "--providers", nargs="+", help=f"your own as module:function, or some of {names}"
     )
@@ -95,79 +104,79 @@ def main(config: Config) -> None:
     """
     if not config.minutes > 0:
         raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
-    record = Record(_folder(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
-    for name in config.providers:
-        try:
-            find(name)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
-    record.open()
-    for name, part in _parts(config, record).items():
+    folder = Folder(_path(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
+    try:
+        telling_cases(config.providers)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    folder.open()
+    for name, part in _parts(config, folder).items():
         try:
             part()
         except Exception:
-            record.failure(name, traceback.format_exc())
-        write_summary(record)
-    for what in record.cut:
-        record.say(f"cut: {what}")
-    record.say(f"written to {record.folder}; {len(record.failed)} failures, {len(record.cut)} cut")
-    if record.failed:
+            folder.failure(name, traceback.format_exc())
+        write_summary(folder)
+    for what in folder.cut:
+        folder.say(f"cut: {what}")
+    folder.say(f"written to {folder.path}; {len(folder.failed)} failures, {len(folder.cut)} cut")
+    if folder.failed:
         raise SystemExit(1)
 
 
-def _parts(config: Config, record: Record) -> dict[str, Callable[[], None]]:
+def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
     """What is done, in its order."""
-    env, names = _environment(config.dry_run), config.providers
-    shapes, turns = (REHEARSAL, 1) if config.dry_run else (SHAPES, TURNS)
+    env, cases = _environment(config.dry_run), telling_cases(config.providers)
+    shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
     processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
+    selected = _REHEARSED if config.dry_run else _SELECTED
     builds: list[Build] = []
 
-    def until(share: float) -> float:
-        return record.started + 60 * config.minutes * share
+    def until(part: str) -> float:
+        return folder.started + 60 * config.minutes * _BY[part]
 
-    def check(title: str, files: tuple[str, ...], share: float) -> Callable[[], None]:
+    def check(title: str, files: tuple[str, ...]) -> None:
         backend = title.partition(" ")[0]
-        chosen = (_REHEARSED if config.dry_run else _SELECTED)[files].format(backend)
-        one = 1 if files == FIRST else processes  # of the first steps the order counts
-
-        def run() -> None:
-            missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
-            if backend == "cuda" and missing:
-                record.say(f"{title}: not run, there is no bft_kernels._cuda")
-            else:
-                run_suite(record, env, until(share), title, files, chosen, one)
-
-        return run
+        missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
+        if backend == "cuda" and missing:
+            folder.say(f"{title}: not run, there is no bft_kernels._cuda")
+            return
+        # Of the first steps the order counts.
+        suite = Suite(
+            title, files, selected[files].format(backend), 1 if files == FIRST else processes
+        )
+        run_suite(suite, folder, env, until(title))
 
     def build() -> None:
-        reason = builds[0].finish(until(_BUILD))
+        reason = builds[0].finish(until("build"))
         if reason:
-            record.note(build_reason=reason)
-        record.look(env)
+            folder.note(build_reason=reason)
+        folder.look(env)
 
     def speed() -> None:
-        measure_all(record, env, until(_SPEED), shapes, names, turns)
-        record.note(nvidia_smi_after=nvidia_smi())
+        measure_all(folder, env, until("speed"), shapes, cases, turns)
+        folder.note(nvidia_smi_after=nvidia_smi())
 
     tests: dict[str, Callable[[], None]] = {
-        "start of the build": lambda: builds.append(Build(record, env)),
-        "triton first": check("triton first", FIRST, _FIRST),
-        "triton values": check("triton values", VALUES, _TRITON),
+        "start of the build": lambda: builds.append(Build(folder, env)),
+        "triton first": lambda: check("triton first", FIRST),
+        "triton values": lambda: check("triton values", VALUES),
         "build": build,
-        "cuda first": check("cuda first", FIRST, _CUDA_FIRST),
-        "cuda values": check("cuda values", VALUES, _CUDA),
+        "cuda first": lambda: check("cuda first", FIRST),
+        "cuda values": lambda: check("cuda values", VALUES),
     }
     return {
-        "environment": record.environment,
-        "info": lambda: record.look(env),
+        "environment": folder.environment,
+        "info": lambda: folder.look(env),
         **(tests if config.tests else {}),
-        "compiling": lambda: compile_ahead(record, env, until(_COMPILED), shapes, names, processes),
+        "compiling": lambda: compile_ahead(
+            folder, env, until("compiling"), shapes, cases, processes
+        ),
         "speed": speed,
-        "figures": lambda: draw_figures(record),
+        "figures": lambda: draw_figures(folder),
     }
 
 
-def _folder(config: Config) -> Path:
+def _path(config: Config) -> Path:
     if config.dry_run:
         if config.output is None:
             raise SystemExit("output: got none, expected a folder for what a dry run writes")

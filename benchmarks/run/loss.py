@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
-from benchmarks.measure.errors import first_rows, gradient_errors, truth
+from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
+from benchmarks.measure.memory import extra_memory, keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
-from benchmarks.measure.timing import (
-    Timing,
-    extra_memory,
-    first_line,
-    keep_memory,
-    step,
-    time_all,
-    time_turns,
-)
+from benchmarks.measure.processes import explain, first_line
+from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
-from benchmarks.results.loss_table import COLUMNS, show
-from benchmarks.results.schema import append, check_columns, environment
+from benchmarks.results.environment import environment
+from benchmarks.results.loss_table import FIGURES, label, reasons, sizes, timed
+from benchmarks.results.schema import COLUMNS, append, check_columns, full
 from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
+
+Row = dict[str, Any]
+_GRADIENTS = ("hidden", "weight")
+_MODES = {
+    "forward": "forward, no gradients",
+    "both": "forward, dH and dW",
+    "frozen": "forward and dH, frozen head",
+}
+# Of the figures those for which a terminal has room.
+_SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,12 @@ def main(config: Config) -> None:
     if config.keep_memory:
         keep_memory()
     facts = environment(config.device) | {"load": load}
-    for label, source in sources.items():
+    for name, source in sources.items():
         for dtype in config.dtypes:
-            rows = _measure(config, label, source, dtype, asked)
-            show(Console(), rows)
+            rows = _measure(config, name, source, dtype, asked)
+            _show(Console(), rows, config.device)
             if config.output is not None:
-                append(config.output, [_row(row | facts) for row in rows])
+                append(config.output, [full(row | facts) for row in rows])
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:
@@ -109,115 +116,98 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 
 def _measure(
-    config: Config, label: str, source: Source, dtype_name: str, asked: list[Case]
-) -> list[dict[str, Any]]:
+    config: Config, name: str, source: Source, dtype_name: str, asked: list[Case]
+) -> list[Row]:
     """A row for 1G and for each case."""
     dtype = getattr(torch, dtype_name)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # code for any shape, made for the second one, is slower
     problem = make_problem(source, dtype, config.device)
     shape = problem.shape
-    reasons = {case: why_not(case, config.device, dtype) for case in asked}
-    running: dict[Case, Case] = {}  # with the option that is the fastest here
-    for case in _progress(asked, f"{label}: first runs"):
-        if reasons[case]:
-            continue
-        try:
-            running[case] = _with_option(case, problem, config.device)
-        except Exception as error:  # whatever a peer raises is its reason
-            reasons[case] = f"failed: {type(error).__name__}: {first_line(error)}"
-    bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
-    refuse(too_noisy(bare, config.max_spread), config.force)
-    errors = _errors(config, problem, running)
-    del problem
-    if config.device == "cuda":
-        torch.cuda.empty_cache()  # the processes that follow need the room
-    memory: dict[Case, int] = {}
-    for case in _progress(running if config.memory else (), f"{label}: memory"):
-        try:
-            memory[case] = extra_memory(running[case], source, dtype, config.device)
-        except RuntimeError as error:
-            reasons[case] = f"memory not measured: {first_line(error)}"
-    where = {
-        "shape": label,
+    where: Row = {
+        "shape": name,
         "inputs": "synthetic" if isinstance(source, Shape) else "recorded",
         "tokens": shape.tokens,
         "width": shape.width,
         "vocabulary": shape.vocabulary,
         "dtype": dtype_name,
         "memory_kept": config.keep_memory,
-        "device_kind": config.device,
-        "repeats": config.repeats,
-        "g_seconds": bare.seconds,
+        "reason": "",
     }
-    size = dtype.itemsize
-    rows = [
-        where | {"provider": "1G"} | _rates(bare, bare, shape.flops, _bytes(shape, "forward", size))
-    ]
-    for case in asked:
-        row = where | {
+    rows: dict[Case, Row] = {}
+    running: dict[Case, Case] = {}  # with the option that is the fastest here
+    for case in _progress(asked, f"{name}: first runs"):
+        rows[case] = where | {
             "provider": case.provider,
             "weighting": case.weighting,
             "mode": case.mode,
-            "reason": reasons[case],
+            "status": "unavailable",
+            "reason": why_not(case, config.device, dtype),
         }
-        if case in running:
-            flops = case.products * shape.flops
-            taken = times[running[case]]
-            row |= {"options": running[case].option, "extra_bytes": memory.get(case, "")}
-            row |= _rates(taken, bare, flops, _bytes(shape, case.mode, size)) | errors[case]
-        rows.append(row)
-    return rows
+        if rows[case]["reason"]:
+            continue
+        try:
+            running[case] = fastest_option(case, problem, config.device)
+            step(running[case], problem)
+        except Exception as error:  # whatever a peer raises is its reason
+            running.pop(case, None)
+            rows[case] |= {"status": "failed", "reason": f"failed: {explain(error)}"}
+    bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
+    refuse(too_noisy(bare, config.max_spread), config.force)
+    for case, chosen in running.items():
+        rows[case] |= {"status": "ok", "options": chosen.option}
+        rows[case] |= rates(times[chosen], bare, shape, dtype.itemsize, chosen)
+    if config.errors:
+        _add_errors(rows, problem, running)
+    del problem
+    if config.device == "cuda":
+        torch.cuda.empty_cache()  # the processes that follow need the room
+    for case in _progress(running if config.memory else (), f"{name}: memory"):
+        try:
+            memory = extra_memory(running[case], source, dtype, config.device)
+            rows[case]["extra_bytes"] = memory
+        except RuntimeError as error:
+            rows[case]["reason"] = f"memory not measured: {first_line(error)}"
+    product = where | {"provider": "1G", "status": "ok"} | rates(bare, bare, shape, dtype.itemsize)
+    return [product, *rows.values()]
 
 
-def _with_option(case: Case, problem: Problem, device: str) -> Case:
-    """The case with the fastest of its provider's options; every one is run once at least."""
-    options = PROVIDERS[case.provider].options
-    candidates = [replace(case, option=option) for option in options]
-    if len(candidates) == 1:
-        step(candidates[0], problem)
-        return candidates[0]
-    runs = {one: lambda one=one: step(one, problem) for one in candidates}
-    times = time_turns(runs, device, 2)
-    return min(candidates, key=lambda one: times[one].seconds)
-
-
-def _errors(
-    config: Config, problem: Problem, running: dict[Case, Case]
-) -> dict[Case, dict[str, float]]:
-    """Of each case's gradients; one weighting's truth is held at a time."""
-    found: dict[Case, dict[str, float]] = {case: {} for case in running}
-    if not config.errors:
-        return found
+def _add_errors(rows: dict[Case, Row], problem: Problem, running: dict[Case, Case]) -> None:
+    """Of each case's first tokens; one weighting's truth is held at a time."""
     part = first_rows(problem)
     for weighting in dict.fromkeys(case.weighting for case in running):
         expected = truth(part, weighting)
-        for case in running:
+        for case, chosen in running.items():
             if case.weighting == weighting:
-                found[case] = gradient_errors(running[case], part, expected)
-    return found
+                rows[case] |= step_errors(chosen, part, expected)
+                rows[case] |= certificate(chosen, part, expected)
 
 
-def _bytes(shape: Shape, mode: str, size: int) -> int:
-    """Of the inputs read and the gradients written, each once."""
-    hidden, weight = shape.tokens * shape.width, shape.vocabulary * shape.width
-    gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}[mode]
-    return size * (hidden + weight + gradients)
-
-
-def _rates(taken: Timing, bare: Timing, flops: int, moved: int) -> dict[str, float]:
-    return {
-        "seconds": taken.seconds,
-        "spread": taken.spread,
-        "times_g": taken.seconds / bare.seconds,
-        "flops_per_second": flops / taken.seconds,
-        "bytes_per_second": moved / taken.seconds,
-    }
-
-
-def _row(row: dict[str, Any]) -> dict[str, Any]:
-    """In the order of the columns, empty where there is nothing to say."""
-    return {column: row.get(column, "") for column in COLUMNS}
+def _show(console: Console, rows: Sequence[Row], device: str) -> None:
+    """A table a weighting and mode, and below them who could not run and why."""
+    bare, *others = rows
+    kept = ", memory kept" if bare["memory_kept"] else ""
+    for weighting, mode in dict.fromkeys((row["weighting"], row["mode"]) for row in others):
+        title = f"{bare['shape']} ({bare['inputs']} inputs): {sizes(bare)}, {device}{kept}"
+        table = Table(
+            title=f"{title}\n{weighting} loss, {_MODES[mode]}",
+            box=SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+        )
+        table.add_column("", no_wrap=True)
+        for column in _SHOWN:
+            table.add_column(column, justify="right", no_wrap=True)
+        same = [row for row in others if (row["weighting"], row["mode"]) == (weighting, mode)]
+        for row in (bare, *timed(same)):
+            table.add_row(label(row), *(FIGURES[name](row) for name in _SHOWN))
+            if "certificate_hidden" in row:
+                promised = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _GRADIENTS}
+                cells = (FIGURES[name](promised) for name in _SHOWN)
+                table.add_row("  certified", *cells)
+        console.print(table)
+    for text in reasons(others):
+        console.print(f"missing: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(cases: Any, text: str) -> Any:

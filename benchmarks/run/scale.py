@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
+from benchmarks.measure.growth import fit, predict
+from benchmarks.measure.memory import keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
-from benchmarks.measure.timing import Timing, bare_product, keep_memory, seconds, step, timing
+from benchmarks.measure.timing import Timing, bare_product, step, time_turns
 from benchmarks.providers.registry import Case, cases, why_not
-from benchmarks.results.schema import append, environment
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append
 from benchmarks.shapes import Shape, make_problem
 
 # What a shape is measured for: medians of a few short times would be noise.
@@ -77,105 +79,76 @@ def main(config: Config) -> None:
         for n in config.tokens
     ]
     measured = [_measure(config, case, shape) for shape in shapes]
-    for shape, (_, product, _) in zip(shapes, measured, strict=True):
-        if reason := too_noisy(product, config.max_spread):
+    for shape, times in zip(shapes, measured, strict=True):
+        if reason := too_noisy(times["bare_product"], config.max_spread):
             refuse(
                 f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: {reason}", config.force
             )
-    times, products, passes = (
-        [one.seconds for one in column] for column in zip(*measured, strict=True)
+    loss, product, a_pass = (
+        [times[name].seconds for times in measured] for name in ("loss", "bare_product", "pass")
     )
-    fixed, slope = fit(shapes, times)
-    bare_fixed, bare_slope = fit(shapes, products)
+    fixed, slope = fit(shapes, loss)
+    fitted = [predict(shape, fixed, slope) for shape in shapes]
+    _show(config, shapes, loss, product, fitted)
+    bare_fixed, bare_slope = fit(shapes, product)
     # The slope of a pass over dW in V D, that is its seconds an element.
     pass_slope = statistics.median(
         taken / (shape.vocabulary * shape.width)
-        for taken, shape in zip(passes, shapes, strict=True)
+        for taken, shape in zip(a_pass, shapes, strict=True)
     )
-    fitted = [predict(shape, fixed, slope) for shape in shapes]
-    table = Table(
-        title=f"{config.provider}, {config.weighting}, {config.mode}, {config.dtype}, "
-        f"{config.device}"
-    )
-    for column in ("N", "D", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
-        table.add_column(column, justify="right")
-    for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
-        table.add_row(
-            str(shape.tokens),
-            str(shape.width),
-            str(shape.vocabulary),
-            f"{taken:.3f}",
-            f"{taken / product:.2f}",
-            f"{value:.3f}",
-            f"{taken / value - 1:+.1%}",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
+    Console().print(
         f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
         f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
     )
-    if config.output is not None:
-        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
-        append(
-            config.output,
-            [
-                {
-                    "provider": config.provider,
-                    "weighting": config.weighting,
-                    "mode": config.mode,
-                    "tokens": shape.tokens,
-                    "width": shape.width,
-                    "vocabulary": shape.vocabulary,
-                    "dtype": config.dtype,
-                    "memory_kept": config.keep_memory,
-                    **facts,
-                    "seconds": taken.seconds,
-                    "spread": taken.spread,
-                    "bare_product_seconds": product.seconds,
-                    "bare_product_spread": product.spread,
-                    "pass_seconds": a_pass.seconds,
-                    "fitted_seconds": value,
-                }
-                for shape, (taken, product, a_pass), value in zip(
-                    shapes, measured, fitted, strict=True
-                )
-            ],
-        )
+    if config.output is None:
+        return
+    what = {"provider": config.provider, "weighting": config.weighting, "mode": config.mode}
+    how = {"dtype": config.dtype, "memory_kept": config.keep_memory}
+    how |= environment(config.device) | {"load": load, "repeats": config.repeats}
+    append(
+        config.output,
+        [
+            what
+            | asdict(shape)
+            | how
+            | {
+                "seconds": times["loss"].seconds,
+                "spread": times["loss"].spread,
+                "bare_product_seconds": times["bare_product"].seconds,
+                "bare_product_spread": times["bare_product"].spread,
+                "pass_seconds": times["pass"].seconds,
+                "fitted_seconds": value,
+            }
+            for shape, times, value in zip(shapes, measured, fitted, strict=True)
+        ],
+    )
 
 
-def _measure(config: Config, case: Case, shape: Shape) -> tuple[Timing, Timing, Timing]:
+def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
     """Of the loss, of the bare product and of a pass over dW, interleaved."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
-    runs: tuple[Callable[[], object], ...] = (
-        lambda: step(case, problem),
-        lambda: bare_product(problem, 1024, 512),
-        lambda: like_gradient.mul_(2),
-    )
-    turns: list[list[float]] = []
-    until = time.monotonic() + _LEAST_SECONDS
-    while len(turns) <= config.repeats or time.monotonic() < until:
-        turns.append([seconds(run, config.device) for run in runs])
-    of_loss, product, a_pass = (timing(list(column)) for column in zip(*turns[1:], strict=True))
-    return of_loss, product, a_pass
+    runs: dict[str, Callable[[], object]] = {
+        "loss": functools.partial(step, case, problem),
+        "bare_product": functools.partial(bare_product, problem, 1024, 512),
+        "pass": functools.partial(like_gradient.mul_, 2),
+    }
+    return time_turns(runs, config.device, config.repeats, lasting=_LEAST_SECONDS)
 
 
-def predict(shape: Shape, fixed: float, slope: float) -> float:
-    """``a V D + b N V D``, seconds."""
-    return (fixed + slope * shape.tokens) * shape.vocabulary * shape.width
-
-
-def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:
-    """``a`` and ``b`` that make the sum of squared relative deviations least."""
-    terms: Tensor = torch.tensor(
-        [
-            [predict(shape, 1, 0) / taken, predict(shape, 0, 1) / taken]
-            for shape, taken in zip(shapes, times, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    scale = terms.norm(dim=0)  # a is in seconds an element, b a thousandth of that
-    solution = torch.linalg.lstsq(terms / scale, torch.ones(len(shapes), 1, dtype=torch.float64))
-    fixed, slope = (solution.solution[:, 0] / scale).tolist()
-    return fixed, slope
+def _show(
+    config: Config,
+    shapes: list[Shape],
+    times: list[float],
+    products: list[float],
+    fitted: list[float],
+) -> None:
+    kind = config.provider, config.weighting, config.mode, config.dtype, config.device
+    table = Table(title=", ".join(kind))
+    for column in ("N", "D", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
+        table.add_column(column, justify="right")
+    for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
+        sizes = map(str, (shape.tokens, shape.width, shape.vocabulary))
+        figures = f"{taken:.3f}", f"{taken / product:.2f}", f"{value:.3f}"
+        table.add_row(*sizes, *figures, f"{taken / value - 1:+.1%}")
+    Console().print(table)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from benchmarks.measure.largest_batch import attempt, largest_batch
 from benchmarks.measure.noise import quiet_load
-from benchmarks.measure.timing import start, timing
+from benchmarks.measure.processes import spawn
+from benchmarks.measure.timing import timing
 from benchmarks.measure.train_step import Job, Outcome, send_times
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
-from benchmarks.results.readings import PARTS
-from benchmarks.results.schema import append, environment
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import PARTS, append
 from bft import hpo
 from bft.config import TrainConfig
 from bft.data import read_jsonl
@@ -185,7 +186,7 @@ def _measure(
     if config.repeats and labels:
         console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
         turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
-        process, receiver = start(send_times, job, labels, turns, config.keep_memory, daemon=True)
+        process, receiver = spawn(send_times, job, labels, turns, config.keep_memory, daemon=True)
         try:
             results = receiver.recv()
         except EOFError:

@@ -1,4 +1,4 @@
-"""A made-up result folder."""
+"""Result folders: an empty one, and a made-up one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.results.readings import PARTS
-from benchmarks.results.schema import append
+from benchmarks.results.folder import Folder
+from benchmarks.results.schema import PARTS, append
 
 # With what HTML, TeX and CSV would take for their own.
 ODD = 'odd <b>&"$x$, loss'
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Folder:
+    """An empty folder of a run on a CPU."""
+    made = Folder(tmp_path / "results", "cpu")
+    made.open()
+    return made
 
 
 @pytest.fixture(scope="session")

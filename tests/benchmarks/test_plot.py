@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from benchmarks.results import panels
 from benchmarks.results.figures import (
     Panel,
     Point,
@@ -21,7 +22,7 @@ from benchmarks.results.figures import (
     stacked,
     time_and_memory,
 )
-from benchmarks.results.readings import digits, finite, latest, number, read, result_folders
+from benchmarks.results.schema import digits, finite, latest, number, read, result_folders
 from benchmarks.run import plot
 
 
@@ -128,7 +129,7 @@ def test_plot_writes_every_figure_and_the_same_again(
 
 
 def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -> None:
-    figures = plot.loss_figures(read(folder / "loss.csv"))
+    figures = panels.loss_figures(read(folder / "loss.csv"))
     assert list(figures)[:2] == ["loss-bft-both", "loss-bft-forward"]
     balanced, plain = figures["loss-bft-both"], figures["loss-plain-both"]
     assert len(balanced) == len(plain) == 2
@@ -137,23 +138,23 @@ def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -
     assert "5.00 G, 1,024 MiB" in letters(balanced[0])
     assert 'odd <b>&"$x$, loss' in letters(balanced[0])
     rows = [{"provider": "eager", "status": "wrong", "times_g": "1.0", "extra_bytes": "1"}]
-    assert plot.loss_points(rows) == []
+    assert panels.loss_points(rows) == []
 
 
 def test_growth_draws_the_fitted_line_through_exact_times(folder: Path) -> None:
-    panels = plot.growth_figures(read(folder / "scale.csv"))["scale"]
-    assert [panel.title.split(": ")[1] for panel in panels] == [
+    drawn = panels.growth_figures(read(folder / "scale.csv"))["scale"]
+    assert [panel.title.split(": ")[1] for panel in drawn] == [
         "growth with N, D 16",
         "growth with V, D 16",
     ]
-    axes = render(panels[:1]).axes[0]
+    axes = render(drawn[:1]).axes[0]
     points, line = axes.lines[:2]
     ends = line.get_ydata()[[0, -1]]
     np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
 
 
 def test_training_has_a_panel_a_limit(folder: Path) -> None:
-    figures = plot.train_figures(read(folder / "train.csv"))
+    figures = panels.train_figures(read(folder / "train.csv"))
     assert [panel.words for panel in figures["train"]] == [
         "tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a step, and its peak memory, "
         "tokens/s: sampled 1,024; eager 512"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,16 @@ import torch
 import benchmarks.measure.noise
 import benchmarks.run.record
 import benchmarks.run.scale
+from benchmarks.measure.growth import fit, predict
 from benchmarks.providers.losses import ours
+from benchmarks.results.schema import read
 from benchmarks.shapes import Recorded, Shape, make_problem
 
 
 def test_fit_finds_the_two_slopes() -> None:
     shapes = [Shape(n, 64, v) for n in (256, 4096) for v in (1000, 50_000)]
-    exact = [benchmarks.run.scale.predict(shape, 3e-9, 2e-12) for shape in shapes]
-    fixed, slope = benchmarks.run.scale.fit(shapes, exact)
+    exact = [predict(shape, 3e-9, 2e-12) for shape in shapes]
+    fixed, slope = fit(shapes, exact)
     assert fixed == pytest.approx(3e-9)
     assert slope == pytest.approx(2e-12)
 
@@ -37,8 +38,7 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
         output=path,
     )
     benchmarks.run.scale.main(config)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     shapes = [(64, 512), (256, 512), (64, 2048), (256, 2048)]
     assert [tuple(int(row[c]) for c in ("width", "tokens", "vocabulary")) for row in rows] == [
         (width, *shape) for width in (16, 32) for shape in shapes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.measure import train_step
 from benchmarks.measure.largest_batch import attempt, largest_batch, next_batch
-from benchmarks.measure.timing import in_use
+from benchmarks.measure.memory import in_use
 from benchmarks.measure.train_step import Outcome, Stepper, time_steps
 from benchmarks.providers import at_head
 from benchmarks.providers.at_head import LOSSES
-from benchmarks.results.readings import PARTS
+from benchmarks.results.schema import PARTS, Row, read
 from benchmarks.run import train
 from bft.config import TrainConfig
 
@@ -67,11 +66,10 @@ def config(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def rows_of(config: train.Config) -> list[dict[str, str]]:
+def rows_of(config: train.Config) -> list[Row]:
     train.main(config)
     assert config.output is not None
-    with config.output.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(config.output)
 
 
 def gradients(stepper: Stepper, label: str, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
