@@ -200,7 +200,7 @@ def find(name: str) -> Provider:
         names = ", ".join(PROVIDERS)
         raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
     run = functools.partial(_imported, module, function)
-    return _peer(name, run, _KEPT, _KEPT, weightings=("plain",))
+    return _peer(name, run, _KEPT, _KEPT, weightings=("plain",), priority=0)
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:

@@ -1,8 +1,7 @@
-"""What all figures share: one narrow column of panels, colours, numbered points, bars and files.
+"""What all figures share: one narrow column of panels, colours, bars, numbered points and files.
 
 A figure is as wide as a phone whatever it shows, so that its letters are never scaled below what
-can be read; panels are stacked. What is ours has a colour and is filled, peers are grey and hollow:
-they differ without colours too.
+can be read. What is ours has a colour and is filled, peers are grey and hollow.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.results.schema import digits
 
 _WIDTH = 3.6  # inches
-_DPI = 200  # of a PNG
+_DPI = 200
 _INK = "#222222"
 _PEER = "#666666"
 # Okabe and Ito's, which the colour-blind can tell apart; by a word of the provider's name.
@@ -38,7 +37,6 @@ _ROW = 0.25  # inches of a bar and of its line of text
 _AXIS = 0.5  # inches of the axis below bars
 _LINE = 0.16  # inches of a line of a title
 _LETTERS = 44  # that a line of a title has room for
-_MARK = 11.0  # diameter of a numbered point, in points
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.edgecolor": _INK,
@@ -57,30 +55,23 @@ class Panel:
     """One part of a figure."""
 
     title: str
-    words: str  # what it shows, for those who do not see it
     height: float  # inches, without the title
-    # Draws into a subfigure, and returns what can be placed only once the layout is known.
-    draw: Callable[[Any], Callable[[], None] | None]
+    draw: Callable[[Any], None]  # into axes
 
 
 @dataclass(frozen=True)
-class Point:
-    """One provider."""
-
-    label: str
-    value: float
-    ours: bool
-    mebibytes: float | None = None  # extra memory
-    note: str = ""  # beside the value
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A bar made of parts."""
+class Bar:
+    """One provider, of one value or of parts that add up."""
 
     label: str
     values: Sequence[float]
     ours: bool
+    note: str = ""  # beside the value
+    mebibytes: float | None = None  # extra memory
+
+    @property
+    def value(self) -> float:
+        return float(sum(self.values))
 
 
 def ours(provider: str) -> bool:
@@ -88,16 +79,11 @@ def ours(provider: str) -> bool:
     return provider.split(" ", 1)[0] == "bft"
 
 
-def colour(point: Point) -> str:
+def colour(bar: Bar) -> str:
     """One for each backend of ours, one for all peers."""
-    if not point.ours:
+    if not bar.ours:
         return _PEER
-    return next((c for word, c in _OURS.items() if word in point.label.split()), _OTHER_OURS)
-
-
-def wide(numbers: Sequence[float]) -> bool:
-    """Whether a linear axis would squash the small ones, and a logarithmic one can show them."""
-    return max(numbers) > 20 * min(numbers) > 0
+    return next((c for word, c in _OURS.items() if word in bar.label.split()), _OTHER_OURS)
 
 
 def render(panels: Sequence[Panel]) -> Figure:
@@ -117,16 +103,11 @@ def render(panels: Sequence[Panel]) -> Figure:
     ]
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained", facecolor="white")
+        # Subfigures: each has margins of its own.
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-        after = []
         for panel, lines, part in zip(panels, titles, parts, strict=True):
             part.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold", x=0.02, ha="left")
-            after.append(panel.draw(part))
-        figure.draw_without_rendering()  # lays out, once
-        figure.set_layout_engine("none")
-        for place in after:
-            if place is not None:
-                place()
+            panel.draw(part.subplots())
     return figure
 
 
@@ -138,80 +119,74 @@ def save(figure: Figure, path: Path) -> Path:
     return written
 
 
-def time_and_memory(title: str, points: Sequence[Point]) -> Panel:
-    """Multiples of 1G against memory, and below it the same as bars, which name the numbers.
+def time_and_memory(title: str, given: Sequence[Bar]) -> list[Panel]:
+    """Multiples of 1G against memory, and the same as bars, which name the numbers.
 
     Args:
         title: the problem's.
-        points: values in multiples of 1G; those without memory are in the bars alone.
+        given: values in multiples of 1G; those without memory are in the bars alone.
     """
-    ranked = sorted(points, key=lambda point: point.value)
-    placed = {i: p for i, p in enumerate(ranked, 1) if p.mebibytes is not None}
-    lower = _AXIS + _ROW * len(ranked)
-    upper = 2.4 if placed else 0.0
+    ranked = sorted(given, key=lambda bar: bar.value)
+    placed = {i: bar for i, bar in enumerate(ranked, 1) if bar.mebibytes is not None}
 
-    def draw(part: Any) -> Callable[[], None] | None:
-        # Subfigures: each has margins of its own.
-        ratios = [upper, lower] if placed else [lower]
-        parts = part.subfigures(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0]
-        names = [f"{number}  {point.label}" for number, point in enumerate(ranked, 1)]
-        texts = [f"{point.value:.2f} G{_memory(point)}" for point in ranked]
-        _bars(parts[-1].subplots(), names, ranked, texts, "time, x G", reference=1.0)
-        return _scatter(parts[0].subplots(), placed) if placed else None
+    def scatter(axes: Any) -> None:
+        for number, bar in placed.items():
+            at, face = (max(1.0, bar.mebibytes or 0.0), bar.value), colour(bar)
+            axes.plot(*at, "o", color=face, markerfacecolor=face if bar.ours else "white")
+            aside = (4, 3 if number % 2 else -8)  # neighbours in time may be at one place
+            axes.annotate(str(number), at, aside, textcoords="offset points", fontsize=7)
+        axes.set(xscale="log", xlabel="peak memory beyond inputs and gradients, MiB")
+        _scale_of(axes, "y", [1.0, *(bar.value for bar in placed.values())])
+        axes.axhline(1.0, color=_INK, linestyle=":", linewidth=1)
+        axes.set_ylabel("time, x G")
+        axes.grid(alpha=0.25, linewidth=0.5)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
-    fastest, slowest = ranked[0], ranked[-1]
-    words = (
-        f"{title}: time in multiples of the bare product against extra memory, from "
-        f"{fastest.label}, {fastest.value:.2f}, to {slowest.label}, {slowest.value:.2f}"
-    )
-    return Panel(title, words, upper + lower, draw)
+    names = [f"{number}  {bar.label}" for number, bar in enumerate(ranked, 1)]
+    texts = [
+        f"{bar.value:.2f} G" + ("" if bar.mebibytes is None else f", {bar.mebibytes:,.0f} MiB")
+        for bar in ranked
+    ]
+
+    def draw(axes: Any) -> None:
+        _bars(axes, names, ranked, texts, "time, x G")
+        axes.axvline(1.0, color=_INK, linestyle=":", linewidth=1, zorder=0)
+
+    height = _AXIS + _ROW * len(ranked)
+    return [*([Panel(title, 2.4, scatter)] if placed else []), Panel(title, height, draw)]
 
 
-def bars(title: str, points: Sequence[Point], label: str) -> Panel:
+def bars(title: str, given: Sequence[Bar], label: str) -> Panel:
     """Values of one kind, the smallest last; a note stands beside its value."""
-    ranked = sorted(points, key=lambda point: -point.value)
-    words = f"{title}, {label}: " + "; ".join(f"{p.label} {digits(p.value)}" for p in ranked)
+    ranked = sorted(given, key=lambda bar: -bar.value)
+    texts = [", ".join(filter(None, (digits(bar.value), bar.note))) for bar in ranked]
 
-    def draw(part: Any) -> None:
-        names = [point.label for point in ranked]
-        texts = [", ".join(filter(None, (digits(point.value), point.note))) for point in ranked]
-        _bars(part.subplots(), names, ranked, texts, label)
+    def draw(axes: Any) -> None:
+        _bars(axes, [bar.label for bar in ranked], ranked, texts, label)
 
-    return Panel(title, words, _AXIS + _ROW * len(ranked), draw)
+    return Panel(title, _AXIS + _ROW * len(ranked), draw)
 
 
-def stacked(title: str, lines: Sequence[Stack], parts: Sequence[str], label: str) -> Panel:
+def stacked(title: str, given: Sequence[Bar], parts: Sequence[str], label: str) -> Panel:
     """Bars made of parts, in the parts' order; the longest first."""
-    ranked = sorted(lines, key=lambda line: -sum(line.values))
-    words = f"{title}, {label}: " + "; ".join(
-        f"{line.label} {digits(sum(line.values))}, of which "
-        + ", ".join(
-            f"{part} {digits(value)}" for part, value in zip(parts, line.values, strict=True)
-        )
-        for line in ranked
-    )
+    ranked = sorted(given, key=lambda bar: -bar.value)
 
-    def draw(part: Any) -> None:
-        axes = part.subplots()
-        places = np.arange(len(ranked))
+    def draw(axes: Any) -> None:
         starts = np.zeros(len(ranked))
         # Light to dark would say more or less; hatches tell neighbours apart without colours too.
         for index, name in enumerate(parts):
-            values = np.array([line.values[index] for line in ranked])
-            colour_, hatch = _PARTS[index % len(_PARTS)]
-            axes.barh(
-                places, values, 0.35, starts, label=name, color=colour_, hatch=hatch,
-                edgecolor="white", linewidth=0.5,
-            )  # fmt: skip
+            values = np.array([bar.values[index] for bar in ranked])
+            face, hatch = _PARTS[index % len(_PARTS)]
+            how = {"label": name, "color": face, "hatch": hatch, "edgecolor": "white"}
+            axes.barh(range(len(ranked)), values, 0.35, starts, linewidth=0.5, **how)
             starts += values
-        texts = [digits(total) for total in starts]
-        _names(axes, [line.label for line in ranked], texts, [line.ours for line in ranked])
+        _names(axes, [bar.label for bar in ranked], [digits(total) for total in starts], ranked)
         axes.set_xlim(0, max(starts))
         axes.set_xlabel(label)
         legend_above(axes, columns=2)
 
     legend = _LINE * (1 + (len(parts) + 1) // 2)
-    return Panel(title, words, _AXIS + _ROW * len(ranked) + legend, draw)
+    return Panel(title, _AXIS + _ROW * len(ranked) + legend, draw)
 
 
 def legend_above(axes: Any, columns: int, **more: Any) -> None:
@@ -227,42 +202,30 @@ def legend_above(axes: Any, columns: int, **more: Any) -> None:
     )
 
 
-def _memory(point: Point) -> str:
-    return "" if point.mebibytes is None else f", {point.mebibytes:,.0f} MiB"
+def _scale_of(axes: Any, axis: str, numbers: Sequence[float]) -> None:
+    """Logarithmic where a linear axis would squash the small ones, if all are positive."""
+    wide = max(numbers) > 20 * min(numbers) > 0
+    limits = (min(numbers) / 1.5, max(numbers)) if wide else (0, max(numbers))
+    top = limits[1] * (1.08 if axis == "y" else 1)
+    axes.set(**{f"{axis}scale": "log" if wide else "linear", f"{axis}lim": (limits[0], top)})
 
 
 def _bars(
-    axes: Any,
-    names: Sequence[str],
-    points: Sequence[Point],
-    texts: Sequence[str],
-    label: str,
-    reference: float | None = None,
+    axes: Any, names: Sequence[str], given: Sequence[Bar], texts: Sequence[str], label: str
 ) -> None:
     """Horizontal, the first on top; the name and the text of each stand above it."""
-    numbers = [point.value for point in points]
-    places = np.arange(len(points))
-    axes.barh(
-        places,
-        numbers,
-        height=0.35,
-        color=[colour(point) if point.ours else "#d9d9d9" for point in points],
-        edgecolor=[colour(point) for point in points],
-    )
-    _names(axes, names, texts, [point.ours for point in points])
-    if reference is not None:
-        axes.axvline(reference, color=_INK, linestyle=":", linewidth=1, zorder=0)
-    if wide(numbers):
-        axes.set_xscale("log")
-        axes.set_xlim(min(numbers) / 1.5, max(numbers))
-    else:
-        axes.set_xlim(0, max(numbers))
+    colours = [colour(bar) for bar in given]
+    faces = [own if bar.ours else "#d9d9d9" for own, bar in zip(colours, given, strict=True)]
+    numbers = [bar.value for bar in given]
+    axes.barh(range(len(given)), numbers, height=0.35, color=faces, edgecolor=colours)
+    _names(axes, names, texts, given)
+    _scale_of(axes, "x", numbers)
     axes.set_xlabel(label)
 
 
-def _names(axes: Any, names: Sequence[str], texts: Sequence[str], own: Sequence[bool]) -> None:
+def _names(axes: Any, names: Sequence[str], texts: Sequence[str], given: Sequence[Bar]) -> None:
     """Above each of several horizontal bars its name, on the left, and its text, on the right."""
-    for place, (name, text, bold) in enumerate(zip(names, texts, own, strict=True)):
+    for place, (name, text, bar) in enumerate(zip(names, texts, given, strict=True)):
         for x, words, side in ((0, name, "left"), (1, text, "right")):
             axes.annotate(
                 words,
@@ -271,87 +234,9 @@ def _names(axes: Any, names: Sequence[str], texts: Sequence[str], own: Sequence[
                 ha=side,
                 va="bottom",
                 fontsize=7.5,
-                fontweight="bold" if bold else "normal",
+                fontweight="bold" if bar.ours else "normal",
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
             ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(names) - 0.6, -0.95)
-
-
-def _scatter(axes: Any, points: dict[int, Point]) -> Callable[[], None]:
-    """Multiples of 1G against memory; returns what writes the numbers."""
-    numbers = [1.0, *(point.value for point in points.values())]
-    memory = [max(1.0, point.mebibytes or 0.0) for point in points.values()]
-    axes.set_xscale("log")
-    axes.set_xlim(min(memory) / 1.5, max(memory) * 1.5)
-    if wide(numbers):
-        axes.set_yscale("log")
-        axes.set_ylim(min(numbers) / 1.3, max(numbers) * 1.3)
-    else:
-        axes.set_ylim(0, 1.08 * max(numbers))
-    axes.axhline(1.0, color=_INK, linestyle=":", linewidth=1)
-    axes.annotate(
-        "bare product, 1G", (1, 1.0), (0, -2), ("axes fraction", "data"), "offset points",
-        fontsize=7.5, ha="right", va="top",
-    )  # fmt: skip
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
-    axes.set_xlabel("peak memory beyond inputs and gradients, MiB")
-    axes.set_ylabel("time, x G")
-    axes.grid(alpha=0.25, linewidth=0.5)
-    values = [point.value for point in points.values()]
-
-    def place() -> None:
-        to_points = 72 / axes.figure.get_dpi()
-        at = axes.transData.transform(np.column_stack([memory, values])) * to_points
-        box = axes.get_window_extent()
-        low, high = np.array([box.p0, box.p1]) * to_points
-        shifts = apart(at, _MARK + 1, low + _MARK / 2, high - _MARK / 2) - at
-        for (number, point), x, y, shift in zip(
-            points.items(), memory, values, shifts, strict=True
-        ):
-            axes.plot(x, y, ".", color=colour(point), markersize=4)
-            axes.annotate(
-                str(number),
-                (x, y),
-                tuple(shift),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                color="white" if point.ours else _INK,
-                bbox={
-                    "boxstyle": f"circle,pad={0.25 if number < 10 else 0.12}",
-                    "facecolor": colour(point) if point.ours else "white",
-                    "edgecolor": colour(point),
-                    "linewidth": 0.8,
-                },
-                arrowprops={"arrowstyle": "-", "color": colour(point), "linewidth": 0.7},
-            ).set_in_layout(False)
-
-    return place
-
-
-def apart(at: np.ndarray, distance: float, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Places near ``at`` that are this far from each other, as far as the box has room.
-
-    Args:
-        at: [n, 2].
-        distance: of two places, in the units of ``at``.
-        low: the box's lower left corner, [2].
-        high: its upper right corner, [2].
-    """
-    places = np.clip(at.astype(float), low, high)
-    # Two at one place would not know where to go: each starts off a little in its own direction.
-    turns = 2.4 * np.arange(len(places))
-    places += 1e-3 * distance * np.column_stack([np.cos(turns), np.sin(turns)])
-    for _ in range(500):
-        away = places[:, None] - places[None]  # [n, n, 2]
-        length = np.linalg.norm(away, axis=2) + np.eye(len(places)) * 2 * distance
-        overlap = np.maximum(0.0, distance - length)
-        if not overlap.any():
-            break
-        push = away / np.maximum(length, 1e-9)[..., None] * overlap[..., None]
-        places = np.clip(places + 0.5 * push.sum(axis=1), low, high)
-    return places
