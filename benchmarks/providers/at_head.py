@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,31 +13,6 @@ from benchmarks.shapes import Problem
 from bft.config import TrainConfig
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, Head, LossFunction
-
-Weighting = Literal["plain", "bft"]
-PEERS = ("torch chunked", "liger chunked", "liger fused", "cut-cross-entropy", "trl")
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """One loss of a fine-tuning step.
-
-    ``make`` gives the function that :func:`bft.patch_model` puts at the model's head, or ``None``
-    for what the model itself does with ``labels=``.
-    """
-
-    name: str
-    weighting: Weighting  # the mean over tokens, or Balanced Fine-Tuning's over documents
-    make: Callable[[TrainConfig], LossFunction | None]
-    peer: Case | None = None  # of `python -m benchmarks loss`, which says where it can run
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, {self.weighting}"
-
-    def why_missing(self, device: str, dtype: torch.dtype = torch.float32) -> str:
-        """Why it cannot run here, empty if it can."""
-        return "" if self.peer is None else why_not(self.peer, device, dtype)
 
 
 def _at_head(case: Case, window: int) -> LossFunction:
@@ -64,35 +38,39 @@ def _at_head(case: Case, window: int) -> LossFunction:
     return loss
 
 
-def _peer(name: str, weighting: Weighting) -> StepLoss:
-    case = Case(name, weighting)
-    return StepLoss(name, weighting, lambda settings: _at_head(case, settings.window), case)
+PEERS = ("torch chunked", "liger chunked", "liger fused", "cut-cross-entropy", "trl")
+OURS = ("exact", "sampled")
+NAMES = ("eager", *PEERS, *OURS)
 
 
-def _ours(weighting: Weighting, gradient: Literal["exact", "sampled"]) -> StepLoss:
-    def make(settings: TrainConfig) -> LossFunction:
-        if weighting == "bft":
-            return replace(settings, scheme="bft", gradient=gradient).loss()
-        plain = replace(settings, scheme="sft", normalize="token", gradient=gradient)
-        return plain.loss()
+@dataclass(frozen=True)
+class StepLoss:
+    """One loss of a fine-tuning step."""
 
-    return StepLoss(gradient, weighting, make)
+    name: str
+    weighting: Literal["plain", "bft"]  # the mean over tokens, or balanced over documents
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}, {self.weighting}"
+
+    def why_missing(self, device: str, dtype: torch.dtype = torch.float32) -> str:
+        """Why it cannot run here, empty if it can."""
+        case = Case(self.name, self.weighting)
+        return "" if self.name in OURS else why_not(case, device, dtype)
+
+    def make(self, settings: TrainConfig) -> LossFunction | None:
+        """What :func:`bft.patch_model` puts at the model's head, or ``None``: the model's own."""
+        if self.name in OURS:
+            plain = {"scheme": "sft", "normalize": "token"}
+            scheme: dict[str, Any] = plain if self.weighting == "plain" else {"scheme": "bft"}
+            return replace(settings, gradient=self.name, **scheme).loss()
+        if self.label == "eager, plain":
+            return None
+        return _at_head(Case(self.name, self.weighting), settings.window)
 
 
-def _all(weighting: Weighting, eager: StepLoss) -> list[StepLoss]:
-    return [
-        eager,
-        *(_peer(name, weighting) for name in PEERS),
-        _ours(weighting, "exact"),
-        _ours(weighting, "sampled"),
-    ]
-
-
-LOSSES = (
-    *_all("plain", StepLoss("eager", "plain", lambda _: None)),
-    *_all("bft", _peer("eager", "bft")),
-)
-NAMES = tuple(dict.fromkeys(loss.name for loss in LOSSES))
+LOSSES = tuple(StepLoss(name, weighting) for weighting in ("plain", "bft") for name in NAMES)
 
 
 def find(label: str) -> StepLoss:

@@ -9,7 +9,9 @@ Row = Mapping[str, Any]
 Cells = list[list[str]]
 
 
-def _figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
+def figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
+    """What writes a column's value in units of ``unit``; nothing where there is none."""
+
     def text(row: Row) -> str:
         value = row.get(column, "")
         return "" if value == "" else f"{value / unit:{form}}"
@@ -19,23 +21,23 @@ def _figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
 
 def _entries(row: Row) -> str:
     """Expected, and listed by the forward."""
-    kept, listed = (_figure(f"{name}_per_token", ".0f")(row) for name in ("entries", "listed"))
+    kept, listed = (figure(f"{name}_per_token", ".0f")(row) for name in ("entries", "listed"))
     return f"{kept} ({listed})" if listed else kept
 
 
 # What a heading stands for.
 FIGURES: dict[str, Callable[[Row], str]] = {
-    "ms": _figure("seconds", ",.2f", 1e-3),
-    "±": _figure("spread", ".0%"),
-    "x G": _figure("times_g", ".2f"),
-    "tokens/s": _figure("tokens_per_second", ".0f"),
-    "Gflop/s": _figure("flops_per_second", ".0f", 1e9),
-    "GB/s": _figure("bytes_per_second", ".2f", 1e9),
-    "MiB": _figure("extra_bytes", ".0f", 2**20),
+    "ms": figure("seconds", ",.2f", 1e-3),
+    "±": figure("spread", ".0%"),
+    "x G": figure("times_g", ".2f"),
+    "tokens/s": figure("tokens_per_second", ".0f"),
+    "Gflop/s": figure("flops_per_second", ".0f", 1e9),
+    "GB/s": figure("bytes_per_second", ".2f", 1e9),
+    "MiB": figure("extra_bytes", ".0f", 2**20),
     "entries a token (listed)": _entries,
-    "err loss": _figure("error_loss", ".1e"),
-    "err dH": _figure("error_hidden", ".1e"),
-    "err dW": _figure("error_weight", ".1e"),
+    "err loss": figure("error_loss", ".1e"),
+    "err dH": figure("error_hidden", ".1e"),
+    "err dW": figure("error_weight", ".1e"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from benchmarks.measure.timing import timing
 from benchmarks.measure.train_step import Job, Outcome, send_times
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
 from benchmarks.results.environment import environment
+from benchmarks.results.loss_table import figure
 from benchmarks.results.schema import PARTS, append
 from bft import hpo
 from bft.config import TrainConfig
@@ -30,8 +31,28 @@ from bft.encode import encode
 from bft.pretrained import cache_root, pretrained
 
 Row = dict[str, Any]
+Figures = dict[str, Callable[[Row], str]]
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _head(row: Row) -> str:
+    ways = [row[f"head_{way}_seconds"] or 0.0 for way in ("forward", "backward")]
+    return f"{sum(ways):.3f}" if any(ways) else ""
+
+
+_STEPS: Figures = {
+    "s a step": figure("seconds", ".3f"),
+    "spread": figure("spread", ".1%"),
+    "head": _head,
+    "tokens/s": figure("tokens_per_second", ".0f"),
+    "peak GiB": figure("peak_bytes", ".2f", 2**30),
+}
+_LARGEST: Figures = {
+    "limit GiB": figure("limit_bytes", ".2f", 2**30),
+    "sequences": figure("largest_batch", ".0f"),
+    "peak GiB": figure("peak_bytes", ".2f", 2**30),
+}
 
 
 @dataclass(frozen=True)
@@ -137,8 +158,12 @@ def main(config: Config) -> None:
     rows: list[Row] = _measure(config, job, able, ids, reasons, console)
     rows += _search(config, job, [x for x in able if not reasons[x.label]], ids, console)
     rows += [_row(config, x) | {"reason": reasons[x.label]} for x in asked if reasons[x.label]]
-    _print_steps(config, rows, console)
-    _print_largest(config, rows, console)
+    what = f"{config.model}, {'LoRA' if config.lora else 'full fine-tuning'}"
+    how = f"{config.dtype}, {config.device}{', memory kept' if config.keep_memory else ''}"
+    title = f"{what}, {config.batch} x {config.length} tokens, {how}"
+    _show(console, title, _STEPS, [row for row in rows if not row["limit_bytes"]])
+    title = f"The largest batch of sequences of {config.length} tokens"
+    _show(console, title, _LARGEST, [row for row in rows if row["limit_bytes"]])
     if config.output is not None:
         facts = environment(config.device) | {"load": load, "repeats": config.repeats}
         append(config.output, [row | facts for row in rows])
@@ -315,52 +340,16 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _print_steps(config: Config, rows: list[Row], console: Console) -> None:
-    rows = [row for row in rows if not row["limit_bytes"]]
+def _show(console: Console, title: str, figures: Figures, rows: list[Row]) -> None:
     if not rows:
         return
-    what = "LoRA" if config.lora else "full fine-tuning"
-    table = Table(
-        title=f"{config.model}, {what}, {config.batch} x {config.length} tokens, "
-        f"{config.dtype}, {config.device}{', memory kept' if config.keep_memory else ''}"
-    )
+    table = Table(title=title)
     for column in ("loss", "weighting"):
         table.add_column(column, no_wrap=True)
-    for column in ("s a step", "spread", "head", "tokens/s", "peak"):
+    for column in figures:
         table.add_column(column, justify="right")
     table.add_column("")
     for row in rows:
-        head = row["seconds"] and row["head_forward_seconds"] + row["head_backward_seconds"]
-        table.add_row(
-            row["loss"],
-            row["weighting"],
-            f"{row['seconds']:.3f}" if row["seconds"] else "",
-            f"{row['spread']:.1%}" if row["spread"] != "" else "",
-            f"{head:.3f}" if head else "",
-            f"{row['tokens_per_second']:.0f}" if row["seconds"] else "",
-            _gib(row["peak_bytes"]) if row["peak_bytes"] else "",
-            row["reason"],
-        )
-    console.print(table)
-
-
-def _print_largest(config: Config, rows: list[Row], console: Console) -> None:
-    found = [row for row in rows if row["limit_bytes"]]
-    if not found:
-        return
-    table = Table(title=f"The largest batch of sequences of {config.length} tokens")
-    for column in ("loss", "weighting"):
-        table.add_column(column, no_wrap=True)
-    for column in ("limit", "sequences", "peak"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for row in found:
-        table.add_row(
-            row["loss"],
-            row["weighting"],
-            _gib(row["limit_bytes"]),
-            str(row["largest_batch"]),
-            _gib(row["peak_bytes"]) if row["peak_bytes"] else "",
-            row["reason"] or row["note"],
-        )
+        cells = (figure(row) for figure in figures.values())
+        table.add_row(row["loss"], row["weighting"], *cells, row["reason"] or row["note"])
     console.print(table)

@@ -171,7 +171,11 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
     def broken(*_: Any) -> None:
         raise ValueError("no such luck")
 
-    loss = at_head.StepLoss("broken", "plain", lambda _: broken)
+    class Broken(at_head.StepLoss):
+        def make(self, settings: TrainConfig) -> Any:
+            return broken
+
+    loss = Broken("broken", "plain")
     monkeypatch.setattr(at_head, "LOSSES", (*LOSSES, loss))
     job = train.Config(**config).job()
     turns = torch.randint(VOCABULARY, (3, 2, 12))
