@@ -58,10 +58,8 @@ class Losses:
 
     def rows(self, file: str) -> list[Row]:
         """Of a file of the folder, those measured as the table says."""
-        how = {"tokens": str(self.tokens), "dtype": "float32", "inputs": "recorded"}
-        how["memory_kept"] = "True"
-        rows = read(RESULTS / self.folder / file)
-        return [row for row in rows if key(row, how) == tuple(how.values())]
+        how = {"dtype": "float32", "inputs": "recorded", "memory_kept": "True"}
+        return where(read(RESULTS / self.folder / file), tokens=str(self.tokens), **how)
 
 
 @dataclass(frozen=True)
@@ -86,16 +84,13 @@ class Repeated:
 
     def pairs(self) -> list[list[tuple[float, float]]]:
         """Of each line and model the two multiples of 1G."""
-        runs = [self.first.rows(file) for file in ("loss.csv", self.second)]
+        once, again = (self.first.rows(file) for file in ("loss.csv", self.second))
 
         def times_g(rows: list[Row], line: Line, shape: str) -> float:
             return number(find_line(rows, line, shape), "times_g") or math.nan
 
         return [
-            [
-                (times_g(runs[0], line, shape), times_g(runs[1], line, shape))
-                for shape in self.first.models
-            ]
+            [(times_g(once, line, one), times_g(again, line, one)) for one in self.first.models]
             for line in self.first.lines
         ]
 
@@ -110,11 +105,7 @@ class Modes:
 
     def __call__(self) -> list[list[str]]:
         """Cells, the heading first; a provider that could not run has its reason in the CSV."""
-        rows = [
-            row
-            for row in self.losses.rows("loss.csv")
-            if (row["shape"], row["weighting"]) == (self.shape, self.weighting)
-        ]
+        rows = where(self.losses.rows("loss.csv"), shape=self.shape, weighting=self.weighting)
         modes = ("both", "frozen", "forward")
         cells = [["", *(name for mode in modes for name in (mode, "MiB"))]]
         for (provider,) in grouped([row for row in rows if row["seconds"]], "provider"):
@@ -134,15 +125,13 @@ class Steps:
 
     def __call__(self) -> list[list[str]]:
         """Cells, the heading first; a line for each weighting and loss."""
-        rows = [
-            row
-            for row in read(RESULTS / self.folder / "train.csv")
-            if (row["model"], row["mode"], row["gradient_checkpointing"])
-            == (self.model, "full", "False")
-            and not row["reason"]  # of those that cannot run, the file and the page have it
-        ]
-        if not rows:
-            raise ValueError(f"{self.folder}/train.csv: found no row of {self.model!r}")
+        rows = where(
+            read(RESULTS / self.folder / "train.csv"),
+            model=self.model,
+            mode="full",
+            gradient_checkpointing="False",
+            reason="",  # of those that cannot run, the file has it
+        )
         steps = [row for row in rows if not row["limit_bytes"]]
         limits = sorted({int(row["limit_bytes"]) for row in rows if row["limit_bytes"]})
         batches = values(steps, "batch")
@@ -173,13 +162,8 @@ class Growth:
 
     def __call__(self) -> list[list[str]]:
         """Cells, the heading first."""
-        rows = [
-            row
-            for row in read(RESULTS / self.folder / "scale.csv")
-            if (row["provider"], row["weighting"], row["mode"]) == (self.provider, "bft", "both")
-        ]
-        if not rows:
-            raise ValueError(f"{self.folder}/scale.csv: found no row of {self.provider!r}")
+        what = {"provider": self.provider, "weighting": "bft", "mode": "both"}
+        rows = where(read(RESULTS / self.folder / "scale.csv"), **what)
         vocabularies = list(grouped(rows, "vocabulary"))
         cells = [["N", *(f"V {int(vocabulary):,}" for (vocabulary,) in vocabularies)]]
         for (tokens,) in grouped(rows, "tokens"):
@@ -193,28 +177,28 @@ class Growth:
         return cells
 
 
-def find(rows: Iterable[Row], **wanted: str) -> Row:
-    """The last written row that says this; a column that an older file lacks is empty.
+def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
+    """The rows that say this; a column that an older file lacks is empty.
 
     Raises:
         ValueError: there is none.
     """
-    fitting = [
-        row for row in rows if all(row.get(column, "") == value for column, value in wanted.items())
-    ]
-    if not fitting:
+    found = [row for row in rows if key(row, wanted) == tuple(wanted.values())]
+    if not found:
         told = ", ".join(f"{column} {value!r}" for column, value in wanted.items() if value)
         raise ValueError(f"found no row with {told}")
-    return fitting[-1]
+    return found
+
+
+def find(rows: Iterable[Row], **wanted: str) -> Row:
+    """The last written row that says this: a later run replaces an earlier one."""
+    return where(rows, **wanted)[-1]
 
 
 def find_line(rows: Iterable[Row], line: Line, shape: str) -> Row:
-    """The row of a line and a model.
-
-    Raises:
-        ValueError: there is none.
-    """
-    return find(rows, provider=line.provider, weighting=line.weighting, mode=line.mode, shape=shape)
+    """The row of a line and a model."""
+    what = {"provider": line.provider, "weighting": line.weighting, "mode": line.mode}
+    return find(rows, **what, shape=shape)
 
 
 def time_and_memory(row: Row) -> list[str]:

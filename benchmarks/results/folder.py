@@ -125,8 +125,9 @@ class Folder:
             self.failure("info", f"its process was not done after {_LOOK} s")
         self.note(bft_kernels=found)
         device = "cuda:0" if self.device == "cuda" else "cpu"
+        # The small call has two tensors of one kind: what is wrong with them is said once.
         self.reasons = {
-            name: "; ".join(devices.get(device, ()))
+            name: "; ".join(r for r in devices.get(device, ()) if not r.startswith("weight "))
             for name, devices in found.get("backends", {}).items()
         }
 

@@ -16,8 +16,9 @@ import importlib.util
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,22 +51,32 @@ _REHEARSED = {
 }
 
 
+_PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.backend != "cpu")
+_NAMES = ", ".join(map(repr, _PROVIDERS))
+
+
 @dataclass(frozen=True)
 class Config:
     """Correctness on the device, then seconds, x G, tokens/s and memory of all providers."""
 
-    minutes: float = 9
-    """For everything; what does not fit is cut, and recorded as that."""
-    dry_run: bool = False
-    """Rehearse on the CPU with tiny shapes, where Triton's interpreter stands in for the GPU."""
-    output: Path | None = None
-    """Instead of a folder named after the GPU; needed for `dry_run`."""
-    providers: tuple[str, ...] = tuple(
-        name for name, provider in PROVIDERS.items() if provider.backend != "cpu"
+    minutes: float = field(
+        default=9, metadata={"help": "for everything; what does not fit is cut (%(default)s)"}
     )
-    """Some of these, or your own as `module:function`."""
-    tests: bool = True
-    """Compile `_cuda` and run the correctness tests first."""
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "rehearse on the CPU with tiny shapes and Triton's interpreter"},
+    )
+    output: Path | None = field(
+        default=None,
+        metadata={"help": "instead of a folder named after the GPU; for --dry-run needed"},
+    )
+    providers: tuple[str, ...] = field(
+        default=_PROVIDERS,
+        metadata={"help": f"your own as module:function, or some of {_NAMES}"},
+    )
+    tests: bool = field(
+        default=True, metadata={"help": "compile _cuda and run the correctness tests first (yes)"}
+    )
 
 
 def parse(arguments: list[str], prog: str) -> Config:
@@ -73,25 +84,15 @@ def parse(arguments: list[str], prog: str) -> Config:
     parser = argparse.ArgumentParser(
         prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, help="for everything (%(default)s)")
-    parser.add_argument(
-        "--dry-run",
-        action=argparse.BooleanOptionalAction,
-        help="rehearse on the CPU with tiny shapes, Triton's interpreter in the place of the GPU",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="instead of a folder named after the GPU; for --dry-run needed"
-    )
-    names = ", ".join(map(repr, Config.providers))
-    parser.add_argument(
-        "--providers", nargs="+", help=f"your own as module:function, or some of {names}"
-    )
-    parser.add_argument(
-        "--tests",
-        action=argparse.BooleanOptionalAction,
-        help="compile _cuda and run the correctness tests first (yes)",
-    )
-    parser.set_defaults(**{f.name: f.default for f in dataclasses.fields(Config)})
+    kinds: dict[str, dict[str, Any]] = {
+        "minutes": {"type": float},
+        "output": {"type": Path},
+        "providers": {"nargs": "+"},
+    }
+    for one in dataclasses.fields(Config):
+        how = kinds.get(one.name, {"action": argparse.BooleanOptionalAction})
+        option = "--" + one.name.replace("_", "-")
+        parser.add_argument(option, default=one.default, help=one.metadata["help"], **how)
     given = vars(parser.parse_args(arguments))
     return Config(**given | {"providers": tuple(given["providers"])})
 
