@@ -38,24 +38,30 @@ _SIZES = {"tokens": "N", "width": "D", "vocabulary": "V"}
 
 
 def loss_figures(rows: Sequence[Row]) -> Figures:
-    """One a weighting and mode: panels of each problem."""
+    """One a weighting and mode, and one of all that `gpu` wrote: panels of each problem."""
     found: Figures = {}
-    for (weighting, mode), kind in grouped(timed(rows), "weighting", "mode").items():
-        for same in grouped(kind, *PROBLEM).values():
+    for kind, same_kind in grouped(timed(rows), "weighting", "mode").items():
+        for same in grouped(same_kind, *PROBLEM).values():
             panels = time_and_memory(problem_title(same[-1]), loss_bars(same))
-            found.setdefault(f"loss-{weighting}-{mode}", []).extend(panels)
+            found.setdefault("-".join(filter(None, ("loss", *kind))), []).extend(panels)
     return found
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
-    """Of every loss that was timed and right."""
-    return [
-        row
-        for row in rows
-        if row["provider"] not in _NO_LOSSES
-        and row.get("status", "ok") == "ok"
-        and finite(number(row, "times_g"))
-    ]
+    """Of every loss that was timed and right.
+
+    Those of `gpu`, which times ours balanced beside the peers' mean, have both in their name.
+    """
+    found: list[Row] = []
+    for row in rows:
+        right = row.get("status", "ok") == "ok" and finite(number(row, "times_g"))
+        if row["provider"] in _NO_LOSSES or not right:
+            continue
+        if row.get("first_seconds"):
+            name = f"{row['provider']}, {row['weighting']} {row['mode']}"
+            row = {**row, "provider": name, "weighting": "", "mode": ""}
+        found.append(row)
+    return found
 
 
 def loss_bars(rows: Sequence[Row]) -> list[Bar]:
