@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -142,15 +142,11 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
     detail, status = row.pop("detail", row.get("reason", "")), row["status"]
     shape, whole = job.shape, asked[job.shape]
     folder.row(
-        {
-            "provider": job.case.provider,
-            "weighting": job.case.weighting,
-            "mode": job.case.mode,
+        job.case.columns
+        | asdict(shape)
+        | {
             "shape": name_of(shape),
             "inputs": "synthetic",
-            "tokens": shape.tokens,
-            "width": shape.width,
-            "vocabulary": shape.vocabulary,
             "scaled_down_from": "" if whole == shape else f"{whole.tokens} x {whole.vocabulary}",
             "dtype": str(DTYPE).removeprefix("torch."),
             "memory_kept": False,

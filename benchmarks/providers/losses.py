@@ -1,4 +1,7 @@
-"""The losses that are compared: one function each, from a problem and a weighting to a scalar."""
+"""The losses that are compared: one function each, from a problem and a weighting to a scalar.
+
+A function with ``peer`` above it is all that another peer needs.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.providers.provider import AGAIN, AGAIN_EACH, KEPT, peer
 from benchmarks.shapes import Problem
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
 from bft_kernels.config import Weighting
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import balanced_loss
-
-Run = Callable[..., Tensor]  # of a Problem and its weighting
-
-# plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The confidence
-# and the weights are constants to the gradient.
-WEIGHTINGS = ("plain", "dft", "bft")
 
 
 def documents(problem: Problem) -> Tensor:
@@ -71,6 +69,7 @@ def ours(problem: Problem, weighting: str, **how: Any) -> Tensor:
     return result if isinstance(result, Tensor) else result[0]
 
 
+@peer("eager", KEPT, priority=2)
 def eager(problem: Problem, weighting: str) -> Tensor:
     """All logits at once."""
     nll = _eager(problem.hidden, problem.weight, problem.target, reduction(weighting))
@@ -87,12 +86,23 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_eager)
 
 
+@peer("compiled eager", KEPT, compiles=True, priority=4)
 def compiled(problem: Problem, weighting: str) -> Tensor:
     """Eager, compiled; its weights are not."""
     nll = _compiled()(problem.hidden, problem.weight, problem.target, reduction(weighting))
     return weigh(nll, weighting, problem)
 
 
+_CHUNKS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    **{
+        f"{rows} rows": {"chunking_method": None, "batch_chunk_size": rows}
+        for rows in (256, 512, 1024)
+    },
+}
+
+
+@peer("torch chunked", KEPT, AGAIN, options=_CHUNKS, priority=2)
 def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
     """PyTorch's own chunked loss (torch 2.13)."""
     nll = functional.linear_cross_entropy(
@@ -105,6 +115,13 @@ def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
     return weigh(nll, weighting, problem)
 
 
+@peer(
+    "cut-cross-entropy",
+    KEPT,
+    installed="cut-cross-entropy: cut_cross_entropy",
+    compiles=True,
+    priority=2,
+)
 def cut_cross_entropy(problem: Problem, weighting: str) -> Tensor:
     """Apple's; off a GPU its implementation for torch.compile."""
     from cut_cross_entropy import linear_cross_entropy as cce
@@ -119,6 +136,7 @@ def cut_cross_entropy(problem: Problem, weighting: str) -> Tensor:
     return weigh(nll, weighting, problem)
 
 
+@peer("liger chunked", AGAIN, installed="liger-kernel: liger_kernel.chunked_loss.fused_linear_ppo")
 def liger_chunked(problem: Problem, weighting: str) -> Tensor:
     """Liger's log-probabilities in chunks of the vocabulary, in plain torch."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
@@ -129,6 +147,11 @@ def liger_chunked(problem: Problem, weighting: str) -> Tensor:
     return weigh(-log_probabilities, weighting, problem)
 
 
+@peer(
+    "liger scaled",
+    AGAIN_EACH,
+    installed="liger-kernel: liger_kernel.ops.fused_linear_scaled_cross_entropy",
+)
 def liger_scaled(problem: Problem, weighting: str) -> Tensor:
     """Liger's scaled cross-entropy: its kernels on Hopper, elsewhere verl's formulas in torch."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
@@ -139,6 +162,14 @@ def liger_scaled(problem: Problem, weighting: str) -> Tensor:
     return weigh(nll, weighting, problem)
 
 
+@peer(
+    "liger fused",
+    KEPT,
+    AGAIN,
+    "liger-kernel: liger_kernel.transformers",
+    gpu_only=True,
+    priority=2,
+)
 def liger_fused(problem: Problem, weighting: str) -> Tensor:
     """Liger's fused linear cross-entropy; DFT is an option of its own."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -151,6 +182,7 @@ def liger_fused(problem: Problem, weighting: str) -> Tensor:
     return weigh(nll, "plain" if weighting == "dft" else weighting, problem)
 
 
+@peer("trl", AGAIN, installed="trl: trl.kernels.chunked_logprob")
 def trl_chunked(problem: Problem, weighting: str) -> Tensor:
     """TRL's log-probabilities in chunks, as its SFTTrainer calls them, without statistics."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -170,6 +202,7 @@ def trl_chunked(problem: Problem, weighting: str) -> Tensor:
     return weigh(-log_probabilities, weighting, problem)
 
 
+@peer("verl", AGAIN_EACH, installed="verl: verl.utils.experimental.torch_functional")
 def verl_chunked(problem: Problem, weighting: str) -> Tensor:
     """The fused linear layer for PPO of verl: log-probabilities in chunks of 512 tokens."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -178,6 +211,14 @@ def verl_chunked(problem: Problem, weighting: str) -> Tensor:
     return weigh(-log_probabilities, weighting, problem)
 
 
+@peer(
+    "quack",
+    KEPT,
+    installed="quack-kernels: quack.linear_cross_entropy",
+    weightings=("plain",),
+    gpu_only=True,
+    priority=4,  # tunes itself for long
+)
 def quack(problem: Problem, weighting: str) -> Tensor:
     """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy

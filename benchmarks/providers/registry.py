@@ -1,10 +1,10 @@
-"""Who is compared: what each provider can compute, what it costs, and why it cannot run here."""
+"""The list of providers, ours among them; what is asked of them, and why one cannot run here."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,48 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.providers import losses
-from benchmarks.providers.losses import WEIGHTINGS, Run, ours
+from benchmarks.providers.losses import ours
+from benchmarks.providers.provider import AGAIN, KEPT, MODES, PEERS, WEIGHTINGS, Provider
 from benchmarks.results.environment import ABSENT, version
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not as backend_why_not
 
-# forward: no gradients. both: dH and dW. frozen: dH, of a head that is not trained (LoRA).
-MODES = ("forward", "both", "frozen")
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
-EPS = 2**-12  # the default of the sampled gradient
 MIB = 2**20
-
-Products = tuple[int, int, int]  # in each of MODES, in G
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One loss to compare."""
-
-    name: str
-    # Ways to run it by name; of several the fastest here is reported.
-    options: Mapping[str, Run]
-    # Products that the method must do: of the mean, and of a weighted loss.
-    plain: Products
-    weighted: Products
-    weightings: tuple[str, ...] = WEIGHTINGS
-    modes: tuple[str, ...] = MODES  # of the others ``same_as`` has the figures
-    same_as: str = ""
-    distribution: str = ""  # that it is installed from
-    module: str = ""  # what must be importable
-    gpu_only: bool = False
-    compiles: bool = False  # is slow to start
-    backend: str = ""  # of this package
-    eps: float | None = None  # of a sampled gradient
-    allowed: float = 0.2  # relative error that passes for rounding, sampling or filtering
-    # Where time is short: who comes first, and who shares a process.
-    priority: int = 3
-    family: str = ""
-
-    def products(self, weighting: str, mode: str) -> int:
-        """In G."""
-        return (self.plain if weighting == "plain" else self.weighted)[MODES.index(mode)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +44,11 @@ class Case:
         return f"{self.provider}, {self.weighting}, {self.mode}"
 
     @property
+    def columns(self) -> dict[str, str]:
+        """Of a row of results."""
+        return {"provider": self.provider, "weighting": self.weighting, "mode": self.mode}
+
+    @property
     def products(self) -> int:
         return find(self.provider).products(self.weighting, self.mode)
 
@@ -86,7 +57,7 @@ def _ours(backend: str) -> list[Provider]:
     """Both gradients of a backend, and what else of it is worth a row."""
     name = f"bft {backend}"
     # An exact weighted loss whose documents do not fit the budget computes up to 1G again.
-    exact = (1, 4, 3) if backend == "cuda" else (1, 3, 2)  # that one keeps no logits
+    exact = AGAIN if backend == "cuda" else KEPT
     on_a_gpu = backend in ("triton", "cuda")
 
     def one(label: str, modes: tuple[str, ...] = ("both", "frozen"), **how: Any) -> Provider:
@@ -119,67 +90,10 @@ def _ours(backend: str) -> list[Provider]:
     ]
 
 
-def _peer(
-    name: str,
-    run: Run | Mapping[str, Run],
-    plain: Products,
-    weighted: Products,
-    installed: str = "",
-    **more: Any,
-) -> Provider:
-    """``installed`` is the distribution, and the module that it must have."""
-    distribution, _, module = installed.partition(": ")
-    options = run if isinstance(run, Mapping) else {"": run}
-    more |= {"distribution": distribution, "module": module, "family": name}
-    return Provider(name, options, plain, weighted, **more)
-
-
-_CHUNKS = {
-    "auto": losses.torch_chunked,
-    **{
-        f"{rows} rows": functools.partial(
-            losses.torch_chunked, chunking_method=None, batch_chunk_size=rows
-        )
-        for rows in (256, 512, 1024)
-    },
+_BACKENDS = ("cpu", "triton", "cuda", "torch")
+PROVIDERS: dict[str, Provider] = {
+    one.name: one for one in (*PEERS, *(one for name in _BACKENDS for one in _ours(name)))
 }
-_LIGER_CHUNKED = "liger-kernel: liger_kernel.chunked_loss.fused_linear_ppo"
-_LIGER_SCALED = "liger-kernel: liger_kernel.ops.fused_linear_scaled_cross_entropy"
-_LIGER_FUSED = "liger-kernel: liger_kernel.transformers"
-_CCE = "cut-cross-entropy: cut_cross_entropy"
-_TRL = "trl: trl.kernels.chunked_logprob"
-_VERL = "verl: verl.utils.experimental.torch_functional"
-_QUACK = "quack-kernels: quack.linear_cross_entropy"
-# Products of the method by mode: all logits kept, or computed again for each gradient.
-_KEPT, _AGAIN, _AGAIN_BOTH = (1, 3, 2), (1, 4, 3), (1, 4, 4)
-
-_LIST = [
-    _peer("eager", losses.eager, _KEPT, _KEPT, priority=2),
-    _peer("compiled eager", losses.compiled, _KEPT, _KEPT, compiles=True, priority=4),
-    _peer("torch chunked", _CHUNKS, _KEPT, _AGAIN, priority=2),
-    _peer(
-        "cut-cross-entropy", losses.cut_cross_entropy, _KEPT, _KEPT, _CCE, compiles=True, priority=2
-    ),
-    _peer("liger chunked", losses.liger_chunked, _AGAIN, _AGAIN, _LIGER_CHUNKED),
-    _peer("liger scaled", losses.liger_scaled, _AGAIN_BOTH, _AGAIN_BOTH, _LIGER_SCALED),
-    _peer(
-        "liger fused", losses.liger_fused, _KEPT, _AGAIN, _LIGER_FUSED, gpu_only=True, priority=2
-    ),
-    _peer("trl", losses.trl_chunked, _AGAIN, _AGAIN, _TRL),
-    _peer("verl", losses.verl_chunked, _AGAIN_BOTH, _AGAIN_BOTH, _VERL),
-    _peer(
-        "quack",
-        losses.quack,
-        _KEPT,
-        _KEPT,
-        _QUACK,
-        weightings=("plain",),
-        gpu_only=True,
-        priority=4,  # tunes itself for long
-    ),
-    *(provider for backend in ("cpu", "triton", "cuda", "torch") for provider in _ours(backend)),
-]
-PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _LIST}
 
 
 def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
@@ -200,7 +114,7 @@ def find(name: str) -> Provider:
         names = ", ".join(PROVIDERS)
         raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
     run = functools.partial(_imported, module, function)
-    return _peer(name, run, _KEPT, _KEPT, weightings=("plain",), priority=0)
+    return Provider(name, {"": run}, KEPT, KEPT, ("plain",), priority=0, family=name)
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,9 +127,7 @@ def _measure(
     where: Row = {
         "shape": name,
         "inputs": "synthetic" if isinstance(source, Shape) else "recorded",
-        "tokens": shape.tokens,
-        "width": shape.width,
-        "vocabulary": shape.vocabulary,
+        **asdict(shape),
         "dtype": dtype_name,
         "memory_kept": config.keep_memory,
         "reason": "",
@@ -137,14 +135,9 @@ def _measure(
     rows: dict[Case, Row] = {}
     running: dict[Case, Case] = {}  # with the option that is the fastest here
     for case in _progress(asked, f"{name}: first runs"):
-        rows[case] = where | {
-            "provider": case.provider,
-            "weighting": case.weighting,
-            "mode": case.mode,
-            "status": "unavailable",
-            "reason": why_not(case, config.device, dtype),
-        }
-        if rows[case]["reason"]:
+        reason = why_not(case, config.device, dtype)
+        rows[case] = where | case.columns | {"status": "unavailable", "reason": reason}
+        if reason:
             continue
         try:
             running[case] = fastest_option(case, problem, config.device)

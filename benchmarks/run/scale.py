@@ -102,13 +102,12 @@ def main(config: Config) -> None:
     )
     if config.output is None:
         return
-    what = {"provider": config.provider, "weighting": config.weighting, "mode": config.mode}
     how = {"dtype": config.dtype, "memory_kept": config.keep_memory}
     how |= environment(config.device) | {"load": load, "repeats": config.repeats}
     append(
         config.output,
         [
-            what
+            case.columns
             | asdict(shape)
             | how
             | {

@@ -14,7 +14,7 @@ from benchmarks.measure import noise
 from benchmarks.measure.errors import certificate, first_rows, relative_error, step_errors, truth
 from benchmarks.measure.memory import extra_memory
 from benchmarks.measure.timing import Timing, fastest_option, step, time_turns, timing
-from benchmarks.providers.losses import WEIGHTINGS
+from benchmarks.providers.provider import WEIGHTINGS
 from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
 from benchmarks.results.schema import COLUMNS, append, read
 from benchmarks.run import loss
