@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from benchmarks.measure.processes import spawn
+from benchmarks.measure.processes import ask
 from benchmarks.measure.timing import step, synchronize
 from benchmarks.providers.registry import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
@@ -92,16 +92,7 @@ def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) ->
     Raises:
         RuntimeError: that process failed.
     """
-    process, receiver = spawn(_send_peak, case, source, dtype, device)
-    try:
-        return int(receiver.recv())
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f"{case.provider}: its process for memory ended with {process.exitcode}"
-        ) from None
-    finally:
-        process.join()
+    return int(ask(_send_peak, case, source, dtype, device))
 
 
 def _send_peak(

@@ -30,6 +30,22 @@ def spawn(
     return process, receiver
 
 
+def ask(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> Any:
+    """What a process of :func:`spawn` sends.
+
+    Raises:
+        RuntimeError: it ended before.
+    """
+    process, receiver = spawn(target, *arguments, daemon=daemon)
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"its process ended with {process.exitcode}") from None
+    finally:
+        process.join()
+
+
 def start(command: list[str], env: dict[str, str], log: Path, **how: Any) -> Any:
     """A process in a session of its own, whose output goes to the end of a file."""
     with log.open("ab") as file:

@@ -28,6 +28,13 @@ COLUMNS = (
 # Of a step of fine-tuning, in their order, whose seconds `train` writes. The head is the product,
 # the loss, and their gradients.
 PARTS = ("layers_forward", "head_forward", "head_backward", "layers_backward", "optimizer")
+# Of train.csv what is filled in when it is measured.
+# fmt: off
+STEP_COLUMNS = (
+    "batch", "seconds", "spread", *(f"{part}_seconds" for part in PARTS), "tokens_per_second",
+    "peak_bytes", "limit_bytes", "largest_batch", "note", "reason",
+)
+# fmt: on
 # In the order in which they are shown: the balanced loss is what the package is for.
 WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
 

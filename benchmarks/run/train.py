@@ -17,13 +17,13 @@ from torch import Tensor
 
 from benchmarks.measure.largest_batch import attempt, largest_batch
 from benchmarks.measure.noise import quiet_load
-from benchmarks.measure.processes import spawn
+from benchmarks.measure.processes import ask
 from benchmarks.measure.timing import timing
 from benchmarks.measure.train_step import Job, Outcome, send_times
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
 from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure
-from benchmarks.results.schema import PARTS, append
+from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
 from bft import hpo
 from bft.config import TrainConfig
 from bft.data import read_jsonl
@@ -182,19 +182,7 @@ def _row(config: Config, loss: StepLoss) -> Row:
         "gradient_checkpointing": config.gradient_checkpointing,
         "memory_kept": config.keep_memory,
     }
-    measured = (
-        "batch",
-        "seconds",
-        "spread",
-        *(f"{part}_seconds" for part in PARTS),
-        "tokens_per_second",
-        "peak_bytes",
-        "limit_bytes",
-        "largest_batch",
-        "note",
-        "reason",
-    )
-    return what | dict.fromkeys(measured, "")
+    return what | dict.fromkeys(STEP_COLUMNS, "")
 
 
 def _measure(
@@ -211,13 +199,10 @@ def _measure(
     if config.repeats and labels:
         console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
         turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
-        process, receiver = spawn(send_times, job, labels, turns, config.keep_memory, daemon=True)
         try:
-            results = receiver.recv()
-        except EOFError:
-            process.join()
-            raise SystemExit(f"batch: its process ended with {process.exitcode}") from None
-        process.join()
+            results = ask(send_times, job, labels, turns, config.keep_memory, daemon=True)
+        except RuntimeError as error:
+            raise SystemExit(f"batch: {error}") from None
         reasons |= {label: got for label, got in results.items() if isinstance(got, str)}
         samples = {label: got for label, got in results.items() if not isinstance(got, str)}
     rows = []
@@ -226,8 +211,7 @@ def _measure(
         if loss.label in samples:
             steps = samples[loss.label]
             whole = [sum(parts.values()) for parts in steps]
-            row["seconds"] = timing(whole).seconds
-            row["spread"] = spread(whole)
+            row |= {"seconds": timing(whole).seconds, "spread": timing(whole).spread}
             for part in PARTS:
                 row[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
             row["tokens_per_second"] = config.batch * config.length / row["seconds"]
@@ -284,11 +268,6 @@ def _say(
     parts += [] if outcome.peak is None else [f"peak {_gib(outcome.peak)}"]
     parts += [outcome.reason] if outcome.reason else []
     console.print(", ".join(parts), markup=False, highlight=False)
-
-
-def spread(samples: list[float]) -> float | str:
-    """Interquartile range over median; empty for fewer than two."""
-    return timing(samples).spread if len(samples) > 1 else ""
 
 
 def parse_bytes(text: str) -> int:

@@ -257,7 +257,7 @@ def test_the_readme_lists_every_head_and_column() -> None:
 
 
 def test_memory_of_a_process_that_fails_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="eager: its process for memory ended with 1"):
+    with pytest.raises(RuntimeError, match="its process ended with 1"):
         extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
 
 

@@ -226,11 +226,6 @@ def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
         train.Config(**settings)
 
 
-def test_spread() -> None:
-    assert train.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
-    assert train.spread([1.0]) == ""
-
-
 class Machine:
     """Steps whose peak is a bent line in the batch; counts those that are run."""
 
