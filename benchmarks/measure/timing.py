@@ -156,8 +156,9 @@ def rates(
     hidden, weight = shape.tokens * shape.width, shape.vocabulary * shape.width
     gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}
     moved = hidden + weight + (gradients[case.mode] if case else 0)
-    products = case.products if case else 1
+    products, eps = (case.products, find(case.provider).eps) if case else (1, None)
     return {
+        "eps": "" if eps is None else eps,
         "repeats": taken.repeats,
         "seconds": taken.seconds,
         "fastest_seconds": taken.fastest,

@@ -114,7 +114,7 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
         return row
     row |= _checked(case, problem, job.shape, task)
     if provider.eps is not None:
-        row |= {"eps": provider.eps, "entries_per_token": expected_entries(problem, provider.eps)}
+        row["entries_per_token"] = expected_entries(problem, provider.eps)
     blocking = _blocking(job.shape, task.dtype, device)
     runs = {
         "bare": functools.partial(bare_product, problem, *blocking),

@@ -156,7 +156,7 @@ def why_not_at_all(case: Case, device: str) -> str:
     if case.weighting not in provider.weightings:
         return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
     if case.mode not in provider.modes:
-        return f"its {case.mode} is that of {provider.same_as}"
+        return f"for {case.mode} see {provider.same_as}"
     if provider.distribution and version(provider.distribution) == ABSENT:
         return f"{provider.distribution} is {ABSENT}"
     if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):

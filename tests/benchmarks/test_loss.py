@@ -95,7 +95,7 @@ def test_reasons_not_to_run() -> None:
         return why_not(Case(provider, weighting, mode), "cpu", torch.float32)
 
     assert "it computes plain only" in reason("quack", "bft")
-    assert reason("bft torch sampled", mode="forward") == "its forward is that of bft torch exact"
+    assert reason("bft torch sampled", mode="forward") == "for forward see bft torch exact"
     assert "CUDA" in reason("bft cuda exact")
     assert reason("liger fused") in ("it runs on a GPU only", "liger-kernel is not installed")
     assert reason("eager", "bft", "frozen") == ""
@@ -132,7 +132,7 @@ def test_csv_has_a_row_a_case_and_the_reasons(
     assert float(rows[0]["times_g"]) == 1.0
     found = {(row["provider"], row["mode"]): row for row in rows}
     sampled, eager = found["bft torch sampled", "both"], found["eager", "both"]
-    assert sampled["weighting"] == "bft"
+    assert (sampled["weighting"], sampled["eps"], eager["eps"]) == ("bft", str(2**-12), "")
     assert (eager["inputs"], eager["tokens"], eager["vocabulary"]) == ("synthetic", "32", "8192")
     assert float(eager["times_g"]) == pytest.approx(
         float(eager["seconds"]) / float(eager["g_seconds"])
