@@ -7,7 +7,7 @@ import sys
 from benchmarks import run
 
 # Beside those of `run`.
-_OTHERS = ("static", "model")
+_OTHERS = ("model",)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.compiled import TARGETS, disassemble, loops_of, usage_of
+from benchmarks.measure.compiled import TARGETS, disassemble, loops_of, usage_of
 
 MODELLED = ("sm_80", "sm_90", "sm_100")
 COMPILED = Path(__file__).with_name("model_static.json")
@@ -63,8 +63,8 @@ def record() -> None:
 
 
 def _compile(name: str) -> dict[str, dict[str, Any]]:
-    from benchmarks.compiled import compiling
-    from benchmarks.rehearsal import PEER_CASES, ours
+    from benchmarks.measure.compiled import compiling
+    from benchmarks.measure.rehearsal import PEER_CASES, ours
 
     with compiling(TARGETS[name]) as found:
         ours(torch.bfloat16)

@@ -22,11 +22,11 @@ from benchmarks import (
     model_peers,
     model_sampled,
     model_static,
-    static,
 )
 from benchmarks.model_entries import Kept, hit_rate, interleaved, lower_bounds
 from benchmarks.model_hardware import GPUS, LAUNCH, PUBLISHED_PRODUCTS
 from benchmarks.model_kernels import Kernel, g_seconds, product, total, waves
+from benchmarks.run import static
 from benchmarks.shapes import Shape, save_recorded
 from bft_kernels.reference import uniforms
 

@@ -10,8 +10,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import compiled, compiled_cuda, rehearsal, static
-from benchmarks.compiled import TARGETS, Usage, amd_instructions, instructions, outside_main_loop
+from benchmarks.measure import compiled, compiled_cuda, rehearsal
+from benchmarks.measure.compiled import (
+    TARGETS,
+    Usage,
+    amd_instructions,
+    instructions,
+    outside_main_loop,
+)
+from benchmarks.run import static
 
 SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;

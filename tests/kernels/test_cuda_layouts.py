@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.compiled import Code, instructions, main_loop
+from benchmarks.measure.compiled import Code, instructions, main_loop
 
 # A register's contents: what kind of instruction wrote it, which one (of sums the first that added
 # to them), and the register's place among the four.

@@ -127,7 +127,7 @@ def compiling(target: Target) -> Iterator[list[tuple[str, dict[str, Any], Any]]]
 
 def compile_cases(name: str, peers: bool) -> list[Usage]:
     """Every form of every kernel for one target."""
-    from benchmarks.rehearsal import BRIEF, CASES, PEER_CASES
+    from benchmarks.measure.rehearsal import BRIEF, CASES, PEER_CASES
 
     target = TARGETS[name]
     usages: dict[str, Usage] = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.compiled import (
+from benchmarks.measure.compiled import (
     TARGETS,
     Code,
     Usage,
@@ -25,9 +25,9 @@ from benchmarks.compiled import (
     tensor_core,
     usage_from,
 )
-from benchmarks.rehearsal import WIDTH
+from benchmarks.measure.rehearsal import WIDTH
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # What begins the names of these kernels, beside those of Triton's.
 PREFIX = "cuda: "
 TYPES = {"float": "f32", "unsigned int": "u32", "__nv_bfloat16": "bf16", "__half": "f16"}
