@@ -174,7 +174,7 @@ def sampled(
 
 
 def eager(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
-    """All logits at once, widened to float32; passes for widening, log_softmax and their reverse."""
+    """All logits at once; passes that widen them, of log_softmax, and their reverse."""
     size, tokens, logits = ITEMSIZE[operand], shape.tokens, shape.tokens * shape.vocabulary
     works = [
         product("logits", tokens, shape.vocabulary, shape.width, operand, out=size),
