@@ -6,18 +6,14 @@ import sys
 
 from benchmarks import run
 
-# Beside those of `run`.
-_OTHERS = ("static", "model")
-
 
 def main() -> None:
     """Runs one command, and imports no other: a GPU machine may lack what those need."""
     names = [module.name for module in pkgutil.iter_modules(run.__path__)]
-    if len(sys.argv) < 2 or sys.argv[1] not in (*names, *_OTHERS):
-        raise SystemExit(f"python -m benchmarks: expected one of {', '.join((*names, *_OTHERS))}")
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        raise SystemExit(f"python -m benchmarks: expected one of {', '.join(names)}")
     name, arguments = sys.argv[1], sys.argv[2:]
-    package = "benchmarks.run" if name in names else "benchmarks"
-    module, prog = importlib.import_module(f"{package}.{name}"), f"python -m benchmarks {name}"
+    module, prog = importlib.import_module(f"benchmarks.run.{name}"), f"python -m benchmarks {name}"
     if hasattr(module, "parse"):
         config = module.parse(arguments, prog)
     else:
