@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,15 +19,13 @@ from benchmarks.measure.noise import quiet_load
 from benchmarks.measure.processes import ask
 from benchmarks.measure.timing import timing
 from benchmarks.measure.train_step import Job, Outcome, send_times
+from benchmarks.measure.train_tokens import documents, token_rows
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
 from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure
 from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
-from bft import hpo
 from bft.config import TrainConfig
-from bft.data import read_jsonl
-from bft.encode import encode
-from bft.pretrained import cache_root, pretrained
+from bft.pretrained import cache_root
 
 Row = dict[str, Any]
 Figures = dict[str, Callable[[Row], str]]
@@ -150,7 +147,9 @@ def main(config: Config) -> None:
     load = quiet_load(config.force)
     job = config.job()
     timed = config.batch * (config.repeats + 1)
-    ids = token_rows(_documents(config, job), config.length, max(timed, config.max_batch))
+    ids = token_rows(
+        documents(job.settings, config.texts), config.length, max(timed, config.max_batch)
+    )
     asked = [x for x in LOSSES if x.name in config.losses and x.weighting in config.weightings]
     dtype = getattr(torch, config.dtype)
     reasons = {x.label: x.why_missing(config.device, dtype) for x in asked}
@@ -281,38 +280,6 @@ def parse_bytes(text: str) -> int:
     if value < 1:
         raise SystemExit(f"limit: got {text!r}, expected a number and a unit such as 8GiB or 500MB")
     return value
-
-
-def _documents(config: Config, job: Job) -> Iterator[list[int]]:
-    """Token ids of one document after the other."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(pretrained(config.model)))
-    if config.texts is None:
-        folder = job.settings.train_file.parent
-        hpo.build(folder)
-        for record in read_jsonl(job.settings.train_file):
-            yield encode(record, tokenizer).input_ids
-        return
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    with config.texts.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.strip():
-                yield [*tokenizer(line.strip()).input_ids, *end]
-
-
-def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
-    """``[count, length]`` token ids: documents joined and cut, from the start again at their end.
-
-    Raises:
-        SystemExit: they do not fill one row.
-    """
-    tokens = itertools.chain.from_iterable(documents)
-    found = list(itertools.islice(tokens, count * length))
-    full = len(found) // length
-    if full == 0:
-        raise SystemExit(f"texts: got {len(found)} tokens, expected at least length, {length}")
-    return torch.tensor(found[: full * length]).view(full, length)[torch.arange(count) % full]
 
 
 def _gib(size: int) -> str:

@@ -98,7 +98,8 @@ def test_reasons_not_to_run() -> None:
     assert reason("bft torch sampled", mode="forward") == "for forward see bft torch exact"
     assert "CUDA" in reason("bft cuda exact")
     assert reason("liger fused") in ("it runs on a GPU only", "liger-kernel is not installed")
-    assert reason("eager", "bft", "frozen") == ""
+    assert reason("eager", "bft", "frozen") == reason("own:loss") == ""
+    assert "it computes plain only" in reason("own:loss", "bft")
     missing = replace(PROVIDERS["trl"], name="x", distribution="no-such-thing")
     broken = replace(PROVIDERS["trl"], name="y", distribution="torch", module="torch.no_such")
     PROVIDERS.update(x=missing, y=broken)
@@ -230,6 +231,12 @@ def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
     times = time_turns({"a": lambda: run("a"), "b": lambda: run("b")}, "cpu", 3)
     assert order == ["a", "b"] * 4
     assert max(one.seconds for one in times.values()) < 0.05
+
+
+def test_turns_end_in_time_and_short_ones_go_on() -> None:
+    assert time_turns({"a": lambda: None}, "cpu", 11, until=0.0)["a"].repeats == 3
+    lasting = time_turns({"a": lambda: time.sleep(0.01)}, "cpu", 1, lasting=0.2)
+    assert lasting["a"].repeats > 2
 
 
 def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
