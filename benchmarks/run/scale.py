@@ -100,27 +100,22 @@ def main(config: Config) -> None:
         f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
         f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
     )
-    if config.output is None:
-        return
-    how = {"dtype": config.dtype, "memory_kept": config.keep_memory}
-    how |= environment(config.device) | {"load": load, "repeats": config.repeats}
-    append(
-        config.output,
-        [
-            case.columns
-            | asdict(shape)
-            | how
-            | {
-                "seconds": times["loss"].seconds,
-                "spread": times["loss"].spread,
-                "bare_product_seconds": times["bare_product"].seconds,
-                "bare_product_spread": times["bare_product"].spread,
-                "pass_seconds": times["pass"].seconds,
-                "fitted_seconds": value,
-            }
-            for shape, times, value in zip(shapes, measured, fitted, strict=True)
-        ],
-    )
+    if config.output is not None:
+        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
+        facts = {"dtype": config.dtype, "memory_kept": config.keep_memory} | facts
+        rows = zip(shapes, measured, fitted, strict=True)
+        append(config.output, [case.columns | asdict(s) | facts | _columns(*r) for s, *r in rows])
+
+
+def _columns(times: dict[str, Timing], fitted: float) -> dict[str, float]:
+    return {
+        "seconds": times["loss"].seconds,
+        "spread": times["loss"].spread,
+        "bare_product_seconds": times["bare_product"].seconds,
+        "bare_product_spread": times["bare_product"].spread,
+        "pass_seconds": times["pass"].seconds,
+        "fitted_seconds": fitted,
+    }
 
 
 def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
