@@ -29,6 +29,7 @@ test-slow: venv  ## run the slow tests
 
 lint: $(INSTALLED)  ## look for mistakes
 	$(BIN)/ruff check
+	$(BIN)/python .ci/file_sizes.py
 
 format: $(INSTALLED)  ## format Python, C++ and CUDA in place
 	$(BIN)/ruff format
@@ -42,7 +43,7 @@ types: $(INSTALLED)  ## check the type annotations
 	$(BIN)/mypy
 
 static: venv  ## compile every kernel for GPUs that are not here; none may spill or grow
-	$(BIN)/python -m benchmarks static --check --no-peers
+	$(BIN)/python -m benchmarks static
 
 # Without network: PYTHON's own torch, Triton, numpy and pytest will do, and it compiles for itself.
 gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, into benchmarks/results/

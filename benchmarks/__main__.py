@@ -1,28 +1,19 @@
-"""``python -m benchmarks COMMAND``; each command's module says what it does."""
+"""``python -m benchmarks COMMAND``; what each does is said in its module in ``benchmarks.run``."""
 
 import importlib
+import pkgutil
 import sys
 
-COMMANDS = (
-    "loss",
-    "train",
-    "scale",
-    "record",
-    "static",
-    "model",
-    "gpu",
-    "plot",
-    "report",
-    "tables",
-)
+from benchmarks import run
 
 
 def main() -> None:
     """Runs one command, and imports no other: a GPU machine may lack what those need."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        raise SystemExit(f"python -m benchmarks: expected one of {', '.join(COMMANDS)}")
+    names = [module.name for module in pkgutil.iter_modules(run.__path__)]
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        raise SystemExit(f"python -m benchmarks: expected one of {', '.join(names)}")
     name, arguments = sys.argv[1], sys.argv[2:]
-    module, prog = importlib.import_module(f"benchmarks.{name}"), f"python -m benchmarks {name}"
+    module, prog = importlib.import_module(f"benchmarks.run.{name}"), f"python -m benchmarks {name}"
     if hasattr(module, "parse"):
         config = module.parse(arguments, prog)
     else:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baseline
-from benchmarks.noise import MOST_SPREAD
+from benchmarks.measure.noise import MOST_SPREAD
+from benchmarks.results import baseline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _KEPT = ("name", "group", "extra_info", "stats")

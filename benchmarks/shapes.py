@@ -58,6 +58,22 @@ SHAPES = {
     "tiny": Shape(256, 128, 8192),
     **{name: Shape(TOKENS, head.width, head.vocabulary) for name, head in HEADS.items()},
 }
+# What `gpu` measures, in order of importance: when time runs out, the last ones are missing.
+ON_A_GPU = (
+    Shape(8192, 4096, 131_072),
+    Shape(8192, 4096, 151_936),
+    Shape(4096, 4096, 128_256),
+    Shape(16_384, 2048, 248_320),
+    Shape(1024, 4096, 128_256),
+)
+# For Triton's interpreter, which takes about a second for a step of this.
+REHEARSAL = (Shape(8, 16, 64),)
+
+
+def name_of(shape: Shape) -> str:
+    """Of the model that has such a head; empty if none of ``HEADS`` has."""
+    sizes = shape.vocabulary, shape.width
+    return next((name for name, h in HEADS.items() if (h.vocabulary, h.width) == sizes), "")
 
 
 @dataclass(frozen=True)

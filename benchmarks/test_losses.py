@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.losses import documents
-from benchmarks.measure import BLOCKINGS, bare_product, seconds, step, time_turns, timing
-from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.measure.timing import bare_product, fastest_blocking, seconds, step, timing
+from benchmarks.providers.losses import documents
+from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
 from benchmarks.shapes import SHAPES, Problem, Shape, make_problem
 from bft_kernels import token_weights
 
@@ -39,9 +39,9 @@ def _problem(shape: str) -> Problem:
 @functools.cache
 def _bare(shape: str) -> Callable[[], None]:
     """The bare product in its fastest blocking."""
-    runs = {one: functools.partial(bare_product, _problem(shape), *one) for one in BLOCKINGS}
-    times = time_turns(runs, DEVICE, 5)
-    return runs[min(times, key=lambda one: times[one].seconds)]
+    problem = _problem(shape)
+    blocking = fastest_blocking(problem, DEVICE, repeats=5)
+    return functools.partial(bare_product, problem, *blocking)
 
 
 def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import baseline
+from benchmarks.results import baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = {shape: f"test_loss[bft torch exact, bft, both-{shape}]" for shape in ("tiny", "small")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import loss, noise
-from benchmarks.errors import first_rows, gradient_errors, relative_error, truth
-from benchmarks.loss_table import COLUMNS
-from benchmarks.losses import WEIGHTINGS
-from benchmarks.measure import Timing, extra_memory, step, time_turns, timing
-from benchmarks.providers import MODES, PROVIDERS, Case, cases, why_not
-from benchmarks.results import append
+from benchmarks.measure import noise
+from benchmarks.measure.errors import certificate, first_rows, relative_error, step_errors, truth
+from benchmarks.measure.memory import extra_memory
+from benchmarks.measure.timing import Timing, fastest_option, step, time_turns, timing
+from benchmarks.providers.provider import WEIGHTINGS
+from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
+from benchmarks.results.schema import COLUMNS, append, read
+from benchmarks.run import loss
 from benchmarks.shapes import HEADS, SHAPES, Shape, make_problem, save_recorded
 
 SMALL = Shape(160, 16, 500)  # of one document of 128 tokens and one of 32
@@ -43,11 +43,6 @@ def config(**settings: Any) -> loss.Config:
     )
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_every_provider_computes_the_same_loss_and_gradients(weighting: str) -> None:
     problem = make_problem(SMALL, torch.float32, "cpu")
@@ -61,11 +56,14 @@ def test_every_provider_computes_the_same_loss_and_gradients(weighting: str) -> 
         for option in PROVIDERS[case.provider].options:
             found = step(replace(case, option=option), problem)
             torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
-            errors = gradient_errors(replace(case, option=option), problem, expected)
+            errors = step_errors(replace(case, option=option), problem, expected)
+            errors |= certificate(case, problem, expected)
             names = {"forward": (), "both": ("hidden", "weight"), "frozen": ("hidden",)}[case.mode]
-            sampled = PROVIDERS[case.provider].sampled
+            sampled = PROVIDERS[case.provider].eps is not None
             kinds = ("error", "certificate") if sampled else ("error",)
-            assert errors.keys() == {f"{kind}_{name}" for kind in kinds for name in names}
+            told = {f"{kind}_{name}" for kind in kinds for name in names}
+            assert errors.keys() == {"error_loss"} | told
+            assert errors["error_loss"] < 1e-5
             for name in names:
                 limit = 3 * errors[f"certificate_{name}"] + 1e-5 if sampled else 1e-5
                 assert errors[f"error_{name}"] < limit, (case, option, name)
@@ -87,8 +85,8 @@ def test_a_wrong_gradient_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     plain = PROVIDERS["eager"]
     broken = replace(plain, options={"": lambda problem, weighting: 1.1 * problem.hidden.sum()})
     monkeypatch.setitem(PROVIDERS, "eager", broken)
-    errors = gradient_errors(Case("eager", "plain", "frozen"), problem, truth(problem, "plain"))
-    assert errors["error_hidden"] > 1
+    errors = step_errors(Case("eager", "plain", "frozen"), problem, truth(problem, "plain"))
+    assert min(errors["error_hidden"], errors["error_loss"]) > 0.1
     assert relative_error(torch.full((3, 2), 1.1), torch.ones(3, 2)) == pytest.approx(0.1)
 
 
@@ -97,10 +95,11 @@ def test_reasons_not_to_run() -> None:
         return why_not(Case(provider, weighting, mode), "cpu", torch.float32)
 
     assert "it computes plain only" in reason("quack", "bft")
-    assert reason("bft torch sampled", mode="forward") == "its forward is that of bft torch exact"
+    assert reason("bft torch sampled", mode="forward") == "for forward see bft torch exact"
     assert "CUDA" in reason("bft cuda exact")
     assert reason("liger fused") in ("it runs on a GPU only", "liger-kernel is not installed")
-    assert reason("eager", "bft", "frozen") == ""
+    assert reason("eager", "bft", "frozen") == reason("own:loss") == ""
+    assert "it computes plain only" in reason("own:loss", "bft")
     missing = replace(PROVIDERS["trl"], name="x", distribution="no-such-thing")
     broken = replace(PROVIDERS["trl"], name="y", distribution="torch", module="torch.no_such")
     PROVIDERS.update(x=missing, y=broken)
@@ -127,14 +126,14 @@ def test_csv_has_a_row_a_case_and_the_reasons(
     )
     loss.main(settings)
     loss.main(settings)
-    rows = rows_of(path)
+    rows = read(path)
     assert len(rows) == 2 * (1 + 4 * 2)
     assert tuple(rows[0]) == COLUMNS
     assert rows[0]["provider"] == "1G"
     assert float(rows[0]["times_g"]) == 1.0
     found = {(row["provider"], row["mode"]): row for row in rows}
     sampled, eager = found["bft torch sampled", "both"], found["eager", "both"]
-    assert sampled["weighting"] == "bft"
+    assert (sampled["weighting"], sampled["eps"], eager["eps"]) == ("bft", str(2**-12), "")
     assert (eager["inputs"], eager["tokens"], eager["vocabulary"]) == ("synthetic", "32", "8192")
     assert float(eager["times_g"]) == pytest.approx(
         float(eager["seconds"]) / float(eager["g_seconds"])
@@ -164,7 +163,7 @@ def test_recorded_inputs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     save_recorded(inputs, problem.hidden.detach(), problem.weight.detach(), problem.target)
     path = tmp_path / "results.csv"
     loss.main(config(inputs=(inputs,), output=path, errors=False, providers=("eager",)))
-    assert {(row["shape"], row["inputs"], row["tokens"]) for row in rows_of(path)} == {
+    assert {(row["shape"], row["inputs"], row["tokens"]) for row in read(path)} == {
         ("abstracts", "recorded", "32")
     }
     assert "abstracts (recorded inputs)" in capsys.readouterr().out
@@ -174,7 +173,10 @@ def test_recorded_inputs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("settings", "message"),
     [
         ({"shapes": ("gpt-5",)}, "shapes: got 'gpt-5', expected some of tiny, smollm2-135m"),
-        ({"providers": ("egaer",)}, "providers: got 'egaer', expected some of eager"),
+        (
+            {"providers": ("egaer",)},
+            "providers: got 'egaer', expected module:function or some of eager",
+        ),
         ({"weightings": ("sft",)}, "weightings: got 'sft', expected some of plain, dft, bft"),
         ({"modes": ("backward",)}, "modes: got 'backward', expected some of forward"),
         ({"repeats": 0}, "repeats: got 0"),
@@ -194,15 +196,15 @@ def test_refuses_a_file_with_other_columns(tmp_path: Path) -> None:
         loss.main(config(output=path))
     with pytest.raises(ValueError, match="expected a new file"):
         append(path, [{"provider": "eager", "minutes": 1}])
-    assert len(rows_of(path)) == 1
+    assert len(read(path)) == 1
 
 
 def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert noise.too_busy(2.0, 2) == ""
     assert "the load average is 7.0 on 2 cores, expected up to 3.0" in noise.too_busy(7.0, 2)
-    assert noise.too_noisy(Timing(1.0, 0.15), 0.15) == ""
+    assert noise.too_noisy(Timing(1.0, 0.15, 0.9, 1.1, 5), 0.15) == ""
     assert "spread (interquartile range over median) of 40%" in noise.too_noisy(
-        Timing(1.0, 0.4), 0.15
+        Timing(1.0, 0.4, 0.5, 1.9, 5), 0.15
     )
     path = tmp_path / "results.csv"
     monkeypatch.setattr(noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
@@ -215,8 +217,8 @@ def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_timing_is_median_and_spread() -> None:
-    assert timing([2.0]) == Timing(2.0, 0.0)
-    assert timing([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0 / 3.0)
+    assert timing([2.0]) == Timing(2.0, 0.0, 2.0, 2.0, 1)
+    assert timing([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0 / 3.0, 1.0, 100.0, 5)
 
 
 def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
@@ -231,6 +233,12 @@ def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
     assert max(one.seconds for one in times.values()) < 0.05
 
 
+def test_turns_end_in_time_and_short_ones_go_on() -> None:
+    assert time_turns({"a": lambda: None}, "cpu", 11, until=0.0)["a"].repeats == 3
+    lasting = time_turns({"a": lambda: time.sleep(0.01)}, "cpu", 1, lasting=0.2)
+    assert lasting["a"].repeats > 2
+
+
 def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(problem: Any, weighting: str) -> torch.Tensor:
         time.sleep(0.05)
@@ -242,11 +250,11 @@ def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setitem(PROVIDERS, "eager", quick)
     problem = make_problem(SMALL, torch.float32, "cpu")
-    assert loss._with_option(Case("eager"), problem, "cpu").option == "quick"
+    assert fastest_option(Case("eager"), problem, "cpu").option == "quick"
 
 
 def test_the_readme_lists_every_head_and_column() -> None:
-    text = (Path(loss.__file__).with_name("README.md")).read_text(encoding="utf-8")
+    text = (Path(loss.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name, head in HEADS.items():
         line = f"| {name} | {head.width} | {head.vocabulary:,} | {head.source} |"
         assert line in text, line
@@ -256,7 +264,7 @@ def test_the_readme_lists_every_head_and_column() -> None:
 
 
 def test_memory_of_a_process_that_fails_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="eager: its process for memory ended with 1"):
+    with pytest.raises(RuntimeError, match="its process ended with 1"):
         extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
 
 

@@ -10,19 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from benchmarks import plot
-from benchmarks.figures import (
-    Point,
-    Stack,
-    apart,
-    bars,
-    colour,
-    render,
-    stacked,
-    svg,
-    time_and_memory,
-)
-from benchmarks.readings import digits, finite, latest, number, read, result_folders
+from benchmarks.results import panels
+from benchmarks.results.figures import Bar, Panel, bars, colour, render, stacked, time_and_memory
+from benchmarks.results.schema import digits, finite, latest, number, read, result_folders
+from benchmarks.run import plot
 
 
 def test_rows_are_read_whatever_the_age_of_the_file(tmp_path: Path) -> None:
@@ -48,27 +39,14 @@ def test_figures_are_told_in_three_digits() -> None:
     assert not finite(float("nan"))
 
 
-def test_points_at_one_place_are_moved_apart_inside_the_box() -> None:
-    at = np.array([[5.0, 5.0], [5.0, 5.0], [5.0, 5.0], [0.0, 0.0], [0.0, 0.0], [90.0, 50.0]])
-    low, high = np.zeros(2), np.array([100.0, 60.0])
-    places = apart(at, 10, low, high)
-    assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(places, 2)) > 9.9
-    assert (places >= low).all()
-    assert (places <= high).all()
-    np.testing.assert_allclose(places[5], at[5], atol=0.1)  # what is alone stays
-    assert apart(at[:0], 10, low, high).shape == (0, 2)
-
-
-def overlaps(panel) -> list[tuple[str, str]]:
+def overlaps(drawn: list[Panel]) -> list[tuple[str, str]]:
     """Pairs of bars' texts and titles that lie on each other, or leave the figure."""
-    figure = render([panel])
-    found = []
-    for part in [figure, *figure.subfigs, *figure.subfigs[0].subfigs]:
-        texts = [*(axes.texts for axes in part.axes if not axes.yaxis.get_label().get_text())]
-        found += [t for t in itertools.chain(*texts) if t not in found]
+    figure = render(drawn)
+    bars_only = [axes for axes in figure.axes if not axes.get_ylabel()]
+    found = [text for axes in bars_only for text in axes.texts]
+    found += [t for t in figure.findobj(Text) if t.get_text().startswith("A title")]
+    figure.draw_without_rendering()
     boxes = {text: text.get_window_extent() for text in found}
-    titles = [text for text in figure.findobj(Text) if text.get_text().startswith("A title")]
-    boxes |= {title: title.get_window_extent() for title in titles}
     assert len(boxes) > 4
     outside = [
         (text.get_text(), "the figure")
@@ -82,25 +60,29 @@ def overlaps(panel) -> list[tuple[str, str]]:
     ]
 
 
+def letters(drawn: list[Panel]) -> str:
+    """All texts of a figure."""
+    return "\n".join(text.get_text() for text in render(drawn).findobj(Text))
+
+
 def test_no_text_lies_on_another() -> None:
     names = ["bft triton sampled 2^-12, frozen head", "eager", "torch chunked, 1024 rows", "trl"]
-    points = [
-        Point(name, 1 + place / 10, name.startswith("bft"), 20_000.0 + place)
+    given = [
+        Bar(name, (1 + place / 10, 0.5), name.startswith("bft"), mebibytes=20_000.0 + place)
         for place, name in enumerate(names)
     ]
     title = "A title of a model with a long name, V 262,144\nN 2,048, D 640, float32, memory kept"
-    assert overlaps(time_and_memory(title, points)) == []
-    assert overlaps(bars(title, points, "tokens/s")) == []
-    lines = [Stack(point.label, (point.value, 0.5), point.ours) for point in points]
-    assert overlaps(stacked(title, lines, ("layers, forward", "head"), "seconds")) == []
-    crowded = [Point(name * 2, 1, False) for name in names]
-    assert overlaps(bars(title, crowded, "tokens/s"))  # so it would be seen
+    assert overlaps(time_and_memory(title, given)) == []
+    assert overlaps([bars(title, given, "tokens/s")]) == []
+    assert overlaps([stacked(title, given, ("layers, forward", "head"), "seconds")]) == []
+    crowded = [Bar(name * 2, (1,), False) for name in names]
+    assert overlaps([bars(title, crowded, "tokens/s")])  # so it would be seen
 
 
 def test_ours_are_told_apart() -> None:
-    points = [Point(f"bft {name} exact", 1, True) for name in ("cpu", "torch", "triton", "cuda")]
-    peers = [Point("torch chunked", 1, False), Point("eager", 1, False)]
-    assert len({colour(point) for point in points + peers}) == 5
+    own = [Bar(f"bft {name} exact", (1,), True) for name in ("cpu", "torch", "triton", "cuda")]
+    peers = [Bar("torch chunked", (1,), False), Bar("eager", (1,), False)]
+    assert len({colour(bar) for bar in own + peers}) == 5
     with pytest.raises(ValueError, match="panels: got none"):
         render([])
 
@@ -112,52 +94,52 @@ def test_plot_writes_every_figure_and_the_same_again(
     plot.main(plot.Config((folder,), written))
     names = {"loss-bft-both", "loss-bft-forward", "loss-plain-both", "loss-plain-forward"}
     names |= {"scale", "train", "parts", "batch"}
-    assert {path.name for path in written.iterdir()} == {
-        f"{name}.{suffix}" for name in names for suffix in ("svg", "png")
-    }
+    assert {path.name for path in written.iterdir()} == {f"{name}.png" for name in names}
     assert "missing" not in capsys.readouterr().out
     shutil.copy(folder / "train.csv", tmp_path)
     plot.main(plot.Config((tmp_path,)))
     said = capsys.readouterr().out
     assert "loss.csv: missing or empty" in said
     assert "scale.csv: missing or empty" in said
-    assert (tmp_path / "train.svg").read_bytes() == (written / "train.svg").read_bytes()
+    assert (tmp_path / "train.png").read_bytes() == (written / "train.png").read_bytes()
 
 
 def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -> None:
-    figures = plot.loss_figures(read(folder / "loss.csv"))
-    assert list(figures)[:2] == ["loss-bft-both", "loss-bft-forward"]
+    figures = panels.loss_figures(read(folder / "loss.csv"))
+    assert set(figures) == {f"loss-{w}-{m}" for w in ("plain", "bft") for m in ("both", "forward")}
     balanced, plain = figures["loss-bft-both"], figures["loss-plain-both"]
-    assert len(balanced) == len(plain) == 2
+    assert len(balanced) == len(plain) == 4  # points and bars of two problems
     assert balanced[0].title.startswith("model-1000, V 1,000\nN 64, D 16, float32, recorded")
-    assert "3.00 G, 1,024 MiB" in svg(render(plain[:1]))
-    text = svg(render(balanced[:1]))
-    assert "5.00 G, 1,024 MiB" in text
-    assert 'odd &lt;b&gt;&amp;"$x$, loss' in text
-    rows = [{"provider": "eager", "status": "wrong", "times_g": "1.0", "extra_bytes": "1"}]
-    assert plot.loss_points(rows) == []
+    assert "3.00 G, 1,024 MiB" in letters(plain)
+    assert "5.00 G, 1,024 MiB" in letters(balanced)
+    assert 'odd <b>&"$x$, loss' in letters(balanced)
+    row = {"provider": "eager", "times_g": "1.0", "extra_bytes": "1"}
+    assert panels.timed([row, row | {"status": "ok"}, row | {"status": "wrong"}]) == [
+        row,
+        row | {"status": "ok"},
+    ]
 
 
 def test_growth_draws_the_fitted_line_through_exact_times(folder: Path) -> None:
-    panels = plot.growth_figures(read(folder / "scale.csv"))["scale"]
-    assert [panel.title.split(": ")[1] for panel in panels] == [
+    drawn = panels.growth_figures(read(folder / "scale.csv"))["scale"]
+    assert [panel.title.split(": ")[1] for panel in drawn] == [
         "growth with N, D 16",
         "growth with V, D 16",
     ]
-    axes = render(panels[:1]).axes[0]
+    axes = render(drawn[:1]).axes[0]
     points, line = axes.lines[:2]
     ends = line.get_ydata()[[0, -1]]
     np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
 
 
 def test_training_has_a_panel_a_limit(folder: Path) -> None:
-    figures = plot.train_figures(read(folder / "train.csv"))
-    assert [panel.words for panel in figures["train"]] == [
-        "tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a step, and its peak memory, "
-        "tokens/s: sampled 1,024; eager 512"
-    ]
+    figures = panels.train_figures(read(folder / "train.csv"))
+    (speed,) = figures["train"]
+    assert speed.title.startswith("tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a")
+    assert letters([speed]).index("sampled") < letters([speed]).index("eager")
+    assert "1,024" in letters([speed])
     (parts,) = figures["parts"]
-    assert "seconds: sampled 6.50, of which layers, forward 1.10, head, forward 1.20" in parts.words
+    assert "6.50" in letters([parts])
     bars = render([parts]).axes[0].containers
     assert [bar.get_width() for bar in bars[1]] == pytest.approx([1.2, 0.2])
     assert [bar.get_x() for bar in bars[1]] == pytest.approx([1.1, 0.1])

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-import benchmarks.noise
-import benchmarks.record
-import benchmarks.scale
-from benchmarks.losses import ours
+import benchmarks.measure.noise
+import benchmarks.run.record
+import benchmarks.run.scale
+from benchmarks.measure.growth import fit, predict
+from benchmarks.providers.losses import ours
+from benchmarks.results.schema import read
 from benchmarks.shapes import Recorded, Shape, make_problem
 
 
 def test_fit_finds_the_two_slopes() -> None:
     shapes = [Shape(n, 64, v) for n in (256, 4096) for v in (1000, 50_000)]
-    exact = [benchmarks.scale.predict(shape, 3e-9, 2e-12) for shape in shapes]
-    fixed, slope = benchmarks.scale.fit(shapes, exact)
+    exact = [predict(shape, 3e-9, 2e-12) for shape in shapes]
+    fixed, slope = fit(shapes, exact)
     assert fixed == pytest.approx(3e-9)
     assert slope == pytest.approx(2e-12)
 
 
 def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "scale.csv"
-    config = benchmarks.scale.Config(
+    config = benchmarks.run.scale.Config(
         provider="bft torch sampled",
         widths=(16, 32),
         tokens=(64, 256),
@@ -36,9 +37,8 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
         force=True,
         output=path,
     )
-    benchmarks.scale.main(config)
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    benchmarks.run.scale.main(config)
+    rows = read(path)
     shapes = [(64, 512), (256, 512), (64, 2048), (256, 2048)]
     assert [tuple(int(row[c]) for c in ("width", "tokens", "vocabulary")) for row in rows] == [
         (width, *shape) for width in (16, 32) for shape in shapes
@@ -48,13 +48,13 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_scale_refuses_a_noisy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    config = benchmarks.scale.Config(
+    monkeypatch.setattr(benchmarks.measure.noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    config = benchmarks.run.scale.Config(
         "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
     )
-    monkeypatch.setattr(benchmarks.scale, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(benchmarks.run.scale, "_LEAST_SECONDS", 0.0)
     with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare product .* expected up to"):
-        benchmarks.scale.main(replace(config, max_spread=-1.0))
+        benchmarks.run.scale.main(replace(config, max_spread=-1.0))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_scale_refuses_a_noisy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_scale_refuses_who_cannot_run(provider: str, message: str) -> None:
     with pytest.raises(SystemExit, match=message):
-        benchmarks.scale.main(benchmarks.scale.Config(provider=provider, device="cpu"))
+        benchmarks.run.scale.main(benchmarks.run.scale.Config(provider=provider, device="cpu"))
 
 
 @pytest.mark.slow
@@ -77,12 +77,12 @@ def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path: Path) -> Non
         pytest.skip(str(error))
     texts = tmp_path / "texts.txt"
     texts.write_text("The heart pumps blood\nthrough the vessels.\n\n\nInsulin lowers glucose.\n")
-    assert list(benchmarks.record.documents(texts)) == [
+    assert list(benchmarks.run.record.documents(texts)) == [
         "The heart pumps blood through the vessels.",
         "Insulin lowers glucose.",
     ]
     path = tmp_path / "inputs.pt"
-    benchmarks.record.main(benchmarks.record.Config(texts, path, tokens=10))
+    benchmarks.run.record.main(benchmarks.run.record.Config(texts, path, tokens=10))
     problem = make_problem(Recorded(path, 7), torch.float32, "cpu")
     assert problem.hidden.shape[0] == 7
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

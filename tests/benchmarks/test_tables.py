@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.readings import RESULTS, number, read
+from benchmarks.results import cells
+from benchmarks.results.loss_table import markdown
+from benchmarks.results.schema import RESULTS, number, read
+from benchmarks.run import tables
 
 
 def test_documents_and_csvs_agree() -> None:
@@ -42,7 +44,7 @@ def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
 
 
 def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
     (tmp_path / "loss.csv").write_text(
         "provider,weighting,mode,shape,tokens,vocabulary,dtype,inputs,memory_kept,seconds,g_seconds,"
         "times_g,extra_bytes\n"
@@ -56,44 +58,44 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "eager,bft,both,m,8,5000,float32,recorded,False,1.0,0.7,9,1\n"
         "trl,bft,both,m,8,5000,float32,recorded,True,,0.5,,\n"
     )
-    lines = (tables.Line("E", "eager", bold=True), tables.Line("T", "trl"))
-    cells = tables.Losses(".", 8, {"m": "Model"}, lines)()
-    assert tables.markdown(cells).splitlines() == [
+    lines = (cells.Line("E", "eager", bold=True), cells.Line("T", "trl"))
+    table = cells.Losses(".", 8, {"m": "Model"}, lines)()
+    assert markdown(table).splitlines() == [
         "| | Model, `V` 5,000 | MiB |",
         "|---|---:|---:|",
         "| 1G, seconds | 0.500 | |",
         "| **E** | **2.00** | **3** |",
         "| T | | |",
     ]
-    missing = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("L", "liger"),))
+    missing = cells.Losses(".", 8, {"m": "Model"}, (cells.Line("L", "liger"),))
     with pytest.raises(
         ValueError, match="found no row with provider 'liger', weighting 'bft', mode"
     ):
         missing()
-    with pytest.raises(ValueError, match=r"scale\.csv: found no row of 'eager'"):
-        tables.Growth(".", "eager")()
+    with pytest.raises(ValueError, match="found no row with provider 'eager', weighting 'bft'"):
+        cells.Growth(".", "eager")()
 
 
 def test_two_runs_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
     head = "provider,weighting,mode,shape,dtype,inputs,memory_kept,tokens,times_g\n"
     row = "eager,bft,both,m,float32,recorded,True"
     (tmp_path / "loss.csv").write_text(f"{head}{row},8,2.0\n{row},16,9\n")
     (tmp_path / "again.csv").write_text(f"{head}{row},8,3\n{row},8,2.1\n")
-    first = tables.Losses(".", 8, {"m": "Model"}, (tables.Line("E", "eager"),))
-    repeated = tables.Repeated(first, "again.csv")
+    first = cells.Losses(".", 8, {"m": "Model"}, (cells.Line("E", "eager"),))
+    repeated = cells.Repeated(first, "again.csv")
     assert repeated() == [["", "Model", "again", "ratio"], ["E", "2.00", "2.10", "1.05"]]
 
 
 def test_the_committed_table_was_reproduced() -> None:
-    (repeated,) = (made for _, made in tables.TABLES.values() if isinstance(made, tables.Repeated))
+    (repeated,) = (made for _, made in tables.TABLES.values() if isinstance(made, cells.Repeated))
     pairs = [pair for line in repeated.pairs() for pair in line]
     assert len(pairs) == 3 * len(repeated.first.lines)
     assert all(again == pytest.approx(once, rel=0.1) for once, again in pairs)
 
 
 def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
     (tmp_path / "train.csv").write_text(
         "model,mode,gradient_checkpointing,weighting,loss,batch,seconds,head_forward_seconds,"
         "head_backward_seconds,peak_bytes,limit_bytes,largest_batch,note,reason\n"
@@ -105,12 +107,12 @@ def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "m,full,False,bft,liger fused,,,,,,,,,it runs on a GPU only\n"
         "other,full,False,bft,exact,4,9,1,1,1,,,,\n"
     )
-    assert tables.Steps(".", "m")() == [
+    assert cells.Steps(".", "m")() == [
         ["", "step of 4, s", "of it the head", "peak GiB", "fit in 4 GiB", "fit in 8 GiB"],
         ["exact, weighted by BFT", "2.50", "0.750", "3.00", "at least 9", "30"],
     ]
-    with pytest.raises(ValueError, match=r"train\.csv: found no row of 'x'"):
-        tables.Steps(".", "x")()
+    with pytest.raises(ValueError, match="found no row with model 'x', mode 'full'"):
+        cells.Steps(".", "x")()
 
 
 def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
@@ -129,7 +131,7 @@ def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
         weighting = "bft" if mode else ""
         expected = [
             number(
-                tables.find(rows, provider=provider, weighting=weighting, mode=mode, shape=shape),
+                cells.find(rows, provider=provider, weighting=weighting, mode=mode, shape=shape),
                 column,
             )
             for shape in ("smollm2-135m", "qwen2.5-0.5b", "gemma3-270m")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,15 @@ pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import train, train_losses, train_worker
-from benchmarks.measure import in_use
-from benchmarks.readings import PARTS
-from benchmarks.train_losses import LOSSES
-from benchmarks.train_search import attempt, largest_batch, next_batch
-from benchmarks.train_worker import Outcome, Stepper, time_steps
+from benchmarks.measure import train_step
+from benchmarks.measure.largest_batch import attempt
+from benchmarks.measure.memory import in_use
+from benchmarks.measure.train_step import Stepper, time_steps
+from benchmarks.measure.train_tokens import documents, token_rows
+from benchmarks.providers import at_head
+from benchmarks.providers.at_head import LOSSES
+from benchmarks.results.schema import PARTS, Row, read
+from benchmarks.run import train
 from bft.config import TrainConfig
 
 TEXT = "the heart pumps blood through a vessel and insulin lowers sugar in it"
@@ -65,11 +67,10 @@ def config(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def rows_of(config: train.Config) -> list[dict[str, str]]:
+def rows_of(config: train.Config) -> list[Row]:
     train.main(config)
     assert config.output is not None
-    with config.output.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(config.output)
 
 
 def gradients(stepper: Stepper, label: str, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -137,7 +138,7 @@ def test_the_parts_of_a_step_are_told_apart(
     ids = torch.randint(VOCABULARY, (2, 12))
     stepper.step(label, ids)  # the patch measures the model
     now = 0
-    monkeypatch.setattr(train_worker, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(train_step, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def takes(seconds: int) -> Callable[..., None]:
         def pass_time(*_: Any) -> None:
@@ -171,8 +172,12 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
     def broken(*_: Any) -> None:
         raise ValueError("no such luck")
 
-    loss = train_losses.StepLoss("broken", "plain", lambda _: broken)
-    monkeypatch.setattr(train_losses, "LOSSES", (*LOSSES, loss))
+    class Broken(at_head.StepLoss):
+        def make(self, settings: TrainConfig) -> Any:
+            return broken
+
+    loss = Broken("broken", "plain")
+    monkeypatch.setattr(at_head, "LOSSES", (*LOSSES, loss))
     job = train.Config(**config).job()
     turns = torch.randint(VOCABULARY, (3, 2, 12))
     results = time_steps(job, ["broken, plain", "exact, plain"], turns, keep=False)
@@ -181,24 +186,24 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
 
 
 def test_a_head_that_a_peer_cannot_express_is_refused() -> None:
-    loss = train_losses.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
-    head = train_losses.Head(torch.zeros(8, 4), softcap=30.0)
-    with pytest.raises(train_losses.UnsupportedModel, match=r"got one with .*softcap"):
+    loss = at_head.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
+    head = at_head.Head(torch.zeros(8, 4), softcap=30.0)
+    with pytest.raises(at_head.UnsupportedModel, match=r"got one with .*softcap"):
         loss(torch.zeros(1, 2, 4), head, torch.zeros(1, 2, dtype=torch.int64), None, None)
 
 
 def test_rows_are_cut_from_joined_documents() -> None:
-    rows = train.token_rows([[1, 2, 3], [4, 5], [6, 7]], 3, 5)
+    rows = token_rows([[1, 2, 3], [4, 5], [6, 7]], 3, 5)
     assert rows.tolist() == [[1, 2, 3], [4, 5, 6]] * 2 + [[1, 2, 3]]
     with pytest.raises(SystemExit, match="texts: got 2 tokens, expected at least length, 3"):
-        train.token_rows([[1, 2]], 3, 5)
+        token_rows([[1, 2]], 3, 5)
 
 
 def test_texts_and_questions_become_tokens(config: dict[str, Any]) -> None:
     settings = train.Config(**config)
-    documents = list(train._documents(settings, settings.job()))
+    found = list(documents(settings.job().settings, settings.texts))
     ids = list(range(1, len(WORDS) + 1))
-    assert documents == [[*ids, 0], [*reversed(ids), 0]]
+    assert found == [[*ids, 0], [*reversed(ids), 0]]
 
 
 @pytest.mark.parametrize(
@@ -220,67 +225,6 @@ def test_sizes(text: str, size: int) -> None:
 def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         train.Config(**settings)
-
-
-def test_spread() -> None:
-    assert train.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
-    assert train.spread([1.0]) == ""
-
-
-class Machine:
-    """Steps whose peak is a bent line in the batch; counts those that are run."""
-
-    def __init__(self, limit: int, floor: int = 2000, each: int = 130, slow: int = 10**9) -> None:
-        self.limit, self.floor, self.each, self.slow = limit, floor, each, slow
-        self.ran: list[int] = []
-
-    def peak(self, batch: int) -> int:
-        # A little noise, not monotone.
-        return max(self.floor, 1000 + self.each * batch) + batch * 37 % 11
-
-    def __call__(self, batch: int) -> Outcome:
-        self.ran.append(batch)
-        if batch >= self.slow:
-            return Outcome("slow", reason="took longer than 9 s")
-        over = self.peak(batch) > self.limit
-        return Outcome("over") if over else Outcome("fits", self.peak(batch))
-
-
-@pytest.mark.parametrize("limit", [1999, 2011, 2200, 3000, 5000, 40_000, 150_000])
-def test_the_largest_batch_was_run_and_so_was_the_next(limit: int) -> None:
-    machine = Machine(limit)
-    found = largest_batch(limit, 10_000, machine, {})
-    assert found.batch == 0 or (found.batch in machine.ran and machine.peak(found.batch) <= limit)
-    fails = int(found.note.split()[0])
-    assert found.note == f"{fails} did not fit"
-    assert fails in machine.ran
-    assert machine.peak(fails) > limit
-    assert found.batch < fails <= next_batch(found.batch)
-    assert len(machine.ran) <= 10
-
-
-def test_larger_limits_go_on_from_smaller_ones() -> None:
-    peaks: dict[int, int] = {}
-    tries = []
-    for limit in (4000, 8000, 16_000):
-        machine = Machine(limit)
-        largest_batch(limit, 10_000, machine, peaks)
-        tries.append(len(machine.ran))
-    assert max(tries[1:]) <= 3
-
-
-def test_a_search_ends_at_the_cap_and_at_a_slow_step() -> None:
-    machine = Machine(10**9)
-    assert largest_batch(10**9, 100, machine, {}).batch == 100
-    assert machine.ran[-1] == 100
-    found = largest_batch(10**9, 100, Machine(10**9, slow=20), {})
-    assert found.batch < 20
-    assert found.note.startswith("at least; ")
-    assert found.note.endswith("took longer than 9 s")
-
-
-def test_steps_of_batches() -> None:
-    assert [next_batch(b) for b in (0, 1, 15, 16, 100)] == [1, 2, 16, 17, 105]
 
 
 def test_writes_a_row_a_loss(config: dict[str, Any], tmp_path: Path, capsys) -> None:

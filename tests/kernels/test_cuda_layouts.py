@@ -13,12 +13,27 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.compiled import Code, instructions, main_loop
-
+Code = list[tuple[int, str]]  # addresses and texts of instructions
 # A register's contents: what kind of instruction wrote it, which one (of sums the first that added
 # to them), and the register's place among the four.
 Symbol = tuple[str, int, int]
 OTHER: Symbol = ("other", 0, 0)
+
+
+def instructions(sass: str) -> Code:
+    """What a disassembly holds, without predicates."""
+    found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.+?);", sass)
+    return [(int(address, 16), text) for address, text in found]
+
+
+def main_loop(code: Code) -> Code:
+    """The shortest part from where a branch leads back to, up to it, that multiplies matrices."""
+    back = [
+        (int(match[1], 16), at) for at, x in code if (match := re.match(r"BRA.*?0x([0-9a-f]+)", x))
+    ]
+    loops = [[line for line in code if to <= line[0] <= at] for to, at in back if to <= at]
+    products = [loop for loop in loops if any(text.startswith("HMMA") for _, text in loop)]
+    return min(products, key=len)
 
 
 @dataclass

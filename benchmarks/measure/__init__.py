@@ -1,0 +1,1 @@
+"""How seconds, memory and errors are measured."""

@@ -1,0 +1,66 @@
+"""Compiles the extension beside what else runs."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.measure.processes import ROOT, kill_group, start, tail
+from benchmarks.results.folder import Folder
+
+
+class Build:
+    """Compiles the extension beside everything else.
+
+    On a GPU ``bft_kernels._cuda`` for that GPU alone; it replaces an older one when it is whole. A
+    rehearsal compiles ``_cpu``, and leaves it where it was built.
+    """
+
+    def __init__(self, folder: Folder, env: dict[str, str]) -> None:
+        self.folder, self.started = folder, time.monotonic()
+        self.name = "cuda" if folder.device == "cuda" else "cpu"
+        self.built = ROOT / "build" / f"gpu-{folder.device}"
+        settings = {"BFT_BUILD": self.name}
+        if folder.device == "cuda":  # images set the variable, for every GPU
+            settings["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))
+        elif folder.device == "cpu":
+            settings["CXXFLAGS"] = "-O0"
+        command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(self.built)]
+        command += ["--build-lib", str(self.built / "lib")]
+        self.log = folder.log("build")
+        self.process = start(command, env | settings, self.log)
+
+    def finish(self, until: float) -> str:
+        """Waits; why there is no module of this build, empty if there is one."""
+        try:
+            code = self.process.wait(max(0.0, until - time.monotonic()))
+            status, reason = ("ok", "") if code == 0 else ("failed", tail(self.log))
+        except subprocess.TimeoutExpired:
+            limit = time.monotonic() - self.started
+            status, reason = "cut", f"the build was not done after {limit:.0f} s"
+        finally:
+            kill_group(self.process)
+        if "no nvcc" in reason:
+            status = "unavailable"
+        seconds = round(time.monotonic() - self.started, 1)
+        self.folder.note(build={"module": self.name, "status": status, "seconds": seconds})
+        self.folder.say(f"build of _{self.name}: {status}")
+        if status == "failed":
+            self.folder.failure("build", reason)
+        elif status == "cut":
+            self.folder.cut.append(f"build: {reason}")
+        if status in ("ok", "failed") and self.folder.device == "cuda":
+            self._install()  # it comes first: _cpu, after it, may be what failed
+        return reason
+
+    def _install(self) -> None:
+        for built in self.built.glob("lib/bft_kernels/_cuda*.so"):
+            target = ROOT / "bft_kernels" / built.name
+            shutil.copy2(built, target.with_suffix(".new"))
+            target.with_suffix(".new").replace(target)
+        importlib.invalidate_caches()

@@ -1,0 +1,258 @@
+"""Compiles kernels for a GPU that is not here, and reads what the compiler produced."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as far as these figures need it."""
+
+    backend: str
+    arch: int | str
+    warp: int
+    registers: int  # of a multiprocessor, 32 bits each
+    shared: int  # bytes that a program may have
+    brief: bool = False  # like another but for its tiles: only kernels that have such are compiled
+
+
+# The vendors' tuning guides.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 65536, 163 * 1024),
+    "sm_89": Target("cuda", 89, 32, 65536, 99 * 1024, brief=True),
+    "sm_90": Target("cuda", 90, 32, 65536, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 65536, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 65536, 99 * 1024, brief=True),
+    "gfx942": Target("hip", "gfx942", 64, 131072, 64 * 1024),
+}
+# Instructions of a warp or warpgroup that multiply matrices.
+_MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA|v_mfma\w*)\b")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes."""
+
+    target: str
+    kernel: str
+    operands: str  # types, or nothing for kernels without products
+    switches: tuple[str, ...]  # what distinguishes this form of the kernel
+    multiplies: bool  # whether its source has a matrix product
+    tensor_core: bool  # whether its machine code has an instruction for that
+    registers: int  # of a thread
+    spilled: int  # bytes of local memory of a thread
+    shared: int  # bytes of a program
+    warps: int
+    narrow: str = ""  # what should move 16 bytes at once and does not
+    budgeted: bool = True  # whether it is held to the budget of its kernel
+
+    @property
+    def key(self) -> str:
+        """Names the kernel in the budget."""
+        return " ".join(filter(None, (self.kernel, self.operands)))
+
+    @property
+    def name(self) -> str:
+        """Names the form."""
+        return " ".join((self.target, self.key, *self.switches))
+
+    @property
+    def fits(self) -> bool:
+        """Whether a multiprocessor holds a program. Registers are given out in eights."""
+        target = TARGETS[self.target]
+        registers = in_eights(self.registers) * target.warp * self.warps
+        return registers <= target.registers and self.shared <= target.shared
+
+
+def in_eights(registers: int) -> int:
+    """The registers that a thread is given, of those that it needs."""
+    return -(-registers // 8) * 8
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A call of a Triton kernel, and the form of the kernel that it needs."""
+
+    run: Callable[[], Any]  # compiles
+    kernel: str
+    switches: frozenset[str]  # constants that are on
+    sizes: frozenset[tuple[str, int]]  # of tiles, and bytes of an element of each tensor
+    types: frozenset[tuple[str, str]]  # of the tensors
+
+    def contains(self, other: Launch) -> bool:
+        """Whether the other form's code is a part of this one's, but for its types' names."""
+        return (
+            self.kernel == other.kernel
+            and self.switches >= other.switches
+            and self.sizes >= other.sizes
+        )
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """All that tells this form from others."""
+        return self.kernel, self.switches, self.sizes, self.types
+
+    @property
+    def tiled(self) -> bool:
+        """Whether it makes tiles of a product, whose sizes go by the target."""
+        return any(name == "BLOCK_N" for name, _ in self.sizes)
+
+    @property
+    def operands(self) -> str:
+        """Bits of an element of a product's operands, and of the tensors they are read from."""
+        sizes = dict(self.sizes)
+        if "OPERAND" not in sizes:
+            return ""
+        stored = max(sizes.get(name, 0) for name in ("hidden_ptr", "weight_ptr", "OPERAND"))
+        wide = f" of {8 * stored}" if stored > sizes["OPERAND"] else ""
+        return f"{8 * sizes['OPERAND']}{wide} bit"
+
+
+class _NoDevice:
+    """A Triton driver that names a target and has nothing to launch on."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
+
+    def get_current_device(self) -> int | str:
+        return self.target.arch  # by which Triton keeps what it compiled
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def rehearsing(target: Target) -> Iterator[list[Launch]]:
+    """Kernels that are launched inside are listed, each form once, and neither compiled nor run."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    found: dict[Any, Launch] = {}
+    compile_for_launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        def compiling() -> Any:
+            return compile_for_launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs  # the rest by name
+        launch = _launch(compiling, self.fn.__name__, given)
+        found.setdefault(launch.form, launch)
+
+    triton.runtime.driver.set_active(_NoDevice(target))
+    JITFunction.run = run
+    listed: list[Launch] = []
+    try:
+        yield listed
+        listed += found.values()
+    finally:
+        JITFunction.run = compile_for_launch
+
+
+def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> Launch:
+    """What is told by a kernel's arguments, of which the constants' names are in capitals."""
+    switches, sizes, types = set(), {}, {}
+    for key, value in given.items():
+        if isinstance(value, torch.Tensor):
+            sizes[key], types[key] = value.itemsize, str(value.dtype)
+        elif key == "OPERAND":
+            sizes[key], types[key] = value.primitive_bitwidth // 8, str(value)
+        elif isinstance(value, bool) or key == "POPULAR":
+            switches |= {key.lower()} if value else set()
+        elif isinstance(value, int) and (key.startswith(("BLOCK", "num_", "maxnreg", "D"))):
+            sizes[key] = value
+    kernel = name.strip("_").removesuffix("_kernel")
+    return Launch(
+        compiling, kernel, frozenset(switches), frozenset(sizes.items()), frozenset(types.items())
+    )
+
+
+def largest(launches: list[Launch]) -> list[Launch]:
+    """Those that no other contains; of equals the first."""
+    kept: list[Launch] = []
+    for launch in sorted(launches, key=lambda x: -len(x.switches) - len(x.sizes)):
+        if not any(other.contains(launch) for other in kept):
+            kept.append(launch)
+    return kept
+
+
+def compile_cases(name: str, full: bool) -> list[Usage]:
+    """Kernels for one target: the largest forms, held to a budget, and with ``full`` all others."""
+    from benchmarks.measure.rehearsal import CASES, GATE
+
+    target = TARGETS[name]
+    with rehearsing(target) as launches:
+        for label in GATE:
+            CASES[label]()
+    chosen = {x.form: x for x in largest(launches) if x.tiled or not target.brief}
+    usages = [usage_of(name, launch) for launch in chosen.values()]
+    if full:
+        with rehearsing(target) as launches:
+            for case in CASES.values():
+                case()
+        others = [launch for launch in launches if launch.form not in chosen]
+        usages += [replace(usage_of(name, launch), budgeted=False) for launch in others]
+    return usages
+
+
+def usage_of(name: str, launch: Launch) -> Usage:
+    """What one compiled kernel takes, read from its machine code."""
+    compiled = launch.run()
+    assert compiled.metadata.target.arch == TARGETS[name].arch, "compiled for another target before"
+    if "amdgcn" in compiled.asm:
+        code = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.findall(rf"{what}: (\d+)", code)[-1])
+            for what in ("TotalNumVgprs", "ScratchSize")
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            code = cuobjdump(cubin, "-sass", "-res-usage")
+        registers, spilled = (
+            int(re.findall(rf"{what}:(\d+)", code)[-1]) for what in ("REG", "STACK")
+        )
+    return Usage(
+        target=name,
+        kernel=launch.kernel,
+        operands=launch.operands,
+        switches=tuple(sorted(launch.switches)),
+        multiplies="tt.dot" in compiled.asm["ttir"],
+        tensor_core=multiplies_matrices(code),
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+    )
+
+
+def multiplies_matrices(code: str) -> bool:
+    """Whether machine code has an instruction for tensor cores."""
+    return bool(_MMA.search(code))
+
+
+def cuobjdump(cubin: Path, *flags: str) -> str:
+    """What Triton's copy of the tool prints."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    run = subprocess.run([tool, *flags, cubin], capture_output=True, text=True, check=True)
+    return run.stdout

@@ -1,0 +1,129 @@
+"""How far losses and gradients are from exact ones, and what a sampled one's certificate says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.timing import step
+from benchmarks.providers.losses import weigh
+from benchmarks.providers.registry import SAMPLED, Case, find
+from benchmarks.shapes import Problem
+from bft_kernels import linear_nll
+
+ROWS = 64
+_BLOCK = 8192  # rows of a gradient compared at a time
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """``|got - expected| / |expected|``, summed in float64 over blocks of rows."""
+    off = expected.new_zeros((), dtype=torch.float64)
+    norm = off.clone()
+    blocks = (torch.atleast_1d(one).split(_BLOCK) for one in (got, expected))
+    for mine, theirs in zip(*blocks, strict=True):
+        off += (mine.to(theirs.device).double() - theirs.double()).square().sum()
+        norm += theirs.double().square().sum()
+    return float(off.sqrt() / norm.sqrt().clamp_min(1e-30))
+
+
+def first_rows(problem: Problem, rows: int = ROWS) -> Problem:
+    """Its first tokens with the whole head."""
+    hidden = problem.hidden.detach()[:rows].clone().requires_grad_()
+    return replace(problem, hidden=hidden, target=problem.target[:rows])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Rows of the gradients that are compared, of ``dW`` in groups, whose worst error counts."""
+
+    hidden: slice | Tensor
+    weight: tuple[slice | Tensor, ...]
+
+
+EVERYTHING = Compared(slice(None), (slice(None),))
+
+
+def some_rows(problem: Problem) -> Compared:
+    """About 64 tokens, frequent ids and the rarest targets; ids go by rank."""
+    every = max(1, problem.target.numel() // 64)
+    return Compared(slice(None, None, every), (slice(64), problem.target.unique()[-64:]))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A problem's exact loss, and rows of its gradients."""
+
+    loss: Tensor  # []
+    hidden: Tensor  # [N, D], or those of its rows that are compared
+    weight: tuple[Tensor, ...]  # [V, D], likewise, in groups
+    coefficient: Tensor  # [N], what the weighting multiplies each nll by
+    compared: Compared
+
+
+def truth(
+    problem: Problem,
+    weighting: str,
+    dtype: torch.dtype = torch.float64,
+    compared: Compared = EVERYTHING,
+) -> Truth:
+    """By the torch backend, itself tested against the specification.
+
+    In float64 it takes ``16 V D`` bytes; rows that are only some are copied to the CPU.
+    """
+    hidden = problem.hidden.detach().to(dtype).requires_grad_()
+    weight = problem.weight.detach().to(dtype).requires_grad_()
+    nll = linear_nll(hidden, weight, problem.target, backend="torch")
+    assert isinstance(nll, Tensor)
+    leaf = nll.detach().requires_grad_()
+    loss = weigh(leaf, weighting, problem)
+    (coefficient,) = torch.autograd.grad(loss, leaf)
+    nll.backward(coefficient)
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    device = hidden.device if compared is EVERYTHING else torch.device("cpu")
+    groups = tuple(weight.grad[rows].to(device) for rows in compared.weight)
+    parts = hidden.grad[compared.hidden].to(device), groups
+    return Truth(loss.detach().to(device), *parts, coefficient, compared)
+
+
+def step_errors(case: Case, problem: Problem, expected: Truth) -> dict[str, float]:
+    """Relative errors of a step's loss and of the gradients that it makes."""
+    found = {"error_loss": relative_error(step(case, problem), expected.loss)}
+    hidden, weight = problem.hidden.grad, problem.weight.grad
+    if hidden is not None:
+        found["error_hidden"] = relative_error(hidden[expected.compared.hidden], expected.hidden)
+    if weight is not None:
+        pairs = zip(expected.compared.weight, expected.weight, strict=True)
+        found["error_weight"] = max(relative_error(weight[rows], true) for rows, true in pairs)
+    problem.hidden.grad = problem.weight.grad = None
+    return found
+
+
+@torch.no_grad()
+def certificate(case: Case, problem: Problem, expected: Truth) -> dict[str, float]:
+    """The expected error of a sampled step's gradients, relative to all of the exact ones."""
+    provider = find(case.provider)
+    if provider.eps is None or case.mode == "forward":
+        return {}
+    _, stats = linear_nll(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        eps=provider.eps,
+        **SAMPLED,
+        backend=provider.backend,
+        return_stats=True,
+        hidden_variance=True,
+    )
+    assert stats.variance is not None
+    assert stats.hidden_variance is not None
+    squared = expected.coefficient.square()
+    hidden = (squared * stats.hidden_variance).sum().sqrt()
+    found = {"certificate_hidden": float(hidden / expected.hidden.norm().clamp_min(1e-30))}
+    if case.mode == "both":
+        norms = problem.hidden.double().square().sum(1)
+        weight = (squared * stats.variance * norms).sum().sqrt()
+        found["certificate_weight"] = float(weight / expected.weight[0].norm().clamp_min(1e-30))
+    return found

@@ -1,0 +1,103 @@
+"""Peak memory of a step, in a process of its own where that counts all that the process holds."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.processes import ask
+from benchmarks.measure.timing import step, synchronize
+from benchmarks.providers.registry import Case
+from benchmarks.shapes import Problem, Shape, Source, make_problem
+
+
+def keep_memory() -> None:
+    """Has the C library keep what is freed, so that only the first run touches fresh pages.
+
+    By default glibc returns every large tensor to the system, and a step pays for mapping and
+    clearing its gradients anew: work of the system, the same whichever loss asked for them, but
+    on a virtual machine as much as a tenth of a step.
+
+    Raises:
+        RuntimeError: the C library is not glibc, or refuses.
+    """
+    _mallopt("keep_memory", {-1: -1, -4: 0})  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+
+
+def return_memory() -> None:
+    """Has the C library return every tensor of 128 KiB and more to the system when it is freed.
+
+    By default that bound grows with the tensors that are freed, and those below it are cut from
+    larger blocks: what a step takes at its highest then differs from run to run by as much as 40%.
+
+    Raises:
+        RuntimeError: the C library is not glibc, or refuses.
+    """
+    _mallopt("return_memory", {-3: 2**17})  # M_MMAP_THRESHOLD of malloc.h; setting it fixes it
+
+
+def _mallopt(name: str, settings: dict[int, int]) -> None:
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        raise RuntimeError(f"{name}: the C library has no mallopt, expected glibc") from None
+    if not all(mallopt(setting, value) for setting, value in settings.items()):
+        raise RuntimeError(f"{name}: mallopt refused the setting")
+
+
+def release(device: str) -> None:
+    """Gives back what was freed, which must not pass for memory in use."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
+    """Bytes in use now, or at most since the last reset."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if reset:  # makes the kernel forget the highest mark of the set-up
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    field = "VmHWM" if peak else "VmRSS"
+    with open("/proc/self/status", encoding="ascii") as file:
+        line = next(line for line in file if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str) -> int:
+    """Peak bytes of one step beyond the inputs and their gradients."""
+    problem.hidden.grad = problem.weight.grad = None
+    synchronize(device)
+    release(device)
+    before = in_use(device, reset=True)
+    step(run, problem)
+    synchronize(device)
+    peak = in_use(device, peak=True)
+    leaves = problem.hidden, problem.weight
+    gradients = sum(leaf.grad.nbytes for leaf in leaves if leaf.grad is not None)
+    return max(0, peak - before - gradients)
+
+
+def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
+    """:func:`peak_of_step` in a fresh process.
+
+    Raises:
+        RuntimeError: that process failed.
+    """
+    return int(ask(_send_peak, case, source, dtype, device))
+
+
+def _send_peak(
+    sender: Connection, case: Case, source: Source, dtype: torch.dtype, device: str
+) -> None:
+    # Libraries and thread pools are loaded before the baseline is read.
+    step(case, make_problem(Shape(8, 16, 64), dtype, device))
+    sender.send(peak_of_step(case, make_problem(source, dtype, device), device))

@@ -1,0 +1,126 @@
+"""Calls that between them use every form of every kernel, on tensors without values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bft_kernels.checks import SCHEMES
+from bft_kernels.config import CoreConfig, Weighting
+from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
+from bft_kernels.results import Documents, Saved, Wanted
+
+# N, D and V of the published figures.
+ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
+# Budgets with which the forward keeps logits in a buffer, and in registers.
+CHUNKS, TILES = DEFAULT_ACCELERATOR_BUFFER_BYTES, 100 * 2**20
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _config(dtype: torch.dtype) -> CoreConfig:
+    return CoreConfig(
+        ignore_index=-100,
+        softcap=None,
+        temperature=1.0,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        eps=2**-10,
+        residual="recompute",
+        statistics=False,
+        variance=False,
+        hidden_variance=False,
+        operand=str(dtype).removeprefix("torch."),
+        backend="triton",
+        max_buffer_bytes=CHUNKS,
+        check_values=False,
+        check_finite=False,
+    )
+
+
+def ours(
+    operand: torch.dtype,
+    hidden_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+    *,
+    width: int = WIDTH,
+    transformed: bool = False,
+) -> None:
+    """Forward and backward of every mode, `dW` made anew and added to one that is there.
+
+    Args:
+        operand: of the products.
+        hidden_dtype, weight_dtype: of the tensors, where autocast rounds them to ``operand``.
+        width: ``D``.
+        transformed: with a bias, a softcap and smoothing.
+    """
+    from bft_kernels.backends.triton import linear_nll, linear_nll_backward, weighted_loss
+
+    hidden = _empty(ROWS, width, dtype=hidden_dtype or operand)
+    weight = _empty(VOCABULARY, width, dtype=weight_dtype or operand)
+    target, seed = _empty(ROWS, dtype=torch.int64), _empty(dtype=torch.int64)
+    bias = _empty(VOCABULARY, dtype=weight.dtype) if transformed else None
+    grad = _empty(ROWS)
+    plain = _config(operand)
+    if transformed:
+        plain = replace(plain, softcap=30.0, temperature=0.7)
+    sampled = replace(plain, residual="entries")
+    exact = plain
+    if transformed:
+        exact = replace(plain, label_smoothing=0.1, z_loss=1e-4)
+    wanted = Wanted(hidden=True, weight=True, bias=transformed)
+    inputs = (hidden, weight, target, bias)
+    certified = {"statistics": True, "variance": True, "hidden_variance": True}
+    configs = (exact, replace(exact, statistics=True), sampled, replace(sampled, **certified))
+    for config, budget in itertools.product(configs, (CHUNKS, TILES)):
+        config = replace(config, max_buffer_bytes=budget)
+        out = linear_nll(*inputs, seed, config)
+        entries = (out.entry_offsets, out.entry_columns, out.entry_values)
+        saved = Saved(out.nll, out.lse, out.lse_low, *entries, seed)
+        for given in (None, torch.empty_like(weight)):  # dW is written, or added to
+            linear_nll_backward(grad, *inputs, saved, config, wanted, given)
+    linear_nll(*inputs, None, replace(exact, residual="unit"))
+    weighting = Weighting("bft")
+    documents = Documents(_empty(3, dtype=torch.int64), [0, ROWS // 2, ROWS])
+    weighted_loss(hidden, weight, target, grad, documents, bias, exact, weighting, wanted)
+
+
+def weights() -> None:
+    """Weights and loss of token losses, of every scheme and normaliser."""
+    from bft_kernels.backends.triton import balanced_loss
+
+    loss, labelled = _empty(ROWS), _empty(ROWS, dtype=torch.bool)
+    bounds = _empty(17, dtype=torch.int64)
+    for scheme, normalize in itertools.product(SCHEMES, ("sequence", "token")):
+        for items in (None, _empty()):
+            balanced_loss(loss, labelled, bounds, items, normalize, Weighting(scheme))
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+CASES: dict[str, Callable[[], None]] = {
+    "bf16": lambda: ours(_BF16),
+    "bf16 transformed": lambda: ours(_BF16, transformed=True),
+    "fp16": lambda: ours(torch.float16),
+    "fp32": lambda: ours(_FP32),
+    "fp32 transformed": lambda: ours(_FP32, transformed=True),
+    "fp32 D 1001": lambda: ours(_FP32, width=1001),
+    "bf16 D 1000": lambda: ours(_BF16, width=1000),
+    "bf16 of fp32 weight": lambda: ours(_BF16, _BF16, _FP32),
+    "bf16 of fp32 weight transformed": lambda: ours(_BF16, _BF16, _FP32, transformed=True),
+    "bf16 of fp32": lambda: ours(_BF16, _FP32, _FP32),
+    "bf16 of fp32 transformed": lambda: ours(_BF16, _FP32, _FP32, transformed=True),
+    "bf16 of fp32 D 1000": lambda: ours(_BF16, _FP32, _FP32, width=1000),
+    "weights": weights,
+}
+# What the gate compiles: a tile for each kind of operands, with and without a softcap. Left out are
+# mixtures of types, whose tiles it has, and rows of odd length, whose tile is the same everywhere.
+GATE = (
+    *("bf16", "bf16 transformed", "fp16", "fp32", "fp32 transformed"),
+    *("bf16 of fp32", "bf16 of fp32 transformed", "weights"),
+)

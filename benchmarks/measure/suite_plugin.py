@@ -1,0 +1,131 @@
+"""A plugin of pytest: a share of the tests, the most telling first, and outcomes as they come.
+
+Every test has a line of JSON as soon as it is selected, another when it starts and another when it
+ends: whenever a run is killed, the last lines say what passed and what was running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Variables of the environment: where outcomes go; "place/of how many"; whose child this is.
+OUTCOMES, SHARE, PARENT = "BFT_GPU_OUTCOMES", "BFT_GPU_SHARE", "BFT_GPU_PARENT"
+# Exit status where an error has made the device useless to the process.
+DEVICE_LOST = 77
+_DETAIL = 6000  # characters
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Appends a line for each row, all in one call: other processes write to the file, too."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each test; none if there is no file."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a full disk
+            continue
+        found[row["test"]] = row
+    return found
+
+
+def count_cut(rows: Mapping[str, dict[str, Any]]) -> int:
+    """Tests that were selected or started, and never ended."""
+    return sum(row["outcome"] in ("selected", "started") for row in rows.values())
+
+
+def told(rows: Mapping[str, dict[str, Any]]) -> str:
+    """How many ended how."""
+    counts, cut = Counter(row["outcome"] for row in rows.values()), count_cut(rows)
+    ended = ", ".join(f"{counts[how]} {how}" for how in ("passed", "failed", "skipped"))
+    return ended + (f", {cut} cut" if cut else "")
+
+
+def place_of(name: str, count: int) -> int:
+    """Which of the shares a test belongs to, the same in every process.
+
+    Cases of one test use much the same kernels of Triton, which each process compiles for itself:
+    they stay together, and a process compiles 100 of 470 where it would compile 130.
+    """
+    if "offsets_beyond" in name:  # takes gigabytes: never two at once
+        return 0
+    if "triton" in name:
+        name = name.partition("[")[0] + ("chunks" if "chunks" in name else "")
+    return zlib.crc32(name.encode()) % count
+
+
+def _write(**row: Any) -> None:
+    write(Path(os.environ[OUTCOMES]), [row])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps this process's share without what an earlier one did, and orders it.
+
+    First comes one case of every test, then a second one: what is cut is more of the same.
+    """
+    place, count = map(int, os.environ[SHARE].split("/"))
+    before = read(Path(os.environ[OUTCOMES]))
+    done = {name for name, row in before.items() if row["outcome"] != "selected"}
+    mine = [item for item in items if place_of(item.nodeid, count) == place]
+    mine = [item for item in mine if item.nodeid not in done]
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    nth: Counter[str] = Counter()
+    ranks = {}
+    for item in mine:
+        function = item.nodeid.partition("[")[0]
+        ranks[item.nodeid] = ("offsets_beyond" in function, nth[function])
+        nth[function] += 1
+    items[:] = sorted(mine, key=lambda item: ranks[item.nodeid])
+    path = Path(os.environ[OUTCOMES])
+    write(path, [{"test": item.nodeid, "outcome": "selected"} for item in items])
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """A file that cannot be imported is a failure of its own."""
+    if report.failed:
+        _write(test=report.nodeid, outcome="failed", seconds=0, detail=_shortened(report.longrepr))
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """Says what runs, and stops where nobody waits for it any more."""
+    if os.getppid() != int(os.environ[PARENT]):
+        os._exit(1)
+    _write(test=nodeid, outcome="started")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Writes how a test ended."""
+    if report.passed and report.when != "call":
+        return
+    detail = "" if report.passed else _shortened(report.longrepr)
+    _write(
+        test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), detail=detail
+    )
+    if report.failed and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(DEVICE_LOST)
+
+
+def _shortened(reason: Any) -> str:
+    """The end of a traceback, which says what went wrong, or why a test is skipped."""
+    return str(reason[2] if isinstance(reason, tuple) else reason)[-_DETAIL:]

@@ -1,0 +1,220 @@
+"""What the processes of ``python -m benchmarks train`` do: steps of fine-tuning, real ones."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure.memory import in_use, keep_memory, release, return_memory
+from benchmarks.measure.processes import explain, first_line
+from benchmarks.measure.timing import synchronize
+from benchmarks.providers.at_head import find
+from bft.config import TrainConfig
+from bft.head import LogitTransform
+from bft.loss import Head, LossFunction
+from bft.patch import patch_model, unpatch_model
+
+_WARM_UP = 16  # tokens of the step that makes the optimizer's state
+
+
+@dataclass(frozen=True)
+class Job:
+    """The step: everything but the loss and the tokens."""
+
+    settings: TrainConfig
+    device: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one step in a process of its own."""
+
+    status: Literal["fits", "over", "slow", "failed"]
+    peak: int | None = None  # bytes, if it was completed
+    reason: str = ""
+
+
+class Clock:
+    """Seconds between the parts of a step; on a GPU each part ends when its work is done."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.parts: dict[str, float] = {}
+        self.since = 0.0
+
+    def start(self) -> None:
+        self.parts = {}
+        synchronize(self.device)
+        self.since = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """The part ends now, and the next begins."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.parts[part] = now - self.since
+        self.since = now
+
+    def enter_head(self, hidden: Tensor) -> None:
+        """Ends the layers' forward, and the head's backward once ``hidden`` has its gradient."""
+        self.lap("layers_forward")
+        hidden.register_hook(lambda _: self.lap("head_backward"))
+
+
+class Stepper:
+    """A model and its AdamW. Losses take turns at the model's head."""
+
+    def __init__(self, job: Job) -> None:
+        # Here, so that other commands need not wait for transformers.
+        from bft.train import decay_groups, load_model
+
+        self.device, self.settings = job.device, job.settings
+        model: Any = load_model(job.settings)[0]
+        self.model = model.to(job.device).train()
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.model, job.settings.weight_decay),
+            lr=job.settings.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        self.transform: LogitTransform | None = None
+        self.clock = Clock(job.device)
+
+    def step(self, label: str, ids: Tensor) -> Tensor:
+        """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss.
+
+        ``clock.parts`` has the seconds of each of :data:`benchmarks.results.schema.PARTS`.
+        """
+        ids = ids.to(self.device)
+        self.clock.start()
+        with self._at_head(find(label).make(self.settings)):
+            # A cache would cost memory that has nothing to do with the loss.
+            loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+            self.clock.lap("head_forward")
+            loss.backward()
+        self.clock.lap("layers_backward")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.clock.lap("optimizer")
+        return loss.detach()
+
+    @contextmanager
+    def _at_head(self, loss: LossFunction | None) -> Iterator[None]:
+        """The model computes ``loss`` within; ``None``: its own."""
+        if loss is None:
+            hook = self.model.get_output_embeddings().register_forward_pre_hook(
+                lambda _, inputs: self.clock.enter_head(inputs[0])
+            )
+            try:
+                yield
+            finally:
+                hook.remove()
+            return
+
+        def watched(
+            hidden: Tensor,
+            head: Head,
+            target: Tensor,
+            cu_seqlens: Tensor | None,
+            num_items: int | Tensor | None,
+        ) -> tuple[Tensor, Any]:
+            # What the patch measures on its first call is not measured in every step.
+            self.transform = LogitTransform(head.softcap, head.temperature)
+            self.clock.enter_head(hidden)
+            return loss(hidden, head, target, cu_seqlens, num_items)
+
+        known = self.transform
+        patch_model(self.model, watched, transform=known, shift=True, verify=known is None)
+        try:
+            yield
+        finally:
+            unpatch_model(self.model)
+
+
+def time_steps(
+    job: Job,
+    labels: list[str],
+    turns: Tensor,  # [turns, B, T] token ids
+    keep: bool,
+) -> dict[str, list[dict[str, float]] | str]:
+    """Seconds of the parts of each loss's steps, in turns; of a loss that fails, why.
+
+    The first turn warms up. Every loss of a turn sees the same tokens.
+    """
+    if keep:
+        keep_memory()
+    stepper = Stepper(job)
+    results: dict[str, list[dict[str, float]] | str] = {label: [] for label in labels}
+    for turn, ids in enumerate(turns):
+        for label, samples in results.items():
+            if isinstance(samples, str):
+                continue
+            try:
+                stepper.step(label, ids)
+            except Exception as error:
+                stepper.optimizer.zero_grad()
+                results[label] = explain(error)
+                continue
+            if turn > 0:
+                samples.append(stepper.clock.parts)
+    return results
+
+
+def send_times(sender: Connection, job: Job, labels: list[str], turns: Tensor, keep: bool) -> None:
+    """:func:`time_steps` in a process of its own, so that its memory goes with it."""
+    _be_quiet()
+    sender.send(time_steps(job, labels, turns, keep))
+
+
+def send_peak(
+    sender: Connection,
+    job: Job,
+    label: str,
+    ids: Tensor,  # [B, T]
+    limit: int | None,
+) -> None:
+    """One step; sends ``None`` when it starts, then its :class:`Outcome`.
+
+    A short step goes before it, so that the optimizer's state is there, as in every step of a
+    training but its first. What loading the model took at its highest is forgotten.
+    """
+    _be_quiet()
+    try:
+        if job.device == "cpu":
+            return_memory()
+        stepper = Stepper(job)
+        stepper.step(label, ids[:1, :_WARM_UP])
+        _restrict(job.device, limit)
+        in_use(job.device, reset=True)
+        sender.send(None)
+        stepper.step(label, ids)
+        synchronize(job.device)
+        sender.send(Outcome("fits", in_use(job.device, peak=True)))
+    except torch.OutOfMemoryError as error:
+        sender.send(Outcome("over", reason=first_line(error)))
+    except Exception as error:
+        sender.send(Outcome("failed", reason=explain(error)))
+
+
+def _be_quiet() -> None:
+    """The parent tells what goes on."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _restrict(device: str, limit: int | None) -> None:
+    """Gives back what is free; on a GPU sets the limit, which on a CPU the parent watches over."""
+    release(device)
+    if device == "cuda" and limit is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))

@@ -1,0 +1,233 @@
+"""Measures providers in processes that may fail, hang or run out of time."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure.processes import kill_group, start, tail
+from benchmarks.measure.worker import Job, Task
+from benchmarks.providers.registry import Case, find, why_not_at_all
+from benchmarks.results.folder import Folder
+from benchmarks.shapes import Shape, name_of
+
+DTYPE = torch.bfloat16
+TURNS = 11
+_WORKSPACE = 2 * 2**30
+_SMALLEST = 1024
+# A provider that takes its process down is tried again on other shapes, but not for ever.
+_STRIKES = 2
+# Starting a process costs about as much time as measuring two providers.
+_START = 2
+# Most families need less than their share of the time: one may take this much of it.
+_OVERDRAFT = 1.5
+# Of the time, what Triton's kernels get: there are the most of them.
+_WEIGHT = {"bft triton": 2}
+# An allocator does not get all of a device's memory.
+_USABLE = 0.9
+
+Measured = Iterator[tuple[Job, dict[str, Any]]]
+
+
+@dataclass
+class Family:
+    """Providers that share a process, and which of them took one down how often."""
+
+    jobs: list[Job]
+    end: float
+    limit: float  # seconds of one job
+    strikes: dict[Case, list[str]] = field(default_factory=dict)  # how it ended, each time
+
+
+def measure_all(
+    folder: Folder,
+    env: dict[str, str],
+    end: float,
+    shapes: Sequence[Shape],
+    cases: Sequence[Case],
+    turns: int = TURNS,
+) -> None:
+    """A row for every case and shape; whatever is not measured by ``end`` is cut."""
+    asked = {fit(shape, folder.device): shape for shape in shapes}
+    families: dict[str, list[Case]] = {}
+    for case in cases:
+        if reason := _missing(folder, case):
+            for shape in asked:
+                _write(folder, asked, Job(case, shape), {"status": "unavailable", "reason": reason})
+        else:
+            families.setdefault(find(case.provider).family, []).append(case)
+    weights = [_START + _WEIGHT.get(name, 1) * len(cases) for name, cases in families.items()]
+    for place, members in enumerate(families.values()):
+        now = time.monotonic()
+        share = _OVERDRAFT * (end - now) * weights[place] / sum(weights[place:])
+        # One that hangs must leave some time for the others of its family.
+        limit = share if len(members) == 1 else share / 3
+        jobs = [Job(member, shape) for shape in asked for member in members]
+        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, env, turns):
+            _write(folder, asked, job, row)
+
+
+def compile_ahead(
+    folder: Folder,
+    env: dict[str, str],
+    end: float,
+    shapes: Sequence[Shape],
+    cases: Sequence[Case],
+    processes: int,
+) -> None:
+    """A step of each of ours, in several processes: Triton keeps what they compile on disk.
+
+    Kernels are compiled for a width: one shape of each will do. What fails here fails again where
+    it is measured.
+    """
+    fitting = (fit(shape, folder.device) for shape in shapes)
+    widths = list({shape.width: shape for shape in reversed(list(fitting))}.values())
+    if folder.device == "cuda":
+        room = int(_USABLE * torch.cuda.get_device_properties(0).total_memory)
+        processes = max(1, min(processes, room // max(needed(shape) for shape in widths)))
+    ours = [case for case in cases if find(case.provider).backend == "triton"]
+    jobs = [Job(one, shape) for shape in widths for one in ours if not _missing(folder, one)]
+
+    def run(place: int) -> None:
+        family = Family(jobs[place::processes], end, max(0.0, end - time.monotonic()))
+        for _ in _measure(family, folder, env, 0, f"compile-{place}"):
+            pass
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(run, range(processes)))
+    folder.say(f"compiled ahead: {len(jobs)} steps in {processes} processes")
+
+
+def needed(shape: Shape) -> int:
+    """Bytes for inputs and gradients, a gradient of ``weight`` in float32 and 2 GiB."""
+    weight = shape.vocabulary * shape.width
+    return 4 * (shape.tokens * shape.width + weight) + 4 * weight + _WORKSPACE
+
+
+def fit_to(shape: Shape, memory: int) -> Shape:
+    """The shape, its tokens and vocabulary halved until a fused loss in 16 bits has room for it."""
+    while needed(shape) > memory and min(shape.tokens, shape.vocabulary) > _SMALLEST:
+        shape = Shape(shape.tokens // 2, shape.width, shape.vocabulary // 2)
+    return shape
+
+
+def fit(shape: Shape, device: str) -> Shape:
+    """The shape as it has room on the device."""
+    if device == "cpu":
+        return shape
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return fit_to(shape, int(memory * _USABLE))
+
+
+def _missing(folder: Folder, case: Case) -> str:
+    """Why no process need be started; its process looks closer."""
+    reasons = folder.reasons.get(find(case.provider).backend, "")
+    return why_not_at_all(case, folder.device) or reasons
+
+
+def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, Any]) -> None:
+    """Turns what a process reports into a row of the results."""
+    detail, status = row.pop("detail", row.get("reason", "")), row["status"]
+    shape, whole = job.shape, asked[job.shape]
+    folder.row(
+        job.case.columns
+        | asdict(shape)
+        | {
+            "shape": name_of(shape),
+            "inputs": "synthetic",
+            "scaled_down_from": "" if whole == shape else f"{whole.tokens} x {whole.vocabulary}",
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "memory_kept": False,
+        }
+        | row
+    )
+    if "seconds" in row:
+        folder.say(f"{job}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
+    # That a peer has no room is a result about it, and no failure.
+    no_room = status == "out of memory" and not find(job.case.provider).backend
+    if status in ("ok", "unavailable") or no_room:
+        if "seconds" not in row:
+            folder.say(f"{job}: {status}: {row['reason']}")
+    elif status == "cut":
+        folder.cut.append(f"{job}: {row['reason']}")
+    else:
+        folder.failure(f"{job}: {status}", detail)
+
+
+def _measure(
+    family: Family, folder: Folder, env: dict[str, str], turns: int, title: str = ""
+) -> Measured:
+    """Starts processes until every job of a family has its row."""
+    while family.jobs:
+        left = family.end - time.monotonic()
+        if left <= 0:
+            reason = "no time was left to start it"
+            yield from ((job, {"status": "cut", "reason": reason}) for job in family.jobs)
+            return
+        log = folder.log(re.sub(r"\W+", "-", title or str(family.jobs[0].case)))
+        before = log.stat().st_size if log.exists() else 0
+        with _process(log, env) as (process, connection):
+            connection.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
+            yield from _receive(family, process, connection, log, before)
+        out = {case for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
+        tired = [job for job in family.jobs if job.case in out]
+        family.jobs = [job for job in family.jobs if job not in tired]
+        for job in tired:
+            cut = all(how == "cut" for how in family.strikes[job.case])
+            what = "was not done in time" if cut else "took its process down"
+            reason = f"it {what} {_STRIKES} times before"
+            yield job, {"status": "cut" if cut else "failed", "reason": reason}
+
+
+@contextlib.contextmanager
+def _process(
+    log: Path, env: dict[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
+    ours, theirs = Pipe()
+    code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
+    process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        kill_group(process)
+        ours.close()
+
+
+def _receive(
+    family: Family,
+    process: subprocess.Popen[bytes],
+    connection: Connection,
+    log: Path,
+    before: int,
+) -> Measured:
+    """Rows of one process, until it is done, dead or out of time."""
+    lives = True
+    while family.jobs and lives:
+        job = family.jobs.pop(0)
+        allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
+        lives = False
+        try:
+            if connection.poll(allowed):
+                row, lives = connection.recv()
+            else:
+                row = {"status": "cut", "reason": f"not done after {allowed:.0f} s"}
+        except (EOFError, ConnectionError):
+            process.wait()
+            row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
+        if not lives:
+            family.strikes.setdefault(job.case, []).append(row["status"])
+            row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
+        yield job, row

@@ -1,0 +1,227 @@
+"""The losses that are compared: one function each, from a problem and a weighting to a scalar.
+
+A function with ``peer`` above it is all that another peer needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.providers.provider import AGAIN, AGAIN_EACH, KEPT, peer
+from benchmarks.shapes import Problem
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+from bft_kernels.config import Weighting
+from bft_kernels.token_stats import BalancedTokenStats, TokenStats
+from bft_kernels.weighting import balanced_loss
+
+
+def documents(problem: Problem) -> Tensor:
+    """Boundaries of the problem's documents, ``[S + 1]``, on the CPU."""
+    count = problem.target.numel()
+    return torch.tensor([*range(0, count, problem.document), count])
+
+
+def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
+    """The weighted loss from each token's ``nll [N]``; for ``plain`` a mean ``[]`` will do."""
+    if nll.dtype != torch.float64:
+        nll = nll.float()
+    if weighting == "plain":
+        return nll.mean()
+    if weighting == "dft":
+        return ((-nll.detach()).exp() * nll).mean()
+    settings = Weighting(weighting, problem.window)
+    return balanced_loss(
+        nll,
+        torch.ones_like(nll, dtype=torch.bool),
+        documents(problem),
+        None,
+        "sequence",
+        settings.scheme,
+        settings.window,
+        settings.gamma,
+        settings.floor,
+    ).loss
+
+
+def reduction(weighting: str) -> str:
+    """What to ask of a loss that can reduce: its own mean, or the tokens' losses to weigh."""
+    return "mean" if weighting == "plain" else "none"
+
+
+def ours(problem: Problem, weighting: str, **how: Any) -> Tensor:
+    """This package's; without gradients with every statistic, as an evaluation wants them."""
+    inputs = problem.hidden, problem.weight, problem.target
+    how.setdefault("return_stats", not torch.is_grad_enabled())
+    result: Tensor | tuple[Tensor, TokenStats | BalancedTokenStats]
+    if weighting == "plain":
+        result = linear_cross_entropy(*inputs, **how)
+    elif weighting == "dft":
+        result = balanced_linear_cross_entropy(*inputs, scheme="dft", normalize="token", **how)
+    else:
+        how["cu_seqlens"] = documents(problem)
+        result = balanced_linear_cross_entropy(*inputs, scheme=weighting, **how)
+    return result if isinstance(result, Tensor) else result[0]
+
+
+@peer("eager", KEPT, priority=2)
+def eager(problem: Problem, weighting: str) -> Tensor:
+    """All logits at once."""
+    nll = _eager(problem.hidden, problem.weight, problem.target, reduction(weighting))
+    return weigh(nll, weighting, problem)
+
+
+def _eager(hidden: Tensor, weight: Tensor, target: Tensor, how: str) -> Tensor:
+    logits = functional.linear(hidden, weight)
+    return functional.cross_entropy(logits.float(), target, reduction=how)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_eager)
+
+
+@peer("compiled eager", KEPT, compiles=True, priority=4)
+def compiled(problem: Problem, weighting: str) -> Tensor:
+    """Eager, compiled; its weights are not."""
+    nll = _compiled()(problem.hidden, problem.weight, problem.target, reduction(weighting))
+    return weigh(nll, weighting, problem)
+
+
+_CHUNKS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    **{
+        f"{rows} rows": {"chunking_method": None, "batch_chunk_size": rows}
+        for rows in (256, 512, 1024)
+    },
+}
+
+
+@peer("torch chunked", KEPT, AGAIN, options=_CHUNKS, priority=2)
+def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
+    """PyTorch's own chunked loss (torch 2.13)."""
+    nll = functional.linear_cross_entropy(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        reduction=reduction(weighting),
+        options=torch.nn.LinearCrossEntropyOptions(**options),
+    )
+    return weigh(nll, weighting, problem)
+
+
+@peer(
+    "cut-cross-entropy",
+    KEPT,
+    installed="cut-cross-entropy: cut_cross_entropy",
+    compiles=True,
+    priority=2,
+)
+def cut_cross_entropy(problem: Problem, weighting: str) -> Tensor:
+    """Apple's; off a GPU its implementation for torch.compile."""
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    nll = cce(
+        problem.hidden,
+        problem.weight,
+        problem.target,
+        impl="cce" if problem.hidden.is_cuda else "torch_compile",
+        reduction=reduction(weighting),
+    )
+    return weigh(nll, weighting, problem)
+
+
+@peer("liger chunked", AGAIN, installed="liger-kernel: liger_kernel.chunked_loss.fused_linear_ppo")
+def liger_chunked(problem: Problem, weighting: str) -> Tensor:
+    """Liger's log-probabilities in chunks of the vocabulary, in plain torch."""
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    log_probabilities = LigerFusedLinearPPOBase.chunk_forward(
+        problem.hidden[None], problem.weight, problem.target[None]
+    )[0]
+    return weigh(-log_probabilities, weighting, problem)
+
+
+@peer(
+    "liger scaled",
+    AGAIN_EACH,
+    installed="liger-kernel: liger_kernel.ops.fused_linear_scaled_cross_entropy",
+)
+def liger_scaled(problem: Problem, weighting: str) -> Tensor:
+    """Liger's scaled cross-entropy: its kernels on Hopper, elsewhere verl's formulas in torch."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        problem.hidden, problem.weight, problem.target
+    )
+    return weigh(nll, weighting, problem)
+
+
+@peer(
+    "liger fused",
+    KEPT,
+    AGAIN,
+    "liger-kernel: liger_kernel.transformers",
+    gpu_only=True,
+    priority=2,
+)
+def liger_fused(problem: Problem, weighting: str) -> Tensor:
+    """Liger's fused linear cross-entropy; DFT is an option of its own."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    how = {"use_token_scaling": True} if weighting == "dft" else {}
+    fused = LigerFusedLinearCrossEntropyLoss(
+        reduction="none" if weighting == "bft" else "mean", **how
+    )
+    nll: Tensor = fused(problem.weight, problem.hidden, problem.target)
+    return weigh(nll, "plain" if weighting == "dft" else weighting, problem)
+
+
+@peer("trl", AGAIN, installed="trl: trl.kernels.chunked_logprob")
+def trl_chunked(problem: Problem, weighting: str) -> Tensor:
+    """TRL's log-probabilities in chunks, as its SFTTrainer calls them, without statistics."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    log_probabilities = ChunkedLogProbFunction.apply(
+        problem.hidden,
+        problem.weight,
+        None,  # bias
+        problem.target,
+        1.0,  # temperature
+        _CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,  # softcap
+        1.0,  # scale
+        (),  # no entropy, no accuracy
+    )[0]
+    return weigh(-log_probabilities, weighting, problem)
+
+
+@peer("verl", AGAIN_EACH, installed="verl: verl.utils.experimental.torch_functional")
+def verl_chunked(problem: Problem, weighting: str) -> Tensor:
+    """The fused linear layer for PPO of verl: log-probabilities in chunks of 512 tokens."""
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    log_probabilities, _ = FusedLinearForPPO()(problem.hidden, problem.weight, problem.target)
+    return weigh(-log_probabilities, weighting, problem)
+
+
+@peer(
+    "quack",
+    KEPT,
+    installed="quack-kernels: quack.linear_cross_entropy",
+    weightings=("plain",),
+    gpu_only=True,
+    priority=4,  # tunes itself for long
+)
+def quack(problem: Problem, weighting: str) -> Tensor:
+    """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    loss: Tensor = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+    return weigh(loss, weighting, problem)

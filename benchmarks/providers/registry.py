@@ -1,0 +1,184 @@
+"""The list of providers, ours among them; what is asked of them, and why one cannot run here."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.providers.losses import ours
+from benchmarks.providers.provider import AGAIN, KEPT, MODES, PEERS, WEIGHTINGS, Provider
+from benchmarks.results.environment import ABSENT, version
+from benchmarks.shapes import Problem
+from bft_kernels.dispatch import why_not as backend_why_not
+
+SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one row of the results is about."""
+
+    provider: str
+    weighting: str = "plain"
+    mode: str = "both"
+    option: str = ""  # one of the provider's; empty: its first
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """The loss ``[]``."""
+        options = find(self.provider).options
+        run = options[self.option or next(iter(options))]
+        if self.mode == "forward":
+            with torch.no_grad():
+                return run(problem, self.weighting)
+        return run(problem.frozen() if self.mode == "frozen" else problem, self.weighting)
+
+    def __str__(self) -> str:
+        return f"{self.provider}, {self.weighting}, {self.mode}"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Of a row of results."""
+        return {"provider": self.provider, "weighting": self.weighting, "mode": self.mode}
+
+    @property
+    def products(self) -> int:
+        return find(self.provider).products(self.weighting, self.mode)
+
+
+def _ours(backend: str) -> list[Provider]:
+    """Both gradients of a backend, and what else of it is worth a row."""
+    name = f"bft {backend}"
+    # An exact weighted loss whose documents do not fit the budget computes up to 1G again.
+    exact = AGAIN if backend == "cuda" else KEPT
+    on_a_gpu = backend in ("triton", "cuda")
+
+    def one(label: str, modes: tuple[str, ...] = ("both", "frozen"), **how: Any) -> Provider:
+        eps = how.get("eps")
+        return Provider(
+            f"{name} {label}",
+            {"": functools.partial(ours, backend=backend, **how)},
+            plain=(1, 1, 1) if eps else exact,
+            weighted=(1, 1, 1) if eps else exact,
+            modes=modes,
+            same_as=f"{name} exact",
+            backend=backend,
+            eps=eps,
+            allowed=0.2 if eps else 0.05,
+            priority={"triton": 0, "cuda": 1}.get(backend, 2),
+            family=name,
+        )
+
+    return [
+        one("exact", MODES),
+        *(
+            one(f"exact, {budget} MiB", max_buffer_bytes=budget * MIB)
+            for budget in ((16, 256) if backend == "cpu" else ())
+        ),
+        *(
+            one("sampled" if power == 12 else f"sampled 2^-{power}", eps=2.0**-power, **SAMPLED)
+            for power in ((12, 10, 8) if on_a_gpu else (12,))
+        ),
+        *([one("no statistics", ("forward",), return_stats=False)] if on_a_gpu else []),
+    ]
+
+
+_BACKENDS = ("cpu", "triton", "cuda", "torch")
+PROVIDERS: dict[str, Provider] = {
+    one.name: one for one in (*PEERS, *(one for name in _BACKENDS for one in _ours(name)))
+}
+
+
+def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
+    loss: Tensor = getattr(importlib.import_module(module), function)(problem)
+    return loss
+
+
+def find(name: str) -> Provider:
+    """By its name, or one's own mean over tokens as ``module:function`` of a problem.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    module, separator, function = name.partition(":")
+    if not separator:
+        names = ", ".join(PROVIDERS)
+        raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
+    run = functools.partial(_imported, module, function)
+    return Provider(name, {"": run}, KEPT, KEPT, ("plain",), priority=0, family=name)
+
+
+def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:
+    """Every combination, weighted compared with weighted: in the order of the tables.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    for name in names:
+        find(name)
+    known = {"weightings": WEIGHTINGS, "modes": MODES}
+    for argument, got in {"weightings": weightings, "modes": modes}.items():
+        for name in got:
+            if name not in known[argument]:
+                expected = ", ".join(known[argument])
+                raise ValueError(f"{argument}: got {name!r}, expected some of {expected}")
+    return [
+        Case(name, weighting, mode) for weighting in weightings for mode in modes for name in names
+    ]
+
+
+def telling_cases(names: Sequence[str]) -> list[Case]:
+    """For where time is short: ours balanced in every mode, peers their mean; important first.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    found = []
+    for provider in sorted(map(find, names), key=lambda one: one.priority):
+        modes = ("both", "frozen", "forward") if provider.backend else ("both",)
+        weighting = "bft" if provider.backend else "plain"
+        found += [Case(provider.name, weighting, mode) for mode in modes if mode in provider.modes]
+    return found
+
+
+def why_not_at_all(case: Case, device: str) -> str:
+    """Why it cannot run on a kind of device, as far as that shows without importing anything."""
+    provider = find(case.provider)
+    if case.weighting not in provider.weightings:
+        return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
+    if case.mode not in provider.modes:
+        return f"for {case.mode} see {provider.same_as}"
+    if provider.distribution and version(provider.distribution) == ABSENT:
+        return f"{provider.distribution} is {ABSENT}"
+    if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
+    if provider.gpu_only and device == "cpu":
+        return "it runs on a GPU only"
+    return ""
+
+
+def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
+    """Why it cannot run here, as far as that shows without running it; empty if it can."""
+    provider, reason = find(case.provider), why_not_at_all(case, device)
+    if reason:
+        return reason
+    if provider.module:
+        try:
+            importlib.import_module(provider.module)
+        except ImportError as error:
+            return f"{provider.distribution} is installed, but cannot be imported: {error}"
+    if provider.backend:
+        probe = torch.empty(1, 1, device=device, dtype=dtype)
+        reasons = backend_why_not(provider.backend, probe, probe)
+        # One tensor stands for both: what is wrong with it is said of hidden already.
+        return "; ".join(one for one in reasons if not one.startswith("weight "))
+    return ""

@@ -1,0 +1,62 @@
+"""With what something was measured: commit, device and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ABSENT = "not installed"
+# Beside torch, Triton and this package.
+_OTHERS = ("transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl")
+
+
+def version(distribution: str) -> str:
+    """Of an installed package, or that it is not."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ABSENT
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Commit, device, thread count and versions; of peers those that are installed."""
+    others = {name: version(name) for name in _OTHERS}
+    return {
+        "commit": _commit(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": version("torch"),
+        "triton": version("triton"),
+        "cuda": torch.version.cuda or torch.version.hip or "",
+        "bft-kernels": version("bft-kernels"),
+        "python": platform.python_version(),
+        "packages": ", ".join(f"{name} {v}" for name, v in others.items() if v != ABSENT),
+    }
+
+
+def _commit() -> str:
+    """Of the working tree, marked if that has changed; empty outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,0 +1,158 @@
+"""The folder of a run that may be killed at any second: every result is written when it exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append, full
+
+# Seconds for what each backend tries.
+_LOOK = 60
+_QUERY = (
+    "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,"
+    "power.limit,temperature.gpu,memory.total,compute_mode"
+)
+
+
+@dataclass
+class Folder:
+    """Where results go, and what went wrong so far.
+
+    Rows, outcomes and failures are added to files when they are known; what is written anew
+    replaces its file when it is whole. So a run that is killed leaves what it had found.
+    """
+
+    path: Path
+    device: str  # cuda or cpu
+    started: float = field(default_factory=time.monotonic)
+    failed: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)  # no time was left for it
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # that every row names
+    noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
+    reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
+    summarize: Callable[[Folder], None] = lambda folder: None
+
+    def open(self) -> None:
+        """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
+        asked, number = self.path, 1
+        while self.path.exists() and any(self.path.iterdir()):
+            number += 1
+            self.path = asked.with_name(f"{asked.name}-{number}")
+        (self.path / "logs").mkdir(parents=True)
+
+    def log(self, name: str) -> Path:
+        """What a process prints."""
+        return self.path / "logs" / f"{name}.txt"
+
+    @property
+    def tests(self) -> Path:
+        """How each test ended, see :mod:`benchmarks.measure.suite_plugin`."""
+        return self.path / "tests.jsonl"
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the folder, which is never there in part."""
+        part = self.path / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / name)
+
+    def say(self, text: str) -> None:
+        """Prints progress."""
+        print(f"{time.monotonic() - self.started:4.0f} s  {text}", flush=True)
+
+    def failure(self, title: str, detail: str) -> None:
+        """Writes down what failed and why."""
+        self.failed.append(title)
+        with (self.path / "failures.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{title}\n{detail.rstrip()}\n\n")
+        self.say(f"FAILED {title}")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Adds a row to loss.csv."""
+        self.rows.append(full(row | self.facts))
+        append(self.path / "loss.csv", self.rows[-1:])
+        self.summarize(self)
+
+    def note(self, **values: Any) -> None:
+        """Adds to environment.json."""
+        self.noted |= values
+        self.write("environment.json", json.dumps(self.noted, indent=1, default=str) + "\n")
+
+    def environment(self) -> None:
+        """Writes environment.json, and keeps what every row names of it."""
+        self.facts = environment(self.device) | {"load": os.getloadavg()[0]}
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.note(started=now, **self.facts, nvidia_smi=nvidia_smi())
+        if self.device == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            self.note(
+                memory_bytes=properties.total_memory,
+                multiprocessors=properties.multi_processor_count,
+                capability=torch.cuda.get_device_capability(0),
+            )
+
+    def look(self, env: dict[str, str]) -> None:
+        """Notes ``bft_kernels.info()``, which tries each backend, from a process: it may hang."""
+        code = "import json; from bft_kernels import info; print(json.dumps(info()))"
+        found: dict[str, Any] = {}
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=Path(__file__).parents[2],
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=_LOOK,
+                check=True,
+            )
+            found = json.loads(done.stdout)
+        except subprocess.CalledProcessError as error:
+            self.failure("info", f"its process ended with {error.returncode}\n{error.stderr}")
+        except subprocess.TimeoutExpired:
+            self.failure("info", f"its process was not done after {_LOOK} s")
+        self.note(bft_kernels=found)
+        device = "cuda:0" if self.device == "cuda" else "cpu"
+        # The small call has two tensors of one kind: what is wrong with them is said once.
+        self.reasons = {
+            name: "; ".join(r for r in devices.get(device, ()) if not r.startswith("weight "))
+            for name, devices in found.get("backends", {}).items()
+        }
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks, power and temperature of torch's first GPU, where the tool is there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {"missing": "no nvidia-smi on PATH"}
+    # The tool counts all GPUs of a machine, torch the visible ones.
+    identifiers = ["0"]
+    if torch.cuda.is_available():
+        identifiers.insert(0, f"GPU-{getattr(torch.cuda.get_device_properties(0), 'uuid', '')}")
+    missing = ""
+    for identifier in identifiers:
+        command = [tool, f"--query-gpu={_QUERY}", "--format=csv,noheader", f"--id={identifier}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            missing += f"{error}; "
+            continue
+        return dict(zip(_QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+    return {"missing": missing}
+
+
+def slug(name: str) -> str:
+    """A name for a folder: ``NVIDIA H100 80GB HBM3`` is ``nvidia-h100-80gb-hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

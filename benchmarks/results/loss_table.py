@@ -1,0 +1,81 @@
+"""Rows of loss.csv as they are shown: cells of a table, and who could not run and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Cells = list[list[str]]
+
+
+def figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
+    """What writes a column's value in units of ``unit``; nothing where there is none."""
+
+    def text(row: Row) -> str:
+        value = row.get(column, "")
+        return "" if value == "" else f"{value / unit:{form}}"
+
+    return text
+
+
+def _entries(row: Row) -> str:
+    """Expected, and listed by the forward."""
+    kept, listed = (figure(f"{name}_per_token", ".0f")(row) for name in ("entries", "listed"))
+    return f"{kept} ({listed})" if listed else kept
+
+
+# What a heading stands for.
+FIGURES: dict[str, Callable[[Row], str]] = {
+    "ms": figure("seconds", ",.2f", 1e-3),
+    "±": figure("spread", ".0%"),
+    "x G": figure("times_g", ".2f"),
+    "tokens/s": figure("tokens_per_second", ".0f"),
+    "Gflop/s": figure("flops_per_second", ".0f", 1e9),
+    "GB/s": figure("bytes_per_second", ".2f", 1e9),
+    "MiB": figure("extra_bytes", ".0f", 2**20),
+    "entries a token (listed)": _entries,
+    "err loss": figure("error_loss", ".1e"),
+    "err dH": figure("error_hidden", ".1e"),
+    "err dW": figure("error_weight", ".1e"),
+}
+
+
+def label(row: Row) -> str:
+    """The provider, and which of its options was the fastest."""
+    return f"{row['provider']} ({row['options']})" if row.get("options") else row["provider"]
+
+
+def sizes(row: Row) -> str:
+    """Of a row's problem."""
+    return f"N {row['tokens']}, D {row['width']}, V {row['vocabulary']}, {row['dtype']}"
+
+
+def timed(rows: Iterable[Row]) -> list[Row]:
+    """Those that have a time."""
+    return [row for row in rows if row.get("seconds", "") != ""]
+
+
+def reasons(rows: Iterable[Row]) -> list[str]:
+    """Who has no figures and why, in one line where the reason is the same."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["reason"]:
+            where = f"{row['weighting']} {row['mode']}"
+            places.setdefault((row["provider"], row["reason"]), []).append(where)
+    together: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for (provider, reason), found in places.items():
+        together.setdefault((tuple(found), reason), []).append(provider)
+    return [
+        f"{', '.join(providers)} ({', '.join(found)}): {reason}"
+        for (found, reason), providers in together.items()
+    ]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table: figures right, and left a first column without a heading, which holds labels."""
+    heading, *lines = (
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in cells
+    )
+    rule = ("|---:|" if cells[0][0] else "|---|") + "---:|" * (len(cells[0]) - 1)
+    return "\n".join([heading, rule, *lines])

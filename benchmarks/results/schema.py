@@ -1,0 +1,170 @@
+"""The CSVs of ``benchmarks/results``: long form, one row a measurement; written, read, checked."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent
+# What `loss` and `gpu`, `scale` and `train` write.
+FILES = ("loss.csv", "scale.csv", "train.csv")
+# Of loss.csv; benchmarks/README.md says what they are.
+# fmt: off
+COLUMNS = (
+    "provider", "weighting", "mode", "status",
+    "shape", "inputs", "tokens", "width", "vocabulary", "scaled_down_from", "dtype", "memory_kept",
+    "commit", "processor", "device", "threads", "torch", "triton", "cuda", "bft-kernels", "python",
+    "packages", "load", "repeats",
+    "seconds", "fastest_seconds", "slowest_seconds", "spread", "first_seconds",
+    "g_seconds", "times_g", "tokens_per_second", "flops_per_second", "bytes_per_second",
+    "extra_bytes", "eps", "entries_per_token", "listed_per_token",
+    "error_loss", "error_hidden", "error_weight", "certificate_hidden", "certificate_weight",
+    "options", "reason",
+)
+# fmt: on
+# Of a step of fine-tuning, in their order, whose seconds `train` writes. The head is the product,
+# the loss, and their gradients.
+PARTS = ("layers_forward", "head_forward", "head_backward", "layers_backward", "optimizer")
+# Of train.csv what is filled in when it is measured.
+# fmt: off
+STEP_COLUMNS = (
+    "batch", "seconds", "spread", *(f"{part}_seconds" for part in PARTS), "tokens_per_second",
+    "peak_bytes", "limit_bytes", "largest_batch", "note", "reason",
+)
+# fmt: on
+# In the order in which they are shown: the balanced loss is what the package is for.
+WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
+
+Row = Mapping[str, str]
+
+
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """A file that is there must have these columns.
+
+    Raises:
+        ValueError: it has others; rows of two kinds in one file could not be read.
+    """
+    if not path.exists():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        found = next(csv.reader(file), [])
+    if found != list(columns):
+        raise ValueError(
+            f"output: got {path}, whose columns are {','.join(found)}, expected a new file or one "
+            f"with the columns {','.join(columns)}"
+        )
+
+
+def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Adds rows to a CSV file, and its header if the file is new.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    check_columns(path, list(rows[0]))
+    fresh = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def full(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of loss.csv with all its columns in their order, empty where there is nothing to say.
+
+    Raises:
+        ValueError: it says something that has no column.
+    """
+    unknown = row.keys() - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"loss.csv has no column {', '.join(sorted(unknown))}")
+    return dict.fromkeys(COLUMNS, "") | row
+
+
+def result_folders(given: Sequence[Path]) -> list[Path]:
+    """Those given, or all under ``benchmarks/results`` that hold a CSV.
+
+    Raises:
+        SystemExit: a folder without any.
+    """
+    if not given:
+        return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
+    for folder in given:
+        if not any((folder / name).exists() for name in FILES):
+            raise SystemExit(
+                f"folders: got {folder}, expected one with some of {', '.join(FILES)} in it"
+            )
+    return list(given)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a CSV; none if there is no such file.
+
+    Raises:
+        ValueError: a row has more or fewer fields than the header, as after appending to a file
+            of an older form.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows: list[Row] = []
+        for row in reader:
+            if None in row or None in row.values():
+                fields = len(reader.fieldnames or ())
+                raise ValueError(f"{path}, line {reader.line_num}: expected {fields} fields")
+            rows.append(row)
+    return rows
+
+
+def number(row: Row, column: str) -> float | None:
+    """A figure; None where it is empty or an older file lacks the column.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    text = row.get(column, "")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(f"{column}: got {text!r}, expected a number or nothing") from None
+
+
+def key(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
+    """What a row says in these columns; a column that an older file lacks is empty."""
+    return tuple(row.get(column, "") for column in columns)
+
+
+def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
+    """Rows by what they say in these columns, in the order of the first of each."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row, columns), []).append(row)
+    return groups
+
+
+def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
+    """Of rows that agree in these columns the last written: a later run replaces an earlier one."""
+    return list({key(row, columns): row for row in rows}.values())
+
+
+def values(rows: Iterable[Row], column: str) -> list[str]:
+    """The different things that rows say in a column."""
+    return list(dict.fromkeys(text for row in rows if (text := row.get(column, ""))))
+
+
+def finite(value: float | None) -> bool:
+    """Whether there is a figure, and one that can be shown."""
+    return value is not None and math.isfinite(value)
+
+
+def digits(value: float) -> str:
+    """Three significant digits without an exponent; all of a whole number."""
+    if not value or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

@@ -1,0 +1,203 @@
+"""``python -m benchmarks gpu``: tests, speed, memory and figures of a GPU in one command.
+
+Needs no network, and of packages torch, Triton, numpy and pytest. In this order: one sampled step,
+capture in a CUDA graph and synchronisation, the hash, values, speed and memory; ``_cuda`` is
+compiled for the GPU that is there meanwhile. Writes ``environment.json``, ``tests.jsonl``,
+``loss.csv``, figures, ``summary.md``, ``failures.txt`` and ``logs`` into
+``benchmarks/results/<name of the GPU>/``, each line when it is known: a run that is killed leaves
+what it had found. A folder that has results stays as it is, the next one is named ``-2``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure.build import Build
+from benchmarks.measure.suite import FIRST, VALUES, Suite, run_suite
+from benchmarks.measure.watched import TURNS, compile_ahead, measure_all
+from benchmarks.providers.registry import PROVIDERS, telling_cases
+from benchmarks.results.folder import Folder, nvidia_smi, slug
+from benchmarks.results.schema import RESULTS
+from benchmarks.results.summary import draw_figures, write_summary
+from benchmarks.shapes import ON_A_GPU, REHEARSAL
+
+# By when a part must be done, of all the time; what one leaves goes to the next.
+_BY = {
+    "triton first": 0.15,
+    "triton values": 0.35,
+    "build": 0.4,
+    "cuda first": 0.45,
+    "cuda values": 0.55,
+    "compiling": 0.65,
+    "speed": 0.97,
+}
+# Compiling kernels is most of the tests' time, and goes on beside the GPU.
+_PROCESSES = 16
+# Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
+_SELECTED = {FIRST: "{0}", VALUES: "{0} and not spill"}
+_REHEARSED = {
+    FIRST: "{0} and (graph and chunks-sampled or region2)",
+    VALUES: "{0} and (ties_go and not cuda or never_chosen)",
+}
+
+
+_PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.backend != "cpu")
+_NAMES = ", ".join(map(repr, _PROVIDERS))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Correctness on the device, then seconds, x G, tokens/s and memory of all providers."""
+
+    minutes: float = field(
+        default=9, metadata={"help": "for everything; what does not fit is cut (%(default)s)"}
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "rehearse on the CPU with tiny shapes and Triton's interpreter"},
+    )
+    output: Path | None = field(
+        default=None,
+        metadata={"help": "instead of a folder named after the GPU; for --dry-run needed"},
+    )
+    providers: tuple[str, ...] = field(
+        default=_PROVIDERS,
+        metadata={"help": f"your own as module:function, or some of {_NAMES}"},
+    )
+    tests: bool = field(
+        default=True, metadata={"help": "compile _cuda and run the correctness tests first (yes)"}
+    )
+
+
+def parse(arguments: list[str], prog: str) -> Config:
+    """Reads the command line; tyro, which reads the others', may not be installed here."""
+    parser = argparse.ArgumentParser(
+        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds: dict[str, dict[str, Any]] = {
+        "minutes": {"type": float},
+        "output": {"type": Path},
+        "providers": {"nargs": "+"},
+    }
+    for one in dataclasses.fields(Config):
+        how = kinds.get(one.name, {"action": argparse.BooleanOptionalAction})
+        option = "--" + one.name.replace("_", "-")
+        parser.add_argument(option, default=one.default, help=one.metadata["help"], **how)
+    given = vars(parser.parse_args(arguments))
+    return Config(**given | {"providers": tuple(given["providers"])})
+
+
+def main(config: Config) -> None:
+    """Tries every part.
+
+    Raises:
+        SystemExit: there is no GPU, a setting is wrong, or something failed (status 1).
+    """
+    if not config.minutes > 0:
+        raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
+    folder = Folder(_path(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
+    try:
+        telling_cases(config.providers)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    folder.open()
+    for name, part in _parts(config, folder).items():
+        try:
+            part()
+        except Exception:
+            folder.failure(name, traceback.format_exc())
+        write_summary(folder)
+    for what in folder.cut:
+        folder.say(f"cut: {what}")
+    folder.say(f"written to {folder.path}; {len(folder.failed)} failures, {len(folder.cut)} cut")
+    if folder.failed:
+        raise SystemExit(1)
+
+
+def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
+    """What is done, in its order."""
+    env, cases = _environment(config.dry_run), telling_cases(config.providers)
+    shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
+    processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
+    selected = _REHEARSED if config.dry_run else _SELECTED
+    builds: list[Build] = []
+
+    def until(part: str) -> float:
+        return folder.started + 60 * config.minutes * _BY[part]
+
+    def check(title: str, files: tuple[str, ...]) -> None:
+        backend = title.partition(" ")[0]
+        missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
+        if backend == "cuda" and missing:
+            folder.say(f"{title}: not run, there is no bft_kernels._cuda")
+            return
+        # Of the first steps the order counts.
+        suite = Suite(
+            title, files, selected[files].format(backend), 1 if files == FIRST else processes
+        )
+        run_suite(suite, folder, env, until(title))
+
+    def build() -> None:
+        reason = builds[0].finish(until("build"))
+        if reason:
+            folder.note(build_reason=reason)
+        folder.look(env)
+
+    def speed() -> None:
+        measure_all(folder, env, until("speed"), shapes, cases, turns)
+        folder.note(nvidia_smi_after=nvidia_smi())
+
+    tests: dict[str, Callable[[], None]] = {
+        "start of the build": lambda: builds.append(Build(folder, env)),
+        "triton first": lambda: check("triton first", FIRST),
+        "triton values": lambda: check("triton values", VALUES),
+        "build": build,
+        "cuda first": lambda: check("cuda first", FIRST),
+        "cuda values": lambda: check("cuda values", VALUES),
+    }
+    return {
+        "environment": folder.environment,
+        "info": lambda: folder.look(env),
+        **(tests if config.tests else {}),
+        "compiling": lambda: compile_ahead(
+            folder, env, until("compiling"), shapes, cases, processes
+        ),
+        "speed": speed,
+        "figures": lambda: draw_figures(folder),
+    }
+
+
+def _path(config: Config) -> Path:
+    if config.dry_run:
+        if config.output is None:
+            raise SystemExit("output: got none, expected a folder for what a dry run writes")
+        return config.output
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or torch.version.hip or "none: it is a build for CPUs"
+        driver = nvidia_smi().get("driver_version", "none found by nvidia-smi")
+        raise SystemExit(
+            f"gpu: found no GPU that torch can use (torch {torch.__version__}, its CUDA or ROCm: "
+            f"{build}; driver: {driver}), expected one. Install the build of torch for your driver "
+            "(https://pytorch.org/get-started/locally/), or rehearse on the CPU with "
+            "--dry-run --output FOLDER"
+        )
+    return config.output or RESULTS / slug(torch.cuda.get_device_name(0))
+
+
+def _environment(dry_run: bool) -> dict[str, str]:
+    """Of the processes: Triton's interpreter is for the rehearsal only."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    if dry_run:
+        env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return env

@@ -1,0 +1,211 @@
+"""``python -m benchmarks loss``: what each loss costs, as tables and, if asked, as CSV."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
+from benchmarks.measure.memory import extra_memory, keep_memory
+from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
+from benchmarks.measure.processes import explain, first_line
+from benchmarks.measure.timing import fastest_option, rates, step, time_all
+from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
+from benchmarks.results.environment import environment
+from benchmarks.results.loss_table import FIGURES, label, reasons, sizes, timed
+from benchmarks.results.schema import COLUMNS, append, check_columns, full
+from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
+
+Row = dict[str, Any]
+_GRADIENTS = ("hidden", "weight")
+_MODES = {
+    "forward": "forward, no gradients",
+    "both": "forward, dH and dW",
+    "frozen": "forward and dH, frozen head",
+}
+# Of the figures those for which a terminal has room.
+_SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Providers, weightings and modes beside the bare product 1G of the same run.
+
+    Who cannot run is listed with the reason. benchmarks/README.md has the rules of measuring.
+    """
+
+    shapes: tuple[str, ...] = ("smollm2-135m",)
+    """Heads of models (benchmarks/README.md lists them) or tiny, with synthetic inputs."""
+    inputs: tuple[Path, ...] = ()
+    """Instead of shapes: inputs of real models, written by `python -m benchmarks record`."""
+    tokens: int | None = None
+    """Instead of 2048."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    providers: tuple[str, ...] = tuple(PROVIDERS)
+    weightings: tuple[str, ...] = ("plain", "bft")
+    """The mean (plain), weighted by confidence (dft), balanced (bft)."""
+    modes: tuple[str, ...] = ("both",)
+    """No gradients (forward), dH and dW (both), dH of a frozen head (frozen)."""
+    repeats: int = 5
+    memory: bool = True
+    """Measure extra memory, each in a fresh process."""
+    errors: bool = True
+    """Compare gradients of 64 tokens with float64; takes 16 bytes an entry of the head."""
+    keep_memory: bool = False
+    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    max_spread: float = MOST_SPREAD
+    """Refuse to report if the bare product's interquartile range exceeds this share of its median,
+    or if the machine is busy at the start."""
+    force: bool = False
+    """Report all the same."""
+    output: Path | None = None
+    """Append long-form CSV here."""
+
+
+def main(config: Config) -> None:
+    """Measures, prints and writes.
+
+    Raises:
+        SystemExit: a setting is wrong, or the machine was too noisy.
+    """
+    try:
+        asked = cases(config.providers, config.weightings, config.modes)
+        sources = dict(_sources(config))
+        if config.output is not None:
+            check_columns(config.output, COLUMNS)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    load = quiet_load(config.force)
+    if config.keep_memory:
+        keep_memory()
+    facts = environment(config.device) | {"load": load}
+    for name, source in sources.items():
+        for dtype in config.dtypes:
+            rows = _measure(config, name, source, dtype, asked)
+            _show(Console(), rows, config.device)
+            if config.output is not None:
+                append(config.output, [full(row | facts) for row in rows])
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Source]]:
+    if config.tokens is not None and config.tokens < 1:
+        raise ValueError(f"tokens: got {config.tokens}, expected at least 1")
+    if config.repeats < 1:
+        raise ValueError(f"repeats: got {config.repeats}, expected at least 1")
+    for path in config.inputs:
+        if not path.is_file():
+            raise ValueError(
+                f"inputs: got {path}, expected a file of `python -m benchmarks record`"
+            )
+        yield path.stem, Recorded(path, config.tokens or TOKENS)
+    for name in () if config.inputs else config.shapes:
+        if name not in SHAPES:
+            raise ValueError(f"shapes: got {name!r}, expected some of {', '.join(SHAPES)}")
+        shape = SHAPES[name]
+        yield name, replace(shape, tokens=config.tokens or shape.tokens)
+
+
+def _measure(
+    config: Config, name: str, source: Source, dtype_name: str, asked: list[Case]
+) -> list[Row]:
+    """A row for 1G and for each case."""
+    dtype = getattr(torch, dtype_name)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # code for any shape, made for the second one, is slower
+    problem = make_problem(source, dtype, config.device)
+    shape = problem.shape
+    where: Row = {
+        "shape": name,
+        "inputs": "synthetic" if isinstance(source, Shape) else "recorded",
+        **asdict(shape),
+        "dtype": dtype_name,
+        "memory_kept": config.keep_memory,
+        "reason": "",
+    }
+    rows: dict[Case, Row] = {}
+    running: dict[Case, Case] = {}  # with the option that is the fastest here
+    for case in _progress(asked, f"{name}: first runs"):
+        reason = why_not(case, config.device, dtype)
+        rows[case] = where | case.columns | {"status": "unavailable", "reason": reason}
+        if reason:
+            continue
+        try:
+            running[case] = fastest_option(case, problem, config.device)
+            step(running[case], problem)
+        except Exception as error:  # whatever a peer raises is its reason
+            running.pop(case, None)
+            rows[case] |= {"status": "failed", "reason": f"failed: {explain(error)}"}
+    bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
+    refuse(too_noisy(bare, config.max_spread), config.force)
+    for case, chosen in running.items():
+        rows[case] |= {"status": "ok", "options": chosen.option}
+        rows[case] |= rates(times[chosen], bare, shape, dtype.itemsize, chosen)
+    if config.errors:
+        _add_errors(rows, problem, running)
+    del problem
+    if config.device == "cuda":
+        torch.cuda.empty_cache()  # the processes that follow need the room
+    for case in _progress(running if config.memory else (), f"{name}: memory"):
+        try:
+            memory = extra_memory(running[case], source, dtype, config.device)
+            rows[case]["extra_bytes"] = memory
+        except RuntimeError as error:
+            rows[case]["reason"] = f"memory not measured: {first_line(error)}"
+    product = where | {"provider": "1G", "status": "ok"} | rates(bare, bare, shape, dtype.itemsize)
+    return [product, *rows.values()]
+
+
+def _add_errors(rows: dict[Case, Row], problem: Problem, running: dict[Case, Case]) -> None:
+    """Of each case's first tokens; one weighting's truth is held at a time."""
+    part = first_rows(problem)
+    for weighting in dict.fromkeys(case.weighting for case in running):
+        expected = truth(part, weighting)
+        for case, chosen in running.items():
+            if case.weighting == weighting:
+                rows[case] |= step_errors(chosen, part, expected)
+                rows[case] |= certificate(chosen, part, expected)
+
+
+def _show(console: Console, rows: Sequence[Row], device: str) -> None:
+    """A table a weighting and mode, and below them who could not run and why."""
+    bare, *others = rows
+    kept = ", memory kept" if bare["memory_kept"] else ""
+    for weighting, mode in dict.fromkeys((row["weighting"], row["mode"]) for row in others):
+        title = f"{bare['shape']} ({bare['inputs']} inputs): {sizes(bare)}, {device}{kept}"
+        table = Table(
+            title=f"{title}\n{weighting} loss, {_MODES[mode]}",
+            box=SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+        )
+        table.add_column("", no_wrap=True)
+        for column in _SHOWN:
+            table.add_column(column, justify="right", no_wrap=True)
+        same = [row for row in others if (row["weighting"], row["mode"]) == (weighting, mode)]
+        for row in (bare, *timed(same)):
+            table.add_row(label(row), *(FIGURES[name](row) for name in _SHOWN))
+            if "certificate_hidden" in row:
+                promised = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _GRADIENTS}
+                cells = (FIGURES[name](promised) for name in _SHOWN)
+                table.add_row("  certified", *cells)
+        console.print(table)
+    for text in reasons(others):
+        console.print(f"missing: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _progress(cases: Any, text: str) -> Any:
+    """A bar on standard error, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(
+        list(cases), text, console=console, transient=True, disable=not console.is_terminal
+    )

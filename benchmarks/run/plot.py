@@ -1,0 +1,56 @@
+"""``python -m benchmarks plot``: figures of what `loss`, `gpu`, `scale` and `train` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from benchmarks.results.figures import Panel, render, save
+from benchmarks.results.panels import growth_figures, loss_figures, train_figures
+from benchmarks.results.schema import Row, read, result_folders
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time against memory, growth, fine-tuning steps and largest batches, as PNG."""
+
+    folders: Positional[tuple[Path, ...]] = ()
+    """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
+    output: Path | None = None
+    """Instead of beside the CSVs: a folder, with one below it for each of several `folders`."""
+
+
+def main(config: Config) -> None:
+    """Draws and says what it wrote.
+
+    Raises:
+        SystemExit: a folder without a CSV.
+    """
+    folders = result_folders(config.folders)
+    for folder in folders:
+        to = folder
+        if config.output is not None:
+            to = config.output if len(folders) == 1 else config.output / folder.name
+        to.mkdir(parents=True, exist_ok=True)
+        for name, panels in figures_of(folder).items():
+            print(save(render(panels), to / name))
+
+
+def figures_of(folder: Path) -> dict[str, list[Panel]]:
+    """The panels of each figure, by the name of its file; says which CSVs are missing."""
+    found: dict[str, list[Panel]] = {}
+    parts: dict[str, Callable[[Sequence[Row]], dict[str, list[Panel]]]] = {
+        "loss.csv": loss_figures,
+        "scale.csv": growth_figures,
+        "train.csv": train_figures,
+    }
+    for file, draw in parts.items():
+        rows = read(folder / file)
+        if rows:
+            found |= draw(rows)
+        else:
+            print(f"{folder / file}: missing or empty, its figures are left out")
+    return found

@@ -1,0 +1,148 @@
+"""``python -m benchmarks scale``: how the time of one loss grows with tokens and vocabulary."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure.growth import fit, predict
+from benchmarks.measure.memory import keep_memory
+from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
+from benchmarks.measure.timing import Timing, bare_product, step, time_turns
+from benchmarks.providers.registry import Case, cases, why_not
+from benchmarks.results.environment import environment
+from benchmarks.results.schema import append
+from benchmarks.shapes import Shape, make_problem
+
+# What a shape is measured for: medians of a few short times would be noise.
+_LEAST_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
+
+    a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
+    told as a multiple of the bare product's own slope, fitted to its times in the same run. The
+    bare product is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
+    """
+
+    provider: str = "bft triton sampled" if torch.cuda.is_available() else "bft cpu sampled"
+    weighting: Literal["plain", "dft", "bft"] = "bft"
+    mode: Literal["forward", "both", "frozen"] = "both"
+    widths: tuple[int, ...] = (576,)
+    tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
+    vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats: int = 3
+    """At least; short ones are repeated for three seconds."""
+    keep_memory: bool = False
+    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    max_spread: float = MOST_SPREAD
+    """Refuse to report if the bare product's interquartile range exceeds this share of its median
+    on any shape, or if the machine is busy at the start."""
+    force: bool = False
+    """Report all the same."""
+    output: Path | None = None
+    """Append long-form CSV here."""
+
+
+def main(config: Config) -> None:
+    """Measures, fits and prints.
+
+    Raises:
+        SystemExit: an unknown provider, or one that cannot run here, or a noisy machine.
+    """
+    try:
+        (case,) = cases([config.provider], [config.weighting], [config.mode])
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    reason = why_not(case, config.device, getattr(torch, config.dtype))
+    if reason:
+        raise SystemExit(f"providers: got {config.provider!r}, which cannot run here: {reason}")
+    load = quiet_load(config.force)
+    if config.keep_memory:
+        keep_memory()
+    shapes = [
+        Shape(n, width, v)
+        for width in config.widths
+        for v in config.vocabularies
+        for n in config.tokens
+    ]
+    measured = [_measure(config, case, shape) for shape in shapes]
+    for shape, times in zip(shapes, measured, strict=True):
+        if reason := too_noisy(times["bare_product"], config.max_spread):
+            refuse(
+                f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: {reason}", config.force
+            )
+    loss, product, a_pass = (
+        [times[name].seconds for times in measured] for name in ("loss", "bare_product", "pass")
+    )
+    fixed, slope = fit(shapes, loss)
+    fitted = [predict(shape, fixed, slope) for shape in shapes]
+    _show(config, shapes, loss, product, fitted)
+    bare_fixed, bare_slope = fit(shapes, product)
+    # The slope of a pass over dW in V D, that is its seconds an element.
+    pass_slope = statistics.median(
+        taken / (shape.vocabulary * shape.width)
+        for taken, shape in zip(a_pass, shapes, strict=True)
+    )
+    Console().print(
+        f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
+        f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
+    )
+    if config.output is not None:
+        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
+        facts = {"dtype": config.dtype, "memory_kept": config.keep_memory} | facts
+        rows = zip(shapes, measured, fitted, strict=True)
+        append(config.output, [case.columns | asdict(s) | facts | _columns(*r) for s, *r in rows])
+
+
+def _columns(times: dict[str, Timing], fitted: float) -> dict[str, float]:
+    return {
+        "seconds": times["loss"].seconds,
+        "spread": times["loss"].spread,
+        "bare_product_seconds": times["bare_product"].seconds,
+        "bare_product_spread": times["bare_product"].spread,
+        "pass_seconds": times["pass"].seconds,
+        "fitted_seconds": fitted,
+    }
+
+
+def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
+    """Of the loss, of the bare product and of a pass over dW, interleaved."""
+    problem = make_problem(shape, getattr(torch, config.dtype), config.device)
+    like_gradient = torch.ones_like(problem.weight, requires_grad=False)
+    runs: dict[str, Callable[[], object]] = {
+        "loss": functools.partial(step, case, problem),
+        "bare_product": functools.partial(bare_product, problem, 1024, 512),
+        "pass": functools.partial(like_gradient.mul_, 2),
+    }
+    return time_turns(runs, config.device, config.repeats, lasting=_LEAST_SECONDS)
+
+
+def _show(
+    config: Config,
+    shapes: list[Shape],
+    times: list[float],
+    products: list[float],
+    fitted: list[float],
+) -> None:
+    kind = config.provider, config.weighting, config.mode, config.dtype, config.device
+    table = Table(title=", ".join(kind))
+    for column in ("N", "D", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
+        table.add_column(column, justify="right")
+    for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
+        sizes = map(str, (shape.tokens, shape.width, shape.vocabulary))
+        figures = f"{taken:.3f}", f"{taken / product:.2f}", f"{value:.3f}"
+        table.add_row(*sizes, *figures, f"{taken / value - 1:+.1%}")
+    Console().print(table)

@@ -1,0 +1,157 @@
+"""``python -m benchmarks static``: what the compiler makes of every shipped kernel, without a GPU.
+
+Each call of the Triton backend is rehearsed on meta tensors, with a driver that names a target and
+has no device: kernels are compiled for the types, strides and constants of a real call, and never
+launched. That no value is read on the way also proves that the host never waits for the device.
+The kernels of ``csrc/cuda`` are compiled by nvcc, where there is one.
+
+A form of a kernel whose code is a part of another's is left out, and with ``full`` compiled too.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import compiled_cuda
+from benchmarks.measure.compiled import TARGETS, Usage, compile_cases, in_eights
+
+BUDGET = Path(__file__).parents[1] / "static_budget.json"
+# Registers and bytes of shared memory by kernel and target: the most of its forms.
+Budget = dict[str, dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fails where a kernel spills, lost its tensor-core instructions or grew past its budget."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    only: Literal["triton", "cuda"] | None = None
+    """Only Triton's kernels, or only those of csrc/cuda."""
+    full: bool = False
+    """Also the forms that are a part of another's, and every target for csrc/cuda. The budget is
+    for the other forms; these may not spill."""
+    record: bool = False
+    """Write the budget instead of comparing with it."""
+
+
+def main(config: Config) -> None:
+    """Compiles, prints and compares.
+
+    Raises:
+        SystemExit: an unknown target, or a kernel that is not as it must be.
+    """
+    for target in config.targets:
+        if target not in TARGETS:
+            raise SystemExit(f"targets: got {target!r}, expected some of {', '.join(TARGETS)}")
+    found: list[Usage] = []
+    if config.only != "triton":
+        found += _of_cuda(config)
+    if config.only != "cuda":
+        # Processes of their own: Triton compiles in this one's threads, one kernel at a time.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            # The longest first.
+            targets = sorted(config.targets, key=lambda target: TARGETS[target].brief)
+            jobs = [pool.submit(compile_cases, target, config.full) for target in targets]
+            found += [usage for job in jobs for usage in job.result()]
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    if found:
+        console.print(_table(most(found), config.targets))
+    budget: Budget = json.loads(BUDGET.read_text())
+    if config.record:
+        BUDGET.write_text(text_of(updated(budget, found)))
+    elif wrong := complaints(found, budget):
+        raise SystemExit("\n".join(wrong))
+    else:
+        console.print(f"{len(found)} kernels: none spills, all within their budget")
+
+
+def _of_cuda(config: Config) -> list[Usage]:
+    if missing := compiled_cuda.why_not():
+        print(f"csrc/cuda is left out: {missing}")
+        return []
+    wanted = compiled_cuda.ALL if config.full else compiled_cuda.GATE
+    return compiled_cuda.compile_sources([name for name in wanted if name in config.targets])
+
+
+def most(found: Iterable[Usage]) -> Budget:
+    """The most registers and shared memory that a form takes, of those held to a budget."""
+    budget: Budget = {}
+    for usage in found:
+        if usage.budgeted:
+            of_kernel = budget.setdefault(usage.key, {})
+            registers, shared = of_kernel.get(usage.target, (0, 0))
+            of_kernel[usage.target] = [max(registers, usage.registers), max(shared, usage.shared)]
+    return budget
+
+
+def updated(budget: Budget, found: list[Usage]) -> Budget:
+    """The new figures of the targets that were compiled, and of others what they were."""
+    compiled = {(usage.target, _is_cuda(usage.key)) for usage in found}
+    new = most(found)
+    merged = {}
+    for key in sorted(budget.keys() | new.keys()):
+        kept = {t: x for t, x in budget.get(key, {}).items() if (t, _is_cuda(key)) not in compiled}
+        if figures := kept | new.get(key, {}):
+            merged[key] = figures
+    return merged
+
+
+def _is_cuda(key: str) -> bool:
+    return key.startswith(compiled_cuda.PREFIX)
+
+
+def text_of(budget: Budget) -> str:
+    """JSON with a line for each kernel."""
+    lines = [f" {json.dumps(key)}: {json.dumps(figures)}" for key, figures in budget.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def complaints(found: Iterable[Usage], budget: Budget) -> list[str]:
+    """What is not as it must be, a line each."""
+    wrong = []
+    for usage in found:
+        if usage.spilled:
+            wrong.append(f"{usage.name}: spills {usage.spilled} bytes, expected 0")
+        if usage.multiplies and not usage.tensor_core:
+            wrong.append(f"{usage.name}: has no tensor-core instruction")
+        if usage.narrow:
+            wrong.append(f"{usage.name}: no {usage.narrow} of 16 bytes at once")
+        if not usage.fits:
+            wrong.append(
+                f"{usage.name}: does not fit a multiprocessor, with {usage.registers} registers "
+                f"and {usage.shared} shared bytes"
+            )
+        if not usage.budgeted:
+            continue
+        allowed = budget.get(usage.key, {}).get(usage.target)
+        if allowed is None:
+            wrong.append(f"{usage.name}: has no budget; see --record")
+            continue
+        if in_eights(usage.registers) > in_eights(allowed[0]):
+            wrong.append(f"{usage.name}: {usage.registers} registers, expected {allowed[0]}")
+        if usage.shared > allowed[1]:
+            wrong.append(f"{usage.name}: {usage.shared} shared bytes, expected {allowed[1]}")
+    return wrong
+
+
+def _table(figures: Budget, targets: Iterable[str]) -> Table:
+    table = Table(title="registers of a thread, KiB of shared memory of a program")
+    table.add_column("kernel", no_wrap=True)
+    for target in targets:
+        table.add_column(target, justify="right")
+    for key, of_kernel in sorted(figures.items()):
+        cells = [of_kernel.get(target) for target in targets]
+        table.add_row(key, *(f"{x[0]}, {x[1] / 1024:.0f}" if x else "" for x in cells))
+    return table

@@ -1,0 +1,301 @@
+"""``python -m benchmarks train``: what a real step of fine-tuning costs with each loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.measure.largest_batch import attempt, largest_batch
+from benchmarks.measure.noise import quiet_load
+from benchmarks.measure.processes import ask
+from benchmarks.measure.timing import timing
+from benchmarks.measure.train_step import Job, Outcome, send_times
+from benchmarks.measure.train_tokens import documents, token_rows
+from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
+from benchmarks.results.environment import environment
+from benchmarks.results.loss_table import figure
+from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
+from bft.config import TrainConfig
+from bft.pretrained import cache_root
+
+Row = dict[str, Any]
+Figures = dict[str, Callable[[Row], str]]
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _head(row: Row) -> str:
+    ways = [row[f"head_{way}_seconds"] or 0.0 for way in ("forward", "backward")]
+    return f"{sum(ways):.3f}" if any(ways) else ""
+
+
+_STEPS: Figures = {
+    "s a step": figure("seconds", ".3f"),
+    "spread": figure("spread", ".1%"),
+    "head": _head,
+    "tokens/s": figure("tokens_per_second", ".0f"),
+    "peak GiB": figure("peak_bytes", ".2f", 2**30),
+}
+_LARGEST: Figures = {
+    "limit GiB": figure("limit_bytes", ".2f", 2**30),
+    "sequences": figure("largest_batch", ".0f"),
+    "peak GiB": figure("peak_bytes", ".2f", 2**30),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Times real steps of fine-tuning with each loss, and finds the largest batch that fits.
+
+    A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text,
+    every token labelled, each row a document. Losses take turns at one model; their times are
+    medians. Peak memory is that of one step in a fresh process. It counts all that the process
+    holds: weights, gradients, the optimizer's state, activations, logits and whatever else the loss
+    needs; on a CPU the interpreter and its libraries too (the resident set), on a GPU what torch's
+    allocator hands out. A short step goes before, so that the optimizer's state is there, as in
+    every step but a training's first. What loading the model took for a moment does not count. On a
+    CPU freed memory returns to the system, as with MALLOC_MMAP_THRESHOLD_=131072 in a run's
+    environment: otherwise the same step takes up to 40% more, or not, from run to run.
+
+    The largest batch under a limit is run, and so is the next larger one, which does not fit: one
+    sequence more below 16, about 5% more above.
+    """
+
+    model: str = "smollm2-135m"
+    """A name that `bft train --model` takes, or a folder."""
+    texts: Path | None = None
+    """Documents, one a line; without it the demo's questions with their answers."""
+    losses: tuple[str, ...] = tuple(n for n in NAMES if n != "cut-cross-entropy")
+    """Those that are compiled (cut-cross-entropy off a GPU) are slow to start: ask by name."""
+    weightings: tuple[Literal["plain", "bft"], ...] = ("plain", "bft")
+    """The mean over tokens, or Balanced Fine-Tuning's weights."""
+    batch: int = 4
+    """Sequences in a step that is timed."""
+    length: int = 256
+    """Tokens in a sequence."""
+    window: int = 256
+    """Tokens in a confidence window of bft."""
+    max_buffer_mib: int | None = None
+    """Memory of our losses' logit blocks; 64 on a CPU and 528 on a GPU if not given."""
+    lora: bool = False
+    """Train adapters of rank 16 on all linear layers instead of all parameters."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    repeats: int = 3
+    """Steps of each loss that are timed, after one that warms up; 0: no times."""
+    memory: bool = True
+    """Measure the peak memory of a step with `batch` sequences."""
+    keep_memory: bool = False
+    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    limit: tuple[str, ...] = ()
+    """Find the largest batch that fits into so much memory, such as 4GiB 8GiB."""
+    max_batch: int = 1024
+    """The largest batch to try."""
+    patience: float = 600.0
+    """Seconds that a step may take in that search. A longer one ends it: at least so many fit."""
+    force: bool = False
+    """Measure on a busy machine too."""
+    output: Path | None = None
+    """Append long-form CSV here."""
+
+    def __post_init__(self) -> None:
+        for name, low in {"batch": 1, "length": 2, "repeats": 0, "max_batch": 1}.items():
+            value = getattr(self, name)
+            if value < low:
+                raise SystemExit(f"{name}: got {value}, expected at least {low}")
+        unknown = [name for name in self.losses if name not in NAMES]
+        if unknown:
+            raise SystemExit(f"losses: got {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+        self.limits()
+
+    def limits(self) -> list[int]:
+        """Bytes, ascending."""
+        return sorted(parse_bytes(limit) for limit in self.limit)
+
+    def job(self) -> Job:
+        """The step."""
+        settings = TrainConfig(
+            train_file=self.texts or cache_root() / "hpo" / "train.jsonl",
+            model=self.model,
+            window=self.window,
+            max_buffer_mib=self.max_buffer_mib,
+            lora_rank=16 if self.lora else 0,
+            gradient_checkpointing=self.gradient_checkpointing,
+            dtype=self.dtype,
+        )
+        return Job(settings, self.device)
+
+
+def main(config: Config) -> None:
+    """Measures, prints, and writes if asked to.
+
+    Raises:
+        SystemExit: a setting that cannot be, too little text, or a busy machine.
+    """
+    console = Console()
+    load = quiet_load(config.force)
+    job = config.job()
+    timed = config.batch * (config.repeats + 1)
+    ids = token_rows(
+        documents(job.settings, config.texts), config.length, max(timed, config.max_batch)
+    )
+    asked = [x for x in LOSSES if x.name in config.losses and x.weighting in config.weightings]
+    dtype = getattr(torch, config.dtype)
+    reasons = {x.label: x.why_missing(config.device, dtype) for x in asked}
+    able = [x for x in asked if not reasons[x.label]]
+    rows: list[Row] = _measure(config, job, able, ids, reasons, console)
+    rows += _search(config, job, [x for x in able if not reasons[x.label]], ids, console)
+    rows += [_row(config, x) | {"reason": reasons[x.label]} for x in asked if reasons[x.label]]
+    what = f"{config.model}, {'LoRA' if config.lora else 'full fine-tuning'}"
+    how = f"{config.dtype}, {config.device}{', memory kept' if config.keep_memory else ''}"
+    title = f"{what}, {config.batch} x {config.length} tokens, {how}"
+    _show(console, title, _STEPS, [row for row in rows if not row["limit_bytes"]])
+    title = f"The largest batch of sequences of {config.length} tokens"
+    _show(console, title, _LARGEST, [row for row in rows if row["limit_bytes"]])
+    if config.output is not None:
+        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
+        append(config.output, [row | facts for row in rows])
+
+
+def _row(config: Config, loss: StepLoss) -> Row:
+    """All columns of a measurement but the environment's, those still to be filled empty."""
+    what = {
+        "loss": loss.name,
+        "weighting": loss.weighting,
+        "mode": "lora" if config.lora else "full",
+        "model": Path(config.model).name,
+        "texts": "hpo" if config.texts is None else config.texts.stem,
+        "length": config.length,
+        "dtype": config.dtype,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "memory_kept": config.keep_memory,
+    }
+    return what | dict.fromkeys(STEP_COLUMNS, "")
+
+
+def _measure(
+    config: Config,
+    job: Job,
+    losses: list[StepLoss],
+    ids: Tensor,  # [rows, length]
+    reasons: dict[str, str],
+    console: Console,
+) -> list[Row]:
+    """Times and peaks with ``config.batch`` sequences; what fails is told in ``reasons``."""
+    samples: dict[str, list[dict[str, float]]] = {}
+    labels = [loss.label for loss in losses]
+    if config.repeats and labels:
+        console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
+        turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
+        try:
+            results = ask(send_times, job, labels, turns, config.keep_memory, daemon=True)
+        except RuntimeError as error:
+            raise SystemExit(f"batch: {error}") from None
+        reasons |= {label: got for label, got in results.items() if isinstance(got, str)}
+        samples = {label: got for label, got in results.items() if not isinstance(got, str)}
+    rows = []
+    for loss in losses:
+        row = _row(config, loss) | {"batch": config.batch}
+        if loss.label in samples:
+            steps = samples[loss.label]
+            whole = [sum(parts.values()) for parts in steps]
+            row |= {"seconds": timing(whole).seconds, "spread": timing(whole).spread}
+            for part in PARTS:
+                row[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
+            row["tokens_per_second"] = config.batch * config.length / row["seconds"]
+        if config.memory and not reasons[loss.label]:
+            outcome = attempt(job, loss.label, ids[: config.batch])
+            _say(console, loss, config.batch, outcome)
+            reasons[loss.label] = outcome.reason
+            row["peak_bytes"] = "" if outcome.peak is None else outcome.peak
+        if not reasons[loss.label] and (config.memory or config.repeats):
+            rows.append(row)
+    return rows
+
+
+def _search(
+    config: Config,
+    job: Job,
+    losses: list[StepLoss],
+    ids: Tensor,  # [rows, length]
+    console: Console,
+) -> list[Row]:
+    """The largest batch of each loss under each limit."""
+    rows = []
+    for loss in losses:
+        peaks: dict[int, int] = {}
+        for limit in config.limits():
+            row = _row(config, loss) | {"limit_bytes": limit}
+            rows.append(row)
+            free = psutil.virtual_memory().available
+            if config.device == "cpu" and limit > free:
+                row["reason"] = f"limit: got {_gib(limit)}, expected at most the {_gib(free)} free"
+                continue
+
+            def run(batch: int, loss: StepLoss = loss, limit: int = limit) -> Outcome:
+                outcome = attempt(
+                    job, loss.label, ids[:batch], limit=limit, patience=config.patience
+                )
+                _say(console, loss, batch, outcome, limit)
+                return outcome
+
+            found = largest_batch(limit, config.max_batch, run, peaks)
+            row |= {
+                "largest_batch": found.batch,
+                "peak_bytes": peaks.get(found.batch, ""),
+                "note": found.note,
+            }
+    return rows
+
+
+def _say(
+    console: Console, loss: StepLoss, batch: int, outcome: Outcome, limit: int | None = None
+) -> None:
+    under = "" if limit is None else f" under {_gib(limit)}"
+    parts = [f"{loss.label}, {batch} sequences{under}: {outcome.status}"]
+    parts += [] if outcome.peak is None else [f"peak {_gib(outcome.peak)}"]
+    parts += [outcome.reason] if outcome.reason else []
+    console.print(", ".join(parts), markup=False, highlight=False)
+
+
+def parse_bytes(text: str) -> int:
+    """``"8GiB"`` as bytes.
+
+    Raises:
+        SystemExit: not a positive number and a unit.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text.strip())
+    value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if value < 1:
+        raise SystemExit(f"limit: got {text!r}, expected a number and a unit such as 8GiB or 500MB")
+    return value
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _show(console: Console, title: str, figures: Figures, rows: list[Row]) -> None:
+    if not rows:
+        return
+    table = Table(title=title)
+    for column in ("loss", "weighting"):
+        table.add_column(column, no_wrap=True)
+    for column in figures:
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for row in rows:
+        cells = (figure(row) for figure in figures.values())
+        table.add_row(row["loss"], row["weighting"], *cells, row["reason"] or row["note"])
+    console.print(table)

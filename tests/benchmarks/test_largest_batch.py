@@ -1,0 +1,64 @@
+"""The search for the largest batch, among steps whose memory is made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.measure.largest_batch import largest_batch, next_batch
+from benchmarks.measure.train_step import Outcome
+
+
+class Machine:
+    """Steps whose peak is a bent line in the batch; counts those that are run."""
+
+    def __init__(self, limit: int, floor: int = 2000, each: int = 130, slow: int = 10**9) -> None:
+        self.limit, self.floor, self.each, self.slow = limit, floor, each, slow
+        self.ran: list[int] = []
+
+    def peak(self, batch: int) -> int:
+        # A little noise, not monotone.
+        return max(self.floor, 1000 + self.each * batch) + batch * 37 % 11
+
+    def __call__(self, batch: int) -> Outcome:
+        self.ran.append(batch)
+        if batch >= self.slow:
+            return Outcome("slow", reason="took longer than 9 s")
+        over = self.peak(batch) > self.limit
+        return Outcome("over") if over else Outcome("fits", self.peak(batch))
+
+
+@pytest.mark.parametrize("limit", [1999, 2011, 2200, 3000, 5000, 40_000, 150_000])
+def test_the_largest_batch_was_run_and_so_was_the_next(limit: int) -> None:
+    machine = Machine(limit)
+    found = largest_batch(limit, 10_000, machine, {})
+    assert found.batch == 0 or (found.batch in machine.ran and machine.peak(found.batch) <= limit)
+    fails = int(found.note.split()[0])
+    assert found.note == f"{fails} did not fit"
+    assert fails in machine.ran
+    assert machine.peak(fails) > limit
+    assert found.batch < fails <= next_batch(found.batch)
+    assert len(machine.ran) <= 10
+
+
+def test_larger_limits_go_on_from_smaller_ones() -> None:
+    peaks: dict[int, int] = {}
+    tries = []
+    for limit in (4000, 8000, 16_000):
+        machine = Machine(limit)
+        largest_batch(limit, 10_000, machine, peaks)
+        tries.append(len(machine.ran))
+    assert max(tries[1:]) <= 3
+
+
+def test_a_search_ends_at_the_cap_and_at_a_slow_step() -> None:
+    machine = Machine(10**9)
+    assert largest_batch(10**9, 100, machine, {}).batch == 100
+    assert machine.ran[-1] == 100
+    found = largest_batch(10**9, 100, Machine(10**9, slow=20), {})
+    assert found.batch < 20
+    assert found.note.startswith("at least; ")
+    assert found.note.endswith("took longer than 9 s")
+
+
+def test_steps_of_batches() -> None:
+    assert [next_batch(b) for b in (0, 1, 15, 16, 100)] == [1, 2, 16, 17, 105]
