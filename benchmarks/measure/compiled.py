@@ -23,15 +23,15 @@ class Target:
     warp: int
     registers: int  # of a multiprocessor, 32 bits each
     shared: int  # bytes that a program may have
-    brief: bool = False  # like another but for its tiles: only kernels that have such are compiled
+    brief: bool = False  # differs from sm_90 in its tiles: only kernels that have such are compiled
 
 
 # The vendors' tuning guides.
 TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 65536, 163 * 1024),
+    "sm_80": Target("cuda", 80, 32, 65536, 163 * 1024, brief=True),
     "sm_89": Target("cuda", 89, 32, 65536, 99 * 1024, brief=True),
     "sm_90": Target("cuda", 90, 32, 65536, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 65536, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 65536, 227 * 1024, brief=True),
     "sm_120": Target("cuda", 120, 32, 65536, 99 * 1024, brief=True),
     "gfx942": Target("hip", "gfx942", 64, 131072, 64 * 1024),
 }
@@ -184,30 +184,48 @@ def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> L
     )
 
 
-def largest(launches: list[Launch]) -> list[Launch]:
-    """Those that no other contains; of equals the first."""
+def chosen(launches: list[Launch]) -> list[Launch]:
+    """Forms that no other contains, of equals the first; and some in which each switch is off.
+
+    A switch may choose between two pieces of code, so what lies behind "else" is compiled too, once
+    for each kind of operands.
+    """
+    switches: dict[str, set[str]] = {}
+    for launch in launches:
+        switches.setdefault(launch.kernel, set()).update(launch.switches)
+
+    def off(launch: Launch) -> set[tuple[str, str, str]]:
+        others = switches[launch.kernel] - launch.switches
+        return {(launch.kernel, launch.operands, switch) for switch in others}
+
+    largest_first = sorted(launches, key=lambda x: -len(x.switches) - len(x.sizes))
     kept: list[Launch] = []
-    for launch in sorted(launches, key=lambda x: -len(x.switches) - len(x.sizes)):
+    for launch in largest_first:
         if not any(other.contains(launch) for other in kept):
             kept.append(launch)
+    covered = set().union(*map(off, kept))
+    for launch in reversed(largest_first):
+        if new := off(launch) - covered:
+            kept.append(launch)
+            covered |= new
     return kept
 
 
 def compile_cases(name: str, full: bool) -> list[Usage]:
-    """Kernels for one target: the largest forms, held to a budget, and with ``full`` all others."""
+    """Kernels for one target: the chosen forms, held to a budget, and with ``full`` all others."""
     from benchmarks.measure.rehearsal import CASES, GATE
 
     target = TARGETS[name]
     with rehearsing(target) as launches:
         for label in GATE:
             CASES[label]()
-    chosen = {x.form: x for x in largest(launches) if x.tiled or not target.brief}
-    usages = [usage_of(name, launch) for launch in chosen.values()]
+    gate = {x.form: x for x in chosen(launches) if x.tiled or not target.brief}
+    usages = [usage_of(name, launch) for launch in gate.values()]
     if full:
         with rehearsing(target) as launches:
             for case in CASES.values():
                 case()
-        others = [launch for launch in launches if launch.form not in chosen]
+        others = [launch for launch in launches if launch.form not in gate]
         usages += [replace(usage_of(name, launch), budgeted=False) for launch in others]
     return usages
 

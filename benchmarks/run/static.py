@@ -5,7 +5,8 @@ has no device: kernels are compiled for the types, strides and constants of a re
 launched. That no value is read on the way also proves that the host never waits for the device.
 The kernels of ``csrc/cuda`` are compiled by nvcc, where there is one.
 
-A form of a kernel whose code is a part of another's is left out, and with ``full`` compiled too.
+Few forms of a kernel stand for the others, and ``full`` compiles those too: see
+``compiled.chosen``.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Config:
     only: Literal["triton", "cuda"] | None = None
     """Only Triton's kernels, or only those of csrc/cuda."""
     full: bool = False
-    """Also the forms that are a part of another's, and every target for csrc/cuda. The budget is
-    for the other forms; these may not spill."""
+    """All forms for all targets. Those that are compiled only now have no budget, but may not
+    spill either."""
     record: bool = False
     """Write the budget instead of comparing with it."""
 

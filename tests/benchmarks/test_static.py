@@ -55,7 +55,7 @@ def launch(kernel: str = "k", switches: str = "", **sizes: int) -> Launch:
 def test_a_form_is_left_out_only_if_another_has_all_its_code(smaller: Launch, part: bool) -> None:
     larger = launch(switches="emit statistics", BLOCK_N=64, OPERAND=2, bias_ptr=4)
     assert larger.contains(smaller) == part
-    found = compiled.largest([smaller, larger, replace(larger)])
+    found = compiled.chosen([smaller, larger, replace(larger)])
     assert set(found) == ({larger} if part else {larger, smaller})
 
 
@@ -79,7 +79,7 @@ def told(launches):
 even = [name for name in rehearsal.CASES if " D " not in name]
 both = {}
 for target in ("sm_100", "gfx942"):
-    gate = compiled.largest(rehearsed(target, rehearsal.GATE))
+    gate = compiled.chosen(rehearsed(target, rehearsal.GATE))
     both[target] = told(gate), told(rehearsed(target, even))
 print(json.dumps(both))
 """
