@@ -22,11 +22,11 @@ from benchmarks.results import append, environment
 from benchmarks.train_losses import LOSSES, NAMES, StepLoss
 from benchmarks.train_search import attempt, largest_batch
 from benchmarks.train_worker import Job, Outcome, send_times
-from bft import hpo
 from bft.config import TrainConfig
 from bft.data import read_jsonl
+from bft.demo.pretrained import cache_root, pretrained
 from bft.encode import encode
-from bft.pretrained import cache_root, pretrained
+from bft.tasks import hpo
 
 Row = dict[str, Any]
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

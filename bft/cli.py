@@ -95,13 +95,13 @@ def _check(config: CheckConfig) -> int:
 
 
 def _demo(config: DemoConfig) -> None:
-    from bft.demo import demo
+    from bft.demo.run import demo
 
     demo(config)
 
 
 def _data(config: DataConfig) -> None:
-    from bft import hpo
+    from bft.tasks import hpo
 
     hpo.main(config.output_dir, seed=config.seed)
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft.pretrained import PretrainedError, first_line, pretrained
+from bft.demo.pretrained import PretrainedError, first_line, pretrained
 
 
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:

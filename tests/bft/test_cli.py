@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft.cli import COMMANDS, main
 from bft.config import DataConfig, InfoConfig
-from bft.pretrained import SOURCES, Source
+from bft.demo.pretrained import SOURCES, Source
 from bft_kernels import __version__
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from bft.demo.plot import plot_run
 from bft.metrics import MetricLog, StepMeter, peak_memory_bytes
-from bft.plot import plot_run
 from bft.train import TrainResult
 from bft_kernels import balanced_linear_cross_entropy
 

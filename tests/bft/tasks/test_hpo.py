@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bft import hpo
 from bft.data import read_jsonl
-from bft.hpo import ROOT, SPLITS, SYSTEMS, Question, Term
+from bft.tasks import hpo
+from bft.tasks.hpo import ROOT, SPLITS, SYSTEMS, Question, Term
 
 OBO = """format-version: 1.2
 data-version: hp/releases/2099-01-01
