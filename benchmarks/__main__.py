@@ -12,7 +12,6 @@ COMMANDS = (
     "model",
     "gpu",
     "plot",
-    "report",
     "tables",
 )
 

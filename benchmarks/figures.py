@@ -7,7 +7,6 @@ they differ without colours too.
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +49,6 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "text.parse_math": False,  # a $ in a name is a $
-    "svg.fonttype": "none",  # letters stay text: smaller, and can be searched and read aloud
-    "svg.hashsalt": "bft",  # the same figure gives the same file
 }
 
 
@@ -133,22 +130,12 @@ def render(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Writes an SVG and a PNG; returns their names."""
-    written = [path.with_suffix(".svg"), path.with_suffix(".png")]
-    written[0].write_text(svg(figure), encoding="utf-8")
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a PNG, which changes with what it shows only; returns its name."""
+    written = path.with_suffix(".png")
     with rc_context(_STYLE):
-        figure.savefig(written[1], dpi=_DPI, metadata={"Software": None})
+        figure.savefig(written, dpi=_DPI, metadata={"Software": None})
     return written
-
-
-def svg(figure: Figure) -> str:
-    """The figure as SVG, without a date, so that it changes with what it shows only."""
-    text = io.StringIO()
-    with rc_context(_STYLE):
-        nameless = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=nameless)
-    return text.getvalue()
 
 
 def time_and_memory(title: str, points: Sequence[Point]) -> Panel:

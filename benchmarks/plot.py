@@ -53,7 +53,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Config:
-    """Time against memory, growth, fine-tuning steps and largest batches, as SVG and PNG."""
+    """Time against memory, growth, fine-tuning steps and largest batches, as PNG."""
 
     folders: Positional[tuple[Path, ...]] = ()
     """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
@@ -74,7 +74,7 @@ def main(config: Config) -> None:
             to = config.output if len(folders) == 1 else config.output / folder.name
         to.mkdir(parents=True, exist_ok=True)
         for name, panels in figures_of(folder).items():
-            print(*save(render(panels), to / name))
+            print(save(render(panels), to / name))
 
 
 def figures_of(folder: Path) -> dict[str, list[Panel]]:
