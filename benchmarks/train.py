@@ -24,8 +24,9 @@ from benchmarks.train_search import attempt, largest_batch
 from benchmarks.train_worker import Job, Outcome, send_times
 from bft.config import TrainConfig
 from bft.data import read_jsonl
-from bft.demo.pretrained import cache_root, pretrained
 from bft.encode import encode
+from bft.load import pretrained
+from bft.packaged import cache_root
 from bft.tasks import hpo
 
 Row = dict[str, Any]

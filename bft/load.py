@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,66 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft.demo.pretrained import PretrainedError, first_line, pretrained
+from bft.config import SettingError
+from bft.demo.pretrained import SOURCES, converted
+from bft.packaged import PretrainedError, cache_root
+
+logger = logging.getLogger(__name__)
+
+
+def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+
+    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
+    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name")
+    that the hub knows; where the hub does not answer, the folder of an earlier download is.
+    Raises PretrainedError (package missing, conversion not faithful, hub out of reach) or
+    SettingError (unknown name).
+    """
+    name = str(name_or_path)
+    if name in SOURCES:
+        return converted(name, cache_root(cache_dir))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        raise SettingError(f"model: expected a checkpoint folder with a config.json, got {path}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _on_hub(name)
+    raise SettingError(f"model: expected {_NAMES}, got {name!r}")
+
+
+_NAMES = f"one of {sorted(SOURCES)}, a checkpoint folder or a hub id"
+
+
+def _on_hub(name: str) -> Path:
+    """The hub id, or an earlier download's folder; asks once, transformers would for a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except RepositoryNotFoundError as error:
+        raise PretrainedError(
+            f"model: the hub shows no {name!r} (misspelt, or only for who is logged in: "
+            f"`hf auth login`), and there is no such folder; expected {_NAMES}"
+        ) from error
+    except Exception as error:  # whichever HTTP library the hub's client is built on
+        downloaded = try_to_load_from_cache(name, "config.json")
+        if isinstance(downloaded, str):
+            logger.warning("%s: the hub does not answer, so an earlier download is used", name)
+            return Path(downloaded).parent
+        raise PretrainedError(
+            f"model: the hub does not answer for {name!r} ({first_line(error)}), and there is no "
+            f"such folder; expected {_NAMES}"
+        ) from error
+    return Path(name)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; a library's advice may go on for long."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:

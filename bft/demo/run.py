@@ -10,8 +10,8 @@ from rich.table import Table
 
 from bft.config import DemoConfig, TrainConfig
 from bft.demo.plot import plot_run
-from bft.demo.pretrained import cache_root
 from bft.metrics import naming, write_json
+from bft.packaged import cache_root
 from bft.tasks import hpo
 from bft.train import TrainResult, train
 

@@ -37,8 +37,8 @@ from typing import TypedDict
 from rich.console import Console
 from rich.table import Table
 
-from bft.demo.pretrained import packaged_file
 from bft.metrics import naming
+from bft.packaged import packaged_file
 
 SPLITS = ("train", "validation", "test")
 ROOT = "HP:0000118"  # Phenotypic abnormality
