@@ -20,14 +20,14 @@ needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
 
 def make_tree(folder):
-    """A copy of what setup.py reads, with empty packages, and a folder of modules that refuse."""
+    """A copy of what setup.py reads, with packages of one line, and modules that refuse."""
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     (folder / "README.md").touch()
     for package in ("bft_kernels", "bft"):
         (folder / package).mkdir()
-        (folder / package / "__init__.py").touch()
+        (folder / package / "__init__.py").write_text('__version__ = "9.8.7"\n')
     for name in ("torch", "ninja", "pybind11"):
         blocked = folder / f"without_{name}" / f"{name}.py"
         blocked.parent.mkdir()
@@ -93,7 +93,7 @@ def test_none_builds_a_pure_wheel_with_no_tool(tree):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tree.glob("dist/*.whl")
-    assert wheel.name == "bft_kernels-0.1.0-py3-none-any.whl"
+    assert wheel.name == "bft_kernels-9.8.7-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as files:
         assert not [name for name in files.namelist() if "csrc" in name or "emulation" in name]
     assert modules(tree) == []
