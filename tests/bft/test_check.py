@@ -14,18 +14,7 @@ import transformers as hf
 from bft import check as module
 from bft.cli import main
 from bft.loss import HeadLoss
-
-SMALL = {
-    "vocab_size": 400,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
+from tests.support.models import tiny, tiny_config
 
 
 class Shifted(hf.LlamaForCausalLM):
@@ -68,10 +57,10 @@ class Unlabelled(hf.LlamaForCausalLM):
         )
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)),
-    "bert": lambda: hf.BertLMHeadModel(hf.BertConfig(**SMALL)),
+MODELS = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "falcon": ("FalconForCausalLM", {}),
+    "bert": ("BertLMHeadModel", {}),
 }
 
 
@@ -82,9 +71,9 @@ def checked(
     """Saves a model, runs the command on it, returns its status and each row's verdict."""
 
     def run(name: str, *flags: str) -> tuple[int, dict[str, str]]:
-        torch.manual_seed(0)
         folder, output = tmp_path / name, tmp_path / "table.json"
-        MODELS[name]().save_pretrained(folder)
+        kind, settings = MODELS[name]
+        tiny(kind, vocab_size=400, num_hidden_layers=1, **settings).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         where = ["--model", str(folder), "--file", str(data_file), "--output", str(output)]
         status = main(["check", *where, "--window", "4", *flags])
@@ -156,7 +145,10 @@ def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(
 
 def loads(kind: type[Any]) -> Callable[..., Any]:
     """In the place of ``from_pretrained``."""
-    return lambda folder, **_: (kind(hf.LlamaConfig(**SMALL)), {"missing_keys": ()})
+    return lambda folder, **_: (
+        kind(tiny_config("LlamaConfig", vocab_size=400)),
+        {"missing_keys": ()},
+    )
 
 
 def too_large(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft.cli import COMMANDS, main
 from bft.config import DataConfig, InfoConfig
 from bft.demo.pretrained import SOURCES, Source
 from bft_kernels import __version__
+from tests.support.models import tiny
 
 
 @pytest.fixture
@@ -30,18 +29,10 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(tokenizer: Any, tmp_path: Path) -> Path:
     """A model of 16 learned positions, as a folder."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16, n_inner=16
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    made = tiny("GPT2LMHeadModel", vocab_size=len(tokenizer), max_position_embeddings=16)
+    made.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def told(capsys: pytest.CaptureFixture, flags: Sequence[Any]) -> tuple[int, str]:

@@ -20,18 +20,12 @@ from bft.head import (
 from bft.loss import HeadLoss
 from bft.measure import probe, read_transform
 from bft.patch import patch_model, use_loss
+from tests.support.models import tiny, tiny_config
 
 
 def llama(kind: type = transformers.LlamaForCausalLM) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return kind(config)
+    return kind(tiny_config("LlamaConfig"))
 
 
 class Edited(transformers.LlamaForCausalLM):
@@ -90,17 +84,17 @@ def mask(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda y: y[..., :-1], r"turns logits \(1, 5, 31\) into \(1, 5, 30\)"),
-        (lambda y: y + 0.1, "masks or adds to 31 of 31 entries"),
-        (mask, "masks or adds to 2 of 31 entries"),
-        (lambda y: y.log_softmax(-1), "masks or adds to 31 of 31"),
+        (lambda y: y[..., :-1], r"turns logits \(1, 5, 61\) into \(1, 5, 60\)"),
+        (lambda y: y + 0.1, "masks or adds to 61 of 61 entries"),
+        (mask, "masks or adds to 2 of 61 entries"),
+        (lambda y: y.log_softmax(-1), "masks or adds to 61 of 61"),
         (lambda y: -y, r"multiplies its logits by -1\.0"),
         (lambda y: y * 0, r"multiplies its logits by 0\.0"),
-        (lambda y: y * torch.linspace(1, 2, 31), "changes 30 of 31 logits"),
-        (lambda y: y.clamp(min=-5), "changes 31 of 31 logits"),
+        (lambda y: y * torch.linspace(1, 2, 61), "changes 60 of 61 logits"),
+        (lambda y: y.clamp(min=-5), "changes 61 of 61 logits"),
         (lambda y: y + 0.01 * y.roll(1, -1), "logits"),
         (lambda y: y * (1 + 1e-3 * y.abs().clamp(max=1)), "logits other than by LogitTransform"),
-        (lambda y: y * torch.nan, "adds to 31 of 31"),
+        (lambda y: y * torch.nan, "adds to 61 of 61"),
     ],
 )
 def test_any_other_is_refused_and_named(edit: Callable[[Tensor], Tensor], message: str):
@@ -129,9 +123,8 @@ def test_models_without_a_head_are_refused():
         body.get_output_embeddings = lambda found=found: found
         with pytest.raises(UnsupportedModel, match="LlamaModel has no output embedding"):
             find_head(body)
-    config = transformers.T5Config(vocab_size=31, d_model=16, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder-decoder"):
-        find_head(transformers.T5ForConditionalGeneration(config))
+        find_head(tiny("T5ForConditionalGeneration"))
 
 
 def test_heads_that_are_not_plain_are_refused():
@@ -156,7 +149,7 @@ def test_heads_that_are_not_plain_are_refused():
 
 def test_a_quantised_head_is_refused_when_patching():
     model = llama()
-    model.lm_head.weight = nn.Parameter(torch.zeros(31, 16, dtype=torch.int8), requires_grad=False)
+    model.lm_head.weight = nn.Parameter(torch.zeros(61, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"torch\.int8"):
         patch_model(model, HeadLoss())
 
@@ -178,7 +171,7 @@ def test_a_head_that_does_more_is_refused():
             return super().forward(nn.functional.normalize(hidden, dim=-1))
 
     model = llama()
-    model.lm_head = Normed(16, 31, bias=False)
+    model.lm_head = Normed(16, 61, bias=False)
     with (
         pytest.raises(UnsupportedModel, match="its own forward differs"),
         use_loss(model, HeadLoss()),

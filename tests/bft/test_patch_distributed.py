@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
 from torch import Tensor
 
 from bft.head import UnsupportedModel
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.patch import patch_model
+from tests.support.models import tiny
 
 LOSS = HeadLoss(window=4)
 RANKS = 2
@@ -27,20 +27,12 @@ KINDS = ("ddp", "patch-fsdp", "fsdp-patch")
 
 
 def build() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=53,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).double()
+    return tiny("LlamaForCausalLM", num_attention_heads=2).double()
 
 
 def batch() -> dict[str, Tensor]:
     """Four rows with different numbers of labels; one has none."""
-    ids = torch.randint(53, (4, 10), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(61, (4, 10), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     for row, first in enumerate((1, 4, 10, 6)):
         labels[row, :first] = -100

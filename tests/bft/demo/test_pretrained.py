@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft.demo import pretrained as module
 from bft.demo.pretrained import SOURCES
 from bft.load import pretrained
 from bft.packaged import PretrainedError, cache_root, packaged_file
+from tests.support.models import tiny
 
 NAME = "smollm2-135m"
 
@@ -123,16 +124,7 @@ def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny("LlamaForCausalLM", vocab_size=len(tokenizer)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     module._verify("tiny", model, tokenizer, tmp_path)
