@@ -40,11 +40,27 @@ def tree(tmp_path):
     return make_tree(tmp_path)
 
 
+# Stands for a C++ compiler: knows errors and included files, and makes nothing that runs.
+PREPROCESSOR = f"""#!/bin/sh
+case "$*" in *" -c "*) exec {CXX} -E "$@" ;; esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+def make_tool(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A tree in which BFT_BUILD=cpu has run once."""
+    """A tree in which BFT_BUILD=cpu has run once, with PREPROCESSOR."""
     folder = make_tree(tmp_path_factory.mktemp("built"))
-    done = build(folder, BFT_BUILD="cpu")
+    make_tool(folder / "c++", PREPROCESSOR)
+    done = build(folder, BFT_BUILD="cpu", CXX=str(folder / "c++"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -69,8 +85,11 @@ def run(tree, *arguments, without=("torch",), **environment):
     )
 
 
+BUILD = ("setup.py", "build_ext", "--inplace")
+
+
 def build(tree, **environment):
-    return run(tree, "setup.py", "build_ext", "--inplace", **environment)
+    return run(tree, *BUILD, **environment)
 
 
 def modules(tree):
@@ -109,11 +128,16 @@ def test_source_archive_holds_what_a_build_needs(tree):
     assert sources | {"setup.py", "pyproject.toml", "LICENSE"} <= packed
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_cpu_builds_one_module_that_works(built):
-    assert modules(built) == ["_cpu"]
+@pytest.mark.parametrize("without", [(), ("ninja", "pybind11")], ids=["ninja", "headers of torch"])
+def test_cpu_builds_one_module_that_works(tree, without):
+    done = run(tree, *BUILD, without=("torch", *without), BFT_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    assert ("torch/include" in done.stdout) == bool(without)
+    assert modules(tree) == ["_cpu"]
     done = run(
-        built,
+        tree,
         "-c",
         "import numpy\n"
         "from bft_kernels import _cpu\n"
@@ -137,28 +161,17 @@ def test_cpu_builds_one_module_that_works(built):
 def test_a_second_build_compiles_only_what_changed(built, changed, rebuilt):
     if changed:
         (built / changed).touch()
-    done = build(built, BFT_BUILD="cpu")
+    done = build(built, BFT_BUILD="cpu", CXX=str(built / "c++"))
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if " -c " in line]
     assert {line.partition(" -c ")[2].split()[0] for line in commands} == rebuilt
     assert ("ninja: no work to do." in done.stdout) == (not rebuilt)
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_without_ninja_and_pybind11_it_builds_with_the_headers_of_torch(tree):
-    blocked = ("ninja", "pybind11")
-    done = run(tree, "setup.py", "build_ext", "--inplace", without=blocked, BFT_BUILD="cpu")
-    assert done.returncode == 0, done.stderr
-    assert "torch/include" in done.stdout
-    done = run(tree, "-c", "from bft_kernels import _cpu; print(_cpu.has_openmp.__name__)")
-    assert done.stdout == "has_openmp\n", done.stderr
-
-
 def test_without_pybind11_and_torch_it_says_what_to_install(tree):
     done = run(
         tree,
-        *["setup.py", "build_ext", "--inplace"],
+        *BUILD,
         without=("torch", "ninja", "pybind11"),
         BFT_BUILD="cpu",
     )
@@ -167,12 +180,7 @@ def test_without_pybind11_and_torch_it_says_what_to_install(tree):
 
 
 def test_without_ninja_a_compiler_that_fails_is_an_error(tree):
-    done = run(
-        *[tree, "setup.py", "build_ext", "--inplace"],
-        without=("torch", "ninja"),
-        BFT_BUILD="cpu",
-        CXX="false",
-    )
+    done = run(tree, *BUILD, without=("torch", "ninja"), BFT_BUILD="cpu", CXX="false")
     assert done.returncode != 0
     assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in done.stderr
     assert modules(tree) == []
@@ -205,7 +213,8 @@ def test_cuda_does_not_look_beyond_a_wrong_cuda_home(tree):
 @needs_compiler
 def test_auto_leaves_out_cuda_without_nvcc_and_says_so(built):
     (built / "csrc/bindings/cuda.cpp").touch()
-    done = build(built, BFT_BUILD="auto", CUDA_HOME=str(built / "toolkit"))
+    toolkit = {"CUDA_HOME": str(built / "toolkit"), "CXX": str(built / "c++")}
+    done = build(built, BFT_BUILD="auto", **toolkit)
     assert done.returncode == 0, done.stderr
     assert modules(built) == ["_cpu"]
     assert "BFT_BUILD=auto leaves out bft_kernels._cuda: no nvcc in CUDA_HOME=" in done.stderr
@@ -216,13 +225,14 @@ def test_code_that_does_not_compile_fails_cpu_and_is_left_out_by_auto(tree):
     (tree / "csrc/cpu/sampling.cpp").write_text("#error made to fail\n")
     stale = tree / "bft_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.touch()
+    tools = {"CXX": make_tool(tree / "c++", PREPROCESSOR), "CUDA_HOME": str(tree / "toolkit")}
 
-    forced = build(tree, BFT_BUILD="cpu")
+    forced = build(tree, BFT_BUILD="cpu", **tools)
     assert forced.returncode != 0
     assert "made to fail" in forced.stdout + forced.stderr
     assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in forced.stderr
 
-    automatic = build(tree, BFT_BUILD="auto", CUDA_HOME=str(tree / "toolkit"))
+    automatic = build(tree, BFT_BUILD="auto", **tools)
     assert automatic.returncode == 0, automatic.stderr
     assert "BFT_BUILD=auto leaves out bft_kernels._cpu: the compiler failed" in automatic.stderr
     assert modules(tree) == []
@@ -297,11 +307,12 @@ def test_an_unknown_architecture_is_refused(architectures, entry):
         assert f" {name}," in message
 
 
-# Stands for the compilers: writes what it is asked for, empty, and when it starts and ends.
+# Stands for the compilers: writes what it is asked for, empty, and when it starts and ends; in
+# between it waits for PAUSE seconds, for others to be seen.
 TOOL = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; exit; fi
 echo "start $*" >> log
-sleep 0.2
+sleep ${PAUSE:-0}
 while [ $# -gt 0 ]; do
     case "$1" in -o) : > "$2" ;; -MF) echo "out:" > "$2" ;; esac
     shift
@@ -312,13 +323,9 @@ echo end >> log
 
 def build_with_tool(tree, without=("torch",), **environment):
     """Build both modules with TOOL; what it wrote, a line each."""
-    tool = tree / "toolkit/bin/nvcc"
-    tool.parent.mkdir(parents=True)
-    tool.write_text(TOOL)
-    tool.chmod(0o755)
+    tool = make_tool(tree / "toolkit/bin/nvcc", TOOL)
     environment = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), **environment}
-    command = ["setup.py", "build_ext", "--inplace"]
-    done = run(tree, *command, without=without, CXX=str(tool), **environment)
+    done = run(tree, *BUILD, without=without, CXX=tool, **environment)
     log = tree / "log"
     return done, log.read_text().splitlines() if log.exists() else []
 
@@ -332,9 +339,10 @@ def most_at_once(log):
 
 
 @pytest.mark.parametrize("without", [("torch",), ("torch", "ninja")], ids=["ninja", "no ninja"])
-@pytest.mark.parametrize(("jobs", "most"), [("1", 1), ("3", 3)])
-def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, without):
-    done, log = build_with_tool(tree, without, MAX_JOBS=jobs, TORCH_CUDA_ARCH_LIST="9.0")
+@pytest.mark.parametrize(("jobs", "most", "pause"), [("1", 1, "0.03"), ("3", 3, "0.2")])
+def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, pause, without):
+    limit = {"MAX_JOBS": jobs, "PAUSE": pause, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done, log = build_with_tool(tree, without, **limit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
     assert most_at_once(log) == most
