@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bft.config import TrainConfig
+from tests.support.models import tiny
 
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
 TEXT = [
@@ -92,12 +87,9 @@ def checkpoint_of() -> Callable[..., Path]:
     def write(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Path:
         tokenizer = byte_tokenizer()
         if model is None:
-            torch.manual_seed(0)
-            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
             ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            own = {"vocab_size": len(tokenizer), **sizes, **heads, **ids, **settings}
-            model = LlamaForCausalLM(LlamaConfig(**own))
+            model = tiny("LlamaForCausalLM", **sizes | ids | settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder

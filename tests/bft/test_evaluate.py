@@ -12,19 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
-from bft.data import Record, make_record
+from bft.data import Collator, Record, make_record
 from bft.encode import DataError, encode, prompt_text
 from bft.evaluate import evaluate, gold_branches, right_answers
 from bft.loss import IGNORE, Head
+from tests.support.models import tiny
 
 ANSWERS = [
     "It affects the eye.",
@@ -34,29 +27,20 @@ ANSWERS = [
     "The heart.",
     "yes",
 ]
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {}),
+    "bias": ("LlamaForCausalLM", {}),
+    "softcap": ("Gemma2ForCausalLM", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "scale": ("CohereForCausalLM", {"logit_scale": 0.3}),
 }
 
 
-def tiny_model(tokenizer: Any, kind: str = "llama", seed: int = 0) -> Any:
+def tiny_model(tokenizer: Any, kind: str = "llama") -> Any:
     """Random, and sharp enough that prompts matter."""
-    torch.manual_seed(seed)
-    size = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    if kind == "softcap":
-        config = Gemma2Config(**size, head_dim=8, final_logit_softcapping=2.0)
-        model: Any = Gemma2ForCausalLM(config)
-    elif kind == "scale":
-        model = CohereForCausalLM(CohereConfig(**size, logit_scale=0.3))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**size))
-        if kind == "bias":
-            model.lm_head = torch.nn.Linear(32, len(tokenizer))
+    name, settings = KINDS[kind]
+    model = tiny(name, vocab_size=len(tokenizer), hidden_size=32, **settings)
+    if kind == "bias":
+        model.lm_head = torch.nn.Linear(32, len(tokenizer))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -97,7 +81,7 @@ def greedy_along_answers(model: Any, tokenizer: Any, record: Record) -> str:
     return next(answer for answer, path in paths.items() if path == written)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_accuracy_is_that_of_constrained_greedy_search(tokenizer: Any, kind: str) -> None:
     model = tiny_model(tokenizer, kind)
     records = questions()
@@ -110,7 +94,7 @@ def test_accuracy_is_that_of_constrained_greedy_search(tokenizer: Any, kind: str
         assert result.per_answer[answer] == {"examples": len(mine), "correct": sum(mine)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer: Any, kind: str) -> None:
     model = tiny_model(tokenizer, kind)
     records = questions(9)
@@ -149,12 +133,10 @@ def test_training_raises_accuracy(tokenizer: Any) -> None:
     model = tiny_model(tokenizer)
     records = questions(12)
     before = evaluate(model, tokenizer, records, progress=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = Collator.of(tokenizer)([encode(record, tokenizer) for record in records])
     for _ in range(60):
-        for record in records:
-            example = encode(record, tokenizer)
-            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
-            model(input_ids=ids, labels=labels).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     after = evaluate(model, tokenizer, records, progress=False)

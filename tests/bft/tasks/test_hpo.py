@@ -76,6 +76,14 @@ name: has part
 """
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An ontology of a few terms in place of the real one."""
+    path = tmp_path / "small.obo"
+    path.write_text(OBO, encoding="utf-8")
+    monkeypatch.setattr(hpo, "obo_path", lambda: path)
+
+
 @pytest.fixture(scope="module")
 def terms() -> dict[str, Term]:
     return hpo.parse_obo(hpo.obo_path().read_text(encoding="utf-8"))[1]
@@ -183,9 +191,14 @@ def keys(rows: list[Question], terms: dict[str, Term], what: str) -> set[str]:
     return {row[what] for row in rows}  # type: ignore[literal-required]
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["seed 0", "seed 1"])
-def parts(terms: dict[str, Term], request: pytest.FixtureRequest) -> dict[str, list[Question]]:
-    return hpo.split(hpo.questions(terms), terms, request.param)
+@pytest.fixture(scope="module")
+def other_seed(terms: dict[str, Term]) -> dict[str, list[Question]]:
+    return hpo.split(hpo.questions(terms), terms, 1)
+
+
+@pytest.fixture(params=["splits", "other_seed"])
+def parts(request: pytest.FixtureRequest) -> dict[str, list[Question]]:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("what", ["id", "group", "parents", "name", "definition", "prompt"])
@@ -228,13 +241,16 @@ def test_the_first_questions_are_a_sample(splits: dict[str, list[Question]]) -> 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_bytes(built: Path, tmp_path: Path) -> None:
-    hpo.build(tmp_path / "again")
-    hpo.build(tmp_path / "other", seed=1)
-    for name in [f"{split}.jsonl" for split in SPLITS] + ["NOTICE"]:
-        first, second = (built / name).read_bytes(), (tmp_path / "again" / name).read_bytes()
-        assert first == second
-        assert first != (tmp_path / "other" / name).read_bytes()
+def test_same_seed_same_bytes(
+    splits: dict[str, list[Question]],
+    other_seed: dict[str, list[Question]],
+    built: Path,
+    tmp_path: Path,
+) -> None:
+    hpo.build(tmp_path)
+    for path in built.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    assert all(other_seed[name] != splits[name] for name in SPLITS)
 
 
 def test_the_folder_holds_the_licence_and_nothing_half_made(built: Path) -> None:
@@ -247,11 +263,14 @@ def test_the_folder_holds_the_licence_and_nothing_half_made(built: Path) -> None
     assert "https://hpo.jax.org/app/license" in notice
 
 
+@pytest.mark.usefixtures("small")
 def test_other_files_stay_and_a_failure_leaves_the_old_ones(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "mine.txt").write_text("kept")
-    (tmp_path / "test.jsonl").write_text("old")
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    (folder / "test.jsonl").write_text("old")
 
     def full_disk(*args: Any, **kwargs: Any) -> int:
         raise OSError("disk full")
@@ -259,12 +278,12 @@ def test_other_files_stay_and_a_failure_leaves_the_old_ones(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full_disk)
         with pytest.raises(OSError, match="disk full"):
-            hpo.build(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "test.jsonl"]
-    assert (tmp_path / "test.jsonl").read_text() == "old"
-    hpo.build(tmp_path)
-    assert (tmp_path / "test.jsonl").read_bytes() == (built / "test.jsonl").read_bytes()
-    assert (tmp_path / "mine.txt").read_text() == "kept"
+            hpo.build(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["mine.txt", "test.jsonl"]
+    assert (folder / "test.jsonl").read_text() == "old"
+    hpo.build(folder)
+    assert "affect? Define the term." in (folder / "test.jsonl").read_text()
+    assert (folder / "mine.txt").read_text() == "kept"
 
 
 def test_the_loader_reads_it(built: Path) -> None:
@@ -273,11 +292,13 @@ def test_the_loader_reads_it(built: Path) -> None:
     assert set(record.extra) == {"answer", "group", "id"}
 
 
+@pytest.mark.usefixtures("small")
 def test_the_table_counts_and_shows_a_sample(tmp_path: Path) -> None:
     console = Console(record=True, width=100)
     hpo.main(tmp_path, console=console)
     text = console.export_text()
-    rows = (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    assert f"{len(rows)}" in text
-    assert "Nervous system." in text
-    assert json.loads(rows[0])["prompt"][:60] in text
+    rows = [line.strip("│ ").split() for line in text.splitlines() if line.startswith("│")]
+    counts = {name: [n for n in numbers if n != "│"] for name, *numbers in rows}
+    assert counts == {"Ear.": ["0", "0", "1"], "Eye.": ["0", "1", "0"], "all": ["0", "1", "1"]}
+    sample = json.loads((tmp_path / "test.jsonl").read_text(encoding="utf-8"))
+    assert f"prompt: {sample['prompt']}" in text
