@@ -1,14 +1,9 @@
 """Labels mean to a patched model what they mean to its own loss: shifted by one, or not."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 import transformers as hf
 from accelerate import Accelerator
-from torch import Tensor
 
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss
@@ -17,7 +12,7 @@ from bft.train import training_step
 from tests.support.models import tiny, tiny_config
 
 SFT = HeadLoss(scheme="sft", normalize="token")
-NOT_SHIFTED: dict[str, dict[str, Any]] = {
+NOT_SHIFTED = {
     "BartForCausalLM": {"dropout": 0.0},
     "MBartForCausalLM": {},
     "PegasusForCausalLM": {},
@@ -35,7 +30,7 @@ NOT_SHIFTED: dict[str, dict[str, Any]] = {
     "RobertaForMaskedLM": {},
     "ModernBertForMaskedLM": {"cls_token_id": 1, "sep_token_id": 2},
 }
-SHIFTED: dict[str, dict[str, Any]] = {
+SHIFTED = {
     "BertLMHeadModel": {"is_decoder": True},
     "RobertaForCausalLM": {"is_decoder": True},
     "LlamaForCausalLM": {},
@@ -50,7 +45,7 @@ SHIFTED: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str) -> Any:
+def build(name):
     model = tiny(name, **(NOT_SHIFTED | SHIFTED)[name]).eval()
     for parameter in model.parameters():  # so that one position's loss is not another's
         if parameter.dim() > 1:
@@ -58,7 +53,7 @@ def build(name: str) -> Any:
     return model
 
 
-def batch() -> dict[str, Tensor]:
+def batch():
     ids = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, :3] = IGNORE
@@ -68,7 +63,7 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*NOT_SHIFTED, *SHIFTED])
 @torch.no_grad()
-def test_the_loss_is_the_models_own_or_is_refused(name: str, dtype: torch.dtype):
+def test_the_loss_is_the_models_own_or_is_refused(name, dtype):
     model = build(name).to(dtype)
     want = model(**batch()).loss.float()
     patch_model(model, SFT)
@@ -96,7 +91,7 @@ def test_the_loss_is_the_models_own_or_is_refused(name: str, dtype: torch.dtype)
 class Own(hf.LlamaForCausalLM):
     """A model with a loss of its own."""
 
-    def forward(self, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(self, labels=None, **kwargs):
         output = super().forward(**kwargs)
         if labels is not None:
             output.loss = self.own(output.logits, labels, kwargs["input_ids"])
@@ -111,7 +106,7 @@ class Own(hf.LlamaForCausalLM):
     ],
     ids=["another loss", "a forward that fails"],
 )
-def test_an_alignment_that_cannot_be_measured_is_asked_for(own: Any, message: str):
+def test_an_alignment_that_cannot_be_measured_is_asked_for(own, message):
     kind = type("Own", (Own,), {"own": staticmethod(own)})
     config = tiny_config("LlamaConfig")
     with pytest.raises(UnsupportedModel, match=message):
@@ -130,7 +125,7 @@ def test_a_failing_forward_shows_its_own_error():
 
 
 @pytest.mark.parametrize("name", ["BartForCausalLM", "LlamaForCausalLM"])
-def test_training_predicts_the_next_token_whatever_the_models_own_loss(name: str):
+def test_training_predicts_the_next_token_whatever_the_models_own_loss(name):
     model = build(name)
     logits = model(input_ids=batch()["input_ids"], use_cache=False).logits
     want = torch.nn.functional.cross_entropy(

@@ -1,14 +1,9 @@
 """A patched model in training: whatever passes by the fused loss raises and names the way out."""
 
-from __future__ import annotations
-
 import copy
 import io
 import logging
-from collections.abc import Callable
-from pathlib import Path
 from types import MethodType
-from typing import Any
 
 import datasets
 import peft
@@ -16,7 +11,6 @@ import pytest
 import torch
 import transformers as hf
 import trl
-from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bft.guard import Bypassed
@@ -37,16 +31,16 @@ MODELS = [
 ]
 
 
-def llama(**settings: Any) -> Any:
+def llama(**settings):
     return tiny("LlamaForCausalLM", **settings)
 
 
-def rows() -> dict[str, Tensor]:
+def rows():
     ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def own_loss(model: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+def own_loss(model, input_ids, labels, **_):
     """What a trainer does that knows better: body and head by itself."""
     hidden = model.base_model(input_ids=input_ids)[0]
     logits = hidden @ model.get_output_embeddings().weight.T
@@ -57,7 +51,7 @@ def own_loss(model: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_body_and_head_do_not_train_outside_of_the_patch(name: str):
+def test_body_and_head_do_not_train_outside_of_the_patch(name):
     model, batch = patch_model(tiny(name), SFT), rows()
     with pytest.raises(Bypassed, match=r"^model: the body of the patched .* outside .*unpatch"):
         own_loss(model, **batch)
@@ -139,13 +133,13 @@ def test_a_forward_put_over_the_patch_is_named():
         model(**batch)
 
 
-def once(folder: Path) -> dict[str, Any]:
+def once(folder):
     """Arguments of a trainer that takes one step."""
     quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     return {"output_dir": str(folder), "use_cpu": True, "max_steps": 1, **quiet}
 
 
-def trainer(model: Any, folder: Path, loss: Any = None, **settings: Any) -> hf.Trainer:
+def trainer(model, folder, loss=None, **settings):
     arguments = hf.TrainingArguments(**once(folder), **settings)
     data = [{k: v[0] for k, v in rows().items()}] * 2
     return hf.Trainer(
@@ -158,12 +152,12 @@ def trainer(model: Any, folder: Path, loss: Any = None, **settings: Any) -> hf.T
     [{"label_smoothing_factor": 0.1}, {"loss": lambda *a, **k: a[0].logits.sum()}],
     ids=["label_smoothing_factor", "compute_loss_func"],
 )
-def test_a_trainer_that_takes_the_labels_out_raises(settings: dict[str, Any], tmp_path: Path):
+def test_a_trainer_that_takes_the_labels_out_raises(settings, tmp_path):
     with pytest.raises(Bypassed, match="label_smoothing_factor and compute_loss_func"):
         trainer(patch_model(llama(), SFT), tmp_path, **settings).train()
 
 
-def test_a_trainer_that_passes_labels_trains(tmp_path: Path):
+def test_a_trainer_that_passes_labels_trains(tmp_path):
     model = patch_model(llama(), SFT)
     before = model.lm_head.weight.detach().clone()
     trainer(model, tmp_path).train()
@@ -171,9 +165,7 @@ def test_a_trainer_that_passes_labels_trains(tmp_path: Path):
     assert last_stats(model) is not None
 
 
-def test_an_evaluation_says_that_there_are_no_logits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_an_evaluation_says_that_there_are_no_logits(tmp_path, caplog):
     made = trainer(patch_model(llama(), SFT), tmp_path)
     made.evaluate()
     with caplog.at_level(logging.WARNING):
@@ -184,9 +176,7 @@ def test_an_evaluation_says_that_there_are_no_logits(
     assert "unpatch_model" in told[0]
 
 
-def sft_trainer(
-    model: Any, tokenizer: Any, folder: Path, trainer: Any = trl.SFTTrainer, **settings: Any
-) -> trl.SFTTrainer:
+def sft_trainer(model, tokenizer, folder, trainer=trl.SFTTrainer, **settings):
     text = [{"text": "What does the heart do? It pumps the blood."}] * 4
     return trainer(
         model,
@@ -197,26 +187,24 @@ def sft_trainer(
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
-def test_sft_trainer_does_not_go_past_the_patch(
-    settings: dict[str, Any], tokenizer: Any, tmp_path: Path
-):
+def test_sft_trainer_does_not_go_past_the_patch(settings, tokenizer, tmp_path):
     model = patch_model(llama(vocab_size=len(tokenizer)), SFT)
     with pytest.raises(Bypassed, match=r"trl\..*took its place after patch_model"):
         sft_trainer(model, tokenizer, tmp_path, **settings).train()
 
 
-def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer: Any, tmp_path: Path):
+def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer, tmp_path):
     made = sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path)
     patch_model(made.model, SFT)
     with pytest.raises(UnsupportedModel, match=r"trl\..*took the place of forward before"):
         made.train()
 
 
-def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer: Any, tmp_path: Path):
+def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer, tmp_path):
     """What the messages advise."""
 
     class Fused(trl.SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = fused_loss(model, inputs, SFT)[0]
             return (loss, None) if return_outputs else loss
 
@@ -230,7 +218,7 @@ def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer: Any, tmp_path
 # --- copies --------------------------------------------------------------------------------------
 
 
-def saved_whole(model: Any) -> Any:
+def saved_whole(model):
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -238,7 +226,7 @@ def saved_whole(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_whole])
-def test_copies_and_pickles_are_patched_and_guarded_on_their_own(copied: Callable[[Any], Any]):
+def test_copies_and_pickles_are_patched_and_guarded_on_their_own(copied):
     model, batch = patch_model(llama(), SFT), rows()
     want = model(**batch).loss
     twin = copied(model)

@@ -1,13 +1,9 @@
 """Finding a model's head, and measuring what the model does to its logits."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from bft.head import (
     LogitTransform,
@@ -23,7 +19,7 @@ from bft.patch import patch_model, use_loss
 from tests.support.models import tiny, tiny_config
 
 
-def llama(kind: type = transformers.LlamaForCausalLM) -> transformers.PreTrainedModel:
+def llama(kind=transformers.LlamaForCausalLM):
     torch.manual_seed(0)
     return kind(tiny_config("LlamaConfig"))
 
@@ -31,9 +27,9 @@ def llama(kind: type = transformers.LlamaForCausalLM) -> transformers.PreTrained
 class Edited(transformers.LlamaForCausalLM):
     """A model that does something of its own to its logits."""
 
-    edit: Callable[[Tensor], Tensor]
+    edit = None  # a function of the logits
 
-    def forward(self, **kwargs):  # type: ignore[override]
+    def forward(self, **kwargs):
         output = super().forward(**kwargs)
         output.logits = type(self).edit(output.logits)
         return output
@@ -42,7 +38,7 @@ class Edited(transformers.LlamaForCausalLM):
 BATCH = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
 
 
-def edited(edit: Callable[[Tensor], Tensor]) -> transformers.PreTrainedModel:
+def edited(edit):
     return llama(type("Edited", (Edited,), {"edit": staticmethod(edit)}))
 
 
@@ -66,9 +62,7 @@ def edited(edit: Callable[[Tensor], Tensor]) -> transformers.PreTrainedModel:
     ],
 )
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 1000])
-def test_a_known_transform_is_read_off(
-    edit: Callable[[Tensor], Tensor], expected: LogitTransform, vocabulary: int
-):
+def test_a_known_transform_is_read_off(edit, expected, vocabulary):
     sent = probe(vocabulary, torch.device("cpu"), torch.float64)
     got = read_transform(sent, edit(sent.clone()), "model")
     exact = edit(sent.clone()).dtype == torch.float64
@@ -77,7 +71,7 @@ def test_a_known_transform_is_read_off(
         assert a == b or a == pytest.approx(b, rel=1e-15 if exact else 1e-7)
 
 
-def mask(y: Tensor) -> Tensor:
+def mask(y):
     return y.index_fill(-1, torch.tensor([3, 5]), torch.finfo(y.dtype).min)
 
 
@@ -97,7 +91,7 @@ def mask(y: Tensor) -> Tensor:
         (lambda y: y * torch.nan, "adds to 61 of 61"),
     ],
 )
-def test_any_other_is_refused_and_named(edit: Callable[[Tensor], Tensor], message: str):
+def test_any_other_is_refused_and_named(edit, message):
     model = patch_model(edited(edit), HeadLoss())
     with pytest.raises(UnsupportedModel, match=message):
         model(**BATCH)
@@ -155,7 +149,7 @@ def test_a_quantised_head_is_refused_when_patching():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_linear_head_passes_and_another_does_not(dtype: torch.dtype):
+def test_a_linear_head_passes_and_another_does_not(dtype):
     head = nn.Linear(512, 1000).to(dtype)
     hidden = torch.randn(3, 512).to(dtype)
     verify_linear(head, hidden, head.weight, head.bias)
@@ -167,7 +161,7 @@ def test_a_linear_head_passes_and_another_does_not(dtype: torch.dtype):
 
 def test_a_head_that_does_more_is_refused():
     class Normed(nn.Linear):
-        def forward(self, hidden: Tensor) -> Tensor:
+        def forward(self, hidden):
             return super().forward(nn.functional.normalize(hidden, dim=-1))
 
     model = llama()
@@ -181,12 +175,12 @@ def test_a_head_that_does_more_is_refused():
 
 def test_a_head_called_more_or_less_than_once_is_refused():
     class Twice(transformers.LlamaForCausalLM):
-        def forward(self, **kwargs):  # type: ignore[override]
+        def forward(self, **kwargs):
             super().forward(**kwargs)
             return super().forward(**kwargs)
 
     class Never(transformers.LlamaForCausalLM):
-        def forward(self, input_ids=None, **kwargs):  # type: ignore[override]
+        def forward(self, input_ids=None, **kwargs):
             hidden = self.model(input_ids).last_hidden_state
             logits = hidden @ self.lm_head.weight.T
             return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)

@@ -1,12 +1,8 @@
 """Packed documents that see each other are found out on the first packed batch."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bft.data import collate_packed
 from bft.encode import Example
@@ -16,7 +12,7 @@ from bft.patch import fused_loss, last_stats, patch_model
 from tests.support.models import tiny
 
 SFT = HeadLoss(scheme="sft", normalize="token")
-APART: dict[str, dict[str, Any]] = {
+APART = {
     "LlamaForCausalLM": {},
     "Gemma3ForCausalLM": {"head_dim": 8, "sliding_window": 4},
     "GPT2LMHeadModel": {},
@@ -30,7 +26,7 @@ MAMBA = {
     "mamba_n_groups": 1,
     "mamba_d_state": 8,
 }
-TOGETHER: dict[str, dict[str, Any]] = {
+TOGETHER = {
     "FalconForCausalLM": {},
     "FalconForCausalLM alibi": {"alibi": True},
     "OPTForCausalLM": {},
@@ -68,11 +64,11 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def build(name, dtype=torch.float32, **options):
     return tiny(name.split()[0], dtype=dtype, **(APART | TOGETHER)[name], **options)
 
 
-def packed(*lengths: int) -> dict[str, Tensor]:
+def packed(*lengths):
     draw = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 61, (n,), generator=draw).tolist() for n in lengths]
     return collate_packed([Example(i, i) for i in ids])
@@ -80,7 +76,7 @@ def packed(*lengths: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", APART)
-def test_models_that_keep_documents_apart_are_taken(name: str, dtype: torch.dtype):
+def test_models_that_keep_documents_apart_are_taken(name, dtype):
     model = patch_model(build(name, dtype), SFT).eval()
     for lengths in ((40, 3, 60), (5, 7)):
         model(**packed(*lengths))
@@ -93,7 +89,7 @@ def test_models_that_keep_documents_apart_are_taken(name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", TOGETHER)
-def test_models_that_do_not_are_refused(name: str, dtype: torch.dtype):
+def test_models_that_do_not_are_refused(name, dtype):
     model = patch_model(build(name, dtype), SFT)
     model(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 5, dtype=torch.long))
     for _ in range(2):  # a second call is no way around
@@ -101,11 +97,11 @@ def test_models_that_do_not_are_refused(name: str, dtype: torch.dtype):
             model(**packed(5, 7))
 
 
-def boundaries(*lengths: int) -> Tensor:
+def boundaries(*lengths):
     return nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
-def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def without(batch, name):
     return {k: v for k, v in batch.items() if k != name}
 
 
@@ -128,9 +124,7 @@ def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     ],
     ids=["mask of ones", "cu_seqlens alone", "cu_seq_lens_q alone"],
 )
-def test_boundaries_that_only_the_loss_sees_are_refused(
-    extra: dict[str, Any], advice: str, attention: str
-):
+def test_boundaries_that_only_the_loss_sees_are_refused(extra, advice, attention):
     model = patch_model(build("LlamaForCausalLM", attn_implementation=attention), SFT)
     model(**packed(5, 7))
     with pytest.raises(UnsupportedModel, match=advice):
@@ -145,7 +139,7 @@ def test_boundaries_that_only_the_loss_sees_are_refused(
     ],
     ids=["a cache", "boundaries beside positions that go on"],
 )
-def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra: dict[str, Any]):
+def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra):
     model = patch_model(build("LlamaForCausalLM"), SFT)
     model(**packed(5, 7))
     model(**packed(5, 7), cu_seqlens=boundaries(5, 7))
@@ -186,11 +180,11 @@ def test_embeddings_in_place_of_tokens_are_tried_as_well():
 class Count:
     """Calls of a model's body."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.calls = 0
         model.base_model.register_forward_hook(self)
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_):
         self.calls += 1
 
 

@@ -1,9 +1,5 @@
 """Records that a model cannot take are refused by name, where its own forward would fail."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 
@@ -14,7 +10,7 @@ from tests.support.models import tiny
 POSITIONS = 16
 
 # Models, and the positions that they have.
-MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
+MODELS = {
     "GPT2LMHeadModel": ({}, POSITIONS),
     "GPTJForCausalLM": ({"rotary_dim": 4}, POSITIONS),
     "OpenAIGPTLMHeadModel": ({}, POSITIONS),
@@ -28,17 +24,17 @@ MODELS: dict[str, tuple[dict[str, Any], int | None]] = {
 }
 
 
-def build(name: str, vocabulary: int, **settings: Any) -> Any:
+def build(name, vocabulary, **settings):
     sizes = {"vocab_size": vocabulary, "max_position_embeddings": POSITIONS}
     return tiny(name, **sizes, **MODELS[name][0], **settings).eval()
 
 
-def example(length: int) -> Example:
+def example(length):
     return Example([3 + i % 50 for i in range(length)], [-100] * length, "a.jsonl:7")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_records_longer_than_a_table_of_positions(tokenizer: Any, name: str) -> None:
+def test_records_longer_than_a_table_of_positions(tokenizer, name):
     positions = MODELS[name][1]
     model = build(name, len(tokenizer))
     table = position_table(model)
@@ -58,7 +54,7 @@ def test_records_longer_than_a_table_of_positions(tokenizer: Any, name: str) -> 
         check_fits([example(2), example(longest + 1)], model, tokenizer)
 
 
-def test_tokens_that_the_model_does_not_have(tokenizer: Any) -> None:
+def test_tokens_that_the_model_does_not_have(tokenizer):
     model = build("GPT2LMHeadModel", len(tokenizer))
     last = len(tokenizer)
     tokenizer.add_tokens(["<tool>"])
@@ -75,7 +71,7 @@ def test_tokens_that_the_model_does_not_have(tokenizer: Any) -> None:
         check_fits([whole], model, tokenizer)
 
 
-def test_a_head_with_fewer_rows_than_the_embedding_counts(tokenizer: Any) -> None:
+def test_a_head_with_fewer_rows_than_the_embedding_counts(tokenizer):
     model = build("LlamaForCausalLM", len(tokenizer))
     model.set_output_embeddings(torch.nn.Linear(16, 100, bias=False))
     with pytest.raises(DataError, match="has the id 100, expected ids below 100"):

@@ -1,13 +1,9 @@
 """A model is found by its name: a folder, or a hub id, whether the hub answers or not."""
 
-from __future__ import annotations
-
 import threading
 import time
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import constants as hub_constants
@@ -16,7 +12,7 @@ from bft.load import pretrained
 from bft.packaged import PretrainedError
 
 
-def test_a_checkpoint_folder_passes_through(tmp_path: Path) -> None:
+def test_a_checkpoint_folder_passes_through(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert pretrained(tmp_path) == tmp_path
     assert pretrained(str(tmp_path)) == tmp_path
@@ -27,7 +23,7 @@ class Hub(BaseHTTPRequestHandler):
 
     asked = 0
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         type(self).asked += 1
         known = self.path.startswith("/owner/some-model-1.5B/")
         self.send_response(200 if known else 404)
@@ -36,11 +32,11 @@ class Hub(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "2")
         self.end_headers()
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, *_):
         pass
 
 
-def go_to(hub: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def go_to(hub, cache, monkeypatch):
     url = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     for name, value in (
         ("ENDPOINT", hub),
@@ -52,7 +48,7 @@ def go_to(hub: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
+def hub(monkeypatch, tmp_path):
     Hub.asked = 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         go_to(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
@@ -63,16 +59,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
         thread.join()
 
 
-def test_a_hub_id_passes_through(hub: type[Hub]) -> None:
+def test_a_hub_id_passes_through(hub):
     assert pretrained("owner/some-model-1.5B") == Path("owner/some-model-1.5B")
     with pytest.raises(PretrainedError, match=r"shows no 'owner/other'.*smollm2-135m.*folder"):
         pretrained("owner/other")
     assert hub.asked == 2
 
 
-def test_a_hub_out_of_reach_is_asked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch, caplog):
     go_to("http://127.0.0.1:1", tmp_path, monkeypatch)
     started = time.perf_counter()
     with pytest.raises(PretrainedError, match=r"hub does not answer for 'owner/a'.*smollm2-135m"):
@@ -92,12 +86,12 @@ def test_a_hub_out_of_reach_is_asked_once(
 
 
 @pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/no/such/folder", "a/b/c"])
-def test_an_unknown_name_lists_what_there_is(name: str) -> None:
+def test_an_unknown_name_lists_what_there_is(name):
     with pytest.raises(ValueError, match=r"smollm2-135m.*checkpoint folder or a hub id") as error:
         pretrained(name)
     assert repr(name) in str(error.value)
 
 
-def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json"):
         pretrained(tmp_path)

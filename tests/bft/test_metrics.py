@@ -1,11 +1,8 @@
 """Step metrics, the run's log, the figure."""
 
-from __future__ import annotations
-
 import json
 import math
 import resource
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from bft.train import TrainResult
 from bft_kernels import balanced_linear_cross_entropy
 
 
-def test_meter_takes_means_over_micro_batches() -> None:
+def test_meter_takes_means_over_micro_batches():
     torch.manual_seed(0)
     weight = torch.randn(11, 4)
     meter = StepMeter(torch.device("cpu"))
@@ -39,7 +36,7 @@ def test_meter_takes_means_over_micro_batches() -> None:
     assert values["tokens_per_second"] == pytest.approx(25 / values["seconds"])
 
 
-def test_peak_memory_sees_an_allocation() -> None:
+def test_peak_memory_sees_an_allocation():
     cpu = torch.device("cpu")
     before = peak_memory_bytes(cpu)
     block = torch.ones(before // 4 + 2**25)  # more than was ever in use, so the mark must rise
@@ -47,7 +44,7 @@ def test_peak_memory_sees_an_allocation() -> None:
     assert block.sum() > 0
 
 
-def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> None:
+def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
     for step in (1, 2, 3):
@@ -64,7 +61,7 @@ def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> 
     ]
 
 
-def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
+def test_log_is_json_where_numbers_are_none(tmp_path):
     """And a resumed run reads a number's null as NaN, but no other null."""
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
@@ -79,9 +76,7 @@ def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
     assert held_out["accuracy"] is None
 
 
-def test_lines_that_a_full_disk_does_not_take_wait(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
     log.write("train", 1, {"loss": 1.0})
@@ -101,7 +96,7 @@ def test_lines_that_a_full_disk_does_not_take_wait(
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
-def test_figure_is_a_png(tmp_path: Path) -> None:
+def test_figure_is_a_png(tmp_path):
     history = [
         {"step": step, "nll": 3.0 / step, "loss": 1.0 / step, "confidence": 0.1 * step}
         for step in (1, 2, 3)

@@ -1,12 +1,8 @@
 """The fused head on tiny random models, in float64, against their own logits."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
-from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import accelerate
 import peft
@@ -17,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bft.head import LogitTransform, UnsupportedModel, causal_lm
-from bft.loss import IGNORE, Head, HeadLoss, batch_targets
+from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
 from tests.support.models import tiny
@@ -29,7 +25,7 @@ RELATIVE = 1e-6
 
 DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TIED = {"tie_word_embeddings": True}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS = {
     "llama": ("LlamaForCausalLM", {}),
     "llama-tied": ("LlamaForCausalLM", TIED),
     "qwen2": ("Qwen2ForCausalLM", TIED),
@@ -63,7 +59,7 @@ TRANSFORMS = {
 }
 
 
-def build(name: str) -> Any:
+def build(name):
     kind, settings = MODELS[name]
     model = tiny(kind, **settings).double()
     for parameter in model.parameters():
@@ -71,7 +67,7 @@ def build(name: str) -> Any:
     return model
 
 
-def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+def rows(count=3, seed=0):
     """Right-padded rows of different lengths, the first tokens of each without a label."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, V, (count, LENGTH), generator=draw)
@@ -83,7 +79,7 @@ def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 
 @contextmanager
-def unlabelled(model: Any) -> Iterator[None]:
+def unlabelled(model):
     """Within it a patched model may train on its own logits."""
     state = causal_lm(model).__dict__.get("_fused_head")
     if state is not None:
@@ -95,7 +91,7 @@ def unlabelled(model: Any) -> Iterator[None]:
             state.allow_unlabelled = False
 
 
-def eager(model: Any, batch: dict[str, Tensor], loss: HeadLoss) -> Tensor:
+def eager(model, batch, loss):
     """The reference formula on the model's own logits."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
     with unlabelled(model):
@@ -117,14 +113,14 @@ def eager(model: Any, batch: dict[str, Tensor], loss: HeadLoss) -> Tensor:
     return (coefficients * nll).sum()
 
 
-def gradients(model: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
+def gradients(model, *losses):
     model.zero_grad()
     for loss in losses:
         loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_same(got, want):
     assert got.keys() == want.keys()
     # Some gradients are zero but for rounding (a bias of keys): those need another measure.
     small = 1e-3 * max(float(value.norm()) for value in want.values())
@@ -133,7 +129,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error < RELATIVE, f"{name}: relative error {error:.1e}"
 
 
-def close(got: Tensor, want: Tensor) -> None:
+def close(got, want):
     torch.testing.assert_close(got, want, rtol=RELATIVE, atol=0)
 
 
@@ -145,7 +141,7 @@ BFT = HeadLoss(window=4)
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_are_those_of_the_models_logits(name: str, scheme: str):
+def test_loss_and_gradients_are_those_of_the_models_logits(name, scheme):
     model, batch = build(name), rows()
     loss = HeadLoss(scheme=scheme, window=4, normalize="token" if scheme == "sft" else "sequence")
     want = eager(model, batch, loss)
@@ -165,7 +161,7 @@ def test_loss_and_gradients_are_those_of_the_models_logits(name: str, scheme: st
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
-def test_packed_padded_and_one_by_one_are_the_same(name: str, normalize: str):
+def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     loss = HeadLoss(window=4, normalize=normalize)
     model, right = patch_model(build(name), loss), rows()
     lengths = right["attention_mask"].sum(1).tolist()
@@ -227,7 +223,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate: bool):
+def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     model, batch = build("mixtral"), rows()
     loss = HeadLoss(scheme="sft", normalize="token")
     want = model(**batch, output_router_logits=True)
@@ -251,7 +247,7 @@ def test_the_logits_never_exist():
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             for value in tree_leaves(result):
                 if isinstance(value, Tensor):
@@ -275,7 +271,7 @@ def test_the_logits_never_exist():
 def test_hooks_of_the_head_run_once_around_the_loss():
     model, seen = build("llama"), []
 
-    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+    def spy(hidden, head, *rest):
         seen.append("loss")
         return BFT(hidden, head, *rest)
 
@@ -310,13 +306,13 @@ def test_offloaded_weights_are_there_when_the_loss_needs_them():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_lora_leaves_the_head_frozen(name: str):
+def test_lora_leaves_the_head_frozen(name):
     model, batch = build(name), rows()
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     trainable = []
 
-    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+    def spy(hidden, head, *rest):
         trainable.append((hidden.requires_grad, head.weight.requires_grad))
         return BFT(hidden, head, *rest)
 
@@ -351,7 +347,7 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+def test_gradient_checkpointing_changes_nothing(reentrant):
     model, batch = patch_model(build("llama"), BFT), rows()
     want = model(**batch).loss
     expected = gradients(model, want)
@@ -409,7 +405,7 @@ def test_a_forward_of_the_instance_comes_back():
 
 
 def test_a_failing_loss_leaves_the_head_as_it_was():
-    def fail(*_: Any) -> tuple[Tensor, Any]:
+    def fail(*_):
         raise RuntimeError("out of memory")
 
     model = patch_model(build("llama"), fail)

@@ -1,14 +1,11 @@
 """Models of transformers small enough for a test, with random weights that are always the same."""
 
-from __future__ import annotations
-
 import inspect
-from typing import Any
 
 import torch
 import transformers as hf
 
-SIZES: dict[str, Any] = {
+SIZES = {
     "vocab_size": 61,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -32,7 +29,7 @@ SPELLINGS = {
 }
 
 
-def tiny_config(name: str, **settings: Any) -> Any:
+def tiny_config(name, **settings):
     """The configuration of transformers' class of this name; ``settings`` go before SIZES."""
     kind = getattr(hf, name)
     known = inspect.signature(kind).parameters
@@ -46,7 +43,7 @@ def tiny_config(name: str, **settings: Any) -> Any:
     return kind(**spelt | settings)
 
 
-def tiny(name: str, **settings: Any) -> Any:
+def tiny(name, **settings):
     """A model of transformers' class of this name, in ``train()`` mode.
 
     ``dtype`` and ``..._implementation`` are for the model, other settings for its configuration.

