@@ -23,10 +23,10 @@ from benchmarks.train_losses import LOSSES, NAMES, StepLoss
 from benchmarks.train_search import attempt, largest_batch
 from benchmarks.train_worker import Job, Outcome, send_times
 from bft.config import TrainConfig
-from bft.data import read_jsonl
 from bft.encode import encode
 from bft.load import pretrained
 from bft.packaged import cache_root
+from bft.records import read_jsonl
 from bft.tasks import hpo
 
 Row = dict[str, Any]

@@ -129,11 +129,11 @@ exit status: 0 if all went well; 1 if the run failed, or bft check found somethi
 
 
 def _evaluate(config: EvalConfig) -> None:
-    from bft.data import read_jsonl
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
     from bft.metrics import write_json
     from bft.nonfinite import NonFinite
+    from bft.records import read_jsonl
 
     records = read_jsonl(config.file, limit=config.limit)
     model, tokenizer = load_pretrained(config.model, "auto")

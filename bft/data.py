@@ -20,17 +20,6 @@ from tqdm.auto import tqdm
 
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
-from bft.records import make_record, read_jsonl
-
-__all__ = [
-    "AnswerDataset",
-    "Collator",
-    "StepBatches",
-    "collate_packed",
-    "make_record",
-    "read_jsonl",
-    "shuffled",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from bft.data import Collator, read_jsonl
+from bft.data import Collator
 from bft.encode import DataError, Example, Record, encode, prompt_text
 from bft.isolation import evaluation_mode
 from bft.limits import check_fits
 from bft.loss import IGNORE, Head, aligned
 from bft.patch import use_loss
+from bft.records import read_jsonl
 from bft_kernels import linear_nll
 
 
@@ -174,21 +175,15 @@ def _paths(record: Record, tokenizer: Any, choices: Sequence[str]) -> dict[str, 
         joined = ids[: len(before)] != before
         alone = tokenizer(choice, add_special_tokens=False).input_ids if joined else None
         paths[choice] = list(alone if alone is not None else ids[len(before) :])
-    for (first, a), (second, b) in _neighbours(paths):
+    # In order of tokens a prefix always stands before its extension.
+    order = sorted(paths.items(), key=lambda item: item[1])
+    for (first, a), (second, b) in itertools.pairwise(order):
         if b[: len(a)] == a:
             raise DataError(
                 f"{record.where}: 'answer': {first!r} starts {second!r}, so greedy search cannot "
                 "tell where to stop; expected answers that end differently, as with a full stop"
             )
     return paths
-
-
-def _neighbours(
-    paths: Mapping[str, list[int]],
-) -> Iterator[tuple[tuple[str, list[int]], tuple[str, list[int]]]]:
-    """Pairs next to each other in order of tokens: a prefix always stands before its extension."""
-    order = sorted(paths.items(), key=lambda item: item[1])
-    return itertools.pairwise(order)
 
 
 def _gold(

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft.config import SettingError
 from bft.demo.pretrained import SOURCES, converted
+from bft.metrics import first_line
+from bft.nonfinite import first_broken
 from bft.packaged import PretrainedError, cache_root
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,6 @@ def _on_hub(name: str) -> Path:
     return Path(name)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; a library's advice may go on for long."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
-
-
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
     """The causal LM that :func:`pretrained` finds, and its tokenizer.
 
@@ -99,10 +93,12 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
             "expected all of them"
         )
-    broken = _not_finite(model)
-    if broken is not None:
+    # Types of 8 bits and fewer have neither.
+    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
+    if place := first_broken([p for _, p in wide]):
         raise PretrainedError(
-            f"model: {folder} holds an infinity or NaN in {broken}, expected finite weights"
+            f"model: {folder} holds an infinity or NaN in {wide[place - 1][0]}, expected finite "
+            "weights"
         )
     # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
@@ -111,12 +107,3 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
         )
     return model, tokenizer
-
-
-def _not_finite(model: nn.Module) -> str | None:
-    """The first parameter that holds an infinity or NaN; types of 8 bits and fewer have neither."""
-    for name, parameter in model.named_parameters():
-        wide = parameter.is_floating_point() and parameter.element_size() > 1
-        if wide and not bool(torch.isfinite(parameter.detach()).all()):
-            return name
-    return None

@@ -18,13 +18,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +28,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from bft.packaged import PretrainedError, packaged_file
+from bft.metrics import write_json
+from bft.packaged import PretrainedError, packaged_file, scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,38 +94,21 @@ def converted(name: str, cache: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise PretrainedError(f"{name}: converting it needs: pip install gguf")
     logger.info("converting %s (%s) into %s, once", name, source.licence, folder)
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder.parent) as scratch:
         _convert(name, _gguf(name, scratch), scratch / "checkpoint")
-        (scratch / "checkpoint" / "source.json").write_text(
-            json.dumps(
-                {
-                    "name": name,
-                    "package": f"{source.distribution}=={version}",
-                    "licence": source.licence,
-                    "weights": "de-quantised from 4-bit GGUF to float32",
-                },
-                indent=2,
-            )
-            + "\n",
-            encoding="utf-8",
-        )
+        facts = {
+            "name": name,
+            "package": f"{source.distribution}=={version}",
+            "licence": source.licence,
+            "weights": "de-quantised from 4-bit GGUF to float32",
+        }
+        write_json(scratch / "checkpoint" / "source.json", facts)
         try:
             os.replace(scratch / "checkpoint", folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same content
                 raise
     return folder
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, so that moving out of it is one rename; removed in any case."""
-    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _gguf(name: str, scratch: Path) -> Path:

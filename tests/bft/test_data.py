@@ -11,16 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from bft.data import (
-    AnswerDataset,
-    Collator,
-    StepBatches,
-    collate_packed,
-    make_record,
-    shuffled,
-)
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, shuffled
 from bft.encode import DataError, Example, encode, prompt_text
 from bft.loss import IGNORE
+from bft.records import make_record
 
 CHAT = [
     {"role": "system", "content": "Be short."},

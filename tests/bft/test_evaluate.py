@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bft.data import Collator, make_record
+from bft.data import Collator
 from bft.encode import DataError, encode, prompt_text
 from bft.evaluate import evaluate, gold_branches, right_answers
 from bft.loss import IGNORE, Head
+from bft.records import make_record
 from tests.support.models import tiny
 
 ANSWERS = [

@@ -10,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bft.data import read_jsonl
 from bft.evaluate import evaluate
 from bft.head import UnsupportedModel
+from bft.records import read_jsonl
 from bft.train import train
 
 

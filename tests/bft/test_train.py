@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft import held_out as held_out_module
 from bft import train as train_module
-from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.loss import HeadLoss
 from bft.patch import patch_model
+from bft.records import read_jsonl
 from bft.train import train, training_step
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bft.data import read_jsonl
+from bft.records import read_jsonl
 from bft.tasks import hpo
 from bft.tasks.hpo import ROOT, SPLITS, SYSTEMS
 
