@@ -1,4 +1,4 @@
-"""Step metrics, the run's log, the figure."""
+"""Step metrics, the run's log."""
 
 import json
 import math
@@ -8,9 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bft.demo.plot import plot_run
 from bft.metrics import MetricLog, StepMeter, peak_memory_bytes
-from bft.train import TrainResult
 from bft_kernels import balanced_linear_cross_entropy
 
 
@@ -94,18 +92,3 @@ def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
     log.write("train", 4, {"loss": 0.25})
     assert not log.waiting
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_figure_is_a_png(tmp_path):
-    history = [
-        {"step": step, "nll": 3.0 / step, "loss": 1.0 / step, "confidence": 0.1 * step}
-        for step in (1, 2, 3)
-    ]
-    counts = {
-        "It is red.": {"examples": 4, "correct": 1},
-        "It is blue.": {"examples": 2, "correct": 2},
-    }
-    row = {"per_answer": counts, "accuracy": 0.5, "majority_accuracy": 0.6}
-    result = TrainResult(tmp_path, 3, history, [row, row])
-    path = plot_run(result, tmp_path / "sub" / "figure.png", "bft")
-    assert path.read_bytes().startswith(b"\x89PNG")

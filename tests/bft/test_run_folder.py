@@ -12,8 +12,7 @@ from accelerate import Accelerator
 
 from bft import train as train_module
 from bft.cli import main
-from bft.config import DemoConfig, SettingError
-from bft.demo.run import training
+from bft.config import SettingError
 from bft.encode import DataError
 from bft.ranks import start_accelerator
 from bft.run_folder import FolderInUse, claimed
@@ -143,12 +142,6 @@ def test_the_written_configuration_starts_another_run(used, tmp_path):
         train(replace(used, **changed))
         settings = yaml.safe_load((used.output_dir / "config.yaml").read_text())
         assert settings["resume"] is settings["overwrite"] is False
-
-
-def test_the_demo_replaces_its_own_folder_only(tmp_path):
-    assert training(DemoConfig(), tmp_path).overwrite
-    assert not training(DemoConfig(output_dir=tmp_path), tmp_path).overwrite
-    assert training(DemoConfig(output_dir=tmp_path, overwrite=True), tmp_path).overwrite
 
 
 @pytest.mark.parametrize("name", ["run", "run/deeper"])

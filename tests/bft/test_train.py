@@ -143,29 +143,6 @@ def test_evaluates_in_between_and_logs_to_tensorboard(config):
     assert list(config.output_dir.rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("batch_size", 0),
-        ("warmup_ratio", 1.5),
-        ("window", 0),
-        ("max_length", 1),
-        ("epochs", -1.0),
-        ("gamma", 0.0),
-        ("eps", 2.0),
-        ("lora_alpha", -1.0),
-    ],
-)
-def test_refuses_settings_out_of_range(config, name, value):
-    with pytest.raises(ValueError, match=rf"{name}: got {value}, expected .*"):
-        replace(config, **{name: value})
-
-
-def test_refuses_part_of_a_step(config):
-    with pytest.raises(TypeError, match="steps: got float, expected an int"):
-        replace(config, steps=1.5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_two_processes_train_like_one(config, normalize):

@@ -126,6 +126,7 @@ def test_files_that_are_no_yaml(tmp_path):
     ("flags", "says"),
     [
         (["--window", "0"], "--window: got 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
         (["--seed", "-1"], "--seed: got -1, expected at least 0"),
         (["--seed", str(2**32)], "--seed: got 4294967296, expected at most 4294967295"),
         (["--epochs", "0"], "--epochs: got 0.0, expected a number above 0"),
@@ -134,7 +135,9 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--max-grad-norm", "nan"], "--max-grad-norm: got nan, expected a finite number"),
         (["--weight-decay", "-1"], "--weight-decay: got -1.0, expected a finite number at least"),
         (["--warmup-ratio", "1.5"], "--warmup-ratio: got 1.5, expected a finite number between 0"),
+        (["--gamma", "0", "--scheme", "bft-v1-code"], "--gamma: got 0.0"),
         (["--gamma", "nan", "--scheme", "bft-v1-code"], "--gamma: got nan"),
+        (["--eps", "2", "--gradient", "sampled"], "--eps: got 2.0"),
         (["--eps", "inf", "--gradient", "sampled"], "--eps: got inf"),
         (["--steps", "5", "--epochs", "1"], "--steps: got 5 with --epochs=1.0, expected one of"),
         (["--steps", "0"], "--steps: got 0, expected at least 1"),
@@ -158,21 +161,16 @@ def test_a_setting_that_cannot_be_is_named_as_it_was_typed(data, flags, says):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("config_type", "flags", "says"),
     [
-        (["--limit", "0"], "--limit: got 0, expected at least 1"),
-        (["--limit", "-1"], "--limit: got -1, expected at least 1"),
-        (["--max-length", "1"], "--max-length: got 1, expected at least 2"),
+        (EvalConfig, ["--limit", "0"], "--limit: got 0, expected at least 1"),
+        (EvalConfig, ["--max-length", "1"], "--max-length: got 1, expected at least 2"),
+        (DemoConfig, ["--eval-limit", "0"], "--eval-limit: got 0, expected at least 1"),
     ],
 )
-def test_settings_of_an_evaluation(data, flags, says):
-    assert refused(EvalConfig, ["--model", "m", "--file", data, *flags]).startswith(says)
-
-
-def test_settings_of_the_demo():
-    assert refused(DemoConfig, ["--seed", "-1"]).startswith("--seed: got -1")
-    assert refused(DemoConfig, ["--steps", "0"]).startswith("--steps: got 0")
-    assert refused(DemoConfig, ["--eval-limit", "0"]).startswith("--eval-limit: got 0")
+def test_settings_of_other_commands(data, config_type, flags, says):
+    needed = ["--model", "m", "--file", data] if config_type is EvalConfig else []
+    assert refused(config_type, [*needed, *flags]).startswith(says)
 
 
 @pytest.mark.parametrize("config_type", [kind for kind, _ in COMMANDS.values()])
@@ -189,6 +187,9 @@ def test_numbers_of_every_command_are_checked(config_type, tmp_path):
         if field.type.partition(" ")[0] in ("int", "float"):
             with pytest.raises(ValueError, match=f"^{name}: "):
                 config_type(**required, **{name: -1})
+        if field.type.partition(" ")[0] == "int":
+            with pytest.raises(TypeError, match=f"^{name}: got float, expected an int"):
+                config_type(**required, **{name: 1.5})
 
 
 def test_a_file_may_hold_what_another_run_needs(data):
