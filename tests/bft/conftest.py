@@ -1,5 +1,6 @@
 """Tokenizers, models and data that need no download, small but real; a run to train with them."""
 
+import itertools
 import json
 
 import pytest
@@ -127,6 +128,28 @@ def config(model_dir, data_file, tmp_path, fresh_accelerator):
         eval_limit=6,
         tensorboard=False,
     )
+
+
+@pytest.fixture
+def before_call(monkeypatch):
+    """``before_call(owner, name, n, act)``: before the n-th call of a function, ``act`` happens.
+
+    ``act`` is an exception to raise, or is called with the function's arguments.
+    """
+
+    def watch(owner, name, number, act):
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def watched(*arguments, **options):
+            if next(calls) == number:
+                if isinstance(act, type):
+                    raise act
+                act(*arguments)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    return watch
 
 
 @pytest.fixture

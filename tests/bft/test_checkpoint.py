@@ -247,17 +247,11 @@ def fill(folder):
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("save_every", [None, 8])
 def test_a_disk_that_others_fill_during_the_run_takes_the_model(
-    config, small_disk, monkeypatch, save_every, lora_rank
+    config, small_disk, before_call, save_every, lora_rank
 ):
     """The model; with checkpoints the first of them, from which the model can be had later."""
     for name in ("take_steps", "write_model"):
-        original = getattr(train_module, name)
-
-        def on_a_full_disk(*arguments, original=original):
-            fill(small_disk)
-            return original(*arguments)
-
-        monkeypatch.setattr(train_module, name, on_a_full_disk)
+        before_call(train_module, name, 1, lambda *_: fill(small_disk))
     config = replace(config, output_dir=small_disk / "run", lora_rank=lora_rank)
     config = replace(config, save_every=save_every)
     if save_every is None:
@@ -266,7 +260,6 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
         with pytest.raises(WriteError, match=r"model could not be .* the checkpoint step-0000006"):
             train(config)
         (small_disk / "others").unlink()
-        monkeypatch.undo()
         result = train(replace(config, resume=True))
     assert load_file(result.model_dir / "model.safetensors")
     lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()

@@ -60,40 +60,26 @@ def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_
     assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
 
 
-def test_a_run_that_dies_in_a_step_resumes(config, monkeypatch):
-    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+def test_a_run_that_dies_in_a_step_resumes(config, before_call):
     dying = replace(config, output_dir=config.output_dir / "dying", save_every=2)
-    original, calls = train_module.training_step, []
-
-    def dies(*arguments):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(dying)
+    before_call(train_module, "training_step", 12, KeyboardInterrupt)
+    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(dying)
     result = train(replace(dying, resume=True))
     assert numbers(result) == numbers(whole)
     assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert checkpoints(dying.output_dir) == ["step-0000004", "step-0000006"]
 
 
-def test_an_interrupted_save_leaves_the_checkpoint_before(config, monkeypatch):
-    original = Accelerator.save_state
-
+def test_an_interrupted_save_leaves_the_checkpoint_before(config, before_call):
     def breaks(self, output_dir):
-        if "step-0000004" in output_dir:
-            (Path(output_dir) / "half").write_text("")
-            raise KeyboardInterrupt
-        original(self, output_dir)
+        (Path(output_dir) / "half").write_text("")
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(config, save_every=2))
+    before_call(Accelerator, "save_state", 2, breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, save_every=2))
     assert checkpoints(config.output_dir) == ["step-0000002"]
     assert len(train(replace(config, resume=True)).history) == 6
 

@@ -27,35 +27,21 @@ def not_in_the_background():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def kill_in_step(monkeypatch):
-    """This process gets signals in its third step; a resumed run gets none."""
-
-    def install(*numbers):
-        original, calls = train_module.training_step, []
-
-        def signalled(*arguments):
-            calls.append(1)
-            if len(calls) == 3:
-                for number in numbers:
-                    os.kill(os.getpid(), number)
-            return original(*arguments)
-
-        monkeypatch.setattr(train_module, "training_step", signalled)
-
-    return install
+def kill(*numbers):
+    """Sends this process signals, whatever the arguments."""
+    return lambda *_: [os.kill(os.getpid(), number) for number in numbers]
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
 def test_a_signal_stops_after_its_step_and_resumes(
-    config, kill_in_step, flags, capfd, number, status
+    config, before_call, flags, capfd, number, status
 ):
     whole = train(replace(config, output_dir=config.output_dir / "whole", eval_every=3))
     config = replace(config, output_dir=config.output_dir / "stopped", eval_every=3)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    kill_in_step(number)
+    before_call(train_module, "training_step", 3, kill(number))
     assert main(["train", *flags(config)]) == status
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     error = capfd.readouterr().err
@@ -76,36 +62,26 @@ def test_a_signal_stops_after_its_step_and_resumes(
         ]
 
 
-@pytest.mark.parametrize("during", ["evaluation", "save"])
-def test_a_signal_between_two_steps_costs_no_other_step(config, monkeypatch, during):
-    owner, name = {"evaluation": (Evaluator, "run"), "save": (train_module, "save")}[during]
-    original = getattr(owner, name)
-
-    def signalled(first, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(first, step)
-
-    monkeypatch.setattr(owner, name, signalled)
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(Evaluator, "run", 2), (train_module, "save", 1)],
+    ids=["evaluation", "save"],
+)
+def test_a_signal_between_two_steps_costs_no_other_step(config, before_call, owner, name, call):
+    before_call(owner, name, call, kill(signal.SIGTERM))
     with pytest.raises(Stopped, match=r"after step 2 of 6; .* goes on from step-0000002$"):
         train(replace(config, eval_every=2, save_every=2))
 
 
-def test_a_second_signal_stops_at_once(config, kill_in_step, flags, capsys):
-    kill_in_step(signal.SIGTERM, signal.SIGINT)
+def test_a_second_signal_stops_at_once(config, before_call, flags, capsys):
+    before_call(train_module, "training_step", 3, kill(signal.SIGTERM, signal.SIGINT))
     assert main(["train", *flags(config)]) == 130
     assert capsys.readouterr().err.endswith("\nbft train: stopped\n")
     assert not (config.output_dir / "checkpoints").exists()
 
 
-def test_a_signal_while_the_model_is_written_waits_for_it(config, monkeypatch):
-    original = run_module.save_model
-
-    def signalled(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        original(*arguments)
-
-    monkeypatch.setattr(run_module, "save_model", signalled)
+def test_a_signal_while_the_model_is_written_waits_for_it(config, before_call):
+    before_call(run_module, "save_model", 1, kill(signal.SIGTERM))
     with pytest.raises(Stopped, match=r"SIGTERM after the last step: .*model is not evaluated"):
         train(config)
     assert (config.output_dir / "model" / "model.safetensors").is_file()

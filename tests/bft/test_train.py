@@ -76,16 +76,10 @@ def test_splits_of_a_step_give_one_gradient(
             assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
 
 
-def test_files_are_read_once(config, monkeypatch):
+def test_files_are_read_once(config, before_call):
     """The training file is a pipe, and the held-out one is gone after the first step."""
     held_out = Path(shutil.copy(config.eval_file, config.output_dir.parent / "held-out.jsonl"))
-    original = train_module.training_step
-
-    def loses_a_file(*arguments):
-        held_out.unlink(missing_ok=True)
-        return original(*arguments)
-
-    monkeypatch.setattr(train_module, "training_step", loses_a_file)
+    before_call(train_module, "training_step", 1, lambda *_: held_out.unlink())
     reads, writes = os.pipe()
     os.write(writes, config.train_file.read_bytes())
     os.close(writes)
@@ -96,16 +90,8 @@ def test_files_are_read_once(config, monkeypatch):
         assert (ours["nll"], ours["majority_answer"]) == (other["nll"], other["majority_answer"])
 
 
-def test_the_model_is_written_before_its_last_evaluation(config, monkeypatch):
-    original, calls = held_out_module.evaluate, []
-
-    def breaks(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 2:
-            raise MemoryError
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(held_out_module, "evaluate", breaks)
+def test_the_model_is_written_before_its_last_evaluation(config, before_call):
+    before_call(held_out_module, "evaluate", 2, MemoryError)
     with pytest.raises(MemoryError):
         train(config)
     assert AutoModelForCausalLM.from_pretrained(config.output_dir / "model").num_parameters() > 0
