@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from contextlib import contextmanager
 
 import accelerate
 import peft
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bft.head import LogitTransform, UnsupportedModel, causal_lm
+from bft.head import LogitTransform, UnsupportedModel
+from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
@@ -78,39 +78,18 @@ def rows(count=3, seed=0):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@contextmanager
-def unlabelled(model):
-    """Within it a patched model may train on its own logits."""
-    state = causal_lm(model).__dict__.get("_fused_head")
-    if state is not None:
-        state.allow_unlabelled = True
-    try:
-        yield
-    finally:
-        if state is not None:
-            state.allow_unlabelled = False
-
-
 def eager(model, batch, loss):
-    """The reference formula on the model's own logits."""
+    """The reference loss of the model's own logits: its head is then the identity."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    with unlabelled(model):
-        logits = model(**inputs, use_cache=False).logits
+    with evaluation_mode(model):  # a patched model trains on no logits
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     target, cu_seqlens = batch_targets(batch)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
-    labelled = target.flatten() != IGNORE
-    before = nn.functional.pad(labelled.cumsum(0), (1, 0))
-    log_p = logits.flatten(0, 1)[labelled].log_softmax(-1)
-    nll = -log_p.gather(1, target.flatten()[labelled, None]).squeeze(1)
-    coefficients = reference.token_coefficients(
-        torch.exp(-nll.detach()),
-        before[cu_seqlens],
-        scheme=loss.scheme,
-        window=loss.window,
-        normalize=loss.normalize,
+    settings = {"scheme": loss.scheme, "window": loss.window, "normalize": loss.normalize}
+    return reference.balanced_linear_cross_entropy(
+        logits, torch.eye(V, dtype=logits.dtype), target.flatten(), cu_seqlens, **settings
     )
-    return (coefficients * nll).sum()
 
 
 def gradients(model, *losses):
@@ -136,6 +115,17 @@ def close(got, want):
 BFT = HeadLoss(window=4)
 
 
+def assert_fused(model, batch, loss=BFT, patch=None):
+    """A model, patched now, has the loss and gradients of its own logits; returns these."""
+    want = eager(model, batch, loss)
+    expected = gradients(model, want)
+    output = patch_model(model, patch or loss)(**batch)
+    assert output.logits is None
+    close(output.loss, want)
+    assert_same(gradients(model, output.loss), expected)
+    return want, expected
+
+
 # --- values and gradients ------------------------------------------------------------------------
 
 
@@ -144,13 +134,7 @@ BFT = HeadLoss(window=4)
 def test_loss_and_gradients_are_those_of_the_models_logits(name, scheme):
     model, batch = build(name), rows()
     loss = HeadLoss(scheme=scheme, window=4, normalize="token" if scheme == "sft" else "sequence")
-    want = eager(model, batch, loss)
-    expected = gradients(model, want)
-    patch_model(model, loss)
-    output = model(**batch)
-    assert output.logits is None
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    want = assert_fused(model, batch, loss)[0]
     measured = model._fused_head.transform
     assert measured == TRANSFORMS.get(name, LogitTransform())
     # The first call measured; the later ones use it.
@@ -316,13 +300,8 @@ def test_lora_leaves_the_head_frozen(name):
         trainable.append((hidden.requires_grad, head.weight.requires_grad))
         return BFT(hidden, head, *rest)
 
-    want = eager(model, batch, BFT)
-    expected = gradients(model, want)
+    expected = assert_fused(model, batch, patch=spy)[1]
     assert all("lora" in parameter for parameter in expected)
-    patch_model(model, spy)
-    output = model(**batch)
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
     assert trainable == [(True, False)]
 
 
@@ -336,12 +315,7 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
     copied = model.get_base_model().lm_head.modules_to_save["default"]
     nn.init.normal_(copied.weight)
     batch = rows()
-    want = eager(model, batch, BFT)
-    expected = gradients(model, want)
-    assert any("modules_to_save" in name for name in expected)
-    output = patch_model(model, BFT)(**batch)
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    assert any("modules_to_save" in name for name in assert_fused(model, batch)[1])
     with model.disable_adapter():
         close(model(**batch).loss, eager(model, batch, BFT))
 
