@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from bft.isolation import evaluation_mode
 from bft.limits import check_fits
 from bft.loss import IGNORE, Head, aligned
 from bft.patch import use_loss
-from bft.records import read_jsonl
 from bft_kernels import linear_nll
 
 
@@ -75,14 +73,14 @@ class _Item:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    records: Sequence[Record] | str | Path,
+    records: Sequence[Record],
     *,
-    train: Sequence[Record] | str | Path | None = None,
+    train: Sequence[Record] | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluates `model` on `records` (or a JSONL file), in batches of about `batch_tokens` tokens.
+    """Evaluates `model` on `records`, in batches of about `batch_tokens` tokens.
 
     The possible answers are those of `records` and of `train`; the majority baseline predicts the
     most frequent one of `train`, or of `records` where that is None. Module modes are restored.
@@ -90,8 +88,7 @@ def evaluate(
     for two answers of which one starts the other, and for a record that the model cannot take.
     """
     started = time.perf_counter()
-    records = _read(records)
-    known = _answers(records if train is None else _read(train))
+    known = _answers(records if train is None else train)
     choices = sorted({*known, *_answers(records)})
     items: list[_Item] = []
     for record in tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False):
@@ -121,10 +118,6 @@ def evaluate(
         per_answer={a: {"examples": seen[a], "correct": hits[a]} for a in sorted(seen)},
         seconds=time.perf_counter() - started,
     )
-
-
-def _read(source: Sequence[Record] | str | Path) -> Sequence[Record]:
-    return read_jsonl(source) if isinstance(source, str | Path) else source
 
 
 def _answers(records: Iterable[Record]) -> Counter[str]:

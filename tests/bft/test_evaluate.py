@@ -163,11 +163,10 @@ def test_answers_of_the_training_set_are_possible_too(tokenizer):
     assert result.accuracy == sum(expected) / len(expected)
 
 
-def test_records_without_answers_only_have_a_loss(tokenizer, tmp_path):
+def test_records_without_answers_only_have_a_loss(tokenizer):
     chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
-    result = evaluate(tiny_model(tokenizer), tokenizer, path, progress=False)
+    records = [make_record({"messages": chat})]
+    result = evaluate(tiny_model(tokenizer), tokenizer, records, progress=False)
     assert result.tokens == 2 * len(tokenizer("assistant<|end|>").input_ids)
     assert (result.accuracy, result.majority_accuracy, result.majority_answer) == (None, None, None)
     assert result.per_answer == {}
