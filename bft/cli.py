@@ -142,7 +142,7 @@ def _evaluate(config: EvalConfig) -> None:
         model,
         tokenizer,
         records,
-        train=config.train_file,
+        train=None if config.train_file is None else read_jsonl(config.train_file),
         max_length=config.max_length,
     ).to_dict()
     table = Table(title=f"{config.model} on {config.file}")

@@ -124,6 +124,16 @@ def test_what_only_the_model_or_the_machine_can_refuse(data, model, capsys, flag
         assert "some of c_attn, c_fc, c_proj, wpe, wte" in line
 
 
+def test_the_baseline_is_the_training_files(data, model, tmp_path):
+    rows = [{"prompt": "a", "completion": f"{answer} b", "answer": answer} for answer in "xyy"]
+    train, output = tmp_path / "train.jsonl", tmp_path / "numbers.json"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text(json.dumps(rows[0]), encoding="utf-8")
+    where = ["--model", model, "--file", data, "--max-length", 16, "--output", output]
+    assert main([str(flag) for flag in ["eval", *where, "--train-file", train]]) == 0
+    assert json.loads(output.read_text())["majority_answer"] == "y"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_is_one_line(data, model, capsys):
     common = ["eval", "--model", model, "--file", data, "--max-length", "16"]
