@@ -128,6 +128,7 @@ def wait_for_lines(path, count, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_stops_and_resumes(config, flags):
     config = replace(config, steps=20_000, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "bft", "train", *flags(config)]
