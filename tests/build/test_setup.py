@@ -124,11 +124,12 @@ def test_source_archive_holds_what_a_build_needs(tree):
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("without", [(), ("ninja", "pybind11")], ids=["ninja", "headers of torch"])
+@pytest.mark.parametrize("without", [("torch",), ("ninja", "pybind11")])
 def test_cpu_builds_one_module_that_works(tree, without):
-    done = run(tree, *BUILD, without=("torch", *without), BFT_BUILD="cpu")
+    """With the headers of torch, too, which is then needed, and not imported."""
+    done = run(tree, *BUILD, without=without, BFT_BUILD="cpu")
     assert done.returncode == 0, done.stderr
-    assert ("torch/include" in done.stdout) == bool(without)
+    assert ("torch/include" in done.stdout) == ("torch" not in without)
     assert modules(tree) == ["_cpu"]
     done = run(
         tree,
