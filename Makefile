@@ -1,45 +1,51 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later: each sets up .venv first, and a
-# second run finds it ready. BFT_BUILD (see setup.py) says what is compiled.
+# `make demo` and `make test` need nothing but Python 3.11 or later: each puts what it needs into .venv
+# first, and a second run finds it ready. BFT_BUILD (see setup.py) says what is compiled; if it is not
+# given, the CPU's backend for the demo, and whatever can be for the tests.
 PYTHON ?= python3
-BFT_BUILD ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 
-INSTALLED := $(VENV)/.installed
-COMPILED := build/.compiled-$(BFT_BUILD)
+RUNS := $(VENV)/.installed-demo
+TOOLS := $(VENV)/.installed-dev
+COMPILED := build/.compiled-$(or $(BFT_BUILD),auto)
+COMPILED_DEMO := build/.compiled-$(or $(BFT_BUILD),cpu)
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format format-check types static gpu bench readme-check venv clean
+.PHONY: help demo test test-slow soak lint format format-check types static gpu bench readme-check venv clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-demo: venv  ## fine-tune a real model on real biomedical questions with BFT
+demo: $(RUNS) $(COMPILED_DEMO)  ## fine-tune a real model on real biomedical questions with BFT
 	$(BIN)/bft demo
 
 # Two processes of one thread each: most tests are too small to share out. What measures time or
 # memory is marked slow, and runs alone, with all threads.
 test: venv  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist worksteal $(ARGS)
 
 test-slow: venv  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not soak" $(ARGS)
 
-lint: $(INSTALLED)  ## look for mistakes
+soak: venv  ## run what takes hours: full matrices, campaigns of seeds, loops of kills
+	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m benchmarks static --full
+
+lint: $(TOOLS)  ## look for mistakes
 	$(BIN)/ruff check
 	$(BIN)/python .ci/file_sizes.py
 
-format: $(INSTALLED)  ## format Python, C++ and CUDA in place
+format: $(TOOLS)  ## format Python, C++ and CUDA in place
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-format-check: $(INSTALLED)  ## fail if `make format` would change anything
+format-check: $(TOOLS)  ## fail if `make format` would change anything
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-types: $(INSTALLED)  ## check the type annotations
+types: $(TOOLS)  ## check the type annotations
 	$(BIN)/mypy
 
 static: venv  ## compile every kernel for GPUs that are not here; none may spill or grow
@@ -55,17 +61,21 @@ bench: venv  ## compare speed with the saved baselines, in multiples of a bare p
 readme-check: venv  ## run the commands and Python snippets of README.md and docs/
 	$(BIN)/python tests/readme_check.py
 
-venv: $(INSTALLED) $(COMPILED)  ## make .venv and compile, without running anything
+venv: $(TOOLS) $(COMPILED)  ## make .venv and compile, without running anything
 
-# Pure Python here; the next rule compiles, so that a change in csrc/ does not go through pip.
-$(INSTALLED): pyproject.toml constraints.txt requirements-demo.txt
+# Pure Python here; the last rule compiles, so that a change in csrc/ does not go through pip.
+$(RUNS): pyproject.toml constraints.txt requirements-demo.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	BFT_BUILD=none $(BIN)/pip install -c constraints.txt -e '.[demo,dev]'
+	BFT_BUILD=none $(BIN)/pip install -c constraints.txt -e '.[build,demo]'
 	$(BIN)/pip install --no-deps -r requirements-demo.txt
 	touch $@
 
-$(COMPILED): $(INSTALLED) setup.py $(wildcard csrc/*.py) $(CXX_FILES)
-	BFT_BUILD=$(BFT_BUILD) $(BIN)/python setup.py build_ext --inplace
+$(TOOLS): $(RUNS)
+	BFT_BUILD=none $(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+build/.compiled-%: $(RUNS) setup.py $(wildcard csrc/*.py) $(CXX_FILES)
+	BFT_BUILD=$* $(BIN)/python setup.py build_ext --inplace
 	touch $@
 
 clean:  ## remove what was built, but not .venv

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bft.checkpoint import save_model
 from bft.config import CheckConfig
-from bft.data import AnswerDataset, Collator, collate_packed, read_jsonl
+from bft.data import AnswerDataset, Collator, collate_packed
 from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
@@ -32,6 +32,7 @@ from bft.lora import add_adapters
 from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
+from bft.records import read_jsonl
 from bft_kernels import reference
 
 SFT = HeadLoss(scheme="sft", normalize="token")

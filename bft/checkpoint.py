@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bft.manifest import read_manifest, write_manifest
+from bft.metrics import first_line
 from bft.ranks import on_main
 from bft.same_run import differences
 
@@ -74,7 +75,7 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
         if isinstance(error, WRITE_ERRORS) and not isinstance(error, WriteError):
-            raise WriteError(f"{folder} could not be written: {_first_line(error)}") from error
+            raise WriteError(f"{folder} could not be written: {first_line(error)}") from error
         raise
 
 
@@ -134,7 +135,7 @@ def load_progress(
     except Exception as error:
         # Every file is as it was written, so this is another model or another library's format.
         raise CheckpointError(
-            f"{folder}: {type(error).__name__}: {_first_line(error)}; it was saved by another "
+            f"{folder}: {type(error).__name__}: {first_line(error)}; it was saved by another "
             "model or by another version of torch, accelerate or peft"
         ) from error
     _check_random_states(accelerator, folder)
@@ -203,10 +204,6 @@ def _check_random_states(accelerator: Any, folder: Path) -> None:
             logger.warning(
                 "%s was saved with other GPUs: dropout draws anew from here on", folder.name
             )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 # --- the model -----------------------------------------------------------------------------------

@@ -95,13 +95,13 @@ def _check(config: CheckConfig) -> int:
 
 
 def _demo(config: DemoConfig) -> None:
-    from bft.demo import demo
+    from bft.demo.run import demo
 
     demo(config)
 
 
 def _data(config: DataConfig) -> None:
-    from bft import hpo
+    from bft.tasks import hpo
 
     hpo.main(config.output_dir, seed=config.seed)
 
@@ -129,11 +129,11 @@ exit status: 0 if all went well; 1 if the run failed, or bft check found somethi
 
 
 def _evaluate(config: EvalConfig) -> None:
-    from bft.data import read_jsonl
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
     from bft.metrics import write_json
     from bft.nonfinite import NonFinite
+    from bft.records import read_jsonl
 
     records = read_jsonl(config.file, limit=config.limit)
     model, tokenizer = load_pretrained(config.model, "auto")
@@ -142,7 +142,7 @@ def _evaluate(config: EvalConfig) -> None:
         model,
         tokenizer,
         records,
-        train=config.train_file,
+        train=None if config.train_file is None else read_jsonl(config.train_file),
         max_length=config.max_length,
     ).to_dict()
     table = Table(title=f"{config.model} on {config.file}")

@@ -20,17 +20,6 @@ from tqdm.auto import tqdm
 
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
-from bft.records import make_record, read_jsonl
-
-__all__ = [
-    "AnswerDataset",
-    "Collator",
-    "StepBatches",
-    "collate_packed",
-    "make_record",
-    "read_jsonl",
-    "shuffled",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +29,7 @@ logger = logging.getLogger(__name__)
 class AnswerDataset(Dataset[Example]):
     """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
 
-    `truncated`, `dropped` (of which `answers_lost` to the cut), `tokens` and `labelled` are counts.
+    `truncated` and `dropped` (of which `answers_lost` to the cut) are counts.
     Raises DataError when a record cannot be encoded or none keeps a label.
     """
 
@@ -71,8 +60,6 @@ class AnswerDataset(Dataset[Example]):
             )
         if self.truncated:
             logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
-        self.tokens = sum(self.lengths)
-        self.labelled = sum(example.labelled for example in self.examples)
 
     def _add(self, example: Example, max_length: int | None) -> None:
         had_labels = example.labelled > 0
@@ -177,18 +164,15 @@ class Collator:
     """Right-padded batches: `input_ids`, `attention_mask`, `labels`, each [B, T] int64."""
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any, pad_to_multiple_of: int | None = None) -> Collator:
+    def of(cls, tokenizer: Any) -> Collator:
         """The tokenizer's pad token, or its end token: the mask hides either."""
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        return cls(next(i for i in ids if i is not None), pad_to_multiple_of)
+        return cls(next(i for i in ids if i is not None))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        longest = max(len(example.input_ids) for example in examples)
-        multiple = self.pad_to_multiple_of or 1
-        shape = (len(examples), -(-longest // multiple) * multiple)
+        shape = (len(examples), max(len(example.input_ids) for example in examples))
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64, device="cpu"),
             "attention_mask": torch.zeros(shape, dtype=torch.int64, device="cpu"),

@@ -18,13 +18,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from bft.data import Collator, read_jsonl
+from bft.data import Collator
 from bft.encode import DataError, Example, Record, encode, prompt_text
 from bft.isolation import evaluation_mode
 from bft.limits import check_fits
@@ -74,14 +73,14 @@ class _Item:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    records: Sequence[Record] | str | Path,
+    records: Sequence[Record],
     *,
-    train: Sequence[Record] | str | Path | None = None,
+    train: Sequence[Record] | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
     progress: bool = True,
 ) -> Evaluation:
-    """Evaluates `model` on `records` (or a JSONL file), in batches of about `batch_tokens` tokens.
+    """Evaluates `model` on `records`, in batches of about `batch_tokens` tokens.
 
     The possible answers are those of `records` and of `train`; the majority baseline predicts the
     most frequent one of `train`, or of `records` where that is None. Module modes are restored.
@@ -89,8 +88,7 @@ def evaluate(
     for two answers of which one starts the other, and for a record that the model cannot take.
     """
     started = time.perf_counter()
-    records = _read(records)
-    known = _answers(records if train is None else _read(train))
+    known = _answers(records if train is None else train)
     choices = sorted({*known, *_answers(records)})
     items: list[_Item] = []
     for record in tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False):
@@ -120,10 +118,6 @@ def evaluate(
         per_answer={a: {"examples": seen[a], "correct": hits[a]} for a in sorted(seen)},
         seconds=time.perf_counter() - started,
     )
-
-
-def _read(source: Sequence[Record] | str | Path) -> Sequence[Record]:
-    return read_jsonl(source) if isinstance(source, str | Path) else source
 
 
 def _answers(records: Iterable[Record]) -> Counter[str]:
@@ -174,21 +168,15 @@ def _paths(record: Record, tokenizer: Any, choices: Sequence[str]) -> dict[str, 
         joined = ids[: len(before)] != before
         alone = tokenizer(choice, add_special_tokens=False).input_ids if joined else None
         paths[choice] = list(alone if alone is not None else ids[len(before) :])
-    for (first, a), (second, b) in _neighbours(paths):
+    # In order of tokens a prefix always stands before its extension.
+    order = sorted(paths.items(), key=lambda item: item[1])
+    for (first, a), (second, b) in itertools.pairwise(order):
         if b[: len(a)] == a:
             raise DataError(
                 f"{record.where}: 'answer': {first!r} starts {second!r}, so greedy search cannot "
                 "tell where to stop; expected answers that end differently, as with a full stop"
             )
     return paths
-
-
-def _neighbours(
-    paths: Mapping[str, list[int]],
-) -> Iterator[tuple[tuple[str, list[int]], tuple[str, list[int]]]]:
-    """Pairs next to each other in order of tokens: a prefix always stands before its extension."""
-    order = sorted(paths.items(), key=lambda item: item[1])
-    return itertools.pairwise(order)
 
 
 def _gold(

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft.pretrained import PretrainedError, first_line, pretrained
+from bft.config import SettingError
+from bft.demo.pretrained import SOURCES, converted
+from bft.metrics import first_line
+from bft.nonfinite import first_broken
+from bft.packaged import PretrainedError, cache_root
+
+logger = logging.getLogger(__name__)
+
+
+def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+
+    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
+    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name")
+    that the hub knows; where the hub does not answer, the folder of an earlier download is.
+    Raises PretrainedError (package missing, conversion not faithful, hub out of reach) or
+    SettingError (unknown name).
+    """
+    name = str(name_or_path)
+    if name in SOURCES:
+        return converted(name, cache_root(cache_dir))
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path
+        raise SettingError(f"model: expected a checkpoint folder with a config.json, got {path}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _on_hub(name)
+    raise SettingError(f"model: expected {_NAMES}, got {name!r}")
+
+
+_NAMES = f"one of {sorted(SOURCES)}, a checkpoint folder or a hub id"
+
+
+def _on_hub(name: str) -> Path:
+    """The hub id, or an earlier download's folder; asks once, transformers would for a minute."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except RepositoryNotFoundError as error:
+        raise PretrainedError(
+            f"model: the hub shows no {name!r} (misspelt, or only for who is logged in: "
+            f"`hf auth login`), and there is no such folder; expected {_NAMES}"
+        ) from error
+    except Exception as error:  # whichever HTTP library the hub's client is built on
+        downloaded = try_to_load_from_cache(name, "config.json")
+        if isinstance(downloaded, str):
+            logger.warning("%s: the hub does not answer, so an earlier download is used", name)
+            return Path(downloaded).parent
+        raise PretrainedError(
+            f"model: the hub does not answer for {name!r} ({first_line(error)}), and there is no "
+            f"such folder; expected {_NAMES}"
+        ) from error
+    return Path(name)
 
 
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
@@ -38,10 +93,12 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
             "expected all of them"
         )
-    broken = _not_finite(model)
-    if broken is not None:
+    # Types of 8 bits and fewer have neither.
+    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
+    if place := first_broken([p for _, p in wide]):
         raise PretrainedError(
-            f"model: {folder} holds an infinity or NaN in {broken}, expected finite weights"
+            f"model: {folder} holds an infinity or NaN in {wide[place - 1][0]}, expected finite "
+            "weights"
         )
     # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
@@ -50,12 +107,3 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
         )
     return model, tokenizer
-
-
-def _not_finite(model: nn.Module) -> str | None:
-    """The first parameter that holds an infinity or NaN; types of 8 bits and fewer have neither."""
-    for name, parameter in model.named_parameters():
-        wide = parameter.is_floating_point() and parameter.element_size() > 1
-        if wide and not bool(torch.isfinite(parameter.detach()).all()):
-            return name
-    return None

@@ -104,6 +104,12 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; a library's advice may go on for long."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a file as :func:`to_json` has it, and the folders that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)

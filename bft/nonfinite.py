@@ -58,7 +58,12 @@ def suspects(
 def broken_parameter(accelerator: Any, model: nn.Module) -> str | None:
     """The name of a trained parameter that holds an infinity or NaN on any rank."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    whole = [torch.isfinite(getattr(p, "to_local", p.detach)()).all() for _, p in trained]
-    places = torch.stack(whole).logical_not().nonzero().flatten().tolist()
-    place = largest(accelerator, places[0] + 1 if places else 0)
+    place = largest(accelerator, first_broken([p for _, p in trained]))
     return trained[place - 1][0] if place else None
+
+
+def first_broken(parameters: Sequence[nn.Parameter]) -> int:
+    """Which is the first that holds an infinity or NaN (of a sharded one, here), from 1; or 0."""
+    whole = [torch.isfinite(getattr(p, "to_local", p.detach)()).all() for p in parameters]
+    broken = torch.stack(whole).logical_not().int()
+    return int(broken.any()) and 1 + int(broken.argmax())

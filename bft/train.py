@@ -19,7 +19,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from bft.checkpoint import WriteError, load_progress
 from bft.config import TrainConfig
-from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, read_jsonl
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.encode import Record
 from bft.held_out import Evaluator
 from bft.limits import check_fits
@@ -30,6 +30,7 @@ from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
 from bft.ranks import end, largest, on_main, start_accelerator
+from bft.records import read_jsonl
 from bft.room import check_room, set_aside
 from bft.run import Run, how_to_go_on, save, ways_out, write_model
 from bft.run_folder import claimed, start_log

@@ -1,5 +1,7 @@
 """Fused linear cross-entropy with per-token confidence, and Balanced Fine-Tuning's loss."""
 
+__version__ = "0.1.0"  # the only place: setuptools reads it from here
+
 from bft_kernels.functional import (
     balanced_linear_cross_entropy,
     linear_cross_entropy,
@@ -10,8 +12,6 @@ from bft_kernels.modules import BalancedLinearCrossEntropyLoss, LinearCrossEntro
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import TokenWeights, token_weights
 from bft_kernels.workspace import empty_cache
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BalancedLinearCrossEntropyLoss",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bft_kernels import __version__
 from bft_kernels.dispatch import BACKENDS, Backend, why_not
 
 _PACKAGES = ("triton", "transformers", "accelerate", "peft", "numpy")
@@ -30,7 +31,7 @@ def info() -> dict[str, Any]:
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     return {
         "versions": {
-            "bft-kernels": _version("bft-kernels"),
+            "bft-kernels": __version__,  # of this code, installed or not
             "python": platform.python_version(),
             "torch": torch.__version__,  # with what it was built for, which metadata may leave out
             **{name: _version(name) for name in _PACKAGES},

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bft import hpo
 from bft.config import TrainConfig
-from bft.data import read_jsonl
 from bft.encode import encode
-from bft.pretrained import pretrained
+from bft.load import pretrained
+from bft.records import read_jsonl
+from bft.tasks import hpo
 
 
 def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:

@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from bft.pretrained import pretrained
+    from bft.load import pretrained
 
     folder = pretrained(config.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -25,7 +25,7 @@ from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure
 from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
 from bft.config import TrainConfig
-from bft.pretrained import cache_root
+from bft.packaged import cache_root
 
 Row = dict[str, Any]
 Figures = dict[str, Callable[[Row], str]]

@@ -69,7 +69,8 @@ def test_scale_refuses_who_cannot_run(provider: str, message: str) -> None:
 @pytest.mark.slow
 def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from bft.pretrained import PretrainedError, pretrained
+    from bft.load import pretrained
+    from bft.packaged import PretrainedError
 
     try:
         folder = pretrained("smollm2-135m")

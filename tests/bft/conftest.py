@@ -1,24 +1,15 @@
 """Tokenizers, models and data that need no download, small but real; a run to train with them."""
 
-from __future__ import annotations
-
+import itertools
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from bft.config import TrainConfig
+from tests.support.models import tiny
 
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
 TEXT = [
@@ -34,7 +25,7 @@ CHATML = (
 
 
 @pytest.fixture
-def tokenizer() -> Any:
+def tokenizer():
     """Byte-level BPE of 400 tokens with a chat template of the ChatML kind."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -62,7 +53,7 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer():
     """One token a byte, and the template's marks."""
     letters = pre_tokenizers.ByteLevel.alphabet()
     marks = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -79,25 +70,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
+def fresh_accelerator():
     """Accelerate keeps its settings for the life of a process; each test is a run of its own."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of() -> Callable[..., Path]:
+def checkpoint_of():
     """Writes a model (a tiny Llama with these settings, if none is given) and its tokenizer."""
 
-    def write(folder: Path, model: PreTrainedModel | None = None, **settings: Any) -> Path:
+    def write(folder, model=None, **settings):
         tokenizer = byte_tokenizer()
         if model is None:
-            torch.manual_seed(0)
-            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
             ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            own = {"vocab_size": len(tokenizer), **sizes, **heads, **ids, **settings}
-            model = LlamaForCausalLM(LlamaConfig(**own))
+            model = tiny("LlamaForCausalLM", **sizes | ids | settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
@@ -106,12 +94,12 @@ def checkpoint_of() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory, checkpoint_of: Callable[..., Path]) -> Path:
+def model_dir(tmp_path_factory, checkpoint_of):
     return checkpoint_of(tmp_path_factory.mktemp("model"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")
-def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     colours = ["red", "green", "blue"]
     rows = [
@@ -127,9 +115,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(
-    model_dir: Path, data_file: Path, tmp_path: Path, fresh_accelerator: None
-) -> TrainConfig:
+def config(model_dir, data_file, tmp_path, fresh_accelerator):
     return TrainConfig(
         train_file=data_file,
         eval_file=data_file,
@@ -145,10 +131,32 @@ def config(
 
 
 @pytest.fixture
-def flags(tmp_path: Path) -> Callable[[TrainConfig], list[str]]:
+def before_call(monkeypatch):
+    """``before_call(owner, name, n, act)``: before the n-th call of a function, ``act`` happens.
+
+    ``act`` is an exception to raise, or is called with the function's arguments.
+    """
+
+    def watch(owner, name, number, act):
+        original, calls = getattr(owner, name), itertools.count(1)
+
+        def watched(*arguments, **options):
+            if next(calls) == number:
+                if isinstance(act, type):
+                    raise act
+                act(*arguments)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    return watch
+
+
+@pytest.fixture
+def flags(tmp_path):
     """The flags of ``bft train`` for a configuration."""
 
-    def write(config: TrainConfig) -> list[str]:
+    def write(config):
         path = tmp_path / "flags.yaml"
         path.write_text(config.to_yaml(), encoding="utf-8")
         return ["--config", str(path)]

@@ -1,11 +1,6 @@
 """`bft check` finds nothing where all is well, and finds what is broken on purpose."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,24 +9,13 @@ import transformers as hf
 from bft import check as module
 from bft.cli import main
 from bft.loss import HeadLoss
-
-SMALL = {
-    "vocab_size": 400,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
+from tests.support.models import tiny, tiny_config
 
 
 class Shifted(hf.LlamaForCausalLM):
     """A model that adds to some of its logits, which the op cannot express."""
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, **kwargs):
         labels = kwargs.pop("labels", None)
         output = super().forward(**kwargs)
         output.logits = output.logits + torch.eye(1, 400, device=output.logits.device)
@@ -43,7 +27,7 @@ class Shifted(hf.LlamaForCausalLM):
 class Lossless(hf.LlamaForCausalLM):
     """A model that leaves the loss to its trainer."""
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, **kwargs):
         kwargs.pop("labels", None)
         return super().forward(**kwargs)
 
@@ -53,12 +37,12 @@ class Unlabelled(hf.LlamaForCausalLM):
 
     def forward(
         self,
-        input_ids: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        use_cache: Any = None,
-        return_dict: Any = None,
-    ) -> Any:
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        use_cache=None,
+        return_dict=None,
+    ):
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -68,23 +52,21 @@ class Unlabelled(hf.LlamaForCausalLM):
         )
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
-    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**SMALL)),
-    "bert": lambda: hf.BertLMHeadModel(hf.BertConfig(**SMALL)),
+MODELS = {
+    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "falcon": ("FalconForCausalLM", {}),
+    "bert": ("BertLMHeadModel", {}),
 }
 
 
 @pytest.fixture
-def checked(
-    tmp_path: Path, tokenizer: Any, data_file: Path, fresh_accelerator: None
-) -> Callable[..., tuple[int, dict[str, str]]]:
+def checked(tmp_path, tokenizer, data_file, fresh_accelerator):
     """Saves a model, runs the command on it, returns its status and each row's verdict."""
 
-    def run(name: str, *flags: str) -> tuple[int, dict[str, str]]:
-        torch.manual_seed(0)
+    def run(name, *flags):
         folder, output = tmp_path / name, tmp_path / "table.json"
-        MODELS[name]().save_pretrained(folder)
+        kind, settings = MODELS[name]
+        tiny(kind, vocab_size=400, num_hidden_layers=1, **settings).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         where = ["--model", str(folder), "--file", str(data_file), "--output", str(output)]
         status = main(["check", *where, "--window", "4", *flags])
@@ -104,7 +86,7 @@ WEIGHTED_GRADIENTS = "bft gradients, beside the formula on its logits"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_is_well(checked: Callable[..., Any], dtype: str, capsys: pytest.CaptureFixture):
+def test_all_is_well(checked, dtype, capsys):
     status, verdicts = checked("llama", "--dtype", dtype)
     assert status == 0
     assert set(verdicts.values()) == {"ok"}
@@ -114,14 +96,14 @@ def test_all_is_well(checked: Callable[..., Any], dtype: str, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("flags", [(), ("--limit", "1")], ids=["four", "one"])
-def test_a_model_that_cannot_pack_is_told_so(checked: Callable[..., Any], flags: tuple[str, ...]):
+def test_a_model_that_cannot_pack_is_told_so(checked, flags):
     status, verdicts = checked("falcon", *flags)
     assert status == 0  # training would refuse it, too
     assert verdicts.pop(PACKED) == "refused"
     assert set(verdicts.values()) == {"ok"}
 
 
-def test_a_model_that_sees_its_answers_is_wrong(checked: Callable[..., Any]):
+def test_a_model_that_sees_its_answers_is_wrong(checked):
     status, verdicts = checked("bert")
     assert status == 1
     assert [name for name, verdict in verdicts.items() if verdict == "WRONG"] == [
@@ -129,9 +111,7 @@ def test_a_model_that_sees_its_answers_is_wrong(checked: Callable[..., Any]):
     ]
 
 
-def test_a_model_that_the_op_cannot_express_is_wrong(
-    checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-):
+def test_a_model_that_the_op_cannot_express_is_wrong(checked, monkeypatch):
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(Shifted))
     status, verdicts = checked("llama")
     assert status == 1
@@ -140,9 +120,7 @@ def test_a_model_that_the_op_cannot_express_is_wrong(
 
 
 @pytest.mark.parametrize("kind", [Lossless, Unlabelled])
-def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(
-    checked: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: type[Any]
-):
+def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(checked, monkeypatch, kind):
     with monkeypatch.context() as patch:
         patch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
         patch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
@@ -154,22 +132,25 @@ def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(
     assert set(verdicts.values()) == {"ok"}
 
 
-def loads(kind: type[Any]) -> Callable[..., Any]:
+def loads(kind):
     """In the place of ``from_pretrained``."""
-    return lambda folder, **_: (kind(hf.LlamaConfig(**SMALL)), {"missing_keys": ()})
+    return lambda folder, **_: (
+        kind(tiny_config("LlamaConfig", vocab_size=400)),
+        {"missing_keys": ()},
+    )
 
 
-def too_large(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+def too_large(self, *args, **kwargs):
     value, stats = CALL(self, *args, **kwargs)
     return value * 1.01, stats
 
 
-def of_half_the_gradient(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+def of_half_the_gradient(self, *args, **kwargs):
     value, stats = CALL(self, *args, **kwargs)
     return (value + value.detach()) / 2, stats
 
 
-def of_moving_weights(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
+def of_moving_weights(self, *args, **kwargs):
     """The right value, and a gradient that goes through the weights, too."""
     value, stats = CALL(self, *args, **kwargs)
     if self.scheme != "sft":
@@ -177,7 +158,7 @@ def of_moving_weights(self: HeadLoss, *args: Any, **kwargs: Any) -> Any:
     return value, stats
 
 
-def with_other_weights(accelerator: Any, model: Any, tokenizer: Any, folder: Path) -> None:
+def with_other_weights(accelerator, model, tokenizer, folder):
     parameter = next(model.parameters())
     kept = parameter.detach().clone()
     parameter.data.mul_(1.01)
@@ -198,14 +179,7 @@ CALL, SAVE = HeadLoss.__call__, module.save_model
     ],
     ids=["loss", "gradient", "weighted gradient", "saved model"],
 )
-def test_what_is_broken_is_found(
-    checked: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-    where: Any,
-    name: str,
-    fault: Any,
-    wrong: set[str],
-):
+def test_what_is_broken_is_found(checked, monkeypatch, where, name, fault, wrong):
     monkeypatch.setattr(where, name, fault)
     status, verdicts = checked("llama")
     assert status == 1

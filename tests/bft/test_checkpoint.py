@@ -1,17 +1,13 @@
 """A damaged checkpoint is named with the way out, and a full disk loses no run."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +22,7 @@ from bft.config import SettingError, TrainConfig
 from bft.train import train
 
 
-def checkpoints(output_dir: Path) -> list[str]:
+def checkpoints(output_dir):
     return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
 
 
@@ -41,24 +37,22 @@ FILES = (
 )
 
 
-def half(path: Path) -> None:
+def half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def zeroed(path: Path) -> None:
+def zeroed(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def one_bit(path: Path) -> None:
+def one_bit(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
 
 
 @pytest.fixture(scope="module")
-def three_checkpoints(
-    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TrainConfig:
+def three_checkpoints(model_dir, data_file, tmp_path_factory):
     config = TrainConfig(
         train_file=data_file,
         output_dir=tmp_path_factory.mktemp("run"),
@@ -74,7 +68,7 @@ def three_checkpoints(
 
 
 @pytest.fixture
-def damaged(three_checkpoints: TrainConfig, tmp_path: Path, fresh_accelerator: None) -> TrainConfig:
+def damaged(three_checkpoints, tmp_path, fresh_accelerator):
     """A copy of that run, for a test to damage."""
     folder = shutil.copytree(three_checkpoints.output_dir, tmp_path / "run")
     return replace(three_checkpoints, output_dir=folder)
@@ -84,9 +78,7 @@ DAMAGES = [(file, damage) for file in FILES for damage in (Path.unlink, half, ze
 
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
-def test_damage_is_named_with_the_way_out(
-    damaged: TrainConfig, file: str, damage: Callable[[Path], None]
-) -> None:
+def test_damage_is_named_with_the_way_out(damaged, file, damage):
     folder = damaged.output_dir / "checkpoints"
     metrics = (damaged.output_dir / "metrics.jsonl").read_bytes()
     damage(folder / "step-0000003" / file)
@@ -100,7 +92,7 @@ def test_damage_is_named_with_the_way_out(
 
 
 @pytest.mark.parametrize("changed", ["identity", "files", "step", "crc32", "space", "list"])
-def test_a_manifest_that_reads_as_one_is_not_believed(damaged: TrainConfig, changed: str) -> None:
+def test_a_manifest_that_reads_as_one_is_not_believed(damaged, changed):
     path = damaged.output_dir / "checkpoints" / "step-0000003" / "manifest.json"
     facts = json.loads(path.read_text())
     if changed in ("identity", "step", "crc32"):
@@ -114,7 +106,7 @@ def test_a_manifest_that_reads_as_one_is_not_believed(damaged: TrainConfig, chan
         train(damaged)
 
 
-def test_the_way_out_leads_to_a_whole_checkpoint(damaged: TrainConfig) -> None:
+def test_the_way_out_leads_to_a_whole_checkpoint(damaged):
     folder = damaged.output_dir / "checkpoints"
     half(folder / "step-0000003" / "optimizer.bin")
     half(folder / "step-0000002" / "optimizer.bin")
@@ -125,7 +117,7 @@ def test_the_way_out_leads_to_a_whole_checkpoint(damaged: TrainConfig) -> None:
         train(damaged)
 
 
-def test_a_renamed_or_empty_checkpoint_is_damaged(damaged: TrainConfig) -> None:
+def test_a_renamed_or_empty_checkpoint_is_damaged(damaged):
     folder = damaged.output_dir / "checkpoints"
     (folder / "step-0000002").rename(folder / "step-10000000")
     with pytest.raises(CheckpointError, match="step-10000000 is damaged: its manifest is of step"):
@@ -135,9 +127,7 @@ def test_a_renamed_or_empty_checkpoint_is_damaged(damaged: TrainConfig) -> None:
         train(damaged)
 
 
-def test_a_stray_file_is_named_and_left_alone(
-    damaged: TrainConfig, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_stray_file_is_named_and_left_alone(damaged, caplog):
     stray = damaged.output_dir / "checkpoints" / "step-0000009"
     stray.write_text("x")
     assert train(damaged).steps == 3
@@ -149,17 +139,17 @@ def test_a_stray_file_is_named_and_left_alone(
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def full_disk(monkeypatch):
     """During the first call of one function of ``bft.run`` the system writes no large file.
 
     With ``stays=True`` it writes none from there on.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fills(name: str, stays: bool = False) -> None:
+    def fills(name, stays=False):
         original = getattr(run_module, name)
 
-        def limited(*arguments: Any) -> Any:
+        def limited(*arguments):
             monkeypatch.setattr(run_module, name, original)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
             try:
@@ -176,9 +166,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("save_every", [None, 4])
-def test_a_model_that_cannot_be_written_is_kept(
-    config: TrainConfig, full_disk: Callable[[str], None], save_every: int, lora_rank: int
-) -> None:
+def test_a_model_that_cannot_be_written_is_kept(config, full_disk, save_every, lora_rank):
     whole = train(replace(config, output_dir=config.output_dir / "whole", lora_rank=lora_rank))
     config = replace(config, save_every=save_every, lora_rank=lora_rank)
     full_disk("save_model")
@@ -193,9 +181,7 @@ def test_a_model_that_cannot_be_written_is_kept(
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_a_disk_that_stays_full_keeps_the_smallest(
-    config: TrainConfig, full_disk: Callable[..., None], lora_rank: int
-) -> None:
+def test_a_disk_that_stays_full_keeps_the_smallest(config, full_disk, lora_rank):
     config = replace(config, lora_rank=lora_rank, eval_file=None, eval_limit=None)
     whole = train(replace(config, output_dir=config.output_dir / "whole"))
     full_disk("save_model", stays=True)
@@ -218,12 +204,8 @@ def test_a_disk_that_stays_full_keeps_the_smallest(
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("save_every", [None, 2])
 def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
-    config: TrainConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    checkpoint_of: Callable[..., Path],
-    save_every: int,
-    lora_rank: int,
-) -> None:
+    config, monkeypatch, checkpoint_of, save_every, lora_rank
+):
     """The room that is asked for is what the run writes: the model and two checkpoints."""
     model = checkpoint_of(config.output_dir.with_name("larger"), hidden_size=128)
     config = replace(config, model=str(model))
@@ -245,7 +227,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path):
     """A file system of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -256,7 +238,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(folder: Path) -> None:
+def fill(folder):
     """Another program's file takes all that is left."""
     with (folder / "others").open("ab") as file:
         file.write(bytes(shutil.disk_usage(folder).free))
@@ -265,21 +247,11 @@ def fill(folder: Path) -> None:
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("save_every", [None, 8])
 def test_a_disk_that_others_fill_during_the_run_takes_the_model(
-    config: TrainConfig,
-    small_disk: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    save_every: int | None,
-    lora_rank: int,
-) -> None:
+    config, small_disk, before_call, save_every, lora_rank
+):
     """The model; with checkpoints the first of them, from which the model can be had later."""
     for name in ("take_steps", "write_model"):
-        original = getattr(train_module, name)
-
-        def on_a_full_disk(*arguments: Any, original: Callable[..., Any] = original) -> Any:
-            fill(small_disk)
-            return original(*arguments)
-
-        monkeypatch.setattr(train_module, name, on_a_full_disk)
+        before_call(train_module, name, 1, lambda *_: fill(small_disk))
     config = replace(config, output_dir=small_disk / "run", lora_rank=lora_rank)
     config = replace(config, save_every=save_every)
     if save_every is None:
@@ -288,7 +260,6 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
         with pytest.raises(WriteError, match=r"model could not be .* the checkpoint step-0000006"):
             train(config)
         (small_disk / "others").unlink()
-        monkeypatch.undo()
         result = train(replace(config, resume=True))
     assert load_file(result.model_dir / "model.safetensors")
     lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
@@ -297,12 +268,7 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
     assert not (config.output_dir / ".room").exists()
 
 
-def test_a_full_disk_is_named_with_the_file(
-    config: TrainConfig,
-    small_disk: Path,
-    flags: Callable[[TrainConfig], list[str]],
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_a_full_disk_is_named_with_the_file(config, small_disk, flags, capsys):
     fill(small_disk)
     status = main(["train", *flags(replace(config, output_dir=small_disk / "run"))])
     assert status == 2
@@ -316,16 +282,14 @@ def test_a_full_disk_is_named_with_the_file(
     assert f"{small_disk}/hpo/" in _last(capsys)
 
 
-def _last(capsys: pytest.CaptureFixture) -> str:
+def _last(capsys):
     return str(capsys.readouterr().err.splitlines()[-1])
 
 
-def test_room_is_set_aside_while_a_run_goes_on(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_set_aside_while_a_run_goes_on(config, monkeypatch):
     room, seen = config.output_dir / ".room", []
 
-    def killed(*_: Any) -> None:
+    def killed(*_):
         seen.append(room.stat().st_blocks * 512)
         raise KeyboardInterrupt
 
@@ -341,15 +305,11 @@ def test_room_is_set_aside_while_a_run_goes_on(
     assert not room.exists()
 
 
-def test_a_disk_without_room_to_set_aside_is_named(
-    config: TrainConfig,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_disk_without_room_to_set_aside_is_named(config, monkeypatch, caplog):
     """A quota, which no free space tells of; a file system that sets nothing aside."""
 
-    def fails(number: int) -> Callable[..., None]:
-        def allocate(*_: Any) -> None:
+    def fails(number):
+        def allocate(*_):
             raise OSError(number, os.strerror(number))
 
         return allocate
@@ -362,12 +322,10 @@ def test_a_disk_without_room_to_set_aside_is_named(
     assert "no room can be set aside" in caplog.text
 
 
-def test_a_checkpoint_that_lost_a_file_is_not_published(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_lost_a_file_is_not_published(config, monkeypatch):
     original = Accelerator.save_state
 
-    def loses(self: Accelerator, output_dir: str) -> None:
+    def loses(self, output_dir):
         original(self, output_dir)
         (Path(output_dir) / "model.safetensors").unlink()
 
@@ -377,9 +335,7 @@ def test_a_checkpoint_that_lost_a_file_is_not_published(
     assert checkpoints(config.output_dir) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
-    config: TrainConfig, full_disk: Callable[[str], None]
-) -> None:
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(config, full_disk):
     full_disk("save_progress")
     with pytest.raises(WriteError, match=r"step-0000002 could not be written: .*no older one"):
         train(replace(config, save_every=2))

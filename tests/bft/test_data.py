@@ -1,10 +1,7 @@
 """Only answers carry labels, whatever the template; cuts, batches and their order."""
 
-from __future__ import annotations
-
 import json
 import logging
-from typing import Any
 
 import pytest
 import torch
@@ -14,16 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from bft.data import (
-    AnswerDataset,
-    Collator,
-    StepBatches,
-    collate_packed,
-    make_record,
-    shuffled,
-)
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, shuffled
 from bft.encode import DataError, Example, encode, prompt_text
 from bft.loss import IGNORE
+from bft.records import make_record
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -57,9 +48,9 @@ MARKED = (
 )
 
 
-def answers(example: Example, tokenizer: Any) -> list[str]:
+def answers(example, tokenizer):
     """The text of each stretch of labels."""
-    runs: list[list[int]] = []
+    runs = []
     before = IGNORE
     for token, label in zip(example.input_ids, example.labels, strict=True):
         assert label in (IGNORE, token)
@@ -71,7 +62,7 @@ def answers(example: Example, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def chat(*contents: str, **extra: Any) -> dict[str, Any]:
+def chat(*contents, **extra):
     roles = ["user", "assistant"]
     return {
         "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
@@ -87,9 +78,7 @@ def chat(*contents: str, **extra: Any) -> dict[str, Any]:
     [(None, "<|end|>"), (GEMMA, "<|end|>"), (MARKED, "<|end|>"), (PLAIN, "\n\n")],
     ids=["chatml", "gemma", "marked", "plain"],
 )
-def test_every_answer_is_labelled_with_its_end_and_nothing_else(
-    tokenizer: Any, template: str | None, end: str
-) -> None:
+def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, template, end):
     tokenizer.chat_template = template or tokenizer.chat_template
     example = encode(make_record({"messages": CHAT}), tokenizer)
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
@@ -102,7 +91,7 @@ def test_every_answer_is_labelled_with_its_end_and_nothing_else(
     assert answers(example, tokenizer) == expected
 
 
-def test_tokens_are_those_that_generation_sees(tokenizer: Any) -> None:
+def test_tokens_are_those_that_generation_sees(tokenizer):
     record = make_record({"messages": CHAT})
     example = encode(record, tokenizer)
     prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
@@ -111,7 +100,7 @@ def test_tokens_are_those_that_generation_sees(tokenizer: Any) -> None:
     assert example.labels[len(prompt) - 1] == IGNORE
 
 
-def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer: Any) -> None:
+def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer):
     pair = {"prompt": "And the eye?", "completion": "It affects the eye.", "id": 7}
     record = make_record(pair)
     assert record.extra == {"id": 7}
@@ -120,7 +109,7 @@ def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer: Any) -> None:
     )
 
 
-def test_without_a_template_the_pair_is_joined_and_ended(tokenizer: Any) -> None:
+def test_without_a_template_the_pair_is_joined_and_ended(tokenizer):
     tokenizer.chat_template = None
     example = encode(make_record({"prompt": "yes or no?", "completion": " yes"}), tokenizer)
     assert tokenizer.decode(example.input_ids) == "yes or no? yes<|end|>"
@@ -136,9 +125,7 @@ def test_without_a_template_the_pair_is_joined_and_ended(tokenizer: Any) -> None
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("h", "e"), ("yes\n\n", "no")])
-def test_a_token_across_the_boundary_is_cut_there(
-    tokenizer: Any, prompt: str, completion: str
-) -> None:
+def test_a_token_across_the_boundary_is_cut_there(tokenizer, prompt, completion):
     tokenizer.chat_template = None
     alone = tokenizer(prompt).input_ids
     assert tokenizer(prompt + completion).input_ids[: len(alone)] != alone  # the premise
@@ -147,7 +134,7 @@ def test_a_token_across_the_boundary_is_cut_there(
     assert answers(example, tokenizer) == [completion + "<|end|>"]
 
 
-def test_a_boundary_that_the_tokenizer_cannot_keep_is_refused() -> None:
+def test_a_boundary_that_the_tokenizer_cannot_keep_is_refused():
     # Like SentencePiece: text that stands alone gets a space in front.
     merges = [("▁", "a"), ("▁", "b"), ("▁a", "b")]
     vocabulary = {token: i for i, token in enumerate(["</s>", "▁", "a", "b", "▁a", "▁b", "▁ab"])}
@@ -161,14 +148,14 @@ def test_a_boundary_that_the_tokenizer_cannot_keep_is_refused() -> None:
         encode(make_record({"prompt": "a", "completion": "b"}), spaced)
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_history_is_refused(tokenizer):
     tokenizer.chat_template = REWRITES
     assert answers(encode(make_record(chat("a", "b")), tokenizer), tokenizer) == ["b<|end|>"]
     with pytest.raises(DataError, match=r"'messages\[1\]'.*rewrites earlier turns"):
         encode(make_record(chat("a", "b", "c", "d")), tokenizer)
 
 
-def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
+def test_a_template_that_refuses_a_role_is_named(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
         encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
@@ -182,26 +169,26 @@ def test_a_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
         "{% set unused = '{% generation %}' %}",
     ],
 )
-def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer: Any, start: str) -> None:
+def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer, start):
     record = make_record({"messages": CHAT})
     expected = encode(record, tokenizer)
     tokenizer.chat_template = start + tokenizer.chat_template
     assert encode(record, tokenizer) == expected
 
 
-def test_a_template_that_marks_nothing_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_marks_nothing_is_refused(tokenizer):
     tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
     with pytest.raises(DataError, match=r"x:3: .*generation.* puts nothing of this record into it"):
         encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
 
 
-def test_a_marked_template_that_refuses_a_role_is_named(tokenizer: Any) -> None:
+def test_a_marked_template_that_refuses_a_role_is_named(tokenizer):
     tokenizer.chat_template = MARKED + "{{ raise_exception('no system turn') }}"
     with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
         encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
 
 
-def test_of_several_templates_the_default_counts(tokenizer: Any) -> None:
+def test_of_several_templates_the_default_counts(tokenizer):
     record = make_record({"messages": CHAT})
     expected = encode(record, tokenizer)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": MARKED}
@@ -230,7 +217,7 @@ WITH_CALL = {
 }
 
 
-def test_a_call_without_content_is_an_answer(tokenizer: Any) -> None:
+def test_a_call_without_content_is_an_answer(tokenizer):
     tokenizer.chat_template = CALLS
     example = encode(make_record(WITH_CALL), tokenizer)
     call, answer = answers(example, tokenizer)
@@ -241,7 +228,7 @@ def test_a_call_without_content_is_an_answer(tokenizer: Any) -> None:
     assert answers(with_tools, tokenizer) == [call, answer]
 
 
-def test_a_template_that_leaves_out_tools_is_refused(tokenizer: Any) -> None:
+def test_a_template_that_leaves_out_tools_is_refused(tokenizer):
     with pytest.raises(DataError, match=r"x:3.*'tools'.*leaves them out"):
         encode(make_record(chat("a", "b", tools=[{"name": "beat"}]), "x:3"), tokenizer)
     with pytest.raises(DataError, match="x:3"):  # this template cannot do without content
@@ -258,7 +245,7 @@ TURN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # it is only read
 @given(turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3))
-def test_any_text_comes_back_whole(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
+def test_any_text_comes_back_whole(tokenizer, turns):
     record = make_record(chat(*(text for turn in turns for text in turn)))
     example = encode(record, tokenizer)
     ids = [tokenizer.convert_ids_to_tokens(i) for i in example.input_ids]
@@ -278,19 +265,15 @@ def test_any_text_comes_back_whole(tokenizer: Any, turns: list[tuple[str, str]])
 # --- the data set --------------------------------------------------------------------------------
 
 
-def test_cuts_are_counted_and_lost_answers_dropped(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cuts_are_counted_and_lost_answers_dropped(tokenizer, caplog):
     records = [make_record(chat("a", "b")), make_record(chat("a", "b" * 50))]
     records.append(make_record(chat("a" * 60, "b")))
     whole = AnswerDataset(records, tokenizer)
     assert (len(whole), whole.truncated, whole.dropped) == (3, 0, 0)
-    assert whole.tokens == sum(len(encode(r, tokenizer).input_ids) for r in records)
     with caplog.at_level(logging.WARNING):
         cut = AnswerDataset(records, tokenizer, max_length=30)
     assert (len(cut), cut.truncated, cut.dropped, cut.answers_lost) == (2, 1, 1, 1)
     assert len(cut[1].input_ids) == len(cut[1].labels) == 30
-    assert cut.labelled == sum(e.labelled for e in cut.examples)
     assert "whole answer of 1 records" in caplog.text
     with pytest.raises(DataError, match="no record keeps a label"):
         AnswerDataset(records[2:], tokenizer, max_length=30)
@@ -298,7 +281,7 @@ def test_cuts_are_counted_and_lost_answers_dropped(
         AnswerDataset(records, tokenizer, max_length=1)
 
 
-def test_a_label_on_the_first_token_does_not_count() -> None:
+def test_a_label_on_the_first_token_does_not_count():
     assert Example([1, 2], [1, IGNORE]).labelled == 0
     assert Example([1, 2], [1, 2]).labelled == 1
 
@@ -312,27 +295,26 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("multiple", "width"), [(None, 4), (1, 4), (3, 6), (8, 8)])
-def test_padding(multiple: int | None, width: int) -> None:
-    batch = Collator(99, multiple)(EXAMPLES)
+def test_padding():
+    batch = Collator(99)(EXAMPLES)
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
         ["input_ids", "attention_mask", "labels"], torch.int64
     )
     for row, example in enumerate(EXAMPLES):
         size = len(example.input_ids)
-        gap = width - size
+        gap = 4 - size
         assert batch["input_ids"][row].tolist() == example.input_ids + [99] * gap
         assert batch["attention_mask"][row].tolist() == [1] * size + [0] * gap
         assert batch["labels"][row].tolist() == example.labels + [IGNORE] * gap
 
 
-def test_the_pad_token_may_be_missing(tokenizer: Any) -> None:
+def test_the_pad_token_may_be_missing(tokenizer):
     assert Collator.of(tokenizer).pad_token_id == tokenizer.convert_tokens_to_ids("<|pad|>")
     tokenizer.pad_token = None
     assert Collator.of(tokenizer).pad_token_id == tokenizer.eos_token_id
 
 
-def test_packing_restarts_positions_and_starts_no_document_with_a_label() -> None:
+def test_packing_restarts_positions_and_starts_no_document_with_a_label():
     batch = collate_packed(EXAMPLES)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
@@ -342,18 +324,18 @@ def test_packing_restarts_positions_and_starts_no_document_with_a_label() -> Non
 # --- order ---------------------------------------------------------------------------------------
 
 
-def test_order_depends_on_seed_and_epoch_only() -> None:
+def test_order_depends_on_seed_and_epoch_only():
     orders = {tuple(shuffled(30, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert shuffled(30, 1, 2) == shuffled(30, 1, 2)
 
 
-def test_order_is_the_same_on_every_machine() -> None:
+def test_order_is_the_same_on_every_machine():
     assert shuffled(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
 
 
-def stream(size: int, epochs: int, seed: int) -> list[int]:
+def stream(size, epochs, seed):
     return [i for epoch in range(epochs) for i in shuffled(size, seed, epoch)]
 
 
@@ -366,8 +348,8 @@ def stream(size: int, epochs: int, seed: int) -> list[int]:
     first=st.integers(0, 6),
 )
 def test_steps_take_the_stream_however_it_is_split(
-    size: int, batch_size: int, accumulation: int, ranks: int, steps: int, first: int
-) -> None:
+    size, batch_size, accumulation, ranks, steps, first
+):
     counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks, "seed": 3}
     per_rank = []
     for rank in range(ranks):
@@ -388,11 +370,11 @@ def test_steps_take_the_stream_however_it_is_split(
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (0.1, 1), (0, 1)], ids=str)
-def test_steps_in_epochs(epochs: float, steps: int) -> None:
+def test_steps_in_epochs(epochs, steps):
     assert StepBatches(10, batch_size=2, accumulation=2).steps_in(epochs) == steps
 
 
-def test_bad_splits_are_refused() -> None:
+def test_bad_splits_are_refused():
     for name in ("size", "batch_size", "accumulation", "ranks"):
         counts = {"size": 4, "batch_size": 1, name: 0}
         with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
@@ -401,7 +383,7 @@ def test_bad_splits_are_refused() -> None:
         StepBatches(4, batch_size=1, rank=2, ranks=2)
 
 
-def test_torch_loads_it(tokenizer: Any) -> None:
+def test_torch_loads_it(tokenizer):
     dataset = AnswerDataset([make_record(chat("a", "b" * n)) for n in range(1, 8)], tokenizer)
     batches = StepBatches(len(dataset), batch_size=3)
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=Collator.of(tokenizer))

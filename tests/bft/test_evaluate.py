@@ -1,30 +1,19 @@
 """Constrained exact match is greedy search along the answers; the loss is the model's own."""
 
-from __future__ import annotations
-
 import json
 import math
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
-from bft.data import Record, make_record
+from bft.data import Collator
 from bft.encode import DataError, encode, prompt_text
 from bft.evaluate import evaluate, gold_branches, right_answers
 from bft.loss import IGNORE, Head
+from bft.records import make_record
+from tests.support.models import tiny
 
 ANSWERS = [
     "It affects the eye.",
@@ -34,29 +23,20 @@ ANSWERS = [
     "The heart.",
     "yes",
 ]
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+KINDS = {
+    "llama": ("LlamaForCausalLM", {}),
+    "bias": ("LlamaForCausalLM", {}),
+    "softcap": ("Gemma2ForCausalLM", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "scale": ("CohereForCausalLM", {"logit_scale": 0.3}),
 }
 
 
-def tiny_model(tokenizer: Any, kind: str = "llama", seed: int = 0) -> Any:
+def tiny_model(tokenizer, kind="llama"):
     """Random, and sharp enough that prompts matter."""
-    torch.manual_seed(seed)
-    size = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    if kind == "softcap":
-        config = Gemma2Config(**size, head_dim=8, final_logit_softcapping=2.0)
-        model: Any = Gemma2ForCausalLM(config)
-    elif kind == "scale":
-        model = CohereForCausalLM(CohereConfig(**size, logit_scale=0.3))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**size))
-        if kind == "bias":
-            model.lm_head = torch.nn.Linear(32, len(tokenizer))
+    name, settings = KINDS[kind]
+    model = tiny(name, vocab_size=len(tokenizer), hidden_size=32, **settings)
+    if kind == "bias":
+        model.lm_head = torch.nn.Linear(32, len(tokenizer))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -64,7 +44,7 @@ def tiny_model(tokenizer: Any, kind: str = "llama", seed: int = 0) -> Any:
     return model.eval()
 
 
-def questions(number: int = 60) -> list[Record]:
+def questions(number=60):
     return [
         make_record(
             {
@@ -78,7 +58,7 @@ def questions(number: int = 60) -> list[Record]:
     ]
 
 
-def greedy_along_answers(model: Any, tokenizer: Any, record: Record) -> str:
+def greedy_along_answers(model, tokenizer, record):
     """The answer that greedy search arrives at when it may only write answers, token by token."""
     prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
     paths = {}
@@ -87,7 +67,7 @@ def greedy_along_answers(model: Any, tokenizer: Any, record: Record) -> str:
         ids = encode(make_record(row), tokenizer).input_ids[len(prompt) :]
         text = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
         paths[answer] = ids[: text.index(answer)]
-    written: list[int] = []
+    written = []
     while list(paths.values()).count(written) == 0:
         children = sorted({path[len(written)] for path in paths.values()})
         with torch.no_grad():
@@ -97,8 +77,8 @@ def greedy_along_answers(model: Any, tokenizer: Any, record: Record) -> str:
     return next(answer for answer, path in paths.items() if path == written)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
-def test_accuracy_is_that_of_constrained_greedy_search(tokenizer: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_accuracy_is_that_of_constrained_greedy_search(tokenizer, kind):
     model = tiny_model(tokenizer, kind)
     records = questions()
     result = evaluate(model, tokenizer, records, progress=False)
@@ -110,13 +90,13 @@ def test_accuracy_is_that_of_constrained_greedy_search(tokenizer: Any, kind: str
         assert result.per_answer[answer] == {"examples": len(mine), "correct": sum(mine)}
 
 
-@pytest.mark.parametrize("kind", ["llama", "bias", "softcap", "scale"])
-def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer: Any, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer, kind):
     model = tiny_model(tokenizer, kind)
     records = questions(9)
     result = evaluate(model, tokenizer, records, progress=False)
-    nll: list[Tensor] = []
-    right: list[Tensor] = []
+    nll = []
+    right = []
     for record in records:
         example = encode(record, tokenizer)
         with torch.no_grad():
@@ -134,7 +114,7 @@ def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer: Any, 
     assert result.token_accuracy == torch.cat(right).double().mean().item()
 
 
-def test_batches_do_not_matter(tokenizer: Any) -> None:
+def test_batches_do_not_matter(tokenizer):
     model = tiny_model(tokenizer)
     one, all_ = (
         evaluate(model, tokenizer, questions(20), batch_tokens=size, progress=False)
@@ -145,16 +125,14 @@ def test_batches_do_not_matter(tokenizer: Any) -> None:
     assert (one.tokens, one.token_accuracy) == (all_.tokens, all_.token_accuracy)
 
 
-def test_training_raises_accuracy(tokenizer: Any) -> None:
+def test_training_raises_accuracy(tokenizer):
     model = tiny_model(tokenizer)
     records = questions(12)
     before = evaluate(model, tokenizer, records, progress=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batch = Collator.of(tokenizer)([encode(record, tokenizer) for record in records])
     for _ in range(60):
-        for record in records:
-            example = encode(record, tokenizer)
-            ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
-            model(input_ids=ids, labels=labels).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     after = evaluate(model, tokenizer, records, progress=False)
@@ -165,7 +143,7 @@ def test_training_raises_accuracy(tokenizer: Any) -> None:
     assert after.confidence > before.confidence
 
 
-def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer: Any) -> None:
+def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer):
     model = tiny_model(tokenizer)
     records = questions(8)  # two of the first two answers, one of the others
     train = [r for r in questions(60) if r.extra["answer"] != "yes"]
@@ -176,7 +154,7 @@ def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer: Any) -> N
     assert (own.majority_answer, own.majority_accuracy) == (ANSWERS[1], 2 / 8)  # a tie
 
 
-def test_answers_of_the_training_set_are_possible_too(tokenizer: Any) -> None:
+def test_answers_of_the_training_set_are_possible_too(tokenizer):
     model = tiny_model(tokenizer)
     one = [r for r in questions(60) if r.extra["answer"] == "The heart."]
     assert evaluate(model, tokenizer, one, progress=False).accuracy == 1.0  # no other way to go
@@ -185,18 +163,17 @@ def test_answers_of_the_training_set_are_possible_too(tokenizer: Any) -> None:
     assert result.accuracy == sum(expected) / len(expected)
 
 
-def test_records_without_answers_only_have_a_loss(tokenizer: Any, tmp_path: Path) -> None:
+def test_records_without_answers_only_have_a_loss(tokenizer):
     chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
-    result = evaluate(tiny_model(tokenizer), tokenizer, path, progress=False)
+    records = [make_record({"messages": chat})]
+    result = evaluate(tiny_model(tokenizer), tokenizer, records, progress=False)
     assert result.tokens == 2 * len(tokenizer("assistant<|end|>").input_ids)
     assert (result.accuracy, result.majority_accuracy, result.majority_answer) == (None, None, None)
     assert result.per_answer == {}
     assert json.loads(json.dumps(result.to_dict()))["examples"] == 1
 
 
-def test_the_answer_is_that_of_the_last_turn(tokenizer: Any) -> None:
+def test_the_answer_is_that_of_the_last_turn(tokenizer):
     first = questions(1)[0].messages
     rows = []
     for answer in ANSWERS[:2]:
@@ -216,7 +193,7 @@ def test_the_answer_is_that_of_the_last_turn(tokenizer: Any) -> None:
     assert result.accuracy == 0.5
 
 
-def test_without_a_chat_template(tokenizer: Any) -> None:
+def test_without_a_chat_template(tokenizer):
     tokenizer.chat_template = None
     model = tiny_model(tokenizer)
     records = [
@@ -238,7 +215,7 @@ def test_without_a_chat_template(tokenizer: Any) -> None:
     assert result.accuracy == expected / 20
 
 
-def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
+def test_the_model_is_left_as_it_was(tokenizer):
     model = tiny_model(tokenizer).train()
     model.model.layers[0].eval()  # a frozen part
     forward = model.forward
@@ -249,7 +226,7 @@ def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
     assert model.forward == forward
 
 
-def test_long_records_are_cut_as_in_training(tokenizer: Any) -> None:
+def test_long_records_are_cut_as_in_training(tokenizer):
     model = tiny_model(tokenizer)
     short = questions(1)[0]
     pair = {**short.extra, "prompt": short.messages[0]["content"]}
@@ -275,9 +252,7 @@ def test_long_records_are_cut_as_in_training(tokenizer: Any) -> None:
         (["yes", "yes no"], "yes no", "'yes' starts 'yes no'"),
     ],
 )
-def test_a_bad_answer_is_named(
-    tokenizer: Any, answers: list[Any], completion: str, says: str
-) -> None:
+def test_a_bad_answer_is_named(tokenizer, answers, completion, says):
     records = [
         make_record({"prompt": "a", "completion": completion, "answer": answer}, f"x:{i}")
         for i, answer in enumerate(answers)
@@ -291,7 +266,7 @@ def test_a_bad_answer_is_named(
 # --- the trie alone ------------------------------------------------------------------------------
 
 
-def test_branches_of_a_known_trie() -> None:
+def test_branches_of_a_known_trie():
     paths = [[1, 2, 9], [1, 3, 4, 9], [1, 3, 5, 9], [1, 3, 5, 8]]
     branches = list(gold_branches([1, 3, 5, 9], paths, start=10))
     assert [(b.position, b.children, b.gold) for b in branches] == [
@@ -311,9 +286,7 @@ def test_branches_of_a_known_trie() -> None:
     ),
     seed=st.integers(0, 1000),
 )
-def test_exactly_the_answer_that_greedy_search_reaches_is_right(
-    paths: list[list[int]], seed: int
-) -> None:
+def test_exactly_the_answer_that_greedy_search_reaches_is_right(paths, seed):
     """The logits here depend on the position alone, so that one pass asks for all paths."""
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(1, 6, 8, generator=draw).expand(len(paths), -1, -1)

@@ -1,14 +1,9 @@
 """A patched model in training: whatever passes by the fused loss raises and names the way out."""
 
-from __future__ import annotations
-
 import copy
+import io
 import logging
-import pickle
-from collections.abc import Callable
-from pathlib import Path
 from types import MethodType
-from typing import Any
 
 import datasets
 import peft
@@ -16,66 +11,36 @@ import pytest
 import torch
 import transformers as hf
 import trl
-from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from bft.guard import Bypassed
 from bft.head import UnsupportedModel
 from bft.loss import HeadLoss
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+from tests.support.models import tiny
 
-SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
-}
 SFT = HeadLoss(scheme="sft", normalize="token")
+MODELS = [
+    "LlamaForCausalLM",
+    "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM",
+    "OPTForCausalLM",
+    "MambaForCausalLM",
+    "BartForCausalLM",
+    "BertForMaskedLM",
+]
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)).train()
+def llama(**settings):
+    return tiny("LlamaForCausalLM", **settings)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": llama,
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)
-    ),
-    "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL)),
-    "opt": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=300,
-            hidden_size=16,
-            word_embed_proj_dim=16,
-            ffn_dim=24,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ),
-    "mamba": lambda: hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1)
-    ),
-    "bart": lambda: hf.BartForCausalLM(
-        hf.BartConfig(
-            vocab_size=300, d_model=16, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0
-        )
-    ),
-    "bert": lambda: hf.BertForMaskedLM(hf.BertConfig(**SMALL)),
-}
-
-
-def rows() -> dict[str, Tensor]:
-    ids = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(1))
+def rows():
+    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def own_loss(model: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
+def own_loss(model, input_ids, labels, **_):
     """What a trainer does that knows better: body and head by itself."""
     hidden = model.base_model(input_ids=input_ids)[0]
     logits = hidden @ model.get_output_embeddings().weight.T
@@ -86,8 +51,8 @@ def own_loss(model: Any, input_ids: Tensor, labels: Tensor, **_: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_body_and_head_do_not_train_outside_of_the_patch(name: str):
-    model, batch = patch_model(MODELS[name]().train(), SFT), rows()
+def test_body_and_head_do_not_train_outside_of_the_patch(name):
+    model, batch = patch_model(tiny(name), SFT), rows()
     with pytest.raises(Bypassed, match=r"^model: the body of the patched .* outside .*unpatch"):
         own_loss(model, **batch)
     hidden = torch.zeros(1, 2, 16)
@@ -168,38 +133,31 @@ def test_a_forward_put_over_the_patch_is_named():
         model(**batch)
 
 
-def trainer(model: Any, folder: Path, **settings: Any) -> hf.Trainer:
-    compute_loss_func = settings.pop("compute_loss_func", None)
-    arguments = hf.TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        report_to=[],
-        max_steps=1,
-        disable_tqdm=True,
-        save_strategy="no",
-        **settings,
-    )
+def once(folder):
+    """Arguments of a trainer that takes one step."""
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    return {"output_dir": str(folder), "use_cpu": True, "max_steps": 1, **quiet}
+
+
+def trainer(model, folder, loss=None, **settings):
+    arguments = hf.TrainingArguments(**once(folder), **settings)
     data = [{k: v[0] for k, v in rows().items()}] * 2
     return hf.Trainer(
-        model,
-        arguments,
-        train_dataset=data,
-        eval_dataset=data,
-        compute_loss_func=compute_loss_func,
+        model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=loss
     )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"label_smoothing_factor": 0.1}, {"compute_loss_func": lambda *a, **k: a[0].logits.sum()}],
+    [{"label_smoothing_factor": 0.1}, {"loss": lambda *a, **k: a[0].logits.sum()}],
     ids=["label_smoothing_factor", "compute_loss_func"],
 )
-def test_a_trainer_that_takes_the_labels_out_raises(settings: dict[str, Any], tmp_path: Path):
+def test_a_trainer_that_takes_the_labels_out_raises(settings, tmp_path):
     with pytest.raises(Bypassed, match="label_smoothing_factor and compute_loss_func"):
         trainer(patch_model(llama(), SFT), tmp_path, **settings).train()
 
 
-def test_a_trainer_that_passes_labels_trains(tmp_path: Path):
+def test_a_trainer_that_passes_labels_trains(tmp_path):
     model = patch_model(llama(), SFT)
     before = model.lm_head.weight.detach().clone()
     trainer(model, tmp_path).train()
@@ -207,9 +165,7 @@ def test_a_trainer_that_passes_labels_trains(tmp_path: Path):
     assert last_stats(model) is not None
 
 
-def test_an_evaluation_says_that_there_are_no_logits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_an_evaluation_says_that_there_are_no_logits(tmp_path, caplog):
     made = trainer(patch_model(llama(), SFT), tmp_path)
     made.evaluate()
     with caplog.at_level(logging.WARNING):
@@ -220,69 +176,57 @@ def test_an_evaluation_says_that_there_are_no_logits(
     assert "unpatch_model" in told[0]
 
 
-def sft_trainer(
-    model: Any, tokenizer: Any, folder: Path, trainer: Any = trl.SFTTrainer, **settings: Any
-) -> trl.SFTTrainer:
+def sft_trainer(model, tokenizer, folder, trainer=trl.SFTTrainer, **settings):
     text = [{"text": "What does the heart do? It pumps the blood."}] * 4
     return trainer(
         model,
-        trl.SFTConfig(
-            output_dir=str(folder),
-            use_cpu=True,
-            bf16=False,
-            report_to=[],
-            max_steps=1,
-            disable_tqdm=True,
-            save_strategy="no",
-            max_length=32,
-            **settings,
-        ),
+        trl.SFTConfig(**once(folder), bf16=False, max_length=32, **settings),
         train_dataset=datasets.Dataset.from_list(text),
         processing_class=tokenizer,
     )
 
 
-def model_of(tokenizer: Any) -> Any:
-    torch.manual_seed(0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL | {"vocab_size": len(tokenizer)}))
-
-
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
-def test_sft_trainer_does_not_go_past_the_patch(
-    settings: dict[str, Any], tokenizer: Any, tmp_path: Path
-):
-    model = patch_model(model_of(tokenizer), SFT)
+def test_sft_trainer_does_not_go_past_the_patch(settings, tokenizer, tmp_path):
+    model = patch_model(llama(vocab_size=len(tokenizer)), SFT)
     with pytest.raises(Bypassed, match=r"trl\..*took its place after patch_model"):
         sft_trainer(model, tokenizer, tmp_path, **settings).train()
 
 
-def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer: Any, tmp_path: Path):
-    made = sft_trainer(model_of(tokenizer), tokenizer, tmp_path)
+def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer, tmp_path):
+    made = sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path)
     patch_model(made.model, SFT)
     with pytest.raises(UnsupportedModel, match=r"trl\..*took the place of forward before"):
         made.train()
 
 
-def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer: Any, tmp_path: Path):
+def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer, tmp_path):
     """What the messages advise."""
 
     class Fused(trl.SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Any:
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = fused_loss(model, inputs, SFT)[0]
             return (loss, None) if return_outputs else loss
 
-    made = sft_trainer(model_of(tokenizer), tokenizer, tmp_path, trainer=Fused)
-    expected = sft_trainer(model_of(tokenizer), tokenizer, tmp_path).train().training_loss
+    made = sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path, trainer=Fused)
+    expected = (
+        sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path).train().training_loss
+    )
     assert made.train().training_loss == pytest.approx(expected, rel=1e-5)
 
 
 # --- copies --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_and_pickles_are_patched_and_guarded_on_their_own(
-    copied: Callable[[Any], Any], tmp_path: Path
-):
+def saved_whole(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_whole])
+def test_copies_and_pickles_are_patched_and_guarded_on_their_own(copied):
     model, batch = patch_model(llama(), SFT), rows()
     want = model(**batch).loss
     twin = copied(model)
@@ -310,17 +254,9 @@ def test_a_copy_of_the_body_alone_is_nobodys():
 
 def test_a_head_that_took_the_old_ones_place_is_guarded():
     model, batch = patch_model(llama(), SFT), rows()
-    model.resize_token_embeddings(310)
+    model.resize_token_embeddings(70)
     model(**batch).loss.backward()
     with pytest.raises(Bypassed, match="head"):
         model.lm_head(torch.zeros(1, 2, 16))
     unpatch_model(model)
     model.lm_head(torch.zeros(1, 2, 16))
-
-
-def test_a_patched_model_is_saved_whole(tmp_path: Path):
-    model, batch = patch_model(llama(), SFT), rows()
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert loaded(**batch).logits is None
-    torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)

@@ -1,13 +1,9 @@
 """Finding a model's head, and measuring what the model does to its logits."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from bft.head import (
     LogitTransform,
@@ -20,26 +16,20 @@ from bft.head import (
 from bft.loss import HeadLoss
 from bft.measure import probe, read_transform
 from bft.patch import patch_model, use_loss
+from tests.support.models import tiny, tiny_config
 
 
-def llama(kind: type = transformers.LlamaForCausalLM) -> transformers.PreTrainedModel:
+def llama(kind=transformers.LlamaForCausalLM):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return kind(config)
+    return kind(tiny_config("LlamaConfig"))
 
 
 class Edited(transformers.LlamaForCausalLM):
     """A model that does something of its own to its logits."""
 
-    edit: Callable[[Tensor], Tensor]
+    edit = None  # a function of the logits
 
-    def forward(self, **kwargs):  # type: ignore[override]
+    def forward(self, **kwargs):
         output = super().forward(**kwargs)
         output.logits = type(self).edit(output.logits)
         return output
@@ -48,7 +38,7 @@ class Edited(transformers.LlamaForCausalLM):
 BATCH = {"input_ids": torch.arange(6)[None], "labels": torch.arange(6)[None]}
 
 
-def edited(edit: Callable[[Tensor], Tensor]) -> transformers.PreTrainedModel:
+def edited(edit):
     return llama(type("Edited", (Edited,), {"edit": staticmethod(edit)}))
 
 
@@ -72,9 +62,7 @@ def edited(edit: Callable[[Tensor], Tensor]) -> transformers.PreTrainedModel:
     ],
 )
 @pytest.mark.parametrize("vocabulary", [1, 2, 7, 1000])
-def test_a_known_transform_is_read_off(
-    edit: Callable[[Tensor], Tensor], expected: LogitTransform, vocabulary: int
-):
+def test_a_known_transform_is_read_off(edit, expected, vocabulary):
     sent = probe(vocabulary, torch.device("cpu"), torch.float64)
     got = read_transform(sent, edit(sent.clone()), "model")
     exact = edit(sent.clone()).dtype == torch.float64
@@ -83,27 +71,27 @@ def test_a_known_transform_is_read_off(
         assert a == b or a == pytest.approx(b, rel=1e-15 if exact else 1e-7)
 
 
-def mask(y: Tensor) -> Tensor:
+def mask(y):
     return y.index_fill(-1, torch.tensor([3, 5]), torch.finfo(y.dtype).min)
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda y: y[..., :-1], r"turns logits \(1, 5, 31\) into \(1, 5, 30\)"),
-        (lambda y: y + 0.1, "masks or adds to 31 of 31 entries"),
-        (mask, "masks or adds to 2 of 31 entries"),
-        (lambda y: y.log_softmax(-1), "masks or adds to 31 of 31"),
+        (lambda y: y[..., :-1], r"turns logits \(1, 5, 61\) into \(1, 5, 60\)"),
+        (lambda y: y + 0.1, "masks or adds to 61 of 61 entries"),
+        (mask, "masks or adds to 2 of 61 entries"),
+        (lambda y: y.log_softmax(-1), "masks or adds to 61 of 61"),
         (lambda y: -y, r"multiplies its logits by -1\.0"),
         (lambda y: y * 0, r"multiplies its logits by 0\.0"),
-        (lambda y: y * torch.linspace(1, 2, 31), "changes 30 of 31 logits"),
-        (lambda y: y.clamp(min=-5), "changes 31 of 31 logits"),
+        (lambda y: y * torch.linspace(1, 2, 61), "changes 60 of 61 logits"),
+        (lambda y: y.clamp(min=-5), "changes 61 of 61 logits"),
         (lambda y: y + 0.01 * y.roll(1, -1), "logits"),
         (lambda y: y * (1 + 1e-3 * y.abs().clamp(max=1)), "logits other than by LogitTransform"),
-        (lambda y: y * torch.nan, "adds to 31 of 31"),
+        (lambda y: y * torch.nan, "adds to 61 of 61"),
     ],
 )
-def test_any_other_is_refused_and_named(edit: Callable[[Tensor], Tensor], message: str):
+def test_any_other_is_refused_and_named(edit, message):
     model = patch_model(edited(edit), HeadLoss())
     with pytest.raises(UnsupportedModel, match=message):
         model(**BATCH)
@@ -129,9 +117,8 @@ def test_models_without_a_head_are_refused():
         body.get_output_embeddings = lambda found=found: found
         with pytest.raises(UnsupportedModel, match="LlamaModel has no output embedding"):
             find_head(body)
-    config = transformers.T5Config(vocab_size=31, d_model=16, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder-decoder"):
-        find_head(transformers.T5ForConditionalGeneration(config))
+        find_head(tiny("T5ForConditionalGeneration"))
 
 
 def test_heads_that_are_not_plain_are_refused():
@@ -156,13 +143,13 @@ def test_heads_that_are_not_plain_are_refused():
 
 def test_a_quantised_head_is_refused_when_patching():
     model = llama()
-    model.lm_head.weight = nn.Parameter(torch.zeros(31, 16, dtype=torch.int8), requires_grad=False)
+    model.lm_head.weight = nn.Parameter(torch.zeros(61, 16, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModel, match=r"torch\.int8"):
         patch_model(model, HeadLoss())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_linear_head_passes_and_another_does_not(dtype: torch.dtype):
+def test_a_linear_head_passes_and_another_does_not(dtype):
     head = nn.Linear(512, 1000).to(dtype)
     hidden = torch.randn(3, 512).to(dtype)
     verify_linear(head, hidden, head.weight, head.bias)
@@ -174,11 +161,11 @@ def test_a_linear_head_passes_and_another_does_not(dtype: torch.dtype):
 
 def test_a_head_that_does_more_is_refused():
     class Normed(nn.Linear):
-        def forward(self, hidden: Tensor) -> Tensor:
+        def forward(self, hidden):
             return super().forward(nn.functional.normalize(hidden, dim=-1))
 
     model = llama()
-    model.lm_head = Normed(16, 31, bias=False)
+    model.lm_head = Normed(16, 61, bias=False)
     with (
         pytest.raises(UnsupportedModel, match="its own forward differs"),
         use_loss(model, HeadLoss()),
@@ -188,12 +175,12 @@ def test_a_head_that_does_more_is_refused():
 
 def test_a_head_called_more_or_less_than_once_is_refused():
     class Twice(transformers.LlamaForCausalLM):
-        def forward(self, **kwargs):  # type: ignore[override]
+        def forward(self, **kwargs):
             super().forward(**kwargs)
             return super().forward(**kwargs)
 
     class Never(transformers.LlamaForCausalLM):
-        def forward(self, input_ids=None, **kwargs):  # type: ignore[override]
+        def forward(self, input_ids=None, **kwargs):
             hidden = self.model(input_ids).last_hidden_state
             logits = hidden @ self.lm_head.weight.T
             return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)

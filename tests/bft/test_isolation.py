@@ -1,107 +1,74 @@
 """Packed documents that see each other are found out on the first packed batch."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 
 from bft.data import collate_packed
 from bft.encode import Example
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss
 from bft.patch import fused_loss, last_stats, patch_model
+from tests.support.models import tiny
 
 SFT = HeadLoss(scheme="sft", normalize="token")
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+APART = {
+    "LlamaForCausalLM": {},
+    "Gemma3ForCausalLM": {"head_dim": 8, "sliding_window": 4},
+    "GPT2LMHeadModel": {},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "Lfm2ForCausalLM": {},
 }
-GPT = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 4}
-
-APART: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaConfig(**SMALL),
-    "gemma3": lambda: hf.Gemma3TextConfig(**SMALL, head_dim=8, sliding_window=4),
-    "gpt2": lambda: hf.GPT2Config(**GPT),
-    "olmoe": lambda: hf.OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2),
-    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=4),
-    "lfm2": lambda: hf.Lfm2Config(**SMALL),
+MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
 }
-TOGETHER: dict[str, Callable[[], Any]] = {
-    "falcon": lambda: hf.FalconConfig(**SMALL),
-    "falcon-alibi": lambda: hf.FalconConfig(**SMALL, alibi=True),
-    "opt": lambda: hf.OPTConfig(
-        vocab_size=61,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    ),
-    "bloom": lambda: hf.BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4),
-    "mpt": lambda: hf.MptConfig(vocab_size=61, d_model=16, n_layers=2, n_heads=4),
-    "mamba": lambda: hf.MambaConfig(**SMALL),
-    "openai-gpt": lambda: hf.OpenAIGPTConfig(**GPT),
-    "biogpt": lambda: hf.BioGptConfig(**SMALL),
-    "gpt-oss": lambda: hf.GptOssConfig(
-        **SMALL, head_dim=8, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "mamba2": lambda: hf.Mamba2Config(**SMALL, num_heads=4, head_dim=8, n_groups=1, state_size=8),
-    "falcon-mamba": lambda: hf.FalconMambaConfig(**SMALL),
-    "falcon-h1": lambda: hf.FalconH1Config(
-        **SMALL, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8
-    ),
-    "bamba": lambda: hf.BambaConfig(
-        **SMALL, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8
-    ),
-    "minimax": lambda: hf.MiniMaxConfig(**SMALL, num_local_experts=4, head_dim=8),
-    "granite-hybrid": lambda: hf.GraniteMoeHybridConfig(
-        **SMALL,
-        num_local_experts=0,
-        shared_intermediate_size=24,
-        mamba_n_heads=4,
-        mamba_d_head=8,
-        mamba_n_groups=1,
-        mamba_d_state=8,
-        layer_types=["mamba", "attention"],
-    ),
-    "qwen3-next": lambda: hf.Qwen3NextConfig(
-        **SMALL,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        linear_num_value_heads=4,
-        linear_num_key_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
-    ),
-    "xglm": lambda: hf.XGLMConfig(
-        vocab_size=61, d_model=16, ffn_dim=24, num_layers=2, attention_heads=4
-    ),
-    "xlstm": lambda: hf.xLSTMConfig(vocab_size=61, hidden_size=32, num_heads=4, num_blocks=2),
+TOGETHER = {
+    "FalconForCausalLM": {},
+    "FalconForCausalLM alibi": {"alibi": True},
+    "OPTForCausalLM": {},
+    "BloomForCausalLM": {},
+    "MptForCausalLM": {},
+    "MambaForCausalLM": {},
+    "OpenAIGPTLMHeadModel": {},
+    "BioGptForCausalLM": {},
+    "GptOssForCausalLM": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "FalconMambaForCausalLM": {},
+    "FalconH1ForCausalLM": MAMBA | {"mamba_d_ssm": 32},
+    "BambaForCausalLM": MAMBA,
+    "MiniMaxForCausalLM": {"num_local_experts": 4, "head_dim": 8},
+    "GraniteMoeHybridForCausalLM": MAMBA
+    | {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 24,
+        "layer_types": ["mamba", "attention"],
+    },
+    "Qwen3NextForCausalLM": {
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "XGLMForCausalLM": {},
+    "xLSTMForCausalLM": {"hidden_size": 32},
 }
 
 
-def build(config: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    torch.manual_seed(0)
-    return hf.AutoModelForCausalLM.from_config(config, dtype=dtype, **options).train()
+def build(name, dtype=torch.float32, **options):
+    return tiny(name.split()[0], dtype=dtype, **(APART | TOGETHER)[name], **options)
 
 
-def packed(*lengths: int) -> dict[str, Tensor]:
+def packed(*lengths):
     draw = torch.Generator().manual_seed(3)
     ids = [torch.randint(3, 61, (n,), generator=draw).tolist() for n in lengths]
     return collate_packed([Example(i, i) for i in ids])
@@ -109,8 +76,8 @@ def packed(*lengths: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", APART)
-def test_models_that_keep_documents_apart_are_taken(name: str, dtype: torch.dtype):
-    model = patch_model(build(APART[name](), dtype), SFT).eval()
+def test_models_that_keep_documents_apart_are_taken(name, dtype):
+    model = patch_model(build(name, dtype), SFT).eval()
     for lengths in ((40, 3, 60), (5, 7)):
         model(**packed(*lengths))
     together = last_stats(model).nll[0, 5:11]
@@ -122,19 +89,19 @@ def test_models_that_keep_documents_apart_are_taken(name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", TOGETHER)
-def test_models_that_do_not_are_refused(name: str, dtype: torch.dtype):
-    model = patch_model(build(TOGETHER[name](), dtype), SFT)
+def test_models_that_do_not_are_refused(name, dtype):
+    model = patch_model(build(name, dtype), SFT)
     model(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 5, dtype=torch.long))
     for _ in range(2):  # a second call is no way around
         with pytest.raises(UnsupportedModel, match=r"packed documents see each other.*own"):
             model(**packed(5, 7))
 
 
-def boundaries(*lengths: int) -> Tensor:
+def boundaries(*lengths):
     return nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
 
 
-def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def without(batch, name):
     return {k: v for k, v in batch.items() if k != name}
 
 
@@ -157,10 +124,8 @@ def without(batch: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     ],
     ids=["mask of ones", "cu_seqlens alone", "cu_seq_lens_q alone"],
 )
-def test_boundaries_that_only_the_loss_sees_are_refused(
-    extra: dict[str, Any], advice: str, attention: str
-):
-    model = patch_model(build(APART["llama"](), attn_implementation=attention), SFT)
+def test_boundaries_that_only_the_loss_sees_are_refused(extra, advice, attention):
+    model = patch_model(build("LlamaForCausalLM", attn_implementation=attention), SFT)
     model(**packed(5, 7))
     with pytest.raises(UnsupportedModel, match=advice):
         model(**packed(5, 7) | extra)
@@ -174,8 +139,8 @@ def test_boundaries_that_only_the_loss_sees_are_refused(
     ],
     ids=["a cache", "boundaries beside positions that go on"],
 )
-def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra: dict[str, Any]):
-    model = patch_model(build(APART["llama"]()), SFT)
+def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra):
+    model = patch_model(build("LlamaForCausalLM"), SFT)
     model(**packed(5, 7))
     model(**packed(5, 7), cu_seqlens=boundaries(5, 7))
     with pytest.raises(UnsupportedModel, match="see each other"):
@@ -183,7 +148,7 @@ def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra: dict[st
 
 
 def test_a_leak_that_fades_before_the_first_label_is_seen():
-    model = patch_model(build(TOGETHER["mamba"]()), SFT)
+    model = patch_model(build("MambaForCausalLM"), SFT)
     batch = packed(5, 300)
     batch["labels"][:, :-3] = IGNORE
     with pytest.raises(UnsupportedModel, match="see each other"):
@@ -191,7 +156,7 @@ def test_a_leak_that_fades_before_the_first_label_is_seen():
 
 
 def test_a_mask_of_blocks_keeps_documents_apart():
-    model = patch_model(build(APART["llama"](), attn_implementation="eager"), SFT)
+    model = patch_model(build("LlamaForCausalLM", attn_implementation="eager"), SFT)
     document = torch.tensor([0] * 5 + [1] * 7)
     seen = (document[:, None] == document) & torch.ones(12, 12).tril().bool()
     mask = torch.zeros(12, 12).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
@@ -201,8 +166,8 @@ def test_a_mask_of_blocks_keeps_documents_apart():
 
 
 def test_embeddings_in_place_of_tokens_are_tried_as_well():
-    for name, refused in (("llama", False), ("falcon", True)):
-        model = patch_model(build((APART | TOGETHER)[name]()), SFT)
+    for name, refused in (("LlamaForCausalLM", False), ("FalconForCausalLM", True)):
+        model = patch_model(build(name), SFT)
         batch = packed(5, 7)
         batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
         if refused:
@@ -215,16 +180,16 @@ def test_embeddings_in_place_of_tokens_are_tried_as_well():
 class Count:
     """Calls of a model's body."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.calls = 0
         model.base_model.register_forward_hook(self)
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *_):
         self.calls += 1
 
 
 def test_the_trial_is_made_once_and_only_where_a_batch_can_tell():
-    model = patch_model(build(APART["llama"]()), SFT)
+    model = patch_model(build("LlamaForCausalLM"), SFT)
     count = Count(model)
     model(**packed(12))  # one document: nothing to see
     assert count.calls == 1
@@ -241,7 +206,7 @@ def test_the_trial_is_made_once_and_only_where_a_batch_can_tell():
 
 
 def test_a_left_padded_row_is_no_packed_one():
-    model = patch_model(build(TOGETHER["opt"]()), SFT)
+    model = patch_model(build("OPTForCausalLM"), SFT)
     ids = torch.randint(3, 61, (2, 8), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(8) >= torch.tensor([[0], [3]])).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE)}
@@ -252,7 +217,7 @@ def test_a_left_padded_row_is_no_packed_one():
 def test_the_trial_leaves_no_trace():
     losses = []
     for verify in (True, False):
-        model = patch_model(build(hf.GPT2Config(**GPT)), SFT, verify=verify)  # with dropout
+        model = patch_model(build("GPT2LMHeadModel"), SFT, verify=verify)  # with dropout
         model.transformer.h[0].eval()
         torch.manual_seed(5)
         loss = model(**packed(5, 7)).loss
@@ -264,5 +229,5 @@ def test_the_trial_leaves_no_trace():
 
 
 def test_verify_false_is_the_way_around():
-    model = patch_model(build(TOGETHER["falcon"]()), SFT, verify=False)
+    model = patch_model(build("FalconForCausalLM"), SFT, verify=False)
     assert model(**packed(5, 7)).loss.isfinite()

@@ -1,12 +1,9 @@
 """Targets, normaliser and settings of the training loss."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft.loss import IGNORE, Head, HeadLoss, batch_targets, draw_seed, undo_rank_mean
 from bft_kernels import reference
@@ -14,7 +11,7 @@ from bft_kernels import reference
 ROWS = [[IGNORE, 5, 6, 7], [IGNORE, IGNORE, 8, IGNORE], [IGNORE] * 4]
 
 
-def problem(rows: int = 3, length: int = 8) -> tuple[Tensor, Head, Tensor]:
+def problem(rows=3, length=8):
     """``hidden [B, T, D]``, a head with everything, ``target [B, T]`` with gaps."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, length, 6, generator=draw, dtype=torch.float64)
@@ -35,7 +32,7 @@ def test_labels_are_shifted_within_rows():
 
 
 @pytest.mark.parametrize("key", ["position_ids", "cu_seqlens", "cu_seq_lens_q"])
-def test_no_target_crosses_a_document(key: str):
+def test_no_target_crosses_a_document(key):
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     boundaries = torch.tensor([0, 2, 5])
     value = torch.tensor([[0, 1, 0, 1, 2]]) if key == "position_ids" else boundaries
@@ -76,7 +73,7 @@ def test_bad_batches_are_refused():
     ],
 )
 @pytest.mark.parametrize("key", ["labels", "shift_labels"])
-def test_boundaries_that_do_not_fit_are_refused(key: str, extra: dict, message: str):
+def test_boundaries_that_do_not_fit_are_refused(key, extra, message):
     with pytest.raises(ValueError, match=message):
         batch_targets({key: torch.zeros(2, 3, dtype=torch.int64), **extra})
 
@@ -93,7 +90,7 @@ def test_items_are_labelled_documents_or_labelled_tokens():
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("scheme", ["sft", "dft", "bft", "bft-v1", "bft-v1-code"])
-def test_parts_of_a_step_add_up(scheme: str, normalize: str):
+def test_parts_of_a_step_add_up(scheme, normalize):
     hidden, head, target = problem()
     loss = HeadLoss(scheme=scheme, window=3, normalize=normalize)
     whole, _ = loss(hidden, head, target)
@@ -128,7 +125,7 @@ def test_equals_the_reference_over_packed_documents():
 
 
 @pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
-def test_a_step_without_labels_is_zero_and_has_gradients(num_items: int | Tensor | None):
+def test_a_step_without_labels_is_zero_and_has_gradients(num_items):
     hidden, head, target = problem()
     value, _ = HeadLoss()(hidden, head, torch.full_like(target, IGNORE), num_items=num_items)
     value.backward()
@@ -139,7 +136,7 @@ def test_a_step_without_labels_is_zero_and_has_gradients(num_items: int | Tensor
 
 
 @pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
-def test_a_step_of_no_items_with_a_label_is_refused(num_items: int | Tensor):
+def test_a_step_of_no_items_with_a_label_is_refused(num_items):
     hidden, head, target = problem()
     with pytest.raises(ValueError, match=r"^num_items: got 0 with 15 labelled tokens"):
         HeadLoss()(hidden, head, target, num_items=num_items)
@@ -152,7 +149,7 @@ def test_a_step_of_no_items_with_a_label_is_refused(num_items: int | Tensor):
 
 def test_settings_are_frozen_and_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        HeadLoss().window = 3  # type: ignore[misc]
+        HeadLoss().window = 3
     with pytest.raises(ValueError, match="normalize: got 'row'"):
         HeadLoss(normalize="row")
 
@@ -160,7 +157,7 @@ def test_settings_are_frozen_and_checked():
 def test_sampled_draws_anew_unless_seeded():
     hidden, head, target = problem()
 
-    def gradient(loss: HeadLoss) -> Tensor:
+    def gradient(loss):
         return torch.autograd.grad(loss(hidden, head, target)[0], hidden)[0]
 
     sampled = HeadLoss(scheme="sft", gradient="sampled", eps=0.25)
@@ -180,7 +177,7 @@ def test_exact_leaves_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_ranks_draw_different_seeds(monkeypatch: pytest.MonkeyPatch):
+def test_ranks_draw_different_seeds(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     seeds = []
     for rank in range(64):

@@ -1,6 +1,4 @@
-"""Step metrics, the run's log, the figure."""
-
-from __future__ import annotations
+"""Step metrics, the run's log."""
 
 import json
 import math
@@ -12,12 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from bft.metrics import MetricLog, StepMeter, peak_memory_bytes
-from bft.plot import plot_run
-from bft.train import TrainResult
 from bft_kernels import balanced_linear_cross_entropy
 
 
-def test_meter_takes_means_over_micro_batches() -> None:
+def test_meter_takes_means_over_micro_batches():
     torch.manual_seed(0)
     weight = torch.randn(11, 4)
     meter = StepMeter(torch.device("cpu"))
@@ -39,15 +35,15 @@ def test_meter_takes_means_over_micro_batches() -> None:
     assert values["tokens_per_second"] == pytest.approx(25 / values["seconds"])
 
 
-def test_peak_memory_sees_an_allocation() -> None:
-    cpu = torch.device("cpu")
-    before = peak_memory_bytes(cpu)
-    block = torch.ones(before // 4 + 2**25)  # more than was ever in use, so the mark must rise
-    assert peak_memory_bytes(cpu) >= before + 2**26
-    assert block.sum() > 0
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it twice")
+def test_peak_memory_is_the_processs_in_bytes():
+    status = Path("/proc/self/status").read_text()
+    kib = int(status.partition("VmHWM:")[2].split()[0])
+    # A process starts with the peak of the one that started it.
+    assert 0.99 * 1024 * kib <= peak_memory_bytes(torch.device("cpu")) < 100 * 1024 * kib
 
 
-def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> None:
+def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
     for step in (1, 2, 3):
@@ -64,7 +60,7 @@ def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path: Path) -> 
     ]
 
 
-def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
+def test_log_is_json_where_numbers_are_none(tmp_path):
     """And a resumed run reads a number's null as NaN, but no other null."""
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
@@ -79,9 +75,7 @@ def test_log_is_json_where_numbers_are_none(tmp_path: Path) -> None:
     assert held_out["accuracy"] is None
 
 
-def test_lines_that_a_full_disk_does_not_take_wait(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     log = MetricLog(path, enabled=True)
     log.write("train", 1, {"loss": 1.0})
@@ -99,18 +93,3 @@ def test_lines_that_a_full_disk_does_not_take_wait(
     log.write("train", 4, {"loss": 0.25})
     assert not log.waiting
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
-
-
-def test_figure_is_a_png(tmp_path: Path) -> None:
-    history = [
-        {"step": step, "nll": 3.0 / step, "loss": 1.0 / step, "confidence": 0.1 * step}
-        for step in (1, 2, 3)
-    ]
-    counts = {
-        "It is red.": {"examples": 4, "correct": 1},
-        "It is blue.": {"examples": 2, "correct": 2},
-    }
-    row = {"per_answer": counts, "accuracy": 0.5, "majority_accuracy": 0.6}
-    result = TrainResult(tmp_path, 3, history, [row, row])
-    path = plot_run(result, tmp_path / "sub" / "figure.png", "bft")
-    assert path.read_bytes().startswith(b"\x89PNG")

@@ -1,13 +1,9 @@
 """NaN and infinities: the run stops before they reach the model, and says where they came from."""
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,31 +13,26 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bft import train as train_module
 from bft.cli import main
-from bft.config import TrainConfig
 from bft.nonfinite import NonFinite, broken_parameter
 from bft.train import train
 
-Flags = Callable[[TrainConfig], list[str]]
 
-
-def strict(text: str) -> Any:
+def strict(text):
     """JSON without the words that are not JSON."""
 
-    def refuse(word: str) -> None:
+    def refuse(word):
         raise ValueError(word)
 
     return json.loads(text, parse_constant=refuse)
 
 
-def rows(config: TrainConfig) -> list[dict[str, Any]]:
+def rows(config):
     text = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
     return [strict(line) for line in text.splitlines()]
 
 
 @pytest.fixture
-def one_bad_record(
-    config: TrainConfig, checkpoint_of: Callable[..., Path], tmp_path: Path
-) -> TrainConfig:
+def one_bad_record(config, checkpoint_of, tmp_path):
     """A run whose model overflows at one character, which the record on line 14 holds."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 260, "n_embd": 32, "n_head": 4, "n_layer": 2}
@@ -59,9 +50,7 @@ def one_bad_record(
     return replace(config, model=str(folder), train_file=data, batch_size=2, accumulation=2)
 
 
-def test_a_run_that_diverges_stops_before_the_step(
-    config: TrainConfig, flags: Flags, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_diverges_stops_before_the_step(config, flags, capsys):
     config = replace(config, learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=0.0)
     assert main(["train", *flags(config)]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -73,9 +62,7 @@ def test_a_run_that_diverges_stops_before_the_step(
     assert [row["kind"] for row in rows(config)] == ["eval", "train"]
 
 
-def test_the_record_is_named_and_the_checkpoint_before_is_kept(
-    one_bad_record: TrainConfig,
-) -> None:
+def test_the_record_is_named_and_the_checkpoint_before_is_kept(one_bad_record):
     config = replace(one_bad_record, save_every=1, keep_checkpoints=1, seed=1)
     with pytest.raises(NonFinite) as stop:
         train(config)
@@ -92,9 +79,7 @@ def test_the_record_is_named_and_the_checkpoint_before_is_kept(
     assert [row["step"] for row in result.history if row["skipped"]] == [step]
 
 
-def test_skipped_steps_are_counted_and_change_nothing(
-    one_bad_record: TrainConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
+def test_skipped_steps_are_counted_and_change_nothing(one_bad_record, caplog, tmp_path):
     config = replace(one_bad_record, on_nonfinite="skip", steps=5, gradient="sampled", eps=0.1)
     result = train(config)
     (skipped,) = [row["step"] for row in result.history if row["skipped"]]
@@ -115,13 +100,11 @@ def test_skipped_steps_are_counted_and_change_nothing(
     ]
 
 
-def test_a_gradient_that_overflows_stops_the_run(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gradient_that_overflows_stops_the_run(config, monkeypatch):
     """The loss is finite, the gradient is not: no record is to blame, so all are named."""
     original = train_module.training_step
 
-    def overflows(accelerator: Any, model: Any, *rest: Any) -> dict[str, float]:
+    def overflows(accelerator, model, *rest):
         values = original(accelerator, model, *rest)
         next(model.parameters()).grad.mul_(1e38).mul_(1e38)
         return values
@@ -133,7 +116,7 @@ def test_a_gradient_that_overflows_stops_the_run(
         train(config)
 
 
-def with_norm_weights_of(value: float, config: TrainConfig, folder: Path) -> TrainConfig:
+def with_norm_weights_of(value, config, folder):
     model = AutoModelForCausalLM.from_pretrained(config.model)
     torch.nn.init.constant_(model.model.norm.weight, value)
     model.save_pretrained(folder)
@@ -142,9 +125,7 @@ def with_norm_weights_of(value: float, config: TrainConfig, folder: Path) -> Tra
     return replace(config, model=str(folder))
 
 
-def test_a_model_of_nan_is_refused_wherever_it_is_loaded(
-    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_model_of_nan_is_refused_wherever_it_is_loaded(config, tmp_path, flags, capsys):
     config = with_norm_weights_of(math.nan, config, tmp_path / "broken")
     common = ["--model", config.model, "--file", str(config.train_file)]
     for command in (["train", *flags(config)], ["eval", *common], ["check", *common]):
@@ -152,9 +133,7 @@ def test_a_model_of_nan_is_refused_wherever_it_is_loaded(
         assert "holds an infinity or NaN in model.norm.weight, expected" in capsys.readouterr().err
 
 
-def test_a_broken_model_is_named_at_the_first_evaluation(
-    config: TrainConfig, tmp_path: Path, flags: Flags, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_broken_model_is_named_at_the_first_evaluation(config, tmp_path, flags, capsys):
     folder = tmp_path / "broken"
     config = with_norm_weights_of(3e38, config, folder)  # finite, and its logits are not
     assert main(["train", *flags(config)]) == 1
@@ -171,10 +150,8 @@ def test_a_broken_model_is_named_at_the_first_evaluation(
     assert broken_parameter(Accelerator(cpu=True), model) == "model.norm.weight"
 
 
-def test_no_checkpoint_is_made_of_a_broken_model(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def breaks(optimizer: Any, *arguments: Any) -> None:
+def test_no_checkpoint_is_made_of_a_broken_model(config, monkeypatch):
+    def breaks(optimizer, *arguments):
         torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.inf)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)

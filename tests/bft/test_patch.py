@@ -1,81 +1,55 @@
 """The fused head on tiny random models, in float64, against their own logits."""
 
-from __future__ import annotations
-
-import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import accelerate
 import peft
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bft.head import LogitTransform, UnsupportedModel, causal_lm
-from bft.loss import IGNORE, Head, HeadLoss, batch_targets
+from bft.head import LogitTransform, UnsupportedModel
+from bft.isolation import evaluation_mode
+from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
+from tests.support.models import tiny
 
 V, D, LENGTH = 61, 16, 12
 # Models round parts of their bodies to float32 whatever they are given, so that a difference in the
 # last place of float64 can come out as one of float32.
 RELATIVE = 1e-6
 
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": D,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-GPT = {
-    "vocab_size": V,
-    "n_embd": D,
-    "n_layer": 2,
-    "n_head": 4,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: hf.LlamaConfig(**SMALL),
-    "llama-tied": lambda: hf.LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
-    "qwen3": lambda: hf.Qwen3Config(**SMALL, head_dim=8),
-    "gemma2": lambda: hf.Gemma2Config(
-        **SMALL, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=0.5, sliding_window=16
+TIED = {"tie_word_embeddings": True}
+MODELS = {
+    "llama": ("LlamaForCausalLM", {}),
+    "llama-tied": ("LlamaForCausalLM", TIED),
+    "qwen2": ("Qwen2ForCausalLM", TIED),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 8}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 0.5},
     ),
-    "gemma3": lambda: hf.Gemma3TextConfig(
-        **SMALL, head_dim=8, final_logit_softcapping=0.4, sliding_window=6
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {"head_dim": 8, "final_logit_softcapping": 0.4, "sliding_window": 6},
     ),
-    "cohere": lambda: hf.CohereConfig(**SMALL, logit_scale=0.3),
-    "granite": lambda: hf.GraniteConfig(**SMALL, logits_scaling=6.0),
-    "gpt2": lambda: hf.GPT2Config(**GPT, **DRY),
-    "gptj": lambda: hf.GPTJConfig(**GPT, **DRY, rotary_dim=4),
-    "codegen": lambda: hf.CodeGenConfig(**GPT, **DRY, rotary_dim=4),
-    "gpt-neox": lambda: hf.GPTNeoXConfig(**SMALL),
-    "phi": lambda: hf.PhiConfig(**SMALL),
-    "opt": lambda: hf.OPTConfig(
-        vocab_size=V,
-        hidden_size=D,
-        word_embed_proj_dim=8,  # a projection between body and head
-        ffn_dim=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        dropout=0.0,
-    ),
-    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_local_experts=3),
-    "smollm3": lambda: hf.SmolLM3Config(**SMALL),
+    "cohere": ("CohereForCausalLM", {"logit_scale": 0.3}),
+    "granite": ("GraniteForCausalLM", {"logits_scaling": 6.0}),
+    "gpt2": ("GPT2LMHeadModel", DRY),
+    "gptj": ("GPTJForCausalLM", DRY | {"rotary_dim": 4}),
+    "codegen": ("CodeGenForCausalLM", DRY | {"rotary_dim": 4}),
+    "gpt-neox": ("GPTNeoXForCausalLM", {}),
+    "phi": ("PhiForCausalLM", {}),
+    # A projection between body and head.
+    "opt": ("OPTForCausalLM", {"word_embed_proj_dim": 8, "dropout": 0.0}),
+    # The grouped product of the fused experts knows no float64.
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 3, "experts_implementation": "eager"}),
+    "smollm3": ("SmolLM3ForCausalLM", {}),
 }
 TRANSFORMS = {
     "gemma2": LogitTransform(0.5, 1.0),
@@ -85,18 +59,15 @@ TRANSFORMS = {
 }
 
 
-def build(name: str) -> Any:
-    torch.manual_seed(0)
-    config = MODELS[name]()
-    # The grouped product of the fused experts knows no float64.
-    options = {"experts_implementation": "eager"} if hasattr(config, "num_local_experts") else {}
-    model = hf.AutoModelForCausalLM.from_config(config, **options).double()
+def build(name):
+    kind, settings = MODELS[name]
+    model = tiny(kind, **settings).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    return model.train()
+    return model
 
 
-def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
+def rows(count=3, seed=0):
     """Right-padded rows of different lengths, the first tokens of each without a label."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, V, (count, LENGTH), generator=draw)
@@ -107,49 +78,28 @@ def rows(count: int = 3, seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@contextmanager
-def unlabelled(model: Any) -> Iterator[None]:
-    """Within it a patched model may train on its own logits."""
-    state = causal_lm(model).__dict__.get("_fused_head")
-    if state is not None:
-        state.allow_unlabelled = True
-    try:
-        yield
-    finally:
-        if state is not None:
-            state.allow_unlabelled = False
-
-
-def eager(model: Any, batch: dict[str, Tensor], loss: HeadLoss) -> Tensor:
-    """The reference formula on the model's own logits."""
+def eager(model, batch, loss):
+    """The reference loss of the model's own logits: its head is then the identity."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    with unlabelled(model):
-        logits = model(**inputs, use_cache=False).logits
+    with evaluation_mode(model):  # a patched model trains on no logits
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     target, cu_seqlens = batch_targets(batch)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
-    labelled = target.flatten() != IGNORE
-    before = nn.functional.pad(labelled.cumsum(0), (1, 0))
-    log_p = logits.flatten(0, 1)[labelled].log_softmax(-1)
-    nll = -log_p.gather(1, target.flatten()[labelled, None]).squeeze(1)
-    coefficients = reference.token_coefficients(
-        torch.exp(-nll.detach()),
-        before[cu_seqlens],
-        scheme=loss.scheme,
-        window=loss.window,
-        normalize=loss.normalize,
+    settings = {"scheme": loss.scheme, "window": loss.window, "normalize": loss.normalize}
+    return reference.balanced_linear_cross_entropy(
+        logits, torch.eye(V, dtype=logits.dtype), target.flatten(), cu_seqlens, **settings
     )
-    return (coefficients * nll).sum()
 
 
-def gradients(model: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
+def gradients(model, *losses):
     model.zero_grad()
     for loss in losses:
         loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_same(got, want):
     assert got.keys() == want.keys()
     # Some gradients are zero but for rounding (a bias of keys): those need another measure.
     small = 1e-3 * max(float(value.norm()) for value in want.values())
@@ -158,11 +108,22 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error < RELATIVE, f"{name}: relative error {error:.1e}"
 
 
-def close(got: Tensor, want: Tensor) -> None:
+def close(got, want):
     torch.testing.assert_close(got, want, rtol=RELATIVE, atol=0)
 
 
 BFT = HeadLoss(window=4)
+
+
+def assert_fused(model, batch, loss=BFT, patch=None):
+    """A model, patched now, has the loss and gradients of its own logits; returns these."""
+    want = eager(model, batch, loss)
+    expected = gradients(model, want)
+    output = patch_model(model, patch or loss)(**batch)
+    assert output.logits is None
+    close(output.loss, want)
+    assert_same(gradients(model, output.loss), expected)
+    return want, expected
 
 
 # --- values and gradients ------------------------------------------------------------------------
@@ -170,16 +131,10 @@ BFT = HeadLoss(window=4)
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("name", MODELS)
-def test_loss_and_gradients_are_those_of_the_models_logits(name: str, scheme: str):
+def test_loss_and_gradients_are_those_of_the_models_logits(name, scheme):
     model, batch = build(name), rows()
     loss = HeadLoss(scheme=scheme, window=4, normalize="token" if scheme == "sft" else "sequence")
-    want = eager(model, batch, loss)
-    expected = gradients(model, want)
-    patch_model(model, loss)
-    output = model(**batch)
-    assert output.logits is None
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    want = assert_fused(model, batch, loss)[0]
     measured = model._fused_head.transform
     assert measured == TRANSFORMS.get(name, LogitTransform())
     # The first call measured; the later ones use it.
@@ -190,7 +145,7 @@ def test_loss_and_gradients_are_those_of_the_models_logits(name: str, scheme: st
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
-def test_packed_padded_and_one_by_one_are_the_same(name: str, normalize: str):
+def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     loss = HeadLoss(window=4, normalize=normalize)
     model, right = patch_model(build(name), loss), rows()
     lengths = right["attention_mask"].sum(1).tolist()
@@ -252,7 +207,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate: bool):
+def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     model, batch = build("mixtral"), rows()
     loss = HeadLoss(scheme="sft", normalize="token")
     want = model(**batch, output_router_logits=True)
@@ -276,15 +231,14 @@ def test_the_logits_never_exist():
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             for value in tree_leaves(result):
                 if isinstance(value, Tensor):
                     self.size = max(self.size, value.numel())
             return result
 
-    config = hf.LlamaConfig(**SMALL | {"vocab_size": 997})
-    model, batch = hf.LlamaForCausalLM(config), rows(3)
+    model, batch = tiny("LlamaForCausalLM", vocab_size=997), rows(3)
     labels = int((batch_targets(batch)[0] != IGNORE).sum())
     assert labels > D  # the logits are larger than the head's weight
     with Largest() as fused:
@@ -301,7 +255,7 @@ def test_the_logits_never_exist():
 def test_hooks_of_the_head_run_once_around_the_loss():
     model, seen = build("llama"), []
 
-    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+    def spy(hidden, head, *rest):
         seen.append("loss")
         return BFT(hidden, head, *rest)
 
@@ -336,23 +290,18 @@ def test_offloaded_weights_are_there_when_the_loss_needs_them():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_lora_leaves_the_head_frozen(name: str):
+def test_lora_leaves_the_head_frozen(name):
     model, batch = build(name), rows()
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     trainable = []
 
-    def spy(hidden: Tensor, head: Head, *rest: Any) -> tuple[Tensor, Any]:
+    def spy(hidden, head, *rest):
         trainable.append((hidden.requires_grad, head.weight.requires_grad))
         return BFT(hidden, head, *rest)
 
-    want = eager(model, batch, BFT)
-    expected = gradients(model, want)
+    expected = assert_fused(model, batch, patch=spy)[1]
     assert all("lora" in parameter for parameter in expected)
-    patch_model(model, spy)
-    output = model(**batch)
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
     assert trainable == [(True, False)]
 
 
@@ -366,18 +315,13 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
     copied = model.get_base_model().lm_head.modules_to_save["default"]
     nn.init.normal_(copied.weight)
     batch = rows()
-    want = eager(model, batch, BFT)
-    expected = gradients(model, want)
-    assert any("modules_to_save" in name for name in expected)
-    output = patch_model(model, BFT)(**batch)
-    close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    assert any("modules_to_save" in name for name in assert_fused(model, batch)[1])
     with model.disable_adapter():
         close(model(**batch).loss, eager(model, batch, BFT))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool):
+def test_gradient_checkpointing_changes_nothing(reentrant):
     model, batch = patch_model(build("llama"), BFT), rows()
     want = model(**batch).loss
     expected = gradients(model, want)
@@ -398,18 +342,6 @@ def test_autocast():
     # Ours accumulates logits in float32, the model's own are rounded to bfloat16.
     torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
     assert all(g.isfinite().all() for g in gradients(model, got).values())
-
-
-def test_packed_documents_do_not_attend_to_each_other():
-    # transformers only looks at position_ids for boundaries where there is no cache.
-    model = patch_model(build("llama"), HeadLoss(scheme="sft")).eval()
-    ids = torch.arange(1, 9)[None]
-    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8)[None] % 4}
-    alone = {"input_ids": ids[:, 4:], "labels": ids[:, 4:]}
-    model(**packed)
-    together = last_stats(model).nll[:, 4:]
-    model(**alone)
-    close(together[:, :3], last_stats(model).nll[:, :3])
 
 
 # --- patching and unpatching ---------------------------------------------------------------------
@@ -447,7 +379,7 @@ def test_a_forward_of_the_instance_comes_back():
 
 
 def test_a_failing_loss_leaves_the_head_as_it_was():
-    def fail(*_: Any) -> tuple[Tensor, Any]:
+    def fail(*_):
         raise RuntimeError("out of memory")
 
     model = patch_model(build("llama"), fail)
@@ -456,18 +388,6 @@ def test_a_failing_loss_leaves_the_head_as_it_was():
         model(**rows())
     assert model.lm_head.__dict__ == before
     assert isinstance(model.lm_head, nn.Linear)
-
-
-def test_a_copy_is_patched_on_its_own():
-    model, batch = patch_model(build("llama"), BFT), rows()
-    before = model(**batch).loss
-    twin = copy.deepcopy(model)
-    nn.init.normal_(twin.lm_head.weight)
-    assert twin(**batch).loss != before
-    close(twin(**batch).loss, eager(twin, batch, BFT))
-    close(model(**batch).loss, before)
-    unpatch_model(twin)
-    assert model(**batch).logits is None
 
 
 def test_mixed_precision_of_accelerate_goes_around_the_patch():

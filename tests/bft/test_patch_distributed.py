@@ -3,51 +3,39 @@
 Run as a script, this file is one of the processes.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
-from torch import Tensor
 
 from bft.head import UnsupportedModel
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.patch import patch_model
+from tests.support.models import tiny
 
 LOSS = HeadLoss(window=4)
 RANKS = 2
 KINDS = ("ddp", "patch-fsdp", "fsdp-patch")
 
 
-def build() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=53,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    return transformers.LlamaForCausalLM(config).double()
+def build():
+    return tiny("LlamaForCausalLM", num_attention_heads=2).double()
 
 
-def batch() -> dict[str, Tensor]:
+def batch():
     """Four rows with different numbers of labels; one has none."""
-    ids = torch.randint(53, (4, 10), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(61, (4, 10), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     for row, first in enumerate((1, 4, 10, 6)):
         labels[row, :first] = -100
     return {"input_ids": ids, "labels": labels}
 
 
-def step(model: Any, rows: dict[str, Tensor], micro_batches: int) -> float:
+def step(model, rows, micro_batches):
     """One optimizer step's backward over ``rows``; the loss is this rank's part of the whole."""
     items = LOSS.count_items(batch_targets(batch())[0])
     total = 0.0
@@ -59,7 +47,7 @@ def step(model: Any, rows: dict[str, Tensor], micro_batches: int) -> float:
     return total
 
 
-def shard(model: Any, reshard: bool) -> Any:
+def shard(model, reshard):
     """FSDP2 with the head in a group of its own: its weight is only there inside its hooks."""
     from torch.distributed.fsdp import fully_shard
 
@@ -69,7 +57,7 @@ def shard(model: Any, reshard: bool) -> Any:
     return model
 
 
-def prepare(kind: str) -> Any:
+def prepare(kind):
     if kind == "ddp":
         return torch.nn.parallel.DistributedDataParallel(patch_model(build(), LOSS))
     if kind == "patch-fsdp":
@@ -77,7 +65,7 @@ def prepare(kind: str) -> Any:
     return patch_model(shard(build(), reshard=False), LOSS)
 
 
-def packed(rank: int) -> dict[str, Tensor]:
+def packed(rank):
     """Two documents in the row of the first rank, and one, which tells nothing, in the other's."""
     ids = torch.arange(3, 13)[None]
     return {
@@ -87,7 +75,7 @@ def packed(rank: int) -> dict[str, Tensor]:
     }
 
 
-def packed_calls(model: Any, rank: int) -> list[str]:
+def packed_calls(model, rank):
     """What became of packed calls that keep documents apart, and of ones that do not."""
     results = []
     for extra in ({}, {}, {"attention_mask": torch.ones(1, 10, dtype=torch.long)}):
@@ -99,7 +87,7 @@ def packed_calls(model: Any, rank: int) -> list[str]:
     return results
 
 
-def worker(rank: int, folder: Path) -> None:
+def worker(rank, folder):
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
     for kind in KINDS:
@@ -119,7 +107,7 @@ def worker(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory):
     """A folder with the gradients of each kind, made by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     root = Path(__file__).parents[2]
@@ -145,7 +133,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one(kind: str, results: Path):
+def test_two_processes_are_one(kind, results):
     total, grads = torch.load(results / kind)
     model = patch_model(build(), LOSS)
     assert total == pytest.approx(step(model, batch(), 1), rel=1e-6)
@@ -157,7 +145,7 @@ def test_two_processes_are_one(kind: str, results: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "fsdp" in kind])
-def test_ranks_of_a_sharded_model_try_packed_documents_together(kind: str, results: Path):
+def test_ranks_of_a_sharded_model_try_packed_documents_together(kind, results):
     for rank in range(RANKS):
         assert (results / f"{kind}-packed-{rank}").read_text() == "trained trained refused"
 

@@ -1,12 +1,8 @@
 """Files of records: what is read, and what is refused with its file, line and key."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,7 +12,7 @@ from bft.records import make_record, read_jsonl
 ROW = '{"prompt": "a", "completion": "b"}'
 
 
-def turns(*contents: str, **extra: Any) -> dict[str, Any]:
+def turns(*contents, **extra):
     roles = ["user", "assistant"]
     return {
         "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
@@ -24,7 +20,7 @@ def turns(*contents: str, **extra: Any) -> dict[str, Any]:
     }
 
 
-def refused(path: Path) -> str:
+def refused(path):
     with pytest.raises(DataError) as error:
         read_jsonl(path)
     return str(error.value)
@@ -33,7 +29,7 @@ def refused(path: Path) -> str:
 # --- what is read --------------------------------------------------------------------------------
 
 
-def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path: Path) -> None:
+def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = [turns("a", str(i), answer="x") for i in range(3)]
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -53,26 +49,26 @@ def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path: Path) -> None
     ],
     ids=["one mark", "joined files", "Windows line ends"],
 )
-def test_marks_and_line_ends_of_other_systems(tmp_path: Path, data: bytes) -> None:
+def test_marks_and_line_ends_of_other_systems(tmp_path, data):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     assert [record.pair for record in read_jsonl(path)] == [("a", "b")] * 2
 
 
-def test_a_prompt_beside_messages_is_one_of_the_other_keys() -> None:
+def test_a_prompt_beside_messages_is_one_of_the_other_keys():
     record = make_record(turns("What?", "That.", prompt="What?", prompt_id="7"))
     assert [message["content"] for message in record.messages] == ["What?", "That."]
     assert record.extra == {"prompt": "What?", "prompt_id": "7"}
     assert record.pair is None
 
 
-def test_numbers_that_are_no_json_are_read_where_they_are_ignored(tmp_path: Path) -> None:
+def test_numbers_that_are_no_json_are_read_where_they_are_ignored(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b", "score": NaN, "top": Infinity}\n')
     assert read_jsonl(path)[0].extra["top"] == float("inf")
 
 
-def test_keys_without_a_value_are_not_there_for_the_template() -> None:
+def test_keys_without_a_value_are_not_there_for_the_template():
     row = turns("a", "b")
     row["messages"][1] |= {"tool_calls": None, "name": None}
     assert make_record(row).messages[1] == {"role": "assistant", "content": "b"}
@@ -96,7 +92,7 @@ def test_keys_without_a_value_are_not_there_for_the_template() -> None:
         (b"{\n" + ROW[1:].encode(), "becomes JSONL by: jq -c '.[]'"),
     ],
 )
-def test_a_file_that_is_no_jsonl_is_told_what_it_is(tmp_path: Path, data: bytes, says: str) -> None:
+def test_a_file_that_is_no_jsonl_is_told_what_it_is(tmp_path, data, says):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     text = refused(path)
@@ -147,7 +143,7 @@ CALL = '{"role": "assistant", "content": null, "tool_calls": '
         (json.dumps(turns("a", "b", tools="[]")), "'tools': expected a list of objects, got str"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+def test_a_bad_line_is_named(tmp_path, line, says):
     path = tmp_path / "bad.jsonl"
     path.write_text(f"{ROW}\n{line}\n", encoding="utf-8")
     text = refused(path)
@@ -155,7 +151,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     assert says in text
 
 
-def test_a_file_without_records_and_a_folder_are_refused(tmp_path: Path) -> None:
+def test_a_file_without_records_and_a_folder_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n")
     assert "no records" in refused(tmp_path / "empty.jsonl")
     with pytest.raises(IsADirectoryError, match="a folder, expected a JSONL file"):

@@ -1,14 +1,10 @@
 """A run that dies resumes as the run that did not, or says why it cannot."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,16 +16,14 @@ from bft import train as train_module
 from bft.checkpoint import CheckpointError
 from bft.config import TrainConfig
 from bft.same_run import MAY_CHANGE, differences
-from bft.train import TrainResult, train
-
-Checkpoint = Callable[..., Path]
+from bft.train import train
 
 
-def numbers(result: TrainResult) -> list[tuple[float, float]]:
+def numbers(result):
     return [(row["loss"], row["grad_norm"]) for row in result.history]
 
 
-def go_back(output_dir: Path, step: int) -> None:
+def go_back(output_dir, step):
     """Leaves the folder as if the run had died some time after this step's checkpoint."""
     for folder in (output_dir / "checkpoints").iterdir():
         if folder.name > f"step-{step:07d}":
@@ -37,7 +31,7 @@ def go_back(output_dir: Path, step: int) -> None:
     shutil.rmtree(output_dir / "model")
 
 
-def checkpoints(output_dir: Path) -> list[str]:
+def checkpoints(output_dir):
     return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
 
 
@@ -45,9 +39,7 @@ def checkpoints(output_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("draws", ["sampled", "dropout"])
-def test_a_step_that_draws_goes_on_with_its_own_draws(
-    draws: str, config: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
-) -> None:
+def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_of, tmp_path):
     """To the last bit; evaluations at other steps, and none, draw nothing."""
     if draws == "sampled":
         config = replace(config, gradient="sampled", eps=0.1)
@@ -68,49 +60,31 @@ def test_a_step_that_draws_goes_on_with_its_own_draws(
     assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
 
 
-def test_a_run_that_dies_in_a_step_resumes(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+def test_a_run_that_dies_in_a_step_resumes(config, before_call):
     dying = replace(config, output_dir=config.output_dir / "dying", save_every=2)
-    original, calls = train_module.training_step, []
-
-    def dies(*arguments: Any) -> dict[str, float]:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(dying)
+    before_call(train_module, "training_step", 12, KeyboardInterrupt)
+    whole = train(replace(config, output_dir=config.output_dir / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(dying)
     result = train(replace(dying, resume=True))
     assert numbers(result) == numbers(whole)
     assert [row["step"] for row in result.history] == [1, 2, 3, 4, 5, 6]
     assert checkpoints(dying.output_dir) == ["step-0000004", "step-0000006"]
 
 
-def test_an_interrupted_save_leaves_the_checkpoint_before(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = Accelerator.save_state
+def test_an_interrupted_save_leaves_the_checkpoint_before(config, before_call):
+    def breaks(self, output_dir):
+        (Path(output_dir) / "half").write_text("")
+        raise KeyboardInterrupt
 
-    def breaks(self: Accelerator, output_dir: str) -> None:
-        if "step-0000004" in output_dir:
-            (Path(output_dir) / "half").write_text("")
-            raise KeyboardInterrupt
-        original(self, output_dir)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(replace(config, save_every=2))
+    before_call(Accelerator, "save_state", 2, breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, save_every=2))
     assert checkpoints(config.output_dir) == ["step-0000002"]
     assert len(train(replace(config, resume=True)).history) == 6
 
 
-def test_a_finished_run_resumes_to_its_model(config: TrainConfig) -> None:
+def test_a_finished_run_resumes_to_its_model(config):
     whole = train(replace(config, save_every=4))
     assert checkpoints(config.output_dir) == ["step-0000004", "step-0000006"]
     shutil.rmtree(whole.model_dir)
@@ -123,7 +97,7 @@ def test_a_finished_run_resumes_to_its_model(config: TrainConfig) -> None:
 
 
 @pytest.fixture
-def resumable(config: TrainConfig) -> TrainConfig:
+def resumable(config):
     """A finished run of two steps, to be resumed."""
     config = replace(config, steps=2, eval_file=None, eval_limit=None, save_every=1)
     train(config)
@@ -143,9 +117,7 @@ def resumable(config: TrainConfig) -> TrainConfig:
     ],
     ids=lambda changed: "-".join(changed),
 )
-def test_another_setting_is_refused_by_name(
-    resumable: TrainConfig, changed: dict[str, Any]
-) -> None:
+def test_another_setting_is_refused_by_name(resumable, changed):
     before = {path: path.read_bytes() for path in resumable.output_dir.glob("[!.]*.*")}
     given = replace(resumable, **changed)
     with pytest.raises(CheckpointError) as refusal:
@@ -159,9 +131,7 @@ def test_another_setting_is_refused_by_name(
     assert {path: path.read_bytes() for path in resumable.output_dir.glob("[!.]*.*")} == before
 
 
-def test_other_records_and_another_model_are_refused(
-    resumable: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
-) -> None:
+def test_other_records_and_another_model_are_refused(resumable, checkpoint_of, tmp_path):
     lines = resumable.train_file.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[3] = lines[3].replace("item 3?", "thing 3?")
     data = tmp_path / "other.jsonl"
@@ -178,9 +148,7 @@ def test_other_records_and_another_model_are_refused(
         train(replace(resumable, model=str(model)))
 
 
-def test_another_chat_template_is_refused(
-    resumable: TrainConfig, checkpoint_of: Checkpoint, tmp_path: Path
-) -> None:
+def test_another_chat_template_is_refused(resumable, checkpoint_of, tmp_path):
     model = checkpoint_of(tmp_path / "other", tie_word_embeddings=True)
     template = model / "chat_template.jinja"
     text = template.read_text(encoding="utf-8")
@@ -191,7 +159,7 @@ def test_another_chat_template_is_refused(
     assert train(replace(resumable, model=str(model))).steps == 2
 
 
-def test_what_no_number_depends_on_may_change(resumable: TrainConfig, tmp_path: Path) -> None:
+def test_what_no_number_depends_on_may_change(resumable, tmp_path):
     data = shutil.copy(resumable.train_file, tmp_path / "moved.jsonl")
     model = shutil.copytree(resumable.model, tmp_path / "moved")
     folder = resumable.output_dir.rename(tmp_path / "moved-run")
@@ -212,11 +180,11 @@ def test_what_no_number_depends_on_may_change(resumable: TrainConfig, tmp_path: 
     assert train(moved).evaluations[-1]["step"] == 2
 
 
-def test_every_setting_that_may_change_is_one() -> None:
+def test_every_setting_that_may_change_is_one():
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= MAY_CHANGE
 
 
-def test_a_setting_newer_than_the_checkpoint_had_its_default() -> None:
+def test_a_setting_newer_than_the_checkpoint_had_its_default():
     assert differences({"processes": 1}, {"processes": 1, "window": 256}) == []
     assert differences({"processes": 1}, {"processes": 2, "window": 8}) == [
         "processes: saved 1, given 2",
@@ -224,7 +192,7 @@ def test_a_setting_newer_than_the_checkpoint_had_its_default() -> None:
     ]
 
 
-def test_nothing_to_resume_is_an_error(config: TrainConfig) -> None:
+def test_nothing_to_resume_is_an_error(config):
     with pytest.raises(ValueError, match=r"there is no checkpoint in .*; leave --resume out to"):
         train(replace(config, resume=True))
     train(replace(config, steps=1))

@@ -1,14 +1,10 @@
 """A folder belongs to one run at a time, and an older run in it is neither mixed in nor lost."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,15 +12,14 @@ from accelerate import Accelerator
 
 from bft import train as train_module
 from bft.cli import main
-from bft.config import DemoConfig, SettingError, TrainConfig
-from bft.demo import training
+from bft.config import SettingError
 from bft.encode import DataError
 from bft.ranks import start_accelerator
 from bft.run_folder import FolderInUse, claimed
 from bft.train import train
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder):
     """Every file but the lock."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -34,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def used(config: TrainConfig) -> TrainConfig:
+def used(config):
     """A finished run, with files beside it that it did not write."""
     config = replace(
         config, steps=4, save_every=2, eval_file=None, eval_limit=None, tensorboard=True
@@ -48,7 +43,7 @@ def used(config: TrainConfig) -> TrainConfig:
 # --- an older run --------------------------------------------------------------------------------
 
 
-def test_an_older_run_is_not_mixed_in(used: TrainConfig) -> None:
+def test_an_older_run_is_not_mixed_in(used):
     before = contents(used.output_dir)
     with pytest.raises(SettingError, match="holds an older run") as refusal:
         train(replace(used, steps=2))
@@ -57,18 +52,16 @@ def test_an_older_run_is_not_mixed_in(used: TrainConfig) -> None:
     assert contents(used.output_dir) == before
 
 
-def test_resume_is_no_way_out_where_there_is_no_checkpoint(config: TrainConfig) -> None:
+def test_resume_is_no_way_out_where_there_is_no_checkpoint(config):
     train(replace(config, steps=1))
     with pytest.raises(SettingError, match=r"older run \(.*\); --overwrite removes it, or"):
         train(replace(config, steps=1))
 
 
-def test_a_start_that_failed_leaves_the_folder_free(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_that_failed_leaves_the_folder_free(config, monkeypatch):
     """It took no step, so that there is nothing to lose."""
 
-    def fails(*_: Any) -> None:
+    def fails(*_):
         raise ValueError("backend: got a wrong one")
 
     with monkeypatch.context() as patch:
@@ -83,9 +76,7 @@ def test_a_start_that_failed_leaves_the_folder_free(
     assert (config.output_dir / "notes.txt").exists()
 
 
-def test_what_the_folder_refuses_is_a_wrong_flag(
-    used: TrainConfig, capsys: pytest.CaptureFixture, flags: Callable[[TrainConfig], list[str]]
-) -> None:
+def test_what_the_folder_refuses_is_a_wrong_flag(used, capsys, flags):
     assert main(["train", *flags(used)]) == 2
     assert capsys.readouterr().err.startswith("bft train: --output-dir: ")
     empty = replace(used, resume=True, output_dir=used.output_dir / "empty")
@@ -95,7 +86,7 @@ def test_what_the_folder_refuses_is_a_wrong_flag(
     assert "seed: saved 0, given 7" in capsys.readouterr().err
 
 
-def test_overwrite_removes_the_older_run_and_nothing_else(used: TrainConfig) -> None:
+def test_overwrite_removes_the_older_run_and_nothing_else(used):
     (used.output_dir / "checkpoints" / ".step-0000006.partial").mkdir()
     result = train(replace(used, steps=1, save_every=1, tensorboard=False, overwrite=True))
     names = contents(used.output_dir).keys()
@@ -107,9 +98,7 @@ def test_overwrite_removes_the_older_run_and_nothing_else(used: TrainConfig) -> 
     assert result.model_dir.is_dir()
 
 
-def test_the_older_run_is_there_until_the_new_one_can_start(
-    used: TrainConfig, tmp_path: Path
-) -> None:
+def test_the_older_run_is_there_until_the_new_one_can_start(used, tmp_path):
     before = contents(used.output_dir)
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
@@ -118,7 +107,7 @@ def test_the_older_run_is_there_until_the_new_one_can_start(
     assert contents(used.output_dir) == before
 
 
-def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -> None:
+def test_overwrite_does_not_remove_what_the_run_starts_from(used):
     before = contents(used.output_dir)
     own = str(used.output_dir / "model")
     with pytest.raises(SettingError, match=r"model: .* is part of the run in .* would remove"):
@@ -126,7 +115,7 @@ def test_overwrite_does_not_remove_what_the_run_starts_from(used: TrainConfig) -
     assert contents(used.output_dir) == before
 
 
-def test_a_model_of_no_run_is_left_alone(config: TrainConfig) -> None:
+def test_a_model_of_no_run_is_left_alone(config):
     shutil.copytree(config.model, config.output_dir / "model")
     for overwrite in (False, True):
         with pytest.raises(SettingError, match=r"output_dir: .*model is of no run"):
@@ -134,7 +123,7 @@ def test_a_model_of_no_run_is_left_alone(config: TrainConfig) -> None:
     assert contents(config.output_dir / "model") == contents(Path(config.model))
 
 
-def test_other_files_are_no_run(config: TrainConfig) -> None:
+def test_other_files_are_no_run(config):
     (config.output_dir / "checkpoints").mkdir(parents=True)
     (config.output_dir / "checkpoints" / "step-0000009").write_text("a file")
     (config.output_dir / "notes.txt").write_text("mine")
@@ -142,12 +131,12 @@ def test_other_files_are_no_run(config: TrainConfig) -> None:
     assert train(replace(config, steps=1)).steps == 1
 
 
-def test_resume_and_overwrite_exclude_each_other(config: TrainConfig) -> None:
+def test_resume_and_overwrite_exclude_each_other(config):
     with pytest.raises(ValueError, match="resume, overwrite: got both, expected one of them"):
         replace(config, resume=True, overwrite=True)
 
 
-def test_the_written_configuration_starts_another_run(used: TrainConfig, tmp_path: Path) -> None:
+def test_the_written_configuration_starts_another_run(used, tmp_path):
     """How a start found its folder is no setting of the run."""
     for changed in ({"resume": True}, {"overwrite": True}):
         train(replace(used, **changed))
@@ -155,16 +144,8 @@ def test_the_written_configuration_starts_another_run(used: TrainConfig, tmp_pat
         assert settings["resume"] is settings["overwrite"] is False
 
 
-def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
-    assert training(DemoConfig(), tmp_path).overwrite
-    assert not training(DemoConfig(output_dir=tmp_path), tmp_path).overwrite
-    assert training(DemoConfig(output_dir=tmp_path, overwrite=True), tmp_path).overwrite
-
-
 @pytest.mark.parametrize("name", ["run", "run/deeper"])
-def test_a_file_where_the_folder_should_be_is_named(
-    config: TrainConfig, tmp_path: Path, name: str
-) -> None:
+def test_a_file_where_the_folder_should_be_is_named(config, tmp_path, name):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(SettingError, match=f"output_dir: got .*/{name}, expected a folder"):
         train(replace(config, output_dir=tmp_path / name))
@@ -182,9 +163,7 @@ time.sleep(60)
 """
 
 
-def test_the_second_run_ends_with_status_2(
-    config: TrainConfig, capsys: pytest.CaptureFixture, flags: Callable[[TrainConfig], list[str]]
-) -> None:
+def test_the_second_run_ends_with_status_2(config, capsys, flags):
     config.output_dir.mkdir(parents=True)
     command = [sys.executable, "-c", HOLD, str(config.output_dir / ".lock")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
@@ -199,7 +178,7 @@ def test_the_second_run_ends_with_status_2(
     assert train(config).steps == 6
 
 
-def test_a_run_holds_its_folder_until_it_ends(config: TrainConfig) -> None:
+def test_a_run_holds_its_folder_until_it_ends(config):
     accelerator = Accelerator(cpu=True)
     with claimed(accelerator, config):
         for other in (config, replace(config, overwrite=True), replace(config, resume=True)):
@@ -209,9 +188,7 @@ def test_a_run_holds_its_folder_until_it_ends(config: TrainConfig) -> None:
         pass
 
 
-def test_processes_that_do_not_find_each_other_do_not_start(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_do_not_find_each_other_do_not_start(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="WORLD_SIZE: got 2, but accelerate runs 1 process"):
         start_accelerator(config)

@@ -1,12 +1,8 @@
 """What is loaded from a run's folder gives the numbers of its last evaluation."""
 
-from __future__ import annotations
-
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +10,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bft.config import TrainConfig
-from bft.data import read_jsonl
 from bft.evaluate import evaluate
 from bft.head import UnsupportedModel
+from bft.records import read_jsonl
 from bft.train import train
-
-Checkpoint = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def models(checkpoint_of: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def models(checkpoint_of, tmp_path_factory):
     """Tied, untied, both with a vocabulary resized to one with rows to spare, and a GPT-2."""
     folder = tmp_path_factory.mktemp("models")
     made = {}
@@ -40,7 +33,7 @@ def models(checkpoint_of: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-def nll(model: torch.nn.Module, config: TrainConfig) -> float:
+def nll(model, config):
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     records = read_jsonl(config.eval_file, limit=config.eval_limit)
     return evaluate(model, tokenizer, records, progress=False).nll
@@ -55,9 +48,7 @@ def nll(model: torch.nn.Module, config: TrainConfig) -> float:
     ]
     + [("gpt2", ()), ("gpt2", ("c_attn", "wte"))],
 )
-def test_folder_and_adapter_give_the_last_evaluation(
-    config: TrainConfig, models: dict[str, Path], name: str, targets: tuple[str, ...]
-) -> None:
+def test_folder_and_adapter_give_the_last_evaluation(config, models, name, targets):
     config = replace(config, model=str(models[name]), learning_rate=3e-2, steps=8)
     if targets:
         config = replace(config, lora_rank=4, lora_targets=targets)
@@ -72,9 +63,7 @@ def test_folder_and_adapter_give_the_last_evaluation(
         assert nll(adapted, config) == pytest.approx(after, abs=2e-5)
 
 
-def test_only_what_learned_apart_is_untied(
-    config: TrainConfig, models: dict[str, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_what_learned_apart_is_untied(config, models, caplog):
     config = replace(
         config, model=str(models["tied"]), lora_rank=4, steps=2, eval_file=None, eval_limit=None
     )
@@ -88,9 +77,7 @@ def test_only_what_learned_apart_is_untied(
         assert ("tie_word_embeddings=false" in caplog.text) is not tied
 
 
-def test_bfloat16_parameters_differ_by_one_rounding(
-    config: TrainConfig, models: dict[str, Path]
-) -> None:
+def test_bfloat16_parameters_differ_by_one_rounding(config, models):
     """The adapter is added in float32 and rounded once, to the type that the base is loaded in."""
     config = replace(config, dtype="bfloat16", learning_rate=1e-2, steps=8)
     for name, targets in (("untied", ()), ("tied", ("embed_tokens", "q_proj"))):
@@ -109,9 +96,7 @@ def test_bfloat16_parameters_differ_by_one_rounding(
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
-def test_an_adapter_on_the_head_is_refused(
-    config: TrainConfig, models: dict[str, Path], name: str
-) -> None:
+def test_an_adapter_on_the_head_is_refused(config, models, name):
     config = replace(config, model=str(models[name]), lora_rank=4)
     with pytest.raises(UnsupportedModel, match=r"carries an adapter .* Leave it out of target_mod"):
         train(replace(config, lora_targets=("lm_head", "q_proj")))

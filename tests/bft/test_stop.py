@@ -1,74 +1,47 @@
 """Ctrl-C and SIGTERM: the step is finished, a checkpoint saved, and the resumed run is the same."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bft import run as run_module
 from bft import train as train_module
 from bft.cli import main
-from bft.config import TrainConfig
 from bft.held_out import Evaluator
 from bft.signals import Stopped, StopRequest
 from bft.train import train
 
-Flags = Callable[[TrainConfig], list[str]]
-
 
 @pytest.fixture(autouse=True)
-def not_in_the_background() -> Iterator[None]:
+def not_in_the_background():
     """A shell's background job, as these tests may be, ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture
-def kill_in_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """This process gets signals in its third step; a resumed run gets none."""
-
-    def install(*numbers: int) -> None:
-        original, calls = train_module.training_step, []
-
-        def signalled(*arguments: Any) -> dict[str, float]:
-            calls.append(1)
-            if len(calls) == 3:
-                for number in numbers:
-                    os.kill(os.getpid(), number)
-            return original(*arguments)
-
-        monkeypatch.setattr(train_module, "training_step", signalled)
-
-    return install
+def kill(*numbers):
+    """Sends this process signals, whatever the arguments."""
+    return lambda *_: [os.kill(os.getpid(), number) for number in numbers]
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
 def test_a_signal_stops_after_its_step_and_resumes(
-    config: TrainConfig,
-    kill_in_step: Callable[..., Any],
-    flags: Flags,
-    capfd: pytest.CaptureFixture,
-    number: int,
-    status: int,
-) -> None:
+    config, before_call, flags, capfd, number, status
+):
     whole = train(replace(config, output_dir=config.output_dir / "whole", eval_every=3))
     config = replace(config, output_dir=config.output_dir / "stopped", eval_every=3)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    kill_in_step(number)
+    before_call(train_module, "training_step", 3, kill(number))
     assert main(["train", *flags(config)]) == status
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     error = capfd.readouterr().err
@@ -89,55 +62,36 @@ def test_a_signal_stops_after_its_step_and_resumes(
         ]
 
 
-@pytest.mark.parametrize("during", ["evaluation", "save"])
-def test_a_signal_between_two_steps_costs_no_other_step(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, during: str
-) -> None:
-    owner, name = {"evaluation": (Evaluator, "run"), "save": (train_module, "save")}[during]
-    original = getattr(owner, name)
-
-    def signalled(first: Any, step: int) -> Any:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(first, step)
-
-    monkeypatch.setattr(owner, name, signalled)
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(Evaluator, "run", 2), (train_module, "save", 1)],
+    ids=["evaluation", "save"],
+)
+def test_a_signal_between_two_steps_costs_no_other_step(config, before_call, owner, name, call):
+    before_call(owner, name, call, kill(signal.SIGTERM))
     with pytest.raises(Stopped, match=r"after step 2 of 6; .* goes on from step-0000002$"):
         train(replace(config, eval_every=2, save_every=2))
 
 
-def test_a_second_signal_stops_at_once(
-    config: TrainConfig,
-    kill_in_step: Callable[..., Any],
-    flags: Flags,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    kill_in_step(signal.SIGTERM, signal.SIGINT)
+def test_a_second_signal_stops_at_once(config, before_call, flags, capsys):
+    before_call(train_module, "training_step", 3, kill(signal.SIGTERM, signal.SIGINT))
     assert main(["train", *flags(config)]) == 130
     assert capsys.readouterr().err.endswith("\nbft train: stopped\n")
     assert not (config.output_dir / "checkpoints").exists()
 
 
-def test_a_signal_while_the_model_is_written_waits_for_it(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = run_module.save_model
-
-    def signalled(*arguments: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        original(*arguments)
-
-    monkeypatch.setattr(run_module, "save_model", signalled)
+def test_a_signal_while_the_model_is_written_waits_for_it(config, before_call):
+    before_call(run_module, "save_model", 1, kill(signal.SIGTERM))
     with pytest.raises(Stopped, match=r"SIGTERM after the last step: .*model is not evaluated"):
         train(config)
     assert (config.output_dir / "model" / "model.safetensors").is_file()
 
 
-def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone() -> None:
+def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
-    seen: list[Any] = []
+    seen = []
 
-    def ask() -> None:
+    def ask():
         with StopRequest():
             seen.append(signal.getsignal(signal.SIGTERM))
 
@@ -157,7 +111,7 @@ def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone() -
 
 
 @contextmanager
-def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+def started(command, **options):
     """A process, which a failing test does not wait for."""
     with subprocess.Popen(command, text=True, **options) as process:
         try:
@@ -166,7 +120,7 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_lines(path, count, process):
     end = time.monotonic() + 120
     while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
         assert process.poll() is None, process.communicate()
@@ -174,7 +128,8 @@ def wait_for_lines(path: Path, count: int, process: subprocess.Popen[str]) -> No
         time.sleep(0.02)
 
 
-def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flags) -> None:
+@pytest.mark.slow
+def test_a_process_of_its_own_stops_and_resumes(config, flags):
     config = replace(config, steps=20_000, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "bft", "train", *flags(config)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -191,7 +146,7 @@ def test_a_process_of_its_own_stops_and_resumes(config: TrainConfig, flags: Flag
     assert int(folder.name.removeprefix("step-")) >= 2
 
 
-def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     (tmp_path / "torch.py").write_text(code)  # as if it came while this is imported
     command = [sys.executable, "-m", "bft", "train", "--help"]
@@ -201,7 +156,7 @@ def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_one_of_two_ranks_stops_both(config: TrainConfig, flags: Flags, tmp_path: Path) -> None:
+def test_one_of_two_ranks_stops_both(config, flags, tmp_path):
     """The launcher is not told to use CPUs: its ranks find each other, and are one run."""
     config = replace(config, steps=20_000, batch_size=2, eval_file=None, eval_limit=None)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]

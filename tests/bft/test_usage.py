@@ -1,11 +1,8 @@
 """Flags and YAML: what they become, and what is refused, named as it was typed."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,23 +13,23 @@ from bft.usage import in_flags, parse, yaml_flags
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n')
     return path
 
 
-def train(data: Path, *flags: Any) -> TrainConfig:
+def train(data, *flags):
     return parse(TrainConfig, ["--train-file", str(data), *map(str, flags)], "bft train")
 
 
-def from_yaml(data: Path, text: str, *flags: str) -> TrainConfig:
+def from_yaml(data, text, *flags):
     path = data.parent / "config.yaml"
     path.write_text(text, encoding="utf-8")
     return train(data, "--config", path, *flags)
 
 
-def refused(config_type: type[Any], arguments: list[Any]) -> str:
+def refused(config_type, arguments):
     with pytest.raises(SettingError) as error:
         parse(config_type, list(map(str, arguments)), "bft")
     return in_flags(str(error.value), config_type)
@@ -41,7 +38,7 @@ def refused(config_type: type[Any], arguments: list[Any]) -> str:
 # --- YAML ----------------------------------------------------------------------------------------
 
 
-def test_yaml_of_a_run_reads_back(data: Path) -> None:
+def test_yaml_of_a_run_reads_back(data):
     config = TrainConfig(
         train_file=data,
         scheme="dft",
@@ -53,14 +50,14 @@ def test_yaml_of_a_run_reads_back(data: Path) -> None:
     assert from_yaml(data, config.to_yaml()) == config
 
 
-def test_steps_override_the_file_s_epochs_and_the_reverse(data: Path) -> None:
+def test_steps_override_the_file_s_epochs_and_the_reverse(data):
     config = from_yaml(data, "steps: 3\nepochs: null", "--epochs", "2")
     assert (config.steps, config.epochs) == (None, 2.0)
     config = from_yaml(data, "steps: null\nepochs: 2", "--steps=5")
     assert (config.steps, config.epochs) == (5, None)
 
 
-def test_flags_override_the_file(data: Path) -> None:
+def test_flags_override_the_file(data):
     text = yaml.safe_dump({"window": 8, "packing": True})
     config = from_yaml(data, text, "--window", "9", "--no-packing")
     assert (config.window, config.packing) == (9, False)
@@ -69,7 +66,7 @@ def test_flags_override_the_file(data: Path) -> None:
     assert (config.window, config.packing) == (7, True)
 
 
-def test_a_value_is_what_stands_there(data: Path) -> None:
+def test_a_value_is_what_stands_there(data):
     config = from_yaml(
         data,
         "mixed-precision: no\nlearning_rate: 2e-5\nsteps: ~\nlora_alpha: null\nseed: 007\n"
@@ -103,13 +100,13 @@ def test_a_value_is_what_stands_there(data: Path) -> None:
         ("a: 1\n---\nb: 2\n", ":2: not valid YAML"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(data: Path, text: str, says: str) -> None:
+def test_a_wrong_file_is_named_with_its_line(data, text, says):
     with pytest.raises(SettingError) as error:
         from_yaml(data, text)
     assert str(error.value).startswith(f"--config: {data.parent / 'config.yaml'}{says}")
 
 
-def test_files_that_are_no_yaml(tmp_path: Path) -> None:
+def test_files_that_are_no_yaml(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")
     for name, says in (
         ("no-such.yaml", "No such file or directory"),
@@ -129,6 +126,7 @@ def test_files_that_are_no_yaml(tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (["--window", "0"], "--window: got 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
         (["--seed", "-1"], "--seed: got -1, expected at least 0"),
         (["--seed", str(2**32)], "--seed: got 4294967296, expected at most 4294967295"),
         (["--epochs", "0"], "--epochs: got 0.0, expected a number above 0"),
@@ -137,7 +135,9 @@ def test_files_that_are_no_yaml(tmp_path: Path) -> None:
         (["--max-grad-norm", "nan"], "--max-grad-norm: got nan, expected a finite number"),
         (["--weight-decay", "-1"], "--weight-decay: got -1.0, expected a finite number at least"),
         (["--warmup-ratio", "1.5"], "--warmup-ratio: got 1.5, expected a finite number between 0"),
+        (["--gamma", "0", "--scheme", "bft-v1-code"], "--gamma: got 0.0"),
         (["--gamma", "nan", "--scheme", "bft-v1-code"], "--gamma: got nan"),
+        (["--eps", "2", "--gradient", "sampled"], "--eps: got 2.0"),
         (["--eps", "inf", "--gradient", "sampled"], "--eps: got inf"),
         (["--steps", "5", "--epochs", "1"], "--steps: got 5 with --epochs=1.0, expected one of"),
         (["--steps", "0"], "--steps: got 0, expected at least 1"),
@@ -156,32 +156,25 @@ def test_files_that_are_no_yaml(tmp_path: Path) -> None:
         (["--eps", "0.1"], "--eps: got 0.1, which --gradient=exact ignores; expected it with "),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_as_it_was_typed(
-    data: Path, flags: list[str], says: str
-) -> None:
+def test_a_setting_that_cannot_be_is_named_as_it_was_typed(data, flags, says):
     assert refused(TrainConfig, ["--train-file", data, *flags]).startswith(says)
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("config_type", "flags", "says"),
     [
-        (["--limit", "0"], "--limit: got 0, expected at least 1"),
-        (["--limit", "-1"], "--limit: got -1, expected at least 1"),
-        (["--max-length", "1"], "--max-length: got 1, expected at least 2"),
+        (EvalConfig, ["--limit", "0"], "--limit: got 0, expected at least 1"),
+        (EvalConfig, ["--max-length", "1"], "--max-length: got 1, expected at least 2"),
+        (DemoConfig, ["--eval-limit", "0"], "--eval-limit: got 0, expected at least 1"),
     ],
 )
-def test_settings_of_an_evaluation(data: Path, flags: list[str], says: str) -> None:
-    assert refused(EvalConfig, ["--model", "m", "--file", data, *flags]).startswith(says)
-
-
-def test_settings_of_the_demo() -> None:
-    assert refused(DemoConfig, ["--seed", "-1"]).startswith("--seed: got -1")
-    assert refused(DemoConfig, ["--steps", "0"]).startswith("--steps: got 0")
-    assert refused(DemoConfig, ["--eval-limit", "0"]).startswith("--eval-limit: got 0")
+def test_settings_of_other_commands(data, config_type, flags, says):
+    needed = ["--model", "m", "--file", data] if config_type is EvalConfig else []
+    assert refused(config_type, [*needed, *flags]).startswith(says)
 
 
 @pytest.mark.parametrize("config_type", [kind for kind, _ in COMMANDS.values()])
-def test_numbers_of_every_command_are_checked(config_type: type[Any], tmp_path: Path) -> None:
+def test_numbers_of_every_command_are_checked(config_type, tmp_path):
     """No number of any command may be negative."""
     file = tmp_path / "data.jsonl"
     names = {field.name: field for field in dataclasses.fields(config_type)}
@@ -194,15 +187,18 @@ def test_numbers_of_every_command_are_checked(config_type: type[Any], tmp_path: 
         if field.type.partition(" ")[0] in ("int", "float"):
             with pytest.raises(ValueError, match=f"^{name}: "):
                 config_type(**required, **{name: -1})
+        if field.type.partition(" ")[0] == "int":
+            with pytest.raises(TypeError, match=f"^{name}: got float, expected an int"):
+                config_type(**required, **{name: 1.5})
 
 
-def test_a_file_may_hold_what_another_run_needs(data: Path) -> None:
+def test_a_file_may_hold_what_another_run_needs(data):
     config = TrainConfig(train_file=data, window=4, gamma=2.0, gradient="sampled", eps=0.1)
     again = from_yaml(data, config.to_yaml(), "--scheme", "sft", "--gradient", "exact")
     assert (again.window, again.gamma, again.eps) == (4, 2.0, 0.1)
 
 
-def test_names_in_a_message_and_in_a_path() -> None:
+def test_names_in_a_message_and_in_a_path():
     path = "/data/train_file.jsonl"
     text = f"{path}:3: 9 tokens; expected max_length at most 4, with scheme=sft; model_type is none"
     assert in_flags(text, TrainConfig) == text.replace("max_l", "--max-l").replace("sch", "--sch")
@@ -212,7 +208,7 @@ def test_names_in_a_message_and_in_a_path() -> None:
 # --- files and folders ---------------------------------------------------------------------------
 
 
-def test_paths_of_the_wrong_kind(data: Path, tmp_path: Path) -> None:
+def test_paths_of_the_wrong_kind(data, tmp_path):
     file, folder, common = data, tmp_path, ["--train-file", data]
     for flags, says in (
         (["--train-file", folder], f"--train-file: {folder} is a folder, expected a JSONL file"),
@@ -233,9 +229,7 @@ def test_paths_of_the_wrong_kind(data: Path, tmp_path: Path) -> None:
     assert config.output == folder / "a/b.json"
 
 
-def test_places_that_may_not_be_read_or_written(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_places_that_may_not_be_read_or_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     said = refused(TrainConfig, ["--train-file", data, "--output-dir", tmp_path / "a/b"])
     assert said.startswith(f"--output-dir: {tmp_path} may not be written")
@@ -243,6 +237,6 @@ def test_places_that_may_not_be_read_or_written(
     assert refused(TrainConfig, ["--train-file", data]).startswith(f"--train-file: {data} may not")
 
 
-def test_a_pipe_is_a_file_to_read(tmp_path: Path) -> None:
+def test_a_pipe_is_a_file_to_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert train(tmp_path / "pipe").train_file == tmp_path / "pipe"

@@ -20,14 +20,14 @@ needs_compiler = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
 
 
 def make_tree(folder):
-    """A copy of what setup.py reads, with empty packages, and a folder of modules that refuse."""
+    """A copy of what setup.py reads, with packages of one line, and modules that refuse."""
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     (folder / "README.md").touch()
     for package in ("bft_kernels", "bft"):
         (folder / package).mkdir()
-        (folder / package / "__init__.py").touch()
+        (folder / package / "__init__.py").write_text('__version__ = "9.8.7"\n')
     for name in ("torch", "ninja", "pybind11"):
         blocked = folder / f"without_{name}" / f"{name}.py"
         blocked.parent.mkdir()
@@ -40,11 +40,27 @@ def tree(tmp_path):
     return make_tree(tmp_path)
 
 
+# Stands for a C++ compiler: knows errors and included files, and makes nothing that runs.
+PREPROCESSOR = f"""#!/bin/sh
+case "$*" in *" -c "*) exec {CXX} -E "$@" ;; esac
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+def make_tool(path, script):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A tree in which BFT_BUILD=cpu has run once."""
+    """A tree in which BFT_BUILD=cpu has run once, with PREPROCESSOR."""
     folder = make_tree(tmp_path_factory.mktemp("built"))
-    done = build(folder, BFT_BUILD="cpu")
+    make_tool(folder / "c++", PREPROCESSOR)
+    done = build(folder, BFT_BUILD="cpu", CXX=str(folder / "c++"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -69,18 +85,15 @@ def run(tree, *arguments, without=("torch",), **environment):
     )
 
 
+BUILD = ("setup.py", "build_ext", "--inplace")
+
+
 def build(tree, **environment):
-    return run(tree, "setup.py", "build_ext", "--inplace", **environment)
+    return run(tree, *BUILD, **environment)
 
 
 def modules(tree):
     return sorted(path.name.split(".")[0] for path in tree.glob("bft_kernels/*.so"))
-
-
-def test_unknown_value_is_refused(tree):
-    done = build(tree, BFT_BUILD="gpu")
-    assert done.returncode != 0
-    assert "BFT_BUILD: got 'gpu', expected one of auto, cpu, cuda, none" in done.stderr
 
 
 def test_none_builds_a_pure_wheel_with_no_tool(tree):
@@ -93,7 +106,7 @@ def test_none_builds_a_pure_wheel_with_no_tool(tree):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = tree.glob("dist/*.whl")
-    assert wheel.name == "bft_kernels-0.1.0-py3-none-any.whl"
+    assert wheel.name == "bft_kernels-9.8.7-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as files:
         assert not [name for name in files.namelist() if "csrc" in name or "emulation" in name]
     assert modules(tree) == []
@@ -109,11 +122,17 @@ def test_source_archive_holds_what_a_build_needs(tree):
     assert sources | {"setup.py", "pyproject.toml", "LICENSE"} <= packed
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_cpu_builds_one_module_that_works(built):
-    assert modules(built) == ["_cpu"]
+@pytest.mark.parametrize("without", [("torch",), ("ninja", "pybind11")])
+def test_cpu_builds_one_module_that_works(tree, without):
+    """With the headers of torch, too, which is then needed, and not imported."""
+    done = run(tree, *BUILD, without=without, BFT_BUILD="cpu")
+    assert done.returncode == 0, done.stderr
+    assert ("torch/include" in done.stdout) == ("torch" not in without)
+    assert modules(tree) == ["_cpu"]
     done = run(
-        built,
+        tree,
         "-c",
         "import numpy\n"
         "from bft_kernels import _cpu\n"
@@ -137,75 +156,45 @@ def test_cpu_builds_one_module_that_works(built):
 def test_a_second_build_compiles_only_what_changed(built, changed, rebuilt):
     if changed:
         (built / changed).touch()
-    done = build(built, BFT_BUILD="cpu")
+    done = build(built, BFT_BUILD="cpu", CXX=str(built / "c++"))
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if " -c " in line]
     assert {line.partition(" -c ")[2].split()[0] for line in commands} == rebuilt
     assert ("ninja: no work to do." in done.stdout) == (not rebuilt)
 
 
-@pytest.mark.slow
+NO_CXX = "no C++ compiler {!r}: install one, or set CXX"
+
+
 @needs_compiler
-def test_without_ninja_and_pybind11_it_builds_with_the_headers_of_torch(tree):
-    blocked = ("ninja", "pybind11")
-    done = run(tree, "setup.py", "build_ext", "--inplace", without=blocked, BFT_BUILD="cpu")
-    assert done.returncode == 0, done.stderr
-    assert "torch/include" in done.stdout
-    done = run(tree, "-c", "from bft_kernels import _cpu; print(_cpu.has_openmp.__name__)")
-    assert done.stdout == "has_openmp\n", done.stderr
-
-
-def test_without_pybind11_and_torch_it_says_what_to_install(tree):
-    done = run(
-        tree,
-        *["setup.py", "build_ext", "--inplace"],
-        without=("torch", "ninja", "pybind11"),
-        BFT_BUILD="cpu",
-    )
+@pytest.mark.parametrize(
+    ("mode", "without", "environment", "says"),
+    [
+        ("gpu", (), {}, "BFT_BUILD: got 'gpu', expected one of auto, cpu, cuda, none"),
+        ("cpu", ("ninja", "pybind11"), {}, "_cpu: no pybind11: install it, or a torch that has"),
+        ("cpu", ("ninja",), {"CXX": "false"}, "_cpu: the compiler failed"),
+        ("cpu", (), {"PATH": "", "CXX": None}, f"_cpu: {NO_CXX.format('c++')}"),
+        ("cpu", (), {"CXX": "no-such"}, f"_cpu: {NO_CXX.format('no-such')}"),
+        ("cuda", (), {"PATH": "", "CXX": None}, f"_cuda: {NO_CXX.format('c++')}"),
+        ("cuda", (), {"CXX": "no-such"}, f"_cuda: {NO_CXX.format('no-such')}"),
+        ("cuda", (), {"PATH": "", "CXX": CXX}, "_cuda: no nvcc on PATH, and CUDA_HOME is not set"),
+        # It does not look beyond a wrong one.
+        ("cuda", (), {"CUDA_HOME": "x"}, "_cuda: no nvcc in CUDA_HOME=x: install the CUDA toolkit"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_its_reason(tree, mode, without, environment, says):
+    done = run(tree, *BUILD, without=("torch", *without), BFT_BUILD=mode, **environment)
     assert done.returncode != 0
-    assert "cannot build bft_kernels._cpu: no pybind11: install it, or a torch" in done.stderr
-
-
-def test_without_ninja_a_compiler_that_fails_is_an_error(tree):
-    done = run(
-        *[tree, "setup.py", "build_ext", "--inplace"],
-        without=("torch", "ninja"),
-        BFT_BUILD="cpu",
-        CXX="false",
-    )
-    assert done.returncode != 0
-    assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in done.stderr
+    failed = f"BFT_BUILD={mode} cannot build bft_kernels." if says.startswith("_") else ""
+    assert f"{failed}{says}" in done.stderr
     assert modules(tree) == []
-
-
-@pytest.mark.parametrize("mode", ["cpu", "cuda"])
-@pytest.mark.parametrize("cxx", [None, "no-such-compiler"])
-def test_without_a_compiler_cpu_and_cuda_fail_and_say_so(tree, mode, cxx):
-    done = build(tree, BFT_BUILD=mode, PATH="", CXX=cxx)
-    assert done.returncode != 0
-    assert f"BFT_BUILD={mode} cannot build bft_kernels._" in done.stderr
-    assert f"no C++ compiler {cxx or 'c++'!r}: install one, or set CXX" in done.stderr
-
-
-@needs_compiler
-def test_cuda_without_nvcc_fails_and_names_it(tree):
-    done = build(tree, BFT_BUILD="cuda", PATH="", CXX=CXX)
-    assert done.returncode != 0
-    assert "BFT_BUILD=cuda cannot build bft_kernels._cuda: no nvcc on PATH" in done.stderr
-    assert "install the CUDA toolkit, or set CUDA_HOME" in done.stderr
-
-
-@needs_compiler
-def test_cuda_does_not_look_beyond_a_wrong_cuda_home(tree):
-    done = build(tree, BFT_BUILD="cuda", CUDA_HOME=str(tree / "toolkit"))
-    assert done.returncode != 0
-    assert f"no nvcc in CUDA_HOME={tree}/toolkit" in done.stderr
 
 
 @needs_compiler
 def test_auto_leaves_out_cuda_without_nvcc_and_says_so(built):
     (built / "csrc/bindings/cuda.cpp").touch()
-    done = build(built, BFT_BUILD="auto", CUDA_HOME=str(built / "toolkit"))
+    toolkit = {"CUDA_HOME": str(built / "toolkit"), "CXX": str(built / "c++")}
+    done = build(built, BFT_BUILD="auto", **toolkit)
     assert done.returncode == 0, done.stderr
     assert modules(built) == ["_cpu"]
     assert "BFT_BUILD=auto leaves out bft_kernels._cuda: no nvcc in CUDA_HOME=" in done.stderr
@@ -216,13 +205,14 @@ def test_code_that_does_not_compile_fails_cpu_and_is_left_out_by_auto(tree):
     (tree / "csrc/cpu/sampling.cpp").write_text("#error made to fail\n")
     stale = tree / "bft_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.touch()
+    tools = {"CXX": make_tool(tree / "c++", PREPROCESSOR), "CUDA_HOME": str(tree / "toolkit")}
 
-    forced = build(tree, BFT_BUILD="cpu")
+    forced = build(tree, BFT_BUILD="cpu", **tools)
     assert forced.returncode != 0
     assert "made to fail" in forced.stdout + forced.stderr
     assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in forced.stderr
 
-    automatic = build(tree, BFT_BUILD="auto", CUDA_HOME=str(tree / "toolkit"))
+    automatic = build(tree, BFT_BUILD="auto", **tools)
     assert automatic.returncode == 0, automatic.stderr
     assert "BFT_BUILD=auto leaves out bft_kernels._cpu: the compiler failed" in automatic.stderr
     assert modules(tree) == []
@@ -297,11 +287,12 @@ def test_an_unknown_architecture_is_refused(architectures, entry):
         assert f" {name}," in message
 
 
-# Stands for the compilers: writes what it is asked for, empty, and when it starts and ends.
+# Stands for the compilers: writes what it is asked for, empty, and when it starts and ends; in
+# between it waits for PAUSE seconds, for others to be seen.
 TOOL = """#!/bin/sh
 if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; exit; fi
 echo "start $*" >> log
-sleep 0.2
+sleep ${PAUSE:-0}
 while [ $# -gt 0 ]; do
     case "$1" in -o) : > "$2" ;; -MF) echo "out:" > "$2" ;; esac
     shift
@@ -312,13 +303,9 @@ echo end >> log
 
 def build_with_tool(tree, without=("torch",), **environment):
     """Build both modules with TOOL; what it wrote, a line each."""
-    tool = tree / "toolkit/bin/nvcc"
-    tool.parent.mkdir(parents=True)
-    tool.write_text(TOOL)
-    tool.chmod(0o755)
+    tool = make_tool(tree / "toolkit/bin/nvcc", TOOL)
     environment = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), **environment}
-    command = ["setup.py", "build_ext", "--inplace"]
-    done = run(tree, *command, without=without, CXX=str(tool), **environment)
+    done = run(tree, *BUILD, without=without, CXX=tool, **environment)
     log = tree / "log"
     return done, log.read_text().splitlines() if log.exists() else []
 
@@ -332,9 +319,10 @@ def most_at_once(log):
 
 
 @pytest.mark.parametrize("without", [("torch",), ("torch", "ninja")], ids=["ninja", "no ninja"])
-@pytest.mark.parametrize(("jobs", "most"), [("1", 1), ("3", 3)])
-def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, without):
-    done, log = build_with_tool(tree, without, MAX_JOBS=jobs, TORCH_CUDA_ARCH_LIST="9.0")
+@pytest.mark.parametrize(("jobs", "most", "pause"), [("1", 1, "0.03"), ("3", 3, "0.2")])
+def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, pause, without):
+    limit = {"MAX_JOBS": jobs, "PAUSE": pause, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    done, log = build_with_tool(tree, without, **limit)
     assert done.returncode == 0, done.stdout + done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
     assert most_at_once(log) == most

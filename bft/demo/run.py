@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bft import hpo
 from bft.config import DemoConfig, TrainConfig
+from bft.demo.plot import plot_run
 from bft.metrics import naming, write_json
-from bft.plot import plot_run
-from bft.pretrained import cache_root
+from bft.packaged import cache_root
+from bft.tasks import hpo
 from bft.train import TrainResult, train
 
 

@@ -1,19 +1,16 @@
 """The questions are clean, unambiguous and the same every time, and the splits do not leak."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from bft import hpo
-from bft.data import read_jsonl
-from bft.hpo import ROOT, SPLITS, SYSTEMS, Question, Term
+from bft.records import read_jsonl
+from bft.tasks import hpo
+from bft.tasks.hpo import ROOT, SPLITS, SYSTEMS
 
 OBO = """format-version: 1.2
 data-version: hp/releases/2099-01-01
@@ -76,20 +73,28 @@ name: has part
 """
 
 
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """An ontology of a few terms in place of the real one."""
+    path = tmp_path / "small.obo"
+    path.write_text(OBO, encoding="utf-8")
+    monkeypatch.setattr(hpo, "obo_path", lambda: path)
+
+
 @pytest.fixture(scope="module")
-def terms() -> dict[str, Term]:
+def terms():
     return hpo.parse_obo(hpo.obo_path().read_text(encoding="utf-8"))[1]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hpo") / "new"
     hpo.build(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def splits(built: Path) -> dict[str, list[Question]]:
+def splits(built):
     return {
         name: [json.loads(line) for line in (built / f"{name}.jsonl").open(encoding="utf-8")]
         for name in SPLITS
@@ -99,7 +104,7 @@ def splits(built: Path) -> dict[str, list[Question]]:
 # --- parsing -------------------------------------------------------------------------------------
 
 
-def test_only_unambiguous_defined_living_terms_of_the_systems_are_asked() -> None:
+def test_only_unambiguous_defined_living_terms_of_the_systems_are_asked():
     version, terms = hpo.parse_obo(OBO)
     assert version == "hp/releases/2099-01-01"
     assert "HP:0000003" not in terms
@@ -132,23 +137,21 @@ def test_only_unambiguous_defined_living_terms_of_the_systems_are_asked() -> Non
         ("", None),
     ],
 )
-def test_definitions_are_quoted_by_whole_sentences(definition: str, short: str | None) -> None:
+def test_definitions_are_quoted_by_whole_sentences(definition, short):
     assert hpo.shorten(definition) == short
 
 
 # --- the real ontology ---------------------------------------------------------------------------
 
 
-def test_the_systems_are_top_level_classes(terms: dict[str, Term]) -> None:
+def test_the_systems_are_top_level_classes(terms):
     for system, phrase in SYSTEMS.items():
         assert terms[system].parents == (ROOT,)
         words = set(re.findall(r"[a-z]+", terms[system].name.lower()))
         assert set(re.findall(r"[a-z]+", phrase.lower())) - {"and"} <= words
 
 
-def test_records_say_what_the_ontology_says(
-    splits: dict[str, list[Question]], terms: dict[str, Term]
-) -> None:
+def test_records_say_what_the_ontology_says(splits, terms):
     systems = hpo.systems_of(terms)
     for row in [row for rows in splits.values() for row in rows]:
         (system,) = systems[row["id"]]
@@ -161,7 +164,7 @@ def test_records_say_what_the_ontology_says(
         assert not re.search(r"PMID|https?:|HP:\d|<[a-z/]|\[|  |\n|obsolete", definition)
 
 
-def test_there_is_enough_of_every_answer(splits: dict[str, list[Question]]) -> None:
+def test_there_is_enough_of_every_answer(splits):
     counts = {name: Counter(row["answer"] for row in rows) for name, rows in splits.items()}
     assert len(counts["train"]) == len(SYSTEMS) == 14
     assert counts["train"].total() > 5000
@@ -173,25 +176,28 @@ def test_there_is_enough_of_every_answer(splits: dict[str, list[Question]]) -> N
     assert majority < 0.25
 
 
-def keys(rows: list[Question], terms: dict[str, Term], what: str) -> set[str]:
+def keys(rows, terms, what):
     if what == "parents":
         return {parent for row in rows for parent in terms[row["id"]].parents}
     if what == "name":
         return {terms[row["id"]].name.casefold() for row in rows}
     if what == "definition":
         return {row["completion"].removeprefix(row["answer"]).casefold() for row in rows}
-    return {row[what] for row in rows}  # type: ignore[literal-required]
+    return {row[what] for row in rows}
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["seed 0", "seed 1"])
-def parts(terms: dict[str, Term], request: pytest.FixtureRequest) -> dict[str, list[Question]]:
-    return hpo.split(hpo.questions(terms), terms, request.param)
+@pytest.fixture(scope="module")
+def other_seed(terms):
+    return hpo.split(hpo.questions(terms), terms, 1)
+
+
+@pytest.fixture(params=["splits", "other_seed"])
+def parts(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("what", ["id", "group", "parents", "name", "definition", "prompt"])
-def test_splits_share_nothing(
-    terms: dict[str, Term], parts: dict[str, list[Question]], what: str
-) -> None:
+def test_splits_share_nothing(terms, parts, what):
     train, validation, test = (keys(parts[name], terms, what) for name in SPLITS)
     assert train
     assert validation
@@ -204,22 +210,20 @@ def test_splits_share_nothing(
 @pytest.mark.parametrize(
     ("part", "held_out"), [("train", "test"), ("train", "validation"), ("validation", "test")]
 )
-def test_no_term_stands_above_or_below_a_held_out_one(
-    splits: dict[str, list[Question]], terms: dict[str, Term], part: str, held_out: str
-) -> None:
+def test_no_term_stands_above_or_below_a_held_out_one(splits, terms, part, held_out):
     ours = {row["id"] for row in splits[part]}
     theirs = {row["id"] for row in splits[held_out]}
     assert not ours & keys(splits[held_out], terms, "parents")
     assert not theirs & keys(splits[part], terms, "parents")
 
 
-def test_no_family_dominates_what_is_held_out(splits: dict[str, list[Question]]) -> None:
+def test_no_family_dominates_what_is_held_out(splits):
     for name in ("validation", "test"):
         assert max(Counter(row["group"] for row in splits[name]).values()) <= 25
     assert max(Counter(row["group"] for row in splits["train"]).values()) > 25
 
 
-def test_the_first_questions_are_a_sample(splits: dict[str, list[Question]]) -> None:
+def test_the_first_questions_are_a_sample(splits):
     answers = Counter(row["answer"] for row in splits["test"][:160])
     assert len(answers) >= 12
     assert max(answers.values()) < 50
@@ -228,16 +232,14 @@ def test_the_first_questions_are_a_sample(splits: dict[str, list[Question]]) -> 
 # --- files ---------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_bytes(built: Path, tmp_path: Path) -> None:
-    hpo.build(tmp_path / "again")
-    hpo.build(tmp_path / "other", seed=1)
-    for name in [f"{split}.jsonl" for split in SPLITS] + ["NOTICE"]:
-        first, second = (built / name).read_bytes(), (tmp_path / "again" / name).read_bytes()
-        assert first == second
-        assert first != (tmp_path / "other" / name).read_bytes()
+def test_same_seed_same_bytes(splits, other_seed, built, tmp_path):
+    hpo.build(tmp_path)
+    for path in built.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    assert all(other_seed[name] != splits[name] for name in SPLITS)
 
 
-def test_the_folder_holds_the_licence_and_nothing_half_made(built: Path) -> None:
+def test_the_folder_holds_the_licence_and_nothing_half_made(built):
     assert sorted(p.name for p in built.iterdir()) == sorted(
         ["NOTICE", *(f"{name}.jsonl" for name in SPLITS)]
     )
@@ -247,37 +249,40 @@ def test_the_folder_holds_the_licence_and_nothing_half_made(built: Path) -> None
     assert "https://hpo.jax.org/app/license" in notice
 
 
-def test_other_files_stay_and_a_failure_leaves_the_old_ones(
-    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine.txt").write_text("kept")
-    (tmp_path / "test.jsonl").write_text("old")
+@pytest.mark.usefixtures("small")
+def test_other_files_stay_and_a_failure_leaves_the_old_ones(tmp_path, monkeypatch):
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    (folder / "test.jsonl").write_text("old")
 
-    def full_disk(*args: Any, **kwargs: Any) -> int:
+    def full_disk(*args, **kwargs):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full_disk)
         with pytest.raises(OSError, match="disk full"):
-            hpo.build(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.txt", "test.jsonl"]
-    assert (tmp_path / "test.jsonl").read_text() == "old"
-    hpo.build(tmp_path)
-    assert (tmp_path / "test.jsonl").read_bytes() == (built / "test.jsonl").read_bytes()
-    assert (tmp_path / "mine.txt").read_text() == "kept"
+            hpo.build(folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["mine.txt", "test.jsonl"]
+    assert (folder / "test.jsonl").read_text() == "old"
+    hpo.build(folder)
+    assert "affect? Define the term." in (folder / "test.jsonl").read_text()
+    assert (folder / "mine.txt").read_text() == "kept"
 
 
-def test_the_loader_reads_it(built: Path) -> None:
+def test_the_loader_reads_it(built):
     record = read_jsonl(built / "test.jsonl", limit=1)[0]
     assert record.pair is not None
     assert set(record.extra) == {"answer", "group", "id"}
 
 
-def test_the_table_counts_and_shows_a_sample(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small")
+def test_the_table_counts_and_shows_a_sample(tmp_path):
     console = Console(record=True, width=100)
     hpo.main(tmp_path, console=console)
     text = console.export_text()
-    rows = (tmp_path / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    assert f"{len(rows)}" in text
-    assert "Nervous system." in text
-    assert json.loads(rows[0])["prompt"][:60] in text
+    rows = [line.strip("│ ").split() for line in text.splitlines() if line.startswith("│")]
+    counts = {name: [n for n in numbers if n != "│"] for name, *numbers in rows}
+    assert counts == {"Ear.": ["0", "0", "1"], "Eye.": ["0", "1", "0"], "all": ["0", "1", "1"]}
+    sample = json.loads((tmp_path / "test.jsonl").read_text(encoding="utf-8"))
+    assert f"prompt: {sample['prompt']}" in text

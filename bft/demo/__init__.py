@@ -1,0 +1,1 @@
+"""What ``bft demo`` adds to a training run: a model out of a package, a comparison and a figure."""

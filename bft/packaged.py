@@ -1,0 +1,52 @@
+"""Files that come inside Python packages, and where what is made of them is kept."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class PretrainedError(RuntimeError):
+    """A model that cannot be had; the message says what to install or what went wrong."""
+
+
+def cache_root(override: str | Path | None = None) -> Path:
+    """The argument, else `$BFT_CACHE`, else `bft` in the XDG cache folder."""
+    if override is not None:
+        return Path(override).expanduser()
+    if own := os.environ.get("BFT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bft"
+
+
+def packaged_file(distribution: str, file: str, *, install: str) -> Path:
+    """A data file of an installed package, found without importing it.
+
+    Raises PretrainedError with the command to run when the package or the file is missing.
+    """
+    try:
+        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError:
+        raise PretrainedError(
+            f"the package {distribution!r} is not installed; run: {install}"
+        ) from None
+    if not path.is_file():
+        version = importlib.metadata.version(distribution)
+        raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
+    return path
+
+
+@contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """A folder in ``place``, so that moving out of it is one rename; removed in any case."""
+    scratch = place / f".{uuid.uuid4().hex[:8]}"
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,152 @@
+"""pyproject.toml declares what is imported where it is imported, and nothing else; one version."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bft_kernels import __version__, info
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
+
+# The files of each extra; of two that hold a file, the first is its.
+FILES = {
+    "triton": ["bft_kernels/backends/triton", "bft_kernels/dispatch.py"],
+    "": ["bft_kernels"],
+    "demo": ["bft/demo"],
+    "train": ["bft"],
+    "build": ["setup.py", "csrc/ninja_build.py"],
+    "dev": ["benchmarks", "csrc", "tests"],
+}
+# Declared, but needed by another way than an import.
+NOT_IMPORTED = {
+    "clang-format": "a command",
+    "gguf": "transformers reads 4-bit weights with it",
+    "mypy": "a command",
+    "numpy": "torch.Tensor.numpy, where a run's weights are hashed",
+    "pre-commit": "a command",
+    "pytest-benchmark": "a fixture of pytest",
+    "pytest-xdist": "an option of pytest",
+    "ruff": "a command",
+    "tensorboard": "accelerate writes its events with it",
+}
+# Measured against where they are installed, which is the user's choice.
+PEERS = {"cut_cross_entropy", "liger_kernel", "quack", "verl"}
+
+
+def name_of(requirement):
+    """A distribution's name as it is compared: lower case, with hyphens."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+
+def declared(extra):
+    """Distributions of an extra, of the extras that it names, and of no extra at all."""
+    found = {name_of(requirement) for requirement in EXTRAS[""]}
+    for requirement in EXTRAS[extra]:
+        inner = re.match(r"bft-kernels\[(.*)\]", requirement)
+        found |= set().union(*map(declared, inner[1].split(","))) if inner else set()
+        found |= set() if inner else {name_of(requirement)}
+    return found
+
+
+def modules(path):
+    """The first part of every module that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """{extra: {distribution: a file that imports it}}; a module of no distribution is one."""
+    providers = importlib.metadata.packages_distributions()
+    ours = {path.stem for path in ROOT.glob("csrc/**/*.py")}
+    ours |= {path.name for path in ROOT.iterdir() if path.is_dir()}
+    seen = set()
+    found = {extra: {} for extra in FILES}
+    for extra, places in FILES.items():
+        for place in places:
+            path = ROOT / place
+            for file in {path} if path.is_file() else set(path.rglob("*.py")) - seen:
+                seen.add(file)
+                for module in set(modules(file)) - sys.stdlib_module_names - ours - PEERS:
+                    name = name_of(providers.get(module, [module])[0])
+                    found[extra][name] = str(file.relative_to(ROOT))
+    return found
+
+
+@pytest.mark.parametrize("extra", FILES)
+def test_what_is_imported_is_declared(imported, extra):
+    known = declared(extra)
+    assert {name: file for name, file in imported[extra].items() if name not in known} == {}
+
+
+@pytest.mark.parametrize("extra", FILES)
+def test_what_is_declared_is_imported(imported, extra):
+    own = {name_of(requirement) for requirement in EXTRAS[extra]} - {"bft-kernels"}
+    # setup.py and csrc/ninja_build.py are read by the tests, too.
+    assert own - set(imported[extra]) <= set(NOT_IMPORTED)
+
+
+def test_every_direct_dependency_is_pinned_once():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [name_of(line) for line in lines if line and not line.startswith("#")]
+    everything = {name_of(line) for lines in EXTRAS.values() for line in lines} - {"bft-kernels"}
+    assert sorted(pins) == sorted(everything)
+
+
+def test_packages_of_data_are_asked_for_by_the_same_versions():
+    lines = (ROOT / "requirements-demo.txt").read_text(encoding="utf-8").splitlines()
+    source = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("bft/**/*.py"))
+    for line in lines:
+        if not line.startswith("#"):
+            assert f"pip install --no-deps {line.split()[0]}" in source
+
+
+def test_the_version_is_written_once_and_needs_no_installation(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    assert "version" not in PROJECT
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    versions = info()["versions"]
+    assert versions["bft-kernels"] == __version__
+    assert versions["numpy"] == "not installed"
+
+
+def test_the_kernels_need_no_numpy(tmp_path):
+    """And torch does without it."""
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('numpy is blocked')\n")
+    code = """
+import torch
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+
+hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+target = torch.randint(40, (6,))
+for gradient in ("exact", "sampled"):
+    linear_cross_entropy(hidden, weight, target, gradient=gradient).backward()
+    balanced_linear_cross_entropy(hidden[None], weight, target[None], gradient=gradient).backward()
+try:
+    torch.zeros(1).numpy()
+except RuntimeError:
+    print("without numpy")
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "without numpy\n", done.stderr
