@@ -9,7 +9,7 @@ RUNS := $(VENV)/.installed-demo
 TOOLS := $(VENV)/.installed-dev
 COMPILED := build/.compiled-$(or $(BFT_BUILD),auto)
 COMPILED_DEMO := build/.compiled-$(or $(BFT_BUILD),cpu)
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow soak lint format format-check types static gpu bench readme-check venv clean
@@ -35,6 +35,7 @@ soak: venv  ## run what takes hours: full matrices, campaigns of seeds, loops of
 
 lint: $(TOOLS)  ## look for mistakes
 	$(BIN)/ruff check
+	$(BIN)/codespell
 	$(BIN)/python .ci/file_sizes.py
 
 format: $(TOOLS)  ## format Python, C++ and CUDA in place
@@ -74,7 +75,7 @@ $(TOOLS): $(RUNS)
 	BFT_BUILD=none $(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-build/.compiled-%: $(RUNS) setup.py $(wildcard csrc/*.py) $(CXX_FILES)
+build/.compiled-%: $(RUNS) setup.py $(wildcard csrc/*.py) $(filter csrc/%,$(CXX_FILES))
 	BFT_BUILD=$* $(BIN)/python setup.py build_ext --inplace
 	touch $@
 

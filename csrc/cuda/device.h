@@ -2,8 +2,8 @@
 // accessors, asynchronous copies, ldmatrix and mma. Needs sm_80.
 //
 // Kernels reach memory through Global<T> and Shared<T> only. Compiled by nvcc these are a pointer
-// and an offset. Compiled by the host's compiler, tests/cuda/emulation implements the same names and
-// checks every access.
+// and an offset. Compiled by the host's compiler, tests/cuda/emulation implements the same names
+// and checks every access.
 #pragma once
 
 #include <cuda_bf16.h>

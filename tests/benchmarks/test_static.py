@@ -271,11 +271,12 @@ def test_a_missing_compiler_is_named(
 
 @pytest.mark.skipif(compiled_cuda.why_not() is not None, reason="needs nvcc")
 def test_a_file_is_compiled_for_a_target() -> None:
-    source = compiled_cuda.ROOT / "csrc/cuda/sampling.cu"
+    source = compiled_cuda.ROOT / "csrc/cuda/lists.cu"
     found = compiled_cuda.compile_source("sm_80", source)
     assert sorted(usage.name for usage in found) == [
-        "sm_80 cuda: fill_draws f32",
-        "sm_80 cuda: fill_draws u32",
+        "sm_80 cuda: column_starts",
+        "sm_80 cuda: count_entries",
+        "sm_80 cuda: list_entries",
     ]
     for got in found:
         assert (got.warps, got.shared, got.spilled, got.tensor_core) == (8, 0, 0, False)
