@@ -37,7 +37,7 @@ _ROW = 0.25  # inches of a bar and of its line of text
 _AXIS = 0.5  # inches of the axis below bars
 _LINE = 0.16  # inches of a line of a title
 _LETTERS = 44  # that a line of a title has room for
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
@@ -101,7 +101,7 @@ def render(panels: Sequence[Panel]) -> Figure:
     heights = [
         panel.height + _LINE * (1 + len(lines)) for panel, lines in zip(panels, titles, strict=True)
     ]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained", facecolor="white")
         # Subfigures: each has margins of its own.
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -114,7 +114,7 @@ def render(panels: Sequence[Panel]) -> Figure:
 def save(figure: Figure, path: Path) -> Path:
     """Writes a PNG, which changes with what it shows only; returns its name."""
     written = path.with_suffix(".png")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(written, dpi=_DPI, metadata={"Software": None})
     return written
 

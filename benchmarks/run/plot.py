@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
+from benchmarks.results import gain
 from benchmarks.results.figures import Panel, render, save
 from benchmarks.results.panels import growth_figures, loss_figures, train_figures
 from benchmarks.results.schema import Row, read, result_folders
@@ -21,6 +22,8 @@ class Config:
     """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
     output: Path | None = None
     """Instead of beside the CSVs: a folder, with one below it for each of several `folders`."""
+    gain: Path | None = None
+    """Draw README's figure alone, to this file (docs/gain.png)."""
 
 
 def main(config: Config) -> None:
@@ -29,6 +32,10 @@ def main(config: Config) -> None:
     Raises:
         SystemExit: a folder without a CSV.
     """
+    if config.gain is not None:
+        gain.write(config.gain)
+        print(config.gain)
+        return
     folders = result_folders(config.folders)
     for folder in folders:
         to = folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from benchmarks.results import panels
+from benchmarks.results import gain, panels
 from benchmarks.results.figures import Bar, Panel, bars, colour, render, stacked, time_and_memory
 from benchmarks.results.schema import digits, finite, latest, number, read, result_folders
 from benchmarks.run import plot
@@ -151,3 +151,11 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"folders: got .* expected one with some of loss\.csv"):
         result_folders([tmp_path])
     assert all(any(folder.glob("*.csv")) for folder in result_folders([]))
+
+
+def test_readmes_figure_is_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = [text.get_text() for text in gain.draw().findobj(Text)]
+    assert {"1.13", "20.8", "2,122", "bft sampled"} <= set(texts)
+    monkeypatch.setattr(gain, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"loss\.csv: no weighted row of \('smollm2-135m', 'bft"):
+        gain.draw()
