@@ -1,7 +1,5 @@
 """What must hold before any test file is imported."""
 
-from __future__ import annotations
-
 import os
 
 import torch

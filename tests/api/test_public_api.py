@@ -5,17 +5,13 @@
 CONTRIBUTING.md says what may change, and how.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,12 +23,12 @@ MODULE = re.compile(r"\b(typing|pathlib)\.(_\w+\.)?")
 DOTTED = re.compile(r"`(bft_kernels(?:\.\w+)+|bft\.(?!py\b)\w+(?:\.\w+)*)\(")
 
 
-def signature(function: Any) -> str:
+def signature(function):
     """Parameters and what is returned, each parameter with its kind and default."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
 
 
-def describe(name: str, thing: Any) -> Iterator[str]:
+def describe(name, thing):
     """One line a function; of a class its constructor, its fields and its public methods."""
     if not inspect.isclass(thing):
         yield f"{name}{signature(thing)}" if callable(thing) else f"{name}: {type(thing).__name__}"
@@ -49,7 +45,7 @@ def describe(name: str, thing: Any) -> Iterator[str]:
             yield f"class {name}.{method}{signature(function)}"
 
 
-def imported_by_docs() -> set[tuple[str, str]]:
+def imported_by_docs():
     """Module and name of each import, and of each call by its full name, in the documents."""
     found = set()
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
@@ -62,7 +58,7 @@ def imported_by_docs() -> set[tuple[str, str]]:
     return found
 
 
-def commands() -> Iterator[str]:
+def commands():
     """Each command of ``bft`` with its flags, their types and defaults."""
     from bft.cli import COMMANDS
 
@@ -77,7 +73,7 @@ def commands() -> Iterator[str]:
             yield f"bft {command} --{field.name.replace('_', '-')}: {kind} {default}"
 
 
-def lines() -> list[str]:
+def lines():
     """The public API of today's code."""
     found = []
     for package in PACKAGES:
@@ -91,7 +87,7 @@ def lines() -> list[str]:
     return [*found, *commands()]
 
 
-def _all(package: str) -> list[str]:
+def _all(package):
     return list(importlib.import_module(package).__all__)
 
 

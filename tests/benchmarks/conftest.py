@@ -1,10 +1,5 @@
 """Result folders: an empty one, and a made-up one."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from benchmarks.results.folder import Folder
@@ -15,7 +10,7 @@ ODD = 'odd <b>&"$x$, loss'
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Folder:
+def run(tmp_path):
     """An empty folder of a run on a CPU."""
     made = Folder(tmp_path / "results", "cpu")
     made.open()
@@ -23,7 +18,7 @@ def run(tmp_path: Path) -> Folder:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """Of two vocabularies, two weightings, a provider that cannot run, growth and training.
 
     Shared, so only to be read.
@@ -34,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         problem = {"shape": f"model-{vocabulary}", "inputs": "recorded", "tokens": 64, "width": 16}
         problem |= {"vocabulary": vocabulary, "dtype": "float32", "status": "ok"}
 
-        def row(provider: str, weighting: str, mode: str, times_g: float, extra: int) -> None:
+        def row(provider, weighting, mode, times_g, extra):
             kind = {"provider": provider, "weighting": weighting, "mode": mode}
             figures = {"seconds": times_g / 2, "times_g": times_g, "extra_bytes": extra}
             losses.append(full(kind | problem | figures))  # noqa: B023
@@ -53,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             taken = (3e-9 + 2e-12 * tokens) * vocabulary * 16
             grid.append({"provider": "bft sampled", "dtype": "float32", **sizes, "seconds": taken})
     for place, loss in enumerate(("eager", "sampled", "liger")):
-        step: dict[str, Any] = {"loss": loss, "weighting": "bft", "mode": "full", "model": "tiny"}
+        step = {"loss": loss, "weighting": "bft", "mode": "full", "model": "tiny"}
         step |= {"batch": 4, "length": 256}
         parts = {f"{part}_seconds": 0.1 * (1 + n) + place for n, part in enumerate(PARTS)}
         empty = (*parts, "tokens_per_second", "peak_bytes", "limit_bytes", "largest_batch")

@@ -1,13 +1,10 @@
 """A ratio that grew is seen, one that did not is not, and ``make test`` leaves the suite alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,19 +15,19 @@ NAMES = {shape: f"test_loss[bft torch exact, bft, both-{shape}]" for shape in ("
 SELECTED = [f"benchmarks/test_losses.py::{name}" for name in NAMES.values()]
 
 
-def saved(path: Path, **ratios: float) -> Path:
+def saved(path, **ratios):
     rows = [{"name": NAMES[key], "extra_info": {"times_g": r}} for key, r in ratios.items()]
     path.write_text(json.dumps({"benchmarks": rows}))
     return path
 
 
-def pytest_run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+def pytest_run(*arguments):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
 
 
-def test_only_a_ratio_far_above_the_saved_one_is_complained_of() -> None:
+def test_only_a_ratio_far_above_the_saved_one_is_complained_of():
     assert baseline.complaint(1.34, 1.0) == ""
     assert baseline.complaint(0.1, 1.0) == ""
     assert baseline.complaint(99.0, None) == ""
@@ -38,7 +35,7 @@ def test_only_a_ratio_far_above_the_saved_one_is_complained_of() -> None:
 
 
 @pytest.mark.slow
-def test_the_suite_fails_on_a_ratio_that_grew(tmp_path: Path) -> None:
+def test_the_suite_fails_on_a_ratio_that_grew(tmp_path):
     path = saved(tmp_path / "cpu.json", tiny=1e-6, small=1e6)
     done = pytest_run(*SELECTED, "--baseline", path, "--max-spread", 1e9)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -52,7 +49,7 @@ def test_the_suite_fails_on_a_ratio_that_grew(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_baseline_that_was_just_saved_is_read(tmp_path: Path) -> None:
+def test_a_baseline_that_was_just_saved_is_read(tmp_path):
     path = tmp_path / "new" / "cpu.json"
     done = pytest_run(*SELECTED, "--baseline", path, "--rebase")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -65,12 +62,12 @@ def test_a_baseline_that_was_just_saved_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", sorted(baseline.BASELINES.glob("*.json")), ids=lambda path: path.name
 )
-def test_committed_baselines_are_of_this_suite(path: Path) -> None:
+def test_committed_baselines_are_of_this_suite(path):
     ratios = baseline.load(path)
     assert ratios.keys() >= set(NAMES.values())
     assert all(ratio > 0 for ratio in ratios.values())
 
 
-def test_make_test_does_not_collect_the_suite() -> None:
+def test_make_test_does_not_collect_the_suite():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'testpaths = ["tests"]' in text

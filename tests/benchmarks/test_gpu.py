@@ -1,7 +1,5 @@
 """The GPU benchmark, rehearsed without one: its flow, its limits and its way with failures."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,7 +41,7 @@ ABSENT = (
 )
 
 
-def bare_environment(folder: Path) -> dict[str, str]:
+def bare_environment(folder):
     """Of processes in which none of ``ABSENT`` can be imported, whatever starts them."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCKED.format(names=ABSENT))
@@ -53,7 +50,7 @@ def bare_environment(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
-def start_bare(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_bare(tmp_path, *arguments):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--output", "results"]
     return subprocess.Popen(
         [*command, *arguments],
@@ -66,7 +63,7 @@ def start_bare(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> None:
+def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path):
     process = start_bare(tmp_path, "--providers", "bft triton sampled", "quack")
     text, _ = process.communicate()
     folder = tmp_path / "results"
@@ -96,7 +93,7 @@ def test_a_dry_run_needs_torch_triton_numpy_and_pytest_alone(tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("when", [8.0, 20.0])
-def test_what_a_kill_leaves_can_be_read(tmp_path: Path, when: float) -> None:
+def test_what_a_kill_leaves_can_be_read(tmp_path, when):
     process = start_bare(tmp_path, "--providers", "eager")
     time.sleep(when * random.uniform(0.7, 1.3))
     assert process.poll() is None
@@ -114,7 +111,7 @@ def test_what_a_kill_leaves_can_be_read(tmp_path: Path, when: float) -> None:
         assert "## Failures\n\nNone." in (folder / "summary.md").read_text()
 
 
-def test_earlier_results_stay(tmp_path: Path) -> None:
+def test_earlier_results_stay(tmp_path):
     folders = []
     for _ in range(3):
         folder = Folder(tmp_path / "gpu", "cpu")
@@ -126,7 +123,7 @@ def test_earlier_results_stay(tmp_path: Path) -> None:
         assert json.loads((tmp_path / name / "environment.json").read_text()) == {"run": number}
 
 
-def test_what_the_backends_say_comes_from_another_process(run: Folder) -> None:
+def test_what_the_backends_say_comes_from_another_process(run):
     run.look(gpu._environment(dry_run=True))
     assert run.noted["bft_kernels"]["backends"]["torch"]["cpu"] == []
     run.look({"PATH": "", "PYTHONHOME": "/nowhere"})  # as one that dies
@@ -134,8 +131,8 @@ def test_what_the_backends_say_comes_from_another_process(run: Folder) -> None:
     assert run.noted["bft_kernels"] == {}
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch) -> None:
-    def broken(*_: Any) -> None:
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def broken(*_):
         raise RuntimeError("this part is broken")
 
     monkeypatch.setattr(gpu, "compile_ahead", broken)
@@ -149,7 +146,7 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_refuses_without_a_gpu(tmp_path: Path) -> None:
+def test_refuses_without_a_gpu(tmp_path):
     with pytest.raises(SystemExit, match=r"found no GPU that torch can use .*--dry-run"):
         gpu.main(gpu.Config(output=tmp_path / "results"))
     assert not (tmp_path / "results").exists()
@@ -159,7 +156,7 @@ def test_refuses_without_a_gpu(tmp_path: Path) -> None:
     ("settings", "message"),
     [({}, "output: got none"), ({"providers": ("eager", "egaer")}, "providers: got 'egaer'")],
 )
-def test_refuses_bad_settings(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_refuses_bad_settings(settings, message, tmp_path):
     if settings:
         settings["output"] = tmp_path / "results"
     with pytest.raises(SystemExit, match=message):
@@ -167,12 +164,12 @@ def test_refuses_bad_settings(settings: dict[str, Any], message: str, tmp_path: 
     assert not (tmp_path / "results").exists()
 
 
-def test_names() -> None:
+def test_names():
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert find("own:wrong").family == "own:wrong"
 
 
-def test_ours_come_first_and_what_is_slow_to_start_last() -> None:
+def test_ours_come_first_and_what_is_slow_to_start_last():
     order = list(dict.fromkeys(case.provider for case in telling_cases(tuple(PROVIDERS))))
     assert set(order) == set(PROVIDERS)
     assert order[0] == "bft triton exact"
@@ -183,7 +180,7 @@ def test_ours_come_first_and_what_is_slow_to_start_last() -> None:
     assert {case.weighting for case in of_ours} == {"bft"}
 
 
-def test_figures_and_summary_of_several_shapes(run: Folder) -> None:
+def test_figures_and_summary_of_several_shapes(run):
     for place, shape in enumerate(ON_A_GPU):
         for index, case in enumerate(telling_cases(gpu.Config.providers)):
             taken = (1 + index) * 0.02

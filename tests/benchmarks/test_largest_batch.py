@@ -1,7 +1,5 @@
 """The search for the largest batch, among steps whose memory is made up."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.measure.largest_batch import largest_batch, next_batch
@@ -11,15 +9,15 @@ from benchmarks.measure.train_step import Outcome
 class Machine:
     """Steps whose peak is a bent line in the batch; counts those that are run."""
 
-    def __init__(self, limit: int, floor: int = 2000, each: int = 130, slow: int = 10**9) -> None:
+    def __init__(self, limit, floor=2000, each=130, slow=10**9):
         self.limit, self.floor, self.each, self.slow = limit, floor, each, slow
-        self.ran: list[int] = []
+        self.ran = []
 
-    def peak(self, batch: int) -> int:
+    def peak(self, batch):
         # A little noise, not monotone.
         return max(self.floor, 1000 + self.each * batch) + batch * 37 % 11
 
-    def __call__(self, batch: int) -> Outcome:
+    def __call__(self, batch):
         self.ran.append(batch)
         if batch >= self.slow:
             return Outcome("slow", reason="took longer than 9 s")
@@ -28,7 +26,7 @@ class Machine:
 
 
 @pytest.mark.parametrize("limit", [1999, 2011, 2200, 3000, 5000, 40_000, 150_000])
-def test_the_largest_batch_was_run_and_so_was_the_next(limit: int) -> None:
+def test_the_largest_batch_was_run_and_so_was_the_next(limit):
     machine = Machine(limit)
     found = largest_batch(limit, 10_000, machine, {})
     assert found.batch == 0 or (found.batch in machine.ran and machine.peak(found.batch) <= limit)
@@ -40,8 +38,8 @@ def test_the_largest_batch_was_run_and_so_was_the_next(limit: int) -> None:
     assert len(machine.ran) <= 10
 
 
-def test_larger_limits_go_on_from_smaller_ones() -> None:
-    peaks: dict[int, int] = {}
+def test_larger_limits_go_on_from_smaller_ones():
+    peaks = {}
     tries = []
     for limit in (4000, 8000, 16_000):
         machine = Machine(limit)
@@ -50,7 +48,7 @@ def test_larger_limits_go_on_from_smaller_ones() -> None:
     assert max(tries[1:]) <= 3
 
 
-def test_a_search_ends_at_the_cap_and_at_a_slow_step() -> None:
+def test_a_search_ends_at_the_cap_and_at_a_slow_step():
     machine = Machine(10**9)
     assert largest_batch(10**9, 100, machine, {}).batch == 100
     assert machine.ran[-1] == 100
@@ -60,5 +58,5 @@ def test_a_search_ends_at_the_cap_and_at_a_slow_step() -> None:
     assert found.note.endswith("took longer than 9 s")
 
 
-def test_steps_of_batches() -> None:
+def test_steps_of_batches():
     assert [next_batch(b) for b in (0, 1, 15, 16, 100)] == [1, 2, 16, 17, 105]

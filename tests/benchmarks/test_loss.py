@@ -1,11 +1,8 @@
 """``python -m benchmarks loss`` measures what it says, and refuses to where it cannot."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +25,7 @@ RUNNING = [
 ]
 
 
-def config(**settings: Any) -> loss.Config:
+def config(**settings):
     return loss.Config(
         **{
             "shapes": ("tiny",),
@@ -44,7 +41,7 @@ def config(**settings: Any) -> loss.Config:
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_provider_computes_the_same_loss_and_gradients(weighting: str) -> None:
+def test_every_provider_computes_the_same_loss_and_gradients(weighting):
     problem = make_problem(SMALL, torch.float32, "cpu")
     expected = truth(problem, weighting)
     value = step(Case("bft torch exact", weighting), problem)
@@ -70,7 +67,7 @@ def test_every_provider_computes_the_same_loss_and_gradients(weighting: str) -> 
     assert {"eager", "bft torch exact", "bft torch sampled"} <= checked
 
 
-def test_frozen_and_forward_leave_gradients_out() -> None:
+def test_frozen_and_forward_leave_gradients_out():
     problem = make_problem(SMALL, torch.float32, "cpu")
     step(Case("eager", "bft", "frozen"), problem)
     assert problem.weight.grad is None
@@ -79,7 +76,7 @@ def test_frozen_and_forward_leave_gradients_out() -> None:
     assert problem.hidden.grad is None
 
 
-def test_a_wrong_gradient_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_shows_as_an_error(monkeypatch):
     problem = first_rows(make_problem(SMALL, torch.float32, "cpu"))
     assert problem.hidden.shape[0] == 64
     plain = PROVIDERS["eager"]
@@ -90,8 +87,8 @@ def test_a_wrong_gradient_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert relative_error(torch.full((3, 2), 1.1), torch.ones(3, 2)) == pytest.approx(0.1)
 
 
-def test_reasons_not_to_run() -> None:
-    def reason(provider: str, weighting: str = "plain", mode: str = "both") -> str:
+def test_reasons_not_to_run():
+    def reason(provider, weighting="plain", mode="both"):
         return why_not(Case(provider, weighting, mode), "cpu", torch.float32)
 
     assert "it computes plain only" in reason("quack", "bft")
@@ -110,10 +107,8 @@ def test_reasons_not_to_run() -> None:
         del PROVIDERS["x"], PROVIDERS["y"]
 
 
-def test_csv_has_a_row_a_case_and_the_reasons(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(problem: Any, weighting: str) -> Any:
+def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
+    def fails(problem, weighting):
         raise ValueError("no such luck\nat all")
 
     monkeypatch.setitem(PROVIDERS, "trl", replace(PROVIDERS["eager"], options={"": fails}))
@@ -157,7 +152,7 @@ def test_csv_has_a_row_a_case_and_the_reasons(
     assert "synthetic inputs" in printed
 
 
-def test_recorded_inputs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_inputs_are_told(tmp_path, capsys):
     problem = make_problem(SMALL, torch.float32, "cpu")
     inputs = tmp_path / "abstracts.pt"
     save_recorded(inputs, problem.hidden.detach(), problem.weight.detach(), problem.target)
@@ -184,12 +179,12 @@ def test_recorded_inputs_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[
         ({"inputs": (Path("nowhere.pt"),)}, "inputs: got nowhere.pt, expected a file"),
     ],
 )
-def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_refuses_bad_settings(settings, message):
     with pytest.raises(SystemExit, match=message):
         loss.main(config(**settings))
 
 
-def test_refuses_a_file_with_other_columns(tmp_path: Path) -> None:
+def test_refuses_a_file_with_other_columns(tmp_path):
     path = tmp_path / "results.csv"
     append(path, [{"provider": "eager", "seconds": 1}])
     with pytest.raises(SystemExit, match=r"output: got .* whose columns are provider,seconds"):
@@ -199,7 +194,7 @@ def test_refuses_a_file_with_other_columns(tmp_path: Path) -> None:
     assert len(read(path)) == 1
 
 
-def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_noisy_machine_is_refused(tmp_path, monkeypatch):
     assert noise.too_busy(2.0, 2) == ""
     assert "the load average is 7.0 on 2 cores, expected up to 3.0" in noise.too_busy(7.0, 2)
     assert noise.too_noisy(Timing(1.0, 0.15, 0.9, 1.1, 5), 0.15) == ""
@@ -216,15 +211,15 @@ def test_a_noisy_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not path.exists()
 
 
-def test_timing_is_median_and_spread() -> None:
+def test_timing_is_median_and_spread():
     assert timing([2.0]) == Timing(2.0, 0.0, 2.0, 2.0, 1)
     assert timing([1.0, 2.0, 3.0, 4.0, 100.0]) == Timing(3.0, 2.0 / 3.0, 1.0, 100.0, 5)
 
 
-def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
-    order: list[str] = []
+def test_turns_are_interleaved_and_the_first_one_warms_up():
+    order = []
 
-    def run(name: str) -> None:
+    def run(name):
         time.sleep(0.05 if len(order) < 2 else 0)
         order.append(name)
 
@@ -233,14 +228,14 @@ def test_turns_are_interleaved_and_the_first_one_warms_up() -> None:
     assert max(one.seconds for one in times.values()) < 0.05
 
 
-def test_turns_end_in_time_and_short_ones_go_on() -> None:
+def test_turns_end_in_time_and_short_ones_go_on():
     assert time_turns({"a": lambda: None}, "cpu", 11, until=0.0)["a"].repeats == 3
     lasting = time_turns({"a": lambda: time.sleep(0.01)}, "cpu", 1, lasting=0.2)
     assert lasting["a"].repeats > 2
 
 
-def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(problem: Any, weighting: str) -> torch.Tensor:
+def test_of_several_options_the_fastest_is_reported(monkeypatch):
+    def slow(problem, weighting):
         time.sleep(0.05)
         return problem.hidden.sum()
 
@@ -253,7 +248,7 @@ def test_of_several_options_the_fastest_is_reported(monkeypatch: pytest.MonkeyPa
     assert fastest_option(Case("eager"), problem, "cpu").option == "quick"
 
 
-def test_the_readme_lists_every_head_and_column() -> None:
+def test_the_readme_lists_every_head_and_column():
     text = (Path(loss.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name, head in HEADS.items():
         line = f"| {name} | {head.width} | {head.vocabulary:,} | {head.source} |"
@@ -263,17 +258,17 @@ def test_the_readme_lists_every_head_and_column() -> None:
         assert f"`{column}`" in text, column
 
 
-def test_memory_of_a_process_that_fails_is_an_error() -> None:
+def test_memory_of_a_process_that_fails_is_an_error():
     with pytest.raises(RuntimeError, match="its process ended with 1"):
         extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
 
 
 @pytest.mark.slow
-def test_memory_of_eager_is_that_of_its_logits() -> None:
+def test_memory_of_eager_is_that_of_its_logits():
     shape = Shape(512, 64, 49_152)
     logits = shape.tokens * shape.vocabulary * 4
 
-    def memory(*case: str) -> int:
+    def memory(*case):
         return extra_memory(Case(*case), shape, torch.float32, "cpu")
 
     assert 1.9 * logits < memory("eager") < 4 * logits

@@ -1,22 +1,19 @@
 """Figures show what the CSVs say, and their letters can be read."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.text import Text
 
 from benchmarks.results import gain, panels
-from benchmarks.results.figures import Bar, Panel, bars, colour, render, stacked, time_and_memory
+from benchmarks.results.figures import Bar, bars, colour, render, stacked, time_and_memory
 from benchmarks.results.schema import digits, finite, latest, number, read, result_folders
 from benchmarks.run import plot
 
 
-def test_rows_are_read_whatever_the_age_of_the_file(tmp_path: Path) -> None:
+def test_rows_are_read_whatever_the_age_of_the_file(tmp_path):
     path = tmp_path / "loss.csv"
     assert read(path) == []
     path.write_text("provider,tokens,seconds\neager,8,2.5\ntrl,8,\neager,8,3.5\n")
@@ -31,7 +28,7 @@ def test_rows_are_read_whatever_the_age_of_the_file(tmp_path: Path) -> None:
         read(path)
 
 
-def test_figures_are_told_in_three_digits() -> None:
+def test_figures_are_told_in_three_digits():
     values = (0, 0.00012345, 0.0999, 0.5, 1.234, 12.345, 123.45, 1234.5, 12345.0)
     texts = ["0", "0.000123", "0.0999", "0.500", "1.23", "12.3", "123", "1,234", "12,345"]
     assert [digits(value) for value in values] == texts
@@ -39,7 +36,7 @@ def test_figures_are_told_in_three_digits() -> None:
     assert not finite(float("nan"))
 
 
-def overlaps(drawn: list[Panel]) -> list[tuple[str, str]]:
+def overlaps(drawn):
     """Pairs of bars' texts and titles that lie on each other, or leave the figure."""
     figure = render(drawn)
     bars_only = [axes for axes in figure.axes if not axes.get_ylabel()]
@@ -60,12 +57,12 @@ def overlaps(drawn: list[Panel]) -> list[tuple[str, str]]:
     ]
 
 
-def letters(drawn: list[Panel]) -> str:
+def letters(drawn):
     """All texts of a figure."""
     return "\n".join(text.get_text() for text in render(drawn).findobj(Text))
 
 
-def test_no_text_lies_on_another() -> None:
+def test_no_text_lies_on_another():
     names = ["bft triton sampled 2^-12, frozen head", "eager", "torch chunked, 1024 rows", "trl"]
     given = [
         Bar(name, (1 + place / 10, 0.5), name.startswith("bft"), mebibytes=20_000.0 + place)
@@ -79,7 +76,7 @@ def test_no_text_lies_on_another() -> None:
     assert overlaps([bars(title, crowded, "tokens/s")])  # so it would be seen
 
 
-def test_ours_are_told_apart() -> None:
+def test_ours_are_told_apart():
     own = [Bar(f"bft {name} exact", (1,), True) for name in ("cpu", "torch", "triton", "cuda")]
     peers = [Bar("torch chunked", (1,), False), Bar("eager", (1,), False)]
     assert len({colour(bar) for bar in own + peers}) == 5
@@ -87,9 +84,7 @@ def test_ours_are_told_apart() -> None:
         render([])
 
 
-def test_plot_writes_every_figure_and_the_same_again(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plot_writes_every_figure_and_the_same_again(folder, tmp_path, capsys):
     written = tmp_path / "figures"
     plot.main(plot.Config((folder,), written))
     names = {"loss-bft-both", "loss-bft-forward", "loss-plain-both", "loss-plain-forward"}
@@ -104,7 +99,7 @@ def test_plot_writes_every_figure_and_the_same_again(
     assert (tmp_path / "train.png").read_bytes() == (written / "train.png").read_bytes()
 
 
-def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -> None:
+def test_losses_are_compared_with_those_of_their_weighting_alone(folder):
     figures = panels.loss_figures(read(folder / "loss.csv"))
     assert set(figures) == {f"loss-{w}-{m}" for w in ("plain", "bft") for m in ("both", "forward")}
     balanced, plain = figures["loss-bft-both"], figures["loss-plain-both"]
@@ -120,7 +115,7 @@ def test_losses_are_compared_with_those_of_their_weighting_alone(folder: Path) -
     ]
 
 
-def test_growth_draws_the_fitted_line_through_exact_times(folder: Path) -> None:
+def test_growth_draws_the_fitted_line_through_exact_times(folder):
     drawn = panels.growth_figures(read(folder / "scale.csv"))["scale"]
     assert [panel.title.split(": ")[1] for panel in drawn] == [
         "growth with N, D 16",
@@ -132,7 +127,7 @@ def test_growth_draws_the_fitted_line_through_exact_times(folder: Path) -> None:
     np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
 
 
-def test_training_has_a_panel_a_limit(folder: Path) -> None:
+def test_training_has_a_panel_a_limit(folder):
     figures = panels.train_figures(read(folder / "train.csv"))
     (speed,) = figures["train"]
     assert speed.title.startswith("tiny, full, weighted by BFT, batch 4 x 256 tokens\nspeed of a")
@@ -147,13 +142,13 @@ def test_training_has_a_panel_a_limit(folder: Path) -> None:
     assert titles == ["largest batch in 4 GiB", "largest batch in 16 GiB"]
 
 
-def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"folders: got .* expected one with some of loss\.csv"):
         result_folders([tmp_path])
     assert all(any(folder.glob("*.csv")) for folder in result_folders([]))
 
 
-def test_readmes_figure_is_of_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_readmes_figure_is_of_the_rows(monkeypatch, tmp_path):
     texts = [text.get_text() for text in gain.draw().findobj(Text)]
     assert {"1.13", "20.8", "2,122", "bft sampled"} <= set(texts)
     monkeypatch.setattr(gain, "FOLDER", tmp_path)

@@ -1,7 +1,5 @@
 """The roofline: peaks, operations, bytes and times by hand."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.measure import roofline
@@ -13,21 +11,21 @@ SHAPE = Shape(8192, 4096, 131_072)
 G = 2 * 8192 * 4096 * 131_072
 
 
-def operations(works: list[Work]) -> float:
+def operations(works):
     return sum(work.operations for work in works) / G
 
 
-def moved(works: list[Work], name: str) -> float:
+def moved(works, name):
     return sum(work.bytes for work in works if work.name == name)
 
 
-def test_the_rate_of_products_is_that_of_the_published_time() -> None:
+def test_the_rate_of_products_is_that_of_the_published_time():
     # 3 * 2 * 8192 * 4096 * 151936 = 3.059e13 operations in 42 ms are 728.3e12 a second.
     assert roofline.PRODUCTS * H100.operations["bfloat16"] == pytest.approx(728.3e12, rel=1e-4)
     assert pytest.approx(0.7361, rel=1e-4) == roofline.PRODUCTS
 
 
-def test_a_kernel_takes_what_its_scarcer_takes() -> None:
+def test_a_kernel_takes_what_its_scarcer_takes():
     assert Work("", operations=728.3e12).seconds(H100) == pytest.approx(1, rel=1e-4)
     assert Work("", bytes=0.9 * 3.35e12, launches=2).seconds(H100) == pytest.approx(1 + 6e-6)
     both = Work("", operations=728.3e9, bytes=0.9 * 3.35e12)
@@ -45,18 +43,18 @@ def test_a_kernel_takes_what_its_scarcer_takes() -> None:
         ("int8", True, 1 * (3 * 7 + 7 * 5) + 2 * 4 * 3 * 5),
     ],
 )
-def test_a_product_moves_its_operands_and_result(operand: str, adds: bool, bytes_: int) -> None:
+def test_a_product_moves_its_operands_and_result(operand, adds, bytes_):
     work = product("", 3, 5, 7, operand, adds=adds)
     assert (work.operations, work.bytes) == (2 * 3 * 5 * 7, bytes_)
 
 
-def test_chunks_are_those_of_the_backend() -> None:
+def test_chunks_are_those_of_the_backend():
     # 512 MiB hold 1024 rows of 131072 float32 logits; the default has room for their bits too.
     assert roofline.chunks(SHAPE, 2**29) == [1024] * 8
     assert [work.name for work in sampled(SHAPE, 180)].count("logits") == 8
 
 
-def test_the_exact_loss_by_hand() -> None:
+def test_the_exact_loss_by_hand():
     modes = ("forward", "frozen", "both")
     assert [operations(exact(SHAPE, mode)) for mode in modes] == [1, 2, 3]
     assert operations(recomputed(SHAPE)) == 4
@@ -72,7 +70,7 @@ def test_the_exact_loss_by_hand() -> None:
     assert roofline.seconds(works, H100) == pytest.approx(by_hand, rel=1e-3)
 
 
-def test_what_the_sampled_gradient_gathers() -> None:
+def test_what_the_sampled_gradient_gathers():
     works = sampled(SHAPE, KEPT[2**-10])
     assert 1 < operations(works) < 1.01
     # 180 rows of 8 KiB a token, and dH or dW.
@@ -84,7 +82,7 @@ def test_what_the_sampled_gradient_gathers() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
-def test_times_in_g_are_above_their_operations(gpu: roofline.Gpu) -> None:
+def test_times_in_g_are_above_their_operations(gpu):
     for mode, least in (("forward", 1), ("frozen", 2), ("both", 3)):
         for works in (exact(SHAPE, mode), roofline.eager(SHAPE, mode)):
             assert least < roofline.times_g(works, SHAPE, gpu) < 1.6 * least

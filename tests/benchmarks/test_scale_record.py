@@ -1,9 +1,6 @@
 """Growth with the sizes, and inputs recorded from a model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from benchmarks.results.schema import read
 from benchmarks.shapes import Recorded, Shape, make_problem
 
 
-def test_fit_finds_the_two_slopes() -> None:
+def test_fit_finds_the_two_slopes():
     shapes = [Shape(n, 64, v) for n in (256, 4096) for v in (1000, 50_000)]
     exact = [predict(shape, 3e-9, 2e-12) for shape in shapes]
     fixed, slope = fit(shapes, exact)
@@ -25,7 +22,7 @@ def test_fit_finds_the_two_slopes() -> None:
     assert slope == pytest.approx(2e-12)
 
 
-def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_writes_a_row_a_shape(tmp_path, capsys):
     path = tmp_path / "scale.csv"
     config = benchmarks.run.scale.Config(
         provider="bft torch sampled",
@@ -47,7 +44,7 @@ def test_scale_writes_a_row_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "passes over dW" in capsys.readouterr().out
 
 
-def test_scale_refuses_a_noisy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_refuses_a_noisy_machine(monkeypatch):
     monkeypatch.setattr(benchmarks.measure.noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     config = benchmarks.run.scale.Config(
         "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
@@ -61,13 +58,13 @@ def test_scale_refuses_a_noisy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ("provider", "message"),
     [("bft", "providers: got 'bft'"), ("bft cuda exact", "which cannot run here")],
 )
-def test_scale_refuses_who_cannot_run(provider: str, message: str) -> None:
+def test_scale_refuses_who_cannot_run(provider, message):
     with pytest.raises(SystemExit, match=message):
         benchmarks.run.scale.main(benchmarks.run.scale.Config(provider=provider, device="cpu"))
 
 
 @pytest.mark.slow
-def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path: Path) -> None:
+def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path):
     transformers = pytest.importorskip("transformers")
     from bft.load import pretrained
     from bft.packaged import PretrainedError

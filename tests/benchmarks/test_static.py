@@ -1,14 +1,11 @@
 """What the compiler made of kernels: which are compiled, how it is read, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -35,7 +32,7 @@ GOOD = Usage(
 BUDGET = {"kernel 16 bit": {"sm_90": [121, 1000], "sm_80": [1, 2]}}
 
 
-def launch(kernel: str = "k", switches: str = "", **sizes: int) -> Launch:
+def launch(kernel="k", switches="", **sizes):
     return Launch(
         lambda: None, kernel, frozenset(switches.split()), frozenset(sizes.items()), frozenset()
     )
@@ -52,7 +49,7 @@ def launch(kernel: str = "k", switches: str = "", **sizes: int) -> Launch:
         (launch(switches="emit", BLOCK_N=64, OPERAND=4), False),
     ],
 )
-def test_a_form_is_left_out_only_if_another_has_all_its_code(smaller: Launch, part: bool) -> None:
+def test_a_form_is_left_out_only_if_another_has_all_its_code(smaller, part):
     larger = launch(switches="emit statistics", BLOCK_N=64, OPERAND=2, bias_ptr=4)
     assert larger.contains(smaller) == part
     found = compiled.chosen([smaller, larger, replace(larger)])
@@ -85,7 +82,7 @@ print(json.dumps(both))
 """
 
 
-def test_the_gate_has_every_kernel_every_switch_and_every_tile() -> None:
+def test_the_gate_has_every_kernel_every_switch_and_every_tile():
     """Of all calls but those with rows of odd length."""
     command, environment = [sys.executable, "-c", REHEARSAL], os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -110,7 +107,7 @@ def test_the_gate_has_every_kernel_every_switch_and_every_tile() -> None:
                 assert {(x.block_n, x.block_v, x.block_d) for x in needed} <= tiles
 
 
-def test_operands_are_told_by_their_bits() -> None:
+def test_operands_are_told_by_their_bits():
     assert launch(BLOCK=32).operands == ""
     assert launch(OPERAND=2, hidden_ptr=2, weight_ptr=2).operands == "16 bit"
     assert launch(OPERAND=2, hidden_ptr=2, weight_ptr=4).operands == "16 of 32 bit"
@@ -126,7 +123,7 @@ def test_operands_are_told_by_their_bits() -> None:
         ("FFMA R4, R8, R2, R4 ;", False),
     ],
 )
-def test_tensor_core_instructions_are_seen(code: str, found: bool) -> None:
+def test_tensor_core_instructions_are_seen(code, found):
     assert compiled.multiplies_matrices(code) == found
 
 
@@ -141,7 +138,7 @@ def test_tensor_core_instructions_are_seen(code: str, found: bool) -> None:
         ("LDG.E.128 R4, [R2]", "LDGSTS", False),
     ],
 )
-def test_loads_and_copies_of_16_bytes_are_seen(code: str, what: str, found: bool) -> None:
+def test_loads_and_copies_of_16_bytes_are_seen(code, what, found):
     assert compiled_cuda._wide(code, what) == found
 
 
@@ -156,9 +153,7 @@ def test_loads_and_copies_of_16_bytes_are_seen(code: str, what: str, found: bool
         ("gfx942", 128, 64 * 1024, 8, True),
     ],
 )
-def test_what_fits_a_multiprocessor(
-    target: str, registers: int, shared: int, warps: int, fits: bool
-) -> None:
+def test_what_fits_a_multiprocessor(target, registers, shared, warps, fits):
     got = replace(GOOD, target=target, registers=registers, shared=shared, warps=warps)
     assert got.fits == fits
 
@@ -180,13 +175,13 @@ def test_what_fits_a_multiprocessor(
         ({"target": "sm_100"}, "has no budget; see --record"),
     ],
 )
-def test_complaints_name_what_is_wrong(change: dict[str, Any], wrong: str | None) -> None:
+def test_complaints_name_what_is_wrong(change, wrong):
     usage = replace(GOOD, **change)
     expected = [] if wrong is None else [f"{usage.name}: {wrong}"]
     assert static.complaints([usage], BUDGET) == expected
 
 
-def test_a_program_that_fits_nowhere_is_refused() -> None:
+def test_a_program_that_fits_nowhere_is_refused():
     usage = replace(GOOD, shared=300_000, budgeted=False)
     assert static.complaints([usage], BUDGET) == [
         "sm_90 kernel 16 bit emit: does not fit a multiprocessor, with 121 registers and 300000 "
@@ -194,7 +189,7 @@ def test_a_program_that_fits_nowhere_is_refused() -> None:
     ]
 
 
-def test_recording_keeps_what_was_not_compiled() -> None:
+def test_recording_keeps_what_was_not_compiled():
     budget = BUDGET | {"cuda: kernel": {"sm_90": [5, 6]}, "gone": {"sm_90": [1, 1]}}
     found = [GOOD, replace(GOOD, registers=90, shared=2000, switches=())]
     assert static.updated(budget, found) == {
@@ -205,7 +200,7 @@ def test_recording_keeps_what_was_not_compiled() -> None:
     assert static.text_of(static.updated(json.loads(text), [])) == text
 
 
-def test_every_target_has_a_budget_that_a_human_can_read() -> None:
+def test_every_target_has_a_budget_that_a_human_can_read():
     budget = json.loads(static.BUDGET.read_text())
     assert budget["linear_nll_forward 16 bit"].keys() == TARGETS.keys()
     assert set(budget["sweep_rows"]) == {name for name, x in TARGETS.items() if not x.brief}
@@ -235,7 +230,7 @@ LAUNCHES = """
 """
 
 
-def test_sources_tell_what_a_kernel_is_and_how_it_is_launched(tmp_path, monkeypatch) -> None:
+def test_sources_tell_what_a_kernel_is_and_how_it_is_launched(tmp_path, monkeypatch):
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     source = tmp_path / "csrc/cuda/some.cu"
     source.write_text(SOURCE + LAUNCHES)
@@ -261,16 +256,14 @@ def test_sources_tell_what_a_kernel_is_and_how_it_is_launched(tmp_path, monkeypa
     assert (got.multiplies, got.tensor_core, got.narrow) == (True, True, "LDGSTS")
 
 
-def test_a_missing_compiler_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_compiler_is_named(monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     static.main(static.Config(targets=("sm_80",), only="cuda"))
     assert capsys.readouterr().out.startswith("csrc/cuda is left out: no nvcc on PATH\n")
 
 
 @pytest.mark.skipif(compiled_cuda.why_not() is not None, reason="needs nvcc")
-def test_a_file_is_compiled_for_a_target() -> None:
+def test_a_file_is_compiled_for_a_target():
     source = compiled_cuda.ROOT / "csrc/cuda/lists.cu"
     found = compiled_cuda.compile_source("sm_80", source)
     assert sorted(usage.name for usage in found) == [
@@ -283,10 +276,10 @@ def test_a_file_is_compiled_for_a_target() -> None:
         assert 0 < got.registers < 64
 
 
-def test_an_unknown_target_is_refused() -> None:
+def test_an_unknown_target_is_refused():
     with pytest.raises(SystemExit, match="targets: got 'sm_1', expected some of sm_80"):
         static.main(static.Config(targets=("sm_1",)))
 
 
-def test_a_rehearsal_has_no_values() -> None:
+def test_a_rehearsal_has_no_values():
     assert rehearsal._empty(3, 4).device == torch.device("meta")

@@ -1,11 +1,8 @@
 """Tests in processes that may die or be cut off, and the build beside them."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,7 +45,7 @@ def test_hangs():
 """
 
 
-def run_outcomes(run: Folder, seconds: float, selected: str) -> dict[str, str]:
+def run_outcomes(run, seconds, selected):
     """How each test of ``OUTCOMES`` ends, in two processes."""
     file = run.path / "test_outcomes.py"
     file.write_text(OUTCOMES)
@@ -58,7 +55,7 @@ def run_outcomes(run: Folder, seconds: float, selected: str) -> dict[str, str]:
     return {name.rpartition("::")[2]: row["outcome"] for name, row in rows.items()}
 
 
-def test_a_process_that_dies_takes_one_test_along(run: Folder) -> None:
+def test_a_process_that_dies_takes_one_test_along(run):
     outcomes = run_outcomes(run, 100, "not hangs")
     assert outcomes.pop("test_fails") == outcomes.pop("test_dies") == "failed"
     assert outcomes.pop("test_is_skipped") == "skipped"
@@ -71,19 +68,19 @@ def test_a_process_that_dies_takes_one_test_along(run: Folder) -> None:
 
 
 @pytest.mark.slow
-def test_tests_that_have_no_time_are_cut_and_no_failure(run: Folder) -> None:
+def test_tests_that_have_no_time_are_cut_and_no_failure(run):
     outcomes = run_outcomes(run, 20, "hangs or skipped")
     assert outcomes == {"test_hangs": "started", "test_is_skipped": "skipped"}
     assert run.cut == ["trial: 0 passed, 0 failed, 1 skipped, 1 cut, until no time was left"]
     assert not run.failed
 
 
-def test_a_selection_of_no_test_is_a_failure(run: Folder) -> None:
+def test_a_selection_of_no_test_is_a_failure(run):
     assert run_outcomes(run, 100, "no_such_test") == {}
     assert run.failed == ["trial"]
 
 
-def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path: Path) -> None:
+def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path):
     path = tmp_path / "tests.jsonl"
     suite_plugin.write(path, [{"test": "a", "outcome": "selected"}])
     suite_plugin.write(
@@ -98,8 +95,8 @@ def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path: Path) -
     assert suite_plugin.told(suite_plugin.read(path)) == "0 passed, 1 failed, 0 skipped, 1 cut"
 
 
-def test_the_build_is_for_this_gpu_alone(tmp_path: Path, monkeypatch) -> None:
-    seen: list[dict[str, str]] = []
+def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
+    seen = []
     monkeypatch.setattr(build, "start", lambda command, env, log: seen.append(env))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     folder = Folder(tmp_path / "results", "cuda")
@@ -108,7 +105,7 @@ def test_the_build_is_for_this_gpu_alone(tmp_path: Path, monkeypatch) -> None:
     assert seen[0]["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
-def test_a_build_that_is_cut_or_fails_says_so(run: Folder, monkeypatch) -> None:
+def test_a_build_that_is_cut_or_fails_says_so(run, monkeypatch):
     for code, status in (("import time; time.sleep(99)", "cut"), ("1 / 0", "failed")):
         made = Build.__new__(Build)
         made.folder, made.started, made.name = run, time.monotonic(), "cpu"

@@ -1,9 +1,6 @@
 """docs/ say what the committed CSVs say."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +10,12 @@ from benchmarks.results.schema import RESULTS, number, read
 from benchmarks.run import tables
 
 
-def test_documents_and_csvs_agree() -> None:
+def test_documents_and_csvs_agree():
     tables.main(tables.Config(check=True))
 
 
 @pytest.fixture
-def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def documents(tmp_path, monkeypatch):
     """A copy of the documents that have tables."""
     for path in tables.documents():
         copy = tmp_path / path.relative_to(tables.ROOT)
@@ -28,7 +25,7 @@ def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
+def test_a_changed_figure_is_found_and_written_again(documents):
     page = documents / "docs/performance.md"
     right = page.read_text(encoding="utf-8")
     row = next(line for line in right.splitlines() if line.startswith("| eager |"))
@@ -43,7 +40,7 @@ def test_a_changed_figure_is_found_and_written_again(documents: Path) -> None:
         tables.main(tables.Config())
 
 
-def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_are_those_of_the_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     (tmp_path / "loss.csv").write_text(
         "provider,weighting,mode,shape,tokens,vocabulary,dtype,inputs,memory_kept,seconds,g_seconds,"
@@ -76,7 +73,7 @@ def test_cells_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
         cells.Growth(".", "eager")()
 
 
-def test_two_runs_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_runs_beside_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     head = "provider,weighting,mode,shape,dtype,inputs,memory_kept,tokens,times_g\n"
     row = "eager,bft,both,m,float32,recorded,True"
@@ -87,14 +84,14 @@ def test_two_runs_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert repeated() == [["", "Model", "again", "ratio"], ["E", "2.00", "2.10", "1.05"]]
 
 
-def test_the_committed_table_was_reproduced() -> None:
+def test_the_committed_table_was_reproduced():
     (repeated,) = (made for _, made in tables.TABLES.values() if isinstance(made, cells.Repeated))
     pairs = [pair for line in repeated.pairs() for pair in line]
     assert len(pairs) == 3 * len(repeated.first.lines)
     assert all(again == pytest.approx(once, rel=0.1) for once, again in pairs)
 
 
-def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_largest_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     (tmp_path / "train.csv").write_text(
         "model,mode,gradient_checkpointing,weighting,loss,batch,seconds,head_forward_seconds,"
@@ -115,7 +112,7 @@ def test_steps_and_largest_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         cells.Steps(".", "x")()
 
 
-def test_the_last_column_of_other_cpus_is_that_of_the_csv() -> None:
+def test_the_last_column_of_other_cpus_is_that_of_the_csv():
     rows = read(RESULTS / "xeon-emerald-rapids" / "loss.csv")
     text = (tables.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     table = text[text.index("| | goal | Zen 4") :].split("\n\n")[0].splitlines()

@@ -1,12 +1,8 @@
 """Steps of fine-tuning with each loss, and the search for the largest batch."""
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +18,7 @@ from benchmarks.measure.train_step import Stepper, time_steps
 from benchmarks.measure.train_tokens import documents, token_rows
 from benchmarks.providers import at_head
 from benchmarks.providers.at_head import LOSSES
-from benchmarks.results.schema import PARTS, Row, read
+from benchmarks.results.schema import PARTS, read
 from benchmarks.run import train
 from bft.config import TrainConfig
 
@@ -32,7 +28,7 @@ VOCABULARY = 8000
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> dict[str, Any]:
+def config(tmp_path):
     """Settings with a model of random weights, its tokenizer and a text."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -67,18 +63,18 @@ def config(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def rows_of(config: train.Config) -> list[Row]:
+def rows_of(config):
     train.main(config)
     assert config.output is not None
     return read(config.output)
 
 
-def gradients(stepper: Stepper, label: str, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def gradients(stepper, label, ids):
     """The loss and the gradients that the optimizer is given, clipped."""
-    seen: list[torch.Tensor] = []
+    seen = []
     parameters = [p for group in stepper.optimizer.param_groups for p in group["params"]]
 
-    def look(*_: Any) -> None:
+    def look(*_):
         seen.extend(parameter.grad.clone() for parameter in parameters)
 
     hook = stepper.optimizer.register_step_pre_hook(look)
@@ -99,7 +95,7 @@ COMPARED = [
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_losses_of_a_weighting_agree(config: dict[str, Any], lora: bool) -> None:
+def test_losses_of_a_weighting_agree(config, lora):
     settings = train.Config(**config | {"lora": lora})
     ids = torch.randint(VOCABULARY, (3, 12))
     assert "exact, bft" in COMPARED
@@ -114,7 +110,7 @@ def test_losses_of_a_weighting_agree(config: dict[str, Any], lora: bool) -> None
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_weightings_differ_and_windows_reach_the_loss(config: dict[str, Any]) -> None:
+def test_the_weightings_differ_and_windows_reach_the_loss(config):
     ids = torch.randint(VOCABULARY, (3, 12))
     losses = {
         (label, window): float(
@@ -131,17 +127,15 @@ def test_the_weightings_differ_and_windows_reach_the_loss(config: dict[str, Any]
 
 
 @pytest.mark.parametrize("label", ["eager, plain", "torch chunked, plain", "sampled, bft"])
-def test_the_parts_of_a_step_are_told_apart(
-    config: dict[str, Any], label: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_parts_of_a_step_are_told_apart(config, label, monkeypatch):
     stepper = Stepper(train.Config(**config).job())
     ids = torch.randint(VOCABULARY, (2, 12))
     stepper.step(label, ids)  # the patch measures the model
     now = 0
     monkeypatch.setattr(train_step, "time", SimpleNamespace(perf_counter=lambda: now))
 
-    def takes(seconds: int) -> Callable[..., None]:
-        def pass_time(*_: Any) -> None:
+    def takes(seconds):
+        def pass_time(*_):
             nonlocal now
             now += seconds
 
@@ -156,7 +150,7 @@ def test_the_parts_of_a_step_are_told_apart(
     assert stepper.clock.parts == dict(zip(PARTS, (1, 20, 0, 300, 4000), strict=True))
 
 
-def test_a_step_trains(config: dict[str, Any]) -> None:
+def test_a_step_trains(config):
     stepper = Stepper(train.Config(**config).job())
     for group in stepper.optimizer.param_groups:
         group["lr"] = 0.01
@@ -168,12 +162,12 @@ def test_a_step_trains(config: dict[str, Any]) -> None:
         assert after < before - 0.05
 
 
-def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> None:
-    def broken(*_: Any) -> None:
+def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch):
+    def broken(*_):
         raise ValueError("no such luck")
 
     class Broken(at_head.StepLoss):
-        def make(self, settings: TrainConfig) -> Any:
+        def make(self, settings):
             return broken
 
     loss = Broken("broken", "plain")
@@ -185,21 +179,21 @@ def test_turns_are_timed_and_a_loss_that_fails_says_why(config, monkeypatch) -> 
     assert len(results["exact, plain"]) == 2
 
 
-def test_a_head_that_a_peer_cannot_express_is_refused() -> None:
+def test_a_head_that_a_peer_cannot_express_is_refused():
     loss = at_head.find("torch chunked, plain").make(TrainConfig(Path("unread.jsonl")))
     head = at_head.Head(torch.zeros(8, 4), softcap=30.0)
     with pytest.raises(at_head.UnsupportedModel, match=r"got one with .*softcap"):
         loss(torch.zeros(1, 2, 4), head, torch.zeros(1, 2, dtype=torch.int64), None, None)
 
 
-def test_rows_are_cut_from_joined_documents() -> None:
+def test_rows_are_cut_from_joined_documents():
     rows = token_rows([[1, 2, 3], [4, 5], [6, 7]], 3, 5)
     assert rows.tolist() == [[1, 2, 3], [4, 5, 6]] * 2 + [[1, 2, 3]]
     with pytest.raises(SystemExit, match="texts: got 2 tokens, expected at least length, 3"):
         token_rows([[1, 2]], 3, 5)
 
 
-def test_texts_and_questions_become_tokens(config: dict[str, Any]) -> None:
+def test_texts_and_questions_become_tokens(config):
     settings = train.Config(**config)
     found = list(documents(settings.job().settings, settings.texts))
     ids = list(range(1, len(WORDS) + 1))
@@ -209,7 +203,7 @@ def test_texts_and_questions_become_tokens(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "size"), [("8GiB", 2**33), ("1.5 MiB", 3 * 2**19), ("2GB", 2 * 10**9), ("77", 77)]
 )
-def test_sizes(text: str, size: int) -> None:
+def test_sizes(text, size):
     assert train.parse_bytes(text) == size
 
 
@@ -222,12 +216,12 @@ def test_sizes(text: str, size: int) -> None:
         ({"batch": 0}, "batch: got 0, expected at least 1"),
     ],
 )
-def test_refuses_bad_settings(settings: dict[str, Any], message: str) -> None:
+def test_refuses_bad_settings(settings, message):
     with pytest.raises(SystemExit, match=message):
         train.Config(**settings)
 
 
-def test_writes_a_row_a_loss(config: dict[str, Any], tmp_path: Path, capsys) -> None:
+def test_writes_a_row_a_loss(config, tmp_path, capsys):
     config |= {"losses": ("eager", "liger fused", "exact"), "memory": False}
     rows = rows_of(train.Config(**config, output=tmp_path / "train.csv"))
     assert [(row["loss"], row["weighting"]) for row in rows] == [
@@ -252,7 +246,7 @@ def test_writes_a_row_a_loss(config: dict[str, Any], tmp_path: Path, capsys) -> 
 
 
 @pytest.mark.slow
-def test_limits_are_kept_in_processes_of_their_own(config, tmp_path: Path) -> None:
+def test_limits_are_kept_in_processes_of_their_own(config, tmp_path):
     job = train.Config(**config).job()
     ids = torch.randint(VOCABULARY, (256, 128))
     ours, eager = (attempt(job, f"{name}, plain", ids).peak for name in ("exact", "eager"))

@@ -1,9 +1,6 @@
 """What is measured within a time limit may fail, hang or die, and the others go on."""
 
-from __future__ import annotations
-
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from benchmarks.measure import watched
 from benchmarks.measure.watched import Family, fit_to, measure_all
 from benchmarks.measure.worker import Job
 from benchmarks.providers.registry import Case, telling_cases
-from benchmarks.results.folder import Folder
 from benchmarks.results.schema import read
 from benchmarks.results.summary import write_summary
 from benchmarks.run import gpu
@@ -49,7 +45,7 @@ def hangs(problem):
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def own(tmp_path, monkeypatch):
     """The environment of processes that find the module ``own``."""
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -57,7 +53,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_failure_is_written_down_and_the_others_go_on(own, run: Folder) -> None:
+def test_a_failure_is_written_down_and_the_others_go_on(own, run):
     failing = ["own:wrong", "own:raises", "own:too_large", "own:dies"]
     names = ["bft torch sampled", *failing, "eager"]
     cases = [one for one in telling_cases(names) if one.mode == "both"]
@@ -87,7 +83,7 @@ def test_a_failure_is_written_down_and_the_others_go_on(own, run: Folder) -> Non
 
 
 @pytest.mark.slow
-def test_what_takes_too_long_is_cut(own, run: Folder) -> None:
+def test_what_takes_too_long_is_cut(own, run):
     started = time.monotonic()
     names = ["own:hangs", "eager"]
     measure_all(run, own, started + 40, [TINY, Shape(8, 16, 65)], telling_cases(names), turns=1)
@@ -100,7 +96,7 @@ def test_what_takes_too_long_is_cut(own, run: Folder) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_too_slow_twice_is_cut_on_other_shapes(own, run: Folder) -> None:
+def test_what_is_too_slow_twice_is_cut_on_other_shapes(own, run):
     jobs = [Job(Case("own:hangs"), Shape(8, 16, 64 + place)) for place in range(4)]
     family = Family(jobs, time.monotonic() + 60, 2.0)
     rows = [row for _, row in watched._measure(family, run, own, 1)]
@@ -108,7 +104,7 @@ def test_what_is_too_slow_twice_is_cut_on_other_shapes(own, run: Folder) -> None
     assert rows[-1]["reason"] == "it was not done in time 2 times before"
 
 
-def test_without_time_every_row_is_cut(run: Folder) -> None:
+def test_without_time_every_row_is_cut(run):
     measure_all(run, {}, time.monotonic(), [TINY], telling_cases(["eager", "trl"]), turns=1)
     assert {row["status"] for row in run.rows} <= {"cut", "unavailable"}
     assert len(run.rows) == 2
@@ -116,14 +112,14 @@ def test_without_time_every_row_is_cut(run: Folder) -> None:
     assert not run.failed
 
 
-def test_shapes_are_halved_until_there_is_room() -> None:
+def test_shapes_are_halved_until_there_is_room():
     assert fit_to(ON_A_GPU[0], 80 * 2**30) == ON_A_GPU[0]
     small = fit_to(ON_A_GPU[0], 5 * 2**30)
     assert small == Shape(4096, 4096, 65_536)
     assert fit_to(ON_A_GPU[0], 0).tokens >= 512
 
 
-def test_inputs_keep_as_many_entries_as_text() -> None:
+def test_inputs_keep_as_many_entries_as_text():
     problem = text_like(Shape(512, 64, 151_936), torch.bfloat16, "cpu")
     for eps, expected in ((2**-12, 335), (2**-10, 133), (2**-8, 50)):
         assert 0.7 * expected < expected_entries(problem, eps, rows=512) < 1.4 * expected

@@ -1,7 +1,5 @@
 """Large files are refused where they are committed, and by ``make lint``."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 CHECK = ROOT / ".ci/file_sizes.py"
 
 
-def run(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
+def run(folder, *names):
     command = [sys.executable, str(CHECK), *names]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
@@ -31,9 +29,7 @@ def run(folder: Path, *names: str) -> subprocess.CompletedProcess[str]:
         ),
     ],
 )
-def test_a_file_over_its_limit_is_refused(
-    tmp_path: Path, name: str, kib: int, refused: str | None
-) -> None:
+def test_a_file_over_its_limit_is_refused(tmp_path, name, kib, refused):
     path = tmp_path / name
     path.parent.mkdir(parents=True)
     path.write_bytes(bytes(kib * 1024))
@@ -42,8 +38,8 @@ def test_a_file_over_its_limit_is_refused(
     assert (got.returncode, got.stderr) == ((0, "") if refused is None else (1, refused))
 
 
-def test_without_names_all_tracked_files_are_checked(tmp_path: Path) -> None:
-    def git(*arguments: str) -> None:
+def test_without_names_all_tracked_files_are_checked(tmp_path):
+    def git(*arguments):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
     git("init")
@@ -53,6 +49,6 @@ def test_without_names_all_tracked_files_are_checked(tmp_path: Path) -> None:
     assert run(tmp_path).stderr == "it is large: 303 KiB, expected at most 300\n"
 
 
-def test_no_file_of_this_repository_is_too_large() -> None:
+def test_no_file_of_this_repository_is_too_large():
     got = run(ROOT)
     assert (got.returncode, got.stderr) == (0, "")

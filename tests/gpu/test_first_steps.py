@@ -5,16 +5,13 @@ sampling. One size and one type, so that few kernels are compiled. On a CPU Trit
 runs the same, except the line that captures.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -28,10 +25,10 @@ pytestmark = pytest.mark.slow  # in the interpreter
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 ROWS, WIDTH, VOCABULARY = (130, 64, 1000) if HAS_GPU else (4, 16, 40)
 Step = Callable[..., Tensor]  # the loss of hidden, weight, target and boundaries
-STEPS: dict[str, Step] = {
+STEPS = {
     "sampled": lambda h, w, t, b, **how: linear_cross_entropy(h, w, t, **SAMPLED, **how),
     "exact": lambda h, w, t, b, **how: linear_cross_entropy(h, w, t, **how),
     "balanced": lambda h, w, t, b, **how: balanced_linear_cross_entropy(
@@ -41,7 +38,7 @@ STEPS: dict[str, Step] = {
 
 
 @pytest.fixture(params=["triton-chunks", "triton-tiles", "cuda"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request, monkeypatch):
     """Triton with each of its forwards, and CUDA."""
     name, _, forward = request.param.partition("-")
     if name == "triton":
@@ -53,7 +50,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(seed):
     """Leaves, targets and boundaries on the device, drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     hidden = 2 * torch.randn(ROWS, WIDTH, generator=generator)
@@ -65,7 +62,7 @@ def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *leaves, target.to(DEVICE), bounds.to(DEVICE)
 
 
-def run(step: Step, given: tuple[Tensor, ...], **how: Any) -> list[Tensor]:
+def run(step, given, **how):
     """The loss and both gradients, made anew."""
     given[0].grad = given[1].grad = None
     loss = step(*given, **how)
@@ -73,9 +70,9 @@ def run(step: Step, given: tuple[Tensor, ...], **how: Any) -> list[Tensor]:
     return [loss.detach(), given[0].grad, given[1].grad]
 
 
-def captured(what: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], Callable[[], Any]]:
+def captured(what):
     """What runs it again on the same memory, and where its results then are."""
-    made: list[Tensor] = []
+    made = []
     if not HAS_GPU:
         return lambda: made.__setitem__(slice(None), what()), lambda: made
     side = torch.cuda.Stream()  # a graph wants everything compiled and allocated before
@@ -90,7 +87,7 @@ def captured(what: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], Call
 
 
 @contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
+def no_waiting():
     """Whatever waits for the device raises."""
     if HAS_GPU:
         torch.cuda.set_sync_debug_mode("error")
@@ -102,7 +99,7 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_has_the_values_of_the_torch_backend(backend: str, name: str) -> None:
+def test_a_step_has_the_values_of_the_torch_backend(backend, name):
     given = inputs(0)
     parts = zip(
         ("loss", "dH", "dW"),
@@ -116,7 +113,7 @@ def test_a_step_has_the_values_of_the_torch_backend(backend: str, name: str) -> 
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_graph_replays_what_the_inputs_have_become(backend: str, name: str) -> None:
+def test_a_graph_replays_what_the_inputs_have_become(backend, name):
     given = inputs(0)
     replay, results = captured(lambda: run(STEPS[name], given, backend=backend))
     for seed in (1, 2):
@@ -132,7 +129,7 @@ def test_a_graph_replays_what_the_inputs_have_become(backend: str, name: str) ->
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_does_not_wait_for_the_device(backend: str, name: str) -> None:
+def test_a_step_does_not_wait_for_the_device(backend, name):
     given = inputs(0)
     run(STEPS[name], given, backend=backend)  # compiles
     with no_waiting():
@@ -145,7 +142,7 @@ REGIONS = [(-5, 2**40, 5, 2**31 - 21, 21), (2**63 - 1, 3, 9, 2**31 - 8, 17), (0,
 
 @pytest.mark.parametrize("region", REGIONS)
 @pytest.mark.parametrize("engine", ["triton", "cuda"])
-def test_the_hash_has_the_bits_of_the_definition(engine: str, region, tmp_path: Path) -> None:
+def test_the_hash_has_the_bits_of_the_definition(engine, region, tmp_path):
     seed, row, rows, column, columns = region
     expected = reference.uniforms(seed, range(row, row + rows), column + torch.arange(columns))
     if engine == "triton":

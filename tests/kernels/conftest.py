@@ -4,27 +4,22 @@ Every run draws new inputs. The seed is printed with a failure; ``BFT_TEST_SEED=
 the same inputs again, test by test.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_kernels import ops
 from bft_kernels.backends.cuda import native
 from tests.cuda.emulation import build
-from tests.support.assembled import Assembled, assemble_for
+from tests.support.assembled import assemble_for
 from tests.support.emulated_device import Emulation
 from tests.support.fake_device import FakeDevice, refuse_in_kernels
 
@@ -43,12 +38,12 @@ if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may have pyte
     hypothesis.core.global_force_seed = RUN_SEED  # what --hypothesis-seed sets
 
 
-def pytest_report_header() -> str:
+def pytest_report_header():
     return f"kernel tests: BFT_TEST_SEED={RUN_SEED}"
 
 
 @pytest.fixture(autouse=True)
-def seed(request: pytest.FixtureRequest) -> int:
+def seed(request):
     """A seed of this run and this test, which torch's generator also starts from."""
     # Its own for every test, so that a test fails alone as it fails in the whole suite.
     own = zlib.crc32(f"{RUN_SEED}:{request.node.name}".encode())
@@ -58,7 +53,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+def one_thread(request):
     """Matrices this small gain nothing from more threads, and lose much on a machine whose other
     processes make them wait for each other. Tests with real work ask for ``all_threads``.
     """
@@ -70,12 +65,12 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def all_threads() -> None:
+def all_threads():
     """See :func:`one_thread`."""
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(monkeypatch):
     """``torch.empty`` and its kin give NaN instead of what was there, so that an unwritten output
     shows.
 
@@ -83,9 +78,9 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     refuses to be one of them.
     """
 
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def poisoned(make):
         @wraps(make)
-        def allocate(*args: Any, **how: Any) -> Tensor:
+        def allocate(*args, **how):
             made = make(*args, **how)
             return made.detach().fill_(unwritten(made.dtype)).requires_grad_(made.requires_grad)
 
@@ -97,13 +92,13 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, poisoned(getattr(Tensor, name)))
 
 
-def unwritten(dtype: torch.dtype) -> float:
+def unwritten(dtype):
     """What memory holds that nobody has written to: NaN where there is one."""
     return math.nan if dtype.is_floating_point else 99
 
 
 @pytest.fixture
-def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_device(request, monkeypatch):
     """Where there is no GPU, a device that refuses what one would: a mix with tensors of the CPU.
 
     Compilers do not trace it.
@@ -121,14 +116,14 @@ MARK = 123
 
 
 @pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def guarded(monkeypatch):
     """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay; in empty
     tensors an unwritten element shows, as NaN where there is one.
     """
-    made: list[Tensor] = []
+    made = []
 
-    def guard(filled: bool) -> Any:
-        def allocate(*shape: Any, dtype: Any = None, device: Any = None) -> Tensor:
+    def guard(filled):
+        def allocate(*shape, dtype=None, device=None):
             shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
             dtype = dtype or torch.float32
             whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
@@ -149,7 +144,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def fresh_compiler() -> Iterator[None]:
+def fresh_compiler():
     """Compiled code of other tests does not count towards this one's limit of recompilations."""
     torch._dynamo.reset()
     # The cache on disk does not know when a custom op's backward changes. The others are the
@@ -165,17 +160,17 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.fixture
-def backend_under(monkeypatch: pytest.MonkeyPatch) -> Callable[[TorchDispatchMode], None]:
+def backend_under(monkeypatch):
     """Makes backends run under a dispatch mode, which custom ops keep out of their body."""
     select = ops.select
 
-    def install(mode: TorchDispatchMode) -> None:
+    def install(mode):
         class Watched:
-            def __init__(self, backend: Any) -> None:
+            def __init__(self, backend):
                 self.backend = backend
 
-            def __getattr__(self, name: str) -> Callable[..., Any]:
-                def run(*args: Any) -> Any:
+            def __getattr__(self, name):
+                def run(*args):
                     with mode:
                         return getattr(self.backend, name)(*args)
 
@@ -190,7 +185,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def emulated() -> Any:
+def emulated():
     """``bft_kernels._cuda``, its device code run by the emulation."""
     if build.CXX is None:
         pytest.skip("needs a C++ compiler")
@@ -198,12 +193,12 @@ def emulated() -> Any:
 
 
 @pytest.fixture(scope="session")
-def emulation(emulated: Any) -> Emulation:
+def emulation(emulated):
     return Emulation(emulated)
 
 
 @pytest.fixture
-def emulated_device(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
+def emulated_device(emulation, monkeypatch):
     """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation."""
     emulation.how = {}
     monkeypatch.setattr(native, "DEVICE", "cpu")
@@ -215,7 +210,7 @@ def emulated_device(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Em
 
 
 @pytest.fixture
-def cuda_backend(request: pytest.FixtureRequest) -> None:
+def cuda_backend(request):
     """The ``cuda`` backend on a GPU, or in the emulation where there is none.
 
     What was emulated says nothing of a GPU that is there: without the module nothing runs.
@@ -227,11 +222,11 @@ def cuda_backend(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def assemble(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Assembled]:
+def assemble(tmp_path_factory):
     """Compiles a file of the repository for an architecture, once."""
 
     @cache
-    def run(source: str, arch: str) -> Assembled:
+    def run(source, arch):
         return assemble_for(arch, ROOT / source, tmp_path_factory.mktemp("assembled"))
 
     return run

@@ -1,7 +1,5 @@
 """How gradients reach their tensors: accumulation in place, hooks, kept graphs, sharing."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest
@@ -36,7 +34,7 @@ def p():
     return draw_problem(40, 8, 60, bias=True)
 
 
-def fresh_gradients(p, loss_of) -> dict[str, Tensor]:
+def fresh_gradients(p, loss_of):
     own = p.copy()
     loss_of(own).backward()
     return own.grads()
@@ -81,12 +79,12 @@ class LargeTensors(TorchDispatchMode):
     The mode is off inside the custom ops; ``backend_under`` puts it on around the backend.
     """
 
-    def __init__(self, numel: int, known: list[Tensor]) -> None:
+    def __init__(self, numel, known):
         super().__init__()
         self.numel = numel
         self.seen = {x.untyped_storage().data_ptr() for x in known}
-        self.keep: list[Tensor] = []  # so that no address is used twice
-        self.found: list[str] = []
+        self.keep = []  # so that no address is used twice
+        self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -176,7 +174,7 @@ def test_hooks_after_accumulation_fire_once(p, loss_of):
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
 
-    def step(weight: Tensor) -> None:
+    def step(weight):
         seen.append(weight.grad.clone())
         weight.grad = None
 
@@ -228,7 +226,7 @@ def test_tied_weights(existing, loss_of):
     p = draw_problem(40, 8, 60, bias=True)
     tokens = torch.randint(60, (40,))
 
-    def run(function, weight: Tensor) -> Tensor:
+    def run(function, weight):
         q = p.copy()
         q.weight, q.hidden = weight, torch.nn.functional.embedding(tokens, weight).tanh()
         return function(q)
@@ -318,11 +316,11 @@ def test_statistics_need_no_graph(p):
 # --- what is kept for the backward ---------------------------------------------------------------
 
 
-def saved_bytes(run) -> tuple[int, object]:
+def saved_bytes(run):
     """Bytes of the tensors that autograd keeps, inputs left out."""
-    kept: dict[int, int] = {}
+    kept = {}
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
@@ -389,7 +387,7 @@ def test_nothing_is_left_behind(p):
 def test_checkpointed(reentrant, existing, p, loss_of):
     expected = fresh_gradients(p, loss_of)
 
-    def body(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def body(hidden, weight, bias):
         q = p.copy()
         q.hidden, q.weight, q.bias = hidden, weight, bias
         return loss_of(q)
@@ -406,7 +404,7 @@ def test_checkpointed(reentrant, existing, p, loss_of):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_with_a_seed_from_the_generator(reentrant, p):
     # The recomputation restores the generator, so that it draws the same sample.
-    def body(hidden: Tensor, weight: Tensor) -> Tensor:
+    def body(hidden, weight):
         return linear_nll(hidden, weight, p.target, gradient="sampled", eps=2**-4).sum()
 
     torch.manual_seed(11)
@@ -430,7 +428,7 @@ def test_saved_tensors_may_be_packed(p, loss_of):
 
 def test_inside_a_model():
     # As in training: activations before, an optimizer after, several steps.
-    def train(loss_of) -> list[Tensor]:
+    def train(loss_of):
         torch.manual_seed(0)
         body = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh()).double()
         head = torch.nn.Linear(8, 30).double()

@@ -1,10 +1,7 @@
 """The balanced loss in float64 against the specification: values, gradients, statistics."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import (
     BalancedTokenStats,
@@ -18,22 +15,16 @@ from tests.support.problems import assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-FROZEN = [
-    (),
-    ("weight",),
-    ("hidden",),
-    ("bias",),
-    ("weight", "bias"),
-]
+FROZEN = [(), ("weight",), ("hidden",), ("bias",), ("weight", "bias")]
 
 DOCUMENTS = [(33,), (0, 12, 0, 1, 20), (5, 5, 5, 5, 5, 5, 3), (30, 3)]
 
 
-def cumulative(lengths: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+def cumulative(lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-def independent_balanced_loss(p, cu: Tensor, scheme: str, window: int, normalize: str) -> Tensor:
+def independent_balanced_loss(p, cu, scheme, window, normalize):
     """The loss from full logits in one short loop, with ``token_weights`` document by document."""
     log_p = torch.log_softmax(p.hidden @ p.weight.T, dim=1)
     total, documents, tokens = p.hidden.new_zeros(()), 0, 0
@@ -149,7 +140,7 @@ def test_callable_scheme():
     p = draw_problem(33, 7, 91)
     cu, seen = cumulative((10, 0, 23)), []
 
-    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def scheme(confidence, cu_seqlens):
         seen.append(cu_seqlens.tolist())
         assert confidence.shape == (cu_seqlens[-1],)
         return confidence.sqrt(), 1 + cu_seqlens.diff().double()
@@ -228,7 +219,7 @@ def test_accumulation_equals_the_one_big_batch(steps, normalize, gradient):
     assert_close(p.weight.grad, whole.weight.grad, tolerance)
 
 
-def by_root(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def by_root(confidence, cu_seqlens):
     return confidence.sqrt(), torch.ones_like(cu_seqlens[1:], dtype=confidence.dtype)
 
 

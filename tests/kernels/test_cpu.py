@@ -1,19 +1,9 @@
 """The cpu backend on every instruction set that runs here, against the float64 specification."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-from bft_kernels import (
-    linear_nll,
-    ops,
-    reference,
-)
+from bft_kernels import linear_nll, ops, reference
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import why_not
 from bft_kernels.results import Forward
@@ -22,7 +12,7 @@ from tests.support.problems import assert_close, draw_problem
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS: dict[str, dict[str, Any]] = {
+TRANSFORMS = {
     "plain": {},
     "softcap": {"softcap": 5.0, "temperature": 1.3},
     "bias": {"bias": True, "temperature": 0.7},
@@ -30,7 +20,7 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True, params=_cpu.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+def instruction_set(request):
     before = _cpu.instruction_set()
     _cpu.use_instruction_set(request.param)
     yield request.param
@@ -40,8 +30,8 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 # --- the sample ----------------------------------------------------------------------------------
 
 
-def entries(p: Any, seed: int, eps: float, budget: int, **changes: Any) -> Forward:
-    settings: dict[str, Any] = {
+def entries(p, seed, eps, budget, **changes):
+    settings = {
         "ignore_index": -100,
         "softcap": None,
         "temperature": 1.0,
@@ -62,7 +52,7 @@ def entries(p: Any, seed: int, eps: float, budget: int, **changes: Any) -> Forwa
     return Forward(*ops.linear_nll(*p.args, p.bias, torch.tensor(seed), *config.arguments()))
 
 
-def pairs(result: Forward) -> set[tuple[int, int]]:
+def pairs(result):
     count = result.entry_offsets.numel() - 1
     row = torch.repeat_interleave(torch.arange(count), result.entry_offsets.diff())
     return set(zip(row.tolist(), result.entry_columns.tolist(), strict=True))
@@ -124,13 +114,13 @@ def test_gradients_are_the_same_for_any_threads_and_slices(seed, monkeypatch):
 # --- the pieces ----------------------------------------------------------------------------------
 
 
-def gathered(table: Tensor, out: Tensor) -> None:
+def gathered(table, out):
     """``out = table``, by way of the kernel that adds up weighted rows."""
     count = table.shape[0]
     offsets, columns = torch.arange(count + 1), torch.arange(count, dtype=torch.int32)
     ones = torch.ones(count)
 
-    def matrix(x: Tensor) -> tuple[int, str, int, int, int]:
+    def matrix(x):
         return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, x.stride(0)
 
     _cpu.gather_hidden(

@@ -1,7 +1,5 @@
 """The C++ of the cpu backend under the address and undefined-behaviour sanitizers."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -22,7 +20,7 @@ SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def test_sanitizers_find_nothing(tmp_path):
     sources = [*sorted(ROOT.glob("csrc/cpu/*.cpp")), ROOT / "tests/support/cpu_sanitized.cpp"]
 
-    def compile_one(source: Path) -> Path:
+    def compile_one(source):
         target = tmp_path / f"{source.stem}.o"
         extra = ninja_build._extra(str(source)).get("extra", "").split()
         flags = ["-std=c++17", "-O1", "-g", "-ffp-contract=fast", f"-I{ROOT}", *SANITIZE, *extra]

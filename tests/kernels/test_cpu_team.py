@@ -1,19 +1,15 @@
 """Threads of the cpu backend that take blocks by themselves: order, delays, failures, numbers."""
 
-from __future__ import annotations
-
 import random
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 from tests.support.problems import draw_problem, error_of
@@ -24,7 +20,7 @@ from bft_kernels.backends.cpu.team import Blocks, run  # noqa: E402
 
 WAIT = 20.0  # seconds, for what happens at once where it happens at all
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
+LOSSES = {
     "sampled": lambda p, **how: linear_cross_entropy(*p.args, gradient="sampled", seed=5, **how),
     "unit": lambda p, **how: linear_cross_entropy(p.hidden, p.weight.detach(), p.target, **how),
     "recompute": lambda p, **how: linear_nll(*p.args, bias=p.bias, **how).sum(),
@@ -35,14 +31,14 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
 
-def finish(blocks: Blocks, most: int = 10**6) -> list[tuple[int, int]]:
+def finish(blocks, most=10**6):
     """What one thread takes, one after the other, until none is ready."""
     taken = []
     while len(taken) < most and (block := blocks.take()):
@@ -75,7 +71,7 @@ def test_no_part_is_too_far_ahead_or_out_of_turn(in_turn):
     draw, lock = random.Random(3), threading.Lock()
     at, wrong = [0, 0, 0], []
 
-    def compute(worker: int, part: int, step: int) -> None:
+    def compute(worker, part, step):
         with lock:
             far = at[part] != step or step >= min(at) + 2
             if far or (in_turn and part > 0 and at[part - 1] <= step):
@@ -92,7 +88,7 @@ def test_no_part_is_too_far_ahead_or_out_of_turn(in_turn):
 def test_what_a_thread_raises_is_raised_and_ends_the_others():
     computed = []
 
-    def compute(worker: int, part: int, step: int) -> None:
+    def compute(worker, part, step):
         computed.append((part, step))
         if step == 3:
             raise OverflowError(f"part {part}")
@@ -106,9 +102,9 @@ def test_what_a_thread_raises_is_raised_and_ends_the_others():
 
 def test_a_team_is_threads_of_their_own():
     both = threading.Barrier(2, timeout=WAIT)
-    workers: dict[int, int] = {}
+    workers = {}
 
-    def body(worker: int) -> None:
+    def body(worker):
         both.wait()
         assert not torch.is_inference_mode_enabled()
         workers[worker] = threading.get_ident()
@@ -138,10 +134,10 @@ def test_a_worker_that_a_sweep_does_not_have_is_refused():
 def test_a_thread_that_is_put_aside_does_not_hold_up_the_other(name, monkeypatch):
     p = draw_problem(600, 32, 5000, dtype=torch.float32, ignored=0.0)
     product, lock, others = torch.mm, threading.Lock(), threading.Event()
-    aside: list[int] = []
+    aside = []
     count = 0
 
-    def mm(*args: Tensor, **how: Tensor) -> Tensor:
+    def mm(*args, **how):
         nonlocal count
         here = threading.get_ident()
         with lock:
@@ -165,7 +161,7 @@ def test_the_same_numbers_whoever_is_put_aside(name, dtype, seed, monkeypatch):
     p = draw_problem(600, 32, 5000, dtype=dtype, bias=True)
     draw, product = random.Random(seed), torch.mm
 
-    def mm(*args: Tensor, **how: Tensor) -> Tensor:
+    def mm(*args, **how):
         time.sleep(draw.choice([0, 0, 2e-3]))
         return product(*args, **how)
 
@@ -189,7 +185,7 @@ def test_busy_neighbours_slow_us_down_as_much_as_eager():
     torch.set_num_threads(max(2, torch.get_num_threads()))
     p = draw_problem(2048, 576, 16_384, dtype=torch.float32, ignored=0.0, scale=6.0)
 
-    def eager() -> Tensor:
+    def eager():
         return torch.nn.functional.cross_entropy(p.hidden @ p.weight.T, p.target)
 
     losses = {
@@ -198,8 +194,8 @@ def test_busy_neighbours_slow_us_down_as_much_as_eager():
         "exact": lambda: linear_cross_entropy(*p.args, backend="cpu"),
     }
 
-    def seconds(neighbours: int) -> dict[str, float]:
-        taken: dict[str, list[float]] = {name: [] for name in losses}
+    def seconds(neighbours):
+        taken = {name: [] for name in losses}
         with ExitStack() as stack:
             for _ in range(neighbours):
                 busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])

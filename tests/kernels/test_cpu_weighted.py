@@ -1,12 +1,9 @@
 """The cpu backend's exact weighted loss: where its logits wait must not show in its results."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross_entropy, workspace
 from tests.support.problems import draw_problem, error_of
@@ -21,12 +18,12 @@ ROWS, VOCABULARY = 1000, 20_011
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
+def taken(monkeypatch):
     """Of each piece: rows, rows that wait, and of these the rows that wait in dW."""
-    found: list[tuple[int, int, int]] = []
+    found = []
     real = weighted._Engine._wait
 
-    def wait(engine, first: int, stop: int):
+    def wait(engine, first, stop):
         waiting = real(engine, first, stop)
         found.append((stop - first, waiting.rows, waiting.in_gradient))
         return waiting
@@ -35,19 +32,19 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
     return found
 
 
-def boundaries(*, longest: int) -> Tensor:
+def boundaries(*, longest):
     """Documents of 1 to ``longest`` tokens, and an empty one."""
     cuts = torch.randint(1, longest + 1, (ROWS,)).cumsum(0)
     cuts = cuts[cuts < ROWS]
     return torch.cat([torch.tensor([0, 0]), cuts, torch.tensor([ROWS])])
 
 
-def gradients(loss: Tensor, p) -> dict[str, Tensor]:
+def gradients(loss, p):
     loss.backward()
     return {"loss": loss.detach(), **p.grads()}
 
 
-def check(p, budget: int, **how) -> None:
+def check(p, budget, **how):
     """No less accurate than torch's own products and softmax in float32."""
 
     def run(copy, **more):
@@ -155,7 +152,7 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
     """The buffer is kept: poisoned, made under inference mode, of another size, and freed."""
     p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
-    def run(rows: int = ROWS, budget: int = 24 * MIB) -> dict[str, Tensor]:
+    def run(rows=ROWS, budget=24 * MIB):
         copy = p.copy()
         hidden, weight, target = copy.args
         loss = balanced_linear_cross_entropy(
@@ -185,7 +182,7 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
 def test_calls_side_by_side_have_a_buffer_each():
     p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
-    def run(_=None) -> dict[str, Tensor]:
+    def run(_=None):
         copy = p.copy()
         loss = balanced_linear_cross_entropy(
             *copy.args, window=4, backend="cpu", max_buffer_bytes=24 * MIB

@@ -1,12 +1,7 @@
 """The CUDA backend's own paths, its device code run by the emulation."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_nll
 from bft_kernels.backends.cuda import core, native
@@ -14,7 +9,7 @@ from bft_kernels.dispatch import why_not
 from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem
 
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
 def test_says_why_it_does_not_run(monkeypatch):
@@ -87,7 +82,7 @@ def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch
 def test_float16_gradients_survive_a_mean(emulated_device):
     """A token's share is below float16's range; dy is scaled before it is rounded."""
     p = draw_problem(30, 12, 70, dtype=torch.float16, ignored=0.0)
-    found: list[dict[str, Tensor]] = []
+    found = []
     for backend, dtype in (("cuda", torch.float16), ("torch", torch.float64)):
         copy = p.copy(dtype)
         loss = balanced_linear_cross_entropy(

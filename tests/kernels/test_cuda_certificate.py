@@ -1,14 +1,10 @@
 """The certificate of the CUDA kernels' sampled gradient, its device code run by the emulation."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import reference
 from tests.support.emulated_device import DTYPES, IGNORED, Device
@@ -18,19 +14,19 @@ EPS = 2**-5
 
 
 def run_certificate(
-    cuda: Any,
-    p: Any,
-    lse: Tensor | None = None,  # [N]
+    cuda,
+    p,
+    lse=None,  # [N]
     *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    eps: float = EPS,
-    processors: int = 1,
-    part: int | None = None,
-    norms: bool = True,
-    order_seed: int = 0,
-    strict: bool = False,
-) -> dict[str, Tensor]:
+    softcap=None,
+    temperature=1.0,
+    eps=EPS,
+    processors=1,
+    part=None,
+    norms=True,
+    order_seed=0,
+    strict=False,
+):
     """`variance`, `hidden_variance` and `norms`, NaN where nothing is written.
 
     `part`: how many rows a launch takes.
@@ -64,7 +60,7 @@ def run_certificate(
     return out
 
 
-def true_lse(p: Any, softcap: float | None, temperature: float) -> Tensor:
+def true_lse(p, softcap, temperature):
     """As the forward leaves it: NaN where ignored."""
     bias = None if p.bias is None else p.bias.detach().double()
     args = p.hidden.detach().double(), p.weight.detach().double(), bias
@@ -72,7 +68,7 @@ def true_lse(p: Any, softcap: float | None, temperature: float) -> Tensor:
     return torch.where(p.target != IGNORED, lse, math.nan)
 
 
-def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+def expect(p, dtype, **how):
     """What plain PyTorch makes of the labelled rows in a type."""
     labelled = p.target != IGNORED
     bias = None if p.bias is None else p.bias.detach().to(dtype)
@@ -84,7 +80,7 @@ def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
     return {"variance": sample.variance, "hidden_variance": sample.hidden_variance, "norms": norms}
 
 
-def check(got: dict[str, Tensor], p: Any, **how: Any) -> None:
+def check(got, p, **how):
     """Results are as near to the truth as PyTorch's own in float32, from the same values."""
     labelled = p.target != IGNORED
     truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)

@@ -1,44 +1,40 @@
 """The CUDA forward, its device code run by the emulation, against the specification."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import reference
 from tests.support.emulated_device import DTYPES, IGNORED, Device
 from tests.support.problems import Problem, draw_problem, error_of
 
 
-def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def new(*shape, dtype=torch.float32):
     """An output that no kernel has written."""
     fill = math.nan if dtype.is_floating_point else 0x55
     return torch.full(shape, fill).to(dtype)
 
 
 def run_forward(
-    cuda: Any,
-    p: Any,
+    cuda,
+    p,
     *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    seed: int | None = None,
-    eps: float = 2**-7,
-    floor: Tensor | None = None,
-    processors: int = 1,
-    part: int | None = None,
-    one_split: bool = False,
-    statistics: bool = True,
-    order_seed: int = 0,
-    strict: bool = False,
-) -> dict[str, Tensor]:
+    softcap=None,
+    temperature=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    seed=None,
+    eps=2**-7,
+    floor=None,
+    processors=1,
+    part=None,
+    one_split=False,
+    statistics=True,
+    order_seed=0,
+    strict=False,
+):
     """Results by position, untouched where ignored; `mask` and `rows` with a seed.
 
     `part`: how many rows a launch takes.
@@ -60,7 +56,7 @@ def run_forward(
     writes["sums"] = new(cuda.FORWARD_SUMS, splits, part)
     numbers = {"splits": splits, "split_columns": columns}
     numbers |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    reads: dict[str, Tensor] = {}
+    reads = {}
     if seed is not None:
         if bool(floor.isnan().all()):
             device.call("target_floor", {}, {"floor": floor})
@@ -74,7 +70,7 @@ def run_forward(
     return out | {"mask": mask, "rows": device.rows, "floor": floor}
 
 
-def bits_of(mask: Tensor, vocabulary: int) -> Tensor:
+def bits_of(mask, vocabulary):
     """The bits of int32 words, lowest first, as bool; those past the vocabulary must not be set."""
     bits = (mask[..., None] >> torch.arange(32)) & 1
     bits = bits.flatten(-2).bool()
@@ -82,7 +78,7 @@ def bits_of(mask: Tensor, vocabulary: int) -> Tensor:
     return bits[..., :vocabulary]
 
 
-def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+def expect(p, dtype, **how):
     """What plain PyTorch makes of the labelled rows in a type."""
     labelled = p.target != IGNORED
     hidden, weight = p.hidden.detach().to(dtype), p.weight.detach().to(dtype)
@@ -98,7 +94,7 @@ def expect(p: Any, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
     return {**{name: stats[name] for name in names}, "loss": loss, "gap": gap}
 
 
-def check(got: dict[str, Tensor], p: Any, **how: Any) -> None:
+def check(got, p, **how):
     """Results are as near to the truth as PyTorch's own in float32, from the same values."""
     labelled = p.target != IGNORED
     truth, plain = expect(p, torch.float64, **how), expect(p, torch.float32, **how)

@@ -17,16 +17,16 @@ Code = list[tuple[int, str]]  # addresses and texts of instructions
 # A register's contents: what kind of instruction wrote it, which one (of sums the first that added
 # to them), and the register's place among the four.
 Symbol = tuple[str, int, int]
-OTHER: Symbol = ("other", 0, 0)
+OTHER = ("other", 0, 0)
 
 
-def instructions(sass: str) -> Code:
+def instructions(sass):
     """What a disassembly holds, without predicates."""
     found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(.+?);", sass)
     return [(int(address, 16), text) for address, text in found]
 
 
-def main_loop(code: Code) -> Code:
+def main_loop(code):
     """The shortest part from where a branch leads back to, up to it, that multiplies matrices."""
     back = [
         (int(match[1], 16), at) for at, x in code if (match := re.match(r"BRA.*?0x([0-9a-f]+)", x))
@@ -55,7 +55,7 @@ class Lane:
     stored: dict[tuple[str, int], Symbol] = field(default_factory=dict)  # by base and word
     step: int = 0
 
-    def run(self, code: Code) -> None:
+    def run(self, code):
         for _, text in code:
             self.step += 1
             opcode, _, rest = text.partition(" ")
@@ -67,31 +67,31 @@ class Lane:
             else:
                 self.write(opcode, operands)
 
-    def read(self, first: int, count: int) -> list[Symbol]:
+    def read(self, first, count):
         return [self.registers.get(first + i, OTHER) for i in range(count)]
 
-    def fill(self, first: int, count: int, kind: str) -> None:
+    def fill(self, first, count, kind):
         for i in range(count):
             self.registers[first + i] = (kind, self.step, i)
 
-    def multiply(self, operands: list[str]) -> None:
+    def multiply(self, operands):
         numbers = [-1 if x == "RZ" else int(x.removeprefix("R")) for x in operands[:4]]
         d, a, b, c = numbers
         left, right, before = self.read(a, 4), self.read(b, 2), self.read(c, 4)
         started = before[0][1] if before[0][0] == "HMMA" else self.step
-        sums: list[Symbol] = [("HMMA", started, i) for i in range(4)]
+        sums = [("HMMA", started, i) for i in range(4)]
         assert before[0][0] != "HMMA" or before == sums
         self.registers |= {d + i: x for i, x in enumerate(sums)}
         self.products.append(Product(tuple(numbers), left, right, sums))
 
-    def store(self, operands: list[str]) -> None:
+    def store(self, operands):
         address = re.search(r"\[(R\d+)\.64(?:\+0x([0-9a-f]+))?\]", operands[0])
         value = re.fullmatch(r"R(\d+)", operands[1])
         if address and value:
             word = int(address[2] or "0", 16) // 4
             self.stored[address[1], word] = self.read(int(value[1]), 1)[0]
 
-    def write(self, opcode: str, operands: list[str]) -> None:
+    def write(self, opcode, operands):
         target = re.fullmatch(r"R(\d+)", operands[0])
         if target is None:
             return
@@ -106,14 +106,14 @@ class Lane:
             self.fill(first, count, "other")
 
 
-def follow(*parts: Code) -> Lane:
+def follow(*parts):
     lane = Lane()
     for code in parts:
         lane.run(code)
     return lane
 
 
-def aligned(product: Product) -> bool:
+def aligned(product):
     """Whether operands lie as the machine wants them: in groups of four, of b of two."""
     d, a, b, c = product.registers
     return d % 4 == 0 and a % 4 == 0 and b % 2 == 0 and (c == -1 or c % 4 == 0)
@@ -154,7 +154,7 @@ KINDS = {  # of the left and the right operand
 }
 
 
-def check_loop(name: str, code: Code, kinds: tuple[str, str]) -> None:
+def check_loop(name, code, kinds):
     """A turn of the loop multiplies each fragment of a warp's 32 rows with each of its columns."""
     turn = main_loop(code)
     lane = follow(turn, turn)  # the second turn reads what the first may have loaded

@@ -1,21 +1,17 @@
 """The CUDA backward by recomputation, its device code run by the emulation."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import reference
 from tests.support.emulated_device import DTYPES, IGNORED, Device, clear_seed
 from tests.support.problems import cancellation, draw_problem, error_of
 
 
-def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
+def known_rows(p, **how):
     """lse, what rounding took from it, and nll, by position, from float64."""
     labelled = p.target != IGNORED
     wide = p.copy(torch.float64)
@@ -30,23 +26,23 @@ def known_rows(p: Any, **how: Any) -> dict[str, Tensor]:
 
 
 def run_backward(
-    cuda: Any,
-    p: Any,
-    grad: Tensor,
+    cuda,
+    p,
+    grad,
     *,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    seed: int | None = None,
-    eps: float = 1.0,
-    step: int = 128,
-    scale: float | None = None,
-    adds: bool = False,
-    wide: bool = False,
-    order_seed: int = 0,
-    strict: bool = False,
-) -> dict[str, Tensor]:
+    softcap=None,
+    temperature=1.0,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    seed=None,
+    eps=1.0,
+    step=128,
+    scale=None,
+    adds=False,
+    wide=False,
+    order_seed=0,
+    strict=False,
+):
     """The three gradients, in blocks of `step` columns. Rows that are ignored stay NaN."""
     device = Device(
         cuda, p, softcap=softcap, temperature=temperature, order_seed=order_seed, strict=strict
@@ -103,7 +99,7 @@ def run_backward(
     }
 
 
-def expect(p: Any, grad: Tensor, dtype: torch.dtype, **how: Any) -> dict[str, Tensor]:
+def expect(p, grad, dtype, **how):
     """Autograd's gradients of the specification, in a type."""
     leaves = p.copy(dtype)
     for leaf in (leaves.hidden, leaves.weight, leaves.bias):
@@ -115,13 +111,7 @@ def expect(p: Any, grad: Tensor, dtype: torch.dtype, **how: Any) -> dict[str, Te
     return found | ({} if leaves.bias is None else {"bias": leaves.bias.grad})
 
 
-def check(
-    got: dict[str, Tensor],
-    p: Any,
-    grad: Tensor,
-    rounding: float = 0,
-    **how: Any,
-) -> None:
+def check(got, p, grad, rounding=0, **how):
     truth = expect(p, grad, torch.float64, **how)
     plain = expect(p, grad, torch.float32, **how)
     labelled = p.target != IGNORED

@@ -1,28 +1,24 @@
 """The lists and gathers of the sampled gradient in CUDA, their device code run by the emulation."""
 
-from __future__ import annotations
-
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import reference
 from tests.support.emulated_device import DTYPES, IGNORED, UNTOUCHED, Device, clear_seed
 from tests.support.problems import Problem, draw_problem, error_of
 
 
-def random_mask(rows: int, vocabulary: int) -> Tensor:
+def random_mask(rows, vocabulary):
     """Bool [R, V]: rows with many bits, few, all and none."""
     chance = torch.tensor([0.5, 0.02, 1.0, 0.0])[torch.randint(4, (rows, 1))]
     return torch.rand(rows, vocabulary) < chance
 
 
-def words_of(bits: Tensor) -> Tensor:
+def words_of(bits):
     """Int32 words of bool [R, V], lowest bit first."""
     rows, vocabulary = bits.shape
     padded = torch.nn.functional.pad(bits, (0, -vocabulary % 32)).numpy()
@@ -30,7 +26,7 @@ def words_of(bits: Tensor) -> Tensor:
     return torch.from_numpy(packed.view(np.int32).copy())
 
 
-def lists_of(bits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def lists_of(bits, rows, count):
     """Offsets [N + 1] and columns of the bits [R, V] of these rows, by position."""
     everyone = torch.zeros(count, bits.shape[1], dtype=torch.bool)
     everyone[rows] = bits
@@ -41,7 +37,7 @@ def lists_of(bits: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
 class Sample:
     """The specification's sample of a problem, and what the kernels are told of its rows."""
 
-    def __init__(self, p: Any, seed: int, eps: float, **how: Any) -> None:
+    def __init__(self, p, seed, eps, **how):
         self.eps, self.labelled = eps, p.target != IGNORED
         wide = p.copy(torch.float64)
         bias = None if wide.bias is None else wide.bias.detach()
@@ -60,19 +56,19 @@ class Sample:
         self.dy = drawn.dy * self.grad[self.labelled, None].double()
         self.dy[~drawn.kept] = 0
 
-    def check_hidden(self, got: Tensor) -> None:
+    def check_hidden(self, got):
         assert bool(got[~self.labelled].isnan().all())
         self._check(got[self.labelled], self.dy, self.weight)
 
-    def check_weight(self, got: Tensor) -> None:
+    def check_weight(self, got):
         self._check(got, self.dy.T, self.hidden)
 
-    def _check(self, got: Tensor, dy: Tensor, operand: Tensor) -> None:
+    def _check(self, got, dy, operand):
         expected, size = dy @ operand, dy.abs() @ operand.abs()
         cancels = float(size.norm() / expected.norm().clamp_min(1e-300))
         assert error_of(got, expected) <= torch.finfo(got.dtype).eps + 1e-6 * (1 + cancels)
 
-    def check_entries(self, keys: Tensor, packed: Tensor, offsets: Tensor) -> None:
+    def check_entries(self, keys, packed, offsets):
         """Keys and packed words, by the lists they are in, are what is kept."""
         kept = keys < self.dy.shape[1]
         assert bool((packed[~kept] == UNTOUCHED).all())
@@ -86,12 +82,12 @@ class Sample:
         assert error_of(found[self.labelled], self.dy) <= 3e-6
 
 
-def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
+def unpack(packed):
     """Rows and float32 values of packed words."""
     return packed >> 32, (packed & 0xFFFFFFFF).to(torch.int32).view(torch.float32)
 
 
-def pack(rows: Tensor, values: Tensor) -> Tensor:
+def pack(rows, values):
     return rows.long() << 32 | values.view(torch.int32).long() & 0xFFFFFFFF
 
 

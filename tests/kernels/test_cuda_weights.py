@@ -1,19 +1,13 @@
 """The CUDA kernels' weights, their device code run by the emulation."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels.backends.cuda.weights import balanced_loss, joint_weights
 from bft_kernels.checks import SCHEMES
 from bft_kernels.config import Weighting
-from bft_kernels.results import BalancedLoss
 from tests.support import balanced_weights
 from tests.support.problems import assert_close
 
@@ -22,16 +16,8 @@ LAYOUTS = balanced_weights.layouts(TILE)
 
 
 @pytest.fixture
-def run(emulated_device: Any) -> Callable[..., BalancedLoss]:
-    def call(
-        loss: Tensor,
-        labelled: Tensor,
-        bounds: Tensor,
-        settings: Weighting,
-        normalize: str = "sequence",
-        items: Tensor | None = None,
-        **how: Any,
-    ) -> BalancedLoss:
+def run(emulated_device):
+    def call(loss, labelled, bounds, settings, normalize="sequence", items=None, **how):
         emulated_device.how = {"unwritten": True, **how}
         return balanced_loss(loss, labelled, bounds, items, normalize, settings)
 
@@ -132,7 +118,7 @@ def test_arguments_are_checked(emulated):
     flags = ["full_windows", "geometric", "confidence", "ratio", "flat", "by_sequence", "counts"]
     good = pointers | dict.fromkeys(flags, False) | {"N": 4, "S": 2, "window": 3, "stream": 0}
     good |= {"floor": 1e-8, "gamma": 1.0}
-    wrong: dict[str, Any] = {"N": -1, "S": 2**31, "window": 0, "floor": math.nan, "gamma": 0.0}
+    wrong = {"N": -1, "S": 2**31, "window": 0, "floor": math.nan, "gamma": 0.0}
     wrong |= dict.fromkeys(pointers, 0) | {"num_items_ptr": 2}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):

@@ -1,12 +1,8 @@
 """Torch's default device and type are the caller's: no number here may depend on them."""
 
-from __future__ import annotations
-
 import ast
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,8 +22,8 @@ from tests.support.problems import draw_problem
 ROOT = Path(__file__).parents[2]
 # `meta` stands for any device that the tensors are not on: what is made there has no values.
 DEFAULTS = [torch.float64, torch.bfloat16, torch.float16, "meta"]
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
-CALLS: dict[str, Callable[..., Any]] = {
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+CALLS = {
     "nll": linear_nll,
     "mean": linear_cross_entropy,
     "sum": lambda *args, **how: linear_cross_entropy(
@@ -45,7 +41,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 @contextmanager
-def default(*defaults: torch.dtype | str) -> Iterator[None]:
+def default(*defaults):
     """A default type or device or both, for a while."""
     before = torch.get_default_dtype()
     for what in defaults:
@@ -60,14 +56,14 @@ def default(*defaults: torch.dtype | str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-def tensors(value: Any) -> list[Tensor]:
+def tensors(value):
     """All tensors in a result, in order."""
     if isinstance(value, Tensor):
         return [value]
     return [x for part in value or () for x in tensors(part)]
 
 
-def results(call: Callable[..., Any], p: Any, **how: Any) -> list[Tensor]:
+def results(call, p, **how):
     """The loss, its statistics and its gradients."""
     own = p.copy()
     loss, stats = call(*own.args, bias=own.bias, return_stats=True, **how)
@@ -77,7 +73,7 @@ def results(call: Callable[..., Any], p: Any, **how: Any) -> list[Tensor]:
     return tensors([loss.detach(), stats, grads])
 
 
-def same(got: list[Tensor], want: list[Tensor]) -> None:
+def same(got, want):
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert (a.dtype, a.device) == (b.dtype, b.device)
@@ -97,7 +93,7 @@ def same(got: list[Tensor], want: list[Tensor]) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen) -> None:
+def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen):
     p = draw_problem(24, 8, 70, bias=True, dtype=dtype, frozen=frozen)
     want = results(CALLS[name], p, backend=backend)
     for what in DEFAULTS:
@@ -109,7 +105,7 @@ def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen) -> None
 
 @pytest.mark.parametrize("name", ["mean", "balanced", "sampled"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_results_of_kernels_do_not_depend_on_defaults(backend, name, request) -> None:
+def test_results_of_kernels_do_not_depend_on_defaults(backend, name, request):
     if torch.cuda.is_available():
         pytest.skip("the interpreter and the emulation stand in for a GPU")
     if backend == "triton":
@@ -124,10 +120,10 @@ def test_results_of_kernels_do_not_depend_on_defaults(backend, name, request) ->
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_a_seed_from_the_generator_does_not_depend_on_defaults(what) -> None:
+def test_a_seed_from_the_generator_does_not_depend_on_defaults(what):
     p = draw_problem(12, 8, 60)
 
-    def draw() -> list[Tensor]:
+    def draw():
         torch.manual_seed(3)
         return results(linear_nll, p, gradient="sampled", eps=2**-4)
 
@@ -138,13 +134,13 @@ def test_a_seed_from_the_generator_does_not_depend_on_defaults(what) -> None:
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_weights_and_layouts_do_not_depend_on_defaults(what) -> None:
+def test_weights_and_layouts_do_not_depend_on_defaults(what):
     confidence = torch.rand(12)
     cu_seqlens = torch.tensor([0, 5, 5, 12])
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])
     labels = torch.randint(9, (2, 6))
 
-    def run() -> list[Tensor]:
+    def run():
         return tensors(
             [
                 *(
@@ -164,11 +160,11 @@ def test_weights_and_layouts_do_not_depend_on_defaults(what) -> None:
 
 
 @pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_the_specification_does_not_depend_on_defaults(what) -> None:
+def test_the_specification_does_not_depend_on_defaults(what):
     p = draw_problem(6, 4, 20, ignored=0.0).copy(frozen=("hidden", "weight"))
     cu_seqlens = torch.tensor([0, 2, 6])
 
-    def run() -> list[Tensor]:
+    def run():
         sampled = reference.sampled_gradient(*p.args, 7, eps=2**-4)
         loss = reference.balanced_linear_cross_entropy(*p.args, cu_seqlens, window=2)
         return tensors([vars(sampled).values(), loss, reference.linear_nll(*p.args)])
@@ -183,7 +179,7 @@ MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace",
 MAKERS |= {"rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}
 
 
-def test_every_tensor_is_made_with_a_type_and_a_device() -> None:
+def test_every_tensor_is_made_with_a_type_and_a_device():
     """The call would be right only where the defaults are torch's own."""
     wrong = []
     files = sorted(file for name in ("bft_kernels", "bft") for file in (ROOT / name).rglob("*.py"))

@@ -1,13 +1,7 @@
 """Derivatives beyond backward(): each is right, or refused; none is silently 0."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -20,8 +14,8 @@ from bft_kernels import (
 from bft_kernels.checks import SCHEMES
 from tests.support.problems import assert_close, draw_problem
 
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
-LOSSES: dict[str, Callable[..., Tensor]] = {
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+LOSSES = {
     "nll": lambda *args, **how: linear_nll(*args, **how).sum(),
     "none": lambda *args, **how: linear_cross_entropy(*args, reduction="none", **how).sum(),
     "mean": linear_cross_entropy,
@@ -31,7 +25,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     ),
 }
 # Of a function of one tensor, which is called on a batch of it by some.
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+TRANSFORMS = {
     "grad": lambda f, x: grad(f)(x),
     "vjp": lambda f, x: vjp(f, x)[1](x.new_ones(())),
     "jvp": lambda f, x: jvp(f, (x,), (x,)),
@@ -46,12 +40,12 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
 
 
 @pytest.fixture(params=["cpu", "torch"])
-def backend(request) -> str:
+def backend(request):
     return request.param
 
 
 @pytest.fixture(params=[{}, SAMPLED], ids=["exact", "sampled"])
-def how(request, backend) -> dict[str, Any]:
+def how(request, backend):
     return {"backend": backend, **request.param}
 
 
@@ -63,7 +57,7 @@ def p(request):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_transforms_are_refused(name, transform, how, p):
-    def loss(hidden: Tensor) -> Tensor:
+    def loss(hidden):
         return LOSSES[name](hidden, p.weight, p.target, bias=p.bias, **how)
 
     with pytest.raises(RuntimeError, match=r"^torch\.func: got a call inside a transform"):
@@ -72,7 +66,7 @@ def test_transforms_are_refused(name, transform, how, p):
 
 def test_a_transform_of_another_argument_is_refused(p):
     # Neither hidden nor weight is a tensor of the transform.
-    def loss(target: Tensor) -> Tensor:
+    def loss(target):
         return linear_cross_entropy(p.hidden, p.weight, target)
 
     with pytest.raises(RuntimeError, match=r"^torch\.func: "):
@@ -109,7 +103,7 @@ def test_weights_are_constants_to_forward_mode_too(scheme):
 
 
 def test_a_jacobian_by_forward_mode_is_refused(how, p):
-    def loss(hidden: Tensor) -> Tensor:
+    def loss(hidden):
         return linear_cross_entropy(hidden, p.weight, p.target, **how)
 
     with pytest.raises(RuntimeError, match=r"^hidden: got a tensor with a tangent"):
@@ -118,17 +112,17 @@ def test_a_jacobian_by_forward_mode_is_refused(how, p):
         )
 
 
-def dual(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def dual(function, x):
     with forward_ad.dual_level():
         return function(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("mode", ["vmap", "jvp", "dual"])
 def test_compiled_code_refuses_them_too(mode, p, fresh_compiler):
-    def loss(hidden: Tensor) -> Tensor:
+    def loss(hidden):
         return linear_cross_entropy(hidden, p.weight.detach(), p.target)
 
-    def transformed(x: Tensor) -> Any:
+    def transformed(x):
         return TRANSFORMS[mode](loss, x)
 
     x = p.hidden.detach()
@@ -156,7 +150,7 @@ def test_a_batch_of_upstream_gradients_is_supported(name, how, p):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_second_derivatives_are_refused(name, how, p):
-    def loss(hidden: Tensor) -> Tensor:
+    def loss(hidden):
         return LOSSES[name](hidden, p.weight, p.target, bias=p.bias, **how)
 
     x = p.hidden.detach()

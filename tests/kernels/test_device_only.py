@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +35,7 @@ from bft_kernels.weighting import _call_scheme
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 8, 16, 300
 OPS = [op for op in vars(ops).values() if isinstance(op, torch.library.CustomOpDef)]
-BODIES: dict[Any, Callable[..., Any]] = {op._opoverload: op._init_fn for op in OPS}
+BODIES = {op._opoverload: op._init_fn for op in OPS}
 
 
 class FromHost(TorchFunctionMode):
@@ -49,7 +47,7 @@ class FromHost(TorchFunctionMode):
     MAKERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor)
     INDEXED = (Tensor.__getitem__, Tensor.__setitem__)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         listed = func in self.INDEXED and any(
             isinstance(index, list | np.ndarray)
             for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
@@ -62,13 +60,13 @@ class FromHost(TorchFunctionMode):
 class HostWork(TorchDispatchMode):
     """Runs the ops' bodies and notes what is done with tensors on the host."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.made: list[str] = []  # on the host, from nothing there
-        self.copied: list[str] = []  # from one to the other
-        self.own: list[str] = []  # host tensors from host tensors
+        self.made = []  # on the host, from nothing there
+        self.copied = []  # from one to the other
+        self.own = []  # host tensors from host tensors
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in BODIES:
             with self, FromHost():
@@ -93,24 +91,24 @@ class Device:
     work: HostWork = field(default_factory=HostWork)
     launched: int = 0  # kernels
 
-    def tensor(self, *shape: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    def tensor(self, *shape, grad=False, dtype=None):
         dtype = dtype or torch.bfloat16
         return torch.empty(shape, dtype=dtype, device="meta").requires_grad_(grad)
 
-    def launch(self, *arguments: Any, **named: Any) -> None:
+    def launch(self, *arguments, **named):
         """Of a kernel: all that it reads and writes must be there."""
         found = {x.device.type for x in tree_leaves((arguments, named)) if isinstance(x, Tensor)}
         assert found == {"meta"}
         self.launched += 1
 
-    def run(self, loss: Callable[[], Any]) -> HostWork:
+    def run(self, loss):
         """What a loss and its backward do with the host."""
         with self.work, FromHost():
             value = loss()
             (value if isinstance(value, Tensor) else value[0]).sum().backward()
         return self.work
 
-    def problem(self, shape: tuple[int, ...], frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def problem(self, shape, frozen=()):
         """Arguments that a loss takes."""
         return {
             "hidden": self.tensor(*shape, WIDTH, grad="hidden" not in frozen),
@@ -121,7 +119,7 @@ class Device:
 
 
 @pytest.fixture(params=["triton", "cuda", "torch"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Device:
+def device(request, monkeypatch):
     device = Device(request.param)
     # There is none for this device.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
@@ -146,7 +144,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> D
     return device
 
 
-LOSSES: dict[str, Callable[..., Any]] = {
+LOSSES = {
     "nll": linear_nll,
     "nll, statistics": functools.partial(linear_nll, return_stats=True),
     "sum": functools.partial(linear_cross_entropy, reduction="sum"),
@@ -170,7 +168,7 @@ SAMPLED = {"gradient": "sampled", "eps": 2**-5}
 
 
 @pytest.fixture(params=FROZEN)
-def frozen(request: pytest.FixtureRequest) -> tuple[str, ...]:
+def frozen(request):
     return FROZEN[request.param]
 
 
@@ -242,7 +240,7 @@ def test_weights_by_themselves_keep_to_the_device():
 
 
 @pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+def captured(monkeypatch):
     """A problem on a GPU that captures, as far as the host can tell."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -295,7 +293,7 @@ def test_a_capture_refuses_checks_of_values(captured, function):
 
 
 def test_a_capture_refuses_a_callable(captured):
-    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def scheme(confidence, cu_seqlens):
         raise AssertionError("not called")
 
     confidence = torch.empty(9, device=captured["hidden"].device)
@@ -320,7 +318,7 @@ def test_a_capture_refuses_lists_of_unknown_length(captured):
         lambda x: x.index_copy_(0, torch.tensor([0]).to(x.device), x[:1]),
     ],
 )
-def test_values_of_the_host_are_seen(made: Callable[[Tensor], Any]):
+def test_values_of_the_host_are_seen(made):
     x = torch.empty(4, 4, device="meta")
     with HostWork(), FromHost(), pytest.raises(AssertionError, match="a tensor of the host's"):
         made(x)

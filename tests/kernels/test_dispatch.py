@@ -1,7 +1,5 @@
 """Which backend runs, what the installation tells of itself, and the module twins."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest
@@ -20,25 +18,25 @@ from tests.support.problems import assert_close, draw_problem
 
 
 @pytest.fixture
-def crippled(monkeypatch: pytest.MonkeyPatch) -> None:
+def crippled(monkeypatch):
     """A first choice that never runs, before the real backends."""
     broken = dispatch.Backend("broken", lambda hidden, weight: ["it is Sunday"], "no.such.module")
     monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
 
 
-def test_a_forced_backend_that_cannot_run_says_why(crippled) -> None:
+def test_a_forced_backend_that_cannot_run_says_why(crippled):
     p = draw_problem(4, 3, 7)
     assert dispatch.why_not("broken", p.hidden, p.weight) == ["it is Sunday"]
     with pytest.raises(RuntimeError, match=r"backend: got .broken.*it is Sunday"):
         linear_nll(*p.args, backend="broken")
 
 
-def test_auto_takes_the_first_that_runs(crippled) -> None:
+def test_auto_takes_the_first_that_runs(crippled):
     p = draw_problem(4, 3, 7)
     assert_close(linear_nll(*p.args), linear_nll(*p.args, backend="torch"))
 
 
-def test_auto_says_its_choice_once(caplog) -> None:
+def test_auto_says_its_choice_once(caplog):
     dispatch._announce.cache_clear()
     p = draw_problem(4, 3, 7)
     with caplog.at_level(logging.INFO, logger="bft_kernels"):
@@ -50,7 +48,7 @@ def test_auto_says_its_choice_once(caplog) -> None:
     ]
 
 
-def test_reasons_name_the_tensor() -> None:
+def test_reasons_name_the_tensor():
     dense = torch.ones(2, 2)
     assert dispatch.why_not("torch", dense, dense) == []
     assert "weight" in dispatch.why_not("torch", dense, dense.to_sparse())[0]
@@ -59,7 +57,7 @@ def test_reasons_name_the_tensor() -> None:
         dispatch.why_not("none", dense, dense)
 
 
-def test_info_tells_versions_devices_extensions_and_backends() -> None:
+def test_info_tells_versions_devices_extensions_and_backends():
     facts = info()
     assert facts["versions"]["torch"] == torch.__version__
     assert "cpu" in facts["devices"]
@@ -69,7 +67,7 @@ def test_info_tells_versions_devices_extensions_and_backends() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_module_equals_function(reduction) -> None:
+def test_module_equals_function(reduction):
     p = draw_problem(9, 4, 17, bias=True)
     settings = {"reduction": reduction, "softcap": 5.0, "z_loss": 0.1, "label_smoothing": 0.1}
     module = LinearCrossEntropyLoss(**settings)
@@ -80,7 +78,7 @@ def test_module_equals_function(reduction) -> None:
     assert list(module.parameters()) == []
 
 
-def test_balanced_module_equals_function() -> None:
+def test_balanced_module_equals_function():
     p = draw_problem(9, 4, 17)
     settings = {"scheme": "bft-v1", "window": 3, "normalize": "token", "return_stats": True}
     cu_seqlens = torch.tensor([0, 4, 9])

@@ -1,7 +1,5 @@
 """The emulation of CUDA device code: right kernels run, and each planted mistake is caught."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from pathlib import Path
@@ -29,7 +27,7 @@ KINDS = {
 needs_compiler = pytest.mark.skipif(build.CXX is None, reason="needs a C++ compiler")
 
 
-def run_program(folder: Path, *flags: str) -> str:
+def run_program(folder, *flags):
     program = folder / "program"
     build.build(program, SOURCES, *flags)
     done = subprocess.run([program], capture_output=True, text=True)

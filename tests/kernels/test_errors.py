@@ -2,16 +2,11 @@
 expected.
 """
 
-from __future__ import annotations
-
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import (
     BalancedLinearCrossEntropyLoss,
@@ -31,23 +26,19 @@ N, D, V = 6, 4, 9
 NAN = float("nan")
 
 
-def good(**changes: Any) -> dict[str, Any]:
-    values = {
-        "hidden": torch.randn(N, D),
-        "weight": torch.randn(V, D),
-        "target": torch.arange(N),
-    }
+def good(**changes):
+    values = {"hidden": torch.randn(N, D), "weight": torch.randn(V, D), "target": torch.arange(N)}
     return values | changes
 
 
-def with_nan(shape: tuple[int, ...]) -> Tensor:
+def with_nan(shape):
     values = torch.randn(shape)
     values[1, 2] = NAN
     return values
 
 
 # changes, error, what the message says: argument, what came, what was expected.
-CORE: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
+CORE = [
     ({"hidden": [1.0]}, TypeError, ("hidden", "list", "Tensor")),
     ({"hidden": torch.tensor(1.0)}, ValueError, ("hidden", "()", "D")),
     ({"hidden": torch.ones(N, D, dtype=torch.int64)}, TypeError, ("hidden", "int64", "float32")),
@@ -111,7 +102,7 @@ CORE: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ({"hidden_variance": True}, ValueError, ("hidden_variance", "True", "sampled")),
 ]
 
-REDUCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
+REDUCED = [
     ({"reduction": "median"}, ValueError, ("reduction", "median", "'none', 'mean', 'sum'")),
     ({"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5", "between 0.0 and 1.0")),
     ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1", "between 0.0 and 1.0")),
@@ -136,7 +127,7 @@ REDUCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
     ),
 ]
 
-BALANCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
+BALANCED = [
     ({"scheme": "best"}, ValueError, ("scheme", "best", "'bft'")),
     ({"scheme": 3}, TypeError, ("scheme", "int", "callable")),
     ({"window": 0}, ValueError, ("window", "0", "at least 1")),
@@ -186,12 +177,7 @@ BALANCED: list[tuple[dict[str, Any], type[Exception], tuple[str, str, str]]] = [
 ]
 
 
-def refused(
-    function: Callable[..., Any],
-    arguments: dict[str, Any],
-    error: type[Exception],
-    parts: tuple[str, str, str],
-) -> None:
+def refused(function, arguments, error, parts):
     with pytest.raises(error) as caught:
         function(**arguments)
     name, came, expected = parts
@@ -201,7 +187,7 @@ def refused(
     assert expected in message, f"{expected!r} not in: {message}"
 
 
-def labels(cases: list[tuple[dict[str, Any], Any, tuple[str, str, str]]]) -> list[str]:
+def labels(cases):
     return [f"{parts[0]}-{parts[1]}" for _, _, parts in cases]
 
 
@@ -209,21 +195,21 @@ def labels(cases: list[tuple[dict[str, Any], Any, tuple[str, str, str]]]) -> lis
     "function", [linear_nll, linear_cross_entropy, balanced_linear_cross_entropy]
 )
 @pytest.mark.parametrize(("changes", "error", "parts"), CORE, ids=labels(CORE))
-def test_core_arguments(function, changes, error, parts) -> None:
+def test_core_arguments(function, changes, error, parts):
     refused(function, good(**changes), error, parts)
 
 
 @pytest.mark.parametrize(("changes", "error", "parts"), REDUCED, ids=labels(REDUCED))
-def test_cross_entropy_arguments(changes, error, parts) -> None:
+def test_cross_entropy_arguments(changes, error, parts):
     refused(linear_cross_entropy, good(**changes), error, parts)
 
 
 @pytest.mark.parametrize(("changes", "error", "parts"), BALANCED, ids=labels(BALANCED))
-def test_balanced_arguments(changes, error, parts) -> None:
+def test_balanced_arguments(changes, error, parts):
     refused(balanced_linear_cross_entropy, good(**changes), error, parts)
 
 
-def test_a_target_of_three_dimensions_needs_boundaries() -> None:
+def test_a_target_of_three_dimensions_needs_boundaries():
     arguments = good(hidden=torch.randn(1, 2, 3, D), target=torch.zeros(1, 2, 3, dtype=torch.int64))
     refused(
         balanced_linear_cross_entropy,
@@ -257,7 +243,7 @@ def test_a_target_of_three_dimensions_needs_boundaries() -> None:
         ),
     ],
 )
-def test_token_weights_arguments(changes, error, parts) -> None:
+def test_token_weights_arguments(changes, error, parts):
     arguments = {"confidence": torch.rand(4), "cu_seqlens": torch.tensor([0, 4])} | changes
     refused(token_weights, arguments, error, parts)
 
@@ -283,12 +269,12 @@ def test_token_weights_arguments(changes, error, parts) -> None:
         ),
     ],
 )
-def test_layout_helpers(function, arguments, parts) -> None:
+def test_layout_helpers(function, arguments, parts):
     refused(function, arguments, ValueError, parts)
 
 
 @pytest.mark.parametrize("module", [LinearCrossEntropyLoss, BalancedLinearCrossEntropyLoss])
-def test_modules_refuse_unknown_settings(module) -> None:
+def test_modules_refuse_unknown_settings(module):
     refused(module, {"softcapp": 3.0}, TypeError, ("softcapp", "unexpected", "softcap"))
 
 
@@ -301,25 +287,25 @@ def test_modules_refuse_unknown_settings(module) -> None:
     ],
 )
 @pytest.mark.parametrize("module", [LinearCrossEntropyLoss, BalancedLinearCrossEntropyLoss])
-def test_modules_check_settings_when_made(module, settings, error, parts) -> None:
+def test_modules_check_settings_when_made(module, settings, error, parts):
     refused(module, settings, error, parts)
 
 
-def test_a_balanced_module_checks_its_weighting_when_made() -> None:
+def test_a_balanced_module_checks_its_weighting_when_made():
     arguments = {"scheme": "foo"}
     refused(BalancedLinearCrossEntropyLoss, arguments, ValueError, ("scheme", "foo", "'bft'"))
     arguments = {"window": 0}
     refused(BalancedLinearCrossEntropyLoss, arguments, ValueError, ("window", "0", "at least 1"))
 
 
-def test_nan_in_an_ignored_row_costs_nothing_and_is_not_reported() -> None:
+def test_nan_in_an_ignored_row_costs_nothing_and_is_not_reported():
     target = torch.arange(N)
     target[1] = -100
     result = linear_nll(**good(hidden=with_nan((N, D)), target=target, check=True))
     assert bool(torch.isfinite(result).all())
 
 
-def test_check_false_looks_at_no_boundaries() -> None:
+def test_check_false_looks_at_no_boundaries():
     bounds = torch.tensor([0, 4, 2, N])
     loss = balanced_linear_cross_entropy(
         **good(cu_seqlens=bounds, check=False, gradient="sampled", seed=0)
@@ -327,10 +313,10 @@ def test_check_false_looks_at_no_boundaries() -> None:
     assert bool(torch.isfinite(loss))
 
 
-def test_check_false_looks_at_no_values() -> None:
+def test_check_false_looks_at_no_values():
     result = linear_nll(**good(hidden=with_nan((N, D)), check=False))
     assert result.isnan().sum() == 1
 
 
-def test_nan_is_reported_only_when_asked() -> None:
+def test_nan_is_reported_only_when_asked():
     assert linear_nll(**good(hidden=with_nan((N, D)))).isnan().sum() == 1

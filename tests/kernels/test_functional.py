@@ -1,12 +1,9 @@
 """The public functions in float64 against the specification: values, statistics, gradients."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import (
     TokenStats,
@@ -47,11 +44,11 @@ LOSS_OPTIONS = [
 ]
 
 
-def settings(options: dict) -> dict:
+def settings(options):
     return {name: value for name, value in options.items() if name != "bias"}
 
 
-def expected_nll(p, options: dict) -> Tensor:
+def expected_nll(p, options):
     return reference.linear_nll(*p.args, bias=p.bias, **settings(options))
 
 
@@ -215,7 +212,7 @@ def test_frozen_inputs_sampled(frozen, seed):
     p = draw_problem(33, 16, 129, bias=True)
     upstream = torch.randn(33, dtype=torch.float64)
 
-    def run(q) -> dict[str, Tensor]:
+    def run(q):
         nll = linear_nll(*q.args, bias=q.bias, gradient="sampled", eps=2**-5, seed=seed)
         return q.gradients((upstream * nll).sum())
 
@@ -229,7 +226,7 @@ def test_gradcheck(options, frozen):
     p = draw_problem(6, 4, 9, bias="bias" in options, frozen=frozen)
     upstream = torch.randn(6, dtype=torch.float64)
 
-    def weighted(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted(*leaves):
         named = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
         named |= dict(zip(p.leaves, leaves, strict=True))
         nll = linear_nll(

@@ -9,24 +9,16 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bft_kernels import (
-    balanced_linear_cross_entropy,
-    linear_cross_entropy,
-    linear_nll,
-    reference,
-)
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from tests.support.problems import assert_close, cancellation, draw_problem, error_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS: dict[str, dict[str, Any]] = {
+TRANSFORMS = {
     "plain": {},
     "softcap": {"softcap": 5.0, "temperature": 1.3},
     "bias": {"bias": True, "temperature": 0.7},
@@ -44,22 +36,22 @@ class Fused:
     shapes: tuple[tuple[int, int, int], ...]
     chunks: bool | None = None  # whether triton's forward keeps logits, a chunk of rows at a time
 
-    def __str__(self) -> str:
+    def __str__(self):
         if self.chunks is None:
             return self.instruction_set or self.name
         return f"{self.name}-{'chunks' if self.chunks else 'tiles'}"
 
     @property
-    def slow(self) -> bool:
+    def slow(self):
         """Interpreted or emulated."""
         return self.name != "cpu" and self.device != "cuda"
 
     @property
-    def how(self) -> dict[str, Any]:
+    def how(self):
         return {"backend": self.name}
 
 
-def backends() -> Iterator[Fused]:
+def backends():
     if importlib.util.find_spec("bft_kernels._cpu") is not None:
         from bft_kernels import _cpu
 
@@ -79,9 +71,9 @@ BACKENDS = list(backends())
 
 
 @pytest.fixture(autouse=True)
-def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chosen(request, monkeypatch):
     """Chooses the instruction set or the engine of the backend that is a parameter of the test."""
-    fused: Fused = request.node.callspec.params["fused"]
+    fused = request.node.callspec.params["fused"]
     if fused.chunks is not None:
         module = "bft_kernels.backends.triton.core"
         monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: fused.chunks)
@@ -103,7 +95,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 every_backend = pytest.mark.parametrize("fused", BACKENDS, ids=str)
 
 
-def some(cases: list[Any], number: int) -> list[Any]:
+def some(cases, number):
     """About ``number`` of the cases, spread over all of them."""
     step = max(1, len(cases) // number)
     while step > 1 and any(math.gcd(step, k) > 1 for k in (2, 3, 5)):
@@ -111,7 +103,7 @@ def some(cases: list[Any], number: int) -> list[Any]:
     return cases[::step]
 
 
-def spread(*axes: Any) -> list[Any]:
+def spread(*axes):
     """All combinations, but for ``triton``, whose interpreter is slow, a few dozen."""
     found = []
     for fused in BACKENDS:
@@ -120,18 +112,18 @@ def spread(*axes: Any) -> list[Any]:
     return found
 
 
-def upstream_of(target: Tensor) -> Tensor:
+def upstream_of(target):
     return torch.linspace(0.5, 2, target.numel(), device=target.device)
 
 
 BOUNDS = (0.0, 0.1, 0.1, 0.55, 1.0)  # documents, as fractions of the rows; one is empty
 
 
-def boundaries(rows: int) -> Tensor:
+def boundaries(rows):
     return torch.tensor([int(rows * b) for b in BOUNDS])
 
 
-LOSSES: dict[str, Callable[..., Any]] = {
+LOSSES = {
     "nll": lambda p, **how: (linear_nll(*p.args, **how) * upstream_of(p.target)).sum(),
     "smoothed": lambda p, **how: linear_cross_entropy(
         *p.args, label_smoothing=0.2, z_loss=0.01, reduction="sum", **how
@@ -142,13 +134,13 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
-def value_of(loss: Callable[..., Any], p: Any, **how: Any) -> Tensor:
+def value_of(loss, p, **how):
     if how.pop("bias", False):
         how["bias"] = p.bias
     return loss(p, **how)
 
 
-def run(loss: Callable[..., Any], p: Any, **how: Any) -> dict[str, Tensor]:
+def run(loss, p, **how):
     value = value_of(loss, p, **how)
     value.backward()
     return {"loss": value.detach(), **{k: v for k, v in p.grads().items() if v is not None}}
@@ -206,7 +198,7 @@ def test_statistics(fused, shape, transform, poison):
     options = {"gradient": "sampled", "eps": 0.02, "seed": 3, "return_stats": True}
     options["hidden_variance"] = True
 
-    def stats_of(copy: Any, **more: Any) -> Any:
+    def stats_of(copy, **more):
         bias = copy.bias if biased else None
         return linear_nll(*copy.args, bias=bias, **options, **how, **more)
 
@@ -232,7 +224,7 @@ def test_ties_go_to_the_lowest_index(fused):
 # --- the sample ----------------------------------------------------------------------------------
 
 
-def logit_gradient(p: Any, fused: Fused, **how: Any) -> Tensor:
+def logit_gradient(p, fused, **how):
     """``dz [N, V]`` of the sum of losses, from ``dW``: one more column of ``hidden`` for each row,
     against zeros in ``weight``, leaves the logits as they are.
     """

@@ -9,8 +9,6 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from tests.support.problems import assert_close, draw_problem, weighted_gradient
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
 @dataclass(frozen=True)
@@ -39,18 +37,15 @@ class Engine:
     gradients: Callable[..., dict[str, Tensor]]  # of a problem
 
     @property
-    def how(self) -> dict[str, Any]:
+    def how(self):
         return {"backend": self.backend}
 
-    def module(self, name: str) -> Any:
+    def module(self, name):
         return importlib.import_module(f"bft_kernels.backends.{self.backend}.{name}")
 
 
 @pytest.fixture(params=["triton-tiles", "triton-chunks", "cuda"])
-def engine(
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Engine:
+def engine(request, monkeypatch):
     """Both of Triton's, and CUDA's one."""
     backend, _, forward = request.param.partition("-")
     device = "cuda" if HAS_GPU else "cpu:7"
@@ -62,14 +57,14 @@ def engine(
     else:
         request.getfixturevalue("cuda_backend")
 
-    def gradients(p: Any, **how: Any) -> dict[str, Tensor]:
+    def gradients(p, **how):
         return weighted_gradients(p, backend=backend, device=device, **how)
 
     return Engine(backend, device, 19 if backend == "triton" else 150, gradients)
 
 
 @pytest.fixture
-def expected() -> Callable[..., Any]:
+def expected():
     """The gradients that the ``torch`` backend gives."""
     return lambda p, **how: weighted_gradients(p, backend="torch", **how)
 
@@ -171,7 +166,7 @@ def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, guarded
     balanced_linear_cross_entropy(*p.args, **how, **engine.how).backward()
 
 
-def far_apart(count: int, file: Path, device: str) -> Tensor:
+def far_apart(count, file, device):
     """``[count]`` bfloat16 of any values: of a file's holes, or of a GPU that has the room."""
     if device != "cuda":
         return torch.from_file(str(file), True, count, dtype=torch.bfloat16, device=device)
@@ -240,7 +235,7 @@ def test_is_never_chosen_unasked_on_a_cpu(name):
     assert backend.unasked_on == ("cuda",)
 
 
-CALLS: dict[str, Any] = {
+CALLS = {
     "nll": lambda args, cu, **how: linear_nll(*args, **how).sum(),
     "mean": lambda args, cu, **how: linear_cross_entropy(*args, **how),
     "sampled": lambda args, cu, **how: linear_cross_entropy(*args, **SAMPLED, **how),

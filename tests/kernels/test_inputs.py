@@ -1,21 +1,11 @@
 """The public functions for every form of their inputs: empty, strided, seeded, on a device."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from bft_kernels import (
-    balanced_linear_cross_entropy,
-    linear_cross_entropy,
-    linear_nll,
-    reference,
-)
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from bft_kernels.checks import SCHEMES
 from tests.support.problems import Problem, assert_close, draw_problem
 
@@ -35,7 +25,7 @@ FROZEN = [
 # --- nothing to do -------------------------------------------------------------------------------
 
 
-def every_loss(p, **options) -> dict[str, Tensor]:
+def every_loss(p, **options):
     return {
         "nll": linear_nll(*p.args, bias=p.bias, **options).sum(),
         "mean": linear_cross_entropy(*p.args, bias=p.bias, **options),
@@ -136,7 +126,7 @@ def test_documents_may_cross_rows():
     assert_close(rows, flat, 1e-14)
 
 
-def non_contiguous(x: Tensor) -> dict[str, Tensor]:
+def non_contiguous(x):
     """The same values in other layouts, as leaves."""
     spaced = torch.stack([x.detach(), torch.full_like(x, 7)], dim=-1)[..., 0]
     transposed = x.detach().t().contiguous().t() if x.dim() == 2 else spaced
@@ -226,7 +216,7 @@ def test_statistics_do_not_change_the_loss():
 # --- random numbers ------------------------------------------------------------------------------
 
 
-def sampled_gradient(p, seed: int | Tensor | None) -> Tensor:
+def sampled_gradient(p, seed):
     loss = linear_nll(*p.args, gradient="sampled", eps=2**-3, seed=seed).sum()
     return torch.autograd.grad(loss, p.weight)[0]
 
@@ -277,7 +267,7 @@ def test_exact_gradients_are_deterministic():
 # --- as on an accelerator -------------------------------------------------------------------------
 
 
-ACCELERATED: dict[str, Callable[..., Any]] = {
+ACCELERATED = {
     "exact": lambda *args, **how: linear_nll(*args, **how).square().sum(),
     "sampled": lambda *args, **how: linear_nll(
         *args, gradient="sampled", eps=0.05, seed=3, **how

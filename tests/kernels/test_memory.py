@@ -1,7 +1,5 @@
 """The memory contract: blocks under a byte budget, ``[N]`` vectors, and the gradients asked for."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bft_kernels import (
-    balanced_linear_cross_entropy,
-    empty_cache,
-    linear_cross_entropy,
-    linear_nll,
-)
+from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross_entropy, linear_nll
 from tests.support.allocations import measure_allocations
 from tests.support.problems import draw_problem
 
@@ -26,7 +19,7 @@ BUDGET = 2**18  # bytes; the logits would take 8 MB
 EPS = 2**-5
 
 
-def packed(p, **how) -> Tensor:
+def packed(p, **how):
     cu = torch.linspace(0, ROWS, 129).long()  # four tokens each: several fit a block
     return balanced_linear_cross_entropy(*p.args, cu_seqlens=cu, window=2, **how)
 
@@ -55,14 +48,14 @@ PATHS = {
 
 
 @pytest.fixture(params=list(PATHS))
-def path(request) -> str:
+def path(request):
     return request.param
 
 
 class Sizes(TorchDispatchMode):
     """The elements of the largest tensor that any op returned."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.largest = 0
         self.ops = 0
@@ -77,7 +70,7 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.fixture(autouse=True)
-def nothing_kept() -> None:
+def nothing_kept():
     """A buffer that a larger test left behind would count as this one's."""
     empty_cache()
 
@@ -100,7 +93,7 @@ def test_no_tensor_has_n_times_v_elements(path, dtype, ignored, backend_under):
     assert 20 * max(VOCABULARY * WIDTH, BUDGET // 4) < ROWS * VOCABULARY
 
 
-def entries_of(p) -> int:
+def entries_of(p):
     """How many entries the sampled gradient of ``p`` keeps, about: what it stores grows with it."""
     with torch.no_grad():
         z = p.hidden.float() @ p.weight.float().T
@@ -117,7 +110,7 @@ def test_memory_stays_within_the_contract(path, dtype, ignored, budget):
         ROWS, WIDTH, VOCABULARY, dtype=dtype, ignored=ignored, frozen=frozen, scale=2.0
     )
 
-    def step() -> Tensor:
+    def step():
         loss = run(p, max_buffer_bytes=budget)
         loss.backward()
         return loss
@@ -156,7 +149,7 @@ def test_autocast_stays_near_the_budget():
     # half the bytes: an eighth of the budget on top.
     p = draw_problem(ROWS, WIDTH, VOCABULARY, dtype=torch.float32)
 
-    def step() -> None:
+    def step():
         with torch.autocast("cpu", torch.bfloat16):
             loss = linear_nll(*p.args, max_buffer_bytes=BUDGET).sum()
         loss.backward()

@@ -1,7 +1,5 @@
 """What tests of a device need: one that refuses what a GPU would, and pytest alone."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess
@@ -19,9 +17,9 @@ class TestTheDeviceThatIsNone:
     """Refuses what a GPU refuses, and nothing else."""
 
     @pytest.fixture(autouse=True)
-    def on_it(self, on_device: None) -> None: ...
+    def on_it(self, on_device): ...
 
-    def test_a_mix_is_refused(self) -> None:
+    def test_a_mix_is_refused(self):
         here, there = torch.ones(3), torch.ones(3, device="cpu:7")
         for mix in (lambda: here + there, lambda: torch.equal(there, here)):
             with pytest.raises(RuntimeError, match="expected all tensors on the same device"):
@@ -31,7 +29,7 @@ class TestTheDeviceThatIsNone:
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
 
-    def test_what_torch_allows_is_allowed(self) -> None:
+    def test_what_torch_allows_is_allowed(self):
         there = torch.ones(3).to("cpu:7").requires_grad_()
         assert (there * torch.tensor(2.0)).device == there.device
         assert there[torch.tensor([1])].device == there.device
@@ -40,7 +38,7 @@ class TestTheDeviceThatIsNone:
         assert there.grad.cpu().numpy().tolist() == [2, 2, 2]
         assert torch.equal(there.cpu(), torch.ones(3))
 
-    def test_kernels_refuse_tensors_of_the_cpu(self) -> None:
+    def test_kernels_refuse_tensors_of_the_cpu(self):
         pytest.importorskip("triton", reason="triton is not installed")
         from bft_kernels.backends.triton.weights import balanced_loss
         from bft_kernels.config import Weighting
@@ -53,7 +51,7 @@ class TestTheDeviceThatIsNone:
         balanced_loss(loss, labelled, bounds, items.to("cpu:7"), "token", settings)
 
 
-def test_poison_fills_and_leaves_algorithms_alone(poison) -> None:
+def test_poison_fills_and_leaves_algorithms_alone(poison):
     """Of deterministic ones cuBLAS is none, unless a variable is set."""
     assert not torch.are_deterministic_algorithms_enabled()
     x = torch.ones(2, 3)
@@ -62,7 +60,7 @@ def test_poison_fills_and_leaves_algorithms_alone(poison) -> None:
     assert torch.empty(2, dtype=torch.int64).tolist() == x.new_empty(2, dtype=torch.int64).tolist()
 
 
-def test_a_gpu_without_the_module_is_no_place_for_the_emulation(request, monkeypatch) -> None:
+def test_a_gpu_without_the_module_is_no_place_for_the_emulation(request, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -72,7 +70,7 @@ def test_a_gpu_without_the_module_is_no_place_for_the_emulation(request, monkeyp
         request.getfixturevalue("cuda_backend")
 
 
-def test_test_files_can_be_read_without_hypothesis() -> None:
+def test_test_files_can_be_read_without_hypothesis():
     """A machine with a GPU may have torch, Triton, numpy and pytest only."""
     program = "import sys, pytest; sys.modules['hypothesis'] = None; sys.exit(pytest.main())"
     files = [str(HERE / f"test_{name}.py") for name in ("sampling_native", "plan", "weighting")]

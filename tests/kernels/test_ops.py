@@ -1,12 +1,9 @@
 """The custom ops: schemas, fakes and autograd registrations; torch.compile; autocast."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
@@ -43,7 +40,7 @@ CONFIGS = {
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 13])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_opcheck_linear_nll(name, rows, bias) -> None:
+def test_opcheck_linear_nll(name, rows, bias):
     config = CONFIGS[name]
     frozen = {"none": ("hidden", "weight", "bias"), "unit": ("weight", "bias")}.get(name, ())
     p = draw_problem(rows, 5, 11, bias=bias, frozen=frozen)
@@ -52,7 +49,7 @@ def test_opcheck_linear_nll(name, rows, bias) -> None:
 
 
 @pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
-def test_opcheck_backward(name) -> None:
+def test_opcheck_backward(name):
     config = CONFIGS[name]
     p = draw_problem(13, 5, 11, bias=True, frozen=("hidden", "weight", "bias"))
     seed = torch.tensor(3)
@@ -71,7 +68,7 @@ def test_opcheck_backward(name) -> None:
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("rows", [0, 13])
-def test_opcheck_weighted_loss(rows, scheme) -> None:
+def test_opcheck_weighted_loss(rows, scheme):
     p = draw_problem(rows, 5, 11, bias=True)
     share = torch.rand(rows, dtype=torch.float64)
     documents = torch.tensor([0, rows // 3, rows // 3, rows])
@@ -82,7 +79,7 @@ def test_opcheck_weighted_loss(rows, scheme) -> None:
 
 @pytest.mark.parametrize("scheme", ["sft", "bft", "bft-v1-code"])
 @pytest.mark.parametrize("rows", [0, 13])
-def test_opcheck_balanced_loss(rows, scheme) -> None:
+def test_opcheck_balanced_loss(rows, scheme):
     loss = torch.rand(rows, dtype=torch.float64, requires_grad=True)
     labelled, documents = torch.rand(rows) < 0.7, torch.tensor([0, rows // 3, rows // 3, rows])
     for items in (None, torch.tensor(3)):
@@ -90,45 +87,44 @@ def test_opcheck_balanced_loss(rows, scheme) -> None:
         torch.library.opcheck(ops.balanced_loss, inputs)
 
 
-def mean(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def mean(hidden, weight, target):
     return linear_cross_entropy(hidden, weight, target, label_smoothing=0.1, z_loss=0.01)
 
 
-def per_token(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def per_token(hidden, weight, target):
     nll, stats = linear_nll(hidden, weight, target, softcap=9.0, return_stats=True)
     return (nll.sin() * stats.confidence).sum() + stats.entropy.sum()
 
 
-def per_token_sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def per_token_sampled(hidden, weight, target):
     nll, stats = linear_nll(
         hidden, weight, target, gradient="sampled", eps=0.05, seed=7, return_stats=True
     )
     return nll.sin().sum() + stats.variance.sum()
 
 
-def balanced(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def balanced(hidden, weight, target):
     loss, stats = balanced_linear_cross_entropy(hidden, weight, target, window=4, return_stats=True)
     return loss + stats.sequence_weight.sum()
 
 
-def balanced_sampled(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def balanced_sampled(hidden, weight, target):
     return balanced_linear_cross_entropy(
         hidden, weight, target, window=4, gradient="sampled", eps=0.05, seed=7
     )
 
 
-def balanced_callable(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def balanced_callable(hidden, weight, target):
+    def scheme(confidence, cu_seqlens):
         return confidence.sqrt(), cu_seqlens.diff().to(confidence.dtype)
 
     return balanced_linear_cross_entropy(hidden, weight, target, scheme=scheme)
 
 
 @pytest.mark.parametrize(
-    "function",
-    [mean, per_token, per_token_sampled, balanced, balanced_sampled, balanced_callable],
+    "function", [mean, per_token, per_token_sampled, balanced, balanced_sampled, balanced_callable]
 )
-def test_compiled_equals_eager(function, fresh_compiler) -> None:
+def test_compiled_equals_eager(function, fresh_compiler):
     """One graph, the same numbers, also when the number of tokens changes."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True)
@@ -147,7 +143,7 @@ def test_compiled_equals_eager(function, fresh_compiler) -> None:
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_autocast_rounds_as_eager_does(gradient) -> None:
+def test_autocast_rounds_as_eager_does(gradient):
     """Operands are rounded to bfloat16, sums are not; gradients have their parameter's type."""
     p = draw_problem(40, 64, 200, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -166,7 +162,7 @@ def test_autocast_rounds_as_eager_does(gradient) -> None:
         assert (a - b).norm() <= 0.01 * b.norm()
 
 
-def test_fake_tensors_have_the_shapes_and_types_of_real_ones() -> None:
+def test_fake_tensors_have_the_shapes_and_types_of_real_ones():
     p = draw_problem(10, 6, 21, dtype=torch.bfloat16)
     real = linear_nll(*p.args, return_stats=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -184,8 +180,8 @@ def test_fake_tensors_have_the_shapes_and_types_of_real_ones() -> None:
     ("bounds", "message"),
     [([0, 5, 3, 8], "falls from 5 to 3"), ([2, 8], "starts at 2"), ([0, 3], "ends at 3")],
 )
-def test_compiled_code_refuses_wrong_boundaries(bounds, message, frozen, fresh_compiler) -> None:
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor, cu_seqlens: Tensor) -> Tensor:
+def test_compiled_code_refuses_wrong_boundaries(bounds, message, frozen, fresh_compiler):
+    def loss(hidden, weight, target, cu_seqlens):
         return balanced_linear_cross_entropy(hidden, weight, target, cu_seqlens=cu_seqlens)
 
     p = draw_problem(8, 4, 9, ignored=0.0, frozen=("weight",) if frozen else ())
@@ -197,8 +193,8 @@ def test_compiled_code_refuses_wrong_boundaries(bounds, message, frozen, fresh_c
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=len)
-def test_compiled_code_checks_the_number_of_items(frozen, fresh_compiler) -> None:
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor, items: Tensor) -> Tensor:
+def test_compiled_code_checks_the_number_of_items(frozen, fresh_compiler):
+    def loss(hidden, weight, target, items):
         return balanced_linear_cross_entropy(hidden, weight, target, num_items=items)
 
     p = draw_problem(8, 4, 9, ignored=0.0, frozen=frozen)
@@ -213,5 +209,5 @@ def test_compiled_code_checks_the_number_of_items(frozen, fresh_compiler) -> Non
 
 
 @pytest.mark.parametrize("items", [torch.tensor(3), torch.tensor(2.5)], ids=str)
-def test_opcheck_num_items(items) -> None:
+def test_opcheck_num_items(items):
     torch.library.opcheck(ops.num_items, (items, torch.tensor([True, False]), False))

@@ -1,7 +1,5 @@
 """Block sizes: they fit the budget, and stay of a useful shape when it is small."""
 
-from __future__ import annotations
-
 from itertools import accumulate, combinations, pairwise
 
 import pytest
@@ -166,7 +164,7 @@ def test_two_threads_have_parts_to_choose_from():
     assert (plan(2048, 1).team, plan(2048, 1).rows) == (1, 1024)
 
 
-def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
+def cost_of(bounds, cuts, plan):
     """Rows computed again, and what the passes of further pieces are worth in rows."""
     room = plan.in_gradient + plan.in_buffer
     cost = 0
@@ -177,9 +175,7 @@ def cost_of(bounds: list[int], cuts: list[int], plan: CpuWeightedPlan) -> int:
 
 
 @given(
-    st.lists(st.integers(1, 700), min_size=1, max_size=9),
-    st.integers(0, 600),
-    st.integers(0, 600),
+    st.lists(st.integers(1, 700), min_size=1, max_size=9), st.integers(0, 600), st.integers(0, 600)
 )
 def test_no_other_pieces_are_cheaper(lengths, in_gradient, in_buffer):
     plan = CpuWeightedPlan(1, 1, 1, in_gradient, in_buffer, whole=False, copies=False)

@@ -4,13 +4,10 @@ Inputs are rounded to a type, the truth is computed from the rounded inputs in f
 error may be a small multiple of the one that ``linear`` and ``cross_entropy`` make in that type.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
@@ -30,11 +27,11 @@ FACTOR = {torch.float32: 1.5, torch.bfloat16: 1.05, torch.float16: 1.05}
 RECOMPUTED_FACTOR = 10.0
 
 
-def plain_nll(p) -> Tensor:
+def plain_nll(p):
     return cross_entropy(linear(p.hidden, p.weight, p.bias), p.target, reduction="none")
 
 
-def gradients(loss: Tensor, p) -> dict[str, Tensor]:
+def gradients(loss, p):
     return dict(zip(p.leaves, torch.autograd.grad(loss, list(p.leaves.values())), strict=True))
 
 
@@ -49,7 +46,7 @@ PATHS = {
 }
 
 
-def allowed_factor(path: str, dtype: torch.dtype) -> float:
+def allowed_factor(path, dtype):
     recomputed = path == "recomputed in blocks" and dtype == torch.float32
     return RECOMPUTED_FACTOR if recomputed else FACTOR[dtype]
 
@@ -138,11 +135,11 @@ def test_mixed_types():
 
 
 @pytest.fixture(params=["wide", "narrow"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def products(request, monkeypatch):
     """``narrow``: half-precision operands enter products as they are, as they do on a GPU."""
     if request.param == "narrow":
 
-        def wide_product(a: Tensor, b: Tensor, accumulator: torch.dtype, out=None) -> Tensor:
+        def wide_product(a, b, accumulator, out=None):
             assert a.dtype == b.dtype
             return torch.mm(a.to(accumulator), b.to(accumulator), out=out)
 

@@ -1,15 +1,10 @@
 """Settings of torch's products are the caller's: no loss may depend on them, or change them."""
 
-from __future__ import annotations
-
 import threading
 import types
-from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bft_kernels import balanced_linear_cross_entropy, linear_nll, precision
@@ -18,12 +13,12 @@ from tests.support.problems import draw_problem
 BACKENDS = torch.backends
 NEW = hasattr(BACKENDS, "fp32_precision")
 needs_new = pytest.mark.skipif(not NEW, reason="fp32_precision came with torch 2.9")
-SAMPLED: dict[str, Any] = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
+SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
 
-def state() -> dict[str, Any]:
+def state():
     """All that a caller may have set, as far as torch lets it be read."""
-    reads: dict[str, Callable[[], Any]] = {
+    reads = {
         "matmul precision": torch.get_float32_matmul_precision,
         "allow_tf32": lambda: BACKENDS.cuda.matmul.allow_tf32,
         "float16 sums": lambda: BACKENDS.cuda.matmul.allow_fp16_accumulation,
@@ -44,7 +39,7 @@ def state() -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def defaults() -> Iterator[None]:
+def defaults():
     """Whatever a test sets is gone after it."""
     yield
     torch.set_float32_matmul_precision("highest")
@@ -54,24 +49,24 @@ def defaults() -> Iterator[None]:
             place.fp32_precision = "none"
 
 
-def new_name(*places: str, value: str) -> Callable[[], None]:
-    def apply() -> None:
+def new_name(*places, value):
+    def apply():
         for name in places:
             getattr(BACKENDS, name).matmul.fp32_precision = value
 
     return apply
 
 
-def everywhere(value: str) -> None:
+def everywhere(value):
     BACKENDS.fp32_precision = value
 
 
-def old_then_new() -> None:
+def old_then_new():
     torch.set_float32_matmul_precision("medium")
     BACKENDS.cuda.matmul.fp32_precision = "ieee"
 
 
-SETTINGS: dict[str, Any] = {
+SETTINGS = {
     "highest": lambda: torch.set_float32_matmul_precision("highest"),
     "high": lambda: torch.set_float32_matmul_precision("high"),
     "medium": lambda: torch.set_float32_matmul_precision("medium"),
@@ -90,17 +85,17 @@ every_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTIN
 class Watch(TorchFunctionMode):
     """The settings at each product."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.seen: list[dict[str, Any]] = []
+        self.seen = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__name__", "") in ("mm", "addmm", "addmm_", "matmul", "__matmul__"):
             self.seen.append(state())
         return func(*args, **(kwargs or {}))
 
 
-def grads(p: Any, backend: str, loss: str) -> list[Tensor]:
+def grads(p, backend, loss):
     own = p.copy()
     if loss == "balanced":
         value = balanced_linear_cross_entropy(*own.args, window=4, backend=backend)
@@ -113,7 +108,7 @@ def grads(p: Any, backend: str, loss: str) -> list[Tensor]:
 @pytest.mark.parametrize("loss", ["exact", "sampled", "balanced"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @every_setting
-def test_float32_is_float32(setting, backend, loss, backend_under) -> None:
+def test_float32_is_float32(setting, backend, loss, backend_under):
     """Bits, where this processor has a faster product; elsewhere what the product would look at."""
     p = draw_problem(40, 96, 300, dtype=torch.float32)
     want = grads(p, backend, loss)
@@ -135,7 +130,7 @@ def test_float32_is_float32(setting, backend, loss, backend_under) -> None:
 
 
 @every_setting
-def test_the_old_names_can_be_read_meanwhile(setting) -> None:
+def test_the_old_names_can_be_read_meanwhile(setting):
     """The profiler reads one of them at every op."""
     setting()
     readable = {name: not str(value).startswith("PyTorch is") for name, value in state().items()}
@@ -146,7 +141,7 @@ def test_the_old_names_can_be_read_meanwhile(setting) -> None:
 
 
 @every_setting
-def test_settings_are_restored_after_an_error(setting) -> None:
+def test_settings_are_restored_after_an_error(setting):
     setting()
     before = state()
     with pytest.raises(KeyError), precision.own_settings(torch.zeros(1)):
@@ -155,7 +150,7 @@ def test_settings_are_restored_after_an_error(setting) -> None:
 
 
 @needs_new
-def test_what_was_inherited_still_follows() -> None:
+def test_what_was_inherited_still_follows():
     everywhere("tf32")
     with precision.own_settings(torch.zeros(1)):
         assert BACKENDS.cuda.matmul.fp32_precision == "ieee"
@@ -164,11 +159,11 @@ def test_what_was_inherited_still_follows() -> None:
     assert BACKENDS.mkldnn.matmul.fp32_precision == "none"
 
 
-def test_threads_that_overlap_restore_what_the_caller_set() -> None:
+def test_threads_that_overlap_restore_what_the_caller_set():
     torch.set_float32_matmul_precision("high")
     before, entered, leave = state(), threading.Event(), threading.Event()
 
-    def other() -> None:
+    def other():
         with precision.own_settings(torch.zeros(1)):
             entered.set()
             leave.wait(10)
@@ -184,7 +179,7 @@ def test_threads_that_overlap_restore_what_the_caller_set() -> None:
     assert state() == before
 
 
-def test_before_torch_2_9(monkeypatch) -> None:
+def test_before_torch_2_9(monkeypatch):
     """One name for all of it."""
     old = types.SimpleNamespace(cuda=BACKENDS.cuda)
     monkeypatch.setattr(torch, "backends", old)

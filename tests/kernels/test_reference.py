@@ -1,13 +1,10 @@
 """The specification itself, against torch's own losses and against formulas written out here."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import reference
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
@@ -29,7 +26,7 @@ GOLDEN = [
 ]
 
 
-def backend_uniforms(seed: int, rows: list[int], columns: Tensor) -> Tensor:
+def backend_uniforms(seed, rows, columns):
     keys = row_keys(torch.tensor(seed), torch.tensor(rows, dtype=torch.int64))
     return scaled_uniforms(*keys, columns.to(torch.int32), 1.0)
 

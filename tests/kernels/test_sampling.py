@@ -4,15 +4,12 @@ Draws come from :func:`draw_bits` in ``conftest.py``, a third implementation of 
 ``test_reference.py`` proves equal, bit for bit, to the specification and to the backend.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import Tensor
 
 from bft_kernels import linear_nll, ops, reference
 from bft_kernels.config import CoreConfig
@@ -21,21 +18,21 @@ from tests.support.draws import P_VALUE, draw_bits, inclusion
 from tests.support.problems import assert_close, draw_problem
 
 
-def wide_int(rng: np.random.Generator) -> int:
+def wide_int(rng):
     return int(rng.integers(-(2**63), 2**63 - 1))
 
 
 @pytest.fixture
-def rng(seed: int) -> np.random.Generator:
+def rng(seed):
     return np.random.default_rng(seed)
 
 
-def two_sided(p: float) -> float:
+def two_sided(p):
     """From ``P(X <= x)``: too regular is as wrong as too irregular."""
     return 2 * min(p, 1 - p)
 
 
-def chi_square(counts: np.ndarray, expected: float) -> float:
+def chi_square(counts, expected):
     statistic = float(((counts - expected) ** 2 / expected).sum())
     lower, upper = (
         stats.chi2.cdf(statistic, counts.size - 1),
@@ -47,7 +44,7 @@ def chi_square(counts: np.ndarray, expected: float) -> float:
 # --- the hash ------------------------------------------------------------------------------------
 
 
-def axis_draws(axis: str, count: int, rng: np.random.Generator) -> np.ndarray:
+def axis_draws(axis, count, rng):
     """``count`` draws that differ in one coordinate only."""
     seed, row, column = wide_int(rng), int(rng.integers(2**40)), int(rng.integers(2**17))
     if axis == "columns":
@@ -120,7 +117,7 @@ def test_pairs_of_seeds_are_independent_over_many_seeds(rng):
     assert chi_square(counts, counts.sum() / 1024) > P_VALUE
 
 
-def common_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def common_values(first, second):
     """How many of its 32-bit values each row of ``first`` shares with that row of ``second``."""
     both = np.concatenate([first, second], axis=1)
     both.sort(axis=1)
@@ -151,7 +148,7 @@ def test_rows_and_seeds_overlap_as_random_ones_do(rng):
     # from another generator, which are as independent as this family of sequences can be.
     pairs, columns = 300, np.arange(2**16)
 
-    def random_rows() -> np.ndarray:
+    def random_rows():
         multiplier = rng.integers(2**32, size=(pairs, 1), dtype=np.uint32) | np.uint32(1)
         offset = rng.integers(2**32, size=(pairs, 1), dtype=np.uint32)
         # The final mix is a bijection: it changes no intersection.
@@ -183,7 +180,7 @@ def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng):
     seeds = rng.integers(-(2**63), 2**63 - 1, count)
     rows, columns = rng.integers(2**63 - 1, size=count), rng.integers(2**31 - 1, size=count)
 
-    def draw(bit: int | None) -> np.ndarray:
+    def draw(bit):
         flip = 0 if bit is None else 1 << bit
         changed = {"seed": seeds, "row": rows, "column": columns}
         moved = changed[argument].view(np.uint64) ^ np.uint64(flip)
@@ -214,7 +211,7 @@ def test_every_input_bit_changes_every_output_bit_half_the_time(argument, rng):
 # --- the kept set --------------------------------------------------------------------------------
 
 
-def sampled_rows(logits: Tensor, target: Tensor, seed: int | None, eps: float, **options) -> Tensor:
+def sampled_rows(logits, target, seed, eps, **options):
     """The sampled ``dy [N, V]``: with the unit matrix for a head, hidden states are the logits."""
     hidden = logits.clone().requires_grad_()
     head = torch.eye(logits.shape[1], dtype=logits.dtype)
@@ -321,7 +318,7 @@ def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
     p = draw_problem(70, 24, 3000, ignored=0, dtype=dtype, scale=3.0)
     eps = 2**-9
 
-    def entries(budget: int) -> set[tuple[int, int]]:
+    def entries(budget):
         config = CoreConfig(
             ignore_index=-100,
             softcap=None,
@@ -374,7 +371,7 @@ def test_ignored_rows_do_not_move_the_others(seed):
 # --- the estimate --------------------------------------------------------------------------------
 
 
-def draw_differences(options: dict, seeds: int, rng: np.random.Generator):
+def draw_differences(options, seeds, rng):
     """Sampled minus exact gradients of many seeds, projected on random directions.
 
     Each projection is a sum of ten thousands of independent terms, so it is normal to far out in
@@ -384,7 +381,7 @@ def draw_differences(options: dict, seeds: int, rng: np.random.Generator):
     eps, projections = 2**-5, 24
     upstream = torch.randn(48, dtype=torch.float64)
 
-    def gradients(**gradient) -> list[Tensor]:
+    def gradients(**gradient):
         nll = linear_nll(*p.args, bias=p.bias, **options, **gradient)
         return torch.autograd.grad((upstream * nll).sum(), list(p.leaves.values()))
 

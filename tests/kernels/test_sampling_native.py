@@ -142,12 +142,7 @@ def test_cuda_kernels_do_not_spill(arch, assemble):
 def test_triton_equals_integer_arithmetic(region, interpret, tmp_path):
     out = tmp_path / "out.npz"
     subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "tests/support/triton_draws.py"),
-            *map(str, region),
-            out,
-        ],
+        [sys.executable, str(ROOT / "tests/support/triton_draws.py"), *map(str, region), out],
         env={**os.environ, "TRITON_INTERPRET": interpret},
         check=True,
     )

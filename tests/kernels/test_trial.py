@@ -4,18 +4,14 @@ No GPU is needed: what a GPU lacks raises here as it would there, most of it bec
 CPU, too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib
 import importlib.util
 import logging
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bft_kernels import dispatch, info, linear_nll
@@ -33,21 +29,21 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU make
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def fresh(monkeypatch):
     """Nothing was tried or said before."""
     for name in ("try_out", "_warn", "_announce"):
         function = getattr(dispatch, name).__wrapped__
         monkeypatch.setattr(dispatch, name, functools.cache(function))
 
 
-def tried(name: str, operand: torch.dtype | None = torch.bfloat16) -> str:
+def tried(name, operand=torch.bfloat16):
     """The error of a backend's small call, made on the CPU."""
     return dispatch.try_out(dispatch._named(name).module, CPU, operand)
 
 
 @pytest.mark.parametrize("operand", HALF, ids=str)
 @pytest.mark.parametrize("name", ["torch", "triton"])
-def test_products_that_torch_does_not_have(name, operand) -> None:
+def test_products_that_torch_does_not_have(name, operand):
     """As on AMD before torch 2.10: no half product of a CPU has a float32 result."""
     if name == "triton":
         pytest.importorskip("triton")
@@ -56,8 +52,8 @@ def test_products_that_torch_does_not_have(name, operand) -> None:
     assert tried("torch", torch.float32) == tried("torch", None) == ""
 
 
-def test_a_torch_without_the_argument(monkeypatch) -> None:
-    def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+def test_a_torch_without_the_argument(monkeypatch):
+    def mm(a, b, *, out=None):
         raise AssertionError("is not reached")
 
     monkeypatch.setattr(torch, "mm", mm)
@@ -66,14 +62,14 @@ def test_a_torch_without_the_argument(monkeypatch) -> None:
 
 
 @pytest.fixture
-def wide_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def wide_products(monkeypatch):
     """Half products with a float32 result, as a GPU has them."""
     monkeypatch.setattr(products, "try_out", lambda device, operand: None)
 
 
 @needs_triton
 @pytest.mark.parametrize("operand", [*HALF, torch.float32, None], ids=str)
-def test_the_kernel_multiplies(operand, wide_products) -> None:
+def test_the_kernel_multiplies(operand, wide_products):
     trial = importlib.import_module("bft_kernels.backends.triton.trial")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = trial.logits_of_ones(device, operand)
@@ -91,18 +87,18 @@ def test_the_kernel_multiplies(operand, wide_products) -> None:
     ],
     ids=["no compiler", "no shared memory"],
 )
-def test_a_kernel_that_cannot_be_launched(error, said, wide_products, monkeypatch) -> None:
+def test_a_kernel_that_cannot_be_launched(error, said, wide_products, monkeypatch):
     from triton.runtime.errors import OutOfResources
     from triton.runtime.interpreter import GridExecutor
 
-    def launch(*args: Any, **how: Any) -> None:
+    def launch(*args, **how):
         raise error if isinstance(error, Exception) else OutOfResources(99000, 65536, error)
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     assert said in tried("triton")
 
 
-def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device) -> None:
+def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device):
     for operand in (*HALF, torch.float32, None):
         emulated_device.launches.clear()
         assert tried("cuda", operand) == ""
@@ -118,8 +114,8 @@ def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device) -> Non
     ],
     ids=["another GPU", "an old driver", "no library"],
 )
-def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch) -> None:
-    def kernels() -> Any:
+def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch):
+    def kernels():
         raise error
 
     monkeypatch.setattr(native, "kernels", kernels)
@@ -127,8 +123,8 @@ def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch)
 
 
 @without_gpu
-def test_a_gpu_that_is_not_there() -> None:
-    probe: Any = _Probe(torch.device("cuda", 0), torch.bfloat16)
+def test_a_gpu_that_is_not_there():
+    probe = _Probe(torch.device("cuda", 0), torch.bfloat16)
     (reason,) = dispatch.why_not("torch", probe, probe)
     assert reason.startswith("a small call on cuda:0 in bfloat16 failed: ")
 
@@ -136,17 +132,17 @@ def test_a_gpu_that_is_not_there() -> None:
 class Trials:
     """Stands for the small calls of backends: which are made, and their errors."""
 
-    def __init__(self, **errors: Exception) -> None:
+    def __init__(self, **errors):
         self.errors, self.made = errors, []
 
-    def __call__(self, module: str, device: torch.device, operand: Any) -> str:
+    def __call__(self, module, device, operand):
         self.made.append((module, operand))
         error = self.errors.get(module.rpartition(".")[2])
         return str(error or "")
 
 
 @pytest.fixture
-def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_any_device(monkeypatch):
     """Backends take tensors of a CPU for those of a GPU."""
     backends = tuple(
         dataclasses.replace(one, why_not=lambda hidden, weight: [], unasked_on=None, tried=True)
@@ -159,7 +155,7 @@ def on_any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_why_tried", lambda one, device, how: why_tried(one, gpu, how))
 
 
-def test_auto_warns_once_and_takes_the_next(on_any_device, monkeypatch, caplog) -> None:
+def test_auto_warns_once_and_takes_the_next(on_any_device, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
     p = draw_problem(4, 3, 7, dtype=torch.float32)
     with caplog.at_level(logging.WARNING, logger="bft_kernels"):
@@ -170,9 +166,7 @@ def test_auto_warns_once_and_takes_the_next(on_any_device, monkeypatch, caplog) 
     ]
 
 
-def test_a_backend_that_was_asked_for_raises_with_the_error(
-    on_any_device, monkeypatch, caplog
-) -> None:
+def test_a_backend_that_was_asked_for_raises_with_the_error(on_any_device, monkeypatch, caplog):
     monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
     p = draw_problem(4, 3, 7, dtype=torch.float32)
     with pytest.raises(RuntimeError, match=r"backend: got 'cpu', which cannot run.*no image"):
@@ -180,7 +174,7 @@ def test_a_backend_that_was_asked_for_raises_with_the_error(
     assert not caplog.records
 
 
-def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch) -> None:
+def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch):
     trials = Trials()
     monkeypatch.setattr(dispatch, "try_out", trials)
     p = draw_problem(4, 3, 7, dtype=torch.float32)
@@ -189,7 +183,7 @@ def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch) -
     assert trials.made == [("bft_kernels.backends.torch", torch.bfloat16)]
 
 
-def test_a_call_is_made_once(monkeypatch) -> None:
+def test_a_call_is_made_once(monkeypatch):
     calls = []
     monkeypatch.setattr(products, "try_out", lambda device, operand: calls.append(operand))
     for _ in range(3):
@@ -205,8 +199,8 @@ def test_a_call_is_made_once(monkeypatch) -> None:
         RuntimeError("CUDA error: out of memory"),
     ],
 )
-def test_no_memory_is_no_reason(error: Exception, monkeypatch) -> None:
-    def full(device: torch.device, operand: Any) -> None:
+def test_no_memory_is_no_reason(error, monkeypatch):
+    def full(device, operand):
         raise error
 
     monkeypatch.setattr(products, "try_out", full)
@@ -218,7 +212,7 @@ def test_no_memory_is_no_reason(error: Exception, monkeypatch) -> None:
     assert reason == f"not tried: {error}"
 
 
-def test_settings_of_precision_do_not_count(monkeypatch) -> None:
+def test_settings_of_precision_do_not_count(monkeypatch):
     """Torch refuses half products with a float32 result where sums may be float16."""
     matmul, seen = torch.backends.cuda.matmul, []
     monkeypatch.setattr(products, "try_out", lambda *_: seen.append(matmul.allow_fp16_accumulation))
@@ -234,18 +228,18 @@ def test_settings_of_precision_do_not_count(monkeypatch) -> None:
 class Devices(TorchFunctionMode):
     """The devices on which tensors are made."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.used: set[str] = set()
+        self.used = set()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self.used.add(str(kwargs.get("device", "cpu")))
         return func(*args, **kwargs)
 
 
 @without_gpu
-def test_info_uses_no_gpu_but_the_current_one(monkeypatch) -> None:
+def test_info_uses_no_gpu_but_the_current_one(monkeypatch):
     """A context is hundreds of MiB on each GPU it is opened on."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

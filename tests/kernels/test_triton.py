@@ -1,7 +1,5 @@
 """The Triton backend's own paths, in the interpreter where there is no GPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -40,7 +38,7 @@ CONFIG = CoreConfig(
 
 
 @pytest.fixture(params=["tiles", "chunks"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def engine(request, monkeypatch):
     """Of the forward."""
     module = "bft_kernels.backends.triton.core"
     monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: request.param == "chunks")

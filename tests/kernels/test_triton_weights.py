@@ -1,12 +1,7 @@
 """The Triton backend's weights, in the interpreter where there is no GPU."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, ops
 from bft_kernels.checks import SCHEMES
@@ -27,14 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 LAYOUTS = balanced_weights.layouts(TILE)
 
 
-def run(
-    loss: Tensor,
-    labelled: Tensor,
-    bounds: Tensor,
-    settings: Weighting,
-    normalize: str = "sequence",
-    items: Tensor | None = None,
-) -> BalancedLoss:
+def run(loss, labelled, bounds, settings, normalize="sequence", items=None):
     inputs = (None if x is None else x.to(DEVICE) for x in (loss, labelled, bounds, items))
     return BalancedLoss(*(x.cpu() for x in balanced_loss(*inputs, normalize, settings)))
 
@@ -42,7 +30,7 @@ def run(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_equals_the_specification(scheme, layout):
-    def joint(*inputs: Any) -> Tensor:
+    def joint(*inputs):
         *tensors, settings = inputs
         return joint_weights(*(x.to(DEVICE) for x in tensors), settings).cpu()
 
@@ -95,7 +83,7 @@ def test_boundaries_that_nobody_checked_stay_inside(bounds, guarded):
 # --- the loss ------------------------------------------------------------------------------------
 
 
-def boundaries(kind: str, rows: int) -> Tensor | None:
+def boundaries(kind, rows):
     ends = [0, rows // 5, rows // 5, rows - 7, rows]
     if kind == "padded":
         ends += [rows] * (rows - 4)
@@ -111,7 +99,7 @@ def test_the_loss_and_its_gradients(how, kind, items, poison):
     p.target[8:20] = -100
     gradient = sampled_options(p) if how == "sampled" else {}
     scheme = SCHEMES[int(torch.randint(len(SCHEMES), ()))]
-    results: list[dict[str, Any]] = []
+    results = []
     for backend in ("torch", "triton"):
         copy = p.copy(device=DEVICE) if backend == "triton" else p.copy()
         bounds = boundaries(kind, 36)
@@ -142,7 +130,7 @@ def test_the_loss_and_its_gradients(how, kind, items, poison):
 
 
 def test_the_loss_of_one_graph(fresh_compiler):
-    def loss_of(hidden: Tensor, weight: Tensor, target: Tensor, bounds: Tensor) -> Tensor:
+    def loss_of(hidden, weight, target, bounds):
         return balanced_linear_cross_entropy(
             hidden, weight, target, cu_seqlens=bounds, window=4, backend="triton"
         )

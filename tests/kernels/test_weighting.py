@@ -1,7 +1,5 @@
 """Token and sequence weights against exact arithmetic, the specification and the released loss."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 
@@ -14,7 +12,6 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_kernels import balanced_linear_cross_entropy, reference, token_weights, weighting
@@ -24,23 +21,21 @@ LENGTHS = [(1,), (5,), (0, 3, 0, 0, 17, 1, 2), (40, 7, 64), (0,), (0, 0), ()]
 WINDOWS = [1, 2, 3, 4, 7, 8, 64, 256, 10**6]
 
 
-def cumulative(lengths: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+def cumulative(lengths, dtype=torch.int64):
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
-def confidences(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def confidences(count, dtype=torch.float64):
     """Certain tokens next to hopeless ones, which is where sums go wrong."""
     exponent = torch.rand(count, dtype=torch.float64) * torch.randint(0, 25, (count,))
     return (10.0**-exponent).to(dtype)
 
 
-def independent_weights(
-    c: list[float], scheme: str, g: int, gamma: float, floor: float
-) -> tuple[list[float], list[float], float, float]:
+def independent_weights(c, scheme, g, gamma, floor):
     """``w``, window confidences, ``s`` and the lowest window of a document, in exact fractions."""
     n, exact = len(c), [Fraction(x) for x in c]
 
-    def mean(a: int, b: int) -> float:
+    def mean(a, b):
         if scheme == "bft-v1-code":
             return math.exp(math.fsum(math.log(x) for x in c[a:b]) / (b - a))
         return float(sum(exact[a:b]) / (b - a))
@@ -112,7 +107,7 @@ def test_packed_equals_one_by_one(scheme, dtype):
         )
 
 
-def exact_means(values: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+def exact_means(values, spans):
     """What ``math.fsum(values[a:b]) / (b - a)`` gives, for a hundred thousand spans in a second."""
     scale = 2**250  # turns every value here into an integer
     numerators, total = [0], 0
@@ -127,7 +122,7 @@ def exact_means(values: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     return torch.tensor(means, dtype=torch.float64)
 
 
-def window_spans(first: int, stop: int, window: int, scheme: str) -> list[tuple[int, int]]:
+def window_spans(first, stop, window, scheme):
     full = min(window, stop - first)
     if scheme.startswith("bft-v1"):
         starts = [min(t, stop - full) for t in range(first, stop)]
@@ -231,7 +226,7 @@ def test_constant_confidences_at_the_ends_of_the_range(scheme, value):
 def test_callable_scheme():
     seen = []
 
-    def scheme(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    def scheme(confidence, cu_seqlens):
         seen.append((confidence, cu_seqlens))
         return confidence.square(), cu_seqlens.diff().double()
 
@@ -253,7 +248,7 @@ def test_weights_are_constants(scheme):
 
 
 class CountOps(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.count = 0
 
@@ -304,7 +299,7 @@ def test_compiled_by_inductor(fresh_compiler):
 # --- the authors' released loss ------------------------------------------------------------------
 
 
-def released_loss(logits: Tensor, labels: Tensor, group_size: int, gamma: float = 1.0) -> Tensor:
+def released_loss(logits, labels, group_size, gamma=1.0):
     """The loss of the authors' released code: full logits, one sample a row, ``B`` rows.
 
     ``logits [B, T, V]``, ``labels [B, T]``, not yet shifted. Its two softmaxes are written out.
@@ -347,11 +342,7 @@ def test_bft_v1_code_is_the_released_loss(side, window):
     theirs = [x.clone().requires_grad_() for x in (hidden, weight)]
     expected = released_loss(theirs[0] @ theirs[1].T, labels, window)
     loss = balanced_linear_cross_entropy(
-        *ours,
-        weighting.shift_labels(labels),
-        scheme="bft-v1-code",
-        window=window,
-        num_items=batch,
+        *ours, weighting.shift_labels(labels), scheme="bft-v1-code", window=window, num_items=batch
     )
     expected.backward()
     loss.backward()
@@ -389,7 +380,7 @@ def test_shift_labels(lengths, ignore_index):
             assert got[b, t] == (ignore_index if ended else following)
 
 
-def documents(cu: Tensor) -> list[tuple[int, int]]:
+def documents(cu):
     """Non-empty documents."""
     pairs = zip(cu.tolist(), cu[1:].tolist(), strict=False)
     return [(first, stop) for first, stop in pairs if stop > first]
