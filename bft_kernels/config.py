@@ -12,28 +12,28 @@ import torch
 class CoreConfig:
     """What the core op computes and keeps. Field names and order are those of the op's schema."""
 
-    ignore_index: int
-    softcap: float | None
-    temperature: float
-    label_smoothing: float
-    z_loss: float
-    eps: float
+    ignore_index: int = -100
+    softcap: float | None = None
+    temperature: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    eps: float = 2**-12
     # What the forward keeps for the backward:
     #   none       nothing: no gradient is wanted
     #   recompute  only lse, to twice the precision; logits are computed again (exact, 4G)
     #   unit       dH for unit upstream gradient (exact with a frozen head, 2G)
     #   entries    the sparse sample of dz (sampled, 1G)
-    residual: str
-    statistics: bool  # entropy and correct
-    variance: bool  # the certificate of the sampled gradient
-    hidden_variance: bool
+    residual: str = "none"
+    statistics: bool = False  # entropy and correct
+    variance: bool = False  # the certificate of the sampled gradient
+    hidden_variance: bool = False
     # Name of the type the operands of the matrix products are rounded to (autocast); accumulation
     # is always in float32, or float64 for float64.
-    operand: str
-    backend: str
-    max_buffer_bytes: int
-    check_values: bool
-    check_finite: bool
+    operand: str = "float32"
+    backend: str = "auto"
+    max_buffer_bytes: int = 2**26
+    check_values: bool = False
+    check_finite: bool = False
 
     @property
     def operand_dtype(self) -> torch.dtype:

@@ -26,21 +26,11 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def _config(dtype: torch.dtype) -> CoreConfig:
     return CoreConfig(
-        ignore_index=-100,
-        softcap=None,
-        temperature=1.0,
-        label_smoothing=0.0,
-        z_loss=0.0,
         eps=2**-10,
         residual="recompute",
-        statistics=False,
-        variance=False,
-        hidden_variance=False,
         operand=str(dtype).removeprefix("torch."),
         backend="triton",
         max_buffer_bytes=CHUNKS,
-        check_values=False,
-        check_finite=False,
     )
 
 

@@ -252,10 +252,7 @@ def captured(monkeypatch):
 
 
 BOUNDS = torch.tensor([0, 9, ROWS * LENGTH])
-CONFIG = CoreConfig(
-    -100, None, 1.0, 0.0, 0.0, 2**-5, "entries", False, False, False, "float32", "torch", 2**20,
-    False, False,
-)  # fmt: skip
+CONFIG = CoreConfig(eps=2**-5, residual="entries", backend="torch", max_buffer_bytes=2**20)
 
 
 def test_a_capture_takes_what_lies_on_the_device(captured):

@@ -123,10 +123,8 @@ def test_floors_are_below_lse_and_near_it(engine, options, scale):
     p = draw_problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
     p = p.copy(device=engine.device)
     operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
-    config = CoreConfig(
-        -100, None, 1.0, 0.0, 0.0, 2**-5, "entries", False, False, False, "float32",
-        engine.backend, 2**20, False, False,
-    )  # fmt: skip
+    sampled = {"eps": 2**-5, "residual": "entries", "max_buffer_bytes": 2**20}
+    config = CoreConfig(backend=engine.backend, **sampled)
     inputs = engine.module("inputs").Inputs.of(*operands[:2], p.target, operands[2], config)
     find_floors = engine.module("forward").find_floors
     logits = torch.nn.functional.linear(*operands)

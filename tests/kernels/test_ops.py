@@ -12,21 +12,12 @@ from bft_kernels.results import Forward, Saved, Wanted
 from tests.support.problems import assert_close, draw_problem
 
 CONFIG = CoreConfig(
-    ignore_index=-100,
-    softcap=None,
-    temperature=1.0,
-    label_smoothing=0.0,
-    z_loss=0.0,
     eps=0.05,
     residual="recompute",
     statistics=True,
-    variance=False,
-    hidden_variance=False,
     operand="float64",
-    backend="auto",
     max_buffer_bytes=4096,
     check_values=True,
-    check_finite=False,
 )
 CONFIGS = {
     "none": replace(CONFIG, residual="none", statistics=False),

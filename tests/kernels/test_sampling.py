@@ -320,21 +320,12 @@ def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
 
     def entries(budget):
         config = CoreConfig(
-            ignore_index=-100,
-            softcap=None,
-            temperature=1.0,
-            label_smoothing=0.0,
-            z_loss=0.0,
             eps=eps,
             residual="entries",
-            statistics=False,
-            variance=False,
-            hidden_variance=False,
             operand=str(dtype).removeprefix("torch."),
             backend="torch",
             max_buffer_bytes=budget,
             check_values=True,
-            check_finite=False,
         )
         result = Forward(*ops.linear_nll(*p.args, None, torch.tensor(seed), *config.arguments()))
         row = torch.repeat_interleave(torch.arange(70), result.entry_offsets.diff())

@@ -19,21 +19,10 @@ from bft_kernels.backends.triton import configs, core, gather
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 CONFIG = CoreConfig(
-    ignore_index=-100,
-    softcap=None,
-    temperature=1.0,
-    label_smoothing=0.0,
-    z_loss=0.0,
     eps=2**-5,
     residual="entries",
-    statistics=False,
-    variance=False,
-    hidden_variance=False,
-    operand="float32",
     backend="triton",
     max_buffer_bytes=2**20,
-    check_values=False,
-    check_finite=False,
 )
 
 

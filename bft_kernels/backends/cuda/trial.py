@@ -15,21 +15,11 @@ def try_out(device: torch.device, operand: torch.dtype | None) -> None:
     """
     dtype = operand or torch.float32
     config = CoreConfig(
-        ignore_index=-100,
-        softcap=None,
-        temperature=1.0,
-        label_smoothing=0.0,
-        z_loss=0.0,
         eps=2**-10,
         residual="recompute",
-        statistics=False,
-        variance=False,
-        hidden_variance=False,
         operand=str(dtype).removeprefix("torch."),
         backend="cuda",
         max_buffer_bytes=2**20,
-        check_values=False,
-        check_finite=False,
     )
     hidden = torch.ones(2, 16, dtype=dtype, device=device)
     weight = torch.ones(32, 16, dtype=dtype, device=device)
