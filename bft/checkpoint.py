@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.other import load
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -190,7 +191,7 @@ def _check_random_states(accelerator: Any, folder: Path) -> None:
     """Accelerate goes on without the random states that it cannot restore."""
     path = folder / f"random_states_{accelerator.process_index}.pkl"
     try:
-        states = torch.load(path, weights_only=False)
+        states = load(path)  # no pickled code
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} is missing: resume with the number of processes of the saved run"
