@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.measure import compiled, compiled_cuda, rehearsal
+from benchmarks.measure import compiled, compiled_cuda
 from benchmarks.measure.compiled import TARGETS, Launch, Usage
 from benchmarks.run import static
 from bft_kernels.backends.triton import configs
@@ -52,11 +51,22 @@ def launch(kernel: str = "k", switches: str = "", **sizes: int) -> Launch:
         (launch(switches="emit", BLOCK_N=64, OPERAND=4), False),
     ],
 )
-def test_a_form_is_left_out_only_if_another_has_all_its_code(smaller: Launch, part: bool) -> None:
+def test_a_form_contains_another_that_does_less_with_the_same_tile(
+    smaller: Launch, part: bool
+) -> None:
     larger = launch(switches="emit statistics", BLOCK_N=64, OPERAND=2, bias_ptr=4)
     assert larger.contains(smaller) == part
-    found = compiled.chosen([smaller, larger, replace(larger)])
-    assert set(found) == ({larger} if part else {larger, smaller})
+
+
+def test_the_largest_forms_are_chosen_and_each_switch_is_off_once() -> None:
+    both, first, second, none = (
+        launch(switches=on, BLOCK_N=64, OPERAND=2) for on in ("a b", "a", "b", "")
+    )
+    assert compiled.chosen([none, first, both, replace(both), second]) == [both, none]
+    assert compiled.chosen([first, both, second]) == [both, second, first]
+    assert compiled.chosen([first, second]) == [first, second]
+    other = launch(BLOCK_N=128, OPERAND=2)
+    assert compiled.chosen([both, other]) == [both, other]
 
 
 # Not interpreted, as the tests are: in a process of its own.
@@ -116,33 +126,18 @@ def test_operands_are_told_by_their_bits() -> None:
     assert launch(OPERAND=2, hidden_ptr=2, weight_ptr=4).operands == "16 of 32 bit"
 
 
-@pytest.mark.parametrize(
-    ("code", "found"),
-    [
-        ("HMMA.16816.F32.BF16 R4, R8, R2, R4 ;", True),
-        ("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24 ;", True),
-        ("UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;", True),
-        ("v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]", True),
-        ("FFMA R4, R8, R2, R4 ;", False),
-    ],
-)
-def test_tensor_core_instructions_are_seen(code: str, found: bool) -> None:
-    assert compiled.multiplies_matrices(code) == found
-
-
-@pytest.mark.parametrize(
-    ("code", "what", "found"),
-    [
-        ("LDG.E.128 R4, [R2]", "LDG", True),
-        ("LDG.E.64.CONSTANT R4, [R2]", "LDG", False),
-        ("LDGSTS.E.BYPASS.LTC128B.128 [R4], [R2.64]", "LDGSTS", True),
-        ("LDGSTS.E.BYPASS.LTC128B.128 [R4], [R2.64]", "LDG", True),
-        ("LDGSTS.E.LTC128B [R4], [R2.64]", "LDGSTS", False),
-        ("LDG.E.128 R4, [R2]", "LDGSTS", False),
-    ],
-)
-def test_loads_and_copies_of_16_bytes_are_seen(code: str, what: str, found: bool) -> None:
-    assert compiled_cuda._wide(code, what) == found
+def test_instructions_are_seen() -> None:
+    products = ("HMMA.16816.F32.BF16 R4, R8", "HGMMA.64x128x16.F32.BF16 R24", "UTCHMMA gdesc[UR4]")
+    for code in (*products, "v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1]"):
+        assert compiled.multiplies_matrices(f"FFMA R4, R8, R2 ;\n{code} ;")
+    assert not compiled.multiplies_matrices("FFMA R4, R8, R2, R4 ;")
+    copy = "LDGSTS.E.BYPASS.LTC128B.128 [R4], [R2.64]"
+    assert compiled_cuda._wide("LDG.E.128 R4, [R2]", "LDG")
+    assert compiled_cuda._wide(copy, "LDG")
+    assert compiled_cuda._wide(copy, "LDGSTS")
+    assert not compiled_cuda._wide("LDG.E.64.CONSTANT R4, [R2]", "LDG")
+    assert not compiled_cuda._wide("LDGSTS.E.LTC128B [R4], [R2.64]", "LDGSTS")
+    assert not compiled_cuda._wide("LDG.E.128 R4, [R2]", "LDGSTS")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +170,10 @@ def test_what_fits_a_multiprocessor(
         ({"spilled": 8, "budgeted": False}, "spills 8 bytes, expected 0"),
         ({"tensor_core": False}, "has no tensor-core instruction"),
         ({"tensor_core": False, "multiplies": False}, None),
+        (
+            {"shared": 300_000, "budgeted": False},
+            "does not fit a multiprocessor, with 121 registers and 300000 shared bytes",
+        ),
         ({"narrow": "LDGSTS"}, "no LDGSTS of 16 bytes at once"),
         ({"operands": "32 bit"}, "has no budget; see --record"),
         ({"target": "sm_100"}, "has no budget; see --record"),
@@ -184,14 +183,6 @@ def test_complaints_name_what_is_wrong(change: dict[str, Any], wrong: str | None
     usage = replace(GOOD, **change)
     expected = [] if wrong is None else [f"{usage.name}: {wrong}"]
     assert static.complaints([usage], BUDGET) == expected
-
-
-def test_a_program_that_fits_nowhere_is_refused() -> None:
-    usage = replace(GOOD, shared=300_000, budgeted=False)
-    assert static.complaints([usage], BUDGET) == [
-        "sm_90 kernel 16 bit emit: does not fit a multiprocessor, with 121 registers and 300000 "
-        "shared bytes"
-    ]
 
 
 def test_recording_keeps_what_was_not_compiled() -> None:
@@ -285,7 +276,3 @@ def test_a_file_is_compiled_for_a_target() -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(SystemExit, match="targets: got 'sm_1', expected some of sm_80"):
         static.main(static.Config(targets=("sm_1",)))
-
-
-def test_a_rehearsal_has_no_values() -> None:
-    assert rehearsal._empty(3, 4).device == torch.device("meta")
