@@ -31,7 +31,7 @@ GOOD = Usage(
     shared=1000,
     warps=8,
 )
-BUDGET = {"kernel 16 bit": {"sm_90": [121, 1000], "sm_80": [1, 2]}}
+BUDGET = {"kernel 16 bit": {"sm_80": [1, 2], "sm_90": [121, 1000]}}
 
 
 def launch(kernel: str = "k", switches: str = "", **sizes: int) -> Launch:
@@ -189,7 +189,7 @@ def test_recording_keeps_what_was_not_compiled() -> None:
     budget = BUDGET | {"cuda: kernel": {"sm_90": [5, 6]}, "gone": {"sm_90": [1, 1]}}
     found = [GOOD, replace(GOOD, registers=90, shared=2000, switches=())]
     assert static.updated(budget, found) == {
-        "kernel 16 bit": {"sm_90": [121, 2000], "sm_80": [1, 2]},
+        "kernel 16 bit": {"sm_80": [1, 2], "sm_90": [121, 2000]},
         "cuda: kernel": {"sm_90": [5, 6]},
     }
     text = static.BUDGET.read_text()
