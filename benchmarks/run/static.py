@@ -105,7 +105,7 @@ def updated(budget: Budget, found: list[Usage]) -> Budget:
     for key in sorted(budget.keys() | new.keys()):
         kept = {t: x for t, x in budget.get(key, {}).items() if (t, _is_cuda(key)) not in compiled}
         if figures := kept | new.get(key, {}):
-            merged[key] = figures
+            merged[key] = {target: figures[target] for target in TARGETS if target in figures}
     return merged
 
 
