@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
@@ -72,14 +71,8 @@ def _shown(row: Row, model: str) -> bool:
 def _bars(axes, found: Mapping[tuple[str, str], Row], column: str, unit: float) -> None:
     places = np.arange(len(PROVIDERS))
     for turn, model in enumerate(MODELS):
-        values = [(number(found[model, p], column) or 0.0) / unit for p in PROVIDERS]
+        values = [number(found[model, p], column) / unit for p in PROVIDERS]
         colours = [_SHADES[ours(p)][turn] for p in PROVIDERS]
         bars = axes.barh(places + 0.27 * (turn - 1), values, 0.25, color=colours)
         axes.bar_label(bars, [f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in values], fontsize=6)
     axes.set_yticks(places, PROVIDERS.values())
-
-
-def write(path: Path) -> None:
-    """As PNG, which changes with what it shows only."""
-    with rc_context(STYLE):
-        draw().savefig(path, dpi=150, metadata={"Software": None})

@@ -16,7 +16,7 @@ from benchmarks.results.schema import Row, read, result_folders
 
 @dataclass(frozen=True)
 class Config:
-    """Time against memory, growth, fine-tuning steps and largest batches, as PNG."""
+    """Time and memory, growth, fine-tuning steps and largest batches, as PNG."""
 
     folders: Positional[tuple[Path, ...]] = ()
     """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
@@ -33,8 +33,7 @@ def main(config: Config) -> None:
         SystemExit: a folder without a CSV.
     """
     if config.gain is not None:
-        gain.write(config.gain)
-        print(config.gain)
+        print(save(gain.draw(), config.gain, dpi=150))
         return
     folders = result_folders(config.folders)
     for folder in folders:

@@ -211,7 +211,7 @@ def test_figures_and_summary_of_several_shapes(run):
     assert "Scaled down from 16384 x 262144" in text
     assert "1G is 20.00 ms" in text
     assert text.count("cut: bft triton sampled (bft both): not done after 20 s") == len(ON_A_GPU)
-    assert "![Time against memory](loss.png)" in text
+    assert "![Time and memory](loss.png)" in text
     assert (run.path / "loss.png").stat().st_size > 0
     with pytest.raises(ValueError, match=r"loss\.csv has no column nonsense"):
         run.row({"nonsense": 1})
