@@ -1,13 +1,15 @@
-"""What the processes of ``python -m benchmarks train`` do: steps of fine-tuning, real ones."""
+"""What the processes of ``python -m benchmarks train`` do: real steps, on rows of real text."""
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,13 @@ from benchmarks.measure.processes import explain, first_line
 from benchmarks.measure.timing import synchronize
 from benchmarks.providers.at_head import find
 from bft.config import TrainConfig
+from bft.encode import encode
 from bft.head import LogitTransform
+from bft.load import pretrained
 from bft.loss import Head, LossFunction
 from bft.patch import patch_model, unpatch_model
+from bft.records import read_jsonl
+from bft.tasks import hpo
 
 _WARM_UP = 16  # tokens of the step that makes the optimizer's state
 
@@ -149,6 +155,7 @@ def time_steps(
 
     The first turn warms up. Every loss of a turn sees the same tokens.
     """
+    _be_quiet()
     if keep:
         keep_memory()
     stepper = Stepper(job)
@@ -166,12 +173,6 @@ def time_steps(
             if turn > 0:
                 samples.append(stepper.clock.parts)
     return results
-
-
-def send_times(sender: Connection, job: Job, labels: list[str], turns: Tensor, keep: bool) -> None:
-    """:func:`time_steps` in a process of its own, so that its memory goes with it."""
-    _be_quiet()
-    sender.send(time_steps(job, labels, turns, keep))
 
 
 def send_peak(
@@ -218,3 +219,35 @@ def _restrict(device: str, limit: int | None) -> None:
     if device == "cuda" and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+
+
+def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
+    """Token ids, one document after the other: lines of a text file, or the demo's records."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(pretrained(settings.model)))
+    if texts is None:
+        folder = settings.train_file.parent
+        hpo.build(folder)
+        for record in read_jsonl(settings.train_file):
+            yield encode(record, tokenizer).input_ids
+        return
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    with texts.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield [*tokenizer(line.strip()).input_ids, *end]
+
+
+def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
+    """``[count, length]`` token ids: documents joined and cut, from the start again at their end.
+
+    Raises:
+        SystemExit: they do not fill one row.
+    """
+    tokens = itertools.chain.from_iterable(documents)
+    found = list(itertools.islice(tokens, count * length))
+    full = len(found) // length
+    if full == 0:
+        raise SystemExit(f"texts: got {len(found)} tokens, expected at least length, {length}")
+    return torch.tensor(found[: full * length]).view(full, length)[torch.arange(count) % full]

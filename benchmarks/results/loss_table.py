@@ -79,3 +79,17 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
     )
     rule = ("|---:|" if cells[0][0] else "|---|") + "---:|" * (len(cells[0]) - 1)
     return "\n".join([heading, rule, *lines])
+
+
+def show(title: str, cells: Sequence[Sequence[str]], left: int = 0) -> None:
+    """Prints a table, right-aligned but for its first columns and those without a heading."""
+    from rich import box, table
+    from rich.console import Console
+
+    made = table.Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for place, column in enumerate(cells[0]):
+        text = place < left or not column
+        made.add_column(column, justify="left" if text else "right", no_wrap=bool(column))
+    for line in cells[1:]:
+        made.add_row(*line)
+    Console().print(made)

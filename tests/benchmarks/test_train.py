@@ -14,8 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.measure import train_step
 from benchmarks.measure.largest_batch import attempt
 from benchmarks.measure.memory import in_use
-from benchmarks.measure.train_step import Stepper, time_steps
-from benchmarks.measure.train_tokens import documents, token_rows
+from benchmarks.measure.train_step import Stepper, documents, time_steps, token_rows
 from benchmarks.providers import at_head
 from benchmarks.providers.at_head import LOSSES
 from benchmarks.results.schema import PARTS, read
