@@ -193,7 +193,10 @@ def send_peak(
             return_memory()
         stepper = Stepper(job)
         stepper.step(label, ids[:1, :_WARM_UP])
-        _restrict(job.device, limit)
+        release(job.device)
+        if job.device == "cuda" and limit is not None:  # on a CPU the parent watches over it
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         in_use(job.device, reset=True)
         sender.send(None)
         stepper.step(label, ids)
@@ -211,14 +214,6 @@ def _be_quiet() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _restrict(device: str, limit: int | None) -> None:
-    """Gives back what is free; on a GPU sets the limit, which on a CPU the parent watches over."""
-    release(device)
-    if device == "cuda" and limit is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
 
 
 def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:

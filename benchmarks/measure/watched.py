@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 import sys
@@ -178,9 +177,16 @@ def _measure(
             return
         log = folder.log(re.sub(r"\W+", "-", title or str(family.jobs[0].case)))
         before = log.stat().st_size if log.exists() else 0
-        with _process(log, env) as (process, connection):
-            connection.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
-            yield from _receive(family, process, connection, log, before)
+        ours, theirs = Pipe()
+        code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
+        process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
+        theirs.close()
+        try:
+            ours.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
+            yield from _receive(family, process, ours, log, before)
+        finally:
+            kill_group(process)
+            ours.close()
         out = {case for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
         tired = [job for job in family.jobs if job.case in out]
         family.jobs = [job for job in family.jobs if job not in tired]
@@ -189,21 +195,6 @@ def _measure(
             what = "was not done in time" if cut else "took its process down"
             reason = f"it {what} {_STRIKES} times before"
             yield job, {"status": "cut" if cut else "failed", "reason": reason}
-
-
-@contextlib.contextmanager
-def _process(
-    log: Path, env: dict[str, str]
-) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
-    ours, theirs = Pipe()
-    code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
-    process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
-    theirs.close()
-    try:
-        yield process, ours
-    finally:
-        kill_group(process)
-        ours.close()
 
 
 def _receive(

@@ -16,7 +16,6 @@ from benchmarks.results.schema import (
     WEIGHTINGS,
     Row,
     digits,
-    finite,
     grouped,
     key,
     latest,
@@ -67,7 +66,7 @@ def timed(rows: Sequence[Row]) -> list[Row]:
     """
     found: list[Row] = []
     for row in rows:
-        right = row.get("status", "ok") == "ok" and finite(number(row, "times_g"))
+        right = row.get("status", "ok") == "ok" and number(row, "times_g") is not None
         if row["provider"] in _NO_LOSSES or not right:
             continue
         if row.get("first_seconds"):
@@ -138,7 +137,7 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
 def train_figures(rows: Sequence[Row]) -> Figures:
     """``train``: a step's tokens a second; ``parts``: where its time goes; ``batch``: what fits."""
     found: Figures = {}
-    steps = [row for row in rows if finite(number(row, "tokens_per_second"))]
+    steps = [row for row in rows if number(row, "tokens_per_second") is not None]
     for same in grouped(steps, *TRAINED, "batch").values():
         title = f"{_training(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         newest = latest(same, "loss")
@@ -152,7 +151,7 @@ def train_figures(rows: Sequence[Row]) -> Figures:
             found.setdefault("parts", []).append(
                 bars(f"{title}\nwhere a step's time goes", parts, "seconds", names)
             )
-    largest = [row for row in rows if finite(number(row, "largest_batch"))]
+    largest = [row for row in rows if number(row, "largest_batch") is not None]
     for same in grouped(largest, *TRAINED, "limit_bytes").values():
         title = f"{_training(same[0])}, {same[0]['length']} tokens"
         title += f"\nlargest batch in {number(same[0], 'limit_bytes') / GIB:g} GiB"

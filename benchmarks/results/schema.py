@@ -123,16 +123,17 @@ def read(path: Path) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float | None:
-    """A figure; None where it is empty or an older file lacks the column.
+    """A finite figure; None where there is none or an older file lacks the column.
 
     Raises:
         ValueError: it is something else.
     """
     text = row.get(column, "")
     try:
-        return float(text) if text else None
+        value = float(text) if text else math.nan
     except ValueError:
         raise ValueError(f"{column}: got {text!r}, expected a number or nothing") from None
+    return value if math.isfinite(value) else None
 
 
 def key(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
@@ -151,16 +152,6 @@ def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
 def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
     """Of rows that agree in these columns the last written: a later run replaces an earlier one."""
     return list({key(row, columns): row for row in rows}.values())
-
-
-def values(rows: Iterable[Row], column: str) -> list[str]:
-    """The different things that rows say in a column."""
-    return list(dict.fromkeys(text for row in rows if (text := row.get(column, ""))))
-
-
-def finite(value: float | None) -> bool:
-    """Whether there is a figure, and one that can be shown."""
-    return value is not None and math.isfinite(value)
 
 
 def digits(value: float) -> str:

@@ -193,4 +193,6 @@ def _show(rows: Sequence[Row], device: str) -> None:
 
 def _progress(cases: Iterable[Case], text: str) -> Iterable[Case]:
     """A bar on standard error."""
-    return track(list(cases), text, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(list(cases), text, console=console, transient=True, disable=hidden)

@@ -67,15 +67,6 @@ def test_every_provider_computes_the_same_loss_and_gradients(weighting):
     assert {"eager", "bft torch exact", "bft torch sampled"} <= checked
 
 
-def test_frozen_and_forward_leave_gradients_out():
-    problem = make_problem(SMALL, torch.float32, "cpu")
-    step(Case("eager", "bft", "frozen"), problem)
-    assert problem.weight.grad is None
-    assert problem.hidden.grad is not None
-    step(Case("eager", "bft", "forward"), problem)
-    assert problem.hidden.grad is None
-
-
 def test_a_wrong_gradient_shows_as_an_error(monkeypatch):
     problem = first_rows(make_problem(SMALL, torch.float32, "cpu"))
     assert problem.hidden.shape[0] == 64

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import train_step
 from benchmarks.measure.largest_batch import attempt
@@ -20,6 +20,7 @@ from benchmarks.providers.at_head import LOSSES
 from benchmarks.results.schema import PARTS, read
 from benchmarks.run import train
 from bft.config import TrainConfig
+from tests.support.models import tiny
 
 TEXT = "the heart pumps blood through a vessel and insulin lowers sugar in it"
 WORDS = TEXT.split()
@@ -29,17 +30,11 @@ VOCABULARY = 8000
 @pytest.fixture
 def config(tmp_path):
     """Settings with a model of random weights, its tokenizer and a text."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,  # some tokens are more likely than others
-        )
+    model = tiny(
+        "LlamaForCausalLM",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        initializer_range=0.3,  # some tokens are more likely than others
     )
     words = {word: place for place, word in enumerate(["<end>", *WORDS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
