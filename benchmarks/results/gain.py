@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.results.cells import find
 from benchmarks.results.figures import STYLE, ours
-from benchmarks.results.schema import RESULTS, Row, latest, number, read
+from benchmarks.results.schema import RESULTS, Row, number, read
 
 FOLDER = RESULTS / "epyc-zen5"
 MODELS = {"smollm2-135m": "SmolLM2", "qwen2.5-0.5b": "Qwen2.5", "gemma3-270m": "Gemma-3"}
@@ -33,13 +34,10 @@ def draw() -> Figure:
     """
     rows = read(FOLDER / "loss.csv")
     found = {
-        (row["shape"], row["provider"]): row
-        for model in MODELS
-        for row in latest([r for r in rows if _shown(r, model)], "provider")
+        (shape, provider): find(rows, provider=provider, shape=shape, weighting="bft", mode="both")
+        for shape in MODELS
+        for provider in PROVIDERS
     }
-    missing = [(m, p) for m in MODELS for p in PROVIDERS if (m, p) not in found]
-    if missing:
-        raise ValueError(f"{FOLDER / 'loss.csv'}: no weighted row of {missing[0]}")
     with rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.1), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -61,11 +59,6 @@ def draw() -> Figure:
             fontsize=8,
         )
     return figure
-
-
-def _shown(row: Row, model: str) -> bool:
-    same = row["shape"] == model and row["weighting"] == "bft" and row["mode"] == "both"
-    return same and row["provider"] in PROVIDERS and number(row, "times_g") is not None
 
 
 def _bars(axes, found: Mapping[tuple[str, str], Row], column: str, unit: float) -> None:

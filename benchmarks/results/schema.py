@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent
-# What `loss` and `gpu`, `scale` and `train` write.
-FILES = ("loss.csv", "scale.csv", "train.csv")
 # Of loss.csv; benchmarks/README.md says what they are.
 # fmt: off
 COLUMNS = (
@@ -84,22 +82,6 @@ def full(row: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"loss.csv has no column {', '.join(sorted(unknown))}")
     return dict.fromkeys(COLUMNS, "") | row
-
-
-def result_folders(given: Sequence[Path]) -> list[Path]:
-    """Those given, or all under ``benchmarks/results`` that hold a CSV.
-
-    Raises:
-        SystemExit: a folder without any.
-    """
-    if not given:
-        return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
-    for folder in given:
-        if not any((folder / name).exists() for name in FILES):
-            raise SystemExit(
-                f"folders: got {folder}, expected one with some of {', '.join(FILES)} in it"
-            )
-    return list(given)
 
 
 def read(path: Path) -> list[Row]:

@@ -134,9 +134,7 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
         run_suite(suite, folder, env, until(title))
 
     def build() -> None:
-        reason = builds[0].finish(until("build"))
-        if reason:
-            folder.note(build_reason=reason)
+        builds[0].finish(until("build"))
         folder.look(env)
 
     def speed() -> None:

@@ -96,10 +96,9 @@ def main(config: Config) -> None:
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:
-    if config.tokens is not None and config.tokens < 1:
-        raise ValueError(f"tokens: got {config.tokens}, expected at least 1")
-    if config.repeats < 1:
-        raise ValueError(f"repeats: got {config.repeats}, expected at least 1")
+    for name, value in {"tokens": config.tokens, "repeats": config.repeats}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
         if not path.is_file():
             raise ValueError(

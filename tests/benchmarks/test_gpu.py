@@ -42,21 +42,18 @@ ABSENT = (
 )
 
 
-def bare_environment(folder):
-    """Of processes in which none of ``ABSENT`` can be imported, whatever starts them."""
+def start_bare(tmp_path, *arguments):
+    """A dry run in whose processes none of ``ABSENT`` can be imported, whatever starts them."""
+    folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCKED.format(names=ABSENT))
     path = os.pathsep.join([str(folder), str(ROOT)])
-    # Plugins of pytest that are installed would be imported by their entry points.
-    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-
-
-def start_bare(tmp_path, *arguments):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--output", "results"]
     return subprocess.Popen(
         [*command, *arguments],
         cwd=tmp_path,
-        env=bare_environment(tmp_path / "bare"),
+        # Plugins of pytest that are installed would be imported by their entry points.
+        env=os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
