@@ -57,10 +57,7 @@ class Truth:
 
 
 def truth(
-    problem: Problem,
-    weighting: str,
-    dtype: torch.dtype = torch.float64,
-    rows: Rows = EVERYTHING,
+    problem: Problem, weighting: str, dtype: torch.dtype = torch.float64, rows: Rows = EVERYTHING
 ) -> Truth:
     """By the torch backend, itself tested against the specification.
 

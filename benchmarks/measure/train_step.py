@@ -27,6 +27,7 @@ from bft.loss import Head, LossFunction
 from bft.patch import patch_model, unpatch_model
 from bft.records import read_jsonl
 from bft.tasks import hpo
+from bft.train import decay_groups, load_model
 
 _WARM_UP = 16  # tokens of the step that makes the optimizer's state
 
@@ -78,12 +79,8 @@ class Stepper:
     """A model and its AdamW. Losses take turns at the model's head."""
 
     def __init__(self, job: Job) -> None:
-        # Here, so that other commands need not wait for transformers.
-        from bft.train import decay_groups, load_model
-
         self.device, self.settings = job.device, job.settings
-        model: Any = load_model(job.settings)[0]
-        self.model = model.to(job.device).train()
+        self.model = load_model(job.settings)[0].to(job.device).train()
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, job.settings.weight_decay),
             lr=job.settings.learning_rate,

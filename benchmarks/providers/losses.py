@@ -161,12 +161,7 @@ def liger_scaled(problem: Problem, weighting: str) -> Tensor:
 
 
 @peer(
-    "liger fused",
-    KEPT,
-    AGAIN,
-    "liger-kernel: liger_kernel.transformers",
-    gpu_only=True,
-    priority=2,
+    "liger fused", KEPT, AGAIN, "liger-kernel: liger_kernel.transformers", gpu_only=True, priority=2
 )
 def liger_fused(problem: Problem, weighting: str) -> Tensor:
     """Liger's fused linear cross-entropy; DFT is an option of its own."""

@@ -6,16 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.results.schema import (
-    RESULTS,
-    WEIGHTINGS,
-    Row,
-    digits,
-    grouped,
-    key,
-    number,
-    read,
-)
+from benchmarks.results.schema import RESULTS, WEIGHTINGS, Row, digits, grouped, key, number, read
 
 Cells = list[list[str]]
 

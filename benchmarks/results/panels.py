@@ -11,16 +11,7 @@ from matplotlib import colormaps
 
 from benchmarks.measure.growth import fit, predict
 from benchmarks.results.figures import Bar, Panel, bars, legend_above, ours
-from benchmarks.results.schema import (
-    PARTS,
-    WEIGHTINGS,
-    Row,
-    digits,
-    grouped,
-    key,
-    latest,
-    number,
-)
+from benchmarks.results.schema import PARTS, WEIGHTINGS, Row, digits, grouped, key, latest, number
 from benchmarks.shapes import Shape
 
 Figures = dict[str, list[Panel]]  # by the name of the file

@@ -58,9 +58,8 @@ def write_summary(folder: Folder) -> None:
     for title, rows in shapes.items():
         lines += [f"## {title}", "", *_table(rows), ""]
     lines += [f"![Time and memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
-    lines += ["", "## Cut", "", *([f"- {title}" for title in folder.cut] or ["Nothing."]), ""]
-    lines += ["## Failures", ""]
-    lines += [f"- {title}" for title in folder.failed] or ["None."]
+    for title, found in {"Cut": folder.cut, "Failures": folder.failed}.items():
+        lines += ["", f"## {title}", "", *([f"- {one}" for one in found] or ["None."])]
     if folder.failed:
         lines += ["", "Details: [failures.txt](failures.txt)."]
     folder.write("summary.md", "\n".join(lines) + "\n")

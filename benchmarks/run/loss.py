@@ -183,7 +183,9 @@ def _show(rows: Sequence[Row], device: str) -> None:
         for row in (bare, *timed(same)):
             cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                promised = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _GRADIENTS}
+                promised = {
+                    f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
+                }
                 cells.append(["  certified", *(FIGURES[name](promised) for name in _SHOWN)])
         show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):

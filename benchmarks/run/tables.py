@@ -33,13 +33,9 @@ LINES = (
     Line("eager", "eager"),
     Line("`torch.compile`d eager", "compiled eager"),
     Line(
-        "cut-cross-entropy 25.1.1 (its `torch_compile`; drops small entries)",
-        "cut-cross-entropy",
+        "cut-cross-entropy 25.1.1 (its `torch_compile`; drops small entries)", "cut-cross-entropy"
     ),
-    Line(
-        "`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes",
-        "torch chunked",
-    ),
+    Line("`torch.nn.functional.linear_cross_entropy`, best of its chunk sizes", "torch chunked"),
     Line("Liger-Kernel 0.8.5, chunked log-probabilities", "liger chunked"),
     Line("TRL 1.16.0, chunked log-probabilities", "trl"),
     Line("bft exact", "bft cpu exact"),
