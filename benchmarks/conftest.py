@@ -55,15 +55,14 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 @pytest.fixture
 def check_ratio(request: pytest.FixtureRequest) -> Any:
     """Fails a test of this package whose ratio to G is too far above the saved one."""
-    saved: dict[str, float] = {}
-    if not request.config.getoption("rebase"):
-        saved = baseline.load(request.config.getoption("baseline"))
+    option = request.config.getoption
+    saved = {} if option("rebase") else baseline.load(option("baseline"))
 
     def check(ratio: float, spread: float, *, ours: bool) -> None:
         name = request.node.name
         request.config.stash[_RATIOS].append((name, ratio, saved.get(name)))
         complaint = baseline.complaint(ratio, saved.get(name))
-        if complaint and ours and spread > request.config.getoption("max_spread"):
+        if complaint and ours and spread > option("max_spread"):
             pytest.skip(f"too noisy to compare: the bare product's spread is {spread:.0%}")
         if complaint and ours:
             pytest.fail(f"{name} {complaint}", pytrace=False)

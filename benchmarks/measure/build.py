@@ -35,8 +35,8 @@ class Build:
         self.log = folder.log("build")
         self.process = start(command, env | settings, self.log)
 
-    def finish(self, until: float) -> str:
-        """Waits; why there is no module of this build, empty if there is one."""
+    def finish(self, until: float) -> None:
+        """Waits, and notes why there is no module of this build if there is none."""
         try:
             code = self.process.wait(max(0.0, until - time.monotonic()))
             status, reason = ("ok", "") if code == 0 else ("failed", tail(self.log))
@@ -48,7 +48,8 @@ class Build:
         if "no nvcc" in reason:
             status = "unavailable"
         seconds = round(time.monotonic() - self.started, 1)
-        self.folder.note(build={"module": self.name, "status": status, "seconds": seconds})
+        told = {"module": self.name, "status": status, "seconds": seconds, "reason": reason}
+        self.folder.note(build=told)
         self.folder.say(f"build of _{self.name}: {status}")
         if status == "failed":
             self.folder.failure("build", reason)
@@ -56,7 +57,6 @@ class Build:
             self.folder.cut.append(f"build: {reason}")
         if status in ("ok", "failed") and self.folder.device == "cuda":
             self._install()  # it comes first: _cpu, after it, may be what failed
-        return reason
 
     def _install(self) -> None:
         for built in self.built.glob("lib/bft_kernels/_cuda*.so"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from benchmarks.shapes import Shape
 
@@ -17,14 +16,8 @@ def predict(shape: Shape, fixed: float, slope: float) -> float:
 
 def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:
     """``a`` and ``b`` that make the sum of squared relative deviations least."""
-    terms: Tensor = torch.tensor(
-        [
-            [predict(shape, 1, 0) / taken, predict(shape, 0, 1) / taken]
-            for shape, taken in zip(shapes, times, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    scale = terms.norm(dim=0)  # a is in seconds an element, b a thousandth of that
-    solution = torch.linalg.lstsq(terms / scale, torch.ones(len(shapes), 1, dtype=torch.float64))
-    fixed, slope = (solution.solution[:, 0] / scale).tolist()
-    return fixed, slope
+    terms = np.array([[predict(one, 1, 0), predict(one, 0, 1)] for one in shapes])
+    terms = terms / np.array(times)[:, None]
+    scale = np.linalg.norm(terms, axis=0)  # a is in seconds an element, b a thousandth of that
+    fixed, slope = np.linalg.lstsq(terms / scale, np.ones(len(shapes)), rcond=None)[0] / scale
+    return float(fixed), float(slope)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 
 import torch
 from torch import Tensor
 
-from benchmarks.measure.processes import ask
+from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import step, synchronize
 from benchmarks.providers.registry import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
@@ -87,17 +86,11 @@ def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str
 
 
 def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
-    """:func:`peak_of_step` in a fresh process.
-
-    Raises:
-        RuntimeError: that process failed.
-    """
-    return int(ask(_send_peak, case, source, dtype, device))
+    """:func:`peak_of_step` in a fresh process, whose failure is raised."""
+    return in_fresh_process(_extra_memory, case, source, dtype, device)
 
 
-def _send_peak(
-    sender: Connection, case: Case, source: Source, dtype: torch.dtype, device: str
-) -> None:
+def _extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
     # Libraries and thread pools are loaded before the baseline is read.
     step(case, make_problem(Shape(8, 16, 64), dtype, device))
-    sender.send(peak_of_step(case, make_problem(source, dtype, device), device))
+    return peak_of_step(case, make_problem(source, dtype, device), device)

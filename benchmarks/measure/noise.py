@@ -19,39 +19,28 @@ def quiet_load(force: bool) -> float:
     Raises:
         SystemExit: others are computing, without ``force``.
     """
-    load = os.getloadavg()[0]
-    refuse(too_busy(load, os.cpu_count() or 1), force)
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > MOST_LOAD * cores:
+        most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing"
+        _refuse(f"the load average is {load:.1f} on {cores} cores, {most}", force)
     return load
 
 
-def too_busy(load: float, cores: int) -> str:
-    """Why not to start; empty if others leave the machine alone."""
-    if load <= MOST_LOAD * cores:
-        return ""
-    return (
-        f"the load average is {load:.1f} on {cores} cores, expected up to {MOST_LOAD * cores:.1f}: "
-        "others are computing"
-    )
-
-
-def too_noisy(bare: Timing, most: float) -> str:
-    """Why not to report; empty if the bare product took about the same time in every turn."""
-    if bare.spread <= most:
-        return ""
-    return (
-        f"the bare product took {bare.seconds:.4f} s with a spread (interquartile range over "
-        f"median) of {bare.spread:.0%}, expected up to --max-spread {most:.0%}"
-    )
-
-
-def refuse(reason: str, force: bool) -> None:
-    """Tells a reason and goes on with ``force``, or if there is none.
+def check_spread(bare: Timing, most: float, force: bool, where: str = "") -> None:
+    """That the bare product took about the same time in every turn.
 
     Raises:
-        SystemExit: there is one, without ``force``.
+        SystemExit: it did not, without ``force``.
     """
-    if not reason:
-        return
+    if bare.spread > most:
+        _refuse(
+            f"{where}the bare product took {bare.seconds:.4f} s with a spread (interquartile range "
+            f"over median) of {bare.spread:.0%}, expected up to --max-spread {most:.0%}",
+            force,
+        )
+
+
+def _refuse(reason: str, force: bool) -> None:
     if not force:
         raise SystemExit(
             f"too noisy to measure, nothing is reported or written: {reason}. Wait for a quiet "

@@ -8,42 +8,21 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
 
-def spawn(
-    target: Callable[..., None], *arguments: Any, daemon: bool = False
-) -> tuple[Any, Connection]:
-    """A fresh process that runs ``target(sender, *arguments)``, and the connection's other end.
-
-    A daemon ends with this process, and can have no children of its own.
-    """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(sender, *arguments), daemon=daemon)
-    process.start()
-    sender.close()
-    return process, receiver
-
-
-def ask(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> Any:
-    """What a process of :func:`spawn` sends.
+def in_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, so that its memory goes with it.
 
     Raises:
-        RuntimeError: it ended before.
+        RuntimeError: the process died; what the function raises is raised here.
     """
-    process, receiver = spawn(target, *arguments, daemon=daemon)
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"its process ended with {process.exitcode}") from None
-    finally:
-        process.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run, *arguments).result()
 
 
 def start(command: list[str], env: dict[str, str], log: Path, **how: Any) -> Any:

@@ -26,12 +26,8 @@ _DETAIL = 6000  # characters
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Appends a line for each row, all in one call: other processes write to the file, too."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)
+    with path.open("ab", buffering=0) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -82,19 +78,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     First comes one case of every test, then a second one: what is cut is more of the same.
     """
     place, count = map(int, os.environ[SHARE].split("/"))
-    before = read(Path(os.environ[OUTCOMES]))
-    done = {name for name, row in before.items() if row["outcome"] != "selected"}
-    mine = [item for item in items if place_of(item.nodeid, count) == place]
-    mine = [item for item in mine if item.nodeid not in done]
-    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
-    nth: Counter[str] = Counter()
-    ranks = {}
-    for item in mine:
-        function = item.nodeid.partition("[")[0]
-        ranks[item.nodeid] = ("offsets_beyond" in function, nth[function])
-        nth[function] += 1
-    items[:] = sorted(mine, key=lambda item: ranks[item.nodeid])
     path = Path(os.environ[OUTCOMES])
+    done = {name for name, row in read(path).items() if row["outcome"] != "selected"}
+    names = {i.nodeid for i in items if place_of(i.nodeid, count) == place} - done
+    mine = [item for item in items if item.nodeid in names]
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+    seen: Counter[str] = Counter()
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        function = item.nodeid.partition("[")[0]
+        seen[function] += 1
+        return "offsets_beyond" in function, seen[function]
+
+    items[:] = sorted(mine, key=rank)
     write(path, [{"test": item.nodeid, "outcome": "selected"} for item in items])
 
 

@@ -8,9 +8,9 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from benchmarks.providers.registry import Case, find
 from benchmarks.shapes import Problem, Shape
 
-Name = TypeVar("Name", bound=Hashable)
 Blocking = tuple[int | None, int | None]
 # Rows and columns of the blocks in which the bare product is tried; None: all of them.
 BLOCKINGS: dict[str, tuple[Blocking, ...]] = {
@@ -85,13 +84,13 @@ def timing(samples: list[float]) -> Timing:
 
 
 def time_turns(
-    runs: Mapping[Name, Callable[[], object]],
+    runs: Mapping[Any, Callable[[], object]],
     device: str,
     repeats: int,
     *,
     lasting: float = 0.0,
     until: float = math.inf,
-) -> dict[Name, Timing]:
+) -> dict[Any, Timing]:
     """Times of each run, in turns so that noise hits all alike; a first turn warms up.
 
     Args:
@@ -101,7 +100,7 @@ def time_turns(
         lasting: seconds; short turns are repeated until so many have passed.
         until: of ``time.monotonic()``: then three turns are enough.
     """
-    samples: dict[Name, list[float]] = {name: [] for name in runs}
+    samples: dict[Any, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
     for turn in itertools.count():
         now = time.monotonic()
@@ -118,7 +117,7 @@ def time_all(
     problem: Problem, device: str, repeats: int, cases: Sequence[Case]
 ) -> tuple[Timing, dict[Case, Timing]]:
     """1G, which is the fastest of the ``BLOCKINGS`` of the bare product, and each case."""
-    runs: dict[Case | Blocking, Callable[[], object]] = {
+    runs = {
         blocking: functools.partial(bare_product, problem, *blocking)
         for blocking in BLOCKINGS[device]
     }
@@ -130,7 +129,7 @@ def time_all(
 
 def fastest_blocking(problem: Problem, device: str, repeats: int = 2) -> Blocking:
     """The one of 1G, of those for which there is memory."""
-    runs: dict[Blocking, Callable[[], None]] = {}
+    runs = {}
     for blocking in BLOCKINGS[device]:
         run = functools.partial(bare_product, problem, *blocking)
         with contextlib.suppress(torch.OutOfMemoryError):

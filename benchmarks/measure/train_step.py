@@ -1,13 +1,15 @@
-"""What the processes of ``python -m benchmarks train`` do: steps of fine-tuning, real ones."""
+"""What the processes of ``python -m benchmarks train`` do: real steps, on rows of real text."""
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +20,14 @@ from benchmarks.measure.processes import explain, first_line
 from benchmarks.measure.timing import synchronize
 from benchmarks.providers.at_head import find
 from bft.config import TrainConfig
+from bft.encode import encode
 from bft.head import LogitTransform
+from bft.load import pretrained
 from bft.loss import Head, LossFunction
 from bft.patch import patch_model, unpatch_model
+from bft.records import read_jsonl
+from bft.tasks import hpo
+from bft.train import decay_groups, load_model
 
 _WARM_UP = 16  # tokens of the step that makes the optimizer's state
 
@@ -72,12 +79,8 @@ class Stepper:
     """A model and its AdamW. Losses take turns at the model's head."""
 
     def __init__(self, job: Job) -> None:
-        # Here, so that other commands need not wait for transformers.
-        from bft.train import decay_groups, load_model
-
         self.device, self.settings = job.device, job.settings
-        model: Any = load_model(job.settings)[0]
-        self.model = model.to(job.device).train()
+        self.model = load_model(job.settings)[0].to(job.device).train()
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.model, job.settings.weight_decay),
             lr=job.settings.learning_rate,
@@ -149,6 +152,7 @@ def time_steps(
 
     The first turn warms up. Every loss of a turn sees the same tokens.
     """
+    _be_quiet()
     if keep:
         keep_memory()
     stepper = Stepper(job)
@@ -166,12 +170,6 @@ def time_steps(
             if turn > 0:
                 samples.append(stepper.clock.parts)
     return results
-
-
-def send_times(sender: Connection, job: Job, labels: list[str], turns: Tensor, keep: bool) -> None:
-    """:func:`time_steps` in a process of its own, so that its memory goes with it."""
-    _be_quiet()
-    sender.send(time_steps(job, labels, turns, keep))
 
 
 def send_peak(
@@ -192,7 +190,10 @@ def send_peak(
             return_memory()
         stepper = Stepper(job)
         stepper.step(label, ids[:1, :_WARM_UP])
-        _restrict(job.device, limit)
+        release(job.device)
+        if job.device == "cuda" and limit is not None:  # on a CPU the parent watches over it
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         in_use(job.device, reset=True)
         sender.send(None)
         stepper.step(label, ids)
@@ -212,9 +213,33 @@ def _be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _restrict(device: str, limit: int | None) -> None:
-    """Gives back what is free; on a GPU sets the limit, which on a CPU the parent watches over."""
-    release(device)
-    if device == "cuda" and limit is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
+    """Token ids, one document after the other: lines of a text file, or the demo's records."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(pretrained(settings.model)))
+    if texts is None:
+        folder = settings.train_file.parent
+        hpo.build(folder)
+        for record in read_jsonl(settings.train_file):
+            yield encode(record, tokenizer).input_ids
+        return
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    with texts.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield [*tokenizer(line.strip()).input_ids, *end]
+
+
+def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
+    """``[count, length]`` token ids: documents joined and cut, from the start again at their end.
+
+    Raises:
+        SystemExit: they do not fill one row.
+    """
+    tokens = itertools.chain.from_iterable(documents)
+    found = list(itertools.islice(tokens, count * length))
+    full = len(found) // length
+    if full == 0:
+        raise SystemExit(f"texts: got {len(found)} tokens, expected at least length, {length}")
+    return torch.tensor(found[: full * length]).view(full, length)[torch.arange(count) % full]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import re
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def measure_all(
     turns: int = TURNS,
 ) -> None:
     """A row for every case and shape; whatever is not measured by ``end`` is cut."""
-    asked = {fit(shape, folder.device): shape for shape in shapes}
+    asked = {fit(shape, _room(folder.device)): shape for shape in shapes}
     families: dict[str, list[Case]] = {}
     for case in cases:
         if reason := _missing(folder, case):
@@ -92,11 +92,9 @@ def compile_ahead(
     Kernels are compiled for a width: one shape of each will do. What fails here fails again where
     it is measured.
     """
-    fitting = (fit(shape, folder.device) for shape in shapes)
-    widths = list({shape.width: shape for shape in reversed(list(fitting))}.values())
-    if folder.device == "cuda":
-        room = int(_USABLE * torch.cuda.get_device_properties(0).total_memory)
-        processes = max(1, min(processes, room // max(needed(shape) for shape in widths)))
+    room = _room(folder.device)
+    widths = list({shape.width: fit(shape, room) for shape in reversed(shapes)}.values())
+    processes = max(1, int(min(processes, room / max(map(needed, widths)))))
     ours = [case for case in cases if find(case.provider).backend == "triton"]
     jobs = [Job(one, shape) for shape in widths for one in ours if not _missing(folder, one)]
 
@@ -116,19 +114,18 @@ def needed(shape: Shape) -> int:
     return 4 * (shape.tokens * shape.width + weight) + 4 * weight + _WORKSPACE
 
 
-def fit_to(shape: Shape, memory: int) -> Shape:
+def fit(shape: Shape, memory: float) -> Shape:
     """The shape, its tokens and vocabulary halved until a fused loss in 16 bits has room for it."""
     while needed(shape) > memory and min(shape.tokens, shape.vocabulary) > _SMALLEST:
         shape = Shape(shape.tokens // 2, shape.width, shape.vocabulary // 2)
     return shape
 
 
-def fit(shape: Shape, device: str) -> Shape:
-    """The shape as it has room on the device."""
+def _room(device: str) -> float:
+    """Bytes for all processes; on a CPU they are not counted."""
     if device == "cpu":
-        return shape
-    memory = torch.cuda.get_device_properties(0).total_memory
-    return fit_to(shape, int(memory * _USABLE))
+        return math.inf
+    return _USABLE * torch.cuda.get_device_properties(0).total_memory
 
 
 def _missing(folder: Folder, case: Case) -> str:
@@ -178,9 +175,16 @@ def _measure(
             return
         log = folder.log(re.sub(r"\W+", "-", title or str(family.jobs[0].case)))
         before = log.stat().st_size if log.exists() else 0
-        with _process(log, env) as (process, connection):
-            connection.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
-            yield from _receive(family, process, connection, log, before)
+        ours, theirs = Pipe()
+        code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
+        process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
+        theirs.close()
+        try:
+            ours.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
+            yield from _receive(family, process, ours, log, before)
+        finally:
+            kill_group(process)
+            ours.close()
         out = {case for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
         tired = [job for job in family.jobs if job.case in out]
         family.jobs = [job for job in family.jobs if job not in tired]
@@ -191,27 +195,8 @@ def _measure(
             yield job, {"status": "cut" if cut else "failed", "reason": reason}
 
 
-@contextlib.contextmanager
-def _process(
-    log: Path, env: dict[str, str]
-) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
-    ours, theirs = Pipe()
-    code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
-    process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
-    theirs.close()
-    try:
-        yield process, ours
-    finally:
-        kill_group(process)
-        ours.close()
-
-
 def _receive(
-    family: Family,
-    process: subprocess.Popen[bytes],
-    connection: Connection,
-    log: Path,
-    before: int,
+    family: Family, process: subprocess.Popen[bytes], connection: Connection, log: Path, before: int
 ) -> Measured:
     """Rows of one process, until it is done, dead or out of time."""
     lives = True

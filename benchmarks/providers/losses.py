@@ -17,7 +17,6 @@ from benchmarks.providers.provider import AGAIN, AGAIN_EACH, KEPT, peer
 from benchmarks.shapes import Problem
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
 from bft_kernels.config import Weighting
-from bft_kernels.token_stats import BalancedTokenStats, TokenStats
 from bft_kernels.weighting import balanced_loss
 
 
@@ -58,7 +57,6 @@ def ours(problem: Problem, weighting: str, **how: Any) -> Tensor:
     """This package's; without gradients with every statistic, as an evaluation wants them."""
     inputs = problem.hidden, problem.weight, problem.target
     how.setdefault("return_stats", not torch.is_grad_enabled())
-    result: Tensor | tuple[Tensor, TokenStats | BalancedTokenStats]
     if weighting == "plain":
         result = linear_cross_entropy(*inputs, **how)
     elif weighting == "dft":
@@ -163,12 +161,7 @@ def liger_scaled(problem: Problem, weighting: str) -> Tensor:
 
 
 @peer(
-    "liger fused",
-    KEPT,
-    AGAIN,
-    "liger-kernel: liger_kernel.transformers",
-    gpu_only=True,
-    priority=2,
+    "liger fused", KEPT, AGAIN, "liger-kernel: liger_kernel.transformers", gpu_only=True, priority=2
 )
 def liger_fused(problem: Problem, weighting: str) -> Tensor:
     """Liger's fused linear cross-entropy; DFT is an option of its own."""
@@ -178,7 +171,7 @@ def liger_fused(problem: Problem, weighting: str) -> Tensor:
     fused = LigerFusedLinearCrossEntropyLoss(
         reduction="none" if weighting == "bft" else "mean", **how
     )
-    nll: Tensor = fused(problem.weight, problem.hidden, problem.target)
+    nll = fused(problem.weight, problem.hidden, problem.target)
     return weigh(nll, "plain" if weighting == "dft" else weighting, problem)
 
 
@@ -223,5 +216,5 @@ def quack(problem: Problem, weighting: str) -> Tensor:
     """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    loss: Tensor = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target)
+    loss = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target)
     return weigh(loss, weighting, problem)

@@ -97,8 +97,7 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
-    loss: Tensor = getattr(importlib.import_module(module), function)(problem)
-    return loss
+    return getattr(importlib.import_module(module), function)(problem)
 
 
 def find(name: str) -> Provider:
@@ -125,12 +124,10 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
     """
     for name in names:
         find(name)
-    known = {"weightings": WEIGHTINGS, "modes": MODES}
-    for argument, got in {"weightings": weightings, "modes": modes}.items():
-        for name in got:
-            if name not in known[argument]:
-                expected = ", ".join(known[argument])
-                raise ValueError(f"{argument}: got {name!r}, expected some of {expected}")
+    for argument, got, known in (("weightings", weightings, WEIGHTINGS), ("modes", modes, MODES)):
+        if unknown := [name for name in got if name not in known]:
+            expected = ", ".join(known)
+            raise ValueError(f"{argument}: got {unknown[0]!r}, expected some of {expected}")
     return [
         Case(name, weighting, mode) for weighting in weightings for mode in modes for name in names
     ]

@@ -43,13 +43,11 @@ def environment(device: str) -> dict[str, Any]:
 def _commit() -> str:
     """Of the working tree, marked if that has changed; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    how = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        return subprocess.check_output(command, **how).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout.strip()
 
 
 def _processor() -> str:

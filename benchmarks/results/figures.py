@@ -1,7 +1,7 @@
-"""What all figures share: one narrow column of panels, colours, bars, numbered points and files.
+"""What all figures share: one narrow column of panels, colours, bars and files.
 
 A figure is as wide as a phone whatever it shows, so that its letters are never scaled below what
-can be read. What is ours has a colour and is filled, peers are grey and hollow.
+can be read. What is ours has a colour, peers are grey.
 """
 
 from __future__ import annotations
@@ -16,23 +16,14 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.results.schema import digits
-
 _WIDTH = 3.6  # inches
-_DPI = 200
 _INK = "#222222"
 _PEER = "#666666"
 # Okabe and Ito's, which the colour-blind can tell apart; by a word of the provider's name.
 _OURS = {"triton": "#D55E00", "cuda": "#009E73", "torch": "#CC79A7"}
 _OTHER_OURS = "#0072B2"
 # Of the parts of a bar: neighbours differ in lightness and by hatches.
-_PARTS = (
-    ("#bbbbbb", ""),
-    ("#E69F00", "////"),
-    ("#D55E00", ""),
-    ("#999999", "////"),
-    ("#56B4E9", ""),
-)
+_PARTS = {"#bbbbbb": "", "#E69F00": "////", "#D55E00": "", "#999999": "////", "#56B4E9": ""}
 _ROW = 0.25  # inches of a bar and of its line of text
 _AXIS = 0.5  # inches of the axis below bars
 _LINE = 0.16  # inches of a line of a title
@@ -66,12 +57,7 @@ class Bar:
     label: str
     values: Sequence[float]
     ours: bool
-    note: str = ""  # beside the value
-    mebibytes: float | None = None  # extra memory
-
-    @property
-    def value(self) -> float:
-        return float(sum(self.values))
+    text: str = ""
 
 
 def ours(provider: str) -> bool:
@@ -111,82 +97,61 @@ def render(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path, dpi: int = 200) -> Path:
     """Writes a PNG, which changes with what it shows only; returns its name."""
     written = path.with_suffix(".png")
     with rc_context(STYLE):
-        figure.savefig(written, dpi=_DPI, metadata={"Software": None})
+        figure.savefig(written, dpi=dpi, metadata={"Software": None})
     return written
 
 
-def time_and_memory(title: str, given: Sequence[Bar]) -> list[Panel]:
-    """Multiples of 1G against memory, and the same as bars, which name the numbers.
+def bars(
+    title: str,
+    given: Sequence[Bar],
+    label: str,
+    parts: Sequence[str] = (),
+    unit: float | None = None,
+) -> Panel:
+    """Horizontal bars, the first on top; the name and the text of each stand above it.
 
     Args:
-        title: the problem's.
-        given: values in multiples of 1G; those without memory are in the bars alone.
+        title: the panel's.
+        given: in their order.
+        label: of the axis.
+        parts: what the values of a bar are, where it is made of several.
+        unit: a value to mark with a line.
     """
-    ranked = sorted(given, key=lambda bar: bar.value)
-    placed = {i: bar for i, bar in enumerate(ranked, 1) if bar.mebibytes is not None}
-
-    def scatter(axes: Any) -> None:
-        for number, bar in placed.items():
-            at, face = (max(1.0, bar.mebibytes or 0.0), bar.value), colour(bar)
-            axes.plot(*at, "o", color=face, markerfacecolor=face if bar.ours else "white")
-            aside = (4, 3 if number % 2 else -8)  # neighbours in time may be at one place
-            axes.annotate(str(number), at, aside, textcoords="offset points", fontsize=7)
-        axes.set(xscale="log", xlabel="peak memory beyond inputs and gradients, MiB")
-        _scale_of(axes, "y", [1.0, *(bar.value for bar in placed.values())])
-        axes.axhline(1.0, color=_INK, linestyle=":", linewidth=1)
-        axes.set_ylabel("time, x G")
-        axes.grid(alpha=0.25, linewidth=0.5)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-
-    names = [f"{number}  {bar.label}" for number, bar in enumerate(ranked, 1)]
-    texts = [
-        f"{bar.value:.2f} G" + ("" if bar.mebibytes is None else f", {bar.mebibytes:,.0f} MiB")
-        for bar in ranked
-    ]
+    rows, totals = range(len(given)), [sum(bar.values) for bar in given]
 
     def draw(axes: Any) -> None:
-        _bars(axes, names, ranked, texts, "time, x G")
-        axes.axvline(1.0, color=_INK, linestyle=":", linewidth=1, zorder=0)
-
-    height = _AXIS + _ROW * len(ranked)
-    return [*([Panel(title, 2.4, scatter)] if placed else []), Panel(title, height, draw)]
-
-
-def bars(title: str, given: Sequence[Bar], label: str) -> Panel:
-    """Values of one kind, the smallest last; a note stands beside its value."""
-    ranked = sorted(given, key=lambda bar: -bar.value)
-    texts = [", ".join(filter(None, (digits(bar.value), bar.note))) for bar in ranked]
-
-    def draw(axes: Any) -> None:
-        _bars(axes, [bar.label for bar in ranked], ranked, texts, label)
-
-    return Panel(title, _AXIS + _ROW * len(ranked), draw)
-
-
-def stacked(title: str, given: Sequence[Bar], parts: Sequence[str], label: str) -> Panel:
-    """Bars made of parts, in the parts' order; the longest first."""
-    ranked = sorted(given, key=lambda bar: -bar.value)
-
-    def draw(axes: Any) -> None:
-        starts = np.zeros(len(ranked))
-        # Light to dark would say more or less; hatches tell neighbours apart without colours too.
-        for index, name in enumerate(parts):
-            values = np.array([bar.values[index] for bar in ranked])
-            face, hatch = _PARTS[index % len(_PARTS)]
-            how = {"label": name, "color": face, "hatch": hatch, "edgecolor": "white"}
-            axes.barh(range(len(ranked)), values, 0.35, starts, linewidth=0.5, **how)
-            starts += values
-        _names(axes, [bar.label for bar in ranked], [digits(total) for total in starts], ranked)
-        axes.set_xlim(0, max(starts))
+        if parts:
+            _stack(axes, given, parts)
+            axes.set_xlim(0, max(totals))
+            legend_above(axes, columns=2)
+        else:
+            colours = [colour(bar) for bar in given]
+            faces = [
+                own if bar.ours else "#d9d9d9" for own, bar in zip(colours, given, strict=True)
+            ]
+            axes.barh(rows, totals, height=0.35, color=faces, edgecolor=colours)
+            _scale_of(axes, totals)
+        if unit is not None:
+            axes.axvline(unit, color=_INK, linestyle=":", linewidth=1, zorder=0)
+        _names(axes, given)
         axes.set_xlabel(label)
-        legend_above(axes, columns=2)
 
-    legend = _LINE * (1 + (len(parts) + 1) // 2)
-    return Panel(title, _AXIS + _ROW * len(ranked) + legend, draw)
+    legend = _LINE * (1 + (len(parts) + 1) // 2) if parts else 0
+    return Panel(title, _AXIS + _ROW * len(given) + legend, draw)
+
+
+def _stack(axes: Any, given: Sequence[Bar], parts: Sequence[str]) -> None:
+    """Light to dark would say more or less; hatches tell neighbours apart without colours too."""
+    starts = np.zeros(len(given))
+    for index, (name, (face, hatch)) in enumerate(zip(parts, _PARTS.items(), strict=False)):
+        values = np.array([bar.values[index] for bar in given])
+        how = {"label": name, "color": face, "hatch": hatch, "edgecolor": "white"}
+        axes.barh(range(len(given)), values, 0.35, starts, linewidth=0.5, **how)
+        starts += values
 
 
 def legend_above(axes: Any, columns: int, **more: Any) -> None:
@@ -202,31 +167,18 @@ def legend_above(axes: Any, columns: int, **more: Any) -> None:
     )
 
 
-def _scale_of(axes: Any, axis: str, numbers: Sequence[float]) -> None:
+def _scale_of(axes: Any, numbers: Sequence[float]) -> None:
     """Logarithmic where a linear axis would squash the small ones, if all are positive."""
-    wide = max(numbers) > 20 * min(numbers) > 0
-    limits = (min(numbers) / 1.5, max(numbers)) if wide else (0, max(numbers))
-    top = limits[1] * (1.08 if axis == "y" else 1)
-    axes.set(**{f"{axis}scale": "log" if wide else "linear", f"{axis}lim": (limits[0], top)})
+    if max(numbers) > 20 * min(numbers) > 0:
+        axes.set(xscale="log", xlim=(min(numbers) / 1.5, max(numbers)))
+    else:
+        axes.set_xlim(0, max(numbers))
 
 
-def _bars(
-    axes: Any, names: Sequence[str], given: Sequence[Bar], texts: Sequence[str], label: str
-) -> None:
-    """Horizontal, the first on top; the name and the text of each stand above it."""
-    colours = [colour(bar) for bar in given]
-    faces = [own if bar.ours else "#d9d9d9" for own, bar in zip(colours, given, strict=True)]
-    numbers = [bar.value for bar in given]
-    axes.barh(range(len(given)), numbers, height=0.35, color=faces, edgecolor=colours)
-    _names(axes, names, texts, given)
-    _scale_of(axes, "x", numbers)
-    axes.set_xlabel(label)
-
-
-def _names(axes: Any, names: Sequence[str], texts: Sequence[str], given: Sequence[Bar]) -> None:
+def _names(axes: Any, given: Sequence[Bar]) -> None:
     """Above each of several horizontal bars its name, on the left, and its text, on the right."""
-    for place, (name, text, bar) in enumerate(zip(names, texts, given, strict=True)):
-        for x, words, side in ((0, name, "left"), (1, text, "right")):
+    for place, bar in enumerate(given):
+        for x, words, side in ((0, bar.label, "left"), (1, bar.text, "right")):
             axes.annotate(
                 words,
                 (x, place - 0.22),
@@ -239,4 +191,4 @@ def _names(axes: Any, names: Sequence[str], texts: Sequence[str], given: Sequenc
             ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(names) - 0.6, -0.95)
+    axes.set_ylim(len(given) - 0.6, -0.95)

@@ -119,10 +119,8 @@ class Folder:
                 check=True,
             )
             found = json.loads(done.stdout)
-        except subprocess.CalledProcessError as error:
-            self.failure("info", f"its process ended with {error.returncode}\n{error.stderr}")
-        except subprocess.TimeoutExpired:
-            self.failure("info", f"its process was not done after {_LOOK} s")
+        except subprocess.SubprocessError as error:  # it failed, or was not done in time
+            self.failure("info", f"{error}\n{error.stderr}")
         self.note(bft_kernels=found)
         device = "cuda:0" if self.device == "cuda" else "cpu"
         # The small call has two tensors of one kind: what is wrong with them is said once.

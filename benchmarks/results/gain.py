@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from benchmarks.results.cells import find
 from benchmarks.results.figures import STYLE, ours
-from benchmarks.results.schema import RESULTS, Row, latest, number, read
+from benchmarks.results.schema import RESULTS, Row, number, read
 
 FOLDER = RESULTS / "epyc-zen5"
 MODELS = {"smollm2-135m": "SmolLM2", "qwen2.5-0.5b": "Qwen2.5", "gemma3-270m": "Gemma-3"}
@@ -34,13 +34,10 @@ def draw() -> Figure:
     """
     rows = read(FOLDER / "loss.csv")
     found = {
-        (row["shape"], row["provider"]): row
-        for model in MODELS
-        for row in latest([r for r in rows if _shown(r, model)], "provider")
+        (shape, provider): find(rows, provider=provider, shape=shape, weighting="bft", mode="both")
+        for shape in MODELS
+        for provider in PROVIDERS
     }
-    missing = [(m, p) for m in MODELS for p in PROVIDERS if (m, p) not in found]
-    if missing:
-        raise ValueError(f"{FOLDER / 'loss.csv'}: no weighted row of {missing[0]}")
     with rc_context(STYLE):
         figure = Figure(figsize=(8.0, 3.1), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, sharey=True)
@@ -64,22 +61,11 @@ def draw() -> Figure:
     return figure
 
 
-def _shown(row: Row, model: str) -> bool:
-    same = row["shape"] == model and row["weighting"] == "bft" and row["mode"] == "both"
-    return same and row["provider"] in PROVIDERS and number(row, "times_g") is not None
-
-
 def _bars(axes, found: Mapping[tuple[str, str], Row], column: str, unit: float) -> None:
     places = np.arange(len(PROVIDERS))
     for turn, model in enumerate(MODELS):
-        values = [(number(found[model, p], column) or 0.0) / unit for p in PROVIDERS]
+        values = [number(found[model, p], column) / unit for p in PROVIDERS]
         colours = [_SHADES[ours(p)][turn] for p in PROVIDERS]
         bars = axes.barh(places + 0.27 * (turn - 1), values, 0.25, color=colours)
         axes.bar_label(bars, [f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in values], fontsize=6)
     axes.set_yticks(places, PROVIDERS.values())
-
-
-def write(path: Path) -> None:
-    """As PNG, which changes with what it shows only."""
-    with rc_context(STYLE):
-        draw().savefig(path, dpi=150, metadata={"Software": None})

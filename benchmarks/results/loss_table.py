@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.results.schema import grouped
+
 Row = Mapping[str, Any]
-Cells = list[list[str]]
 
 
 def figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
@@ -58,18 +59,12 @@ def timed(rows: Iterable[Row]) -> list[Row]:
 
 def reasons(rows: Iterable[Row]) -> list[str]:
     """Who has no figures and why, in one line where the reason is the same."""
-    places: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if row["reason"]:
-            where = f"{row['weighting']} {row['mode']}"
-            places.setdefault((row["provider"], row["reason"]), []).append(where)
-    together: dict[tuple[tuple[str, ...], str], list[str]] = {}
-    for (provider, reason), found in places.items():
-        together.setdefault((tuple(found), reason), []).append(provider)
-    return [
-        f"{', '.join(providers)} ({', '.join(found)}): {reason}"
-        for (found, reason), providers in together.items()
-    ]
+    together: dict[tuple[str, str], list[str]] = {}
+    for (provider, reason), same in grouped(rows, "provider", "reason").items():
+        where = ", ".join(f"{row['weighting']} {row['mode']}" for row in same)
+        if reason:
+            together.setdefault((where, reason), []).append(provider)
+    return [f"{', '.join(who)} ({where}): {reason}" for (where, reason), who in together.items()]
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -79,3 +74,17 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
     )
     rule = ("|---:|" if cells[0][0] else "|---|") + "---:|" * (len(cells[0]) - 1)
     return "\n".join([heading, rule, *lines])
+
+
+def show(title: str, cells: Sequence[Sequence[str]], left: int = 0) -> None:
+    """Prints a table, right-aligned but for its first columns and those without a heading."""
+    from rich import box, table
+    from rich.console import Console
+
+    made = table.Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for place, column in enumerate(cells[0]):
+        text = place < left or not column
+        made.add_column(column, justify="left" if text else "right", no_wrap=bool(column))
+    for line in cells[1:]:
+        made.add_row(*line)
+    Console().print(made)

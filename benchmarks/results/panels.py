@@ -10,16 +10,8 @@ import numpy as np
 from matplotlib import colormaps
 
 from benchmarks.measure.growth import fit, predict
-from benchmarks.results.figures import (
-    Bar,
-    Panel,
-    bars,
-    legend_above,
-    ours,
-    stacked,
-    time_and_memory,
-)
-from benchmarks.results.schema import PARTS, WEIGHTINGS, Row, finite, grouped, latest, number
+from benchmarks.results.figures import Bar, Panel, bars, legend_above, ours
+from benchmarks.results.schema import PARTS, WEIGHTINGS, Row, digits, grouped, key, latest, number
 from benchmarks.shapes import Shape
 
 Figures = dict[str, list[Panel]]  # by the name of the file
@@ -38,13 +30,24 @@ _SIZES = {"tokens": "N", "width": "D", "vocabulary": "V"}
 
 
 def loss_figures(rows: Sequence[Row]) -> Figures:
-    """One a weighting and mode, and one of all that `gpu` wrote: panels of each problem."""
+    """One a weighting and mode, and one of all that `gpu` wrote: multiples of 1G by problem."""
     found: Figures = {}
     for kind, same_kind in grouped(timed(rows), "weighting", "mode").items():
         for same in grouped(same_kind, *PROBLEM).values():
-            panels = time_and_memory(problem_title(same[-1]), loss_bars(same))
-            found.setdefault("-".join(filter(None, ("loss", *kind))), []).extend(panels)
+            given = [
+                Bar(row["provider"], [number(row, "times_g")], ours(row["provider"]), _cost(row))
+                for row in latest(same, "provider")
+            ]
+            given.sort(key=lambda bar: bar.values)
+            panel = bars(problem_title(same[-1]), given, "time, x G", unit=1.0)
+            found.setdefault("-".join(filter(None, ("loss", *kind))), []).append(panel)
     return found
+
+
+def _cost(row: Row) -> str:
+    extra = number(row, "extra_bytes")
+    memory = "" if extra is None else f", {extra / 2**20:,.0f} MiB"
+    return f"{number(row, 'times_g'):.2f} G{memory}"
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
@@ -54,29 +57,13 @@ def timed(rows: Sequence[Row]) -> list[Row]:
     """
     found: list[Row] = []
     for row in rows:
-        right = row.get("status", "ok") == "ok" and finite(number(row, "times_g"))
+        right = row.get("status", "ok") == "ok" and number(row, "times_g") is not None
         if row["provider"] in _NO_LOSSES or not right:
             continue
         if row.get("first_seconds"):
             name = f"{row['provider']}, {row['weighting']} {row['mode']}"
             row = {**row, "provider": name, "weighting": "", "mode": ""}
         found.append(row)
-    return found
-
-
-def loss_bars(rows: Sequence[Row]) -> list[Bar]:
-    """Of one problem."""
-    found = []
-    for row in latest(rows, "provider"):
-        extra = number(row, "extra_bytes")
-        found.append(
-            Bar(
-                row["provider"],
-                (number(row, "times_g") or 0.0,),
-                ours(row["provider"]),
-                mebibytes=None if extra is None else extra / 2**20,
-            )
-        )
     return found
 
 
@@ -96,19 +83,13 @@ def growth_figures(rows: Sequence[Row]) -> Figures:
     panels = []
     for same in grouped(rows, *SCALED).values():
         measured = {
-            Shape(*(int(row[size]) for size in _SIZES)): number(row, "seconds") or 0.0
+            Shape(*(int(row[size]) for size in _SIZES)): number(row, "seconds")
             for row in latest(same, *_SIZES)
         }
         for axis, by in (("tokens", "vocabulary"), ("vocabulary", "tokens"), ("width", "tokens")):
             if len({getattr(shape, axis) for shape in measured}) > 1:
-                panels.append(_growth(scaled_title(same[0]), measured, axis, by))
+                panels.append(_growth(told(same[0], SCALED[:-1]), measured, axis, by))
     return {"scale": panels} if panels else {}
-
-
-def scaled_title(row: Row) -> str:
-    """The loss of a row of scale.csv."""
-    weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
-    return ", ".join(filter(None, (row["provider"], weighting, row.get("mode", ""), row["dtype"])))
 
 
 def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> Panel:
@@ -138,8 +119,8 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25, linewidth=0.5)
-        told = "points: measured; lines: a V D + b N V D"
-        legend_above(axes, columns=3, title=told, title_fontsize=7.5)
+        heading = "points: measured; lines: a V D + b N V D"
+        legend_above(axes, columns=3, title=heading, title_fontsize=7.5)
 
     return Panel(title, 2.9, draw)
 
@@ -147,46 +128,47 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
 def train_figures(rows: Sequence[Row]) -> Figures:
     """``train``: a step's tokens a second; ``parts``: where its time goes; ``batch``: what fits."""
     found: Figures = {}
-    steps = [row for row in rows if finite(number(row, "tokens_per_second"))]
+    steps = [row for row in rows if number(row, "tokens_per_second") is not None]
     for same in grouped(steps, *TRAINED, "batch").values():
-        title = f"{trained_title(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
+        title = f"{_training(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         newest = latest(same, "loss")
-        speeds = [_trained(row, "tokens_per_second", note=_peak(row)) for row in newest]
+        speeds = _trained(newest, "tokens_per_second")
         found.setdefault("train", []).append(
             bars(f"{title}\nspeed of a step, and its peak memory", speeds, "tokens/s")
         )
         seconds = [f"{part}_seconds" for part in PARTS]
-        told = [row for row in newest if row.get(seconds[0])]  # not in older files
-        if told:
+        if parts := _trained([row for row in newest if row.get(seconds[0])], *seconds):
             names = [name.replace("_", ", ") for name in PARTS]
-            lines = [_trained(row, *seconds) for row in told]
             found.setdefault("parts", []).append(
-                stacked(f"{title}\nwhere a step's time goes", lines, names, "seconds")
+                bars(f"{title}\nwhere a step's time goes", parts, "seconds", names)
             )
-    largest = [row for row in rows if finite(number(row, "largest_batch"))]
+    largest = [row for row in rows if number(row, "largest_batch") is not None]
     for same in grouped(largest, *TRAINED, "limit_bytes").values():
-        limit = (number(same[0], "limit_bytes") or 0.0) / GIB
-        title = f"{trained_title(same[0])}, {same[0]['length']} tokens"
-        fitting = [_trained(row, "largest_batch") for row in latest(same, "loss")]
-        found.setdefault("batch", []).append(
-            bars(f"{title}\nlargest batch in {limit:g} GiB", fitting, "sequences")
-        )
+        title = f"{_training(same[0])}, {same[0]['length']} tokens"
+        title += f"\nlargest batch in {number(same[0], 'limit_bytes') / GIB:g} GiB"
+        fitting = _trained(latest(same, "loss"), "largest_batch")
+        found.setdefault("batch", []).append(bars(title, fitting, "sequences"))
     return found
 
 
-def _trained(row: Row, *columns: str, note: str = "") -> Bar:
-    """A loss of train.csv."""
-    own = row["loss"].split(" ", 1)[0] in _TRAINED_OURS or ours(row["loss"])
-    return Bar(row["loss"], [number(row, column) or 0.0 for column in columns], own, note)
+def _trained(rows: Sequence[Row], *columns: str) -> list[Bar]:
+    """Losses of train.csv, the largest first; beside a speed stands the memory it took."""
+    found = []
+    for row in rows:
+        own = row["loss"].split(" ", 1)[0] in _TRAINED_OURS or ours(row["loss"])
+        values = [number(row, column) or 0.0 for column in columns]
+        peak = number(row, "peak_bytes") if columns == ("tokens_per_second",) else None
+        text = digits(sum(values)) + ("" if peak is None else f", {peak / GIB:.1f} GiB")
+        found.append(Bar(row["loss"], values, own, text))
+    return sorted(found, key=lambda bar: -sum(bar.values))
 
 
-def _peak(row: Row) -> str:
-    peak = number(row, "peak_bytes")
-    return "" if peak is None else f"{peak / GIB:.1f} GiB"
-
-
-def trained_title(row: Row) -> str:
+def _training(row: Row) -> str:
     """The model of a row of train.csv, what of it is trained, and how tokens are weighted."""
-    weighting = WEIGHTINGS.get(row.get("weighting", ""), row.get("weighting", ""))
-    checkpoints = "checkpointed" if row.get("gradient_checkpointing") == "True" else ""
-    return ", ".join(filter(None, (row["model"], row.get("mode", ""), checkpoints, weighting)))
+    return told(row, ("model", "mode", "gradient_checkpointing", "weighting"))
+
+
+def told(row: Row, columns: Sequence[str]) -> str:
+    """What a row says in these columns, in words."""
+    words = WEIGHTINGS | {"True": "checkpointed", "False": ""}
+    return ", ".join(filter(None, (words.get(text, text) for text in key(row, columns))))

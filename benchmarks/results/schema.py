@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent
-# What `loss` and `gpu`, `scale` and `train` write.
-FILES = ("loss.csv", "scale.csv", "train.csv")
 # Of loss.csv; benchmarks/README.md says what they are.
 # fmt: off
 COLUMNS = (
@@ -86,22 +84,6 @@ def full(row: Mapping[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(COLUMNS, "") | row
 
 
-def result_folders(given: Sequence[Path]) -> list[Path]:
-    """Those given, or all under ``benchmarks/results`` that hold a CSV.
-
-    Raises:
-        SystemExit: a folder without any.
-    """
-    if not given:
-        return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
-    for folder in given:
-        if not any((folder / name).exists() for name in FILES):
-            raise SystemExit(
-                f"folders: got {folder}, expected one with some of {', '.join(FILES)} in it"
-            )
-    return list(given)
-
-
 def read(path: Path) -> list[Row]:
     """All rows of a CSV; none if there is no such file.
 
@@ -123,16 +105,17 @@ def read(path: Path) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float | None:
-    """A figure; None where it is empty or an older file lacks the column.
+    """A finite figure; None where there is none or an older file lacks the column.
 
     Raises:
         ValueError: it is something else.
     """
     text = row.get(column, "")
     try:
-        return float(text) if text else None
+        value = float(text) if text else math.nan
     except ValueError:
         raise ValueError(f"{column}: got {text!r}, expected a number or nothing") from None
+    return value if math.isfinite(value) else None
 
 
 def key(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
@@ -151,16 +134,6 @@ def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
 def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
     """Of rows that agree in these columns the last written: a later run replaces an earlier one."""
     return list({key(row, columns): row for row in rows}.values())
-
-
-def values(rows: Iterable[Row], column: str) -> list[str]:
-    """The different things that rows say in a column."""
-    return list(dict.fromkeys(text for row in rows if (text := row.get(column, ""))))
-
-
-def finite(value: float | None) -> bool:
-    """Whether there is a figure, and one that can be shown."""
-    return value is not None and math.isfinite(value)
 
 
 def digits(value: float) -> str:

@@ -57,10 +57,9 @@ def write_summary(folder: Folder) -> None:
         shapes.setdefault(f"{name}{sizes(row)}", []).append(row)
     for title, rows in shapes.items():
         lines += [f"## {title}", "", *_table(rows), ""]
-    lines += [f"![Time against memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
-    lines += ["", "## Cut", "", *([f"- {title}" for title in folder.cut] or ["Nothing."]), ""]
-    lines += ["## Failures", ""]
-    lines += [f"- {title}" for title in folder.failed] or ["None."]
+    lines += [f"![Time and memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
+    for title, found in {"Cut": folder.cut, "Failures": folder.failed}.items():
+        lines += ["", f"## {title}", "", *([f"- {one}" for one in found] or ["None."])]
     if folder.failed:
         lines += ["", "Details: [failures.txt](failures.txt)."]
     folder.write("summary.md", "\n".join(lines) + "\n")

@@ -16,9 +16,8 @@ import importlib.util
 import os
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,47 +51,34 @@ _REHEARSED = {
 
 
 _PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.backend != "cpu")
-_NAMES = ", ".join(map(repr, _PROVIDERS))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Correctness on the device, then seconds, x G, tokens/s and memory of all providers."""
+    """What :func:`parse` tells of."""
 
-    minutes: float = field(
-        default=9, metadata={"help": "for everything; what does not fit is cut (%(default)s)"}
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "rehearse on the CPU with tiny shapes and Triton's interpreter"},
-    )
-    output: Path | None = field(
-        default=None,
-        metadata={"help": "instead of a folder named after the GPU; for --dry-run needed"},
-    )
-    providers: tuple[str, ...] = field(
-        default=_PROVIDERS,
-        metadata={"help": f"your own as module:function, or some of {_NAMES}"},
-    )
-    tests: bool = field(
-        default=True, metadata={"help": "compile _cuda and run the correctness tests first (yes)"}
-    )
+    minutes: float = 9
+    dry_run: bool = False
+    output: Path | None = None
+    providers: tuple[str, ...] = _PROVIDERS
+    tests: bool = True
 
 
 def parse(arguments: list[str], prog: str) -> Config:
     """Reads the command line; tyro, which reads the others', may not be installed here."""
-    parser = argparse.ArgumentParser(
-        prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds: dict[str, dict[str, Any]] = {
-        "minutes": {"type": float},
-        "output": {"type": Path},
-        "providers": {"nargs": "+"},
-    }
-    for one in dataclasses.fields(Config):
-        how = kinds.get(one.name, {"action": argparse.BooleanOptionalAction})
-        option = "--" + one.name.replace("_", "-")
-        parser.add_argument(option, default=one.default, help=one.metadata["help"], **how)
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=kind)
+    parser.set_defaults(**dataclasses.asdict(Config()))
+    add, either = parser.add_argument, argparse.BooleanOptionalAction
+    help_ = "for everything; what does not fit is cut (%(default)s)"
+    add("--minutes", type=float, help=help_)
+    help_ = "rehearse on the CPU with tiny shapes and Triton's interpreter"
+    add("--dry-run", action=either, help=help_)
+    help_ = "instead of a folder named after the GPU; for --dry-run needed"
+    add("--output", type=Path, help=help_)
+    help_ = f"your own as module:function, or some of {', '.join(map(repr, _PROVIDERS))}"
+    add("--providers", nargs="+", help=help_)
+    add("--tests", action=either, help="compile _cuda and run the correctness tests first (yes)")
     given = vars(parser.parse_args(arguments))
     return Config(**given | {"providers": tuple(given["providers"])})
 
@@ -148,9 +134,7 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
         run_suite(suite, folder, env, until(title))
 
     def build() -> None:
-        reason = builds[0].finish(until("build"))
-        if reason:
-            folder.note(build_reason=reason)
+        builds[0].finish(until("build"))
         folder.look(env)
 
     def speed() -> None:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
 from benchmarks.measure.memory import extra_memory, keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
-from benchmarks.measure.processes import explain, first_line
+from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
+from benchmarks.measure.processes import explain
 from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.environment import environment
-from benchmarks.results.loss_table import FIGURES, label, reasons, sizes, timed
-from benchmarks.results.schema import COLUMNS, append, check_columns, full
+from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
+from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
 from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
 
 Row = dict[str, Any]
@@ -92,16 +90,15 @@ def main(config: Config) -> None:
     for name, source in sources.items():
         for dtype in config.dtypes:
             rows = _measure(config, name, source, dtype, asked)
-            _show(Console(), rows, config.device)
+            _show(rows, config.device)
             if config.output is not None:
                 append(config.output, [full(row | facts) for row in rows])
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:
-    if config.tokens is not None and config.tokens < 1:
-        raise ValueError(f"tokens: got {config.tokens}, expected at least 1")
-    if config.repeats < 1:
-        raise ValueError(f"repeats: got {config.repeats}, expected at least 1")
+    for name, value in {"tokens": config.tokens, "repeats": config.repeats}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
         if not path.is_file():
             raise ValueError(
@@ -146,7 +143,7 @@ def _measure(
             running.pop(case, None)
             rows[case] |= {"status": "failed", "reason": f"failed: {explain(error)}"}
     bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
-    refuse(too_noisy(bare, config.max_spread), config.force)
+    check_spread(bare, config.max_spread, config.force)
     for case, chosen in running.items():
         rows[case] |= {"status": "ok", "options": chosen.option}
         rows[case] |= rates(times[chosen], bare, shape, dtype.itemsize, chosen)
@@ -159,8 +156,8 @@ def _measure(
         try:
             memory = extra_memory(running[case], source, dtype, config.device)
             rows[case]["extra_bytes"] = memory
-        except RuntimeError as error:
-            rows[case]["reason"] = f"memory not measured: {first_line(error)}"
+        except Exception as error:
+            rows[case]["reason"] = f"memory not measured: {explain(error)}"
     product = where | {"provider": "1G", "status": "ok"} | rates(bare, bare, shape, dtype.itemsize)
     return [product, *rows.values()]
 
@@ -176,36 +173,27 @@ def _add_errors(rows: dict[Case, Row], problem: Problem, running: dict[Case, Cas
                 rows[case] |= certificate(chosen, part, expected)
 
 
-def _show(console: Console, rows: Sequence[Row], device: str) -> None:
+def _show(rows: Sequence[Row], device: str) -> None:
     """A table a weighting and mode, and below them who could not run and why."""
     bare, *others = rows
     kept = ", memory kept" if bare["memory_kept"] else ""
-    for weighting, mode in dict.fromkeys((row["weighting"], row["mode"]) for row in others):
-        title = f"{bare['shape']} ({bare['inputs']} inputs): {sizes(bare)}, {device}{kept}"
-        table = Table(
-            title=f"{title}\n{weighting} loss, {_MODES[mode]}",
-            box=SIMPLE_HEAD,
-            padding=0,
-            pad_edge=False,
-        )
-        table.add_column("", no_wrap=True)
-        for column in _SHOWN:
-            table.add_column(column, justify="right", no_wrap=True)
-        same = [row for row in others if (row["weighting"], row["mode"]) == (weighting, mode)]
+    title = f"{bare['shape']} ({bare['inputs']} inputs): {sizes(bare)}, {device}{kept}"
+    for (weighting, mode), same in grouped(others, "weighting", "mode").items():
+        cells = [["", *_SHOWN]]
         for row in (bare, *timed(same)):
-            table.add_row(label(row), *(FIGURES[name](row) for name in _SHOWN))
+            cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                promised = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _GRADIENTS}
-                cells = (FIGURES[name](promised) for name in _SHOWN)
-                table.add_row("  certified", *cells)
-        console.print(table)
+                promised = {
+                    f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
+                }
+                cells.append(["  certified", *(FIGURES[name](promised) for name in _SHOWN)])
+        show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):
-        console.print(f"missing: {text}", markup=False, highlight=False, soft_wrap=True)
+        print(f"missing: {text}")
 
 
-def _progress(cases: Any, text: str) -> Any:
-    """A bar on standard error, if that is a terminal."""
+def _progress(cases: Iterable[Case], text: str) -> Iterable[Case]:
+    """A bar on standard error."""
     console = Console(stderr=True)
-    return track(
-        list(cases), text, console=console, transient=True, disable=not console.is_terminal
-    )
+    hidden = not console.is_terminal
+    return track(list(cases), text, console=console, transient=True, disable=hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,15 @@ from tyro.conf import Positional
 from benchmarks.results import gain
 from benchmarks.results.figures import Panel, render, save
 from benchmarks.results.panels import growth_figures, loss_figures, train_figures
-from benchmarks.results.schema import Row, read, result_folders
+from benchmarks.results.schema import RESULTS, read
+
+# What `loss` and `gpu`, `scale` and `train` write, and what draws it.
+FILES = {"loss.csv": loss_figures, "scale.csv": growth_figures, "train.csv": train_figures}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time against memory, growth, fine-tuning steps and largest batches, as PNG."""
+    """Time and memory, growth, fine-tuning steps and largest batches, as PNG."""
 
     folders: Positional[tuple[Path, ...]] = ()
     """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
@@ -33,8 +36,7 @@ def main(config: Config) -> None:
         SystemExit: a folder without a CSV.
     """
     if config.gain is not None:
-        gain.write(config.gain)
-        print(config.gain)
+        print(save(gain.draw(), config.gain, dpi=150))
         return
     folders = result_folders(config.folders)
     for folder in folders:
@@ -49,15 +51,25 @@ def main(config: Config) -> None:
 def figures_of(folder: Path) -> dict[str, list[Panel]]:
     """The panels of each figure, by the name of its file; says which CSVs are missing."""
     found: dict[str, list[Panel]] = {}
-    parts: dict[str, Callable[[Sequence[Row]], dict[str, list[Panel]]]] = {
-        "loss.csv": loss_figures,
-        "scale.csv": growth_figures,
-        "train.csv": train_figures,
-    }
-    for file, draw in parts.items():
-        rows = read(folder / file)
-        if rows:
+    for file, draw in FILES.items():
+        if rows := read(folder / file):
             found |= draw(rows)
         else:
             print(f"{folder / file}: missing or empty, its figures are left out")
     return found
+
+
+def result_folders(given: Sequence[Path]) -> list[Path]:
+    """Those given, or all under ``benchmarks/results`` that hold a CSV.
+
+    Raises:
+        SystemExit: a folder without any.
+    """
+    if not given:
+        return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
+    for folder in given:
+        if not any((folder / name).exists() for name in FILES):
+            raise SystemExit(
+                f"folders: got {folder}, expected one with some of {', '.join(FILES)} in it"
+            )
+    return list(given)

@@ -65,7 +65,5 @@ def main(config: Config) -> None:
 
 def documents(texts: Path) -> Iterator[str]:
     """Paragraphs of a text file, each on one line."""
-    for paragraph in texts.read_text(encoding="utf-8").split("\n\n"):
-        document = " ".join(paragraph.split())
-        if document:
-            yield document
+    paragraphs = texts.read_text(encoding="utf-8").split("\n\n")
+    yield from filter(None, (" ".join(one.split()) for one in paragraphs))

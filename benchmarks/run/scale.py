@@ -10,20 +10,28 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.measure.growth import fit, predict
 from benchmarks.measure.memory import keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, quiet_load, refuse, too_noisy
+from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
 from benchmarks.measure.timing import Timing, bare_product, step, time_turns
 from benchmarks.providers.registry import Case, cases, why_not
 from benchmarks.results.environment import environment
+from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import append
 from benchmarks.shapes import Shape, make_problem
 
 # What a shape is measured for: medians of a few short times would be noise.
 _LEAST_SECONDS = 3.0
+_FIGURES = {
+    "N": figure("tokens", ".0f"),
+    "D": figure("width", ".0f"),
+    "V": figure("vocabulary", ".0f"),
+    "seconds": figure("seconds", ".3f"),
+    "x bare product": lambda row: f"{row['seconds'] / row['bare_product_seconds']:.2f}",
+    "a V D + b N V D": figure("fitted_seconds", ".3f"),
+    "off by": lambda row: f"{row['seconds'] / row['fitted_seconds'] - 1:+.1%}",
+}
 
 
 @dataclass(frozen=True)
@@ -80,42 +88,41 @@ def main(config: Config) -> None:
     ]
     measured = [_measure(config, case, shape) for shape in shapes]
     for shape, times in zip(shapes, measured, strict=True):
-        if reason := too_noisy(times["bare_product"], config.max_spread):
-            refuse(
-                f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: {reason}", config.force
-            )
+        where = f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: "
+        check_spread(times["bare_product"], config.max_spread, config.force, where)
     loss, product, a_pass = (
         [times[name].seconds for times in measured] for name in ("loss", "bare_product", "pass")
     )
     fixed, slope = fit(shapes, loss)
-    fitted = [predict(shape, fixed, slope) for shape in shapes]
-    _show(config, shapes, loss, product, fitted)
+    rows = [
+        asdict(shape)
+        | {
+            "seconds": times["loss"].seconds,
+            "spread": times["loss"].spread,
+            "bare_product_seconds": times["bare_product"].seconds,
+            "bare_product_spread": times["bare_product"].spread,
+            "pass_seconds": times["pass"].seconds,
+            "fitted_seconds": predict(shape, fixed, slope),
+        }
+        for shape, times in zip(shapes, measured, strict=True)
+    ]
+    cells = [list(_FIGURES), *([write(row) for write in _FIGURES.values()] for row in rows)]
+    show(f"{case}, {config.dtype}, {config.device}", cells)
     bare_fixed, bare_slope = fit(shapes, product)
     # The slope of a pass over dW in V D, that is its seconds an element.
     pass_slope = statistics.median(
         taken / (shape.vocabulary * shape.width)
         for taken, shape in zip(a_pass, shapes, strict=True)
     )
-    Console().print(
+    print(
         f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
         f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
     )
     if config.output is not None:
-        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
-        facts = {"dtype": config.dtype, "memory_kept": config.keep_memory} | facts
-        rows = zip(shapes, measured, fitted, strict=True)
-        append(config.output, [case.columns | asdict(s) | facts | _columns(*r) for s, *r in rows])
-
-
-def _columns(times: dict[str, Timing], fitted: float) -> dict[str, float]:
-    return {
-        "seconds": times["loss"].seconds,
-        "spread": times["loss"].spread,
-        "bare_product_seconds": times["bare_product"].seconds,
-        "bare_product_spread": times["bare_product"].spread,
-        "pass_seconds": times["pass"].seconds,
-        "fitted_seconds": fitted,
-    }
+        what = {"dtype": config.dtype, "memory_kept": config.keep_memory}
+        what |= environment(config.device) | {"load": load, "repeats": config.repeats}
+        pairs = zip(shapes, rows, strict=True)
+        append(config.output, [case.columns | asdict(s) | what | row for s, row in pairs])
 
 
 def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
@@ -128,21 +135,3 @@ def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
         "pass": functools.partial(like_gradient.mul_, 2),
     }
     return time_turns(runs, config.device, config.repeats, lasting=_LEAST_SECONDS)
-
-
-def _show(
-    config: Config,
-    shapes: list[Shape],
-    times: list[float],
-    products: list[float],
-    fitted: list[float],
-) -> None:
-    kind = config.provider, config.weighting, config.mode, config.dtype, config.device
-    table = Table(title=", ".join(kind))
-    for column in ("N", "D", "V", "seconds", "x bare product", "a V D + b N V D", "off by"):
-        table.add_column(column, justify="right")
-    for shape, taken, product, value in zip(shapes, times, products, fitted, strict=True):
-        sizes = map(str, (shape.tokens, shape.width, shape.vocabulary))
-        figures = f"{taken:.3f}", f"{taken / product:.2f}", f"{value:.3f}"
-        table.add_row(*sizes, *figures, f"{taken / value - 1:+.1%}")
-    Console().print(table)

@@ -10,19 +10,16 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure.largest_batch import attempt, largest_batch
 from benchmarks.measure.noise import quiet_load
-from benchmarks.measure.processes import ask
+from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import timing
-from benchmarks.measure.train_step import Job, Outcome, send_times
-from benchmarks.measure.train_tokens import documents, token_rows
+from benchmarks.measure.train_step import Job, Outcome, documents, time_steps, token_rows
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
 from benchmarks.results.environment import environment
-from benchmarks.results.loss_table import figure
+from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
 from bft.config import TrainConfig
 from bft.packaged import cache_root
@@ -143,26 +140,23 @@ def main(config: Config) -> None:
     Raises:
         SystemExit: a setting that cannot be, too little text, or a busy machine.
     """
-    console = Console()
     load = quiet_load(config.force)
     job = config.job()
     timed = config.batch * (config.repeats + 1)
-    ids = token_rows(
-        documents(job.settings, config.texts), config.length, max(timed, config.max_batch)
-    )
+    texts = documents(job.settings, config.texts)
+    ids = token_rows(texts, config.length, max(timed, config.max_batch))
     asked = [x for x in LOSSES if x.name in config.losses and x.weighting in config.weightings]
     dtype = getattr(torch, config.dtype)
     reasons = {x.label: x.why_missing(config.device, dtype) for x in asked}
-    able = [x for x in asked if not reasons[x.label]]
-    rows: list[Row] = _measure(config, job, able, ids, reasons, console)
-    rows += _search(config, job, [x for x in able if not reasons[x.label]], ids, console)
+    rows = _measure(config, job, asked, ids, reasons)
+    rows += _search(config, job, [x for x in asked if not reasons[x.label]], ids)
     rows += [_row(config, x) | {"reason": reasons[x.label]} for x in asked if reasons[x.label]]
     what = f"{config.model}, {'LoRA' if config.lora else 'full fine-tuning'}"
     how = f"{config.dtype}, {config.device}{', memory kept' if config.keep_memory else ''}"
     title = f"{what}, {config.batch} x {config.length} tokens, {how}"
-    _show(console, title, _STEPS, [row for row in rows if not row["limit_bytes"]])
+    _show(title, _STEPS, [row for row in rows if not row["limit_bytes"]])
     title = f"The largest batch of sequences of {config.length} tokens"
-    _show(console, title, _LARGEST, [row for row in rows if row["limit_bytes"]])
+    _show(title, _LARGEST, [row for row in rows if row["limit_bytes"]])
     if config.output is not None:
         facts = environment(config.device) | {"load": load, "repeats": config.repeats}
         append(config.output, [row | facts for row in rows])
@@ -190,33 +184,31 @@ def _measure(
     losses: list[StepLoss],
     ids: Tensor,  # [rows, length]
     reasons: dict[str, str],
-    console: Console,
 ) -> list[Row]:
     """Times and peaks with ``config.batch`` sequences; what fails is told in ``reasons``."""
-    samples: dict[str, list[dict[str, float]]] = {}
-    labels = [loss.label for loss in losses]
+    samples: dict[str, list[dict[str, float]] | str] = {}
+    labels = [loss.label for loss in losses if not reasons[loss.label]]
     if config.repeats and labels:
-        console.print(f"timing {config.repeats + 1} steps of each loss, in turns")
+        print(f"timing {config.repeats + 1} steps of each loss, in turns")
         turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
         try:
-            results = ask(send_times, job, labels, turns, config.keep_memory, daemon=True)
+            samples = in_fresh_process(time_steps, job, labels, turns, config.keep_memory)
         except RuntimeError as error:
             raise SystemExit(f"batch: {error}") from None
-        reasons |= {label: got for label, got in results.items() if isinstance(got, str)}
-        samples = {label: got for label, got in results.items() if not isinstance(got, str)}
+        reasons |= {label: got for label, got in samples.items() if isinstance(got, str)}
     rows = []
     for loss in losses:
         row = _row(config, loss) | {"batch": config.batch}
-        if loss.label in samples:
+        if config.repeats and not reasons[loss.label]:
             steps = samples[loss.label]
-            whole = [sum(parts.values()) for parts in steps]
-            row |= {"seconds": timing(whole).seconds, "spread": timing(whole).spread}
+            whole = timing([sum(parts.values()) for parts in steps])
+            row |= {"seconds": whole.seconds, "spread": whole.spread}
             for part in PARTS:
                 row[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
             row["tokens_per_second"] = config.batch * config.length / row["seconds"]
         if config.memory and not reasons[loss.label]:
             outcome = attempt(job, loss.label, ids[: config.batch])
-            _say(console, loss, config.batch, outcome)
+            _say(loss, config.batch, outcome)
             reasons[loss.label] = outcome.reason
             row["peak_bytes"] = "" if outcome.peak is None else outcome.peak
         if not reasons[loss.label] and (config.memory or config.repeats):
@@ -229,7 +221,6 @@ def _search(
     job: Job,
     losses: list[StepLoss],
     ids: Tensor,  # [rows, length]
-    console: Console,
 ) -> list[Row]:
     """The largest batch of each loss under each limit."""
     rows = []
@@ -244,29 +235,20 @@ def _search(
                 continue
 
             def run(batch: int, loss: StepLoss = loss, limit: int = limit) -> Outcome:
-                outcome = attempt(
-                    job, loss.label, ids[:batch], limit=limit, patience=config.patience
-                )
-                _say(console, loss, batch, outcome, limit)
+                how = {"limit": limit, "patience": config.patience}
+                outcome = attempt(job, loss.label, ids[:batch], **how)
+                _say(loss, batch, outcome, f" under {_gib(limit)}")
                 return outcome
 
-            found = largest_batch(limit, config.max_batch, run, peaks)
-            row |= {
-                "largest_batch": found.batch,
-                "peak_bytes": peaks.get(found.batch, ""),
-                "note": found.note,
-            }
+            batch, note = largest_batch(limit, config.max_batch, run, peaks)
+            row |= {"largest_batch": batch, "peak_bytes": peaks.get(batch, ""), "note": note}
     return rows
 
 
-def _say(
-    console: Console, loss: StepLoss, batch: int, outcome: Outcome, limit: int | None = None
-) -> None:
-    under = "" if limit is None else f" under {_gib(limit)}"
-    parts = [f"{loss.label}, {batch} sequences{under}: {outcome.status}"]
-    parts += [] if outcome.peak is None else [f"peak {_gib(outcome.peak)}"]
-    parts += [outcome.reason] if outcome.reason else []
-    console.print(", ".join(parts), markup=False, highlight=False)
+def _say(loss: StepLoss, batch: int, outcome: Outcome, under: str = "") -> None:
+    peak = "" if outcome.peak is None else f"peak {_gib(outcome.peak)}"
+    told = f"{loss.label}, {batch} sequences{under}: {outcome.status}", peak, outcome.reason
+    print(", ".join(filter(None, told)))
 
 
 def parse_bytes(text: str) -> int:
@@ -286,16 +268,10 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def _show(console: Console, title: str, figures: Figures, rows: list[Row]) -> None:
-    if not rows:
-        return
-    table = Table(title=title)
-    for column in ("loss", "weighting"):
-        table.add_column(column, no_wrap=True)
-    for column in figures:
-        table.add_column(column, justify="right")
-    table.add_column("")
+def _show(title: str, figures: Figures, rows: list[Row]) -> None:
+    cells = [["loss", "weighting", *figures, ""]]
     for row in rows:
-        cells = (figure(row) for figure in figures.values())
-        table.add_row(row["loss"], row["weighting"], *cells, row["reason"] or row["note"])
-    console.print(table)
+        written = (write(row) for write in figures.values())
+        cells.append([row["loss"], row["weighting"], *written, row["reason"] or row["note"]])
+    if rows:
+        show(title, cells, left=2)

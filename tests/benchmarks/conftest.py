@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.results.folder import Folder
-from benchmarks.results.schema import PARTS, append, full
+from benchmarks.results.schema import PARTS, STEP_COLUMNS, append, full
 
 # With what HTML, TeX and CSV would take for their own.
 ODD = 'odd <b>&"$x$, loss'
@@ -25,38 +25,33 @@ def folder(tmp_path_factory):
     """
     made = tmp_path_factory.mktemp("results")
     losses, grid, steps = [], [], []
+    columns = ("provider", "weighting", "mode", "seconds", "times_g", "extra_bytes")
     for vocabulary in (1000, 50_000):
-        problem = {"shape": f"model-{vocabulary}", "inputs": "recorded", "tokens": 64, "width": 16}
-        problem |= {"vocabulary": vocabulary, "dtype": "float32", "status": "ok"}
-
-        def row(provider, weighting, mode, times_g, extra):
-            kind = {"provider": provider, "weighting": weighting, "mode": mode}
-            figures = {"seconds": times_g / 2, "times_g": times_g, "extra_bytes": extra}
-            losses.append(full(kind | problem | figures))  # noqa: B023
-
-        row("1G", "", "", 1.0, 0)
-        for place, weighting in enumerate(("plain", "bft")):
-            row("eager", weighting, "both", 3.0 + 2 * place, 2**30)
-            row(ODD, weighting, "both", 5.0, 2**28)
-            row("bft sampled", weighting, "both", 1.2, 22 * 2**20)
-            row("bft sampled", weighting, "forward", 1.1, 2**22)
+        sizes = {"tokens": 64, "width": 16, "vocabulary": vocabulary, "dtype": "float32"}
+        problem = sizes | {"shape": f"model-{vocabulary}", "inputs": "recorded", "status": "ok"}
+        figures = [("1G", "", "", 0.5, 1.0, 0)]
+        for weighting, times_g in (("plain", 3.0), ("bft", 5.0)):
+            figures += [
+                ("eager", weighting, "both", 1.5, times_g, 2**30),
+                (ODD, weighting, "both", 2.5, 5.0, 2**28),
+                ("bft sampled", weighting, "both", 0.6, 1.2, 22 * 2**20),
+                ("bft sampled", weighting, "forward", 0.55, 1.1, 2**22),
+            ]
+        losses += [full(problem | dict(zip(columns, one, strict=True))) for one in figures]
         missing = {"provider": "quack", "weighting": "bft", "mode": "both"}
         reason = {"status": "unavailable", "reason": "needs a <GPU>"}
-        losses.append(full(missing | problem | reason))
+        losses.append(full(problem | missing | reason))
         for tokens in (64, 1024):
-            sizes = {"tokens": tokens, "width": 16, "vocabulary": vocabulary}
             taken = (3e-9 + 2e-12 * tokens) * vocabulary * 16
-            grid.append({"provider": "bft sampled", "dtype": "float32", **sizes, "seconds": taken})
+            row = sizes | {"tokens": tokens, "seconds": taken}
+            grid.append({"provider": "bft sampled"} | row)
+    empty = dict.fromkeys(STEP_COLUMNS, "") | {"batch": 4, "length": 256}
     for place, loss in enumerate(("eager", "sampled", "liger")):
-        step = {"loss": loss, "weighting": "bft", "mode": "full", "model": "tiny"}
-        step |= {"batch": 4, "length": 256}
-        parts = {f"{part}_seconds": 0.1 * (1 + n) + place for n, part in enumerate(PARTS)}
-        empty = (*parts, "tokens_per_second", "peak_bytes", "limit_bytes", "largest_batch")
-        step |= dict.fromkeys(empty, "") | {"reason": "takes no weights"}
+        step = empty | {"loss": loss, "weighting": "bft", "mode": "full", "model": "tiny"}
         if loss == "liger":
-            steps.append(step)
+            steps.append(step | {"reason": "takes no weights"})
             continue
-        step["reason"] = ""
+        parts = {f"{part}_seconds": 0.1 * (1 + n) + place for n, part in enumerate(PARTS)}
         speed = {"tokens_per_second": 512 * (1 + place), "peak_bytes": 2**31}
         steps.append(step | parts | speed)
         steps += [

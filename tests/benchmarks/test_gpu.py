@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -41,21 +42,18 @@ ABSENT = (
 )
 
 
-def bare_environment(folder):
-    """Of processes in which none of ``ABSENT`` can be imported, whatever starts them."""
+def start_bare(tmp_path, *arguments):
+    """A dry run in whose processes none of ``ABSENT`` can be imported, whatever starts them."""
+    folder = tmp_path / "bare"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(BLOCKED.format(names=ABSENT))
     path = os.pathsep.join([str(folder), str(ROOT)])
-    # Plugins of pytest that are installed would be imported by their entry points.
-    return os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-
-
-def start_bare(tmp_path, *arguments):
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--output", "results"]
     return subprocess.Popen(
         [*command, *arguments],
         cwd=tmp_path,
-        env=bare_environment(tmp_path / "bare"),
+        # Plugins of pytest that are installed would be imported by their entry points.
+        env=os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -182,36 +180,29 @@ def test_ours_come_first_and_what_is_slow_to_start_last():
 
 def test_figures_and_summary_of_several_shapes(run):
     for place, shape in enumerate(ON_A_GPU):
+        where = asdict(shape) | {"dtype": "bfloat16"}
+        where |= {"scaled_down_from": "16384 x 262144" if place == 1 else ""}
         for index, case in enumerate(telling_cases(gpu.Config.providers)):
-            taken = (1 + index) * 0.02
-            where = {
-                "tokens": shape.tokens,
-                "width": shape.width,
-                "vocabulary": shape.vocabulary,
-                "scaled_down_from": "16384 x 262144" if place == 1 else "",
-                "dtype": "bfloat16",
-            }
-            timed = {
+            row = {
                 "status": "ok",
-                "seconds": taken,
-                "first_seconds": 2 * taken,
+                "seconds": (1 + index) * 0.02,
+                "first_seconds": 1.0,
                 "g_seconds": 0.02,
-                "times_g": taken / 0.02,
-                "tokens_per_second": shape.tokens / taken,
+                "times_g": 1.0 + index,
+                "tokens_per_second": 1e5,
                 "extra_bytes": 10 ** (6 + index % 4),
                 "error_hidden": 0.01,
             }
             if index == 3:
-                timed = {"status": "cut", "reason": "not done after 20 s"}
-            named = {"provider": case.provider, "weighting": case.weighting, "mode": case.mode}
-            run.rows.append(full(named | where | timed))
+                row = {"status": "cut", "reason": "not done after 20 s"}
+            run.rows.append(full(case.columns | where | row))
     draw_figures(run)
     write_summary(run)
     text = (run.path / "summary.md").read_text()
     assert "Scaled down from 16384 x 262144" in text
     assert "1G is 20.00 ms" in text
     assert text.count("cut: bft triton sampled (bft both): not done after 20 s") == len(ON_A_GPU)
-    assert "![Time against memory](loss.png)" in text
+    assert "![Time and memory](loss.png)" in text
     assert (run.path / "loss.png").stat().st_size > 0
     with pytest.raises(ValueError, match=r"loss\.csv has no column nonsense"):
         run.row({"nonsense": 1})

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import benchmarks.measure.noise
-import benchmarks.run.record
-import benchmarks.run.scale
+from benchmarks.measure import noise
 from benchmarks.measure.growth import fit, predict
 from benchmarks.providers.losses import ours
 from benchmarks.results.schema import read
+from benchmarks.run import record, scale
 from benchmarks.shapes import Recorded, Shape, make_problem
 
 
@@ -24,7 +23,7 @@ def test_fit_finds_the_two_slopes():
 
 def test_scale_writes_a_row_a_shape(tmp_path, capsys):
     path = tmp_path / "scale.csv"
-    config = benchmarks.run.scale.Config(
+    config = scale.Config(
         provider="bft torch sampled",
         widths=(16, 32),
         tokens=(64, 256),
@@ -34,7 +33,7 @@ def test_scale_writes_a_row_a_shape(tmp_path, capsys):
         force=True,
         output=path,
     )
-    benchmarks.run.scale.main(config)
+    scale.main(config)
     rows = read(path)
     shapes = [(64, 512), (256, 512), (64, 2048), (256, 2048)]
     assert [tuple(int(row[c]) for c in ("width", "tokens", "vocabulary")) for row in rows] == [
@@ -45,13 +44,13 @@ def test_scale_writes_a_row_a_shape(tmp_path, capsys):
 
 
 def test_scale_refuses_a_noisy_machine(monkeypatch):
-    monkeypatch.setattr(benchmarks.measure.noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    config = benchmarks.run.scale.Config(
+    monkeypatch.setattr(noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    config = scale.Config(
         "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
     )
-    monkeypatch.setattr(benchmarks.run.scale, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
     with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare product .* expected up to"):
-        benchmarks.run.scale.main(replace(config, max_spread=-1.0))
+        scale.main(replace(config, max_spread=-1.0))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +59,7 @@ def test_scale_refuses_a_noisy_machine(monkeypatch):
 )
 def test_scale_refuses_who_cannot_run(provider, message):
     with pytest.raises(SystemExit, match=message):
-        benchmarks.run.scale.main(benchmarks.run.scale.Config(provider=provider, device="cpu"))
+        scale.main(scale.Config(provider=provider, device="cpu"))
 
 
 @pytest.mark.slow
@@ -75,12 +74,12 @@ def test_recorded_inputs_are_those_of_the_models_own_loss(tmp_path):
         pytest.skip(str(error))
     texts = tmp_path / "texts.txt"
     texts.write_text("The heart pumps blood\nthrough the vessels.\n\n\nInsulin lowers glucose.\n")
-    assert list(benchmarks.run.record.documents(texts)) == [
+    assert list(record.documents(texts)) == [
         "The heart pumps blood through the vessels.",
         "Insulin lowers glucose.",
     ]
     path = tmp_path / "inputs.pt"
-    benchmarks.run.record.main(benchmarks.run.record.Config(texts, path, tokens=10))
+    record.main(record.Config(texts, path, tokens=10))
     problem = make_problem(Recorded(path, 7), torch.float32, "cpu")
     assert problem.hidden.shape[0] == 7
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

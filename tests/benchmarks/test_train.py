@@ -9,18 +9,18 @@ import torch
 
 pytest.importorskip("transformers")
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.measure import train_step
 from benchmarks.measure.largest_batch import attempt
 from benchmarks.measure.memory import in_use
-from benchmarks.measure.train_step import Stepper, time_steps
-from benchmarks.measure.train_tokens import documents, token_rows
+from benchmarks.measure.train_step import Stepper, documents, time_steps, token_rows
 from benchmarks.providers import at_head
 from benchmarks.providers.at_head import LOSSES
 from benchmarks.results.schema import PARTS, read
 from benchmarks.run import train
 from bft.config import TrainConfig
+from tests.support.models import tiny
 
 TEXT = "the heart pumps blood through a vessel and insulin lowers sugar in it"
 WORDS = TEXT.split()
@@ -30,17 +30,11 @@ VOCABULARY = 8000
 @pytest.fixture
 def config(tmp_path):
     """Settings with a model of random weights, its tokenizer and a text."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,  # some tokens are more likely than others
-        )
+    model = tiny(
+        "LlamaForCausalLM",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        initializer_range=0.3,  # some tokens are more likely than others
     )
     words = {word: place for place, word in enumerate(["<end>", *WORDS])}
     backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
@@ -65,7 +59,6 @@ def config(tmp_path):
 
 def rows_of(config):
     train.main(config)
-    assert config.output is not None
     return read(config.output)
 
 

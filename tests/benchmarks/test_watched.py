@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.measure import watched
-from benchmarks.measure.watched import Family, fit_to, measure_all
+from benchmarks.measure.watched import Family, fit, measure_all
 from benchmarks.measure.worker import Job
 from benchmarks.providers.registry import Case, telling_cases
 from benchmarks.results.schema import read
@@ -113,10 +113,10 @@ def test_without_time_every_row_is_cut(run):
 
 
 def test_shapes_are_halved_until_there_is_room():
-    assert fit_to(ON_A_GPU[0], 80 * 2**30) == ON_A_GPU[0]
-    small = fit_to(ON_A_GPU[0], 5 * 2**30)
+    assert fit(ON_A_GPU[0], 80 * 2**30) == ON_A_GPU[0]
+    small = fit(ON_A_GPU[0], 5 * 2**30)
     assert small == Shape(4096, 4096, 65_536)
-    assert fit_to(ON_A_GPU[0], 0).tokens >= 512
+    assert fit(ON_A_GPU[0], 0).tokens >= 512
 
 
 def test_inputs_keep_as_many_entries_as_text():
