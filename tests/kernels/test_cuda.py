@@ -6,8 +6,8 @@ import torch
 from bft_kernels import balanced_linear_cross_entropy, linear_nll
 from bft_kernels.backends.cuda import core, native
 from bft_kernels.dispatch import why_not
-from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem
+from tests.support.samples import sampled_options
 
 SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 

@@ -19,8 +19,8 @@ from bft_kernels.backends.gpu.lists import capacity_for
 from bft_kernels.backends.gpu.rows import DeviceRows
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import BACKENDS
-from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from tests.support.samples import sampled_options
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")

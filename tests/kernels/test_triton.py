@@ -8,8 +8,8 @@ import torch
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import why_not
 from bft_kernels.plan import takes_chunks
-from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from tests.support.samples import sampled_options
 
 pytest.importorskip("triton", reason="triton is not installed")
 
