@@ -132,9 +132,8 @@ def test_gradients(emulated, dtype, shape, transform, seed):
     p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0, ignored=0.2)
     p.target[0] = 1
     grad = torch.randn(shape[0])
-    got = run_backward(
-        emulated, p, grad, step=128 + 128 * (seed % 3), order={"order_seed": seed}, **how
-    )
+    order = {"order_seed": seed}
+    got = run_backward(emulated, p, grad, step=128 + 128 * (seed % 3), order=order, **how)
     check(got, p, grad, **how)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from tests.support.problems import assert_close, cancellation, draw_problem, error_of
+from tests.support.samples import specified_sample, undecided
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -247,28 +248,18 @@ def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed):
     how = dict(TRANSFORMS[transform])
     bias = how.pop("bias", False)
     p = draw_problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
-    labelled = p.target >= 0
-    positions = labelled.nonzero().squeeze(1)
-    eps = 2**-6 if slow else 2**-9
-    with torch.no_grad():
-        wide = p.copy(torch.float64)
-        wide.hidden, wide.target = wide.hidden[labelled], wide.target[labelled]
-        expected = reference.sampled_gradient(
-            *wide.args, seed, eps=eps, bias=wide.bias, rows=positions.tolist(), **how
-        )
-        z = reference.logits(wide.hidden, wide.weight, wide.bias, **how)
-    u = reference.uniforms(seed, positions.tolist(), torch.arange(vocabulary)).double()
-    rounding = (float(z.abs().max()) + 1) * 24 * torch.finfo(torch.float32).eps
-    borderline = (u * eps / z.softmax(1) - 1).abs() < rounding
+    labelled, eps = p.labelled, 2**-6 if slow else 2**-9
+    expected = specified_sample(p, seed, eps, **how).dy
+    borderline = undecided(p, seed, eps, **how)
     for budget in (None, 10_000):
         dz = logit_gradient(p, fused, seed=seed, eps=eps, max_buffer_bytes=budget, **how)
         assert bool((dz[~labelled] == 0).all())
         dz = dz[labelled].double()
-        assert not bool((((dz != 0) != (expected.dy != 0)) & ~borderline).any())
-        both = (dz != 0) & (expected.dy != 0)
+        assert not bool((((dz != 0) != (expected != 0)) & ~borderline).any())
+        both = (dz != 0) & (expected != 0)
         assert int(both.sum()) > rows * (3 if slow else 10)
         torch.testing.assert_close(
-            dz[both], expected.dy[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
+            dz[both], expected[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
         )
 
 
