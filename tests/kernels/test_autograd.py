@@ -285,16 +285,6 @@ def test_retained_gradients_are_not_shared(p, loss_of):
         assert torch.equal(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
-@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=str)
-def test_double_backward_is_refused(frozen, p, loss_of):
-    q = p.copy(frozen=frozen)
-    with pytest.raises(RuntimeError, match=r"create_graph: got True, expected False.*second"):
-        torch.autograd.grad(loss_of(q), list(q.leaves.values()), create_graph=True)
-    with pytest.raises(RuntimeError, match="create_graph"):
-        loss_of(q).backward(create_graph=True)
-
-
 def test_scaled_upstream(p, loss_of):
     expected = fresh_gradients(p, loss_of)
     for factor in (0.0, -2.5):

@@ -10,6 +10,16 @@ from torch import Tensor
 
 from bft_kernels import linear_nll
 
+FROZEN = [
+    *((), ("weight",), ("hidden",), ("bias",)),
+    *(("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")),
+]
+
+
+def boundaries(lengths, dtype=torch.int64):
+    """``cu_seqlens`` of documents of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
 
 @dataclass
 class Problem:
