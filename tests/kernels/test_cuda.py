@@ -24,14 +24,6 @@ def test_says_why_it_does_not_run(monkeypatch):
     assert "bft_kernels._cuda is not built" in why_not("cuda", p.hidden, p.weight)[0]
 
 
-def test_takes_what_it_can_compute(emulated_device):
-    p = draw_problem(4, 3, 5)
-    assert why_not("cuda", p.hidden.float(), p.weight.float()) == []
-    assert "hidden is float64, it computes in float32" in why_not("cuda", p.hidden, p.weight)
-    sparse = p.hidden.detach().float().to_sparse()
-    assert "it takes strided tensors" in why_not("cuda", sparse, p.weight.float())[0]
-
-
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
 def test_operands_stored_in_another_type(emulated_device, stored, gradient, monkeypatch):

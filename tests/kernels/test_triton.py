@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bft_kernels.config import CoreConfig
-from bft_kernels.dispatch import why_not
 from bft_kernels.plan import takes_chunks
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
@@ -67,13 +66,6 @@ def test_chunks_are_taken_where_they_fit():
     assert takes_chunks(8192, 131_072, 2**29)
     assert not takes_chunks(8192, 131_072, 2**27)
     assert takes_chunks(64, 131_072, 2**27)
-
-
-def test_says_why_it_does_not_run():
-    p = draw_problem(4, 3, 5)
-    assert "hidden is float64, it computes in float32" in why_not("triton", p.hidden, p.weight)
-    meta = torch.empty(4, 3, device="meta")
-    assert "hidden is on meta, it takes CUDA tensors" in why_not("triton", meta, meta)[0]
 
 
 def test_every_tile_has_whole_words():

@@ -43,6 +43,16 @@ def draw_bits(seed, rows, columns):
     return x
 
 
+def region_bits(seed, row, rows, column, columns):
+    """:func:`draw_bits` of a region."""
+    return draw_bits(seed, [row + i for i in range(rows)], [column + j for j in range(columns)])
+
+
+def uniform(bits):
+    """What is drawn, of these bits."""
+    return _values()[bits >> np.uint32(8)]
+
+
 @cache
 def _values():
     """All 2^24 values that ``u`` can take."""
