@@ -17,6 +17,7 @@ import torch
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from tests.support.problems import assert_close, cancellation, draw_problem, error_of
 from tests.support.samples import specified_sample, undecided
+from tests.support.soak import soaked
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
@@ -46,6 +47,11 @@ class Fused:
     def slow(self):
         """Interpreted or emulated."""
         return self.name != "cpu" and self.device != "cuda"
+
+    @property
+    def interpreted(self):
+        """Each path of Triton's takes seconds then."""
+        return self.name == "triton" and self.device != "cuda"
 
     @property
     def how(self):
@@ -104,12 +110,18 @@ def some(cases, number):
     return cases[::step]
 
 
-def spread(*axes):
-    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen."""
+def spread(*axes, plain=20):
+    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen; of these all but
+    about ``plain`` are left to the soak.
+    """
     found = []
     for fused in BACKENDS:
         own = list(itertools.product([fused], fused.shapes, *axes))
-        found += some(own, 20) if fused.name == "triton" else own
+        if fused.name == "triton":
+            own = some(own, 20)
+            first = some(own, plain)
+            own = [pytest.param(*x, marks=() if x in first else pytest.mark.soak) for x in own]
+        found += own
     return found
 
 
@@ -188,7 +200,7 @@ def test_no_less_accurate_than_plain_torch(
         assert error_of(got[part].cpu(), expected) <= allowed, part
 
 
-@pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS), ids=str)
+@pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS, plain=5), ids=str)
 def test_statistics(fused, shape, transform, poison):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
@@ -239,9 +251,17 @@ def logit_gradient(p, fused, **how):
     return weight.grad[:, width:].T.cpu()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_backend
+def a_type_a_transform(fused, dtype, transform):
+    """Each type once and each transform once."""
+    same = DTYPES.index(dtype) == list(TRANSFORMS).index(transform)
+    return same or not fused.interpreted
+
+
+@pytest.mark.parametrize(
+    ("fused", "dtype", "transform"),
+    soaked(BACKENDS, DTYPES, TRANSFORMS, plain=a_type_a_transform),
+    ids=str,
+)
 def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed):
     slow = fused.slow
     rows, vocabulary = (11, 170) if slow else (60, 3000)
@@ -263,8 +283,15 @@ def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed):
         )
 
 
-@pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "target last"])
-@every_backend
+@pytest.mark.parametrize(
+    ("fused", "kind"),
+    soaked(
+        BACKENDS,
+        ["flat", "ascending", "descending", "target last"],
+        plain=lambda fused, kind: kind in ("ascending", "target last") or not fused.interpreted,
+    ),
+    ids=str,
+)
 def test_hostile_logits(fused, kind, seed):
     """The running bound lets everything through here until late; nothing may be lost or pile up."""
     slow = fused.slow
@@ -298,7 +325,8 @@ def test_hostile_logits(fused, kind, seed):
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
 def test_adds_to_a_gradient_that_is_there(fused, gradient):
-    p = draw_problem(20, 24, 150, dtype=torch.float32).copy(device=fused.device)
+    rows, vocabulary = (9, 70) if fused.interpreted else (20, 150)
+    p = draw_problem(rows, 24, vocabulary, dtype=torch.float32).copy(device=fused.device)
     how = {"gradient": gradient, "seed": 1, "eps": 2**-6, **fused.how}
     linear_nll(*p.args, **how).sum().backward()
     once, place = p.weight.grad.clone(), p.weight.grad.data_ptr()
@@ -307,9 +335,18 @@ def test_adds_to_a_gradient_that_is_there(fused, gradient):
     assert_close(p.weight.grad.cpu(), 2 * once.cpu(), 1e-6)
 
 
-@pytest.mark.parametrize("gradient", ["exact", "sampled"])
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
-@every_backend
+@pytest.mark.parametrize(
+    ("fused", "layout", "gradient"),
+    soaked(
+        BACKENDS,
+        ["transposed", "expanded", "sliced"],
+        ["exact", "sampled"],
+        plain=lambda fused, layout, gradient: (
+            layout == "transposed" or gradient == "exact" or not fused.interpreted
+        ),
+    ),
+    ids=str,
+)
 def test_rows_that_do_not_lie_together(fused, layout, gradient):
     p = draw_problem(24, 24, 120, dtype=torch.float32)
     hidden = {
@@ -336,12 +373,13 @@ def test_rows_that_do_not_lie_together(fused, layout, gradient):
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
 def test_nan_stays_in_its_row(fused, gradient):
-    p = draw_problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+    rows, vocabulary = (9, 70) if fused.interpreted else (20, 150)
+    p = draw_problem(rows, 9, vocabulary, ignored=0.0, dtype=torch.float32)
     p.hidden.data[7, 3] = math.nan
     p = p.copy(device=fused.device)
     nll, stats = linear_nll(*p.args, gradient=gradient, seed=0, return_stats=True, **fused.how)
     nll.sum().backward()
-    bad = torch.arange(20, device=fused.device) == 7
+    bad = torch.arange(rows, device=fused.device) == 7
     assert torch.equal(nll.isnan(), bad)
     assert torch.equal(stats.lse.isnan(), bad)
     assert torch.equal(p.hidden.grad.isnan().any(1), bad)

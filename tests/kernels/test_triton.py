@@ -9,6 +9,7 @@ from bft_kernels.config import CoreConfig
 from bft_kernels.plan import takes_chunks
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
+from tests.support.soak import soaked
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -25,7 +26,10 @@ CONFIG = CoreConfig(
 )
 
 
-@pytest.fixture(params=["tiles", "chunks"])
+ENGINES = ["tiles", "chunks"]
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Of the forward."""
     module = "bft_kernels.backends.triton.core"
@@ -33,7 +37,13 @@ def engine(request, monkeypatch):
     return str(request.param)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 60])
+@pytest.mark.parametrize(
+    ("engine", "columns"),
+    soaked(
+        ENGINES, [0, 1, 60], plain=lambda engine, columns: (engine == "chunks") == (columns > 1)
+    ),
+    indirect=["engine"],
+)
 def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
     p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
