@@ -111,8 +111,8 @@ def some(cases, number):
 
 
 def spread(*axes, plain=20):
-    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen; of these all but
-    about ``plain`` are left to the soak.
+    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen. All but about
+    ``plain`` of these are left to the soak.
     """
     found = []
     for fused in BACKENDS:

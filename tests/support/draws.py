@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -11,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.cuda.emulation.build import CXX as CXX
+
 ROOT = Path(__file__).parents[2]
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 # A statistical test fails where chance alone would give a p-value this small. The suite computes
 # well under a thousand of them, so that a correct program fails less than one run in a million.
 P_VALUE = 1e-9
