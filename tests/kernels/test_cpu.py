@@ -6,17 +6,10 @@ import torch
 from bft_kernels import linear_nll, ops
 from bft_kernels.config import CoreConfig
 from bft_kernels.results import Forward
-from tests.support.problems import assert_close, draw_problem
+from tests.support.problems import DTYPES, TRANSFORMS, assert_close, draw_problem
 from tests.support.samples import specified_sample, undecided
 
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS = {
-    "plain": {},
-    "softcap": {"softcap": 5.0, "temperature": 1.3},
-    "bias": {"bias": True, "temperature": 0.7},
-}
 
 
 @pytest.fixture(autouse=True, params=_cpu.instruction_sets())

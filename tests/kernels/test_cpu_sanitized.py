@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from csrc import ninja_build
-from tests.support.draws import CXX
+from tests.cuda.emulation.build import CXX
 
 ROOT = Path(__file__).parents[2]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

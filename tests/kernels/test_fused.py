@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
-from tests.support.problems import assert_close, cancellation, draw_problem, error_of
+from tests.support.problems import (
+    DTYPES,
+    TRANSFORMS,
+    assert_close,
+    cancellation,
+    draw_problem,
+    error_of,
+)
 from tests.support.samples import specified_sample, undecided
 from tests.support.soak import soaked
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS = {
-    "plain": {},
-    "softcap": {"softcap": 5.0, "temperature": 1.3},
-    "bias": {"bias": True, "temperature": 0.7},
-}
 
 
 @dataclass(frozen=True)

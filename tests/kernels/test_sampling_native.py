@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from csrc import ninja_build
-from tests.support.draws import CXX, Program, region_bits, uniform
+from tests.cuda.emulation.build import CXX
+from tests.support.draws import Program, region_bits, uniform
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.cuda.emulation.build import CXX as CXX
-
 ROOT = Path(__file__).parents[2]
 # A statistical test fails where chance alone would give a p-value this small. The suite computes
 # well under a thousand of them, so that a correct program fails less than one run in a million.

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from bft_kernels.backends.cuda import native
+from tests.support.problems import DTYPES
 
 IGNORED = -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 UNTOUCHED = 0x55
 

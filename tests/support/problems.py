@@ -10,6 +10,12 @@ from torch import Tensor
 
 from bft_kernels import linear_nll
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = {
+    "plain": {},
+    "softcap": {"softcap": 5.0, "temperature": 1.3},
+    "bias": {"bias": True, "temperature": 0.7},
+}
 FROZEN = [
     *((), ("weight",), ("hidden",), ("bias",)),
     *(("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")),
