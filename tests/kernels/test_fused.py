@@ -110,19 +110,28 @@ def some(cases, number):
     return cases[::step]
 
 
-def spread(*axes, plain=20):
-    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen. All but about
-    ``plain`` of these are left to the soak.
+def spread(*axes):
+    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen.
+
+    One instruction set runs them all in every suite; of the others, and of what is emulated, every
+    suite runs some and the soak the rest.
     """
     found = []
     for fused in BACKENDS:
         own = list(itertools.product([fused], fused.shapes, *axes))
         if fused.name == "triton":
             own = some(own, 20)
-            first = some(own, plain)
+        elif fused != BACKENDS[0] and fused.device != "cuda":
+            first = set(some(own, 75))
             own = [pytest.param(*x, marks=() if x in first else pytest.mark.soak) for x in own]
         found += own
     return found
+
+
+def shape_with_a_transform(fused, shape, transform):
+    """Each shape once where it is interpreted, with one transform after the other."""
+    turn = fused.shapes.index(shape) % len(TRANSFORMS)
+    return turn == list(TRANSFORMS).index(transform) or not fused.interpreted
 
 
 def upstream_of(target):
@@ -200,7 +209,15 @@ def test_no_less_accurate_than_plain_torch(
         assert error_of(got[part].cpu(), expected) <= allowed, part
 
 
-@pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS, plain=5), ids=str)
+@pytest.mark.parametrize(
+    ("fused", "shape", "transform"),
+    [
+        case
+        for fused in BACKENDS
+        for case in soaked([fused], fused.shapes, TRANSFORMS, plain=shape_with_a_transform)
+    ],
+    ids=str,
+)
 def test_statistics(fused, shape, transform, poison):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
