@@ -4,8 +4,6 @@ Instructions are followed with a symbol for each register. ``ldmatrix`` (LDSM) f
 in a row, ``mma`` (HMMA) takes the first of four and of two: no permutation may lie between.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, field

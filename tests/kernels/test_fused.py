@@ -4,8 +4,6 @@
 on a GPU, or else in the emulation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import math

@@ -3,8 +3,6 @@
 `triton` in its interpreter and `cuda` in the emulation where there is no GPU.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable

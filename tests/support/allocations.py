@@ -1,7 +1,5 @@
 """What a call asks of torch's allocator."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

@@ -1,7 +1,5 @@
 """Device code as nvcc makes it."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The draws of the sampled gradient, from their definition; the chance of an entry to be kept."""
 
-from __future__ import annotations
-
 import subprocess
 from functools import cache
 from pathlib import Path

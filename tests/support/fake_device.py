@@ -1,7 +1,5 @@
 """A device that is none: what a GPU would refuse is refused here, on a CPU."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 

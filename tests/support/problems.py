@@ -1,7 +1,5 @@
 """Inputs of the ops, and how results are compared."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
