@@ -27,6 +27,7 @@ CONFIG = CoreConfig(
 
 
 ENGINES = ["tiles", "chunks"]
+LISTED = [("tiles", None), ("chunks", 3000)]  # the others take half a minute interpreted
 
 
 @pytest.fixture(params=ENGINES)
@@ -52,7 +53,11 @@ def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
     assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
 
 
-@pytest.mark.parametrize("budget", [1, 3000, None])
+@pytest.mark.parametrize(
+    ("engine", "budget"),
+    soaked(ENGINES, [1, 3000, None], plain=lambda *case: case in LISTED),
+    indirect=["engine"],
+)
 def test_chunks_list_what_is_kept_with_its_value(budget, engine):
     p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
     seed = torch.tensor(sampled_options(p)["seed"], device=DEVICE)

@@ -16,7 +16,9 @@ from bft_kernels.backends.triton.device import draw_bits, row_key, uniform
 
 
 @triton.jit
-def draw_kernel(bits_ptr, u_ptr, seed_ptr, row0, rows, col0, cols, BLOCK_N, BLOCK_V):
+def draw_kernel(
+    bits_ptr, u_ptr, seed_ptr, row0, rows, col0, cols, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     multiplier, offset = row_key(tl.load(seed_ptr), row0 + offs_n.to(tl.int64))
