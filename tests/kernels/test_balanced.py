@@ -11,17 +11,11 @@ from bft_kernels import (
     token_weights,
 )
 from bft_kernels.checks import SCHEMES
-from tests.support.problems import assert_close, draw_problem
+from tests.support.problems import FROZEN, assert_close, boundaries, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-FROZEN = [(), ("weight",), ("hidden",), ("bias",), ("weight", "bias")]
-
 DOCUMENTS = [(33,), (0, 12, 0, 1, 20), (5, 5, 5, 5, 5, 5, 3), (30, 3)]
-
-
-def cumulative(lengths, dtype=torch.int64):
-    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
 def independent_balanced_loss(p, cu, scheme, window, normalize):
@@ -62,7 +56,7 @@ def independent_balanced_loss(p, cu, scheme, window, normalize):
 def test_balanced_loss(scheme, lengths, normalize, budget):
     # 33 rows of 41 logits: in 4000 bytes ten rows fit, so some documents do and some do not.
     p = draw_problem(33, 7, 41, scale=2.0)
-    cu = cumulative(lengths)
+    cu = boundaries(lengths)
     expected = independent_balanced_loss(p, cu, scheme, 4, normalize)
     spec = reference.balanced_linear_cross_entropy(
         *p.args, cu, scheme=scheme, window=4, normalize=normalize
@@ -71,7 +65,7 @@ def test_balanced_loss(scheme, lengths, normalize, budget):
     for dtype in (torch.int32, torch.int64):
         got = balanced_linear_cross_entropy(
             *p.args,
-            cu_seqlens=cumulative(lengths, dtype),
+            cu_seqlens=boundaries(lengths, dtype),
             scheme=scheme,
             window=4,
             normalize=normalize,
@@ -82,11 +76,11 @@ def test_balanced_loss(scheme, lengths, normalize, budget):
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-@pytest.mark.parametrize("frozen", FROZEN, ids=str)
+@pytest.mark.parametrize("frozen", FROZEN[:5], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_balanced_gradients_are_those_of_constants_times_nll(scheme, frozen, gradient, seed):
     p = draw_problem(33, 7, 91, bias=True, scale=2.0, frozen=frozen)
-    cu, how = cumulative((10, 0, 23)), {"gradient": gradient, "seed": seed, "eps": 2**-6}
+    cu, how = boundaries((10, 0, 23)), {"gradient": gradient, "seed": seed, "eps": 2**-6}
     loss, stats = balanced_linear_cross_entropy(
         *p.args, bias=p.bias, cu_seqlens=cu, scheme=scheme, window=5, return_stats=True, **how
     )
@@ -109,7 +103,7 @@ def test_balanced_gradients_are_those_of_constants_times_nll(scheme, frozen, gra
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_balanced_statistics(scheme, gradient, budget):
     p = draw_problem(33, 7, 91, scale=2.0)
-    cu = cumulative((0, 12, 1, 20))
+    cu = boundaries((0, 12, 1, 20))
     p.target[12] = -100  # the document of one token has no label
     _, stats = balanced_linear_cross_entropy(
         *p.args,
@@ -138,7 +132,7 @@ def test_balanced_statistics(scheme, gradient, budget):
 
 def test_callable_scheme():
     p = draw_problem(33, 7, 91)
-    cu, seen = cumulative((10, 0, 23)), []
+    cu, seen = boundaries((10, 0, 23)), []
 
     def scheme(confidence, cu_seqlens):
         seen.append(cu_seqlens.tolist())
@@ -169,7 +163,7 @@ def test_one_document_many_layouts():
     )
     rows = torch.cat([torch.arange(row * 8, row * 8 + n) for row, n in enumerate(lengths)])
     packed = balanced_linear_cross_entropy(
-        p.hidden[rows], p.weight, p.target[rows], cu_seqlens=cumulative(lengths), window=3
+        p.hidden[rows], p.weight, p.target[rows], cu_seqlens=boundaries(lengths), window=3
     )
     single = sum(
         balanced_linear_cross_entropy(

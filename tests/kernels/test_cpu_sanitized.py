@@ -1,7 +1,5 @@
 """The C++ of the cpu backend under the address and undefined-behaviour sanitizers."""
 
-import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from csrc import ninja_build
+from tests.cuda.emulation.build import CXX
 
 ROOT = Path(__file__).parents[2]
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

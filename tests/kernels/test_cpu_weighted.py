@@ -44,6 +44,15 @@ def gradients(loss, p):
     return {"loss": loss.detach(), **p.grads()}
 
 
+def balanced(p, rows=ROWS, budget=24 * MIB):
+    """Loss and gradients of the first rows of a problem."""
+    own = p.copy()
+    hidden, weight, target = own.args
+    inputs = hidden[:rows], weight, target[:rows]
+    loss = balanced_linear_cross_entropy(*inputs, window=4, backend="cpu", max_buffer_bytes=budget)
+    return gradients(loss, own)
+
+
 def check(p, budget, **how):
     """No less accurate than torch's own products and softmax in float32."""
 
@@ -138,11 +147,7 @@ def test_the_same_result_with_any_number_of_threads(all_threads):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        copy = p.copy()
-        loss = balanced_linear_cross_entropy(
-            *copy.args, window=4, backend="cpu", max_buffer_bytes=24 * MIB
-        )
-        results.append(gradients(loss, copy))
+        results.append(balanced(p))
     for other in results[1:]:
         for name, expected in results[0].items():
             torch.testing.assert_close(other[name], expected, rtol=1e-5, atol=1e-7)
@@ -152,29 +157,21 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
     """The buffer is kept: poisoned, made under inference mode, of another size, and freed."""
     p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
-    def run(rows=ROWS, budget=24 * MIB):
-        copy = p.copy()
-        hidden, weight, target = copy.args
-        loss = balanced_linear_cross_entropy(
-            hidden[:rows], weight, target[:rows], window=4, backend="cpu", max_buffer_bytes=budget
-        )
-        return gradients(loss, copy)
-
     empty_cache()
     with torch.inference_mode():
         linear_cross_entropy(*(tensor.detach() for tensor in p.args), max_buffer_bytes=24 * MIB)
-    first = run()
+    first = balanced(p)
     (kept,) = workspace._kept
     assert 0 < kept.nbytes <= 24 * MIB
     kept.fill_(torch.nan)
-    again = run()
+    again = balanced(p)
     assert workspace._kept[0] is kept
-    run(rows=ROWS // 8, budget=4 * MIB)
+    balanced(p, rows=ROWS // 8, budget=4 * MIB)
     assert workspace._kept[0] is kept
-    run(budget=48 * MIB)
+    balanced(p, budget=48 * MIB)
     assert workspace._kept[0].nbytes > kept.nbytes
     empty_cache()
-    for other in (again, run()):
+    for other in (again, balanced(p)):
         for name, expected in first.items():
             assert torch.equal(other[name], expected), name
 
@@ -182,16 +179,9 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
 def test_calls_side_by_side_have_a_buffer_each():
     p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
-    def run(_=None):
-        copy = p.copy()
-        loss = balanced_linear_cross_entropy(
-            *copy.args, window=4, backend="cpu", max_buffer_bytes=24 * MIB
-        )
-        return gradients(loss, copy)
-
-    expected = run()
+    expected = balanced(p)
     with ThreadPoolExecutor(3) as pool:
-        for got in pool.map(run, range(6)):
+        for got in pool.map(balanced, [p] * 6):
             for name, value in expected.items():
                 torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7)
     assert len(workspace._kept) == 1

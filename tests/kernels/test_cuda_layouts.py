@@ -4,8 +4,6 @@ Instructions are followed with a symbol for each register. ``ldmatrix`` (LDSM) f
 in a row, ``mma`` (HMMA) takes the first of four and of two: no permutation may lie between.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -189,3 +187,58 @@ def test_the_loops_operands_come_from_ldmatrix(assemble, source, arch):
             check_loop(name, instructions(code), KINDS[kernel])
             checked += 1
     assert checked == {"forward": 8, "recompute": 20}[source]
+
+
+def halves(name):
+    return "kernelIf" not in name
+
+
+def whole_vectors(name):
+    return "Lb1E" in name
+
+
+TENSOR_CORE, COPY = r"HMMA\.16816\.F32", r"LDGSTS\.E\.BYPASS\.128\.ZFILL "
+# Of a file: how many kernels it has; which of them, an instruction, and whether they have it.
+FOUND = {
+    "forward": (
+        16,
+        ("linear_nll_forward", TENSOR_CORE, halves),
+        ("linear_nll_forward", r"LDSM\.16\.M88\.4 ", halves),
+        ("linear_nll_forward", COPY, lambda name: "Lb1ELb" in name),
+        ("linear_nll_forward", r"LDS\.128 ", lambda name: not halves(name)),
+    ),
+    "recompute": (
+        27,
+        ("logit|hidden|weight", TENSOR_CORE, halves),
+        ("logit", r"LDSM\.16\.M88\.4 ", halves),
+        ("hidden|weight", r"LDSM\.16\.MT88\.4 ", halves),
+        ("(logit|hidden|weight).*Lb1E", COPY, bool),
+    ),
+    "certificate": (
+        13,
+        ("squared_norms", r"LDG\.E\.128", whole_vectors),
+        ("certificate", TENSOR_CORE, halves),
+        ("certificate", COPY, whole_vectors),
+    ),
+    "gather": (30, ("", r"LDGSTS\.E\.BYPASS\.128", whole_vectors)),
+    "weights": (5, ("close_gaps", r"LDG\.E\.128", whole_vectors)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", FOUND)
+def test_the_kernels_spill_nothing_and_use_the_machine(assemble, source, arch):
+    kernels, *expected = FOUND[source]
+    assembled = assemble(f"csrc/cuda/{source}.cu", arch)
+    assert assembled.kernels == kernels
+    for name, code in assembled.sass().items():
+        for kernel, instruction, has_it in expected:
+            if re.search(kernel, name):
+                assert bool(re.search(instruction, code)) == has_it(name), (name, instruction)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_lists_spill_nothing(assemble, arch):
+    assert assemble("csrc/cuda/lists.cu", arch).kernels > 3  # some are CUB's

@@ -1,27 +1,24 @@
 """The CUDA backward by recomputation, its device code run by the emulation."""
 
 import math
-import re
 
 import pytest
 import torch
 
 from bft_kernels import reference
-from tests.support.emulated_device import DTYPES, IGNORED, Device, clear_seed
+from tests.support.emulated_device import DTYPES, Device, check_same
 from tests.support.problems import cancellation, draw_problem, error_of
+from tests.support.samples import clear_seed, specified_sample
 
 
 def known_rows(p, **how):
     """lse, what rounding took from it, and nll, by position, from float64."""
-    labelled = p.target != IGNORED
-    wide = p.copy(torch.float64)
-    bias = None if wide.bias is None else wide.bias.detach()
-    args = wide.hidden.detach()[labelled], wide.weight.detach(), p.target[labelled]
-    stats = reference.token_stats(*args, bias=bias, **how)
+    own = p.of_labelled()
+    stats = reference.token_stats(*own.args, bias=own.bias, **how)
+    stats["lse_low"] = stats["lse"] - stats["lse"].float().double()
     out = {name: torch.full(p.target.shape, math.nan) for name in ("lse", "lse_low", "nll")}
-    out["lse"][labelled] = stats["lse"].float()
-    out["lse_low"][labelled] = (stats["lse"] - stats["lse"].float().double()).float()
-    out["nll"][labelled] = stats["nll"].float()
+    for name, values in out.items():
+        values[p.labelled] = stats[name].float()
     return out
 
 
@@ -30,27 +27,23 @@ def run_backward(
     p,
     grad,
     *,
-    softcap=None,
-    temperature=1.0,
-    label_smoothing=0.0,
-    z_loss=0.0,
     seed=None,
     eps=1.0,
     step=128,
     scale=None,
     adds=False,
     wide=False,
-    order_seed=0,
-    strict=False,
+    order=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    **transform,
 ):
     """The three gradients, in blocks of `step` columns. Rows that are ignored stay NaN."""
-    device = Device(
-        cuda, p, softcap=softcap, temperature=temperature, order_seed=order_seed, strict=strict
-    )
+    device = Device(cuda, p, **transform, **(order or {}))
     count, width, vocabulary = device.shape
     dtype = device.hidden.dtype
     out = torch.float32 if wide else dtype
-    known = known_rows(p, softcap=softcap, temperature=temperature)
+    known = known_rows(p, **transform)
     known["grad"] = (grad * (scale or 1.0)).float()
     scales = {"scale": None if scale is None else torch.tensor([scale])}
     seeds = {"seed": None if seed is None else torch.tensor([seed])}
@@ -99,28 +92,23 @@ def run_backward(
     }
 
 
+def loss_of(p, grad, **how):
+    return (reference.linear_nll(*p.args, bias=p.bias, **how) * grad).sum()
+
+
 def expect(p, grad, dtype, **how):
     """Autograd's gradients of the specification, in a type."""
-    leaves = p.copy(dtype)
-    for leaf in (leaves.hidden, leaves.weight, leaves.bias):
-        if leaf is not None:
-            leaf.requires_grad_()
-    loss = reference.linear_nll(*leaves.args, bias=leaves.bias, **how)
-    (loss * grad.to(dtype)).sum().backward()
-    found = {"hidden": leaves.hidden.grad, "weight": leaves.weight.grad}
-    return found | ({} if leaves.bias is None else {"bias": leaves.bias.grad})
+    own = p.copy(dtype)
+    return own.gradients(loss_of(own, grad.to(dtype), **how))
 
 
 def check(got, p, grad, rounding=0, **how):
     truth = expect(p, grad, torch.float64, **how)
     plain = expect(p, grad, torch.float32, **how)
-    labelled = p.target != IGNORED
-    assert bool(got["hidden"][~labelled].isnan().all())
-    got = got | {"hidden": torch.where(labelled[:, None], got["hidden"], 0.0)}
+    assert bool(got["hidden"][~p.labelled].isnan().all())
+    got = got | {"hidden": torch.where(p.labelled[:, None], got["hidden"], 0.0)}
     # What rounding dy to the operands' type can do, in sums that cancel, and rounding the result.
-    factor = cancellation(
-        p, lambda p: (reference.linear_nll(*p.args, bias=p.bias, **how) * grad).sum()
-    )
+    factor = cancellation(p, lambda p: loss_of(p, grad, **how))
     rounding = max(rounding, torch.finfo(p.hidden.dtype).eps / 2)
     for name, expected in truth.items():
         allowed = 4 * error_of(plain[name], expected) + rounding * (1 + factor[name]) + 2e-6
@@ -144,7 +132,8 @@ def test_gradients(emulated, dtype, shape, transform, seed):
     p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0, ignored=0.2)
     p.target[0] = 1
     grad = torch.randn(shape[0])
-    got = run_backward(emulated, p, grad, step=128 + 128 * (seed % 3), order_seed=seed, **how)
+    order = {"order_seed": seed}
+    got = run_backward(emulated, p, grad, step=128 + 128 * (seed % 3), order=order, **how)
     check(got, p, grad, **how)
 
 
@@ -154,13 +143,12 @@ def test_the_scale_is_taken_back(emulated, dtype):
     grad = torch.randn(20) * 2.0**-20
     got = run_backward(emulated, p, grad, scale=2.0**22)
     tiny = 2.0**-24 if dtype == torch.float16 else 0.0  # its last place near 0
-    labelled = p.target != IGNORED
     truth = expect(p, grad, torch.float64)
     for name in ("weight", "bias"):
         worst = float((got[name].double() - truth[name]).abs().max())
         allowed = torch.finfo(dtype).eps + 2e-6
         assert worst <= allowed * float(truth[name].abs().max()) + tiny, name
-    assert bool(got["hidden"][labelled].isfinite().all())
+    assert bool(got["hidden"][p.labelled].isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,7 +168,7 @@ def test_gradients_in_float32_are_rounded_nowhere_else(emulated, dtype):
     narrow, wide = (run_backward(emulated, p, grad, wide=wide) for wide in (False, True))
     for name in ("hidden", "weight"):
         assert wide[name].dtype == torch.float32
-        assert torch.equal(narrow[name].nan_to_num(7.0), wide[name].to(dtype).nan_to_num(7.0))
+        check_same({name: narrow[name]}, {name: wide[name].to(dtype)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -200,42 +188,18 @@ def test_sampled_gradients(emulated, dtype, transform, seed):
     how, eps = dict(TRANSFORMS[transform]), 2**-6
     p = draw_problem(30, 24, 300, dtype=dtype, scale=2.0)
     seed = clear_seed(p, seed, eps, **how)
-    labelled = p.target != IGNORED
-    grad = torch.randn(30)
+    grad, own = torch.randn(30), p.of_labelled()
     got = run_backward(emulated, p, grad, seed=seed, eps=eps, **how)
-    wide = p.copy(torch.float64)
-    args = wide.hidden.detach()[labelled], wide.weight.detach(), p.target[labelled]
-    rows = labelled.nonzero().squeeze(1).tolist()
-    dy = reference.sampled_gradient(*args, seed, eps=eps, rows=rows, **how).dy
-    dy = dy * grad[labelled, None].double()
-    expected = {"weight": dy.T @ args[0], "bias": dy.sum(0)}
-    allowed = torch.finfo(dtype).eps + 2e-6
-    assert error_of(got["hidden"][labelled], dy @ args[1]) <= allowed
+    dy = specified_sample(p, seed, eps, **how).dy * grad[p.labelled, None].double()
+    expected = {"hidden": dy @ own.weight, "weight": dy.T @ own.hidden, "bias": dy.sum(0)}
+    got["hidden"] = got["hidden"][p.labelled]
     for name, value in expected.items():
-        assert error_of(got[name], value) <= allowed, name
+        assert error_of(got[name], value) <= torch.finfo(dtype).eps + 2e-6, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_changes_nothing(emulated, dtype):
     p = draw_problem(40, 72, 300, dtype=dtype, bias=True)
     grad = torch.randn(40)
-    runs = [run_backward(emulated, p, grad, order_seed=i, strict=i == 2) for i in range(3)]
-    for name, first in runs[0].items():
-        for other in runs[1:]:
-            assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_kernels_spill_nothing_and_use_tensor_cores(assemble, arch):
-    assembled = assemble("csrc/cuda/recompute.cu", arch)
-    assert assembled.kernels == 27
-    for name, code in assembled.sass().items():
-        if "bias_gradient" in name:
-            continue
-        halves = "kernelIf" not in name
-        loads = r"LDSM\.16\.M88\.4 " if "logit" in name else r"LDSM\.16\.MT88\.4 "
-        assert bool(re.search(r"HMMA\.16816\.F32", code)) == halves, name
-        assert bool(re.search(loads, code)) == halves, name
-        if "Lb1E" in name:
-            assert re.search(r"LDGSTS\.E\.BYPASS\.128\.ZFILL ", code), name
+    orders = [{"order_seed": order, "strict": order == 2} for order in range(3)]
+    check_same(*(run_backward(emulated, p, grad, order=order) for order in orders))

@@ -1,15 +1,15 @@
 """The lists and gathers of the sampled gradient in CUDA, their device code run by the emulation."""
 
 import math
-import re
 
 import numpy as np
 import pytest
 import torch
 
 from bft_kernels import reference
-from tests.support.emulated_device import DTYPES, IGNORED, UNTOUCHED, Device, clear_seed
-from tests.support.problems import Problem, draw_problem, error_of
+from tests.support.emulated_device import DTYPES, UNTOUCHED, Device, check_same, spread_out, strided
+from tests.support.problems import draw_problem, error_of
+from tests.support.samples import clear_seed, specified_sample
 
 
 def random_mask(rows, vocabulary):
@@ -38,15 +38,11 @@ class Sample:
     """The specification's sample of a problem, and what the kernels are told of its rows."""
 
     def __init__(self, p, seed, eps, **how):
-        self.eps, self.labelled = eps, p.target != IGNORED
-        wide = p.copy(torch.float64)
-        bias = None if wide.bias is None else wide.bias.detach()
-        self.hidden, self.weight = wide.hidden.detach()[self.labelled], wide.weight.detach()
-        args = self.hidden, self.weight, p.target[self.labelled]
-        rows = self.labelled.nonzero().squeeze(1).tolist()
+        own = p.of_labelled()
+        self.eps, self.labelled, self.hidden, self.weight = eps, p.labelled, own.hidden, own.weight
         self.seed = seed = clear_seed(p, seed, eps, **how)
-        drawn = reference.sampled_gradient(*args, seed, eps=eps, bias=bias, rows=rows, **how)
-        stats = reference.token_stats(*args, bias=bias, **how)
+        drawn = specified_sample(p, seed, eps, **how)
+        stats = reference.token_stats(*own.args, bias=own.bias, **how)
         self.grad = torch.randn(len(p.target))
         self.known = {name: torch.full(p.target.shape, math.nan) for name in ("lse", "nll")}
         for name, values in self.known.items():
@@ -166,8 +162,7 @@ def test_gather_hidden(emulated, dtype, shape, transform, seed):
     sample.check_entries(got["keys"], got["packed"], offsets)
     for part in wanted:
         own = device.gather_hidden(sample.known, sample.eps, offsets, columns, part)
-        for name, values in own.items():
-            assert torch.equal(values.nan_to_num(7.0), got[name].nan_to_num(7.0))
+        check_same(own, got)
 
 
 # Of teams of each size and of each number of pieces a thread, ragged and not.
@@ -195,20 +190,13 @@ def test_widths(emulated, dtype, width, seed):
 def test_rows_may_be_strided(emulated, dtype, pad, seed):
     p = draw_problem(20, 40, 150, dtype=dtype, scale=2.0, ignored=0.2)
 
-    def spread_out(x):
-        wide = torch.full((x.shape[0], x.shape[1] + 2 * pad), math.nan, dtype=dtype)
-        wide[:, pad:-pad] = x.detach()
-        return wide[:, pad:-pad]
-
     sample = Sample(p, seed, 2**-6)
-    strided = Problem(p.hidden.detach(), p.weight.detach(), p.target)
-    strided.hidden, strided.weight = spread_out(p.hidden), spread_out(p.weight)
-    device = Device(emulated, strided, order_seed=seed)
+    device = Device(emulated, strided(p, pad), order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 20)
     got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
     sample.check_hidden(got["grad_hidden"])
     _, packed, starts = device.sort(got["keys"], got["packed"])
-    weight = spread_out(torch.full((150, 40), math.nan, dtype=dtype))
+    weight = spread_out(torch.full((150, 40), math.nan, dtype=dtype), pad)
     device.gather_weight(starts, packed, weight)
     sample.check_weight(weight)
     whole = weight.as_strided((150, 40 + 2 * pad), (40 + 2 * pad, 1), 0)
@@ -229,7 +217,7 @@ def test_rows_without_room_are_left_alone(emulated, dtype, seed):
     end = int(offsets[:-1][~fits].min())
     assert bool(got["grad_hidden"][~fits].isnan().all())
     for name, ended in (("grad_hidden", fits), ("keys", slice(end)), ("packed", slice(end))):
-        assert torch.equal(got[name][ended].nan_to_num(7.0), whole[name][ended].nan_to_num(7.0))
+        check_same({name: got[name][ended]}, {name: whole[name][ended]})
     assert bool((got["keys"][end:] == 300).all())
     assert bool((got["packed"][end:] == UNTOUCHED).all())
 
@@ -374,9 +362,7 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, width, seed):
         got |= {"weight": torch.full((100, width), math.nan), "bias": torch.zeros(100)}
         device.gather_weight(starts, packed, got["weight"], got["bias"])
         runs.append(got | {"columns": columns})
-    for name, first in runs[0].items():
-        for other in runs[1:]:
-            assert torch.equal(first.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
+    check_same(*runs)
 
 
 def test_arguments_are_checked(emulated):
@@ -405,13 +391,3 @@ def test_arguments_are_checked(emulated):
     weight = torch.zeros(40, 8).as_strided((40, 8), (7, 1))
     with pytest.raises(ValueError, match="stride_gv"):
         device.gather_weight(torch.zeros(41, dtype=torch.int64), counts, weight)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_the_kernels_spill_nothing_and_load_vectors(assemble, arch):
-    assert assemble("csrc/cuda/lists.cu", arch).kernels > 3  # some are CUB's
-    assembled = assemble("csrc/cuda/gather.cu", arch)
-    assert assembled.kernels == 30
-    for name, code in assembled.sass().items():
-        assert bool(re.search(r"LDGSTS\.E\.BYPASS\.128", code)) == ("Lb1E" in name), name

@@ -2,6 +2,7 @@
 
 import ast
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from bft_kernels import (
     weighting,
     workspace,
 )
+from bft_kernels.checks import SCHEMES
 from tests.support.problems import draw_problem
 
 ROOT = Path(__file__).parents[2]
 # `meta` stands for any device that the tensors are not on: what is made there has no values.
 DEFAULTS = [torch.float64, torch.bfloat16, torch.float16, "meta"]
+FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 CALLS = {
     "nll": linear_nll,
@@ -73,7 +76,11 @@ def results(call, p, **how):
     return tensors([loss.detach(), stats, grads])
 
 
-def same(got, want):
+def check_same(run, *defaults):
+    """A result is the same to the bit under other defaults."""
+    want = run()
+    with default(*defaults):
+        got = run()
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert (a.dtype, a.device) == (b.dtype, b.device)
@@ -82,25 +89,14 @@ def same(got, want):
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden", "weight", "bias")], ids=len)
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [
-        ("cpu", torch.float32),
-        ("cpu", torch.bfloat16),
-        ("torch", torch.float32),
-        ("torch", torch.bfloat16),
-        ("torch", torch.float64),
-    ],
-    ids=str,
+    ("backend", "dtype"), [*product(["cpu"], FLOATS[:2]), *product(["torch"], FLOATS)], ids=str
 )
 @pytest.mark.parametrize("name", CALLS)
 def test_results_do_not_depend_on_defaults(name, backend, dtype, frozen):
     p = draw_problem(24, 8, 70, bias=True, dtype=dtype, frozen=frozen)
-    want = results(CALLS[name], p, backend=backend)
     for what in DEFAULTS:
         workspace.empty_cache()
-        with default(what):
-            got = results(CALLS[name], p, backend=backend)
-        same(got, want)
+        check_same(lambda: results(CALLS[name], p, backend=backend), what)
 
 
 @pytest.mark.parametrize("name", ["mean", "balanced", "sampled"])
@@ -113,55 +109,38 @@ def test_results_of_kernels_do_not_depend_on_defaults(backend, name, request):
     else:
         request.getfixturevalue("emulated_device")
     p = draw_problem(3, 8, 40, bias=True, dtype=torch.float32)
-    want = results(CALLS[name], p, backend=backend)
-    with default(torch.float64, "meta"):
-        got = results(CALLS[name], p, backend=backend)
-    same(got, want)
+    check_same(lambda: results(CALLS[name], p, backend=backend), torch.float64, "meta")
 
 
-@pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_a_seed_from_the_generator_does_not_depend_on_defaults(what):
+def seed_from_the_generator():
     p = draw_problem(12, 8, 60)
 
-    def draw():
+    def run():
         torch.manual_seed(3)
         return results(linear_nll, p, gradient="sampled", eps=2**-4)
 
-    want = draw()
-    with default(what):
-        got = draw()
-    same(got, want)
+    return run
 
 
-@pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_weights_and_layouts_do_not_depend_on_defaults(what):
-    confidence = torch.rand(12)
-    cu_seqlens = torch.tensor([0, 5, 5, 12])
+def weights_and_layouts():
+    confidence, cu_seqlens = torch.rand(12), torch.tensor([0, 5, 5, 12])
     positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])
     labels = torch.randint(9, (2, 6))
 
     def run():
-        return tensors(
-            [
-                *(
-                    token_weights(confidence, cu_seqlens, scheme=scheme, window=3)
-                    for scheme in ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
-                ),
-                weighting.cu_seqlens_from_position_ids(positions),
-                weighting.cu_seqlens_from_attention_mask(positions),
-                weighting.shift_labels(labels, cu_seqlens),
-            ]
-        )
+        weights = [token_weights(confidence, cu_seqlens, scheme=s, window=3) for s in SCHEMES]
+        layouts = [
+            weighting.cu_seqlens_from_position_ids(positions),
+            weighting.cu_seqlens_from_attention_mask(positions),
+            weighting.shift_labels(labels, cu_seqlens),
+        ]
+        return tensors(weights + layouts)
 
-    want = run()
-    with default(what):
-        got = run()
-    same(got, want)
+    return run
 
 
-@pytest.mark.parametrize("what", DEFAULTS, ids=str)
-def test_the_specification_does_not_depend_on_defaults(what):
-    p = draw_problem(6, 4, 20, ignored=0.0).copy(frozen=("hidden", "weight"))
+def specification():
+    p = draw_problem(6, 4, 20, ignored=0.0, frozen=("hidden", "weight"))
     cu_seqlens = torch.tensor([0, 2, 6])
 
     def run():
@@ -169,10 +148,13 @@ def test_the_specification_does_not_depend_on_defaults(what):
         loss = reference.balanced_linear_cross_entropy(*p.args, cu_seqlens, window=2)
         return tensors([vars(sampled).values(), loss, reference.linear_nll(*p.args)])
 
-    want = run()
-    with default(what):
-        got = run()
-    same(got, want)
+    return run
+
+
+@pytest.mark.parametrize("what", DEFAULTS, ids=str)
+@pytest.mark.parametrize("of", [seed_from_the_generator, weights_and_layouts, specification])
+def test_nothing_else_depends_on_defaults(of, what):
+    check_same(of(), what)
 
 
 MAKERS = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "logspace", "normal", "ones"}

@@ -148,6 +148,7 @@ def test_a_batch_of_upstream_gradients_is_supported(name, how, p):
         assert_close(got, factors.view(-1, *[1] * want.dim()) * want, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
 @pytest.mark.parametrize("name", LOSSES)
 def test_second_derivatives_are_refused(name, how, p):
     def loss(hidden):
@@ -159,3 +160,5 @@ def test_second_derivatives_are_refused(name, how, p):
             second(loss, x, x)
     with pytest.raises(RuntimeError, match="create_graph: got True"):
         torch.autograd.functional.hessian(loss, x)
+    with pytest.raises(RuntimeError, match=r"create_graph: got True, expected False.*second"):
+        loss(p.hidden).backward(create_graph=True)

@@ -4,8 +4,6 @@ There need be no GPU: tensors lie on the ``meta`` device, the ops' own bodies ru
 autograd, and kernels that would be launched only look at where their arguments lie.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

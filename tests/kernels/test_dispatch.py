@@ -48,13 +48,35 @@ def test_auto_says_its_choice_once(caplog):
     ]
 
 
-def test_reasons_name_the_tensor():
-    dense = torch.ones(2, 2)
-    assert dispatch.why_not("torch", dense, dense) == []
-    assert "weight" in dispatch.why_not("torch", dense, dense.to_sparse())[0]
-    assert "meta" in dispatch.why_not("torch", dense.to("meta"), dense)[0]
+WIDE, NARROW = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2)
+META = torch.empty(2, 2, device="meta")
+REASONS = [
+    ("torch", NARROW, NARROW.to_sparse(), "weight"),
+    ("torch", META, NARROW, "meta"),
+    ("cpu", WIDE, WIDE, "hidden is float64, it computes in float32"),
+    ("cpu", NARROW, torch.randn(3, 5).t(), "strides (1, 5)"),
+    ("cpu", META, NARROW, "hidden is on meta"),
+    ("triton", WIDE, WIDE, "hidden is float64, it computes in float32"),
+    ("triton", META, META, "hidden is on meta, it takes CUDA tensors"),
+    ("cuda", WIDE, WIDE, "hidden is float64, it computes in float32"),
+    ("cuda", NARROW.to_sparse(), NARROW, "it takes strided tensors"),
+]
+
+
+@pytest.mark.parametrize(("name", "hidden", "weight", "reason"), REASONS)
+def test_reasons_name_the_tensor(name, hidden, weight, reason, request):
+    if name == "cuda":
+        request.getfixturevalue("emulated_device")
+    else:
+        pytest.importorskip({"cpu": "bft_kernels._cpu", "torch": "torch"}.get(name, name))
+    assert any(reason in said for said in dispatch.why_not(name, hidden, weight))
+    if name != "triton":
+        assert dispatch.why_not(name, NARROW, NARROW) == []
+
+
+def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="backend: got 'none'"):
-        dispatch.why_not("none", dense, dense)
+        dispatch.why_not("none", NARROW, NARROW)
 
 
 def test_info_tells_versions_devices_extensions_and_backends():

@@ -12,7 +12,7 @@ from bft_kernels import (
     linear_nll,
     reference,
 )
-from tests.support.problems import assert_close, draw_problem
+from tests.support.problems import FROZEN, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -52,13 +52,10 @@ def expected_nll(p, options):
     return reference.linear_nll(*p.args, bias=p.bias, **settings(options))
 
 
-# --- values and statistics -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_statistics(shape, options, budget):
+def test_values_statistics_and_gradients(shape, options, budget):
     n, d, v, ignored = shape
     p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
     nll, stats = linear_nll(
@@ -66,8 +63,9 @@ def test_values_and_statistics(shape, options, budget):
     )
     assert isinstance(stats, TokenStats)
     assert nll.dtype == torch.float64
-    assert_close(nll, expected_nll(p, options), 1e-12)
-    labelled = p.target != -100
+    exact = expected_nll(p, options)
+    assert_close(nll, exact, 1e-12)
+    labelled = p.labelled
     expected = reference.token_stats(
         p.hidden[labelled], p.weight, p.target[labelled], bias=p.bias, **settings(options)
     )
@@ -76,14 +74,16 @@ def test_values_and_statistics(shape, options, budget):
         assert_close(got[labelled], value, 1e-12, name)
         assert not got.requires_grad
         assert bool((got[~labelled] == 0).all()), name
-    assert stats.variance is None
-    assert stats.hidden_variance is None
+    assert stats.variance is stats.hidden_variance is None
+    upstream = torch.randn(n, dtype=torch.float64)
+    got = p.gradients((upstream * nll).sum())
+    assert_close(got, p.gradients((upstream * exact).sum()), 1e-11)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", [*OPTIONS, *LOSS_OPTIONS], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_cross_entropy_values(reduction, options, budget):
+def test_cross_entropy(reduction, options, budget):
     for n, d, v, ignored in SHAPES:
         p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
         weight = torch.rand(n, dtype=torch.float64)
@@ -101,6 +101,9 @@ def test_cross_entropy_values(reduction, options, budget):
                 **settings(options),
             )
             assert_close(got, expected, 1e-12)
+            upstream = torch.randn((), dtype=torch.float64)
+            got, expected = (p.gradients((x * upstream).sum(), True) for x in (got, expected))
+            assert_close(got, expected, 1e-11)
 
 
 def test_equals_torch():
@@ -124,53 +127,6 @@ def test_confidence_times_loss_is_dft():
     dft = balanced_linear_cross_entropy(*p.args, scheme="dft", normalize="token")
     assert_close(loss, dft, 1e-12)
     assert_close(p.gradients(loss), p.gradients(dft), 1e-12)
-
-
-# --- gradients -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients_for_any_upstream_gradient(shape, options, budget):
-    n, d, v, ignored = shape
-    p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
-    upstream = torch.randn(n, dtype=torch.float64)
-    expected = p.gradients((upstream * expected_nll(p, options)).sum())
-    nll = linear_nll(*p.args, bias=p.bias, max_buffer_bytes=budget, **settings(options))
-    assert_close(p.gradients((upstream * nll).sum()), expected, 1e-11)
-
-
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("options", [*OPTIONS, *LOSS_OPTIONS], ids=str)
-def test_cross_entropy_gradients(options, budget, reduction):
-    for n, d, v, ignored in SHAPES:
-        p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
-        factor, upstream = torch.rand(n, dtype=torch.float64), torch.randn((), dtype=torch.float64)
-        token = expected_nll(p, options) * factor
-        count = max(1, int((p.target != -100).sum()))
-        scale = upstream / count if reduction == "mean" else upstream
-        got = linear_cross_entropy(
-            *p.args,
-            bias=p.bias,
-            reduction=reduction,
-            token_weight=factor,
-            max_buffer_bytes=budget,
-            **settings(options),
-        )
-        assert_close(p.gradients((got * upstream).sum()), p.gradients(token.sum() * scale), 1e-11)
-
-
-FROZEN = [
-    (),
-    ("weight",),
-    ("hidden",),
-    ("bias",),
-    ("weight", "bias"),
-    ("hidden", "bias"),
-    ("hidden", "weight"),
-]
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)

@@ -4,8 +4,6 @@
 on a GPU, or else in the emulation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import math
@@ -15,14 +13,16 @@ import pytest
 import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
-from tests.support.problems import assert_close, cancellation, draw_problem, error_of
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TRANSFORMS = {
-    "plain": {},
-    "softcap": {"softcap": 5.0, "temperature": 1.3},
-    "bias": {"bias": True, "temperature": 0.7},
-}
+from tests.support.problems import (
+    DTYPES,
+    TRANSFORMS,
+    assert_close,
+    cancellation,
+    draw_problem,
+    error_of,
+)
+from tests.support.samples import specified_sample, undecided
+from tests.support.soak import soaked
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Fused:
     def slow(self):
         """Interpreted or emulated."""
         return self.name != "cpu" and self.device != "cuda"
+
+    @property
+    def interpreted(self):
+        """Each path of Triton's takes seconds then."""
+        return self.name == "triton" and self.device != "cuda"
 
     @property
     def how(self):
@@ -104,12 +109,27 @@ def some(cases, number):
 
 
 def spread(*axes):
-    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen."""
+    """All combinations, but for ``triton``, whose interpreter is slow, a few dozen.
+
+    One instruction set runs them all in every suite; of the others, and of what is emulated, every
+    suite runs some and the soak the rest.
+    """
     found = []
     for fused in BACKENDS:
         own = list(itertools.product([fused], fused.shapes, *axes))
-        found += some(own, 20) if fused.name == "triton" else own
+        if fused.name == "triton":
+            own = some(own, 20)
+        elif fused != BACKENDS[0] and fused.device != "cuda":
+            first = set(some(own, 75))
+            own = [pytest.param(*x, marks=() if x in first else pytest.mark.soak) for x in own]
+        found += own
     return found
+
+
+def shape_with_a_transform(fused, shape, transform):
+    """Each shape once where it is interpreted, with one transform after the other."""
+    turn = fused.shapes.index(shape) % len(TRANSFORMS)
+    return turn == list(TRANSFORMS).index(transform) or not fused.interpreted
 
 
 def upstream_of(target):
@@ -187,7 +207,15 @@ def test_no_less_accurate_than_plain_torch(
         assert error_of(got[part].cpu(), expected) <= allowed, part
 
 
-@pytest.mark.parametrize(("fused", "shape", "transform"), spread(TRANSFORMS), ids=str)
+@pytest.mark.parametrize(
+    ("fused", "shape", "transform"),
+    [
+        case
+        for fused in BACKENDS
+        for case in soaked([fused], fused.shapes, TRANSFORMS, plain=shape_with_a_transform)
+    ],
+    ids=str,
+)
 def test_statistics(fused, shape, transform, poison):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias="bias" in how, dtype=torch.float32, scale=2.0)
@@ -238,42 +266,47 @@ def logit_gradient(p, fused, **how):
     return weight.grad[:, width:].T.cpu()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_backend
+def a_type_a_transform(fused, dtype, transform):
+    """Each type once and each transform once."""
+    same = DTYPES.index(dtype) == list(TRANSFORMS).index(transform)
+    return same or not fused.interpreted
+
+
+@pytest.mark.parametrize(
+    ("fused", "dtype", "transform"),
+    soaked(BACKENDS, DTYPES, TRANSFORMS, plain=a_type_a_transform),
+    ids=str,
+)
 def test_the_kept_set_is_the_specifications(fused, dtype, transform, seed):
     slow = fused.slow
     rows, vocabulary = (11, 170) if slow else (60, 3000)
     how = dict(TRANSFORMS[transform])
     bias = how.pop("bias", False)
     p = draw_problem(rows, 24, vocabulary, ignored=0.1, dtype=dtype, scale=3.0, bias=bias)
-    labelled = p.target >= 0
-    positions = labelled.nonzero().squeeze(1)
-    eps = 2**-6 if slow else 2**-9
-    with torch.no_grad():
-        wide = p.copy(torch.float64)
-        wide.hidden, wide.target = wide.hidden[labelled], wide.target[labelled]
-        expected = reference.sampled_gradient(
-            *wide.args, seed, eps=eps, bias=wide.bias, rows=positions.tolist(), **how
-        )
-        z = reference.logits(wide.hidden, wide.weight, wide.bias, **how)
-    u = reference.uniforms(seed, positions.tolist(), torch.arange(vocabulary)).double()
-    rounding = (float(z.abs().max()) + 1) * 24 * torch.finfo(torch.float32).eps
-    borderline = (u * eps / z.softmax(1) - 1).abs() < rounding
+    labelled, eps = p.labelled, 2**-6 if slow else 2**-9
+    expected = specified_sample(p, seed, eps, **how).dy
+    borderline = undecided(p, seed, eps, **how)
     for budget in (None, 10_000):
         dz = logit_gradient(p, fused, seed=seed, eps=eps, max_buffer_bytes=budget, **how)
         assert bool((dz[~labelled] == 0).all())
         dz = dz[labelled].double()
-        assert not bool((((dz != 0) != (expected.dy != 0)) & ~borderline).any())
-        both = (dz != 0) & (expected.dy != 0)
+        assert not bool((((dz != 0) != (expected != 0)) & ~borderline).any())
+        both = (dz != 0) & (expected != 0)
         assert int(both.sum()) > rows * (3 if slow else 10)
         torch.testing.assert_close(
-            dz[both], expected.dy[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
+            dz[both], expected[both], rtol=1e-4 + 2 * torch.finfo(dtype).eps, atol=1e-7
         )
 
 
-@pytest.mark.parametrize("kind", ["flat", "ascending", "descending", "target last"])
-@every_backend
+@pytest.mark.parametrize(
+    ("fused", "kind"),
+    soaked(
+        BACKENDS,
+        ["flat", "ascending", "descending", "target last"],
+        plain=lambda fused, kind: kind in ("ascending", "target last") or not fused.interpreted,
+    ),
+    ids=str,
+)
 def test_hostile_logits(fused, kind, seed):
     """The running bound lets everything through here until late; nothing may be lost or pile up."""
     slow = fused.slow
@@ -307,7 +340,8 @@ def test_hostile_logits(fused, kind, seed):
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
 def test_adds_to_a_gradient_that_is_there(fused, gradient):
-    p = draw_problem(20, 24, 150, dtype=torch.float32).copy(device=fused.device)
+    rows, vocabulary = (9, 70) if fused.interpreted else (20, 150)
+    p = draw_problem(rows, 24, vocabulary, dtype=torch.float32).copy(device=fused.device)
     how = {"gradient": gradient, "seed": 1, "eps": 2**-6, **fused.how}
     linear_nll(*p.args, **how).sum().backward()
     once, place = p.weight.grad.clone(), p.weight.grad.data_ptr()
@@ -316,9 +350,18 @@ def test_adds_to_a_gradient_that_is_there(fused, gradient):
     assert_close(p.weight.grad.cpu(), 2 * once.cpu(), 1e-6)
 
 
-@pytest.mark.parametrize("gradient", ["exact", "sampled"])
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
-@every_backend
+@pytest.mark.parametrize(
+    ("fused", "layout", "gradient"),
+    soaked(
+        BACKENDS,
+        ["transposed", "expanded", "sliced"],
+        ["exact", "sampled"],
+        plain=lambda fused, layout, gradient: (
+            layout == "transposed" or gradient == "exact" or not fused.interpreted
+        ),
+    ),
+    ids=str,
+)
 def test_rows_that_do_not_lie_together(fused, layout, gradient):
     p = draw_problem(24, 24, 120, dtype=torch.float32)
     hidden = {
@@ -345,12 +388,13 @@ def test_rows_that_do_not_lie_together(fused, layout, gradient):
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @every_backend
 def test_nan_stays_in_its_row(fused, gradient):
-    p = draw_problem(20, 9, 150, ignored=0.0, dtype=torch.float32)
+    rows, vocabulary = (9, 70) if fused.interpreted else (20, 150)
+    p = draw_problem(rows, 9, vocabulary, ignored=0.0, dtype=torch.float32)
     p.hidden.data[7, 3] = math.nan
     p = p.copy(device=fused.device)
     nll, stats = linear_nll(*p.args, gradient=gradient, seed=0, return_stats=True, **fused.how)
     nll.sum().backward()
-    bad = torch.arange(20, device=fused.device) == 7
+    bad = torch.arange(rows, device=fused.device) == 7
     assert torch.equal(nll.isnan(), bad)
     assert torch.equal(stats.lse.isnan(), bad)
     assert torch.equal(p.hidden.grad.isnan().any(1), bad)

@@ -3,8 +3,6 @@
 `triton` in its interpreter and `cuda` in the emulation where there is no GPU.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Callable
@@ -19,8 +17,9 @@ from bft_kernels.backends.gpu.lists import capacity_for
 from bft_kernels.backends.gpu.rows import DeviceRows
 from bft_kernels.config import CoreConfig
 from bft_kernels.dispatch import BACKENDS
-from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from tests.support.samples import sampled_options
+from tests.support.soak import soaked
 
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
@@ -44,7 +43,10 @@ class Engine:
         return importlib.import_module(f"bft_kernels.backends.{self.backend}.{name}")
 
 
-@pytest.fixture(params=["triton-tiles", "triton-chunks", "cuda"])
+ENGINES = ["triton-tiles", "triton-chunks", "cuda"]
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Both of Triton's, and CUDA's one."""
     backend, _, forward = request.param.partition("-")
@@ -107,7 +109,11 @@ def test_sums_of_a_block_do_not_reach_the_next(engine, budget, expected):
     assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
 
-@pytest.mark.parametrize("budget", [1, 20_000, None])
+@pytest.mark.parametrize(
+    ("engine", "budget"),
+    soaked(ENGINES, [1, 20_000, None], plain=lambda engine, budget: budget or engine == "cuda"),
+    indirect=["engine"],
+)
 def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected):
     shape = (
         (6, 12, 40) if budget == 1 else (2 * engine.rows, 12, 100)

@@ -3,8 +3,6 @@
 On random inputs and on a pretrained model's hidden states of English text.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import math
 import textwrap

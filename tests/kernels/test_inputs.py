@@ -7,20 +7,9 @@ import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
 from bft_kernels.checks import SCHEMES
-from tests.support.problems import Problem, assert_close, draw_problem
+from tests.support.problems import FROZEN, Problem, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-FROZEN = [
-    (),
-    ("weight",),
-    ("hidden",),
-    ("bias",),
-    ("weight", "bias"),
-    ("hidden", "bias"),
-    ("hidden", "weight"),
-]
-
 
 # --- nothing to do -------------------------------------------------------------------------------
 
@@ -300,13 +289,3 @@ def test_ignored_rows_that_stay_change_nothing(name, softcap, budget, frozen, mo
         results.append((loss, own.grads()))
     assert_close(results[1][0], results[0][0], 1e-12)
     assert_close(results[1][1], results[0][1], 1e-12)
-
-
-@pytest.mark.parametrize("function", [linear_cross_entropy, balanced_linear_cross_entropy])
-def test_a_batch_of_upstream_gradients(function):
-    p = draw_problem(9, 4, 7)
-    loss = function(*p.args)
-    (one,) = torch.autograd.grad(loss, p.weight, retain_graph=True)
-    factors = torch.tensor([1.0, -2.0, 0.5], dtype=loss.dtype)
-    (many,) = torch.autograd.grad(loss, p.weight, factors, is_grads_batched=True)
-    assert_close(many, factors[:, None, None] * one, 1e-12)

@@ -203,6 +203,7 @@ PROCESS = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 def test_the_peak_of_the_process_does_not_grow_with_n_times_v():
     vocabulary, width, budget = 2**15, 16, 2**22

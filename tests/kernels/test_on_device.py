@@ -82,4 +82,4 @@ def test_test_files_can_be_read_without_hypothesis():
         [sys.executable, "-c", program], capture_output=True, text=True, env=env, cwd=HERE
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_cuda_equals_integer_arithmetic" in done.stdout
+    assert "test_cpp_equals_the_definition" in done.stdout

@@ -113,12 +113,14 @@ def balanced_callable(hidden, weight, target):
 
 
 @pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
     "function", [mean, per_token, per_token_sampled, balanced, balanced_sampled, balanced_callable]
 )
-def test_compiled_equals_eager(function, fresh_compiler):
+def test_compiled_equals_eager(function, compiler, fresh_compiler):
     """One graph, the same numbers, also when the number of tokens changes."""
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for rows in (12, 20, 16):
         p = draw_problem(rows, 5, 31)
         shape = (2, rows // 2)

@@ -60,17 +60,8 @@ def test_wide_rows_still_get_blocks_of_many_rows(width, budget):
 
 @given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans(), threads)
 def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow, threads):
-    plan = plan_cpu_blocks(
-        rows,
-        vocabulary,
-        width,
-        budget,
-        widens=widens,
-        copies=copies,
-        products=3,
-        narrow_gradient=narrow,
-        threads=threads,
-    )
+    how = {"widens": widens, "copies": copies, "products": 3, "narrow_gradient": narrow}
+    plan = plan_cpu_blocks(rows, vocabulary, width, budget, threads=threads, **how)
     assert plan.team in (1, threads)
     assert 1 <= plan.rows <= rows
     assert 1 <= plan.columns <= vocabulary
@@ -85,16 +76,8 @@ def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow, thr
 
 @given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans(), threads)
 def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains, threads):
-    plan = plan_cpu_weighted(
-        rows,
-        vocabulary,
-        width,
-        budget,
-        widens=widens,
-        copies=copies,
-        trains_weight=trains,
-        threads=threads,
-    )
+    how = {"widens": widens, "copies": copies, "trains_weight": trains, "threads": threads}
+    plan = plan_cpu_weighted(rows, vocabulary, width, budget, **how)
     assert 1 <= plan.rows <= rows
     columns = plan.columns * plan.group
     assert 1 <= plan.columns <= columns <= vocabulary

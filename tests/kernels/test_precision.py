@@ -31,10 +31,6 @@ def plain_nll(p):
     return cross_entropy(linear(p.hidden, p.weight, p.bias), p.target, reduction="none")
 
 
-def gradients(loss, p):
-    return dict(zip(p.leaves, torch.autograd.grad(loss, list(p.leaves.values())), strict=True))
-
-
 PATHS = {
     "recomputed": lambda p, weight: (weight * linear_nll(*p.args, bias=p.bias)).sum(),
     "recomputed in blocks": lambda p, weight: (
@@ -46,9 +42,15 @@ PATHS = {
 }
 
 
-def allowed_factor(path, dtype):
-    recomputed = path == "recomputed in blocks" and dtype == torch.float32
-    return RECOMPUTED_FACTOR if recomputed else FACTOR[dtype]
+def check_gradients(p, weight, exact, usual):
+    """Of every path: their error is a small multiple of torch's usual one."""
+    for path, run in PATHS.items():
+        for name, got in p.gradients(run(p, weight)).items():
+            assert got.dtype == p.hidden.dtype
+            recomputed = path == "recomputed in blocks" and got.dtype == torch.float32
+            factor = RECOMPUTED_FACTOR if recomputed else FACTOR[got.dtype]
+            allowed = factor * error_of(usual[name], exact[name])
+            assert error_of(got, exact[name]) <= allowed, (path, name)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
@@ -59,9 +61,9 @@ def test_errors_are_torchs_own(dtype, scale, frozen):
     weight = torch.rand(160)
     truth = p.copy(torch.float64)
     nll = plain_nll(truth)
-    exact = gradients((weight * nll).sum(), truth)
+    exact = truth.gradients((weight * nll).sum())
     plain = plain_nll(p)
-    usual = gradients((weight * plain).sum(), p)
+    usual = p.gradients((weight * plain).sum())
     value, stats = linear_nll(*p.args, bias=p.bias, return_stats=True)
     assert value.dtype == torch.float32
     assert error_of(value, nll) <= FACTOR[dtype] * error_of(plain, nll)
@@ -78,14 +80,7 @@ def test_errors_are_torchs_own(dtype, scale, frozen):
         error_of(stats.entropy[labelled], entropy[1])
         <= FACTOR[dtype] * error_of(*entropy) + 8 * unit
     )
-    for path, run in PATHS.items():
-        for name, got in gradients(run(p, weight), p).items():
-            assert got.dtype == dtype
-            factor = allowed_factor(path, dtype)
-            assert error_of(got, exact[name]) <= factor * error_of(usual[name], exact[name]), (
-                path,
-                name,
-            )
+    check_gradients(p, weight, exact, usual)
 
 
 @pytest.mark.parametrize("offset", [30.0, 1000.0])
@@ -98,15 +93,9 @@ def test_a_large_common_offset_costs_nothing(offset):
         p.bias += offset
     weight = torch.rand(100)
     truth = p.copy(torch.float64)
-    exact = gradients((weight * plain_nll(truth)).sum(), truth)
-    usual = gradients((weight * plain_nll(p)).sum(), p)
-    for path, run in PATHS.items():
-        for name, got in gradients(run(p, weight), p).items():
-            factor = allowed_factor(path, torch.float32)
-            assert error_of(got, exact[name]) <= factor * error_of(usual[name], exact[name]), (
-                path,
-                name,
-            )
+    exact = truth.gradients((weight * plain_nll(truth)).sum())
+    usual = p.gradients((weight * plain_nll(p)).sum())
+    check_gradients(p, weight, exact, usual)
 
 
 def test_mixed_types():
@@ -152,13 +141,17 @@ def products(request, monkeypatch):
     return str(request.param)
 
 
-BACKENDS = ["torch", *(["triton"] if chunked else [])]
+BACKENDS = ["torch", "cuda", *(["triton"] if chunked else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("how", [{}, {"z_loss": 0.1, "temperature": 0.05}], ids=["plain", "steep"])
-def test_float16_gradients_survive_until_the_loss_scale_arrives(backend, frozen, how, products):
+def test_float16_gradients_survive_until_the_loss_scale_arrives(
+    backend, frozen, how, products, request
+):
+    if backend == "cuda":
+        request.getfixturevalue("emulated_device")
     # 1/N of a probability is below float16's range; a scaler multiplies the loss by 2^16 and more.
     # The divisor, that of many micro-batches, does the same to fewer tokens.
     rows, vocabulary, divisor = 96, 60, 2**22

@@ -23,6 +23,7 @@ GOLDEN = [
     (-(2**63), 2**32 + 5, 2**31 - 1, 0xD5CBCD07, "0x1.ab979c0000000p-1"),
     (2**63 - 1, 2**40, 262143, 0xE64BBD5C, "0x1.cc977c0000000p-1"),
     (20240607, 3, 49151, 0xD36F0B72, "0x1.a6de180000000p-1"),
+    (-1, 2**32, 49151, 0xF6A4BD19, "0x1.ed497c0000000p-1"),
 ]
 
 
@@ -38,6 +39,12 @@ def test_golden_draws(seed_, row, column, bits, u):
     assert int(draw_bits(seed_, [row], [column])[0, 0]) == bits
     assert float(reference.uniforms(seed_, [row], columns)) == expected
     assert float(backend_uniforms(seed_, [row], columns)) == expected
+
+
+def test_columns_beyond_31_bits():
+    """C++ and CUDA take them; the specification and PyTorch's backend do not."""
+    assert int(draw_bits(-5, [2**40], [2**32 - 21])[0, 0]) == 0xF516C149
+    assert int(draw_bits(2**63 - 1, [2**40], [2**32 - 1])[0, 0]) == 0xEF00D60C
 
 
 def test_backend_draws_bit_for_bit():

@@ -1,6 +1,6 @@
 """``gradient="sampled"``: its random numbers, its unbiasedness and its certificate.
 
-Draws come from :func:`draw_bits` in ``conftest.py``, a third implementation of the hash that
+Draws come from :func:`tests.support.draws.draw_bits`, an implementation of the hash that
 ``test_reference.py`` proves equal, bit for bit, to the specification and to the backend.
 """
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 from scipy import stats
 
-from bft_kernels import linear_nll, ops, reference
+from bft_kernels import linear_nll, ops
 from bft_kernels.config import CoreConfig
 from bft_kernels.results import Forward
 from tests.support.draws import P_VALUE, draw_bits, inclusion
 from tests.support.problems import assert_close, draw_problem
+from tests.support.samples import specified_sample, undecided
 
 
 def wide_int(rng):
@@ -68,25 +69,10 @@ def test_draws_are_uniform(axis, rng):
 
 # Differences of (seed, row, column) between the two draws of a pair; None is drawn at random.
 LAGS = [
-    (0, 0, 1),
-    (0, 0, 2),
-    (0, 0, 3),
-    (0, 0, 64),
-    (0, 0, None),
-    (0, 1, 0),
-    (0, 2, 0),
-    (0, None, 0),
-    (0, 2**32, 0),
-    (0, 1, 1),
-    (0, 1, -1),
-    (1, 0, 0),
-    (2, 0, 0),
-    (None, 0, 0),
-    (2**32, 0, 0),
-    (1, -1, 0),
-    (1, 1, 0),
-    (1, 0, -1),
-    (1, 1, 1),
+    *((0, 0, column) for column in (1, 2, 3, 64, None)),
+    *((0, row, 0) for row in (1, 2, 2**32, None)),
+    *((seed, 0, 0) for seed in (1, 2, 2**32, None)),
+    *((0, 1, 1), (0, 1, -1), (1, -1, 0), (1, 1, 0), (1, 0, -1), (1, 1, 1)),
 ]
 
 
@@ -290,27 +276,17 @@ def test_gradients_are_those_of_the_specification(options, budget, seed):
         **options,
     )
     (upstream * nll).sum().backward()
-    rows = (p.target != -100).nonzero()[:, 0]
+    rows = p.positions
     with torch.no_grad():
-        expected = reference.sampled_gradient(
-            p.hidden[rows],
-            p.weight,
-            p.target[rows],
-            seed,
-            eps=eps,
-            bias=p.bias,
-            rows=rows.tolist(),  # positions in the input, ignored rows counted
-            **options,
-        )
+        expected = specified_sample(p, seed, eps, **options)
         dy = upstream[rows, None] * expected.dy
         assert_close(p.hidden.grad[rows], dy @ p.weight, 1e-12)
         assert_close(p.weight.grad, dy.T @ p.hidden[rows], 1e-12)
         assert_close(p.bias.grad, dy.sum(0), 1e-12)
         assert_close(got.variance[rows], expected.variance, 1e-12)
         assert_close(got.hidden_variance[rows], expected.hidden_variance, 1e-12)
-    ignored = p.target == -100
     for zero in (p.hidden.grad, got.variance, got.hidden_variance):
-        assert bool((zero[ignored] == 0).all())
+        assert bool((zero[~p.labelled] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -329,23 +305,15 @@ def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
         )
         result = Forward(*ops.linear_nll(*p.args, None, torch.tensor(seed), *config.arguments()))
         row = torch.repeat_interleave(torch.arange(70), result.entry_offsets.diff())
-        return set(zip(row.tolist(), result.entry_columns.tolist(), strict=True))
+        kept = torch.zeros(70, 3000, dtype=torch.bool)
+        kept[row, result.entry_columns.long()] = True
+        return kept
 
-    with torch.no_grad():
-        z = reference.logits(p.hidden.double(), p.weight.double())
-        probability = z.softmax(1)
-        expected = reference.sampled_gradient(
-            p.hidden.double(), p.weight.double(), p.target, seed, eps=eps
-        )
-    sets = [{(i, v) for i, v in expected.kept.nonzero().tolist()}]
-    sets += [entries(budget) for budget in (1, 20_000, 10**5, 10**6, 2**26)]
-    assert min(map(len, sets)) > 5000
-    u = reference.uniforms(seed, range(70), torch.arange(3000)).double()
-    # The rounding of a logit of this size, which is what can move p against u * eps.
-    rounding = float(z.abs().max()) * 24 * torch.finfo(torch.float32).eps
-    for other in sets[1:]:
-        for i, v in sets[0] ^ other:
-            assert abs(float(u[i, v]) * eps / float(probability[i, v]) - 1) < rounding
+    expected = specified_sample(p, seed, eps).kept
+    assert int(expected.sum()) > 5000
+    clear = ~undecided(p, seed, eps)
+    for budget in (1, 20_000, 10**5, 10**6, 2**26):
+        assert not bool(((entries(budget) != expected) & clear).any())
 
 
 def test_ignored_rows_do_not_move_the_others(seed):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bft_kernels.config import CoreConfig
-from bft_kernels.dispatch import why_not
 from bft_kernels.plan import takes_chunks
-from tests.support.emulated_device import sampled_options
 from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from tests.support.samples import sampled_options
+from tests.support.soak import soaked
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -26,7 +26,11 @@ CONFIG = CoreConfig(
 )
 
 
-@pytest.fixture(params=["tiles", "chunks"])
+ENGINES = ["tiles", "chunks"]
+LISTED = [("tiles", None), ("chunks", 3000)]  # the others take half a minute interpreted
+
+
+@pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Of the forward."""
     module = "bft_kernels.backends.triton.core"
@@ -34,7 +38,13 @@ def engine(request, monkeypatch):
     return str(request.param)
 
 
-@pytest.mark.parametrize("columns", [0, 1, 60])
+@pytest.mark.parametrize(
+    ("engine", "columns"),
+    soaked(
+        ENGINES, [0, 1, 60], plain=lambda engine, columns: (engine == "chunks") == (columns > 1)
+    ),
+    indirect=["engine"],
+)
 def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
     p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
@@ -43,7 +53,11 @@ def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
     assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
 
 
-@pytest.mark.parametrize("budget", [1, 3000, None])
+@pytest.mark.parametrize(
+    ("engine", "budget"),
+    soaked(ENGINES, [1, 3000, None], plain=lambda *case: case in LISTED),
+    indirect=["engine"],
+)
 def test_chunks_list_what_is_kept_with_its_value(budget, engine):
     p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
     seed = torch.tensor(sampled_options(p)["seed"], device=DEVICE)
@@ -67,13 +81,6 @@ def test_chunks_are_taken_where_they_fit():
     assert takes_chunks(8192, 131_072, 2**29)
     assert not takes_chunks(8192, 131_072, 2**27)
     assert takes_chunks(64, 131_072, 2**27)
-
-
-def test_says_why_it_does_not_run():
-    p = draw_problem(4, 3, 5)
-    assert "hidden is float64, it computes in float32" in why_not("triton", p.hidden, p.weight)
-    meta = torch.empty(4, 3, device="meta")
-    assert "hidden is on meta, it takes CUDA tensors" in why_not("triton", meta, meta)[0]
 
 
 def test_every_tile_has_whole_words():

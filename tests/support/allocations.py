@@ -1,8 +1,5 @@
 """What a call asks of torch's allocator."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +14,7 @@ class Allocations:
     sizes: list[int] = field(default_factory=list)
 
 
-def measure_allocations(run: Callable[[], object]) -> Allocations:
+def measure_allocations(run):
     """Runs a function and reports its allocations; what it returns counts as alive."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

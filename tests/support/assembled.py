@@ -1,7 +1,5 @@
 """Device code as nvcc makes it."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess
@@ -20,7 +18,7 @@ class Assembled:
     cubin: Path
     kernels: int
 
-    def sass(self) -> dict[str, str]:
+    def sass(self):
         """Machine code by kernel."""
         triton = pytest.importorskip("triton")
         cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -31,7 +29,7 @@ class Assembled:
         return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.S))
 
 
-def assemble_for(arch: str, source: Path, folder: Path) -> Assembled:
+def assemble_for(arch, source, folder):
     """Compiles a file for an architecture into a folder; skips the test where nvcc cannot."""
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")

@@ -1,20 +1,13 @@
 """The draws of the sampled gradient, from their definition; the chance of an entry to be kept."""
 
-from __future__ import annotations
-
-import os
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
-CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 # A statistical test fails where chance alone would give a p-value this small. The suite computes
 # well under a thousand of them, so that a correct program fails less than one run in a million.
 P_VALUE = 1e-9
@@ -22,13 +15,13 @@ P_VALUE = 1e-9
 _GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix64(z: np.ndarray) -> np.ndarray:
+def _mix64(z):
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def draw_bits(seed: Any, rows: Any, columns: Any) -> np.ndarray:
+def draw_bits(seed, rows, columns):
     """The 32 bits behind each draw, from the definition in unsigned numpy arithmetic.
 
     ``seed`` is an int or an int64 array beside ``rows``; the result is uint32 ``[rows, columns]``.
@@ -45,13 +38,23 @@ def draw_bits(seed: Any, rows: Any, columns: Any) -> np.ndarray:
     return x
 
 
+def region_bits(seed, row, rows, column, columns):
+    """:func:`draw_bits` of a region."""
+    return draw_bits(seed, [row + i for i in range(rows)], [column + j for j in range(columns)])
+
+
+def uniform(bits):
+    """What is drawn, of these bits."""
+    return _values()[bits >> np.uint32(8)]
+
+
 @cache
-def _values() -> np.ndarray:
+def _values():
     """All 2^24 values that ``u`` can take."""
     return (np.arange(2**24, dtype=np.float32) + np.float32(0.5)) * np.float32(2**-24)
 
 
-def inclusion(p: Tensor, eps: float) -> Tensor:
+def inclusion(p, eps):
     """The exact chance of ``u * eps < p``, from all values that ``u`` can take."""
     grid = _values() * np.float32(eps)  # never falls, so that a search counts
     kept = np.searchsorted(grid.astype(np.float64), p.double().numpy(), side="left")
@@ -61,13 +64,13 @@ def inclusion(p: Tensor, eps: float) -> Tensor:
 class Program:
     """``draws.cpp``: what a compiler makes of ``csrc/sampling.h``."""
 
-    def __init__(self, folder: Path, *compiler: str | Path) -> None:
+    def __init__(self, folder, *compiler):
         self.path = folder / "draws"
         source = ROOT / "tests/support/draws.cpp"
         flags = ["-std=c++17", "-O2", f"-I{ROOT}", "-o", self.path, source]
         subprocess.run([*compiler, *flags], check=True)
 
-    def __call__(self, *region: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, *region):
         """Bits and uniforms ``[rows, cols]`` of a region."""
         line = " ".join(map(str, region))
         done = subprocess.run([self.path], input=line.encode(), capture_output=True, check=True)

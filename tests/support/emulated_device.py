@@ -1,56 +1,41 @@
 """The emulated device: a problem on it, its kernels, and what stands for it in a backend."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from bft_kernels import reference
 from bft_kernels.backends.cuda import native
+from tests.support.problems import DTYPES
 
 IGNORED = -100
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 UNTOUCHED = 0x55
 
 
-def clear_seed(p: Any, seed: int, eps: float, **transform: Any) -> int:
-    """The first seed from ``seed`` on none of whose draws rounding a logit to float32 decides."""
-    labelled = p.target != IGNORED
-    wide = p.copy(torch.float64)
-    bias = None if wide.bias is None else wide.bias.detach()
-    logits = reference.logits(wide.hidden[labelled], wide.weight, bias, **transform).detach()
-    chance = torch.softmax(logits, 1) / eps
-    rows, columns = labelled.nonzero().squeeze(1).tolist(), torch.arange(len(p.weight))
-    while bool(((reference.uniforms(seed, rows, columns) / chance - 1).abs() < 1e-5).any()):
-        seed += 1
-    return seed
+def spread_out(x, pad):
+    """The same values in rows with NaN before and behind them: aligned if `pad` is."""
+    width = x.shape[1]
+    wide = torch.nn.functional.pad(x.detach(), (pad, pad + -width % 8), value=math.nan)
+    return wide[:, pad : pad + width]
 
 
-def sampled_options(p: Any, seed: int = 7, eps: float = 2**-5) -> dict[str, Any]:
-    """Options of a sample of a problem in which every engine that computes in float32 keeps the
-    same entries.
-    """
-    return {"gradient": "sampled", "eps": eps, "seed": clear_seed(p, seed, eps)}
+def strided(p, pad):
+    """A problem whose operands' rows do not lie together."""
+    return replace(p, hidden=spread_out(p.hidden, pad), weight=spread_out(p.weight, pad))
+
+
+def check_same(first, *others):
+    """Results are the same to the bit, NaN for NaN."""
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value.nan_to_num(7.0), other[name].nan_to_num(7.0)), name
 
 
 class Device:
     """A problem as kernels are given it, and calls that may touch nothing beside what they name."""
 
-    def __init__(
-        self,
-        cuda: Any,
-        p: Any,
-        *,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        order_seed: int = 0,
-        strict: bool = False,
-    ) -> None:
+    def __init__(self, cuda, p, *, softcap=None, temperature=1.0, order_seed=0, strict=False):
         self.cuda, self.order_seed, self.strict = cuda, order_seed, strict
         self.hidden, self.weight = p.hidden.detach(), p.weight.detach()
         self.shape = (*self.hidden.shape, len(self.weight))
@@ -75,16 +60,7 @@ class Device:
             temperature=temperature,
         )
 
-    def call(
-        self,
-        name: str,
-        reads: dict[str, Tensor | None],
-        writes: dict[str, Tensor | None],
-        *,
-        of_problem: bool = True,
-        reads_outputs: bool = False,
-        **numbers: Any,
-    ) -> None:
+    def call(self, name, reads, writes, *, of_problem=True, reads_outputs=False, **numbers):
         """Runs a kernel, which may not read what nobody has written but with `reads_outputs`."""
         given = reads | writes
         listed = given | (self.arrays if of_problem else {})
@@ -99,11 +75,11 @@ class Device:
         with self.cuda.memory(ranges, **order):
             getattr(self.cuda, name)(**numbers, stream=0)
 
-    def count(self, mask: Tensor, first: int, counts: Tensor) -> None:
+    def count(self, mask, first, counts):
         where = {"first_row": first, "rows": len(mask)}
         self.call("count_entries", {"mask": mask}, {"counts": counts}, **where)
 
-    def scan(self, counts: Tensor) -> Tensor:
+    def scan(self, counts):
         """Offsets [N + 1] of counts [N]."""
         offsets = torch.full((len(counts) + 1,), UNTOUCHED)
         temporary = torch.zeros(self.cuda.scan_bytes(len(counts)), dtype=torch.uint8)
@@ -117,17 +93,15 @@ class Device:
         )
         return offsets
 
-    def list(self, mask: Tensor, first: int, offsets: Tensor, columns: Tensor) -> None:
+    def list(self, mask, first, offsets, columns):
         where = {"first_row": first, "rows": len(mask), "capacity": len(columns)}
         reads = {"mask": mask, "offsets": offsets}
         self.call("list_entries", reads, {"columns": columns}, **where)
 
-    def gather_hidden(
-        self, known: dict[str, Tensor], eps: float, offsets: Tensor, columns: Tensor, *wanted: str
-    ) -> dict[str, Tensor]:
+    def gather_hidden(self, known, eps, offsets, columns, *wanted):
         """What is wanted of hidden, and of keys and packed as entries."""
         (count, width, vocabulary), capacity = self.shape, len(columns)
-        out: dict[str, Tensor] = {}
+        out = {}
         if "hidden" in wanted:
             out["grad_hidden"] = torch.full((count, width), math.nan).to(self.hidden.dtype)
         if "entries" in wanted:
@@ -137,7 +111,7 @@ class Device:
         self.call("gather_hidden", reads, dict(out), eps=eps, capacity=capacity)
         return out
 
-    def sort(self, keys: Tensor, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sort(self, keys, packed):
         """Keys and packed words by key, and starts [V + 1]."""
         sizes = {"E": len(keys), "V": self.shape[2]}
         out = {
@@ -158,14 +132,7 @@ class Device:
         self.call("column_starts", reads, {"starts": starts}, of_problem=False, **sizes)
         return out["sorted_keys"], out["sorted_packed"], starts
 
-    def gather_weight(
-        self,
-        starts: Tensor,
-        packed: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None = None,
-        adds: bool = False,
-    ) -> None:
+    def gather_weight(self, starts, packed, weight, bias=None, adds=False):
         self.call(
             "gather_weight",
             {"starts": starts, "packed": packed},
@@ -177,7 +144,7 @@ class Device:
         )
 
 
-def address(x: Tensor | None) -> int:
+def address(x):
     return 0 if x is None else x.data_ptr()
 
 
@@ -186,19 +153,12 @@ class Emulation:
     may touch its own arguments only.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module):
         self.module = module
-        self.launches: list[str] = []
-        self.how: dict[str, Any] = {}  # arguments of `memory`
+        self.launches = []
+        self.how = {}  # arguments of `memory`
 
-    def launch(
-        self,
-        function: str,
-        reads: dict[str, Tensor | None],
-        writes: dict[str, Tensor | None],
-        problem: native.Problem | None = None,
-        **numbers: Any,
-    ) -> None:
+    def launch(self, function, reads, writes, problem=None, **numbers):
         """See :func:`bft_kernels.backends.cuda.native.launch`."""
         tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
         ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
@@ -210,20 +170,17 @@ class Emulation:
     launch_natively = staticmethod(native.launch)
 
 
-Range = tuple[int, int, bool, str]  # address, bytes, writable, name
-
-
-def byte_ranges(tensors: list[tuple[str, Tensor | None]], writable: bool) -> Iterator[Range]:
-    """From the first to the last element of each tensor."""
+def byte_ranges(tensors, writable):
+    """Address, bytes, whether it is writable, name: to the last element of each tensor."""
     for name, x in tensors:
         if x is not None and x.numel() > 0:
             last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
             yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
 
 
-def merge(ranges: list[Range]) -> list[Range]:
+def merge(ranges):
     """Ranges that share bytes as one."""
-    merged: list[Range] = []
+    merged = []
     for address, size, writable, name in sorted(ranges):
         if merged and address < merged[-1][0] + merged[-1][1]:
             first, before, also, other = merged[-1]

@@ -1,12 +1,8 @@
 """A device that is none: what a GPU would refuse is refused here, on a CPU."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -23,14 +19,14 @@ _COPY = {"copy_", "to", "cpu", "type", "__getitem__", "__setitem__"}
 _HOST_ONLY = {"numpy", "__array__"}
 
 
-def is_there(x: object) -> bool:
+def is_there(x):
     """Whether a tensor is on the device."""
     return isinstance(x, Tensor) and getattr(x, "_on_fake_device", False)
 
 
-def _put(x: Any, there: bool) -> Any:
+def _put(x, there):
     if isinstance(x, Tensor):
-        x._on_fake_device = there  # type: ignore[attr-defined]
+        x._on_fake_device = there
     return x
 
 
@@ -41,7 +37,7 @@ class FakeDevice(TorchFunctionMode):
     it. Inside an op nothing is looked at: it is entered with real tensors.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         if getattr(func, "__self__", None) is Tensor.device:
             return _DEVICE if is_there(args[0]) else func(*args)
@@ -59,7 +55,7 @@ class FakeDevice(TorchFunctionMode):
             return result  # itself, wherever it is
         return tree_map(lambda x: _put(x, there), result)
 
-    def _refuse(self, name: str, tensors: list[Tensor]) -> None:
+    def _refuse(self, name, tensors):
         if name in _HOST_ONLY:
             raise TypeError(f"{name}: can't convert a tensor on a device; use Tensor.cpu() first")
         if name in _COPY and (is_there(tensors[0]) or name == "copy_"):
@@ -69,14 +65,14 @@ class FakeDevice(TorchFunctionMode):
             raise RuntimeError(f"{name}: expected all tensors on the same device, got two devices")
 
 
-def refuse_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_in_kernels(monkeypatch):
     """Makes Triton's interpreter refuse what a launch would: any tensor that is elsewhere."""
     if importlib.util.find_spec("triton") is None:
         return
     executor = importlib.import_module("triton.runtime.interpreter").GridExecutor
     launch = executor.__call__
 
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(self, *args, **kwargs):
         if isinstance(_get_current_function_mode(), FakeDevice):
             for x in (*args, *kwargs.values()):
                 if isinstance(x, Tensor) and not is_there(x):
@@ -86,11 +82,11 @@ def refuse_in_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "__call__", checked)
 
 
-def _names_device(x: object) -> bool:
+def _names_device(x):
     if isinstance(x, str):
         return x == "cpu" or x == NAME
     return isinstance(x, torch.device)
 
 
-def _real(x: Any) -> Any:
+def _real(x):
     return _CPU if _names_device(x) and torch.device(x) == _DEVICE else x

@@ -1,16 +1,28 @@
 """Inputs of the ops, and how results are compared."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bft_kernels import linear_nll
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TRANSFORMS = {
+    "plain": {},
+    "softcap": {"softcap": 5.0, "temperature": 1.3},
+    "bias": {"bias": True, "temperature": 0.7},
+}
+FROZEN = [
+    *((), ("weight",), ("hidden",), ("bias",)),
+    *(("weight", "bias"), ("hidden", "bias"), ("hidden", "weight")),
+]
+
+
+def boundaries(lengths, dtype=torch.int64):
+    """``cu_seqlens`` of documents of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
 @dataclass
@@ -23,38 +35,50 @@ class Problem:
     bias: Tensor | None = None  # [V]
     frozen: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         for name in ("hidden", "weight", "bias"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.detach().requires_grad_(name not in self.frozen))
 
     @property
-    def args(self) -> tuple[Tensor, Tensor, Tensor]:
+    def args(self):
         return self.hidden, self.weight, self.target
 
     @property
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self):
         """The tensors that require a gradient."""
         found = {"hidden": self.hidden, "weight": self.weight, "bias": self.bias}
         return {k: v for k, v in found.items() if v is not None and v.requires_grad}
 
-    def copy(
-        self, dtype: torch.dtype | None = None, *, device: str | None = None, **changes: Any
-    ) -> Problem:
+    def copy(self, dtype=None, *, device=None, **changes):
         """Leaves of its own with the same values, without gradients."""
 
-        def clone(x: Tensor | None) -> Tensor | None:
+        def clone(x):
             return None if x is None else x.detach().clone().to(device, dtype or x.dtype)
 
         own = {"hidden": clone(self.hidden), "weight": clone(self.weight), "bias": clone(self.bias)}
         own["target"] = self.target.to(device)
         return replace(self, **{**own, **changes})
 
-    def grads(self) -> dict[str, Tensor | None]:
+    @property
+    def labelled(self):
+        return self.target != -100
+
+    @property
+    def positions(self):
+        """Of the labelled rows."""
+        return self.labelled.nonzero().squeeze(1)
+
+    def of_labelled(self, dtype=torch.float64):
+        """The labelled rows in a type, as constants."""
+        wide = self.copy(dtype, frozen=("hidden", "weight", "bias"))
+        return replace(wide, hidden=wide.hidden[self.labelled], target=wide.target[self.labelled])
+
+    def grads(self):
         return {name: leaf.grad for name, leaf in self.leaves.items()}
 
-    def gradients(self, loss: Tensor, retain: bool = False) -> dict[str, Tensor]:
+    def gradients(self, loss, retain=False):
         """Of the leaves; zeros where the loss does not reach them, as in a batch without labels."""
         leaves = self.leaves
         if not loss.requires_grad:
@@ -63,7 +87,7 @@ class Problem:
         return dict(zip(leaves, found, strict=True))
 
 
-def cancellation(p: Problem, loss_of: Callable[[Problem], Tensor]) -> dict[str, float]:
+def cancellation(p, loss_of):
     """How far rounding grows in each gradient's sums: ``|terms| / |sum|``, in float64.
 
     The logits stand in for ``hidden`` and the unit matrix for ``weight``, which gives ``dz``.
@@ -82,17 +106,17 @@ def cancellation(p: Problem, loss_of: Callable[[Problem], Tensor]) -> dict[str, 
 
 
 def draw_problem(
-    rows: int,
-    width: int,
-    vocabulary: int,
+    rows,
+    width,
+    vocabulary,
     *,
-    ignored: float = 0.3,
-    bias: bool = False,
-    dtype: torch.dtype = torch.float64,
-    scale: float = 1.0,
-    frozen: tuple[str, ...] = (),
-    ignore_index: int = -100,
-) -> Problem:
+    ignored=0.3,
+    bias=False,
+    dtype=torch.float64,
+    scale=1.0,
+    frozen=(),
+    ignore_index=-100,
+):
     """Logits of standard deviation ``scale``; a token is ignored with probability ``ignored``."""
     hidden = torch.randn(rows, width, dtype=torch.float64) * scale
     weight = torch.randn(vocabulary, width, dtype=torch.float64) / math.sqrt(width)
@@ -103,7 +127,7 @@ def draw_problem(
     return Problem(hidden.to(dtype), weight.to(dtype), target, offset, frozen)
 
 
-def weighted_gradients(p: Problem, *, device: str = "cpu", **how: Any) -> dict[str, Tensor]:
+def weighted_gradients(p, *, device="cpu", **how):
     """Gradients of a problem's losses, each with a weight of its own."""
     copy = p.copy(device=device)
     upstream = torch.linspace(0.5, 2, p.target.numel(), device=device)
@@ -111,7 +135,7 @@ def weighted_gradients(p: Problem, *, device: str = "cpu", **how: Any) -> dict[s
     return {name: grad.cpu() for name, grad in copy.grads().items() if grad is not None}
 
 
-def error_of(got: Tensor, expected: Tensor) -> float:
+def error_of(got, expected):
     """``|got - expected| / |expected|`` in the Euclidean norm, in float64.
 
     The smallest subnormal of ``got``'s type is allowed in every element: below the normal numbers
@@ -125,7 +149,7 @@ def error_of(got: Tensor, expected: Tensor) -> float:
     return float(beyond / expected.norm().clamp_min(1e-300))
 
 
-def assert_close(got: Any, expected: Any, tolerance: float = 1e-11, what: str = "") -> None:
+def assert_close(got, expected, tolerance=1e-11, what=""):
     """Asserts that ``got`` equals ``expected`` to ``tolerance`` of its largest entry (or of 1)."""
     if isinstance(expected, dict):
         assert got.keys() == expected.keys()

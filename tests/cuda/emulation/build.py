@@ -1,7 +1,4 @@
-"""Compiles device code with the host's C++ compiler and the emulation. Test equipment.
-
-Tests reach it with runpy, as they do csrc/ninja_build.py.
-"""
+"""Compiles device code with the host's C++ compiler and the emulation. Test equipment."""
 
 import importlib.util
 import os
