@@ -156,6 +156,17 @@ def test_logarithms_of_long_documents_are_accurate():
     assert ((got.window_confidence.double() / exact.exp()) - 1).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(dtype):
+    """``exp(-110)`` is 0 in float32; a geometric mean of 256 others with it is not."""
+    nll = torch.full((257,), 0.1, dtype=dtype)
+    nll[100] = 110.0
+    layout = weighting.labelled_layout(torch.ones(257, dtype=torch.bool), torch.tensor([0, 257]))
+    got = weighting.balance(nll, layout, "bft-v1-code", 256, 1.0, 1e-8)
+    lowest = math.exp(-(110.0 + 255 * 0.1) / 256)
+    assert float(got.sequence_weight) == pytest.approx(1 - lowest, rel=1e-6)
+
+
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     window=st.integers(1, 40),
