@@ -29,8 +29,11 @@ test: venv  ## run the tests, except the slow ones; ARGS="-k name" goes to pytes
 test-slow: venv  ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not soak" $(ARGS)
 
-soak: venv  ## run what takes hours: full matrices, campaigns of seeds, loops of kills
-	$(BIN)/python -m pytest -m soak $(ARGS)
+SEEDS ?= 1 2 3 4 5 6 7 8 9 10
+soak: venv  ## run what takes hours: full matrices, the kernel tests with each of SEEDS
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 --dist worksteal $(ARGS)
+	set -e; for seed in $(SEEDS); do OMP_NUM_THREADS=1 BFT_TEST_SEED=$$seed \
+	    $(BIN)/python -m pytest tests/kernels -m "not slow" -n 2 --dist worksteal; done
 	$(BIN)/python -m benchmarks static --full
 
 lint: $(TOOLS)  ## look for mistakes

@@ -100,7 +100,7 @@ class RowPlan:
 
 
 # The vendor's product and a pass over its result are faster than a product whose tiles never leave
-# registers, if so many rows are multiplied at a time; see docs/triton.md.
+# registers, if so many rows are multiplied at a time; see docs/dev/gpu-model.md.
 CHUNK_ROWS = 256
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.measure.compiled import Usage, cuobjdump, multiplies_matrices
+from csrc import ninja_build
 
 ROOT = Path(__file__).parents[2]
 # What begins the names of these kernels, beside those of Triton's.
@@ -66,7 +66,7 @@ def compile_sources(targets: Sequence[str]) -> list[Usage]:
 
 def compile_source(target: str, source: Path) -> list[Usage]:
     """Every kernel of one file for one target."""
-    flags = runpy.run_path(str(ROOT / "csrc/ninja_build.py"))["COMMON_FLAGS"].split()
+    flags = ninja_build.COMMON_FLAGS.split()
     with tempfile.TemporaryDirectory() as folder:
         probe, cubin = Path(folder, "probe.cu"), Path(folder, "probe.cubin")
         probe.write_text(_probe(source))

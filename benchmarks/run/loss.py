@@ -24,7 +24,6 @@ from benchmarks.results.schema import COLUMNS, append, check_columns, full, grou
 from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
 
 Row = dict[str, Any]
-_GRADIENTS = ("hidden", "weight")
 _MODES = {
     "forward": "forward, no gradients",
     "both": "forward, dH and dW",

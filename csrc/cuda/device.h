@@ -32,11 +32,6 @@ enum class Cache {
     kCoherent,   // past L1: what other blocks wrote, once the kernel knows that they have
 };
 
-// Where an array of the dynamic shared memory ends, as the start of the next one.
-__host__ __device__ constexpr uint32_t align_shared(uint32_t bytes) {
-    return (bytes + 15) / 16 * 16;
-}
-
 }  // namespace bft::cuda
 
 #ifndef __CUDACC__

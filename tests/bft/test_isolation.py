@@ -155,6 +155,16 @@ def test_a_leak_that_fades_before_the_first_label_is_seen():
         model(**batch)
 
 
+def test_a_packed_document_has_the_losses_that_it_has_alone():
+    """Transformers looks at position_ids for boundaries only where there is no cache."""
+    model = patch_model(tiny("LlamaForCausalLM"), HeadLoss(scheme="sft")).eval()
+    ids = torch.arange(1, 9)[None]
+    model(input_ids=ids, labels=ids, position_ids=torch.arange(8)[None] % 4)
+    together = last_stats(model).nll[:, 4:]
+    model(input_ids=ids[:, 4:], labels=ids[:, 4:])
+    torch.testing.assert_close(together[:, :3], last_stats(model).nll[:, :3])
+
+
 def test_a_mask_of_blocks_keeps_documents_apart():
     model = patch_model(build("LlamaForCausalLM", attn_implementation="eager"), SFT)
     document = torch.tensor([0] * 5 + [1] * 7)

@@ -29,6 +29,7 @@ FILES = {
 # Declared, but needed by another way than an import.
 NOT_IMPORTED = {
     "clang-format": "a command",
+    "codespell": "a command",
     "gguf": "transformers reads 4-bit weights with it",
     "mypy": "a command",
     "numpy": "torch.Tensor.numpy, where a run's weights are hashed",

@@ -1,7 +1,6 @@
 """What BFT_BUILD builds and refuses, in a copy of the tree, where torch cannot be imported."""
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from setuptools.errors import CompileError, OptionError
+
+from csrc import ninja_build
 
 ROOT = Path(__file__).parents[2]
 COPIED = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "csrc"]
@@ -134,13 +135,12 @@ def test_cpu_builds_one_module_that_works(tree, without):
     done = run(
         tree,
         "-c",
-        "import numpy\n"
         "from bft_kernels import _cpu\n"
-        "out = numpy.zeros(1, numpy.uint32)\n"
-        "_cpu.sampling_bits(0, 0, 1, 0, 1, out.ctypes.data)\n"
-        "print(hex(out[0]))\n",
+        "ranks = []\n"
+        "_cpu.run_team(ranks.append, 1)\n"
+        "print(ranks, _cpu.instruction_set() in _cpu.instruction_sets())\n",
     )
-    assert done.stdout == "0xc49540db\n", done.stderr
+    assert done.stdout == "[0] True\n", done.stderr
 
 
 @needs_compiler
@@ -148,7 +148,7 @@ def test_cpu_builds_one_module_that_works(tree, without):
     ("changed", "rebuilt"),
     [
         (None, set()),
-        ("csrc/cpu/sampling.cpp", {"csrc/cpu/sampling.cpp"}),
+        ("csrc/cpu/backward.cpp", {"csrc/cpu/backward.cpp"}),
         ("csrc/bindings/checks.h", {"csrc/bindings/cpu.cpp"}),
         ("csrc/cpu/candidates.h", {"csrc/bindings/cpu.cpp", "csrc/cpu/sweep.cpp"}),
     ],
@@ -202,7 +202,7 @@ def test_auto_leaves_out_cuda_without_nvcc_and_says_so(built):
 
 @needs_compiler
 def test_code_that_does_not_compile_fails_cpu_and_is_left_out_by_auto(tree):
-    (tree / "csrc/cpu/sampling.cpp").write_text("#error made to fail\n")
+    (tree / "csrc/cpu/backward.cpp").write_text("#error made to fail\n")
     stale = tree / "bft_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.touch()
     tools = {"CXX": make_tool(tree / "c++", PREPROCESSOR), "CUDA_HOME": str(tree / "toolkit")}
@@ -224,14 +224,13 @@ KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 @pytest.fixture
 def architectures(monkeypatch):
     """The -gencode targets for a TORCH_CUDA_ARCH_LIST: sm_90 for code, 90 for PTX."""
-    build = runpy.run_path(str(ROOT / "csrc/ninja_build.py"))
 
     def targets(listed, known=KNOWN):
         if listed is None:
             monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
         else:
             monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-        flags = build["_architecture_flags"]("nvcc", known).split(" ")
+        flags = ninja_build._architecture_flags("nvcc", known).split(" ")
         assert flags[::2] == ["-gencode"] * (len(flags) // 2)
         found = []
         for flag in flags[1::2]:
@@ -373,8 +372,8 @@ def test_cuda_builds_both_modules_for_every_architecture(tree):
     assert done.returncode == 0, done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
     listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-    for arch in runpy.run_path(str(ROOT / "csrc/ninja_build.py"))["CUDA_ARCHITECTURES"]:
+    for arch in ninja_build.CUDA_ARCHITECTURES:
         known = f"compute_{arch}" in listed.split()
         assert (f"code=sm_{arch} " in done.stdout) == known
-    done = run(tree, "-c", "from bft_kernels import _cuda; print(_cuda.sampling_bits.__name__)")
-    assert done.stdout == "sampling_bits\n", done.stderr
+    done = run(tree, "-c", "from bft_kernels import _cuda; print(_cuda.scan_counts.__name__)")
+    assert done.stdout == "scan_counts\n", done.stderr
