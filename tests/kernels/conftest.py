@@ -147,13 +147,11 @@ def guarded(monkeypatch):
 def fresh_compiler():
     """Compiled code of other tests does not count towards this one's limit of recompilations."""
     torch._dynamo.reset()
-    # The cache on disk does not know when a custom op's backward changes. The others are the
-    # defaults of torch 2.13; before, users set them for what docs/loss.md says.
+    # The cache on disk does not know when a custom op's backward changes. The other setting is
+    # the default of torch 2.13; before, users make it (docs/loss.md).
     with (
         torch._functorch.config.patch(enable_autograd_cache=False),
-        torch._dynamo.config.patch(
-            capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True
-        ),
+        torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True),
     ):
         yield
     torch._dynamo.reset()
