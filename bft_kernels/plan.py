@@ -343,12 +343,17 @@ def plan_cpu_weighted(
     )
     team = blocks.team
     wide = blocks.columns
+    widened = int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)  # of a column
     if in_gradient:  # a block of them is read before dW is written
-        wide = max(1, min(wide, elements // 2 // in_gradient))
+        wide = min(wide, elements // 2 // in_gradient)
+    if in_gradient > blocks.rows:  # beside what the threads have
+        own = team * blocks.rows if team > 1 else 0
+        wide = min(wide, (elements - 2 * width * copies * own) // (in_gradient + own + widened))
+    wide = max(1, wide)
     group = min(3, wide)
     columns = wide // group
     wide = group * columns
-    elements -= wide * int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)
+    elements -= wide * widened
     block = blocks.rows * (wide + 2 * width * copies)
     waiting = in_gradient * wide if in_gradient > blocks.rows else 0
     elements -= max(block, waiting) if team == 1 else team * block + waiting
