@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bft_kernels.plan import (
@@ -75,6 +75,7 @@ def test_cpu_blocks(rows, vocabulary, width, budget, widens, copies, narrow, thr
 
 
 @given(sizes, sizes, sizes, budgets, st.booleans(), st.booleans(), st.booleans(), threads)
+@example(256, 3, 87, 5208, True, False, True, 2)  # rows wait in dW beside the threads' blocks
 def test_cpu_weighted(rows, vocabulary, width, budget, widens, copies, trains, threads):
     how = {"widens": widens, "copies": copies, "trains_weight": trains, "threads": threads}
     plan = plan_cpu_weighted(rows, vocabulary, width, budget, **how)
