@@ -21,7 +21,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -102,8 +101,7 @@ class _Forward:
 def _own_forward(model: nn.Module) -> Callable[..., Any]:
     """What ``model.forward`` was before the patch."""
     shadowing = model.__dict__[_STATE].shadowing
-    # A partial, not a bound method: torch 2.8 cannot trace how one is made.
-    return partial(type(model).forward, model) if shadowing is None else shadowing
+    return type(model).forward.__get__(model) if shadowing is None else shadowing
 
 
 # --- public functions ----------------------------------------------------------------------------
