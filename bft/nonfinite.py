@@ -65,5 +65,7 @@ def broken_parameter(accelerator: Any, model: nn.Module) -> str | None:
 def first_broken(parameters: Sequence[nn.Parameter]) -> int:
     """Which is the first that holds an infinity or NaN (of a sharded one, here), from 1; or 0."""
     whole = [torch.isfinite(getattr(p, "to_local", p.detach)()).all() for p in parameters]
-    broken = torch.stack(whole).logical_not().int()
-    return int(broken.any()) and 1 + int(broken.argmax())
+    if not whole:
+        return 0
+    places = torch.stack(whole).logical_not().nonzero()
+    return int(places[0]) + 1 if len(places) else 0

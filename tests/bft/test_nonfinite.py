@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bft import train as train_module
 from bft.cli import main
-from bft.nonfinite import NonFinite, broken_parameter
+from bft.nonfinite import NonFinite, broken_parameter, first_broken
 from bft.train import train
 
 
@@ -148,6 +148,14 @@ def test_a_broken_model_is_named_at_the_first_evaluation(config, tmp_path, flags
     model = AutoModelForCausalLM.from_pretrained(folder)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     assert broken_parameter(Accelerator(cpu=True), model) == "model.norm.weight"
+
+
+def test_the_first_of_no_parameters_is_none():
+    """As where all weights are of 8 bits, which have no infinity."""
+    assert first_broken([]) == 0
+    good, bad = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.tensor([1.0, math.inf]))
+    assert first_broken([good]) == 0
+    assert first_broken([good, bad, bad]) == 2
 
 
 def test_no_checkpoint_is_made_of_a_broken_model(config, monkeypatch):
