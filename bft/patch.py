@@ -250,7 +250,7 @@ def last_stats(model: nn.Module) -> Any:
 
 def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = model.__dict__[_STATE]
-    call = dict(zip(state.parameters[: len(args)], args, strict=True)) | kwargs
+    call = dict(zip(state.parameters, args, strict=False)) | kwargs
     labelled = call.get("labels") is not None or call.get("shift_labels") is not None
     if not labelled:
         check_labelled(model, state)
