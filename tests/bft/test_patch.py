@@ -16,7 +16,8 @@ from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
-from tests.support.models import OLD, tiny
+from tests.support.models import tiny
+from tests.support.problems import OLD_COMPILER
 
 V, D, LENGTH = 61, 16, 12
 # Models round parts of their bodies to float32 whatever they are given, so that a difference in the
@@ -443,7 +444,7 @@ def test_a_transform_may_be_given():
     close(model(**batch).loss, want)
 
 
-@pytest.mark.skipif(OLD, reason="torch 2.8 breaks the graph where the head's forward comes back")
+@pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8 breaks the graph at the head")
 def test_torch_compile_takes_it_in_one_graph():
     model, batch = build("cohere"), rows()
     want = eager(model, batch, BFT)

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
 from bft_kernels.config import CoreConfig
 from bft_kernels.results import Forward, Saved, Wanted
-from tests.support.problems import assert_close, draw_problem
+from tests.support.problems import OLD_COMPILER, assert_close, draw_problem
 
 CONFIG = CoreConfig(
     eps=0.05,
@@ -112,9 +112,8 @@ def balanced_callable(hidden, weight, target):
     return balanced_linear_cross_entropy(hidden, weight, target, scheme=scheme)
 
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 NEW_COMPILER = pytest.param(
-    balanced_callable, marks=pytest.mark.skipif(OLD, reason="torch 2.8's compiler fails")
+    balanced_callable, marks=pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8's compiler fails")
 )
 
 

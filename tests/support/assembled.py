@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure.compiled import cuobjdump
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,12 +22,11 @@ class Assembled:
 
     def sass(self):
         """Machine code by kernel."""
-        triton = pytest.importorskip("triton")
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        if not cuobjdump.exists():
+        pytest.importorskip("triton")
+        try:
+            text = cuobjdump(self.cubin, "-sass")
+        except FileNotFoundError:
             pytest.skip("needs cuobjdump")
-        command = [cuobjdump, "-sass", self.cubin]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.S))
 
 

@@ -5,7 +5,6 @@ import inspect
 import torch
 import transformers as hf
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)  # than what all is tested with
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 16,

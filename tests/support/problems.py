@@ -8,6 +8,8 @@ from torch import Tensor
 
 from bft_kernels import linear_nll
 
+# Older than the torch that all is tested with: its compiler can do less.
+OLD_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRANSFORMS = {
     "plain": {},
