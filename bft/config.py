@@ -16,7 +16,7 @@ import yaml
 
 from bft.loss import HeadLoss
 from bft_kernels.checks import check_choice, check_int, check_number, check_positive
-from bft_kernels.dispatch import backend_names
+from bft_kernels.dispatch import BACKENDS
 
 Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
@@ -115,7 +115,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_choice("backend", self.backend, ("auto", *backend_names()))
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
         self.loss()  # checks its own settings

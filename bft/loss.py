@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy
-from bft_kernels.checks import check_cu_seqlens, check_int, check_settings, check_tensor
+from bft_kernels.checks import check_cu_seqlens, check_int, check_tensor
+from bft_kernels.settings import Settings, check_settings
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
@@ -71,7 +72,7 @@ class HeadLoss:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         if settings.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
-        check_settings(settings)
+        check_settings(Settings(**settings))
 
     def __call__(
         self,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bft_kernels import ops
-from bft_kernels.config import CONFIG_SCHEMA, CoreConfig
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
-_CONFIG = CONFIG_SCHEMA.count(",") + 1
+# Where the ops' arguments of Problem begin, and how many of them are tensors.
+_OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, 5
 # Elements scaled at a time: a gradient of a narrow type is scaled in float32, block by block.
 _SCALE_BLOCK = 2**22
 
@@ -24,61 +24,69 @@ def _refuse_double_backward() -> None:
         )
 
 
+def _needed(ctx: Any, first: int) -> Wanted:
+    """Which gradients this backward needs; the problem's tensors begin at argument ``first``."""
+    needs = ctx.needs_input_grad
+    return Wanted(needs[first], needs[first + 1], needs[first + 3])
+
+
+def _gradients(
+    ctx: Any, first: int, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """A gradient, or ``None``, for each argument of the op."""
+    rest = len(ctx.needs_input_grad) - first - 4
+    return (*[None] * first, hidden, weight, None, bias, *[None] * rest)
+
+
 def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, seed = inputs[: ops.LINEAR_NLL_TENSORS]
-    result = Forward(*output)
+    tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
+    result, problem = Forward(*output), ops.as_problem(tensors, rest)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
-    ctx.config = CoreConfig(*inputs[ops.LINEAR_NLL_TENSORS :])
-    if ctx.config.residual == "unit":
-        ctx.save_for_backward(target, result.unit)
+    ctx.rest, ctx.saved = rest, problem.saved
+    if ctx.saved == "unit":
+        ctx.save_for_backward(problem.target, result.unit)
     else:
-        saved = Saved(
-            result.nll,
-            result.lse,
-            result.lse_low,
-            result.entry_offsets,
-            result.entry_columns,
-            result.entry_values,
-            seed,
-        )
-        ctx.save_for_backward(hidden, weight, target, bias, *saved)
-    ctx.hidden_dtype = hidden.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+        saved = [getattr(result, name) for name in Saved._fields]
+        ctx.save_for_backward(*tensors, *saved)
+    ctx.hidden_dtype = problem.hidden.dtype
+    ctx.ignore_index = problem.settings.ignore_index
 
 
 def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
-    nothing = (None,) * (ops.LINEAR_NLL_TENSORS - 4 + _CONFIG)
-    wanted = Wanted(ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
-    config: CoreConfig = ctx.config
+    wanted = _needed(ctx, _OF_NLL)
     if grad is None:
-        return (None, None, None, None, *nothing)
-    if config.residual == "none" or (config.residual == "unit" and (wanted.weight or wanted.bias)):
+        return _gradients(ctx, _OF_NLL, None, None, None)
+    if ctx.saved == "none" or (ctx.saved == "unit" and (wanted.weight or wanted.bias)):
         raise RuntimeError(
-            f"residual: got {config.residual!r}, expected one that allows the gradients asked for"
+            f"wanted: got {wanted} in a backward, expected no more than the forward was told of"
         )
-    if config.residual == "unit":
+    if ctx.saved == "unit":
         target, unit = ctx.saved_tensors
-        upstream = torch.where(target != config.ignore_index, grad, 0)
-        return ((upstream[:, None] * unit).to(ctx.hidden_dtype), None, None, None, *nothing)
-    hidden, weight, target, bias, *rest = ctx.saved_tensors
-    saved = Saved(*rest)
+        upstream = torch.where(target != ctx.ignore_index, grad, 0)
+        grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
+        return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
+    tensors, saved = ctx.saved_tensors[:_TENSORS], Saved(*ctx.saved_tensors[_TENSORS:])
+    weight, bias = tensors[1], tensors[3]
+    rest = (*ctx.rest[:-3], *wanted)
     into = _gradient_to_add_to(weight) if wanted.weight else None
     dh: Tensor | None
     dw: Tensor | None
     db: Tensor | None
     if into is not None:
-        gradients = ops.run_backward(
-            grad, hidden, weight, target, bias, saved, config, wanted, into
-        )
-        dh, dw, db = gradients.hidden, None, gradients.bias
+        problem = ops.as_problem(tensors, rest)
+        added = ops.linear_nll_backward(problem, grad, saved, into)
+        dh, dw, db = added.hidden, None, added.bias
     else:
-        dh, dw, db = ops.linear_nll_backward(
-            grad, hidden, weight, target, bias, *saved, *config.arguments(), *wanted
-        )
-    db = None if db is None or not wanted.bias else db.to(ctx.bias_dtype)
-    return (dh if wanted.hidden else None, dw if wanted.weight else None, None, db, *nothing)
+        dh, dw, db = ops.linear_nll_backward_op(grad, *saved, *tensors, *rest)
+    return _gradients(
+        ctx,
+        _OF_NLL,
+        dh if wanted.hidden else None,
+        dw if wanted.weight else None,
+        None if db is None or not wanted.bias else db.to(bias.dtype),
+    )
 
 
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
@@ -105,28 +113,27 @@ def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
 
 
 def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, *_, bias = inputs[: ops.WEIGHTED_LOSS_TENSORS]
+    tensors = inputs[_OF_WEIGHTED : _OF_WEIGHTED + _TENSORS]
     result = WeightedLoss(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
     ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
-    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.wanted = ops.split_weighted(inputs[ops.WEIGHTED_LOSS_TENSORS :])[2]
+    problem = ops.as_problem(tensors, inputs[_OF_WEIGHTED + _TENSORS :])
+    ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], problem.bias)]
+    ctx.made = problem.wanted
 
 
 def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
-    needs = ctx.needs_input_grad
-    nothing = (None,) * (len(needs) - ops.WEIGHTED_LOSS_TENSORS)
     if grad is None:
-        return (None,) * len(needs)
+        return _gradients(ctx, _OF_WEIGHTED, None, None, None)
     scaled = [
-        _scale(gradient, grad, dtype) if want and needed else None
-        for gradient, dtype, want, needed in zip(
-            ctx.saved_tensors, ctx.dtypes, ctx.wanted, (needs[0], needs[1], needs[6]), strict=True
+        _scale(gradient, grad, dtype) if made and needed else None
+        for gradient, dtype, made, needed in zip(
+            ctx.saved_tensors, ctx.dtypes, ctx.made, _needed(ctx, _OF_WEIGHTED), strict=True
         )
     ]
-    return (scaled[0], scaled[1], None, None, None, None, scaled[2], *nothing)
+    return _gradients(ctx, _OF_WEIGHTED, *scaled)
 
 
 def _setup_balanced_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -24,17 +22,24 @@ def check_tensor(
     """Raises unless ``value`` is a tensor of ``shape`` (``None``: any size), dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
-    matches = value.dim() == len(shape) and all(
-        want is None or want == have for want, have in zip(shape, value.shape, strict=True)
-    )
+    matches = value.dim() == len(shape)
+    if matches:
+        for want, have in zip(shape, value.shape, strict=True):
+            matches = matches and (want is None or want == have)
     if not matches:
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        expected = ", ".join(["any" if size is None else str(size) for size in shape])
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}, expected {device}")
+
+
+def check_type(name: str, value: object, kind: type, what: str) -> None:
+    """Raises unless ``value`` is a ``kind``, which is ``what`` the message expects."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -131,17 +136,6 @@ def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
         )
 
 
-def check_weighting(scheme: object, window: int, gamma: float, floor: float) -> None:
-    """The settings of :func:`bft_kernels.weighting.token_weights`."""
-    if isinstance(scheme, str):
-        check_choice("scheme", scheme, SCHEMES)
-    elif not callable(scheme):
-        raise TypeError(f"scheme: got {type(scheme).__name__}, expected a name or a callable")
-    check_int("window", window, 1)
-    check_positive("gamma", gamma)
-    check_positive("floor", floor)
-
-
 def check_derivatives(**tensors: object) -> None:
     """Only reverse mode differentiates the ops: anything else would lose a derivative silently.
 
@@ -184,56 +178,10 @@ def check_capture(device: torch.device, got: str, expected: str) -> None:
         raise RuntimeError(f"{got} while a CUDA graph is captured, expected {expected}")
 
 
-def check_unchecked(device: torch.device, check: object) -> None:
+def check_waiting(device: torch.device, check: object) -> None:
     """``check=True`` waits for the device, which a capture cannot."""
-    if check:
+    if check and device.type == "cuda":
         check_capture(device, "check: got True", "None or False: checks of values wait for the GPU")
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Each keyword of the public functions that is no tensor, as far as it is given.
-
-    Raises:
-        TypeError, ValueError: one is out of its domain, or two do not go together.
-    """
-    for name, value in settings.items():
-        if value is None and name in _OPTIONAL:
-            continue
-        if name in _CHOICES:
-            check_choice(name, value, _CHOICES[name])
-        elif name in _POSITIVE:
-            check_positive(name, value, _POSITIVE[name])
-        elif name in _NUMBERS:
-            check_number(name, value, 0.0, _NUMBERS[name])
-        elif name in _INTEGERS:
-            check_int(name, value, _INTEGERS[name])
-        elif name in _BOOLS:
-            check_bool(name, value)
-        elif name == "backend" and not isinstance(value, str):
-            raise TypeError(f"backend: got {type(value).__name__}, expected a name")
-    if "scheme" in settings:
-        check_weighting(settings["scheme"], settings["window"], settings["gamma"], 1e-8)
-    sampled = settings.get("gradient", "exact") == "sampled"
-    for name in ("label_smoothing", "z_loss"):
-        if sampled and settings.get(name):
-            raise ValueError(
-                f"{name}: got {settings[name]} with gradient='sampled', expected 0: the sample and "
-                "its certificate are those of p - onehot(target). Use gradient='exact'"
-            )
-    if settings.get("hidden_variance") and not sampled:
-        raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
-
-
-_CHOICES = {
-    "gradient": ("exact", "sampled"),
-    "normalize": ("sequence", "token"),
-    "reduction": ("none", "mean", "sum"),
-}
-_POSITIVE = {"softcap": math.inf, "temperature": math.inf, "eps": 1.0}  # up to
-_NUMBERS = {"label_smoothing": 1.0, "z_loss": math.inf}  # 0 up to
-_INTEGERS = {"ignore_index": -(2**63), "max_buffer_bytes": 1}  # from
-_BOOLS = ("check", "return_stats", "hidden_variance")
-_OPTIONAL = ("softcap", "max_buffer_bytes", "check")
 
 
 def check_core(hidden: object, weight: object, target: object, bias: object) -> None:

@@ -10,24 +10,27 @@ autocast makes them narrow.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from bft_kernels.call import (
-    balance,
-    boundaries_of,
-    check_token_weight,
-    documents_of,
-    items_of,
-    prepare,
-    run,
-    run_weighted,
+from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
+from bft_kernels import ops
+from bft_kernels.checks import (
+    FLOAT_DTYPES,
+    check_boundaries,
+    check_derivatives,
+    check_finite,
+    check_number,
+    check_tensor,
 )
-from bft_kernels.checks import check_settings, check_weighting
-from bft_kernels.config import Weighting
-from bft_kernels.results import Forward, WeightedLoss
+from bft_kernels.documents import boundaries_beside
+from bft_kernels.problem import Problem, make_problem
+from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
+from bft_kernels.settings import CALLABLE, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
-from bft_kernels.weighting import SchemeFunction, labelled_layout, token_shares
+from bft_kernels.weighting import balanced_loss, local_weights, token_scales, weighted_losses
 
 
 def linear_nll(
@@ -36,17 +39,17 @@ def linear_nll(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    gradient: str = "exact",
-    eps: float = 2**-12,
+    ignore_index: int = Settings.ignore_index,
+    softcap: float | None = Settings.softcap,
+    temperature: float = Settings.temperature,
+    gradient: str = Settings.gradient,
+    eps: float = Settings.eps,
     seed: int | Tensor | None = None,
-    backend: str = "auto",
-    max_buffer_bytes: int | None = None,
-    check: bool | None = None,
-    return_stats: bool = False,
-    hidden_variance: bool = False,
+    backend: str = Settings.backend,
+    max_buffer_bytes: int | None = Settings.max_buffer_bytes,
+    check: bool | None = Settings.check,
+    return_stats: bool = Settings.return_stats,
+    hidden_variance: bool = Settings.hidden_variance,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
@@ -83,26 +86,22 @@ def linear_nll(
         RuntimeError: the forced backend cannot run this; ``create_graph=True`` in the backward; a
             call inside a transform of ``torch.func``; or an argument with a forward-mode tangent.
     """
-    call = prepare(
-        hidden,
-        weight,
-        target,
-        bias=bias,
+    settings = Settings(
         ignore_index=ignore_index,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
         eps=eps,
-        seed=seed,
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
     )
-    result = run(call)
-    loss = result.loss.view(call.shape)
-    return (loss, token_stats(call, result)) if return_stats else loss
+    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    result = ops.linear_nll(problem)
+    loss = result.loss.view(target.shape)
+    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
 
 
 def linear_cross_entropy(
@@ -111,21 +110,21 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    ignore_index: int = Settings.ignore_index,
+    reduction: str = Settings.reduction,
+    label_smoothing: float = Settings.label_smoothing,
+    z_loss: float = Settings.z_loss,
     token_weight: Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    gradient: str = "exact",
-    eps: float = 2**-12,
+    softcap: float | None = Settings.softcap,
+    temperature: float = Settings.temperature,
+    gradient: str = Settings.gradient,
+    eps: float = Settings.eps,
     seed: int | Tensor | None = None,
-    backend: str = "auto",
-    max_buffer_bytes: int | None = None,
-    check: bool | None = None,
-    return_stats: bool = False,
-    hidden_variance: bool = False,
+    backend: str = Settings.backend,
+    max_buffer_bytes: int | None = Settings.max_buffer_bytes,
+    check: bool | None = Settings.check,
+    return_stats: bool = Settings.return_stats,
+    hidden_variance: bool = Settings.hidden_variance,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Cross-entropy of a linear layer's logits, a drop-in for ``linear`` + ``cross_entropy``.
 
@@ -148,42 +147,38 @@ def linear_cross_entropy(
         A scalar, or target's shape for ``"none"``; float32 (float64 for float64 inputs). With
         ``return_stats=True``: ``(loss, TokenStats)``.
     """
-    check_settings({"reduction": reduction})
-    result: Forward | WeightedLoss
-    call = prepare(
-        hidden,
-        weight,
-        target,
-        bias=bias,
+    settings = Settings(
         ignore_index=ignore_index,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
         eps=eps,
-        seed=seed,
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        scheme="sft",  # a token's weight is its scale
     )
-    share = call.labelled.to(call.wide)
+    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    scale = problem.labelled.to(problem.acc_dtype)
     if token_weight is not None:
-        check_token_weight(token_weight, call)
-        share = torch.where(call.labelled, token_weight.reshape(-1), 0).to(call.wide)
+        _check_token_weight(token_weight, problem, target.shape)
+        scale = torch.where(problem.labelled, token_weight.reshape(-1), 0).to(scale)
     if reduction == "mean":
-        share = share / call.labelled.sum().clamp_min(1)
-    if reduction != "none" and gradient == "exact" and call.trains_head:
-        fused = run_weighted(call, share, None, None, Weighting("sft"))
-        loss, result = fused.loss, fused
-    else:
-        result = run(call)
-        # Where a weight is 0 an infinite loss must not turn the sum into NaN.
-        loss = torch.where(share != 0, result.loss * share, 0)
-        loss = loss.view(call.shape) if reduction == "none" else loss.sum()
-    return (loss, token_stats(call, result)) if return_stats else loss
+        scale = scale / problem.labelled.sum().clamp_min(1)
+    result: Forward | WeightedLoss
+    if reduction != "none" and gradient == "exact" and problem.trains_head:
+        result = ops.weighted_loss(problem, scale)
+        loss = result.loss
+        return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
+    result = ops.linear_nll(problem)
+    loss = weighted_losses(result.loss, scale)
+    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
+    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
 
 
 def balanced_linear_cross_entropy(
@@ -192,23 +187,23 @@ def balanced_linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
-    scheme: str | SchemeFunction = "bft",
-    window: int = 256,
-    gamma: float = 1.0,
+    ignore_index: int = Settings.ignore_index,
+    scheme: str | SchemeFunction = Settings.scheme,
+    window: int = Settings.window,
+    gamma: float = Settings.gamma,
     cu_seqlens: Tensor | None = None,
-    normalize: str = "sequence",
+    normalize: str = Settings.normalize,
     num_items: int | float | Tensor | None = None,
-    softcap: float | None = None,
-    temperature: float = 1.0,
-    gradient: str = "exact",
-    eps: float = 2**-12,
+    softcap: float | None = Settings.softcap,
+    temperature: float = Settings.temperature,
+    gradient: str = Settings.gradient,
+    eps: float = Settings.eps,
     seed: int | Tensor | None = None,
-    backend: str = "auto",
-    max_buffer_bytes: int | None = None,
-    check: bool | None = None,
-    return_stats: bool = False,
-    hidden_variance: bool = False,
+    backend: str = Settings.backend,
+    max_buffer_bytes: int | None = Settings.max_buffer_bytes,
+    check: bool | None = Settings.check,
+    return_stats: bool = Settings.return_stats,
+    hidden_variance: bool = Settings.hidden_variance,
 ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
     """The Balanced Fine-Tuning loss (arXiv 2511.21075), with constant weights.
 
@@ -239,51 +234,132 @@ def balanced_linear_cross_entropy(
         A scalar, float32 (float64 for float64 inputs). With ``return_stats=True``:
         ``(loss, BalancedTokenStats)``.
     """
-    check_weighting(scheme, window, gamma, 1e-8)
-    check_settings({"normalize": normalize})
-    call = prepare(
-        hidden,
-        weight,
-        target,
-        bias=bias,
+    settings = Settings(
         ignore_index=ignore_index,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
         eps=eps,
-        seed=seed,
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        scheme=scheme,
+        window=window,
+        gamma=gamma,
+        normalize=normalize,
     )
-    boundaries = boundaries_of(cu_seqlens, call)
-    items = items_of(num_items, call)
-    weighting = Weighting(scheme, window, gamma) if isinstance(scheme, str) else None
+    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    if not isinstance(scheme, str):
+        problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
+    boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
+    items = _items_of(num_items, problem)
+    in_forward = gradient == "exact" and problem.trains_head
+    if settings.local and not return_stats:
+        documents = None
+        if normalize == "sequence":
+            documents = _documents_of(boundaries, problem, target.shape)
+        scale = token_scales(problem.labelled, documents, items, problem.acc_dtype)
+        if in_forward:
+            return ops.weighted_loss(problem, scale).loss
+        nll = ops.linear_nll(problem).loss
+        scale = scale * local_weights(nll.detach(), problem.labelled, scheme)
+        return weighted_losses(nll, scale).sum()
+    documents = _documents_of(boundaries, problem, target.shape)
     on_host = boundaries is None or boundaries.device.type == "cpu"
-    known = weighting is not None and (weighting.local or on_host)
-    fused = weighting if gradient == "exact" and call.trains_head and known else None
-    if fused is not None and fused.local and normalize == "token" and not return_stats:
-        share = token_shares(call.labelled, None, items, call.wide)
-        return run_weighted(call, share, None, None, fused).loss
-    documents = documents_of(boundaries, call)
-    inputs = (call.labelled, documents, items, normalize)
-    settings = (scheme, window, gamma, Weighting.floor)
     result: Forward | WeightedLoss
-    if fused is not None:
-        layout = labelled_layout(call.labelled, documents) if normalize == "sequence" else None
-        share = token_shares(call.labelled, layout, items, call.wide)
+    weights: BalancedLoss | WeightedLoss
+    if in_forward and (settings.local or (on_host and isinstance(scheme, str))):
+        by_sequence = documents if normalize == "sequence" else None
+        scale = token_scales(problem.labelled, by_sequence, items, problem.acc_dtype)
         apart = boundaries is not None and boundaries.device != documents.device
-        result = run_weighted(call, share, documents, boundaries if apart else None, fused)
-        loss = result.loss
-        if not return_stats:
-            return loss
-        balanced = balance(result.nll, inputs, settings, backend)
+        result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
+        loss, weights = result.loss, result
+        if settings.local:
+            weights = _balanced_loss(problem, result.nll, documents, items, settings)
     else:
-        result = run(call)
-        balanced = balance(result.loss, inputs, settings, backend)
-        loss = balanced.loss
-        if not return_stats:
-            return loss
-    return loss, balanced_stats(call, token_stats(call, result), balanced)
+        result = ops.linear_nll(problem)
+        weights = _balanced_loss(problem, result.loss, documents, items, settings)
+        loss = weights.loss
+    if not return_stats:
+        return loss
+    return loss, balanced_stats(token_stats(problem, result, target.shape), weights, target.shape)
+
+
+def _balanced_loss(
+    problem: Problem, nll: Tensor, documents: Tensor, items: Tensor | None, settings: Settings
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
+    if isinstance(settings.scheme, str):
+        arguments = nll, problem.labelled, documents, items, *settings.arguments()
+        return BalancedLoss(*ops.balanced_loss(*arguments))
+    return balanced_loss(nll, problem.labelled, documents, items, settings)
+
+
+def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor | None:
+    """``[S + 1]`` int64, where it was given; ``None`` where documents are rows of ``shape``."""
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, problem.hidden.device)
+        check = problem.settings.check
+        # Looking at boundaries on the CPU waits for nothing.
+        if check or (cu_seqlens.device.type == "cpu" and check is not False):
+            return ops.documents(cu_seqlens, problem.target.numel())
+        return cu_seqlens.long()
+    if len(shape) > 2:
+        raise ValueError(
+            f"cu_seqlens: got None with a target of shape {tuple(shape)}, expected "
+            "boundaries: only the rows of a 2-D target are documents by themselves"
+        )
+    return None
+
+
+def _documents_of(boundaries: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor:
+    """``[S + 1]`` int64 beside the tokens; made there, unless the caller's lie elsewhere."""
+    device = problem.hidden.device
+    if boundaries is not None:
+        return boundaries_beside(boundaries, device)
+    rows = shape[0] if len(shape) == 2 else 1
+    length = shape[-1] if shape else 1
+    return torch.arange(rows + 1, dtype=torch.int64, device=device) * length
+
+
+def _items_of(num_items: int | float | Tensor | None, problem: Problem) -> Tensor | None:
+    """``num_items`` as a tensor ``[]`` beside the tokens."""
+    device = problem.hidden.device
+    if num_items is None:
+        return None
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(
+                f"num_items: got shape {tuple(num_items.shape)}, expected a number or a tensor []"
+            )
+        if num_items.dtype == torch.bool or num_items.is_complex():
+            raise TypeError(f"num_items: got dtype {num_items.dtype}, expected a count")
+        items = num_items.detach().reshape(())
+    else:
+        check_number("num_items", num_items, 0)
+        items = torch.full((), float(num_items), dtype=problem.acc_dtype, device=device)
+    if problem.settings.check or items.device.type == "cpu":
+        return ops.num_items(items, problem.labelled, bool(problem.settings.check))
+    return items.to(device)
+
+
+def _check_token_weight(token_weight: object, problem: Problem, shape: torch.Size) -> None:
+    """A constant beside each token.
+
+    Raises:
+        TypeError: not a tensor of floats.
+        ValueError: another shape or device, one that requires a gradient, or not finite.
+        RuntimeError: one with a tangent.
+    """
+    check_tensor("token_weight", token_weight, shape, FLOAT_DTYPES, problem.hidden.device)
+    assert isinstance(token_weight, Tensor)
+    if token_weight.requires_grad:
+        raise ValueError(
+            "token_weight: got a tensor that requires a gradient, expected a constant: detach it, "
+            "or use reduction='none' and multiply"
+        )
+    check_derivatives(token_weight=token_weight)
+    if problem.settings.check and not torch.compiler.is_compiling():
+        check_finite("token_weight", token_weight.reshape(-1, 1), rows=problem.labelled)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import platform
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bft_kernels import __version__
-from bft_kernels.dispatch import BACKENDS, Backend, why_not
+from bft_kernels.dispatch import BACKENDS, backend_package, why_not
+from bft_kernels.problem import Traits
 
 _PACKAGES = ("triton", "transformers", "accelerate", "peft", "numpy")
 _EXTENSIONS = {"cpu": "bft_kernels._cpu", "cuda": "bft_kernels._cuda"}
@@ -39,7 +39,7 @@ def info() -> dict[str, Any]:
         "devices": devices,
         "extensions": {name: _extension(module) for name, module in _EXTENSIONS.items()},
         "backends": {
-            backend.name: {device: _reasons(backend, device) for device in devices}
+            backend: {device: _reasons(backend, device) for device in devices}
             for backend in BACKENDS
         },
     }
@@ -56,28 +56,13 @@ def _extension(module: str) -> str:
     return f"built, runs {_cpu.instruction_set()} on {threads}"
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """What backends ask of a tensor, which would take a context of hundreds of MiB on a GPU."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    layout: torch.layout = torch.strided
-    shape: tuple[int, int] = (1, 1)
-
-    def dim(self) -> int:
-        return 2
-
-    def stride(self) -> tuple[int, int]:
-        return 1, 1
-
-
-def _reasons(backend: Backend, device: str) -> list[str]:
-    probe: Any = _Probe(torch.device(device))
+def _reasons(backend: str, device: str) -> list[str]:
+    probe = Traits(torch.device(device), torch.float32)
     if probe.device.type == "cuda" and probe.device.index != torch.cuda.current_device():
-        return backend.why_not(probe, probe)
+        reasons: list[str] = backend_package(backend).why_not(probe, probe)
+        return reasons
     try:
-        return why_not(backend.name, probe, probe)
+        return why_not(backend, probe, probe)
     except RuntimeError as error:  # such as a GPU whose memory others have
         return [f"not tried: {str(error).splitlines()[0]}"]
 

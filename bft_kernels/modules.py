@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import check_settings
 from bft_kernels.functional import (
     balanced_linear_cross_entropy,
     linear_cross_entropy,
 )
+from bft_kernels.settings import SchemeFunction, Settings, check_settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats
-from bft_kernels.weighting import SchemeFunction
 
 
 class _Loss(torch.nn.Module):
-    def __init__(self, settings: dict[str, Any]) -> None:
+    _function: Callable[..., Any]
+
+    def __init__(self, **settings: Any) -> None:
         super().__init__()
-        check_settings(settings)
+        known = _options(type(self)._function)
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"{name}: unexpected setting, expected one of {', '.join(known)}")
+        check_settings(Settings(**settings))
         self.settings = settings
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _options(function: Callable[..., Any]) -> list[str]:
+    """The settings that a function takes."""
+    return [name for name in inspect.signature(function).parameters if hasattr(Settings, name)]
 
 
 class LinearCrossEntropyLoss(_Loss):
@@ -35,23 +47,23 @@ class LinearCrossEntropyLoss(_Loss):
             return_stats, hidden_variance`` of the function.
     """
 
+    _function = staticmethod(linear_cross_entropy)
+
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        ignore_index: int = Settings.ignore_index,
+        reduction: str = Settings.reduction,
+        label_smoothing: float = Settings.label_smoothing,
+        z_loss: float = Settings.z_loss,
         **options: Any,
     ) -> None:
         super().__init__(
-            {
-                "ignore_index": ignore_index,
-                "reduction": reduction,
-                "label_smoothing": label_smoothing,
-                "z_loss": z_loss,
-                **_known(options),
-            }
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            **options,
         )
 
     def forward(
@@ -85,25 +97,25 @@ class BalancedLinearCrossEntropyLoss(_Loss):
             return_stats, hidden_variance`` of the function.
     """
 
+    _function = staticmethod(balanced_linear_cross_entropy)
+
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
-        scheme: str | SchemeFunction = "bft",
-        window: int = 256,
-        gamma: float = 1.0,
-        normalize: str = "sequence",
+        ignore_index: int = Settings.ignore_index,
+        scheme: str | SchemeFunction = Settings.scheme,
+        window: int = Settings.window,
+        gamma: float = Settings.gamma,
+        normalize: str = Settings.normalize,
         **options: Any,
     ) -> None:
         super().__init__(
-            {
-                "ignore_index": ignore_index,
-                "scheme": scheme,
-                "window": window,
-                "gamma": gamma,
-                "normalize": normalize,
-                **_known(options),
-            }
+            ignore_index=ignore_index,
+            scheme=scheme,
+            window=window,
+            gamma=gamma,
+            normalize=normalize,
+            **options,
         )
 
     def forward(
@@ -128,23 +140,3 @@ class BalancedLinearCrossEntropyLoss(_Loss):
             seed=seed,
             **self.settings,
         )
-
-
-_OPTIONS = (
-    "softcap",
-    "temperature",
-    "gradient",
-    "eps",
-    "backend",
-    "max_buffer_bytes",
-    "check",
-    "return_stats",
-    "hidden_variance",
-)
-
-
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    unknown = [name for name in options if name not in _OPTIONS]
-    if unknown:
-        raise TypeError(f"{unknown[0]}: unexpected setting, expected one of {', '.join(_OPTIONS)}")
-    return options

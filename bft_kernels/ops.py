@@ -3,7 +3,7 @@
 Three forward ops rest on the backends:
 
 ``bft_kernels::linear_nll``
-    per-token losses and statistics, and what its backward needs (``residual``);
+    per-token losses and statistics, and what its backward needs;
 ``bft_kernels::weighted_loss``
     a weighted sum of token losses whose weights are known, or become known, inside a block of
     logits: it makes the gradients in the same pass, for 3G instead of 4G;
@@ -11,7 +11,7 @@ Three forward ops rest on the backends:
     a weighted sum of token losses that are there, with the weights made from them.
 
 Backends are chosen inside the implementations, where the tensors are real, so that tracing sees one
-opaque op whatever will run it.
+opaque op whatever will run it. What is no tensor travels as ``Problem.arguments`` puts it together.
 """
 
 from __future__ import annotations
@@ -21,63 +21,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bft_kernels import problem as problems
 from bft_kernels.checks import (
     check_bias,
     check_boundary_values,
     check_capture,
     check_finite,
     check_items,
-    check_unchecked,
     check_values,
+    check_waiting,
 )
-from bft_kernels.config import CONFIG_SCHEMA, CoreConfig, Weighting, accumulator, storage
-from bft_kernels.dispatch import select, select_balanced_loss
+from bft_kernels.dispatch import Engine, select, select_balanced_loss
+from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
+from bft_kernels.problem import Problem, storage, traits_of
 from bft_kernels.results import (
     BalancedLoss,
     Documents,
     Forward,
     Gradients,
     Saved,
-    Wanted,
     WeightedLoss,
 )
-from bft_kernels.weighting import boundaries_beside
+from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
+from bft_kernels.settings import Settings
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor target"
-_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
-_SAVED = (
-    "Tensor nll, Tensor lse, Tensor lse_low, Tensor entry_offsets, Tensor entry_columns, "
-    "Tensor entry_values, Tensor? seed"
-)
-_WEIGHTING = "str scheme, int window, float gamma, float floor"
-
-# Arguments of linear_nll before its settings, and of weighted_loss before its settings.
-LINEAR_NLL_TENSORS = 5
-WEIGHTED_LOSS_TENSORS = 7
+_TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
 
 
-def _returns(record: type) -> str:
-    return ", ".join(f"Tensor {name}" for name in record._fields)  # type: ignore[attr-defined]
+def _fields(record: type) -> str:
+    return ", ".join([f"Tensor {name}" for name in record._fields])  # type: ignore[attr-defined]
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig
-) -> None:
-    check_unchecked(hidden.device, config.check_values or config.check_finite)
-    if config.check_values:
-        check_values(target, weight.shape[0], config.ignore_index)
-    if config.check_finite:
-        check_finite("hidden", hidden, rows=target != config.ignore_index)
-        check_finite("weight", weight)
-        if bias is not None:
-            check_bias(bias)
+def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
+    """From an op's arguments: those of ``_TENSORS``, and those of ``Problem.arguments``."""
+    hidden, weight, target, bias, seed = tensors
+    return Problem(hidden, weight, target, bias, seed, *problems.split(rest))
+
+
+def _engine(problem: Problem) -> Engine:
+    hidden, weight = traits_of(problem.hidden), traits_of(problem.weight)
+    return select(problem.settings.backend, hidden, weight, problem.operand)
+
+
+def _check(problem: Problem) -> None:
+    check = problem.settings.check
+    check_waiting(problem.hidden.device, check)
+    if check or (check is None and problem.hidden.device.type == "cpu"):
+        check_values(problem.target, problem.weight.shape[0], problem.settings.ignore_index)
+    if check:
+        check_finite("hidden", problem.hidden, rows=problem.labelled)
+        check_finite("weight", problem.weight)
+        if problem.bias is not None:
+            check_bias(problem.bias)
 
 
 @torch.library.custom_op("bft_kernels::documents", mutates_args=())
 def documents(cu_seqlens: Tensor, total: int) -> Tensor:
     """``cu_seqlens`` as int64, its values checked: an op, so that compiled code checks them too."""
-    check_unchecked(cu_seqlens.device, True)
+    check_waiting(cu_seqlens.device, True)
     check_boundary_values(cu_seqlens, total)
     return cu_seqlens.to(torch.int64, copy=True)
 
@@ -91,7 +93,7 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
     """``items []`` beside ``labelled [N]``, its value checked: an op, as :func:`documents` is."""
     device = labelled.device
-    check_unchecked(device, wait)
+    check_waiting(device, wait)
     if items.device != device:
         check_capture(
             device,
@@ -109,60 +111,54 @@ def _(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
     return torch.empty_like(items, device=labelled.device)
 
 
+# --- token losses --------------------------------------------------------------------------------
+
+
 @torch.library.custom_op(
     "bft_kernels::linear_nll",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? bias, Tensor? seed, {CONFIG_SCHEMA}) -> ({_returns(Forward)})",
+    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward)})",
 )
-def linear_nll(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    """See :class:`bft_kernels.results.Forward`. ``settings``: the fields of ``CoreConfig``."""
-    config = CoreConfig(*settings)
-    _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight, config.operand_dtype)
-    with own_settings(hidden):
-        return tuple(backend.linear_nll(hidden, weight, target, bias, seed, config))
+def linear_nll_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :class:`bft_kernels.results.Forward`."""
+    problem = as_problem(arguments[:5], arguments[5:])
+    _check(problem)
+    backend = _engine(problem)
+    with own_settings(problem.hidden):
+        return tuple(backend.linear_nll(problem))
 
 
-@linear_nll.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, ...]:
-    config = CoreConfig(*settings)
+def linear_nll(problem: Problem) -> Forward:
+    """The loss of each token, with what its backward needs, if any."""
+    p = problem
+    return Forward(*linear_nll_op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments()))
+
+
+@linear_nll_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = as_problem(arguments[:5], arguments[5:])
+    hidden, acc_dtype, saved = problem.hidden, problem.acc_dtype, problem.saved
     count, width = hidden.shape
-    wide = accumulator(hidden.dtype)
 
-    def tokens(wanted: bool, dtype: torch.dtype = wide) -> Tensor:
+    def tokens(wanted: bool, dtype: torch.dtype = acc_dtype) -> Tensor:
         return hidden.new_empty(count if wanted else 0, dtype=dtype)
 
-    sampled = config.residual == "entries"
+    sampled = saved == "entries"
     entries = torch.library.get_ctx().new_dynamic_size() if sampled else 0
     values = torch.library.get_ctx().new_dynamic_size() if sampled else 0
-    unit = count if config.residual == "unit" else 0
     return Forward(
         loss=tokens(True),
         nll=tokens(True),
         lse=tokens(True),
-        lse_low=tokens(config.residual == "recompute"),
-        entropy=tokens(config.statistics),
-        correct=tokens(config.statistics, torch.bool),
-        variance=tokens(config.variance),
-        hidden_variance=tokens(config.hidden_variance),
-        unit=hidden.new_empty(unit, width, dtype=storage(hidden.dtype)),
+        lse_low=tokens(saved == "recompute"),
+        entropy=tokens(problem.statistics),
+        correct=tokens(problem.statistics, torch.bool),
+        variance=tokens(problem.variance),
+        hidden_variance=tokens(problem.hidden_variance),
+        unit=hidden.new_empty(count if saved == "unit" else 0, width, dtype=storage(hidden.dtype)),
         entry_offsets=hidden.new_empty(count + 1 if sampled else 0, dtype=torch.int64),
         entry_columns=hidden.new_empty(entries, dtype=torch.int32),
-        entry_values=hidden.new_empty(values, dtype=wide),
+        entry_values=hidden.new_empty(values, dtype=acc_dtype),
     )
 
 
@@ -170,109 +166,88 @@ def _(
     "bft_kernels::linear_nll_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, {_INPUTS}, Tensor? bias, {_SAVED}, {CONFIG_SCHEMA}, {_WANTED})"
-        f" -> ({_returns(Gradients)})"
+        f"(Tensor grad, {_fields(Saved)}, {_TENSORS}, {problems.SCHEMA}) -> ({_fields(Gradients)})"
     ),
 )
+def linear_nll_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """See :class:`bft_kernels.results.Gradients`; empty tensors stand for ``None``."""
+    grad, saved, problem = _split_backward(arguments)
+    absent = problem.hidden.new_empty(0)
+    return tuple(
+        [absent.clone() if x is None else x for x in linear_nll_backward(problem, grad, saved)]
+    )
+
+
 def linear_nll_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    """``rest``: the fields of ``Saved``, of ``CoreConfig`` and of ``Wanted``."""
-    saved, config, wanted = _split_backward(rest)
-    gradients = run_backward(grad, hidden, weight, target, bias, saved, config, wanted)
-    absent = hidden.new_empty(0)
-    return tuple(absent.clone() if part is None else part for part in gradients)
-
-
-def run_backward(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
-    grad_weight: Tensor | None = None,
+    problem: Problem, grad: Tensor, saved: Saved, grad_weight: Tensor | None = None
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
-    backend = select(config.backend, hidden, weight, config.operand_dtype)
-    with own_settings(hidden):
-        return backend.linear_nll_backward(
-            grad, hidden, weight, target, bias, saved, config, wanted, grad_weight
-        )
+    backend = _engine(problem)
+    with own_settings(problem.hidden):
+        return backend.linear_nll_backward(problem, grad, saved, grad_weight)
 
 
-def _split_backward(rest: tuple[Any, ...]) -> tuple[Saved, CoreConfig, Wanted]:
-    saved, wanted = len(Saved._fields), len(Wanted._fields)
+def _split_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, Saved, Problem]:
+    grad, rest = arguments[0], arguments[1:]
+    saved, rest = Saved(*rest[: len(Saved._fields)]), rest[len(Saved._fields) :]
+    return grad, saved, as_problem(rest[:5], rest[5:])
+
+
+@linear_nll_backward_op.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _split_backward(arguments)[2]
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
+    absent = hidden.new_empty(0)
     return (
-        Saved(*rest[:saved]),
-        CoreConfig(*rest[saved:-wanted]),
-        Wanted(*rest[-wanted:]),
-    )
-
-
-@linear_nll_backward.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    _, _, wanted = _split_backward(rest)
-    return (
-        hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight.new_empty(weight.shape) if wanted.weight else hidden.new_empty(0),
-        hidden.new_empty(weight.shape[0], dtype=accumulator(hidden.dtype))
+        hidden.new_empty(hidden.shape) if wanted.hidden else absent,
+        weight.new_empty(weight.shape) if wanted.weight else absent.clone(),
+        hidden.new_empty(weight.shape[0], dtype=problem.acc_dtype)
         if wanted.bias
-        else hidden.new_empty(0),
+        else absent.clone(),
     )
+
+
+# --- weighted sums of token losses ---------------------------------------------------------------
 
 
 @torch.library.custom_op(
     "bft_kernels::weighted_loss",
     mutates_args=(),
     schema=(
-        f"({_INPUTS}, Tensor share, Tensor? cu_seqlens, Tensor? bounds, Tensor? bias, "
-        f"{CONFIG_SCHEMA}, "
-        f"{_WEIGHTING}, {_WANTED}) -> ({_returns(WeightedLoss)})"
+        f"(Tensor token_scale, Tensor? cu_seqlens, Tensor? bounds, {_TENSORS}, {problems.SCHEMA})"
+        f" -> ({_fields(WeightedLoss)})"
     ),
 )
-def weighted_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    share: Tensor,
-    cu_seqlens: Tensor | None,
-    bounds: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
+def weighted_loss_op(
+    token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """``rest``: the fields of ``CoreConfig``, of ``Weighting`` and of ``Wanted``.
-
-    ``cu_seqlens`` lies beside the tokens, and is not looked at for weights local to a token.
-    ``bounds`` are the same on the CPU; ``None`` beside tokens on an accelerator says that documents
-    are equally long.
-    """
-    config, weighting, wanted = split_weighted(rest)
+    """See :func:`weighted_loss`."""
+    problem = as_problem(rest[:5], rest[5:])
     documents = None
-    if cu_seqlens is not None and not weighting.local:
-        documents = _documents_on_host(cu_seqlens, bounds, hidden)
-    _check(hidden, weight, target, bias, config)
-    backend = select(config.backend, hidden, weight, config.operand_dtype)
-    with own_settings(hidden):
-        return tuple(
-            backend.weighted_loss(
-                hidden, weight, target, share, documents, bias, config, weighting, wanted
-            )
-        )
+    if cu_seqlens is not None and not problem.settings.local:
+        documents = _documents_on_host(cu_seqlens, bounds, problem.hidden)
+    _check(problem)
+    backend = _engine(problem)
+    with own_settings(problem.hidden):
+        return tuple(backend.weighted_loss(problem, token_scale, documents))
+
+
+def weighted_loss(
+    problem: Problem,
+    token_scale: Tensor,  # [N], what multiplies each token's weight
+    cu_seqlens: Tensor | None = None,  # [S + 1] int64; None for weights local to a token
+    bounds: Tensor | None = None,
+) -> WeightedLoss:
+    """The weighted sum, its gradients made along with it.
+
+    ``cu_seqlens`` lies beside the tokens. ``bounds`` are the same on the CPU; ``None`` beside
+    tokens on an accelerator says that documents are equally long.
+    """
+    p = problem
+    tensors = p.hidden, p.weight, p.target, p.bias, None
+    return WeightedLoss(
+        *weighted_loss_op(token_scale, cu_seqlens, bounds, *tensors, *p.arguments())
+    )
 
 
 def _documents_on_host(cu_seqlens: Tensor, bounds: Tensor | None, hidden: Tensor) -> Documents:
@@ -291,46 +266,37 @@ def _documents_on_host(cu_seqlens: Tensor, bounds: Tensor | None, hidden: Tensor
     return Documents(cu_seqlens, [place * length for place in range(documents + 1)])
 
 
-def split_weighted(rest: tuple[Any, ...]) -> tuple[CoreConfig, Weighting, Wanted]:
-    """The settings of ``weighted_loss`` from its trailing arguments."""
-    wanted = len(Wanted._fields)
-    weighting = wanted + 4
-    return (
-        CoreConfig(*rest[:-weighting]),
-        Weighting(*rest[-weighting:-wanted]),
-        Wanted(*rest[-wanted:]),
-    )
-
-
-@weighted_loss.register_fake
+@weighted_loss_op.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    share: Tensor,
-    cu_seqlens: Tensor | None,
-    bounds: Tensor | None,
-    bias: Tensor | None,
-    *rest: Any,
+    token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    config, _, wanted = split_weighted(rest)
-    count, width = hidden.shape
-    vocabulary = weight.shape[0]
-    wide = accumulator(hidden.dtype)
-    statistics = count if config.statistics else 0
+    problem = as_problem(rest[:5], rest[5:])
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
+    acc_dtype, (count, vocabulary, width) = problem.acc_dtype, problem.shape
+    statistics = count if problem.statistics else 0
+    weighs = problem.statistics and cu_seqlens is not None and not problem.settings.local
+    sequences = cu_seqlens.shape[0] - 1 if weighs and cu_seqlens is not None else 0
+
+    def vector(size: int, dtype: torch.dtype = acc_dtype) -> Tensor:
+        return hidden.new_empty(size, dtype=dtype)
+
     return WeightedLoss(
-        loss=hidden.new_empty((), dtype=wide),
+        loss=hidden.new_empty((), dtype=acc_dtype),
         grad_hidden=hidden.new_empty(
             count if wanted.hidden else 0, width, dtype=storage(hidden.dtype)
         ),
         grad_weight=weight.new_empty(
             vocabulary if wanted.weight else 0, width, dtype=storage(weight.dtype)
         ),
-        grad_bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
-        nll=hidden.new_empty(count, dtype=wide),
-        lse=hidden.new_empty(count, dtype=wide),
-        entropy=hidden.new_empty(statistics, dtype=wide),
-        correct=hidden.new_empty(statistics, dtype=torch.bool),
+        grad_bias=vector(vocabulary if wanted.bias else 0),
+        nll=vector(count),
+        lse=vector(count),
+        entropy=vector(statistics),
+        correct=vector(statistics, torch.bool),
+        token_weight=vector(count if weighs else 0),
+        window_confidence=vector(count if weighs else 0),
+        sequence_weight=vector(sequences),
+        sequence_confidence=vector(sequences),
     )
 
 
@@ -338,38 +304,24 @@ def _(
     "bft_kernels::balanced_loss",
     mutates_args=(),
     schema=(
-        "(Tensor loss, Tensor labelled, Tensor cu_seqlens, Tensor? num_items, str normalize, "
-        f"{_WEIGHTING}, str backend) -> ({_returns(BalancedLoss)})"
+        "(Tensor loss, Tensor labelled, Tensor cu_seqlens, Tensor? num_items, "
+        f"{SETTINGS_SCHEMA}) -> ({_fields(BalancedLoss)})"
     ),
 )
 def balanced_loss(
-    loss: Tensor,
-    labelled: Tensor,
-    cu_seqlens: Tensor,
-    num_items: Tensor | None,
-    normalize: str,
-    *rest: Any,
+    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Weighting``, and
-    the backend's name.
-    """
-    *weighting, backend = rest
-    function = select_balanced_loss(backend, loss)
+    """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
+    settings = Settings(*rest)
+    function = select_balanced_loss(settings.backend, traits_of(loss))
     cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
     with torch.cuda.device_of(loss):
-        return tuple(
-            function(loss, labelled, cu_seqlens, num_items, normalize, Weighting(*weighting))
-        )
+        return tuple(function(loss, labelled, cu_seqlens, num_items, settings))
 
 
 @balanced_loss.register_fake
 def _(
-    loss: Tensor,
-    labelled: Tensor,
-    cu_seqlens: Tensor,
-    num_items: Tensor | None,
-    normalize: str,
-    *rest: Any,
+    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     def tokens() -> Tensor:
         return loss.new_empty(loss.shape[0])

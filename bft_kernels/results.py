@@ -1,4 +1,4 @@
-"""What the ops return and pass on. ``wide`` is float32, or float64 for float64 inputs.
+"""What the ops return and pass on. ``acc`` is float32, or float64 for float64 inputs.
 
 Tensors that were not asked for have size 0 in their first dimension.
 """
@@ -13,20 +13,20 @@ from torch import Tensor
 class Forward(NamedTuple):
     """Results of ``linear_nll``."""
 
-    loss: Tensor  # [N] wide, the only differentiable one
-    nll: Tensor  # [N] wide
-    lse: Tensor  # [N] wide
-    lse_low: Tensor  # [N] wide, what rounding took from lse; for residual "recompute"
-    entropy: Tensor  # [N] wide
+    loss: Tensor  # [N] acc, the only differentiable one
+    nll: Tensor  # [N] acc
+    lse: Tensor  # [N] acc
+    lse_low: Tensor  # [N] acc, what rounding took from lse; for a recomputing backward
+    entropy: Tensor  # [N] acc
     correct: Tensor  # [N] bool
-    variance: Tensor  # [N] wide
-    hidden_variance: Tensor  # [N] wide
+    variance: Tensor  # [N] acc
+    hidden_variance: Tensor  # [N] acc
     unit: Tensor  # [N, D] storage type of hidden, dH for unit upstream gradient
     entry_offsets: Tensor  # [N + 1] int64
     # A backend may keep more entries than the sample has, without values, and thin them in its
     # backward.
     entry_columns: Tensor  # [E] int32
-    entry_values: Tensor  # [E] wide, dy for unit upstream gradient; or [0]
+    entry_values: Tensor  # [E] acc, dy for unit upstream gradient; or [0]
 
 
 class Saved(NamedTuple):
@@ -38,7 +38,6 @@ class Saved(NamedTuple):
     entry_offsets: Tensor
     entry_columns: Tensor
     entry_values: Tensor
-    seed: Tensor | None  # [] int64, with entries
 
 
 class Wanted(NamedTuple):
@@ -50,7 +49,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """``None`` where not wanted. The bias's is wide, the others have their input's type."""
+    """``None`` where not wanted. The bias's is acc, the others have their input's type."""
 
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
@@ -67,22 +66,27 @@ class Documents(NamedTuple):
 class WeightedLoss(NamedTuple):
     """Results of ``weighted_loss``."""
 
-    loss: Tensor  # [] wide, the only differentiable one
+    loss: Tensor  # [] acc, the only differentiable one
     grad_hidden: Tensor  # [N, D] storage type of hidden, for unit upstream gradient
     grad_weight: Tensor  # [V, D] storage type of weight
-    grad_bias: Tensor  # [V] wide
-    nll: Tensor  # [N] wide
-    lse: Tensor  # [N] wide
-    entropy: Tensor  # [N] wide
+    grad_bias: Tensor  # [V] acc
+    nll: Tensor  # [N] acc
+    lse: Tensor  # [N] acc
+    entropy: Tensor  # [N] acc
     correct: Tensor  # [N] bool
+    # With statistics, of a scheme that looks at documents:
+    token_weight: Tensor  # [N] acc
+    window_confidence: Tensor  # [N] acc
+    sequence_weight: Tensor  # [S] acc
+    sequence_confidence: Tensor  # [S] acc
 
 
 class BalancedLoss(NamedTuple):
     """Results of ``balanced_loss``; the weights are 0 where ignored and without labels."""
 
-    loss: Tensor  # [] wide, the only differentiable one
-    coefficient: Tensor  # [N] wide, what multiplies each token's loss
-    token_weight: Tensor  # [N] wide
-    window_confidence: Tensor  # [N] wide
-    sequence_weight: Tensor  # [S] wide
-    sequence_confidence: Tensor  # [S] wide
+    loss: Tensor  # [] acc, the only differentiable one
+    coefficient: Tensor  # [N] acc, what multiplies each token's loss
+    token_weight: Tensor  # [N] acc
+    window_confidence: Tensor  # [N] acc
+    sequence_weight: Tensor  # [S] acc
+    sequence_confidence: Tensor  # [S] acc

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.call import Call
+from bft_kernels.problem import Problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 
 
@@ -41,33 +41,35 @@ class BalancedTokenStats(NamedTuple):
     sequence_weight: Tensor  # [S]
 
 
-def token_stats(call: Call, result: Forward | WeightedLoss) -> TokenStats:
-    """Of a call's results."""
+def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.Size) -> TokenStats:
+    """Of a call's results, in the ``shape`` of its target."""
 
     def shaped(values: Tensor) -> Tensor:
-        return values.detach().view(call.shape)
+        return values.detach().view(shape)
 
-    sampled = isinstance(result, Forward) and call.config.variance
-    weighted = sampled and call.config.hidden_variance
-    assert not sampled or isinstance(result, Forward)
-    confidence = torch.where(call.labelled, torch.exp(-result.nll), 0.0)
+    variance = hidden_variance = None
+    if isinstance(result, Forward):
+        variance = shaped(result.variance) if problem.variance else None
+        hidden_variance = shaped(result.hidden_variance) if problem.hidden_variance else None
     return TokenStats(
         nll=shaped(result.nll),
         lse=shaped(result.lse),
-        confidence=shaped(confidence),
+        confidence=shaped(torch.where(problem.labelled, torch.exp(-result.nll), 0.0)),
         entropy=shaped(result.entropy),
         correct=shaped(result.correct),
-        variance=shaped(result.variance) if sampled else None,  # type: ignore[union-attr]
-        hidden_variance=shaped(result.hidden_variance) if weighted else None,  # type: ignore[union-attr]
+        variance=variance,
+        hidden_variance=hidden_variance,
     )
 
 
-def balanced_stats(call: Call, stats: TokenStats, balanced: BalancedLoss) -> BalancedTokenStats:
+def balanced_stats(
+    stats: TokenStats, weights: BalancedLoss | WeightedLoss, shape: torch.Size
+) -> BalancedTokenStats:
     """The same with the weights."""
     return BalancedTokenStats(
         *stats,
-        window_confidence=balanced.window_confidence.view(call.shape),
-        token_weight=balanced.token_weight.view(call.shape),
-        sequence_confidence=balanced.sequence_confidence,
-        sequence_weight=balanced.sequence_weight,
+        window_confidence=weights.window_confidence.view(shape),
+        token_weight=weights.token_weight.view(shape),
+        sequence_confidence=weights.sequence_confidence,
+        sequence_weight=weights.sequence_weight,
     )

@@ -7,7 +7,6 @@ autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,30 @@ from bft_kernels.checks import (
     check_capture,
     check_confidence,
     check_cu_seqlens,
+    check_int,
+    check_positive,
     check_tensor,
-    check_weighting,
+)
+from bft_kernels.documents import (
+    boundaries_beside,
+    cu_seqlens_from_attention_mask,
+    cu_seqlens_from_position_ids,
+    labelled_layout,
+    shift_labels,
 )
 from bft_kernels.results import BalancedLoss
+from bft_kernels.settings import SchemeFunction, Settings, check_scheme
 
-SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+__all__ = [
+    "TokenWeights",
+    "cu_seqlens_from_attention_mask",
+    "cu_seqlens_from_position_ids",
+    "shift_labels",
+    "token_weights",
+]
+
+# What ``bft`` adds to the denominator of a token weight.
+DELTA = 1e-8
 
 
 class TokenWeights(NamedTuple):
@@ -38,10 +55,10 @@ def token_weights(
     confidence: Tensor,
     cu_seqlens: Tensor,
     *,
-    scheme: str | SchemeFunction = "bft",
-    window: int = 256,
-    gamma: float = 1.0,
-    floor: float = 1e-8,
+    scheme: str | SchemeFunction = Settings.scheme,
+    window: int = Settings.window,
+    gamma: float = Settings.gamma,
+    floor: float = DELTA,
 ) -> TokenWeights:
     """Weights of labelled tokens from their confidences.
 
@@ -79,10 +96,13 @@ def token_weights(
     """
     check_tensor("confidence", confidence, (None,), (torch.float32, torch.float64))
     check_cu_seqlens(cu_seqlens, confidence.numel(), confidence.device)
-    check_weighting(scheme, window, gamma, floor)
+    check_scheme("scheme", scheme)
+    check_int("window", window, 1)
+    check_positive("gamma", gamma)
+    check_positive("floor", floor)
     if confidence.device.type == "cpu" and not torch.compiler.is_compiling():
         check_confidence(confidence)
-    return weigh(confidence, cu_seqlens, scheme=scheme, window=window, gamma=gamma, floor=floor)
+    return weigh(confidence, cu_seqlens, scheme=scheme, window=window, gamma=gamma, delta=floor)
 
 
 @torch.no_grad()
@@ -93,7 +113,7 @@ def weigh(
     scheme: str | SchemeFunction,
     window: int,
     gamma: float,
-    floor: float = 1e-8,
+    delta: float = DELTA,
     nll: Tensor | None = None,  # [n]
 ) -> TokenWeights:
     """:func:`token_weights` without its checks, and with room for padding behind the last token.
@@ -135,7 +155,7 @@ def weigh(
     if not isinstance(scheme, str):
         token, per_sequence = _call_scheme(scheme, confidence, cu_seqlens, lowest)
     elif scheme == "bft":
-        token, per_sequence = (confidence / (local + floor)).clamp(0, 1), 1 - lowest
+        token, per_sequence = (confidence / (local + delta)).clamp(0, 1), 1 - lowest
     elif scheme == "bft-v1-code":
         token, per_sequence = confidence, 1 - lowest.clamp(0, 1) ** gamma
     elif scheme == "bft-v1":
@@ -216,135 +236,7 @@ def window_sums(values: Tensor, start: Tensor, length: Tensor, window: int) -> T
     return total
 
 
-def boundaries_beside(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """``cu_seqlens`` as int64 on ``device``.
-
-    Raises:
-        RuntimeError: they would have to be copied while a CUDA graph is captured.
-    """
-    if cu_seqlens.device != device:
-        check_capture(
-            device,
-            f"cu_seqlens: got a tensor on {cu_seqlens.device}",
-            f"one on {device}: a replay would read freed memory. Move it there before the "
-            "capture; rows of equal length need none",
-        )
-    return cu_seqlens.to(device, torch.int64, non_blocking=True)
-
-
-# --- layouts: from what a batch brings to target and cu_seqlens ----------------------------------
-
-
-def shift_labels(
-    labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100
-) -> Tensor:
-    """Aligns next-token labels with hidden states: ``target[b, t] = labels[b, t + 1]``.
-
-    The last position of each row has nothing to predict and is ignored, and so is the last
-    position of each document when ``cu_seqlens`` is given: a document's first token is never
-    predicted from the document before it.
-
-    Args:
-        labels: ``[B, T]`` int64.
-        cu_seqlens: ``[S + 1]`` over the flattened ``B * T`` positions.
-        ignore_index: fills the positions without a target.
-
-    Returns:
-        ``target [B, T]`` int64.
-    """
-    check_tensor("labels", labels, (None, None), (torch.int64,))
-    target = torch.full_like(labels, ignore_index)
-    target[:, :-1] = labels[:, 1:]
-    if cu_seqlens is None:
-        return target
-    check_cu_seqlens(cu_seqlens, labels.numel(), labels.device)
-    position = torch.arange(labels.numel(), dtype=torch.int64, device=labels.device)
-    ends = (boundaries_beside(cu_seqlens, labels.device) - 1).contiguous()
-    found = ends[torch.searchsorted(ends, position).clamp(max=ends.numel() - 1)] == position
-    return target.masked_fill(found.view_as(target), ignore_index)
-
-
-def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Document boundaries of rows in which ``position_ids`` restart, as packing makes them.
-
-    A document starts at the beginning of each row and wherever a position is not its
-    predecessor's plus one. Padding becomes documents of its own, which hold no labels.
-
-    Args:
-        position_ids: ``[B, T]`` int64.
-
-    Returns:
-        ``cu_seqlens [S + 1]`` int64 over the flattened positions. On a CPU ``S`` is the number of
-        documents; elsewhere ``S = B * T``, filled up with empty documents, so that the host need
-        not wait for the count.
-    """
-    check_tensor("position_ids", position_ids, (None, None), (torch.int32, torch.int64))
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return _cu_seqlens_from_starts(starts)
-
-
-def cu_seqlens_from_attention_mask(attention_mask: Tensor) -> Tensor:
-    """Document boundaries from a mask: 1 or the document's number (1, 2, ...), 0 for padding.
-
-    Args:
-        attention_mask: ``[B, T]``, int or bool.
-
-    Returns:
-        ``cu_seqlens [S + 1]`` int64, as :func:`cu_seqlens_from_position_ids`.
-    """
-    check_tensor(
-        "attention_mask", attention_mask, (None, None), (torch.bool, torch.int32, torch.int64)
-    )
-    starts = torch.ones_like(attention_mask, dtype=torch.bool)
-    starts[:, 1:] = attention_mask[:, 1:] != attention_mask[:, :-1]
-    return _cu_seqlens_from_starts(starts)
-
-
-def _cu_seqlens_from_starts(starts: Tensor) -> Tensor:
-    count = starts.numel()
-    starts = starts.flatten()
-    if starts.device.type == "cpu":
-        first = starts.nonzero().squeeze(1)
-    else:
-        position = torch.arange(count, dtype=torch.int64, device=starts.device)
-        first = torch.where(starts, position, count).sort().values
-    return torch.cat([first, first.new_full((1,), count)])
-
-
-class Layout(NamedTuple):
-    """Where labelled tokens go when gaps of prompt and padding are closed up."""
-
-    labelled: Tensor  # [N] bool
-    slot: Tensor  # [N] int64, place among the labelled tokens; meaningless where ignored
-    sequence: Tensor  # [N] int64, the document of each position
-    cu_labelled: Tensor  # [S + 1] int64 over the labelled tokens
-
-    def compact(self, values: Tensor) -> Tensor:
-        """``[N] -> [N]``: labelled tokens first, in order; behind them zeros."""
-        count = values.numel()
-        slot = torch.where(self.labelled, self.slot, count)
-        return values.new_zeros(count + 1).scatter(0, slot, values)[:count]
-
-    def spread(self, compacted: Tensor) -> Tensor:
-        """The inverse of :meth:`compact`, 0 where ignored."""
-        if compacted.numel() == 0:
-            return compacted.new_zeros(self.slot.shape)
-        slot = self.slot.clamp(0, compacted.numel() - 1)
-        return torch.where(self.labelled, compacted[slot], 0.0)
-
-
-def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
-    """The layout of flattened positions ``labelled [N]`` in documents ``cu_seqlens [S + 1]``."""
-    cu = boundaries_beside(cu_seqlens, labelled.device)
-    through = labelled.long().cumsum(0)
-    before = torch.nn.functional.pad(through, (1, 0))
-    position = torch.arange(labelled.numel(), dtype=torch.int64, device=labelled.device)
-    sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
-    return Layout(labelled, through - 1, sequence, before[cu])
-
-
-class Balanced(NamedTuple):
+class Weights(NamedTuple):
     """The weights of a batch in which not every position carries a label; 0 where ignored."""
 
     weight: Tensor  # [N], token weight times sequence weight
@@ -357,68 +249,69 @@ class Balanced(NamedTuple):
 @torch.no_grad()
 def balance(
     nll: Tensor,  # [N]
-    layout: Layout,
-    scheme: str | SchemeFunction,
-    window: int,
-    gamma: float,
-    floor: float,
-) -> Balanced:
+    labelled: Tensor | None,  # [N] bool; None: every position carries a label
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    settings: Settings,
+) -> Weights:
     """Weights from token losses."""
-    compacted = layout.compact(nll.detach())
+    nll = nll.detach()
+    layout = None if labelled is None else labelled_layout(labelled, cu_seqlens)
+    compacted = nll if layout is None else layout.compact(nll)
+    cu_labelled = cu_seqlens if layout is None else layout.cu_labelled
     weights = weigh(
         torch.exp(-compacted),
-        layout.cu_labelled,
-        scheme=scheme,
-        window=window,
-        gamma=gamma,
-        floor=floor,
+        cu_labelled,
+        scheme=settings.scheme,
+        window=settings.window,
+        gamma=settings.gamma,
         nll=compacted,
     )
-    token = layout.spread(weights.token_weight)
-    sequence = weights.sequence_weight
-    return Balanced(
-        token * sequence[layout.sequence] if sequence.numel() else token,
-        token,
-        layout.spread(weights.window_confidence),
-        sequence,
-        weights.sequence_confidence,
-    )
+    token, window_confidence = weights.token_weight, weights.window_confidence
+    sequence_weight = weights.sequence_weight
+    if layout is not None:
+        token, window_confidence = layout.spread(token), layout.spread(window_confidence)
+        of_token = layout.sequence
+    else:
+        of_token = torch.repeat_interleave(cu_labelled.diff(), output_size=nll.numel())
+    joint = token * sequence_weight[of_token] if sequence_weight.numel() else token
+    return Weights(joint, token, window_confidence, sequence_weight, weights.sequence_confidence)
 
 
-def local_weights(nll: Tensor, labelled: Tensor, scheme: str) -> Tensor:
+def local_weights(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
     """The weights of a scheme that is local to a token, ``[N]``: whatever the documents are."""
     if scheme == "sft":
         return labelled.to(nll.dtype)
     return torch.where(labelled, torch.exp(-nll), 0.0)
 
 
-def sequence_shares(layout: Layout, dtype: torch.dtype) -> Tensor:
-    """``1 / T_b`` for each position of document ``b`` of ``T_b`` labels, ``[N]``; 0 if ignored."""
-    lengths = layout.cu_labelled.diff().clamp_min(1)
-    if lengths.numel() == 0:
-        return layout.labelled.to(dtype)
-    return torch.where(layout.labelled, 1.0 / lengths[layout.sequence].to(dtype), 0.0)
+def token_scales(
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor | None,  # [S + 1]
+    num_items: Tensor | None,  # []
+    dtype: torch.dtype,
+) -> Tensor:  # [N]
+    """What multiplies each token's weight and loss; 0 where ignored.
 
-
-def token_shares(
-    labelled: Tensor, layout: Layout | None, num_items: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """What multiplies each token's weight and loss, ``[N]``; 0 where ignored.
-
-    Args:
-        labelled: ``[N]`` bool.
-        layout: of the documents, for ``1 / T_b`` over the number of documents with labels; ``None``
-            for 1 over the number of labels.
-        num_items: ``[]``, that number, if it is not this batch's.
+    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, over the
+    number of documents with labels; without, 1 over the number of labels. ``num_items`` is that
+    number where it is not this batch's.
     """
-    if layout is not None:
-        share = sequence_shares(layout, dtype)
-        count = (layout.cu_labelled.diff() > 0).sum()
+    if cu_seqlens is not None:
+        layout = labelled_layout(labelled, cu_seqlens)
+        lengths = layout.cu_labelled.diff()
+        scale = labelled.to(dtype)
+        if lengths.numel():
+            scale = scale / lengths.clamp_min(1)[layout.sequence].to(dtype)
+        count = (lengths > 0).sum()
     else:
-        share = labelled.to(dtype)
-        count = labelled.sum()
-    share = share / (count.clamp_min(1) if num_items is None else num_items)
-    return torch.where(labelled, share, 0.0)  # num_items is 0 in a step without labels
+        scale, count = labelled.to(dtype), labelled.sum()
+    scale = scale / (count.clamp_min(1) if num_items is None else num_items)
+    return torch.where(labelled, scale, 0.0)  # num_items is 0 in a step without labels
+
+
+def weighted_losses(loss: Tensor, coefficient: Tensor) -> Tensor:
+    """``[N]``: where a weight is 0 an infinite loss must not turn the product into NaN."""
+    return torch.where(coefficient != 0, loss * coefficient, 0)
 
 
 def balanced_loss(
@@ -426,17 +319,12 @@ def balanced_loss(
     labelled: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [S + 1] over the N positions
     num_items: Tensor | None,  # []
-    normalize: str,
-    scheme: str | SchemeFunction,
-    window: int,
-    gamma: float,
-    floor: float,
+    settings: Settings,
 ) -> BalancedLoss:
     """The weighted sum of token losses, with constant weights made from those losses."""
-    layout = labelled_layout(labelled, cu_seqlens)
-    balanced = balance(loss, layout, scheme, window, gamma, floor)
-    by_sequence = layout if normalize == "sequence" else None
-    coefficient = token_shares(labelled, by_sequence, num_items, loss.dtype) * balanced.weight
-    # Where a weight is 0 an infinite loss must not turn the sum into NaN.
-    total = torch.where(coefficient != 0, coefficient * loss, 0).sum()
-    return BalancedLoss(total, coefficient, *balanced[1:])
+    weights = balance(loss, labelled, cu_seqlens, settings)
+    by_sequence = cu_seqlens if settings.normalize == "sequence" else None
+    scale = token_scales(labelled, by_sequence, num_items, loss.dtype)
+    coefficient = scale * weights.weight
+    total = weighted_losses(loss, coefficient).sum()
+    return BalancedLoss(total, coefficient, *weights[1:])

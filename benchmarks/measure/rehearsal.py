@@ -9,29 +9,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import SCHEMES
-from bft_kernels.config import CoreConfig, Weighting
-from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES
+from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES
+from bft_kernels.problem import Problem
 from bft_kernels.results import Documents, Saved, Wanted
+from bft_kernels.settings import SCHEMES, Settings
 
 # N, D and V of the published figures.
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
 # Budgets with which the forward keeps logits in a buffer, and in registers.
-CHUNKS, TILES = DEFAULT_ACCELERATOR_BUFFER_BYTES, 100 * 2**20
+CHUNKS, TILES = ACCELERATOR_BUFFER_BYTES, 100 * 2**20
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _config(dtype: torch.dtype) -> CoreConfig:
-    return CoreConfig(
-        eps=2**-10,
-        residual="recompute",
-        operand=str(dtype).removeprefix("torch."),
-        backend="triton",
-        max_buffer_bytes=CHUNKS,
-    )
 
 
 def ours(
@@ -50,46 +40,46 @@ def ours(
         width: ``D``.
         transformed: with a bias, a softcap and smoothing.
     """
-    from bft_kernels.backends.triton import linear_nll, linear_nll_backward, weighted_loss
+    from bft_kernels.backends.triton.engine import linear_nll, linear_nll_backward, weighted_loss
 
     hidden = _empty(ROWS, width, dtype=hidden_dtype or operand)
     weight = _empty(VOCABULARY, width, dtype=weight_dtype or operand)
     target, seed = _empty(ROWS, dtype=torch.int64), _empty(dtype=torch.int64)
     bias = _empty(VOCABULARY, dtype=weight.dtype) if transformed else None
-    grad = _empty(ROWS)
-    plain = _config(operand)
+    grad, wanted = _empty(ROWS), Wanted(hidden=True, weight=True, bias=transformed)
+    plain = Settings(eps=2**-10, backend="triton", max_buffer_bytes=CHUNKS)
     if transformed:
         plain = replace(plain, softcap=30.0, temperature=0.7)
-    sampled = replace(plain, residual="entries")
-    exact = plain
-    if transformed:
-        exact = replace(plain, label_smoothing=0.1, z_loss=1e-4)
-    wanted = Wanted(hidden=True, weight=True, bias=transformed)
-    inputs = (hidden, weight, target, bias)
-    certified = {"statistics": True, "variance": True, "hidden_variance": True}
-    configs = (exact, replace(exact, statistics=True), sampled, replace(sampled, **certified))
-    for config, budget in itertools.product(configs, (CHUNKS, TILES)):
-        config = replace(config, max_buffer_bytes=budget)
-        out = linear_nll(*inputs, seed, config)
-        entries = (out.entry_offsets, out.entry_columns, out.entry_values)
-        saved = Saved(out.nll, out.lse, out.lse_low, *entries, seed)
+    sampled = replace(plain, gradient="sampled")
+    exact = replace(plain, label_smoothing=0.1, z_loss=1e-4) if transformed else plain
+    certified = replace(sampled, return_stats=True, hidden_variance=True)
+
+    def problem(settings: Settings, wanted: Wanted = wanted) -> Problem:
+        return Problem(hidden, weight, target, bias, seed, settings, operand, wanted)
+
+    for settings, budget in itertools.product(
+        (exact, replace(exact, return_stats=True), sampled, certified), (CHUNKS, TILES)
+    ):
+        call = problem(replace(settings, max_buffer_bytes=budget))
+        out = linear_nll(call)
+        saved = Saved(*(getattr(out, name) for name in Saved._fields))
         for given in (None, torch.empty_like(weight)):  # dW is written, or added to
-            linear_nll_backward(grad, *inputs, saved, config, wanted, given)
-    linear_nll(*inputs, None, replace(exact, residual="unit"))
-    weighting = Weighting("bft")
+            linear_nll_backward(call, grad, saved, given)
+    linear_nll(problem(exact, Wanted(hidden=True, weight=False, bias=False)))
     documents = Documents(_empty(3, dtype=torch.int64), [0, ROWS // 2, ROWS])
-    weighted_loss(hidden, weight, target, grad, documents, bias, exact, weighting, wanted)
+    weighted_loss(problem(exact), grad, documents)
 
 
 def weights() -> None:
     """Weights and loss of token losses, of every scheme and normaliser."""
-    from bft_kernels.backends.triton import balanced_loss
+    from bft_kernels.backends.triton.engine import balanced_loss
 
     loss, labelled = _empty(ROWS), _empty(ROWS, dtype=torch.bool)
     bounds = _empty(17, dtype=torch.int64)
     for scheme, normalize in itertools.product(SCHEMES, ("sequence", "token")):
         for items in (None, _empty()):
-            balanced_loss(loss, labelled, bounds, items, normalize, Weighting(scheme))
+            settings = Settings(scheme=scheme, normalize=normalize)
+            balanced_loss(loss, labelled, bounds, items, settings)
 
 
 _BF16, _FP32 = torch.bfloat16, torch.float32

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.shapes import Shape
-from bft_kernels.plan import DEFAULT_ACCELERATOR_BUFFER_BYTES, plan_rows
+from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES, plan_rows
 
 # Bytes of an element; float32 products are TF32's.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
@@ -101,7 +101,7 @@ def exact(
     shape: Shape,
     mode: str = "both",
     operand: str = "bfloat16",
-    budget: int = DEFAULT_ACCELERATOR_BUFFER_BYTES,
+    budget: int = ACCELERATOR_BUFFER_BYTES,
 ) -> list[Work]:
     """A weighted or plain loss and its gradient, chunk by chunk: 1G, 2G or 3G by ``mode``.
 
@@ -142,7 +142,7 @@ def sampled(
     kept: float,
     mode: str = "both",
     operand: str = "bfloat16",
-    budget: int = DEFAULT_ACCELERATOR_BUFFER_BYTES,
+    budget: int = ACCELERATOR_BUFFER_BYTES,
     hits: float = 0.0,
 ) -> list[Work]:
     """The loss and its sampled gradient: 1G, and rows of ``weight`` and ``hidden`` gathered.

@@ -16,7 +16,7 @@ from torch.nn import functional
 from benchmarks.providers.provider import AGAIN, AGAIN_EACH, KEPT, peer
 from benchmarks.shapes import Problem
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
-from bft_kernels.config import Weighting
+from bft_kernels.settings import Settings
 from bft_kernels.weighting import balanced_loss
 
 
@@ -34,18 +34,9 @@ def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
         return nll.mean()
     if weighting == "dft":
         return ((-nll.detach()).exp() * nll).mean()
-    settings = Weighting(weighting, problem.window)
-    return balanced_loss(
-        nll,
-        torch.ones_like(nll, dtype=torch.bool),
-        documents(problem),
-        None,
-        "sequence",
-        settings.scheme,
-        settings.window,
-        settings.gamma,
-        settings.floor,
-    ).loss
+    settings = Settings(scheme=weighting, window=problem.window)
+    labelled = torch.ones_like(nll, dtype=torch.bool)
+    return balanced_loss(nll, labelled, documents(problem), None, settings).loss
 
 
 def reduction(weighting: str) -> str:

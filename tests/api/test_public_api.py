@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from bft_kernels import settings
+
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 PACKAGES = ("bft_kernels", "bft")
@@ -110,6 +112,11 @@ def test_what_is_public_is_imported_by_its_name(package):
     """And `dir` of the package tells it, which completion asks."""
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))
+
+
+def test_the_table_of_options_is_that_of_the_settings():
+    page = (ROOT / "docs/loss.md").read_text()
+    assert settings.table() in page
 
 
 if __name__ == "__main__":

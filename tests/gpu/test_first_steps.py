@@ -43,7 +43,7 @@ def backend(request, monkeypatch):
     name, _, forward = request.param.partition("-")
     if name == "triton":
         pytest.importorskip("triton")
-        core = "bft_kernels.backends.triton.core"
+        core = "bft_kernels.backends.triton.engine"
         monkeypatch.setattr(f"{core}.takes_chunks", lambda *_: forward == "chunks")
     elif not HAS_GPU:
         pytest.skip("needs a GPU; the emulation has tests of its own")

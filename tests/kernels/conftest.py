@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_kernels import ops
+from bft_kernels import dispatch, ops
 from bft_kernels.backends.cuda import native
 from tests.cuda.emulation import build
 from tests.support.assembled import assemble_for
@@ -62,6 +62,13 @@ def one_thread(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen():
+    """No backend was chosen before the test, where a fixture changes what may run."""
+    dispatch.select.cache_clear()
+    dispatch.select_balanced_loss.cache_clear()
 
 
 @pytest.fixture

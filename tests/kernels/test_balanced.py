@@ -10,7 +10,7 @@ from bft_kernels import (
     reference,
     token_weights,
 )
-from bft_kernels.checks import SCHEMES
+from bft_kernels.settings import SCHEMES
 from tests.support.problems import FROZEN, assert_close, boundaries, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bft_kernels import linear_nll, ops
-from bft_kernels.config import CoreConfig
-from bft_kernels.results import Forward
-from tests.support.problems import DTYPES, TRANSFORMS, assert_close, draw_problem
+from bft_kernels.results import Saved
+from tests.support.problems import DTYPES, TRANSFORMS, assert_close, call_of, draw_problem
 from tests.support.samples import specified_sample, undecided
 
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
@@ -24,17 +23,8 @@ def instruction_set(request):
 
 
 def entries(p, seed, eps, budget, **changes):
-    settings = {
-        "eps": eps,
-        "residual": "entries",
-        "variance": True,
-        "operand": str(p.hidden.dtype).removeprefix("torch."),
-        "backend": "cpu",
-        "max_buffer_bytes": budget,
-        "check_values": True,
-    }
-    config = CoreConfig(**(settings | changes))
-    return Forward(*ops.linear_nll(*p.args, p.bias, torch.tensor(seed), *config.arguments()))
+    how = {"gradient": "sampled", "eps": eps, "backend": "cpu", "max_buffer_bytes": budget}
+    return ops.linear_nll(call_of(p, seed, return_stats=True, **how, **changes))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -63,21 +53,15 @@ def test_the_kept_set_is_the_specifications(dtype, transform, seed):
 def test_gradients_are_the_same_for_any_threads_and_slices(seed, monkeypatch):
     p = draw_problem(90, 33, 2000, bias=True, dtype=torch.float32, scale=2.0)
     saved = entries(p, seed, 2**-8, 2**24)
-    how = {"eps": 2**-8, "residual": "entries", "check_values": True}
-    config = CoreConfig(backend="cpu", max_buffer_bytes=2**24, **how)
-    grad = torch.randn(90)
+    how = {"gradient": "sampled", "eps": 2**-8, "backend": "cpu", "max_buffer_bytes": 2**24}
+    grad, call = torch.randn(90), call_of(p, seed, **how)
     results = []
     for threads, slice_ in ((1, 33), (2, 33), (3, 8), (5, 7)):
         torch.set_num_threads(threads)
         planned = "bft_kernels.backends.cpu.backward.plan_cpu_slice"
         monkeypatch.setattr(planned, lambda *_, columns=slice_: columns)
-        rest = (saved.nll, saved.lse, saved.lse_low)
-        rest += (saved.entry_offsets, saved.entry_columns, saved.entry_values, None)
-        results.append(
-            ops.linear_nll_backward(
-                grad, *p.args, p.bias, *rest, *config.arguments(), True, True, True
-            )
-        )
+        rest = Saved(*(getattr(saved, name) for name in Saved._fields))
+        results.append(ops.linear_nll_backward(call, grad, rest))
     for other in results[1:]:
         for part, first in zip(other, results[0], strict=True):
             assert torch.equal(part, first)

@@ -11,7 +11,7 @@ from tests.support.problems import draw_problem, error_of
 pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
 from bft_kernels.backends.cpu import team, weighted
-from bft_kernels.plan import CPU_PASS_ROWS, PIECE_STEP
+from bft_kernels.backends.cpu.plan import CPU_PASS_ROWS, PIECE_STEP
 
 MIB = 2**20
 ROWS, VOCABULARY = 1000, 20_011

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bft_kernels import linear_nll
+from bft_kernels.backends import cuda
 from bft_kernels.backends.cuda import core, native
 from bft_kernels.dispatch import why_not
 from tests.support.problems import assert_close, draw_problem
@@ -20,7 +21,7 @@ def test_says_why_it_does_not_run(monkeypatch):
         assert "hidden is on cpu, it takes CUDA tensors" in reasons
         with pytest.raises(RuntimeError, match=r"backend: got 'cuda'.*there is no CUDA device"):
             linear_nll(*p.args, backend="cuda")
-    monkeypatch.setattr(native, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "find_spec", lambda name: None)
     assert "bft_kernels._cuda is not built" in why_not("cuda", p.hidden, p.weight)[0]
 
 

@@ -18,7 +18,7 @@ from bft_kernels import (
     weighting,
     workspace,
 )
-from bft_kernels.checks import SCHEMES
+from bft_kernels.settings import SCHEMES
 from tests.support.problems import draw_problem
 
 ROOT = Path(__file__).parents[2]

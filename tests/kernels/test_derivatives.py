@@ -11,7 +11,7 @@ from bft_kernels import (
     linear_nll,
     token_weights,
 )
-from bft_kernels.checks import SCHEMES
+from bft_kernels.settings import SCHEMES
 from tests.support.problems import assert_close, draw_problem
 
 SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}

@@ -26,9 +26,10 @@ from bft_kernels import (
     token_weights,
 )
 from bft_kernels.backends.cuda import native
-from bft_kernels.backends.torch.forward import linear_nll as torch_linear_nll
-from bft_kernels.config import CoreConfig
+from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
+from bft_kernels.problem import Problem
 from bft_kernels.results import Wanted
+from bft_kernels.settings import Settings
 from bft_kernels.weighting import _call_scheme
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 3, 8, 16, 300
@@ -135,7 +136,7 @@ def device(request, monkeypatch):
         for name in ("certificate", "forward", "recompute", "sampled", "weights"):
             own = importlib.import_module(f"bft_kernels.backends.cuda.{name}")
             monkeypatch.setattr(own, "launch", device.launch, raising=False)
-    implementation = importlib.import_module(f"bft_kernels.backends.{device.backend}")
+    implementation = importlib.import_module(f"bft_kernels.backends.{device.backend}.engine")
     monkeypatch.setattr(ops, "select", lambda *_: implementation)
     if device.backend != "torch":
         monkeypatch.setattr(ops, "select_balanced_loss", lambda *_: implementation.balanced_loss)
@@ -210,8 +211,8 @@ def test_boundaries_on_the_host_are_copied_once(device, name, budget, frozen):
     cu_seqlens = torch.tensor([0, 0, 3, 16, 16, 24])
     how = {"cu_seqlens": cu_seqlens, "max_buffer_bytes": BUDGETS[budget]}
     work = device.run(lambda: LOSSES[name](**p, **how))
-    needed = name != "dft, tokens" or frozen
-    assert work.copied == ["aten._to_copy.default"] * bool(needed)
+    needed = name != "dft, tokens"
+    assert work.copied == ["aten._to_copy.default"] * needed
     assert not work.made
 
 
@@ -250,7 +251,14 @@ def captured(monkeypatch):
 
 
 BOUNDS = torch.tensor([0, 9, ROWS * LENGTH])
-CONFIG = CoreConfig(eps=2**-5, residual="entries", backend="torch", max_buffer_bytes=2**20)
+
+
+def captured_call(captured, **options):
+    hidden, weight, target = captured.values()
+    seed = torch.empty((), dtype=torch.int64, device=hidden.device)
+    settings = Settings(eps=2**-5, backend="torch", max_buffer_bytes=2**20, **options)
+    wanted = Wanted(True, True, False)
+    return Problem(hidden, weight, target, None, seed, settings, hidden.dtype, wanted)
 
 
 def test_a_capture_takes_what_lies_on_the_device(captured):
@@ -269,10 +277,10 @@ def test_a_captured_op_refuses_boundaries_on_the_host(captured):
     """Compiled code is captured with the copy outside the op."""
     count, device = ROWS * LENGTH, captured["hidden"].device
     share, cu_seqlens = torch.empty(count, device=device), BOUNDS.to(device)
-    arguments = (*captured.values(), share, cu_seqlens, BOUNDS, None)
-    settings = (*CONFIG.arguments(), "bft", 4, 1.0, 1e-8, *Wanted(True, True, False))
+    call = captured_call(captured)
+    tensors = share, cu_seqlens, BOUNDS, *captured.values(), None, None
     with pytest.raises(RuntimeError, match=r"^cu_seqlens: got a tensor on the CPU while .* Move"):
-        ops.weighted_loss._init_fn(*arguments, *settings)
+        ops.weighted_loss_op._init_fn(*tensors, *call.arguments())
 
 
 def test_a_capture_refuses_a_count_on_the_host(captured):
@@ -297,9 +305,8 @@ def test_a_capture_refuses_a_callable(captured):
 
 
 def test_a_capture_refuses_lists_of_unknown_length(captured):
-    seed = torch.empty((), dtype=torch.int64, device=captured["hidden"].device)
     with pytest.raises(RuntimeError, match=r"^gradient: got 'sampled' with backend='torch'"):
-        torch_linear_nll(*captured.values(), None, seed, CONFIG)
+        torch_linear_nll(captured_call(captured, gradient="sampled"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Which backend runs, what the installation tells of itself, and the module twins."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +22,9 @@ from tests.support.problems import assert_close, draw_problem
 @pytest.fixture
 def crippled(monkeypatch):
     """A first choice that never runs, before the real backends."""
-    broken = dispatch.Backend("broken", lambda hidden, weight: ["it is Sunday"], "no.such.module")
-    monkeypatch.setattr(dispatch, "BACKENDS", (broken, *dispatch.BACKENDS))
+    broken = SimpleNamespace(why_not=lambda hidden, weight: ["it is Sunday"])
+    monkeypatch.setitem(sys.modules, "bft_kernels.backends.broken", broken)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("broken", *dispatch.BACKENDS))
 
 
 def test_a_forced_backend_that_cannot_run_says_why(crippled):

@@ -80,7 +80,7 @@ def chosen(request, monkeypatch):
     """Chooses the instruction set or the engine of the backend that is a parameter of the test."""
     fused = request.node.callspec.params["fused"]
     if fused.chunks is not None:
-        module = "bft_kernels.backends.triton.core"
+        module = "bft_kernels.backends.triton.engine"
         monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: fused.chunks)
     if fused.name == "cuda":
         request.getfixturevalue("cuda_backend")

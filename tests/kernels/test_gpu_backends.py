@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
-from bft_kernels.backends.gpu.lists import capacity_for
-from bft_kernels.backends.gpu.rows import DeviceRows
-from bft_kernels.config import CoreConfig
-from bft_kernels.dispatch import BACKENDS
-from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from bft_kernels.backends.common.csr import capacity_for
+from bft_kernels.backends.common.rows import DeviceRows
+from bft_kernels.dispatch import backend_package
+from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
 
@@ -54,7 +53,7 @@ def engine(request, monkeypatch):
     request.getfixturevalue("on_device")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
-        takes = "bft_kernels.backends.triton.core.takes_chunks"
+        takes = "bft_kernels.backends.triton.engine.takes_chunks"
         monkeypatch.setattr(takes, lambda *_: forward == "chunks")
     else:
         request.getfixturevalue("cuda_backend")
@@ -75,7 +74,8 @@ def expected():
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
 def test_entries_without_room_are_computed_again(engine, room, frozen, expected, monkeypatch):
     p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
-    monkeypatch.setattr(engine.module("core"), "capacity_for", lambda *_: room)
+    module = engine.module("rows" if engine.backend == "triton" else "core")
+    monkeypatch.setattr(module, "capacity_for", lambda *_: room)
     how = sampled_options(p)
     assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
@@ -127,11 +127,9 @@ def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected):
 @pytest.mark.parametrize("scale", [0.1, 3.0, 1000.0])
 def test_floors_are_below_lse_and_near_it(engine, options, scale):
     p = draw_problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
-    p = p.copy(device=engine.device)
+    p = p.copy(device=engine.device, frozen=("hidden", "weight", "bias"))
     operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
-    sampled = {"eps": 2**-5, "residual": "entries", "max_buffer_bytes": 2**20}
-    config = CoreConfig(backend=engine.backend, **sampled)
-    inputs = engine.module("inputs").Inputs.of(*operands[:2], p.target, operands[2], config)
+    inputs = engine.module("inputs").Inputs.of(call_of(p, max_buffer_bytes=2**20, **SAMPLED))
     find_floors = engine.module("forward").find_floors
     logits = torch.nn.functional.linear(*operands)
     lse = logits.logsumexp(1)
@@ -235,8 +233,7 @@ def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how):
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_is_never_chosen_unasked_on_a_cpu(name):
-    backend = next(backend for backend in BACKENDS if backend.name == name)
-    assert backend.unasked_on == ("cuda",)
+    assert backend_package(name).UNASKED_ON == ("cuda",)
 
 
 CALLS = {

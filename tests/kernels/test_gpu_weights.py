@@ -5,7 +5,7 @@ Triton in its interpreter and CUDA in the emulation where there is no GPU.
 
 import importlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import ModuleType
 
@@ -14,10 +14,10 @@ import torch
 
 from bft_kernels import balanced_linear_cross_entropy, ops, reference, weighting
 from bft_kernels.backends.cuda import native
-from bft_kernels.checks import SCHEMES
-from bft_kernels.config import Weighting
 from bft_kernels.dispatch import select_balanced_loss
+from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss
+from bft_kernels.settings import SCHEMES, Settings
 from tests.support.problems import assert_close, draw_problem
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
@@ -36,12 +36,17 @@ class Kernels:
 
     def run(self, loss, labelled, bounds, settings, normalize="sequence", items=None):
         inputs = (None if x is None else x.to(DEVICE) for x in (loss, labelled, bounds, items))
-        found = self.module.balanced_loss(*inputs, normalize, settings)
+        found = self.module.balanced_loss(*inputs, replace(settings, normalize=normalize))
         return BalancedLoss(*(x.cpu() for x in found))
 
     def joint(self, *tensors_and_settings):
         *tensors, settings = tensors_and_settings
-        return self.module.joint_weights(*(x.to(DEVICE) for x in tensors), settings).cpu()
+        return self.module.weigh(*(x.to(DEVICE) for x in tensors), settings).weight.cpu()
+
+
+def how_of(scheme, window=256, **how):
+    """The settings of a weighting."""
+    return Settings(scheme=scheme, window=window, **how)
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -81,8 +86,8 @@ def draw(lengths, part):
 
 def plain(loss, labelled, bounds, settings, normalize="sequence", items=None):
     """PyTorch's."""
-    weights = (settings.scheme, settings.window, settings.gamma, settings.floor)
-    return weighting.balanced_loss(loss, labelled, bounds, items, normalize, *weights)
+    settings = replace(settings, normalize=normalize)
+    return weighting.balanced_loss(loss, labelled, bounds, items, settings)
 
 
 def equal(first, second):
@@ -97,7 +102,7 @@ def test_equals_the_specification(kernels, scheme, layout):
     window = int(torch.tensor([1, 2, 5, 16, 10**12])[torch.randint(5, ())])
     normalize = "sequence" if torch.rand(()) < 0.5 else "token"
     items = torch.tensor(7) if torch.rand(()) < 0.5 else None
-    settings = Weighting(scheme, window, 1.7)
+    settings = how_of(scheme, window, gamma=1.7)
     got = kernels.run(loss, labelled, bounds, settings, normalize, items)
     expected = plain(loss.double(), labelled, bounds, settings, normalize, items)
     assert all(value.dtype == torch.float32 for value in got)
@@ -124,12 +129,12 @@ def test_equals_the_specification(kernels, scheme, layout):
 def test_a_document_of_more_tiles_than_a_warp_has_lanes(kernels):
     tile = kernels.tile
     loss, labelled, bounds = draw((9, 40 * tile + 5, 3), 0.8)
-    inputs = loss, labelled, bounds, Weighting("bft", 3)
+    inputs = loss, labelled, bounds, how_of("bft", 3)
     assert_close(kernels.run(*inputs)._asdict(), plain(*inputs)._asdict(), 1e-6)
     for hopeless in (11, 20 * tile, 40 * tile):
         own = torch.ones(loss.numel())
         own[hopeless] = 30.0
-        got = kernels.run(own, own > 0, bounds, Weighting("bft", 1))
+        got = kernels.run(own, own > 0, bounds, how_of("bft", 1))
         assert got.sequence_confidence.argmin() == 1
         assert float(got.sequence_confidence[1]) == pytest.approx(math.exp(-30.0), rel=1e-6)
 
@@ -140,7 +145,7 @@ def test_windows_keep_small_sums_next_to_large_ones(kernels, scheme):
     passage = torch.randint(0, 80, (count // 100 + 1,)).repeat_interleave(100)[:count]
     loss = torch.where(passage > 40, passage + torch.rand(count), 0.0)
     every = torch.ones(count, dtype=torch.bool)
-    got = kernels.run(loss, every, torch.tensor([0, count]), Weighting(scheme, window))
+    got = kernels.run(loss, every, torch.tensor([0, count]), how_of(scheme, window))
     scale = 2**200
     total = [0]
     for value in torch.exp(-loss.double()).tolist():
@@ -166,7 +171,7 @@ def test_losses_at_the_ends_of_the_range(kernels, scheme):
     loss[50], loss[70:80], loss[behind - 4] = math.inf, 0.0, 88.0
     loss[-31] = math.nan  # in the last but two document
     labelled[-31] = True
-    inputs = loss, labelled, bounds, Weighting(scheme, 8)
+    inputs = loss, labelled, bounds, how_of(scheme, 8)
     got, expected = kernels.run(*inputs), plain(*inputs)
     for name, value in zip(got._fields, got, strict=True):
         want = getattr(expected, name)
@@ -183,7 +188,7 @@ def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(kernels):
     loss = torch.full((257,), 0.1)
     loss[100] = 110.0
     every = torch.ones(257, dtype=torch.bool)
-    got = kernels.run(loss, every, torch.tensor([0, 257]), Weighting("bft-v1-code"))
+    got = kernels.run(loss, every, torch.tensor([0, 257]), how_of("bft-v1-code"))
     lowest = math.exp(-(110.0 + 255 * 0.1) / 256)
     assert float(got.sequence_weight) == pytest.approx(1 - lowest, rel=1e-6)
 
@@ -192,7 +197,7 @@ def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(kernels):
 def test_documents_do_not_see_each_other(kernels, scheme):
     lengths = (0, 5, 3 * kernels.tile, 0, kernels.tile + 1, 1, 40)
     loss, labelled, bounds = draw(lengths, 0.8)
-    settings = Weighting(scheme, 12)
+    settings = how_of(scheme, 12)
     packed = kernels.run(loss, labelled, bounds.int(), settings, "token")
     parts = [
         kernels.run(a, b, torch.tensor([0, a.numel()]), settings, "token")
@@ -209,7 +214,7 @@ def test_documents_do_not_see_each_other(kernels, scheme):
 def test_padding_changes_nothing(kernels, scheme):
     loss, labelled, bounds = draw((7, 0, kernels.tile + 9), 0.7)
     count = loss.numel()
-    settings = Weighting(scheme, 6)
+    settings = how_of(scheme, 6)
     expected = kernels.run(loss, labelled, bounds, settings)
     filled = torch.cat([bounds, bounds.new_full((count - 3,), count)])
     # Positions behind the last boundary belong to no document.
@@ -228,7 +233,7 @@ def test_a_step_of_no_items(kernels, scheme):
     """0 in a step without labels; with labels, which nobody looked for, no finite loss."""
     loss, labelled, bounds = draw((7, 0, kernels.tile + 9), 0.7)
     for normalize in ("sequence", "token"):
-        how = (bounds, Weighting(scheme, 6), normalize, torch.tensor(0))
+        how = (bounds, how_of(scheme, 6), normalize, torch.tensor(0))
         assert not any(x.any() for x in kernels.run(torch.zeros_like(loss), labelled & False, *how))
         assert not kernels.run(loss, labelled, *how).loss.isfinite()
 
@@ -237,7 +242,7 @@ def test_a_step_of_no_items(kernels, scheme):
 @every_scheme
 def test_nothing_is_written_outside_a_buffer_or_left_unwritten(kernels, scheme, layout, guarded):
     lengths, part = LAYOUTS[layout]
-    got = kernels.run(*draw(lengths(kernels.tile), part), Weighting(scheme, 4))
+    got = kernels.run(*draw(lengths(kernels.tile), part), how_of(scheme, 4))
     assert not any(bool(value.isnan().any()) for value in got)
 
 
@@ -249,13 +254,13 @@ def test_nothing_is_written_outside_a_buffer_or_left_unwritten(kernels, scheme, 
 def test_boundaries_that_nobody_checked_stay_inside(kernels, scheme, bounds, guarded):
     loss, labelled, _ = draw((70,), 0.8)
     for normalize in ("sequence", "token"):
-        got = kernels.run(loss, labelled, torch.tensor(bounds), Weighting(scheme, 4), normalize)
+        got = kernels.run(loss, labelled, torch.tensor(bounds), how_of(scheme, 4), normalize)
         assert not any(bool(value.isnan().any()) for value in got)
 
 
 def test_an_infinite_loss_of_weight_zero_adds_nothing(kernels):
     loss = torch.tensor([1.0, math.inf, 2.0])
-    got = kernels.run(loss, loss > 0, torch.tensor([0, 3]), Weighting("dft"))
+    got = kernels.run(loss, loss > 0, torch.tensor([0, 3]), how_of("dft"))
     assert got.coefficient[1] == 0
     assert bool(got.loss.isfinite())
 
@@ -266,7 +271,7 @@ def test_labels_may_start_anywhere_and_other_losses_are_not_seen(emulated_device
     from bft_kernels.backends.cuda.weights import balanced_loss
 
     loss, labelled, bounds = draw((100, 768, 20), 0.6)
-    how = bounds, None, "sequence", Weighting("bft", 8)
+    how = bounds, None, how_of("bft", 8)
     part = torch.cat([torch.ones(offset, dtype=torch.bool), labelled])[offset:]
     assert part.data_ptr() % 16 == offset % 16
     got = balanced_loss(torch.where(labelled, loss, math.nan), part, *how)
@@ -282,7 +287,7 @@ def test_the_order_of_threads_changes_nothing(emulated_device, scheme):
     runs = []
     for how in ({}, {"seed": 1}, {"seed": 2, "strict": True}):
         emulated_device.how = {"unwritten": True, **how}
-        inputs = loss, labelled, bounds, None, "sequence", Weighting(scheme, 9)
+        inputs = loss, labelled, bounds, None, how_of(scheme, 9)
         runs.append(balanced_loss(*inputs))
     assert equal(runs[0], runs[1])
     assert equal(runs[0], runs[2])
@@ -385,8 +390,8 @@ def test_the_loss_of_one_graph(triton, fresh_compiler):
 def test_opcheck(triton, rows, fresh_compiler):
     loss, labelled, bounds = draw((rows, 0), 0.7)
     inputs = (loss.requires_grad_(), labelled, bounds)
-    settings = (None, "token", "bft", 4, 1.0, 1e-8, "triton")
-    torch.library.opcheck(ops.balanced_loss, (*(x.to(DEVICE) for x in inputs), *settings))
+    settings = how_of("bft", 4, normalize="token", backend="triton").arguments()
+    torch.library.opcheck(ops.balanced_loss, (*(x.to(DEVICE) for x in inputs), None, *settings))
 
 
 def test_runs_where_the_backend_runs(triton):
@@ -394,7 +399,11 @@ def test_runs_where_the_backend_runs(triton):
 
     wide = torch.zeros(3, dtype=torch.float64, device=DEVICE)
     narrow = wide.float()
-    assert select_balanced_loss("triton", narrow) is balanced_loss
-    assert (select_balanced_loss("auto", narrow) is balanced_loss) == (DEVICE == "cuda")
+
+    def chosen(name, loss):
+        return select_balanced_loss(name, traits_of(loss))
+
+    assert chosen("triton", narrow) is balanced_loss
+    assert (chosen("auto", narrow) is balanced_loss) == (DEVICE == "cuda")
     for name, loss in (("auto", wide), ("triton", wide), ("torch", narrow), ("cpu", narrow)):
-        assert select_balanced_loss(name, loss) is not balanced_loss
+        assert chosen(name, loss) is not balanced_loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
-from bft_kernels.checks import SCHEMES
+from bft_kernels.settings import SCHEMES
 from tests.support.problems import FROZEN, Problem, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -279,7 +279,7 @@ def test_ignored_rows_that_stay_change_nothing(name, softcap, budget, frozen, mo
     results = []
     for known in (True, False):
         monkeypatch.setattr(
-            "bft_kernels.backends.torch.rows.count_is_known", lambda device, known=known: known
+            "bft_kernels.backends.common.rows.count_is_known", lambda device, known=known: known
         )
         own = p.copy(frozen=p.frozen)
         loss = ACCELERATED[name](

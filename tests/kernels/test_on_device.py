@@ -41,14 +41,17 @@ class TestTheDeviceThatIsNone:
     def test_kernels_refuse_tensors_of_the_cpu(self):
         pytest.importorskip("triton", reason="triton is not installed")
         from bft_kernels.backends.triton.weights import balanced_loss
-        from bft_kernels.config import Weighting
+        from bft_kernels.settings import Settings
 
         loss, labelled = torch.ones(3, device="cpu:7"), torch.ones(3, device="cpu:7").bool()
-        bounds, settings = torch.tensor([0, 3], device="cpu:7"), Weighting("sft")
+        bounds, settings = (
+            torch.tensor([0, 3], device="cpu:7"),
+            Settings(scheme="sft", normalize="token"),
+        )
         items = torch.tensor(1)
         with pytest.raises(ValueError, match="a tensor of the CPU"):
-            balanced_loss(loss, labelled, bounds, items, "token", settings)
-        balanced_loss(loss, labelled, bounds, items.to("cpu:7"), "token", settings)
+            balanced_loss(loss, labelled, bounds, items, settings)
+        balanced_loss(loss, labelled, bounds, items.to("cpu:7"), settings)
 
 
 def test_poison_fills_and_leaves_algorithms_alone(poison):

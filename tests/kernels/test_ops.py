@@ -7,65 +7,69 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
-from bft_kernels.config import CoreConfig
-from bft_kernels.results import Forward, Saved, Wanted
-from tests.support.problems import OLD_COMPILER, assert_close, draw_problem
-
-CONFIG = CoreConfig(
-    eps=0.05,
-    residual="recompute",
-    statistics=True,
-    operand="float64",
-    max_buffer_bytes=4096,
-    check_values=True,
+from bft_kernels.results import Saved, Wanted
+from bft_kernels.settings import Settings
+from tests.support.problems import (
+    OLD_COMPILER,
+    assert_close,
+    call_of,
+    draw_problem,
+    op_arguments,
 )
-CONFIGS = {
-    "none": replace(CONFIG, residual="none", statistics=False),
-    "recompute": CONFIG,
-    "transformed": replace(CONFIG, softcap=4.0, temperature=0.8, z_loss=0.1, label_smoothing=0.1),
-    "unit": replace(CONFIG, residual="unit"),
-    "entries": replace(CONFIG, residual="entries", variance=True, hidden_variance=True),
+
+OPTIONS = {"eps": 0.05, "max_buffer_bytes": 4096, "return_stats": True}
+CASES = {  # options, gradients
+    "none": ({"return_stats": False}, (False, False, False)),
+    "recompute": ({}, (True, True, True)),
+    "transformed": (
+        {"softcap": 4.0, "temperature": 0.8, "z_loss": 0.1, "label_smoothing": 0.1},
+        (True, True, True),
+    ),
+    "unit": ({}, (True, False, False)),
+    "entries": ({"gradient": "sampled", "hidden_variance": True}, (True, True, True)),
 }
+
+
+def drawn_call(name, rows, bias):
+    options, wanted = CASES[name]
+    leaves = zip(("hidden", "weight", "bias"), wanted, strict=True)
+    frozen = tuple(leaf for leaf, want in leaves if not want)
+    p = draw_problem(rows, 5, 11, bias=bias, frozen=frozen)
+    wanted = (*wanted[:2], wanted[2] and bias)
+    return call_of(p, 3 if name == "entries" else None, wanted, **(OPTIONS | options))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [0, 13])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CASES)
 def test_opcheck_linear_nll(name, rows, bias):
-    config = CONFIGS[name]
-    frozen = {"none": ("hidden", "weight", "bias"), "unit": ("weight", "bias")}.get(name, ())
-    p = draw_problem(rows, 5, 11, bias=bias, frozen=frozen)
-    seed = torch.tensor(3) if name == "entries" else None
-    torch.library.opcheck(ops.linear_nll, (*p.args, p.bias, seed, *config.arguments()))
+    torch.library.opcheck(ops.linear_nll_op, op_arguments(drawn_call(name, rows, bias)))
 
 
 @pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
 def test_opcheck_backward(name):
-    config = CONFIGS[name]
-    p = draw_problem(13, 5, 11, bias=True, frozen=("hidden", "weight", "bias"))
-    seed = torch.tensor(3)
-    out = Forward(*ops.linear_nll(*p.args, p.bias, seed, *config.arguments()))
-    saved = Saved(*(getattr(out, field) for field in Saved._fields if field != "seed"), seed=seed)
+    call = drawn_call(name, 13, True)
+    call = replace(call, **{k: getattr(call, k).detach() for k in ("hidden", "weight", "bias")})
+    out = ops.linear_nll(call)
+    saved = Saved(*(getattr(out, field) for field in Saved._fields))
     grad = torch.randn_like(out.loss)
     for wanted in (
         Wanted(True, True, True),
         Wanted(True, False, False),
         Wanted(False, True, False),
     ):
-        torch.library.opcheck(
-            ops.linear_nll_backward, (grad, *p.args, p.bias, *saved, *config.arguments(), *wanted)
-        )
+        arguments = (grad, *saved, *op_arguments(replace(call, wanted=wanted)))
+        torch.library.opcheck(ops.linear_nll_backward_op, arguments)
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("rows", [0, 13])
 def test_opcheck_weighted_loss(rows, scheme):
     p = draw_problem(rows, 5, 11, bias=True)
-    share = torch.rand(rows, dtype=torch.float64)
+    scale = torch.rand(rows, dtype=torch.float64)
     documents = torch.tensor([0, rows // 3, rows // 3, rows])
-    weighting = (scheme, 4, 1.0, 1e-8)
-    arguments = (*p.args, share, documents, None, p.bias, *CONFIG.arguments(), *weighting)
-    torch.library.opcheck(ops.weighted_loss, (*arguments, *Wanted(True, True, True)))
+    call = call_of(p, scheme=scheme, window=4, **OPTIONS)
+    torch.library.opcheck(ops.weighted_loss_op, (scale, documents, None, *op_arguments(call)))
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft", "bft-v1-code"])
@@ -74,8 +78,8 @@ def test_opcheck_balanced_loss(rows, scheme):
     loss = torch.rand(rows, dtype=torch.float64, requires_grad=True)
     labelled, documents = torch.rand(rows) < 0.7, torch.tensor([0, rows // 3, rows // 3, rows])
     for items in (None, torch.tensor(3)):
-        inputs = (loss, labelled, documents, items, "sequence", scheme, 4, 1.0, 1e-8, "auto")
-        torch.library.opcheck(ops.balanced_loss, inputs)
+        settings = Settings(scheme=scheme, window=4).arguments()
+        torch.library.opcheck(ops.balanced_loss, (loss, labelled, documents, items, *settings))
 
 
 def mean(hidden, weight, target):

@@ -9,7 +9,8 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bft_kernels.plan import (
+from bft_kernels.backends.common.plan import plan_columns, plan_rows
+from bft_kernels.backends.cpu.plan import (
     CPU_PASS_ROWS,
     CPU_REACH,
     CPU_SLICE,
@@ -18,12 +19,10 @@ from bft_kernels.plan import (
     CpuWeightedPlan,
     cpu_part,
     cpu_team,
-    plan_columns,
     plan_cpu_blocks,
     plan_cpu_pieces,
     plan_cpu_slice,
     plan_cpu_weighted,
-    plan_rows,
 )
 
 sizes = st.integers(1, 20_000)

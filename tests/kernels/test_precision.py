@@ -11,13 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
-from bft_kernels.backends.torch import backward, matmul, weighted
+from bft_kernels.backends.common import chunked, gemm
+from bft_kernels.backends.torch import backward
 from tests.support.problems import draw_problem, error_of
 
 try:
-    from bft_kernels.backends.triton import chunked, gather
+    from bft_kernels.backends.triton import gather, rows
 except ImportError:
-    chunked = gather = None  # type: ignore[assignment]
+    gather = rows = None  # type: ignore[assignment]
 
 # Float32 does the same arithmetic as torch, in another order: half as much again is chance. Narrow
 # types round their logits in torch and do not here, so here they must be better.
@@ -132,16 +133,16 @@ def products(request, monkeypatch):
             assert a.dtype == b.dtype
             return torch.mm(a.to(accumulator), b.to(accumulator), out=out)
 
-        for module in (matmul, weighted, *([chunked] if chunked else [])):
+        for module in (gemm, chunked, *([rows] if rows else [])):
             monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
-        for module in (matmul, backward, *([gather] if gather else [])):
+        for module in (gemm, backward, *([gather] if gather else [])):
             monkeypatch.setattr(module, "multiply", wide_product)
-        monkeypatch.setattr(matmul, "_ADDS_WIDE", False)
-        monkeypatch.setattr(matmul, "_PRODUCT_ELEMENTS", 100)
+        monkeypatch.setattr(gemm, "_ADDS_WIDE", False)
+        monkeypatch.setattr(gemm, "_PRODUCT_ELEMENTS", 100)
     return str(request.param)
 
 
-BACKENDS = ["torch", "cuda", *(["triton"] if chunked else [])]
+BACKENDS = ["torch", "cuda", *(["triton"] if gather else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -184,11 +185,11 @@ def test_float16_gradients_survive_until_the_loss_scale_arrives(
 
 def test_a_scale_is_a_power_of_two():
     for upstream in (1e-25, 3e-7, 0.999, 1.0, 5e5):
-        scale = matmul.scale_for(torch.tensor([upstream, -upstream / 2]), torch.ones(2), 1.0, 0.0)
+        scale = gemm.scale_for(torch.tensor([upstream, -upstream / 2]), torch.ones(2), 1.0, 0.0)
         assert math.frexp(float(scale))[0] == 0.5
         assert 128 <= scale * upstream < 256
     for upstream in (torch.zeros(3), torch.tensor([math.inf]), torch.empty(0)):
-        assert matmul.scale_for(upstream, upstream, 1.0, 0.1) == 1
+        assert gemm.scale_for(upstream, upstream, 1.0, 0.1) == 1
 
 
 # --- extreme logits ------------------------------------------------------------------------------

@@ -12,10 +12,8 @@ import torch
 from scipy import stats
 
 from bft_kernels import linear_nll, ops
-from bft_kernels.config import CoreConfig
-from bft_kernels.results import Forward
 from tests.support.draws import P_VALUE, draw_bits, inclusion
-from tests.support.problems import assert_close, draw_problem
+from tests.support.problems import assert_close, call_of, draw_problem
 from tests.support.samples import specified_sample, undecided
 
 
@@ -295,15 +293,8 @@ def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
     eps = 2**-9
 
     def entries(budget):
-        config = CoreConfig(
-            eps=eps,
-            residual="entries",
-            operand=str(dtype).removeprefix("torch."),
-            backend="torch",
-            max_buffer_bytes=budget,
-            check_values=True,
-        )
-        result = Forward(*ops.linear_nll(*p.args, None, torch.tensor(seed), *config.arguments()))
+        how = {"gradient": "sampled", "eps": eps, "backend": "torch", "max_buffer_bytes": budget}
+        result = ops.linear_nll(call_of(p, seed, **how))
         row = torch.repeat_interleave(torch.arange(70), result.entry_offsets.diff())
         kept = torch.zeros(70, 3000, dtype=torch.bool)
         kept[row, result.entry_columns.long()] = True

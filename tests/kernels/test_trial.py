@@ -4,7 +4,6 @@ No GPU is needed: what a GPU lacks raises here as it would there, most of it bec
 CPU, too.
 """
 
-import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -15,9 +14,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bft_kernels import dispatch, info, linear_nll
+from bft_kernels.backends.common import trial as products
 from bft_kernels.backends.cuda import native
-from bft_kernels.backends.torch import trial as products
-from bft_kernels.info import _Probe
+from bft_kernels.backends.torch import engine
+from bft_kernels.problem import Traits
 from tests.support.problems import draw_problem
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def fresh(monkeypatch):
 
 def tried(name, operand=torch.bfloat16):
     """The error of a backend's small call, made on the CPU."""
-    return dispatch.try_out(dispatch._named(name).module, CPU, operand)
+    return dispatch.try_out(name, CPU, operand)
 
 
 @pytest.mark.parametrize("operand", HALF, ids=str)
@@ -74,7 +74,7 @@ def test_the_kernel_multiplies(operand, wide_products):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = trial.logits_of_ones(device, operand)
     assert bool((out == 4 * trial.trial_tile(operand).block_d).all())
-    assert dispatch.try_out("bft_kernels.backends.triton", device, operand) == ""
+    assert dispatch.try_out("triton", device, operand) == ""
 
 
 @without_gpu
@@ -124,7 +124,7 @@ def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch)
 
 @without_gpu
 def test_a_gpu_that_is_not_there():
-    probe = _Probe(torch.device("cuda", 0), torch.bfloat16)
+    probe = Traits(torch.device("cuda", 0), torch.bfloat16)
     (reason,) = dispatch.why_not("torch", probe, probe)
     assert reason.startswith("a small call on cuda:0 in bfloat16 failed: ")
 
@@ -135,21 +135,18 @@ class Trials:
     def __init__(self, **errors):
         self.errors, self.made = errors, []
 
-    def __call__(self, module, device, operand):
-        self.made.append((module, operand))
-        error = self.errors.get(module.rpartition(".")[2])
-        return str(error or "")
+    def __call__(self, name, device, operand):
+        self.made.append((name, operand))
+        return str(self.errors.get(name) or "")
 
 
 @pytest.fixture
 def on_any_device(monkeypatch):
     """Backends take tensors of a CPU for those of a GPU."""
-    backends = tuple(
-        dataclasses.replace(one, why_not=lambda hidden, weight: [], unasked_on=None, tried=True)
-        for one in dispatch.BACKENDS
-        if one.name in ("cpu", "torch")
-    )
-    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    monkeypatch.setattr(dispatch, "BACKENDS", ("cpu", "torch"))
+    for name in dispatch.BACKENDS:
+        package = dispatch.backend_package(name)
+        monkeypatch.setattr(package, "why_not", lambda hidden, weight: [])
     why_tried = dispatch._why_tried
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "_why_tried", lambda one, device, how: why_tried(one, gpu, how))
@@ -180,12 +177,12 @@ def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch):
     p = draw_problem(4, 3, 7, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         linear_nll(*p.args, backend="torch")
-    assert trials.made == [("bft_kernels.backends.torch", torch.bfloat16)]
+    assert trials.made == [("torch", torch.bfloat16)]
 
 
 def test_a_call_is_made_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(products, "try_out", lambda device, operand: calls.append(operand))
+    monkeypatch.setattr(engine, "try_out", lambda device, operand: calls.append(operand))
     for _ in range(3):
         assert tried("torch") == ""
     assert calls == [torch.bfloat16]
@@ -203,7 +200,7 @@ def test_no_memory_is_no_reason(error, monkeypatch):
     def full(device, operand):
         raise error
 
-    monkeypatch.setattr(products, "try_out", full)
+    monkeypatch.setattr(engine, "try_out", full)
     with pytest.raises(type(error)):
         tried("torch")
     info_module = importlib.import_module("bft_kernels.info")
@@ -215,7 +212,7 @@ def test_no_memory_is_no_reason(error, monkeypatch):
 def test_settings_of_precision_do_not_count(monkeypatch):
     """Torch refuses half products with a float32 result where sums may be float16."""
     matmul, seen = torch.backends.cuda.matmul, []
-    monkeypatch.setattr(products, "try_out", lambda *_: seen.append(matmul.allow_fp16_accumulation))
+    monkeypatch.setattr(engine, "try_out", lambda *_: seen.append(matmul.allow_fp16_accumulation))
     matmul.allow_fp16_accumulation = True
     try:
         tried("torch")

@@ -1,29 +1,21 @@
 """The Triton backend's own paths, in the interpreter where there is no GPU."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from bft_kernels.config import CoreConfig
-from bft_kernels.plan import takes_chunks
-from tests.support.problems import assert_close, draw_problem, weighted_gradients
+from bft_kernels.backends.common.plan import takes_chunks
+from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bft_kernels.backends.torch import linear_nll as torch_linear_nll
-from bft_kernels.backends.triton import configs, core, gather
+from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
+from bft_kernels.backends.triton import configs, gather
+from bft_kernels.backends.triton import engine as triton_engine
 
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
-CONFIG = CoreConfig(
-    eps=2**-5,
-    residual="entries",
-    backend="triton",
-    max_buffer_bytes=2**20,
-)
 
 
 ENGINES = ["tiles", "chunks"]
@@ -33,7 +25,7 @@ LISTED = [("tiles", None), ("chunks", 3000)]  # the others take half a minute in
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Of the forward."""
-    module = "bft_kernels.backends.triton.core"
+    module = "bft_kernels.backends.triton.engine"
     monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: request.param == "chunks")
     return str(request.param)
 
@@ -60,13 +52,13 @@ def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
 )
 def test_chunks_list_what_is_kept_with_its_value(budget, engine):
     p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
-    seed = torch.tensor(sampled_options(p)["seed"], device=DEVICE)
-    p = p.copy(device=DEVICE)
-    config = replace(CONFIG, max_buffer_bytes=budget or 2**20, variance=True, hidden_variance=True)
-    args = [x.detach() for x in p.args]
-    out = core.linear_nll(*args, p.bias.detach(), seed, config)
+    seed = sampled_options(p)["seed"]
+    p = p.copy(device=DEVICE, frozen=("hidden", "weight", "bias"))
+    how = {"gradient": "sampled", "eps": 2**-5, "return_stats": True, "hidden_variance": True}
+    call = call_of(p, seed, max_buffer_bytes=budget or 2**20, **how)
+    out = triton_engine.linear_nll(call)
     found = int(out.entry_offsets[-1])
-    expected = torch_linear_nll(*args, p.bias.detach(), seed, config)
+    expected = torch_linear_nll(call)
     if engine == "chunks":
         assert torch.equal(out.entry_columns[:found], expected.entry_columns)
         torch.testing.assert_close(out.entry_values[:found], expected.entry_values)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_kernels import balanced_linear_cross_entropy, reference, token_weights, weighting
-from bft_kernels.checks import SCHEMES
+from bft_kernels.settings import SCHEMES, Settings
 
 LENGTHS = [(1,), (5,), (0, 3, 0, 0, 17, 1, 2), (40, 7, 64), (0,), (0, 0), ()]
 WINDOWS = [1, 2, 3, 4, 7, 8, 64, 256, 10**6]
@@ -161,8 +161,8 @@ def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(dtype):
     """``exp(-110)`` is 0 in float32; a geometric mean of 256 others with it is not."""
     nll = torch.full((257,), 0.1, dtype=dtype)
     nll[100] = 110.0
-    layout = weighting.labelled_layout(torch.ones(257, dtype=torch.bool), torch.tensor([0, 257]))
-    got = weighting.balance(nll, layout, "bft-v1-code", 256, 1.0, 1e-8)
+    settings = Settings(scheme="bft-v1-code", window=256)
+    got = weighting.balance(nll, None, torch.tensor([0, 257]), settings)
     lowest = math.exp(-(110.0 + 255 * 0.1) / 256)
     assert float(got.sequence_weight) == pytest.approx(1 - lowest, rel=1e-6)
 

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from bft_kernels import linear_nll
+from bft_kernels.problem import Problem as Call
+from bft_kernels.results import Wanted
+from bft_kernels.settings import Settings
 
 # Older than the torch that all is tested with: its compiler can do less.
 OLD_COMPILER = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -175,3 +178,15 @@ def assert_close(got, expected, tolerance=1e-11, what=""):
     scale = float(expected.abs().max().clamp_min(1.0))
     worst = float((got - expected).abs().max())
     assert worst <= tolerance * scale, f"{what}: off by {worst:.3g} at a scale of {scale:.3g}"
+
+
+def call_of(p, seed=None, wanted=(True, True, True), **options):
+    """The problem as the ops and backends take it, with a ``seed`` of the sample."""
+    seed = None if seed is None else torch.as_tensor(seed).to(p.hidden.device)
+    return Call(*p.args, p.bias, seed, Settings(**options), p.hidden.dtype, Wanted(*wanted))
+
+
+def op_arguments(call):
+    """What ``ops.linear_nll_op`` takes."""
+    tensors = call.hidden, call.weight, call.target, call.bias, call.seed
+    return *tensors, *call.arguments()

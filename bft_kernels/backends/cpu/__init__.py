@@ -1,15 +1,30 @@
-"""The fast path on a CPU: the vendor's product on a cache-sized block, then one sweep in C++.
+"""The fast path on a CPU: the vendor's GEMM on a cache-sized block, then one sweep in C++.
 
 While a block of logits is in cache, ``csrc/cpu`` takes from it everything the forward needs (see
 ``csrc/cpu/sweep.h``) and looks at no logit twice; only the exact weighted loss keeps logits, under
-the byte budget and in the memory of ``dW`` (see ``weighted.py``). The products are ``torch.mm``;
-threads are those of torch's own OpenMP runtime, and take blocks by themselves (see ``team.py``).
+the byte budget and in the memory of ``dW`` (see ``weighted.py``). GEMMs are ``torch.mm``; threads
+are those of torch's own OpenMP runtime, and take blocks by themselves (see ``team.py``).
 """
 
 from __future__ import annotations
 
-from bft_kernels.backends.cpu.backward import linear_nll_backward
-from bft_kernels.backends.cpu.forward import linear_nll
-from bft_kernels.backends.cpu.weighted import weighted_loss
+import functools
+import importlib.util
 
-__all__ = ["linear_nll", "linear_nll_backward", "weighted_loss"]
+from bft_kernels.backends.common.tensors import why_not_tensors
+from bft_kernels.problem import Traits
+
+_is_built = functools.cache(lambda: importlib.util.find_spec("bft_kernels._cpu") is not None)
+
+
+def why_not(hidden: Traits, weight: Traits) -> list[str]:
+    """Reasons why the backend cannot take these tensors."""
+    reasons = []
+    if not _is_built():
+        reasons.append("bft_kernels._cpu is not built (see BFT_BUILD in setup.py)")
+    reasons += why_not_tensors(
+        hidden, weight, "tensors on the CPU", lambda tensor: tensor.device.type == "cpu"
+    )
+    if weight.strides is not None:
+        reasons.append(f"weight has strides {weight.strides}, it takes contiguous rows")
+    return reasons

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
+from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu.native import (
     Block,
     KnownRows,
@@ -18,50 +19,46 @@ from bft_kernels.backends.cpu.native import (
     threads,
     transform,
 )
-from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.config import CoreConfig
-from bft_kernels.plan import cpu_cache_bytes, plan_cpu_slice
-from bft_kernels.results import Gradients, Saved, Wanted
+from bft_kernels.backends.cpu.plan import cpu_cache_bytes, plan_cpu_slice
+from bft_kernels.problem import Problem
+from bft_kernels.results import Gradients, Saved
+from bft_kernels.settings import Settings
 
 
 def linear_nll_backward(
+    problem: Problem,
     grad: Tensor,  # [N]
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
     saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
     """Gradients of ``sum(grad * loss)`` by what is wanted."""
-    rows = LabelledRows(target, config.ignore_index)
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
+    rows = LabelledRows(problem.target, problem.settings.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).float()
-    if config.residual == "entries":
-        return _from_entries(grad, hidden, weight, saved, wanted, grad_weight)
+    if problem.settings.sampled:
+        return _from_entries(problem, grad, saved, grad_weight)
     add = grad_weight is not None
     if not wanted.weight:
         grad_weight = None
     elif grad_weight is None:
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
-    sizes = plan(hidden, weight, rows, config, products=3, trains_weight=wanted.weight)
-    operands = Operands(hidden, weight, rows, config, sizes)
-    saved_values = (target, saved.lse, saved.lse_low, saved.nll, grad)
-    known = KnownRows(*[rows.take(x, 0, rows.count).contiguous() for x in saved_values])
-    bias = None if bias is None else bias.float().contiguous()
-    grad_hidden, grad_bias = recompute(operands, known, bias, config, wanted, grad_weight, add=add)
+    blocks = plan(problem, rows, products=3, trains_weight=wanted.weight)
+    saved_values = (problem.target, saved.lse, saved.lse_low, saved.nll, grad)
+    known = KnownRows(*[rows.take(x, 0, rows.size).contiguous() for x in saved_values])
+    bias = None if problem.bias is None else problem.bias.float().contiguous()
+    grad_hidden, grad_bias = recompute(
+        problem, Operands(problem, rows, blocks), known, bias, grad_weight, add=add
+    )
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden, hidden.dtype)
     return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
 def recompute(
+    problem: Problem,
     operands: Operands,
     known: KnownRows,
     bias: Tensor | None,  # [V] float32
-    config: CoreConfig,
-    wanted: Wanted,
     grad_weight: Tensor | None = None,  # [V, D], stored to, or added to
     *,
     add: bool = False,
@@ -71,8 +68,8 @@ def recompute(
     All rows go through a block of the vocabulary before the next but one: each block of ``dW`` is
     accumulated in float32 while it is in cache, and written once.
     """
-    vocabulary, width = operands.weight.shape
-    count = operands.rows.count
+    _, vocabulary, width = problem.shape
+    count, wanted = operands.rows.size, problem.wanted
     grad_hidden = (
         torch.zeros(count, width, dtype=torch.float32, device="cpu") if wanted.hidden else None
     )
@@ -84,7 +81,7 @@ def recompute(
     def take(block: Block) -> None:
         part = slice(block.first_row, block.stop_row)
         rows = known.part(block.first_row, block.stop_row)
-        write_gradient(block, rows, bias, config, vocabulary)
+        write_gradient(block, rows, bias, problem.settings, vocabulary)
         columns = slice(block.first_column, block.stop_column)
         if grad_hidden is not None:
             grad_hidden[part].addmm_(block.logits, block.columns)
@@ -116,7 +113,7 @@ def write_gradient(
     block: Block,
     rows: KnownRows,
     bias: Tensor | None,
-    config: CoreConfig,
+    settings: Settings,
     vocabulary: int,
     kept: Tensor | None = None,
 ) -> None:
@@ -126,7 +123,7 @@ def write_gradient(
         block: what is overwritten.
         rows: the block's.
         bias: ``[V]`` float32.
-        config: the call's settings.
+        settings: the call's.
         vocabulary: ``V``.
         kept: ``[rows * columns]``, the block's logits where :meth:`_cpu.Sweep.add` kept them; then
             the block may hold anything.
@@ -135,23 +132,22 @@ def write_gradient(
         block=block.arguments(),
         vocabulary=vocabulary,
         kept=address(kept),
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
         threads=block.threads,
         **{name: address(values) for name, values in rows._asdict().items()},
-        **transform(bias, config),
+        **transform(bias, settings),
     )
 
 
 def _from_entries(
+    problem: Problem,
     grad: Tensor,  # [N]
-    hidden: Tensor,
-    weight: Tensor,
     saved: Saved,
-    wanted: Wanted,
     grad_weight: Tensor | None,
 ) -> Gradients:
     """``dH`` gathers rows of ``weight``, ``dW`` rows of ``hidden``; both are written once."""
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     entries = {
         "rows": hidden.shape[0],
         "offsets": address(saved.entry_offsets),

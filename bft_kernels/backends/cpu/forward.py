@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
+from bft_kernels.backends.common.gemm import squared_norms
+from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import recompute
 from bft_kernels.backends.cpu.native import (
@@ -19,52 +21,42 @@ from bft_kernels.backends.cpu.native import (
     plan,
     sweep_all,
     threads,
-    wanted_results,
 )
-from bft_kernels.backends.torch.forward import squared_norms
-from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.config import CoreConfig, storage
-from bft_kernels.results import Forward, Wanted
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import Forward
 
 # Of the targets' rows of weight, which are gathered.
 _ROWS_AT_A_TIME = 64
 
 
-def linear_nll(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    seed: Tensor | None,  # []
-    config: CoreConfig,
-) -> Forward:
-    """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
-    rows = LabelledRows(target, config.ignore_index)
-    vocabulary, width = weight.shape
-    products = {"unit": 2}.get(config.residual, 1)
-    operands = Operands(
-        hidden, weight, rows, config, plan(hidden, weight, rows, config, products=products)
-    )
-    bias = None if bias is None else bias.float().contiguous()
+def linear_nll(problem: Problem) -> Forward:
+    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    rows = LabelledRows(problem.target, problem.settings.ignore_index)
+    wants_unit = problem.saved == "unit"
+    blocks = plan(problem, rows, products=2 if wants_unit else 1, trains_weight=False)
+    operands = Operands(problem, rows, blocks)
+    bias = None if problem.bias is None else problem.bias.float().contiguous()
     norms = None
-    if config.hidden_variance:
-        norms = squared_norms(weight, torch.float32, config.max_buffer_bytes)
-    targets = rows.take(target, 0, rows.count).contiguous()
-    sampled = config.residual == "entries"
+    if problem.hidden_variance:
+        norms = squared_norms(problem.weight, torch.float32, problem.buffer_bytes)
+    targets = rows.take(problem.target, 0, rows.size).contiguous()
+    positions = lse_bound = None
+    if problem.saved == "entries":
+        positions = rows.positions(0, rows.size)
+        lse_bound = bounds_of(operands, targets, bias, problem)
     sweep = make_sweep(
+        problem,
         targets,
-        rows.positions(0, rows.count),
         bias,
-        norms,
-        floors(operands, targets, bias, config) if sampled else None,
-        0 if seed is None else int(seed),
-        vocabulary,
-        config,
-        operands.plan.team,
+        blocks.team,
+        positions=positions,
+        lse_bound=lse_bound,
+        norms=norms,
     )
     # With smoothing dy has a second part, which cannot ride on the sum of the first.
-    unit = config.residual == "unit" and not config.label_smoothing
-    sums = torch.zeros(rows.count if unit else 0, width, dtype=torch.float32, device="cpu")
+    unit = wants_unit and not problem.settings.label_smoothing
+    width = problem.shape[2]
+    sums = torch.zeros(rows.size if unit else 0, width, dtype=torch.float32, device="cpu")
     if unit:
 
         def add(block: Block) -> None:
@@ -76,27 +68,26 @@ def linear_nll(
         each_block(operands, add)
     else:
         sweep_all(sweep, operands)
-    results = finish(sweep, 0, rows.count, wanted_results(config))
+    results = finish(sweep, rows.size, problem)
     if unit:
         finish_unit(sweep, sums, operands, targets)
-    elif config.residual == "unit":
+    elif wants_unit:
         lse = results["lse"]
-        known = KnownRows(
-            targets, lse, results["lse_low"], results["nll"], upstream=torch.ones_like(lse)
-        )
-        grad, _ = recompute(operands, known, bias, config, Wanted(True, False, False))
+        ones = torch.ones_like(lse)
+        known = KnownRows(targets, lse, results["lse_low"], results["nll"], upstream=ones)
+        grad, _ = recompute(problem, operands, known, bias)
         assert grad is not None
         sums = grad
-    return pack(sweep, results, sums, rows, hidden, config)
+    return pack(sweep, results, sums, rows, problem)
 
 
-def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: CoreConfig) -> Tensor:
+def bounds_of(operands: Operands, targets: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """A lower bound of each row's ``lse``: its target's logit, less what rounding can make of it.
 
     Until the sweep arrives at a confident token's target, this is what keeps the other entries out.
     """
     bound = torch.empty(targets.numel(), dtype=torch.float32, device="cpu")
-    block = _ROWS_AT_A_TIME
+    block, settings = _ROWS_AT_A_TIME, problem.settings
 
     def find(worker: int, number: int, step: int) -> None:
         a = number * block
@@ -105,9 +96,9 @@ def floors(operands: Operands, targets: Tensor, bias: Tensor | None, config: Cor
         y = product.sum(dim=1) - 1e-5 * product.abs_().sum(dim=1)
         if bias is not None:
             y += bias[part] - 1e-6 * bias[part].abs()
-        if config.softcap is not None:
-            y = config.softcap * torch.tanh(y / config.softcap) - 1e-5 * config.softcap
-        bound[a : a + block] = y / config.temperature
+        if settings.softcap is not None:
+            y = settings.softcap * torch.tanh(y / settings.softcap) - 1e-5 * settings.softcap
+        bound[a : a + block] = y / settings.temperature
 
     parts = -(-targets.numel() // block)
     team.run(team.Blocks(parts, 1, reach=1), find, operands.plan.team)
@@ -131,37 +122,42 @@ def pack(
     results: dict[str, Tensor],
     unit: Tensor,
     rows: LabelledRows,
-    hidden: Tensor,
-    config: CoreConfig,
+    problem: Problem,
 ) -> Forward:
     """The results as tensors over all ``N`` rows."""
-    full = {name: rows.spread(x) if x.numel() else x for name, x in results.items()}
-    if rows.count == 0:
-        full = {
-            name: x.new_zeros(rows.total if want else 0)
-            for (name, x), want in zip(full.items(), wanted_results(config).values(), strict=True)
-        }
+    hidden, saved = problem.hidden, problem.saved
+    wanted = {
+        "lse_low": saved == "recompute",
+        "entropy": problem.statistics,
+        "correct": problem.statistics,
+        "variance": problem.variance,
+        "hidden_variance": problem.hidden_variance,
+        "counts": saved == "entries",
+    }
+    full = {
+        name: rows.spread(x) if wanted.get(name, True) else x[:0] for name, x in results.items()
+    }
     offsets = torch.empty(0, dtype=torch.int64, device="cpu")
     entries = 0
-    if config.residual == "entries":
+    if saved == "entries":
         offsets = torch.nn.functional.pad(full["counts"].cumsum(0), (1, 0))
         entries = int(offsets[-1])
     columns = torch.empty(entries, dtype=torch.int32, device="cpu")
     values = torch.empty(entries, dtype=torch.float32, device="cpu")
-    if config.residual == "entries":
+    if saved == "entries":
         own = torch.nn.functional.pad(results["counts"].cumsum(0), (1, 0))
         sweep.entries(address(own), address(columns), address(values), threads())
     return Forward(
         loss=full["loss"],
         nll=full["nll"],
         lse=full["lse"],
-        lse_low=full["lse_low"] if config.residual == "recompute" else unit.new_empty(0),
+        lse_low=full["lse_low"],
         entropy=full["entropy"],
         correct=full["correct"],
         variance=full["variance"],
         hidden_variance=full["hidden_variance"],
         unit=rows.spread(unit, storage(hidden.dtype))
-        if config.residual == "unit"
+        if saved == "unit"
         else hidden.new_empty((0, hidden.shape[1]), dtype=storage(hidden.dtype)),
         entry_offsets=offsets,
         entry_columns=columns,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
+from bft_kernels.backends.common.gemm import as_operand, converts
+from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu import team
-from bft_kernels.backends.torch.matmul import as_operand, converts
-from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.config import CoreConfig
-from bft_kernels.plan import CPU_REACH, CpuPlan, cpu_block_bytes, plan_cpu_blocks
+from bft_kernels.backends.cpu.plan import CPU_REACH, CpuPlan, cpu_block_bytes, plan_cpu_blocks
+from bft_kernels.problem import Problem
+from bft_kernels.settings import Settings
 
 
 def address(tensor: Tensor | None) -> int:
@@ -40,12 +41,12 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def transform(bias: Tensor | None, config: CoreConfig) -> dict[str, Any]:
+def transform(bias: Tensor | None, settings: Settings) -> dict[str, Any]:
     """How raw products become logits. ``bias`` is float32 and must outlive the call."""
     return {
         "bias": address(bias),
-        "softcap": config.softcap or 0.0,
-        "temperature": config.temperature,
+        "softcap": settings.softcap or 0.0,
+        "temperature": settings.temperature,
     }
 
 
@@ -88,26 +89,18 @@ class Block(NamedTuple):
         return z.data_ptr(), z.stride(0), self.first_row, rows, self.first_column, columns
 
 
-def plan(
-    hidden: Tensor,
-    weight: Tensor,
-    rows: LabelledRows,
-    config: CoreConfig,
-    *,
-    products: int = 1,
-    trains_weight: bool = False,
-) -> CpuPlan:
+def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: bool) -> CpuPlan:
     """Block sizes for ``products`` products of each block; see :func:`plan_cpu_blocks`."""
-    vocabulary, width = weight.shape
+    _, vocabulary, width = problem.shape
     return plan_cpu_blocks(
-        rows.count,
+        rows.size,
         vocabulary,
         width,
-        config.max_buffer_bytes,
-        widens=converts(weight, config.operand_dtype, torch.float32),
-        copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
+        problem.buffer_bytes,
+        widens=converts(problem.weight, problem.operand, torch.float32),
+        copies=rows.copies or converts(problem.hidden, problem.operand, torch.float32),
         products=products,
-        narrow_gradient=trains_weight and weight.dtype != torch.float32,
+        narrow_gradient=trains_weight and problem.weight.dtype != torch.float32,
         block_bytes=cpu_block_bytes(threads()),
         threads=threads(),
     )
@@ -133,17 +126,15 @@ class _Widened:
 class Operands:
     """The labelled rows of ``hidden`` and blocks of ``weight`` as float32 operands."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, rows: LabelledRows, config: CoreConfig, plan: CpuPlan
-    ) -> None:
-        self.hidden, self.weight, self.rows, self.plan = hidden, weight, rows, plan
-        self.type = config.operand_dtype
-        copies = rows.copies or converts(hidden, self.type, torch.float32)
-        self.all_rows = self._take(0, rows.count) if plan.whole or not copies else None
-        self.wide: list[_Widened] = []  # blocks of weight, of which as many are in use at a time
-        if converts(weight, self.type, torch.float32):
+    def __init__(self, problem: Problem, rows: LabelledRows, plan: CpuPlan) -> None:
+        self.hidden, self.weight, self.type = problem.hidden, problem.weight, problem.operand
+        self.rows, self.plan = rows, plan
+        copies = rows.copies or converts(self.hidden, self.type, torch.float32)
+        self.all_rows = self._take(0, rows.size) if plan.whole or not copies else None
+        self.widened: list[_Widened] = []  # blocks of weight, as many as are in use at a time
+        if converts(self.weight, self.type, torch.float32):
             live = CPU_REACH if plan.team > 1 else 1
-            self.wide = [_Widened(plan.columns, weight.shape[1]) for _ in range(live)]
+            self.widened = [_Widened(plan.columns, self.weight.shape[1]) for _ in range(live)]
 
     def _take(self, first: int, stop: int) -> Tensor:
         return as_operand(self.rows.take(self.hidden, first, stop), self.type, torch.float32)
@@ -159,9 +150,9 @@ class Operands:
         has no team.
         """
         part = self.weight[first:stop]
-        if not self.wide:
+        if not self.widened:
             return part
-        return self.wide[step % len(self.wide)].take(part, (first, stop), self.type)
+        return self.widened[step % len(self.widened)].take(part, (first, stop), self.type)
 
     def columns_at(self, index: Tensor) -> Tensor:
         """``weight[index]``."""
@@ -176,7 +167,7 @@ def each_block(
     Parts of the rows are computed at the same time if the plan has a team; each meets the blocks of
     the vocabulary in their order, and each block meets the parts in theirs if they are ``in_turn``.
     """
-    plan, count = operands.plan, operands.rows.count
+    plan, count = operands.plan, operands.rows.size
     vocabulary = operands.weight.shape[0]
     space = plan.rows * plan.columns
     buffer = torch.empty(plan.team * space, dtype=torch.float32, device="cpu")
@@ -204,57 +195,56 @@ def sweep_all(sweep: _cpu.Sweep, operands: Operands) -> None:
 
 
 def make_sweep(
-    targets: Tensor,
-    positions: Tensor,
-    bias: Tensor | None,
-    norms: Tensor | None,
-    floors: Tensor | None,
-    seed: int,
-    vocabulary: int,
-    config: CoreConfig,
-    workers: int = 1,
+    problem: Problem,
+    targets: Tensor,  # [n], of the rows of the sweep
+    bias: Tensor | None,  # [V] float32
+    workers: int,
+    *,
+    positions: Tensor | None = None,  # [n], of the rows: for a sample
+    lse_bound: Tensor | None = None,  # [n], likewise
+    norms: Tensor | None = None,  # [V], for hidden_variance
 ) -> _cpu.Sweep:
-    """The state of a forward over ``targets [n]``, to which so many workers add blocks at once."""
+    """The state of a forward, to which so many workers add blocks at once.
+
+    The tensors must outlive it.
+    """
+    settings = problem.settings
     return _cpu.Sweep(
         rows=targets.numel(),
-        vocabulary=vocabulary,
+        vocabulary=problem.weight.shape[0],
         targets=address(targets),
         positions=address(positions),
-        floors=address(floors),
+        floors=address(lse_bound),
         norms=address(norms),
-        eps=config.eps,
-        seed=seed,
-        sample=config.residual == "entries",
-        certificate=config.variance or config.hidden_variance,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
+        eps=settings.eps,
+        seed=0 if problem.seed is None else int(problem.seed),
+        sample=problem.saved == "entries",
+        certificate=problem.variance,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
         workers=workers,
-        **transform(bias, config),
+        **transform(bias, settings),
     )
 
 
-def finish(sweep: _cpu.Sweep, first: int, count: int, wanted: dict[str, bool]) -> dict[str, Tensor]:
-    """Results of the rows from ``first`` on, ``[count]`` each; empty where not wanted."""
+def finish(sweep: _cpu.Sweep, count: int, problem: Problem) -> dict[str, Tensor]:
+    """Results of a sweep's rows, ``[count]`` each; empty where not wanted."""
+    wanted = {
+        "loss": True,
+        "nll": True,
+        "lse": True,
+        "lse_low": True,
+        "entropy": problem.statistics,
+        "correct": problem.statistics,
+        "variance": problem.variance,
+        "hidden_variance": problem.hidden_variance,
+        "counts": problem.saved == "entries",
+    }
     kinds = {"correct": torch.bool, "counts": torch.int64}
     results = {
         name: torch.empty(count if want else 0, dtype=kinds.get(name, torch.float32), device="cpu")
         for name, want in wanted.items()
     }
     addresses = {name: address(results[name]) for name, want in wanted.items() if want}
-    sweep.finish(first, count, addresses, threads())
+    sweep.finish(0, count, addresses, threads())
     return results
-
-
-def wanted_results(config: CoreConfig) -> dict[str, bool]:
-    """Which of a sweep's results a call returns or needs."""
-    return {
-        "loss": True,
-        "nll": True,
-        "lse": True,
-        "lse_low": True,
-        "entropy": config.statistics,
-        "correct": config.statistics,
-        "variance": config.variance,
-        "hidden_variance": config.hidden_variance,
-        "counts": config.residual == "entries",
-    }

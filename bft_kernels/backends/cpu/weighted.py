@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 from bft_kernels import workspace
+from bft_kernels.backends.common.documents import Piece, RowDocuments, in_rows
+from bft_kernels.backends.common.gemm import converts
+from bft_kernels.backends.common.results import row_results
+from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.weighted import WeightedSums
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
@@ -26,13 +31,8 @@ from bft_kernels.backends.cpu.native import (
     finish,
     make_sweep,
     threads,
-    wanted_results,
 )
-from bft_kernels.backends.torch.matmul import converts
-from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.weighted import Piece, WeightedSums, in_rows
-from bft_kernels.config import CoreConfig, Weighting
-from bft_kernels.plan import (
+from bft_kernels.backends.cpu.plan import (
     CPU_REACH,
     PIECE_STEP,
     CpuPlan,
@@ -43,56 +43,59 @@ from bft_kernels.plan import (
     plan_cpu_pieces,
     plan_cpu_weighted,
 )
-from bft_kernels.results import Documents, Wanted, WeightedLoss
+from bft_kernels.problem import Problem
+from bft_kernels.results import Documents, WeightedLoss
+from bft_kernels.weighting import balance
 
 
 def weighted_loss(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
+    problem: Problem,
+    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
     documents: Documents | None,  # None for weights local to a token
-    bias: Tensor | None,  # [V]
-    config: CoreConfig,
-    weighting: Weighting,
-    wanted: Wanted,
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
-    rows = LabelledRows(target, config.ignore_index)
-    vocabulary, width = weight.shape
+    rows = LabelledRows(problem.target, problem.settings.ignore_index)
+    _, vocabulary, width = problem.shape
     plan = plan_cpu_weighted(
-        rows.count,
+        rows.size,
         vocabulary,
         width,
-        config.max_buffer_bytes,
-        widens=converts(weight, config.operand_dtype, torch.float32),
-        copies=rows.copies or converts(hidden, config.operand_dtype, torch.float32),
-        trains_weight=wanted.weight,
+        problem.buffer_bytes,
+        widens=converts(problem.weight, problem.operand, torch.float32),
+        copies=rows.copies or converts(problem.hidden, problem.operand, torch.float32),
+        trains_weight=problem.wanted.weight,
         block_bytes=cpu_block_bytes(threads()),
         threads=threads(),
     )
-    engine = _Engine(hidden, weight, target, bias, rows, plan, config, wanted)
-    share = rows.take(share.float(), 0, rows.count)
-    for piece in _pieces(rows, documents, plan):
-        first, stop = piece.first, piece.stop
-        engine.find_losses(first, stop)
-        coefficient = share[first:stop] * engine.weights(piece, weighting)
-        engine.add_gradients(first, stop, coefficient)
-    return engine.result()
+    of_rows = None if documents is None else in_rows(rows, documents)
+    sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
+    sums = WeightedSums(problem, rows, of_rows, sequences, row_results(problem, rows.size), balance)
+    engine = _Engine(problem, rows, plan, sums)
+    token_scale = rows.take(token_scale.float(), 0, rows.size)
+    for piece in _pieces(rows, of_rows, plan):
+        engine.find_losses(piece)
+        coefficient = token_scale[piece.first : piece.stop] * sums.weights_of(piece)
+        sums.add_losses(piece, coefficient)
+        engine.add_gradients(piece, coefficient)
+    engine.end()
+    return sums.result()
 
 
 def _pieces(
-    rows: LabelledRows, documents: Documents | None, plan: CpuWeightedPlan
+    rows: LabelledRows, documents: RowDocuments | None, plan: CpuWeightedPlan
 ) -> Iterator[Piece]:
     """Documents that are taken together; any rows, for weights local to a token."""
     if documents is None:
-        cu_seqlens, bounds = None, [*range(0, rows.count, PIECE_STEP), rows.count]
+        bounds = [*range(0, rows.size, PIECE_STEP), rows.size]
     else:
-        cu_seqlens, bounds = in_rows(rows, documents)
+        bounds = documents.bounds
     for begin, end in pairwise(plan_cpu_pieces(bounds, plan)):
         first, stop = bounds[begin], bounds[end]
-        own = None if cu_seqlens is None else cu_seqlens[begin : end + 1] - first
-        yield Piece(first, stop, own)
+        if documents is None:
+            yield Piece(first, stop)
+        else:
+            own = documents.cu_seqlens[begin : end + 1] - first
+            yield Piece(first, stop, own, slice(begin, end))
 
 
 class _Waiting:
@@ -136,50 +139,39 @@ class _Task(NamedTuple):
     threads: int
 
 
-class _Engine(WeightedSums):
+class _Engine:
     """Takes pieces of the batch; each logit is looked at while its block is in cache."""
 
     def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        rows: LabelledRows,
-        plan: CpuWeightedPlan,
-        config: CoreConfig,
-        wanted: Wanted,
+        self, problem: Problem, rows: LabelledRows, plan: CpuWeightedPlan, sums: WeightedSums
     ) -> None:
-        super().__init__(hidden, weight, target, bias, rows, config, wanted)
-        self.bias = None if self.bias is None else self.bias.contiguous()
-        self.plan = plan
+        self.problem, self.plan, self.sums = problem, plan, sums
+        self.bias = None if problem.bias is None else problem.bias.float().contiguous()
         wide = plan.columns * plan.group
         blocks = CpuPlan(plan.rows, wide, plan.whole, plan.team)
-        self.operands = Operands(hidden, weight, rows, config, blocks)
-        self.targets = rows.take(target, 0, rows.count).contiguous()
-        self.lse_low = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
-        self.lse = torch.zeros(rows.count, dtype=torch.float32, device="cpu")
+        self.operands = Operands(problem, rows, blocks)
+        self.targets = rows.take(problem.target, 0, rows.size).contiguous()
         self.buffer: Tensor | None = None  # borrowed from the first piece on
         # Of each worker a block, and a larger one for the rows that wait in dW if they need it.
-        self.share = plan.rows * wide
+        self.own_block = plan.rows * wide
         self.larger = plan.in_gradient * wide if plan.in_gradient > plan.rows else 0
-        size = self.share * plan.team + self.larger if plan.team > 1 else 0
+        size = self.own_block * plan.team + self.larger if plan.team > 1 else 0
         self.block = torch.empty(
-            max(size, self.share, self.larger), dtype=torch.float32, device="cpu"
+            max(size, self.own_block, self.larger), dtype=torch.float32, device="cpu"
         )
         self.waiting: _Waiting | None = None
         self.columns = plan.columns  # of a block of the piece
-        self.operand = hidden[:0]  # of the rows that wait
+        self.operand = problem.hidden[:0]  # of the rows that wait
 
     def _wait(self, first: int, stop: int) -> _Waiting:
         """Makes room for the logits of a piece."""
-        count, vocabulary = stop - first, self.weight.shape[0]
-        in_gradient = 0 if self.added else self._rows_in_gradient(count)
+        count, vocabulary = stop - first, self.problem.weight.shape[0]
+        in_gradient = 0 if self.sums.added else self._rows_in_gradient(count)
         in_buffer = min(count - in_gradient, self.plan.in_buffer)
         if self.buffer is None:
             self.buffer = workspace.borrow(self.plan.in_buffer * vocabulary)
         self.operand = self.operands.take(first, first + in_gradient + in_buffer)
-        return _Waiting(in_gradient, in_buffer, self.grad_weight, self.buffer)
+        return _Waiting(in_gradient, in_buffer, self.sums.grad_weight, self.buffer)
 
     def _rows_in_gradient(self, count: int) -> int:
         """How many of the first piece's rows wait in ``dW``: they are one part, see :meth:`_parts`.
@@ -206,7 +198,7 @@ class _Engine(WeightedSums):
             for begin, end in ((first, waiting), (waiting, count)):
                 parts += _steps(begin, end, _even(end - begin, rows))
             largest = max(b - a for a, b in parts)
-            fits = largest * width <= max(self.share, self.larger)
+            fits = largest * width <= max(self.own_block, self.larger)
             if largest <= _largest_part(count, size) and fits:
                 break
         return size, parts
@@ -222,14 +214,14 @@ class _Engine(WeightedSums):
     ) -> None:
         """All parts of a piece against ``width`` columns at a time; see :meth:`_parts`."""
         members, parts = self._parts(count, least, width)
-        steps = list(_steps(0, self.weight.shape[0], width))
+        steps = list(_steps(0, self.problem.weight.shape[0], width))
 
         def task(worker: int, part: int, step: int) -> None:
             rows, columns = parts[part], steps[step]
             shape = rows[1] - rows[0], columns[1] - columns[0]
             size = shape[0] * shape[1]
-            own = members == 1 or size <= self.share
-            begin = (worker if own else self.plan.team) * self.share
+            own = members == 1 or size <= self.own_block
+            begin = (worker if own else self.plan.team) * self.own_block
             space = self.block[begin : begin + size].view(shape)
             each = threads() if members == 1 else 1
             compute(_Task(rows, columns, step, space, worker, each))
@@ -244,22 +236,12 @@ class _Engine(WeightedSums):
             return self.operand[slice(*rows)]
         return self.operands.take(first + rows[0], first + rows[1])
 
-    def find_losses(self, first: int, stop: int) -> None:
-        """Losses of rows ``first:stop``, a piece; logits wait as far as there is room."""
+    def find_losses(self, piece: Piece) -> None:
+        """Losses of the rows of a piece; logits wait as far as there is room."""
+        first, stop = piece.first, piece.stop
         self.waiting = self._wait(first, stop)
         self.columns = self.plan.columns_of(stop - first)
-        targets = self.targets[first:stop]
-        sweep = make_sweep(
-            targets,
-            targets[:0],
-            self.bias,
-            None,
-            None,
-            0,
-            self.weight.shape[0],
-            self.config,
-            self.plan.team,
-        )
+        sweep = make_sweep(self.problem, self.targets[first:stop], self.bias, self.plan.team)
 
         def compute(task: _Task) -> None:
             assert self.waiting is not None
@@ -275,68 +257,63 @@ class _Engine(WeightedSums):
                 )
 
         self._run(stop - first, 0, self.columns, compute)
-        results = finish(sweep, 0, stop - first, wanted_results(self.config))
-        piece = slice(first, stop)
-        self.nll[piece], self.token_loss[piece] = results["nll"], results["loss"]
-        self.lse[piece], self.lse_low[piece] = results["lse"], results["lse_low"]
-        self.collected.add(first, lse=results["lse"])
-        if self.config.statistics:
-            self.collected.add(first, entropy=results["entropy"], correct=results["correct"])
+        for name, values in finish(sweep, stop - first, self.problem).items():
+            if values.numel():
+                self.sums.results[name][first:stop] = values
 
-    def add_gradients(self, first: int, stop: int, coefficient: Tensor) -> None:
-        """Adds the piece of the last :meth:`find_losses`, weighted, to the loss and gradients."""
+    def add_gradients(self, piece: Piece, coefficient: Tensor) -> None:
+        """Adds the piece of the last :meth:`find_losses`, weighted, to the gradients."""
         assert self.waiting is not None
-        self.add_losses(first, stop, coefficient)
-        piece = slice(first, stop)
+        first, stop, sums, wanted = piece.first, piece.stop, self.sums, self.problem.wanted
+        part = slice(first, stop)
         all_rows = KnownRows(
-            targets=self.targets[piece],
-            lse=self.lse[piece],
-            lse_low=self.lse_low[piece],
-            nll=self.nll[piece],
+            targets=self.targets[part],
             upstream=coefficient.contiguous(),
+            **{name: sums.results[name][part] for name in ("lse", "lse_low", "nll")},
         )
         known = functools.cache(all_rows.part)  # few different parts, over and over
-        direct = self.grad_hidden.dtype == torch.float32
-        vocabulary, width = self.weight.shape
+        direct = sums.grad_hidden.dtype == torch.float32
+        _, vocabulary, width = self.problem.shape
         grad_hidden = (
-            self.grad_hidden[piece]
+            sums.grad_hidden[part]
             if direct
             else torch.empty(stop - first, width, dtype=torch.float32, device="cpu")
         )
+
+        settings = self.problem.settings
 
         def compute(task: _Task) -> None:
             assert self.waiting is not None
             rows, columns, dy = task.rows, task.columns, task.space
             weight = self.operands.columns(task.step, *columns)
-            into = self.grad_weight[slice(*columns)]
+            into = sums.grad_weight[slice(*columns)]
             operand = self._operand(first, rows)
             if rows[1] > self.waiting.rows:
                 torch.mm(operand, weight.T, out=dy)
             for narrow in _steps(*columns, self.columns):
                 for a, b, place in self.waiting.parts(*rows, narrow):
                     within = slice(narrow[0] - columns[0], narrow[1] - columns[0])
-                    part = dy[a - rows[0] : b - rows[0], within]
-                    block = Block(a, narrow[0], part, operand, weight, task.threads)
-                    write_gradient(block, known(a, b), self.bias, self.config, vocabulary, place)
-            if self.wanted.hidden:
+                    place_of = dy[a - rows[0] : b - rows[0], within]
+                    block = Block(a, narrow[0], place_of, operand, weight, task.threads)
+                    write_gradient(block, known(a, b), self.bias, settings, vocabulary, place)
+            if wanted.hidden:
                 grad_hidden[slice(*rows)].addmm_(dy, weight, beta=int(columns[0] > 0))
-            if self.wanted.weight:
-                into.addmm_(dy.T, operand, beta=int(self.added or rows[0] > 0))
-            if self.wanted.bias:
-                self.grad_bias[slice(*columns)] += dy.sum(dim=0)
+            if wanted.weight:
+                into.addmm_(dy.T, operand, beta=int(sums.added or rows[0] > 0))
+            if wanted.bias:
+                sums.grad_bias[slice(*columns)] += dy.sum(dim=0)
 
         # The first part holds all that waits in dW, which is then written there.
         least, wide = self.waiting.in_gradient, self.columns * self.plan.group
         self._run(stop - first, least, wide, compute, in_turn=True)
-        if self.wanted.hidden and not direct:
-            self.grad_hidden[piece] = grad_hidden
-        self.waiting, self.added = None, True
+        if wanted.hidden and not direct:
+            sums.grad_hidden[part] = grad_hidden
+        self.waiting, sums.added = None, True
 
-    def result(self) -> WeightedLoss:
-        """The results over all ``N`` rows."""
+    def end(self) -> None:
+        """Gives back what was borrowed."""
         if self.buffer is not None:
             workspace.give_back(self.buffer)
-        return super().result()
 
 
 def _largest_part(count: int, members: int) -> int:

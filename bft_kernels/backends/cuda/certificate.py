@@ -12,18 +12,18 @@ from bft_kernels.backends.cuda.native import launch
 
 def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
     """``variance [N]`` and ``hidden_variance [N]``, or ``[0]`` where not wanted."""
-    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    call, (count, vocabulary, _) = inputs.call, inputs.shape
     device = lse.device
-    variance = torch.zeros(count if config.variance else 0, dtype=torch.float32, device=device)
+    variance = torch.zeros(count if call.variance else 0, dtype=torch.float32, device=device)
     hidden_variance = torch.zeros(
-        count if config.hidden_variance else 0, dtype=torch.float32, device=device
+        count if call.hidden_variance else 0, dtype=torch.float32, device=device
     )
-    if not (config.variance or config.hidden_variance):
+    if not (call.variance or call.hidden_variance):
         return variance, hidden_variance
     norms = None
-    if config.hidden_variance:
+    if call.hidden_variance:
         norms = torch.empty(vocabulary, dtype=torch.float32, device=device)
-        launch("squared_norms", {}, {"norms": norms}, inputs.problem)
+        launch("squared_norms", {}, {"norms": norms}, inputs.operands)
     splits, columns = splits_for(inputs, count)
     planes = 1 if norms is None else 2
     launch(
@@ -31,14 +31,14 @@ def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
         {"lse": lse, "norms": norms},
         {
             "sums": torch.empty(planes * splits * count, dtype=torch.float32, device=device),
-            "variance": variance if config.variance else torch.zeros_like(hidden_variance),
+            "variance": variance if call.variance else torch.zeros_like(hidden_variance),
             "hidden_variance": hidden_variance,
         },
-        inputs.problem,
+        inputs.operands,
         first_row=0,
         rows=count,
         splits=splits,
         split_columns=columns,
-        eps=config.eps,
+        eps=call.settings.eps,
     )
     return variance, hidden_variance

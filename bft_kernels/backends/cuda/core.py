@@ -5,51 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.csr import capacity_for
+from bft_kernels.backends.common.inputs import rows_contiguous
+from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.forward import run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.sampled import list_entries, sampled_gradients
-from bft_kernels.backends.gpu.inputs import rows_contiguous
-from bft_kernels.backends.gpu.lists import capacity_for
-from bft_kernels.backends.gpu.rows import RowValues
-from bft_kernels.config import CoreConfig, storage
+from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Forward, Gradients, Saved, Wanted
 
 
-def linear_nll(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
-    seed: Tensor | None,  # []
-    config: CoreConfig,
-) -> Forward:
-    """Losses and statistics of every labelled row, and the residual that ``config`` asks for."""
-    inputs = Inputs.of(hidden, weight, target, bias, config)
+def linear_nll(problem: Problem) -> Forward:
+    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    inputs, hidden, call = Inputs.of(problem), problem.hidden, problem
     count, _, width = inputs.shape
     device = hidden.device
     results = row_results(inputs)
     offsets = torch.empty(0, dtype=torch.int64, device=device)
     columns = torch.empty(0, dtype=torch.int32, device=device)
-    if config.residual == "entries":
-        assert seed is not None
-        room = capacity_for(count, weight.shape[0], config.eps)
+    if call.saved == "entries":
+        assert problem.seed is not None
+        room = capacity_for(count, problem.shape[1], call.settings.eps)
         if width > native.kernels().MAX_GATHERED:  # rows without room are computed again
             room = 0
-        offsets, columns = list_entries(inputs, seed, results, room)
+        offsets, columns = list_entries(inputs, problem.seed, results, room)
     else:
         run_tiles(inputs, results, 0, count)
     variance, hidden_variance = certify(inputs, results["lse"])
     unit = torch.empty(0, width, dtype=storage(hidden.dtype), device=device)
-    if config.residual == "unit":
+    if call.saved == "unit":
         ones = inputs.rows.labelled.float()
         into = gradient_places(inputs, Wanted(True, False, False), storage(hidden.dtype), None)
         recompute(inputs, row_values(results, ones), None, into, adds=False)
         assert into.hidden is not None
         unit = into.hidden.to(unit.dtype)
-    if config.residual != "recompute":
+    if call.saved != "recompute":
         results["lse_low"] = torch.empty(0, dtype=torch.float32, device=device)
     return Forward(
         **results,
@@ -64,7 +57,7 @@ def linear_nll(
 
 def row_results(inputs: Inputs) -> dict[str, Tensor]:
     """Where the forward's results by row go: zeros ``[N]``, or ``[0]`` where not wanted."""
-    config, count, device = inputs.config, inputs.shape[0], inputs.hidden.device
+    call, count, device = inputs.call, inputs.shape[0], inputs.hidden.device
 
     def per_row(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(count if wanted else 0, dtype=dtype, device=device)
@@ -73,15 +66,15 @@ def row_results(inputs: Inputs) -> dict[str, Tensor]:
         "loss": per_row(True),
         "nll": per_row(True),
         "lse": per_row(True),
-        "lse_low": per_row(config.residual in ("recompute", "unit")),
-        "entropy": per_row(config.statistics),
-        "correct": per_row(config.statistics, torch.bool),
+        "lse_low": per_row(call.saved in ("recompute", "unit")),
+        "entropy": per_row(call.statistics),
+        "correct": per_row(call.statistics, torch.bool),
     }
 
 
-def row_values(results: dict[str, Tensor], grad: Tensor) -> RowValues:
+def row_values(results: dict[str, Tensor], grad: Tensor) -> KnownRows:
     """What the backward needs of a forward's results, with ``grad [N]``."""
-    return RowValues(results["lse"], results["lse_low"], results["nll"], grad)
+    return KnownRows(results["lse"], results["lse_low"], results["nll"], grad)
 
 
 def gradient_places(
@@ -92,7 +85,7 @@ def gradient_places(
     ``dH`` and ``db`` are zeros, ``dW`` is not filled.
     """
     count, vocabulary, width = inputs.shape
-    device, operand = inputs.hidden.device, inputs.config.operand_dtype
+    device, operand = inputs.hidden.device, inputs.call.operand
 
     def written(dtype: torch.dtype | None) -> torch.dtype:
         return operand if dtype == operand else torch.float32
@@ -111,27 +104,23 @@ def gradient_places(
 
 
 def linear_nll_backward(
+    problem: Problem,
     grad: Tensor,  # [N]
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
     saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
     """Gradients of ``sum(grad * loss)`` by what is wanted."""
-    inputs = Inputs.of(hidden, weight, target, bias, config)
+    inputs, wanted = Inputs.of(problem), problem.wanted
+    hidden, weight = problem.hidden, problem.weight
     own = grad_weight if wanted.weight else None
-    types = (config.operand_dtype, torch.float32)
+    types = (problem.operand, torch.float32)
     adds = own is not None and own.dtype in types and rows_contiguous(own) is own
     new = wanted._replace(weight=wanted.weight and not adds)
     into = gradient_places(inputs, new, hidden.dtype, weight.dtype)
     if adds:
         into = into._replace(weight=own)
-    known = RowValues(saved.lse, saved.lse_low, saved.nll, inputs.rows.mask(grad.float()))
-    if config.residual == "entries":
+    known = KnownRows(saved.lse, saved.lse_low, saved.nll, inputs.rows.mask(grad.float()))
+    if problem.settings.sampled:
         sampled_gradients(inputs, known, saved, into, adds=adds)
     else:
         recompute(inputs, known, None, into, adds=adds)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.lse_bound import raise_bounds
+from bft_kernels.backends.common.results import ROW_RESULTS
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch
-from bft_kernels.backends.gpu.floor import raise_floors
-from bft_kernels.backends.gpu.inputs import ROW_RESULTS
 
 
 def run_tiles(
@@ -31,7 +31,7 @@ def run_tiles(
         floors: ``[N]`` float32, lower bounds of lse, for a mask.
         mask: ``[rows, ceil(V / 32)]`` int32, where bits of the entries that may be kept go.
     """
-    config, device = inputs.config, inputs.hidden.device
+    call, device = inputs.call, inputs.hidden.device
     splits, columns = splits_for(inputs, rows)
     sums = torch.empty(
         native.kernels().FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device
@@ -40,14 +40,14 @@ def run_tiles(
         "linear_nll_forward",
         {"seed": seed, "floor": floors},
         {"sums": sums, "mask": mask, **{name: results[name] for name in ROW_RESULTS}},
-        inputs.problem,
+        inputs.operands,
         first_row=first_row,
         rows=rows,
         splits=splits,
         split_columns=columns,
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        eps=config.eps,
+        label_smoothing=call.settings.label_smoothing,
+        z_loss=call.settings.z_loss,
+        eps=call.settings.eps,
     )
 
 
@@ -61,5 +61,5 @@ def splits_for(inputs: Inputs, rows: int) -> tuple[int, int]:
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
     floors = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
-    launch("target_floor", {}, {"floor": floors}, inputs.problem)
-    return raise_floors(floors, inputs)
+    launch("target_floor", {}, {"floor": floors}, inputs.operands)
+    return raise_bounds(floors, inputs)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from bft_kernels.backends.cuda.native import Problem
-from bft_kernels.backends.gpu.inputs import DeviceInputs
-from bft_kernels.config import CoreConfig
+from bft_kernels.backends.common.inputs import DeviceInputs
+from bft_kernels.backends.cuda.native import Operands
+from bft_kernels.problem import Problem
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -20,21 +19,20 @@ class Inputs(DeviceInputs):
     """The operands, both of one type: stored in another, they are copied for the call."""
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        config: CoreConfig,
-    ) -> Self:
-        operand = config.operand_dtype
-        bias = None if bias is None else bias.float()
-        return super().of(hidden.to(operand), weight.to(operand), target, bias, config)
+    def of(cls, problem: Problem) -> Self:
+        made = super().of(
+            replace(
+                problem,
+                hidden=problem.hidden.to(problem.operand),
+                weight=problem.weight.to(problem.operand),
+                bias=None if problem.bias is None else problem.bias.float(),
+            )
+        )
+        return replace(made, call=problem)
 
     @property
-    def problem(self) -> Problem:
-        config, (count, vocabulary, width) = self.config, self.shape
+    def operands(self) -> Operands:
+        call, (count, vocabulary, width) = self.call, self.shape
         tensors = {
             "hidden": self.hidden,
             "weight": self.weight,
@@ -49,8 +47,8 @@ class Inputs(DeviceInputs):
             "D": width,
             "stride_hn": self.hidden.stride(0),
             "stride_wv": self.weight.stride(0),
-            "dtype": _TYPES[config.operand_dtype],
-            "softcap": config.softcap or 0.0,
-            "temperature": config.temperature,
+            "dtype": _TYPES[call.operand],
+            "softcap": call.settings.softcap or 0.0,
+            "temperature": call.settings.temperature,
         }
-        return Problem(tensors, numbers)
+        return Operands(tensors, numbers)

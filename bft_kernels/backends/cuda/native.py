@@ -1,8 +1,7 @@
-"""``bft_kernels._cuda``: when it can run, and how tensors reach it."""
+"""``bft_kernels._cuda``: how tensors reach it."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -19,20 +18,6 @@ def kernels() -> Any:
     return _cuda
 
 
-def why_not() -> list[str]:
-    """Reasons why the kernels cannot run on this machine; empty if they can."""
-    if DEVICE != "cuda":
-        return []
-    reasons = []
-    if find_spec("bft_kernels._cuda") is None:
-        reasons.append("bft_kernels._cuda is not built (see BFT_BUILD in setup.py)")
-    if not torch.cuda.is_available():
-        reasons.append("there is no CUDA device (torch.cuda.is_available() is False)")
-    elif torch.version.cuda is None:
-        reasons.append("torch is not built for CUDA, it is for NVIDIA's GPUs only")
-    return reasons
-
-
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device."""
     if device.type != "cuda":
@@ -40,7 +25,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class Problem(NamedTuple):
+class Operands(NamedTuple):
     """What kernels that make logits read: arguments of ``_cuda.Problem``."""
 
     tensors: dict[str, Tensor | None]
@@ -59,7 +44,7 @@ def launch(
     function: str,
     reads: dict[str, Tensor | None],
     writes: dict[str, Tensor | None],
-    problem: Problem | None = None,
+    problem: Operands | None = None,
     **numbers: Any,
 ) -> None:
     """Runs a function of ``_cuda`` in the current stream.

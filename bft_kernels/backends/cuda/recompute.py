@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.gemm import scale_for
+from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch
-from bft_kernels.backends.gpu.rows import RowValues
-from bft_kernels.backends.torch.matmul import scale_for
 from bft_kernels.results import Gradients
 
 # Rows and columns of a tile of logits.
@@ -16,7 +16,7 @@ TILE = 128
 
 
 def recompute(
-    inputs: Inputs, known: RowValues, seed: Tensor | None, into: Gradients, *, adds: bool
+    inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
 ) -> None:
     """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
 
@@ -29,9 +29,9 @@ def recompute(
         adds: whether ``dW`` is added to; otherwise it is written.
     """
     count, vocabulary, width = inputs.shape
-    config, operand = inputs.config, inputs.config.operand_dtype
+    call, operand = inputs.call, inputs.call.operand
     device = inputs.hidden.device
-    blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // TILE
+    blocks = call.buffer_bytes // max(1, count * operand.itemsize) // TILE
     step = min(-(-vocabulary // TILE), max(1, blocks)) * TILE
     dy = torch.empty(count * step, dtype=operand, device=device)
     row_blocks = -(-count // TILE)
@@ -43,9 +43,9 @@ def recompute(
     scale = None
     if operand == torch.float16:
         grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
-        scale = scale_for(grad, lse, config.temperature, config.z_loss)
+        scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
         known = known._replace(grad=known.grad * scale)
-    problem = inputs.problem
+    problem = inputs.operands
     for first in range(0, vocabulary, step):
         block = {
             "first_column": first,
@@ -57,9 +57,9 @@ def recompute(
             {**known._asdict(), "seed": seed, "scale": scale},
             {"dy": dy, "bias_sums": bias_sums, "grad_bias": into.bias},
             problem,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-            eps=config.eps,
+            label_smoothing=call.settings.label_smoothing,
+            z_loss=call.settings.z_loss,
+            eps=call.settings.eps,
             **block,
         )
         reads = {"dy": dy, "scale": scale}

@@ -12,13 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.csr import overflowed
+from bft_kernels.backends.common.rows import DeviceRows, KnownRows
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.forward import find_floors, run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch
 from bft_kernels.backends.cuda.recompute import TILE, recompute
-from bft_kernels.backends.gpu.lists import overflowed
-from bft_kernels.backends.gpu.rows import DeviceRows, RowValues
 from bft_kernels.results import Gradients, Saved
 
 # What sorting takes, bytes an entry: keys and entries, and both once more in order.
@@ -32,17 +32,17 @@ def list_entries(
 
     Rows that end past the room have no list, and are computed again in the backward.
     """
-    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    call, (count, vocabulary, _) = inputs.call, inputs.shape
     device = inputs.hidden.device
     floors = find_floors(inputs)
     words = -(-vocabulary // 32)
-    step = TILE * max(1, config.max_buffer_bytes // (4 * words) // TILE)
+    step = TILE * max(1, call.buffer_bytes // (4 * words) // TILE)
     mask = torch.empty(min(step, count), words, dtype=torch.int32, device=device)
     counts = torch.zeros(count, dtype=torch.int64, device=device)
     offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)
     columns = torch.empty(room, dtype=torch.int32, device=device)
     temporary = torch.empty(native.kernels().scan_bytes(count), dtype=torch.uint8, device=device)
-    problem = inputs.problem
+    problem = inputs.operands
     for first in range(0, count, step):
         part = mask[: min(step, count - first)]
         where = {"first_row": first, "rows": part.shape[0]}
@@ -67,13 +67,13 @@ def list_entries(
 
 
 def sampled_gradients(
-    inputs: Inputs, known: RowValues, saved: Saved, into: Gradients, *, adds: bool
+    inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
 ) -> None:
     """Gradients of the listed entries, and of the rows whose entries found no room.
 
     ``adds``: whether ``dW`` is added to from the start. ``db`` is added to.
     """
-    assert saved.seed is not None
+    assert inputs.call.seed is not None
     offsets, columns = saved.entry_offsets, saved.entry_columns
     room = columns.numel()
     if room > 0:
@@ -81,11 +81,11 @@ def sampled_gradients(
     elif into.weight is not None and not adds:
         into.weight.zero_()
     rest = replace(inputs, rows=DeviceRows.chosen(overflowed(offsets, room)))
-    recompute(rest, known, saved.seed, into, adds=True)
+    recompute(rest, known, inputs.call.seed, into, adds=True)
 
 
 def _from_lists(
-    inputs: Inputs, known: RowValues, saved: Saved, into: Gradients, adds: bool
+    inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, adds: bool
 ) -> None:
     offsets, columns = saved.entry_offsets, saved.entry_columns
     device, vocabulary = columns.device, inputs.shape[1]
@@ -99,14 +99,14 @@ def _from_lists(
             "lse": known.lse,
             "nll": known.nll,
             "grad": known.grad,
-            "seed": saved.seed,
+            "seed": inputs.call.seed,
             "offsets": offsets,
             "columns": columns,
         },
         {"keys": keys, "packed": entries, "grad_hidden": into.hidden},
-        inputs.problem,
+        inputs.operands,
         capacity=columns.numel(),
-        eps=inputs.config.eps,
+        eps=inputs.call.settings.eps,
         wide=into.hidden is not None and into.hidden.dtype == torch.float32,
     )
     if wants_entries:
@@ -118,7 +118,7 @@ def _gather_weight(
 ) -> None:
     """``dW`` and ``db`` of the entries, as many at a time as the budget sorts."""
     places = keys.numel()
-    step = max(1, inputs.config.max_buffer_bytes // _SORTING_BYTES)
+    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
     for first in range(0, places, step):
         part = slice(first, min(first + step, places))
         _gather_weight_of(inputs, keys[part], entries[part], into, adds or first > 0)
@@ -147,7 +147,7 @@ def _gather_weight_of(
         "gather_weight",
         {"starts": starts, "packed": sorted_entries},
         {"grad_weight": into.weight, "grad_bias": into.bias},
-        inputs.problem,
+        inputs.operands,
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         wide=into.weight is not None and into.weight.dtype == torch.float32,
         adds=adds,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -11,38 +9,32 @@ from bft_kernels.backends.cuda.core import gradient_places, row_results, row_val
 from bft_kernels.backends.cuda.forward import run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.recompute import recompute
-from bft_kernels.backends.cuda.weights import joint_weights
-from bft_kernels.config import CoreConfig, Weighting, storage
-from bft_kernels.results import Documents, Wanted, WeightedLoss
-from bft_kernels.weighting import local_weights
+from bft_kernels.backends.cuda.weights import weigh
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import Documents, WeightedLoss
+from bft_kernels.weighting import Weights, local_weights, weighted_losses
 
 
 def weighted_loss(
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    share: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), token weights over n, ...
+    problem: Problem,
+    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
     documents: Documents | None,  # None for weights local to a token
-    bias: Tensor | None,  # [V]
-    config: CoreConfig,
-    weighting: Weighting,
-    wanted: Wanted,
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
-    inputs = Inputs.of(hidden, weight, target, bias, replace(config, residual="recompute"))
+    inputs, hidden, wanted = Inputs.of(problem), problem.hidden, problem.wanted
     count, _, width = inputs.shape
     results = row_results(inputs)
     run_tiles(inputs, results, 0, count)
     labelled = inputs.rows.labelled
+    made = Weights(*[hidden.new_empty(0, dtype=torch.float32) for _ in Weights._fields])
     if documents is None:
-        weights = local_weights(results["nll"], labelled, weighting.scheme)
+        weights = local_weights(results["nll"], labelled, problem.settings.scheme)
     else:
-        weights = joint_weights(results["nll"], labelled, documents.cu_seqlens, weighting)
-    coefficient = inputs.rows.mask(share.float() * weights)
-    # Where a weight is 0 an infinite loss counts nothing.
-    losses = torch.where(coefficient != 0, results["loss"], 0.0)
+        found = weigh(results["nll"], labelled, documents.cu_seqlens, problem.settings)
+        weights, made = found.weight, found if problem.statistics else made
+    coefficient = inputs.rows.mask(token_scale.float() * weights)
 
-    kept = storage(hidden.dtype), storage(weight.dtype)
+    kept = storage(hidden.dtype), storage(problem.weight.dtype)
     into = gradient_places(inputs, wanted, *kept)
     if any(wanted):
         recompute(inputs, row_values(results, coefficient), None, into, adds=False)
@@ -53,7 +45,7 @@ def weighted_loss(
         return gradient.to(dtype)
 
     return WeightedLoss(
-        loss=(coefficient * losses).sum(),
+        loss=weighted_losses(results["loss"], coefficient).sum(),
         grad_hidden=given(into.hidden, kept[0], width),
         grad_weight=given(into.weight, kept[1], width),
         grad_bias=given(into.bias, torch.float32),
@@ -61,4 +53,8 @@ def weighted_loss(
         lse=results["lse"],
         entropy=results["entropy"],
         correct=results["correct"],
+        token_weight=made.token_weight,
+        window_confidence=made.window_confidence,
+        sequence_weight=made.sequence_weight,
+        sequence_confidence=made.sequence_confidence,
     )

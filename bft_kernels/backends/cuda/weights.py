@@ -7,9 +7,9 @@ from torch import Tensor
 
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.native import launch
-from bft_kernels.backends.gpu.weights import WeightFunctions
-from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
+from bft_kernels.settings import Settings
+from bft_kernels.weighting import DELTA, Weights
 
 
 def _run(
@@ -17,11 +17,10 @@ def _run(
     labelled: Tensor,
     cu_seqlens: Tensor,
     num_items: Tensor | None,
-    normalize: str,
-    counts: bool,  # divides by this call's own number of items
-    weighting: Weighting,
+    settings: Settings,
+    normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
-    """See :class:`WeightFunctions`."""
+    """See :func:`bft_kernels.weighting.balanced_loss`; the loss is not added up: ``[tiles]``."""
     count, sequences, device = loss.numel(), cu_seqlens.numel() - 1, loss.device
     tiles = -(-count // native.kernels().WEIGHT_TILE)
 
@@ -36,7 +35,7 @@ def _run(
         "sequence_confidence": room(sequences),
     }
     sums = room(tiles)
-    scheme = weighting.scheme
+    scheme = str(settings.scheme)
     launch(
         "balanced_weights",
         {
@@ -56,20 +55,34 @@ def _run(
         },
         N=count,
         S=sequences,
-        window=weighting.window,
-        floor=weighting.floor,
-        gamma=weighting.gamma,
+        window=settings.window,
+        floor=DELTA,
+        gamma=settings.gamma,
         full_windows=scheme.startswith("bft-v1"),
         geometric=scheme == "bft-v1-code",
         confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
         ratio=scheme == "bft",
-        flat=weighting.local,
+        flat=settings.local,
         by_sequence=normalize == "sequence",
-        counts=counts,
+        counts=normalize is not None and num_items is None,
     )
     return BalancedLoss(loss=sums, **results)
 
 
-_functions = WeightFunctions(_run)
-balanced_loss = _functions.balanced_loss
-joint_weights = _functions.joint_weights
+def balanced_loss(
+    loss: Tensor,  # [N] float32, 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    settings: Settings,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
+    made = _run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
+    return made._replace(loss=made.loss.sum())
+
+
+def weigh(nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings) -> Weights:
+    """See :func:`bft_kernels.weighting.balance`, in float32."""
+    labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
+    made = _run(nll, labelled, cu_seqlens, None, settings, None)
+    return Weights(*made[1:])

@@ -6,8 +6,25 @@ tile, and of the parts that its backward sorts. The balanced loss copies boundar
 
 from __future__ import annotations
 
-from bft_kernels.backends.torch.backward import linear_nll_backward
-from bft_kernels.backends.torch.forward import linear_nll
-from bft_kernels.backends.torch.weighted import weighted_loss
+import torch
 
-__all__ = ["linear_nll", "linear_nll_backward", "weighted_loss"]
+from bft_kernels.problem import Traits
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def why_not(hidden: Traits, weight: Traits) -> list[str]:
+    """Reasons why the backend cannot take these tensors."""
+    reasons = []
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.layout != torch.strided:
+            reasons.append(f"{name} has layout {tensor.layout}, it takes strided tensors")
+        if tensor.device.type == "meta":
+            reasons.append(f"{name} is on the meta device and has no values")
+    narrow = hidden.dtype in _HALF and weight.dtype in _HALF
+    if narrow and hidden.device.type not in ("cpu", "cuda"):
+        reasons.append(
+            f"hidden and weight are {hidden.dtype} on {hidden.device.type}, where torch.mm gives "
+            "no float32 result"
+        )
+    return reasons

@@ -8,87 +8,73 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.torch.matmul import Products, add_product, converts, multiply
-from bft_kernels.backends.torch.rows import LabelledRows
-from bft_kernels.backends.torch.sweep import gradient_factors, transform_logits
-from bft_kernels.config import CoreConfig, accumulator
-from bft_kernels.plan import plan_columns
-from bft_kernels.results import Gradients, Saved, Wanted
+from bft_kernels.backends.common.gemm import Gemm, add_product, converts, multiply
+from bft_kernels.backends.common.plan import plan_columns
+from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.torch.softmax import gradient_factors, transform_logits
+from bft_kernels.problem import Problem
+from bft_kernels.results import Gradients, Saved
+from bft_kernels.settings import Settings
 
 
 def linear_nll_backward(
+    problem: Problem,
     grad: Tensor,  # [N]
-    hidden: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    target: Tensor,  # [N]
-    bias: Tensor | None,  # [V]
     saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
     """Gradients of ``sum(grad * loss)`` by what is wanted."""
-    rows = LabelledRows(target, config.ignore_index)
-    grad = torch.where(rows.labelled, grad, 0).to(accumulator(hidden.dtype))
-    if wanted.weight and grad_weight is None:
-        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    if not wanted.weight:
+    rows = LabelledRows(problem.target, problem.settings.ignore_index)
+    grad = torch.where(rows.labelled, grad, 0).to(problem.acc_dtype)
+    if not problem.wanted.weight:
         grad_weight = None
-    backward = _from_entries if config.residual == "entries" else _recompute
-    result = backward(grad, hidden, weight, target, bias, saved, config, wanted, rows, grad_weight)
-    return Gradients(result[0], grad_weight, result[1])
+    elif grad_weight is None:
+        grad_weight = torch.zeros_like(problem.weight, memory_format=torch.contiguous_format)
+    if problem.settings.sampled:
+        return _from_entries(problem, grad, saved, grad_weight)
+    return _recompute(problem, grad, saved, rows, grad_weight)
 
 
 def _recompute(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
-    rows: LabelledRows,
-    grad_weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+    problem: Problem, grad: Tensor, saved: Saved, rows: LabelledRows, grad_weight: Tensor | None
+) -> Gradients:
     """Vocabulary blocks outside, row blocks inside: ``dW`` is written once, block by block.
 
     Only ``dH`` is accumulated over blocks, in float32: ``N x D``, where a row-wise order would need
     a float32 ``V x D``.
     """
-    wide = accumulator(hidden.dtype)
-    vocabulary, width = weight.shape
-    scratch = 2 * (config.softcap is not None)
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
+    acc, (_, vocabulary, width) = problem.acc_dtype, problem.shape
     plan = plan_columns(
-        rows.count,
+        rows.size,
         vocabulary,
         width,
-        wide.itemsize,
-        config.max_buffer_bytes,
-        copies=rows.copies or converts(hidden, config.operand_dtype, wide),
-        scratch=scratch,
+        acc.itemsize,
+        problem.buffer_bytes,
+        copies=rows.copies or converts(hidden, problem.operand, acc),
+        scratch=2 * (problem.settings.softcap is not None),
     )
-    products = Products(weight, config.operand_dtype, wide, plan.columns)
-    buffer = hidden.new_empty(max(1, min(plan.rows, rows.count)) * plan.columns, dtype=wide)
-    grad_hidden = hidden.new_zeros(rows.count, width, dtype=wide) if wanted.hidden else None
-    grad_bias = weight.new_zeros(vocabulary, dtype=wide) if wanted.bias else None
-    bias = None if bias is None else bias.to(wide)
+    gemm = Gemm(weight, problem.operand, acc, plan.columns)
+    buffer = hidden.new_empty(max(1, min(plan.rows, rows.size)) * plan.columns, dtype=acc)
+    grad_hidden = hidden.new_zeros(rows.size, width, dtype=acc) if wanted.hidden else None
+    grad_bias = weight.new_zeros(vocabulary, dtype=acc) if wanted.bias else None
+    bias = None if problem.bias is None else problem.bias.to(acc)
     for first in range(0, vocabulary, plan.columns):
         stop = min(first + plan.columns, vocabulary)
-        columns = products.columns(first, stop)
+        columns = gemm.columns(first, stop)
         into = None
         if grad_weight is not None:
             into = grad_weight[first:stop]
-            into = into if into.dtype == wide else into.new_zeros(into.shape, dtype=wide)
-        for a in range(0, rows.count, plan.rows):
-            b = min(a + plan.rows, rows.count)
-            operand = products.rows(rows.take(hidden, a, b))
+            into = into if into.dtype == acc else into.new_zeros(into.shape, dtype=acc)
+        for a in range(0, rows.size, plan.rows):
+            b = min(a + plan.rows, rows.size)
+            operand = gemm.rows(rows.take(hidden, a, b))
             dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
-            multiply(operand, columns.T, wide, out=dy)
-            values = (grad, target, saved.lse, saved.lse_low, saved.nll)
+            multiply(operand, columns.T, acc, out=dy)
+            values = (grad, problem.target, saved.lse, saved.lse_low, saved.nll)
             part = [rows.take(x, a, b) for x in values]
             block_bias = None if bias is None else bias[first:stop]
-            _logit_gradient(dy, part, first, vocabulary, block_bias, config)
+            _logit_gradient(dy, part, first, vocabulary, block_bias, problem.settings)
             narrow = dy.to(columns.dtype)
             if grad_hidden is not None:
                 add_product(grad_hidden[a:b], narrow, columns)
@@ -96,11 +82,11 @@ def _recompute(
                 add_product(into, narrow.T, operand)
             if grad_bias is not None:
                 grad_bias[first:stop].add_(dy.sum(dim=0))
-        if grad_weight is not None and into is not None and grad_weight.dtype != wide:
+        if grad_weight is not None and into is not None and grad_weight.dtype != acc:
             grad_weight[first:stop].add_(into)
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden, hidden.dtype)
-    return grad_hidden, grad_bias
+    return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
 def _logit_gradient(
@@ -109,17 +95,17 @@ def _logit_gradient(
     first: int,
     vocabulary: int,
     bias: Tensor | None,
-    config: CoreConfig,
+    settings: Settings,
 ) -> None:
     grad, target, lse, lse_low, nll = row_values
-    slope = None if config.softcap is None else torch.empty_like(y)
-    transform_logits(y, bias, config, slope)
-    probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, config)
+    slope = None if settings.softcap is None else torch.empty_like(y)
+    transform_logits(y, bias, settings, slope)
+    probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, settings)
     # The rest of lse is one factor of the row, so it rides on the last product.
     rest = torch.exp(-lse_low)
     at_target = at_target / rest
     y.sub_(lse[:, None]).exp_()
-    if config.z_loss:
+    if settings.z_loss:
         y.mul_(probability[:, None])
     if uniform:
         y.sub_((uniform / rest)[:, None])
@@ -129,28 +115,19 @@ def _logit_gradient(
     y.scatter_(1, column, torch.where(inside, at_target[:, None], y.gather(1, column)))
     if slope is not None:
         y.mul_(slope)
-    y.mul_((grad * rest / config.temperature)[:, None])
+    y.mul_((grad * rest / settings.temperature)[:, None])
 
 
 def _from_entries(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    saved: Saved,
-    config: CoreConfig,
-    wanted: Wanted,
-    rows: LabelledRows,
-    grad_weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+    problem: Problem, grad: Tensor, saved: Saved, grad_weight: Tensor | None
+) -> Gradients:
     """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column.
 
     Grouping makes every row of ``dW`` the work of one group, written once and in row order.
     """
-    count = hidden.shape[0]
-    vocabulary = weight.shape[0]
-    budget = config.max_buffer_bytes
+    hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
+    count, vocabulary, _ = problem.shape
+    budget = problem.buffer_bytes
     columns, offsets = saved.entry_columns, saved.entry_offsets
     grad_hidden = grad_bias = None
     if wanted.hidden:
@@ -162,7 +139,7 @@ def _from_entries(
         add_weighted_rows(weight, columns, offsets[:-1], value, grad_hidden, budget)
         del value
     if grad_weight is None and not wanted.bias:
-        return grad_hidden, grad_bias
+        return Gradients(grad_hidden, grad_weight, None)
     ones = grad.new_ones(count, 1)
     grad_bias = grad.new_zeros(vocabulary, 1)
     for first, stop, entry, starts in _by_column(columns, vocabulary):
@@ -173,7 +150,7 @@ def _from_entries(
             add_weighted_rows(hidden, row, starts, value, grad_weight[first:stop], budget)
         if wanted.bias:
             add_weighted_rows(ones, row, starts, value, grad_bias[first:stop], budget)
-    return grad_hidden, grad_bias.squeeze(1) if wanted.bias else None
+    return Gradients(grad_hidden, grad_weight, grad_bias.squeeze(1) if wanted.bias else None)
 
 
 def _by_column(

@@ -1,65 +1,177 @@
-"""Which rows of the input take part."""
+"""The chunked engine's passes over rows of logits, in plain PyTorch, a tile that fits a cache."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.chunked import chunk_plan
+from bft_kernels.backends.common.gemm import squared_norms
+from bft_kernels.backends.common.results import row_results
+from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
+from bft_kernels.backends.torch.softmax import (
+    Scratch,
+    Softmax,
+    softmax_tile,
+    token_loss,
+    write_unit_gradient,
+)
+from bft_kernels.checks import check_capture
+from bft_kernels.problem import Problem
+from bft_kernels.results import Forward
+from bft_kernels.weighting import balance
 
-def count_is_known(device_type: str) -> bool:
-    """Whether the host can count rows without waiting for the device."""
-    return device_type == "cpu"
+
+class TorchRows:
+    """See :class:`bft_kernels.backends.common.chunked.RowKernels`."""
+
+    weigh = staticmethod(balance)
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings
+        self.sampled = problem.saved == "entries"
+        if self.sampled:  # as many as are kept, in the backward too
+            check_capture(
+                problem.hidden.device,
+                "gradient: got 'sampled' with backend='torch'",
+                "'exact', or 'triton' or 'cuda': the host reads how many entries are kept",
+            )
+        self.rows = LabelledRows(problem.target, self.settings.ignore_index)
+        acc, capped = problem.acc_dtype, self.settings.softcap is not None
+        draws = self.sampled or problem.variance
+        self.plan = chunk_plan(problem, self.rows.size, 5 if draws else 2 + capped)
+        self.bias = None if problem.bias is None else problem.bias.to(acc)
+        self.targets = self.rows.take(problem.target, 0, self.rows.size)
+        self.results = row_results(problem, self.rows.size)
+        self.norms: Tensor | None = None
+        if problem.hidden_variance:
+            self.norms = squared_norms(problem.weight, acc, problem.buffer_bytes)
+        self.scratch: Scratch | None = None
+        self.slopes = capped and (draws or problem.saved in ("unit", "recompute"))
+        self.entries = Entries()
+
+    def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
+        """Losses, statistics, sample and certificate; with ``gradient`` also ``dy``."""
+        if self.scratch is None:
+            self.scratch = Scratch.make(
+                logits, self.plan.tile_rows, slope=self.slopes, sample=self.sampled
+            )
+        for a in range(0, logits.shape[0], self.plan.tile_rows):
+            y = logits[a : a + self.plan.tile_rows]
+            begin, stop = first + a, first + a + y.shape[0]
+            tile = softmax_tile(y, self.targets[begin:stop], self.bias, self.settings, self.scratch)
+            nll = tile.nll
+            if collect:
+                self._collect(begin, stop, tile, nll)
+            if gradient:
+                write_unit_gradient(tile, nll, self.settings)
+        self.entries.join()
+
+    def _collect(self, first: int, stop: int, tile: Softmax, nll: Tensor) -> None:
+        """Fills in what a tile of rows ``first:stop`` gives. Some of it overwrites the logits."""
+        results, part = self.results, slice(first, stop)
+        results["nll"][part] = nll
+        results["loss"][part] = token_loss(tile, nll, self.settings)
+        results["lse"][part] = tile.lse
+        if results["lse_low"].numel():
+            results["lse_low"][part] = tile.lse_low
+        if self.problem.statistics:
+            results["entropy"][part] = tile.entropy
+            results["correct"][part] = tile.argmax == tile.target
+        if self.sampled:
+            self._sample(first, stop, tile, nll)
+        if self.problem.variance:
+            self._certify(part, tile)
+
+    def _sample(self, first: int, stop: int, tile: Softmax, nll: Tensor) -> None:
+        """Draws the kept entries of a tile and their values of ``dy``."""
+        assert self.problem.seed is not None
+        assert self.scratch is not None
+        assert self.scratch.draws is not None
+        keys = row_keys(self.problem.seed, self.rows.positions(first, stop))
+        p = tile.probability
+        columns = torch.arange(p.shape[1], dtype=torch.int32, device=p.device)
+        draws = scaled_uniforms(
+            *keys, columns, self.settings.eps, self.scratch.draws[:, : p.shape[0]]
+        )
+        kept = (draws < p).scatter_(1, tile.target[:, None], True)
+        live = self.rows.take(self.rows.labelled, first, stop)
+        row, column = kept.logical_and_(live[:, None]).nonzero(as_tuple=True)
+        value = torch.where(
+            column == tile.target[row],
+            torch.expm1(-nll)[row],
+            p[row, column].clamp_min_(self.settings.eps),
+        )
+        value /= self.settings.temperature
+        if tile.slope is not None:
+            value *= tile.slope[row, column]
+        self.entries.add(kept.sum(dim=1), column.to(torch.int32), value)
+
+    def _certify(self, part: slice, tile: Softmax) -> None:
+        """``sum_{v != target} p (eps - p)^+ slope^2``, and with ``|W_v|^2`` if asked."""
+        p = tile.probability
+        term = torch.sub(self.settings.eps, p, out=tile.shifted).clamp_(min=0).mul_(p)
+        if tile.slope is not None:
+            term.mul_(tile.slope).mul_(tile.slope)
+        term.scatter_(1, tile.target[:, None], 0.0)
+        square = self.settings.temperature**2
+        self.results["variance"][part] = term.sum(dim=1) / square
+        if self.norms is not None:
+            self.results["hidden_variance"][part] = term @ self.norms / square
+
+    def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
+        """What :meth:`forward` left in place of the logits, weighted."""
+        return logits if coefficient is None else logits.mul_(coefficient[:, None])
+
+    def packed(self, unit: Tensor) -> Forward:
+        """The results over all ``N`` rows."""
+        problem, results = self.problem, {**self.results, "unit": unit}
+        wanted = {
+            "lse_low": problem.saved == "recompute",
+            "entropy": problem.statistics,
+            "correct": problem.statistics,
+            "variance": problem.variance,
+            "hidden_variance": problem.hidden_variance,
+            "unit": problem.saved == "unit",
+        }
+        full = {
+            name: self.rows.spread(values) if wanted.get(name, True) else values[:0]
+            for name, values in results.items()
+        }
+        return Forward(**full, **self.entries.packed(problem, self.rows))
 
 
-class LabelledRows:
-    """The rows that carry a label.
+class Entries:
+    """The sampled entries, tile by tile; their number is not known before."""
 
-    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator their number is
-    not known without waiting for the device: there they stay, as rows of zeros whose results are
-    masked.
+    def __init__(self) -> None:
+        self.parts: tuple[list[Tensor], ...] = ([], [], [])  # counts by row, columns, values
+        self.joined = 0  # parts that are joined
 
-    Attributes:
-        count: rows that are computed.
-        labelled: ``[N]`` bool.
-        copies: whether :meth:`take` copies rows, where it could otherwise give a view.
-    """
+    def add(self, *parts: Tensor) -> None:
+        """Of the next rows."""
+        for known, part in zip(self.parts, parts, strict=True):
+            known.append(part)
 
-    def __init__(self, target: Tensor, ignore_index: int) -> None:
-        self.labelled = target != ignore_index
-        self.index: Tensor | None = None
-        self.masked = not count_is_known(target.device.type)
-        if not self.masked:
-            index = self.labelled.nonzero().squeeze(1)
-            if index.numel() < target.numel():
-                self.index = index
-        self.count = target.numel() if self.index is None else self.index.numel()
-        self.total = target.numel()
-        self.copies = self.masked or self.index is not None  # whether take() does
+    def join(self) -> None:
+        """Joins the parts since the last call, so that few small ones lie about (see Scratch)."""
+        if len(self.parts[0]) == self.joined:
+            return
+        for known in self.parts:
+            known[self.joined :] = [torch.cat(known[self.joined :])]
+        self.joined += 1
 
-    def positions(self, first: int, stop: int) -> Tensor:
-        """Positions in the flattened input, int64."""
-        if self.index is None:
-            return torch.arange(first, stop, dtype=torch.int64, device=self.labelled.device)
-        return self.index[first:stop]
-
-    def take(self, values: Tensor, first: int, stop: int) -> Tensor:
-        """``values[rows[first:stop]]`` of ``values [N, ...]``, zeros in place of ignored rows."""
-        if self.index is not None:
-            return values[self.index[first:stop]]
-        part = values[first:stop]
-        if not self.masked:
-            return part
-        mask = self.labelled[first:stop]
-        mask = mask.view(-1, *[1] * (part.dim() - 1))
-        return torch.where(mask, part, part.new_zeros(()))  # the scalar 0 would widen a bool
-
-    def spread(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``[count, ...] -> [N, ...]``, zeros where ignored."""
-        values = values if dtype is None else values.to(dtype)
-        if self.index is not None:
-            full = values.new_zeros(self.total, *values.shape[1:])
-            return full.index_copy_(0, self.index, values)
-        if self.masked:
-            mask = self.labelled.view(-1, *[1] * (values.dim() - 1))
-            return torch.where(mask, values, torch.zeros_like(values))
-        return values
+    def packed(self, problem: Problem, rows: LabelledRows) -> dict[str, Tensor]:
+        """By the names of ``Forward``."""
+        hidden = problem.hidden
+        counts, columns, values = (
+            torch.cat([hidden.new_empty(0, dtype=dtype), *known])
+            for known, dtype in zip(
+                self.parts, (torch.int64, torch.int32, problem.acc_dtype), strict=True
+            )
+        )
+        offsets = hidden.new_empty(0, dtype=torch.int64)
+        if problem.saved == "entries":
+            offsets = torch.nn.functional.pad(rows.spread(counts).cumsum(0), (1, 0))
+        return {"entry_offsets": offsets, "entry_columns": columns, "entry_values": values}

@@ -1,15 +1,43 @@
-"""The fast path on a GPU: Triton kernels that hold logits in registers.
+"""The fast path on a GPU: Triton kernels, chunked over the vendor's GEMM or tiled in registers.
 
 The host never waits for the device: rows are counted there, lists have room for what is expected,
-and what finds no room is computed again. The modules follow a call: ``rows``, ``inputs``,
-``floor``, ``forward``, ``certificate``, then ``entries`` (the sampled gradient) or ``recompute``
-(the exact one). ``weights`` makes token and sequence weights from losses.
+and what finds no room is computed again. The modules follow a call: ``inputs``, then ``rows`` and
+``sweep`` (chunked) or ``floor``, ``forward`` and ``certificate`` (tiled), then ``entries`` and
+``gather`` (the sampled gradient) or ``recompute`` (the exact one). ``weights`` makes token and
+sequence weights from losses.
 """
 
 from __future__ import annotations
 
-from bft_kernels.backends.triton.chunked import weighted_loss
-from bft_kernels.backends.triton.core import linear_nll, linear_nll_backward
-from bft_kernels.backends.triton.weights import balanced_loss
+import functools
+import importlib.util
 
-__all__ = ["balanced_loss", "linear_nll", "linear_nll_backward", "weighted_loss"]
+import torch
+
+from bft_kernels.backends.common.tensors import why_not_capability, why_not_tensors
+from bft_kernels.problem import Traits
+
+UNASKED_ON = ("cuda",)
+
+_is_installed = functools.cache(lambda: importlib.util.find_spec("triton") is not None)
+
+
+def why_not(hidden: Traits, weight: Traits) -> list[str]:
+    """Reasons why the backend cannot take these tensors."""
+    if not _is_installed():
+        return ["triton is not installed"]
+    reasons = why_not_tensors(
+        hidden,
+        weight,
+        "CUDA tensors (on a CPU with TRITON_INTERPRET=1, for tests)",
+        lambda tensor: tensor.device.type == "cuda" or _is_interpreted(tensor),
+    )
+    if not reasons and weight.device.type == "cuda" and torch.version.cuda is not None:
+        reasons += why_not_capability(weight)
+    return reasons
+
+
+def _is_interpreted(tensor: Traits) -> bool:
+    import triton
+
+    return tensor.device.type == "cpu" and bool(triton.knobs.runtime.interpret)

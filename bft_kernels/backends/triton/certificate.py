@@ -96,7 +96,7 @@ def _certificate_kernel(
 
 def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
     """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
-    config, count = inputs.config, inputs.shape[0]
+    call, count = inputs.call, inputs.shape[0]
     splits = inputs.splits(count)
     sums = torch.zeros(
         1 if norms is None else 2, splits.count, count, dtype=torch.float32, device=lse.device
@@ -109,9 +109,9 @@ def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, 
         V=inputs.shape[1],
         splits=splits.count,
         tiles=splits.tiles,
-        eps=config.eps,
+        eps=call.settings.eps,
         HAS_NORMS=norms is not None,
-        PRECISION=precision_for(config.operand_dtype),
+        PRECISION=precision_for(call.operand),
         **inputs.arguments(),
         **splits.tile.constants(),
     )

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bft_kernels.config import CoreConfig
+from bft_kernels.problem import Problem
 
 
 def interpreted() -> bool:
@@ -157,14 +157,14 @@ def _unaligned(operand: torch.dtype, *stored: torch.dtype) -> Tile:
     return UNALIGNED if _widest(operand, *stored) == 2 else WIDE_UNALIGNED
 
 
-def tile_for(config: CoreConfig, hidden: Tensor, weight: Tensor) -> Tile:
+def tile_for(call: Problem, hidden: Tensor, weight: Tensor) -> Tile:
     """The tile of logits for a call's operands, on the current device."""
     if interpreted():
         return INTERPRETED
     if hidden.shape[1] % 16:
-        return _unaligned(config.operand_dtype, hidden.dtype, weight.dtype)
-    tiles = _shipped(config.operand_dtype, hidden.dtype, weight.dtype)
-    return tiles.logits if config.softcap is None else tiles.capped
+        return _unaligned(call.operand, hidden.dtype, weight.dtype)
+    tiles = _shipped(call.operand, hidden.dtype, weight.dtype)
+    return tiles.logits if call.settings.softcap is None else tiles.capped
 
 
 def trial_tile(operand: torch.dtype | None) -> Tile:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.lists import offsets_of
+from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
 from bft_kernels.backends.triton.inputs import Inputs
 
@@ -238,7 +238,7 @@ def list_kept(
     shared = {name: arguments[name] for name in ("bias_ptr", "inverse_temperature", "softcap")}
     shared |= {"HAS_BIAS": arguments["HAS_BIAS"], "HAS_CAP": arguments["HAS_CAP"]}
     shared |= {"logits_ptr": logits, "seed_ptr": seed, "lse_ptr": lse, "nll_ptr": nll}
-    shared |= {"eps": inputs.config.eps, **_where(inputs, mask, first_row)}
+    shared |= {"eps": inputs.call.settings.eps, **_where(inputs, mask, first_row)}
     _thin_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)
     _list_entries_kernel[(mask.shape[0],)](
         offsets_ptr=offsets_of(counts),

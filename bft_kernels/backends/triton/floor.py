@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.floor import raise_floors
+from bft_kernels.backends.common.lse_bound import raise_bounds
 from bft_kernels.backends.triton.device import transform
 from bft_kernels.backends.triton.inputs import Inputs
 
@@ -65,4 +65,4 @@ def find_floors(inputs: Inputs) -> Tensor:
     floors = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
     _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
-    return raise_floors(floors, inputs)
+    return raise_bounds(floors, inputs)

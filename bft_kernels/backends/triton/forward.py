@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.inputs import ROW_RESULTS
+from bft_kernels.backends.common.results import ROW_RESULTS
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
 from bft_kernels.backends.triton.device import (
@@ -327,13 +327,13 @@ class TiledForward:
             first_row, rows: among the labelled rows.
             mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
         """
-        config, vocabulary = self.inputs.config, self.inputs.shape[1]
+        call, vocabulary = self.inputs.call, self.inputs.shape[1]
         splits = self.inputs.splits(rows)
         tile = splits.tile
         sums = torch.empty(
             SUMS, splits.count, rows, dtype=torch.float32, device=self.inputs.hidden.device
         )
-        smoothing = config.label_smoothing > 0
+        smoothing = call.settings.label_smoothing > 0
         _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
             seed_ptr=self.seed,
             floor_ptr=self.floors,
@@ -345,12 +345,12 @@ class TiledForward:
             words=triton.cdiv(vocabulary, 32),
             splits=splits.count,
             tiles=splits.tiles,
-            eps=config.eps,
-            STATISTICS=config.statistics,
+            eps=call.settings.eps,
+            STATISTICS=call.statistics,
             SMOOTHING=smoothing,
             EMIT=mask is not None,
-            WHOLE_WORDS=mask is not None and has_whole_words(config.operand_dtype),
-            PRECISION=precision_for(config.operand_dtype),
+            WHOLE_WORDS=mask is not None and has_whole_words(call.operand),
+            PRECISION=precision_for(call.operand),
             **self.inputs.arguments(),
             **tile.constants(),
         )
@@ -364,13 +364,13 @@ class TiledForward:
             V=vocabulary,
             splits=splits.count,
             split_columns=splits.tiles * tile.block_v,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
+            label_smoothing=call.settings.label_smoothing,
+            z_loss=call.settings.z_loss,
             BLOCK=32,
             SPLITS=16,
-            STATISTICS=config.statistics,
+            STATISTICS=call.statistics,
             SMOOTHING=smoothing,
-            Z_LOSS=config.z_loss != 0,
+            Z_LOSS=call.settings.z_loss != 0,
             LOW=self.results["lse_low"].numel() > 0,
             **{f"{name}_ptr": values for name, values in self.results.items()},
         )
@@ -387,13 +387,13 @@ def run_tiles(
         norms: ``[V]``, for ``hidden_variance``.
         results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
     """
-    config, (count, vocabulary, _) = inputs.config, inputs.shape
+    call, (count, vocabulary, _) = inputs.call, inputs.shape
     per_row = {name: results[name] for name in ROW_RESULTS}
-    if config.residual == "entries":
+    if call.saved == "entries":
         tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
         words = triton.cdiv(vocabulary, 32)
-        step = tile_for(config, inputs.hidden, inputs.weight).block_n
-        step *= max(1, config.max_buffer_bytes // (4 * words) // step)
+        step = tile_for(call, inputs.hidden, inputs.weight).block_n
+        step *= max(1, call.buffer_bytes // (4 * words) // step)
         size = min(step, count), words
         mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
         for first in range(0, count, step):
@@ -402,6 +402,6 @@ def run_tiles(
             list_candidates(inputs, part, first, results["counts"], results["columns"])
     else:
         TiledForward(inputs, seed, None, per_row).run(0, count, None)
-    if config.variance or config.hidden_variance:
+    if call.variance or call.hidden_variance:
         variance, hidden_variance = certify(inputs, results["lse"], norms)
         results["variance"], results["hidden_variance"] = variance, hidden_variance

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.rows import RowValues
-from bft_kernels.backends.torch.matmul import as_operand, multiply, scale_for
+from bft_kernels.backends.common.gemm import as_operand, multiply, scale_for
+from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.triton.configs import interpreted, target
 from bft_kernels.backends.triton.device import entry_dz, row_key
 from bft_kernels.backends.triton.inputs import Inputs
@@ -190,7 +190,7 @@ class Listed(NamedTuple):
 
 def gather_hidden(
     inputs: Inputs,
-    known: RowValues,
+    known: KnownRows,
     seed: Tensor,
     offsets: Tensor,
     columns: Tensor,
@@ -224,7 +224,7 @@ def gather_hidden(
         values_ptr=listed.values,
         grad_hidden_ptr=grad_hidden,
         capacity=columns.numel(),
-        eps=inputs.config.eps,
+        eps=inputs.call.settings.eps,
         HAS_VALUES=values.numel() > 0,
         WANTS_HIDDEN=grad_hidden is not None,
         WANTS_ENTRIES=wants_entries,
@@ -269,7 +269,7 @@ def gather_weight(inputs: Inputs, listed: Listed, into: Gradients, *, adds: bool
     With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
     """
     places = listed.keys.numel()
-    step = max(1, inputs.config.max_buffer_bytes // _SORTING_BYTES)
+    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
     if places == 0 and into.weight is not None and not adds:
         into.weight.zero_()
     for first in range(0, places, step):
@@ -350,7 +350,7 @@ def _dense_weight(
     _fill_table_kernel[(triton.cdiv(places, 1024),)](
         *listed, ranks, rest, places, count, few, BLOCK=1024
     )
-    hidden = as_operand(inputs.hidden, inputs.config.operand_dtype, torch.float32)
+    hidden = as_operand(inputs.hidden, inputs.call.operand, torch.float32)
     hidden = torch.where(inputs.rows.labelled[:, None], hidden, hidden.new_zeros(()))
     if hidden.dtype == torch.float32:
         total = multiply(rest, hidden, torch.float32)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import triton
 
-from bft_kernels.backends.gpu.inputs import DeviceInputs
+from bft_kernels.backends.common.inputs import DeviceInputs
 from bft_kernels.backends.triton.configs import (
     Tile,
     splits_for,
@@ -21,7 +21,7 @@ class Inputs(DeviceInputs):
 
     def splits(self, rows: int) -> Splits:
         """How ``rows`` of the rows are shared out."""
-        tile = tile_for(self.config, self.hidden, self.weight)
+        tile = tile_for(self.call, self.hidden, self.weight)
         row_blocks = triton.cdiv(rows, tile.block_n)
         tiles = triton.cdiv(self.shape[1], tile.block_v)
         each = triton.cdiv(tiles, splits_for(row_blocks, tiles, self.hidden))
@@ -29,7 +29,7 @@ class Inputs(DeviceInputs):
 
     def arguments(self) -> dict[str, object]:
         """What every kernel that makes logits takes."""
-        config = self.config
+        call = self.call
         return {
             "hidden_ptr": self.hidden,
             "weight_ptr": self.weight,
@@ -39,12 +39,12 @@ class Inputs(DeviceInputs):
             "count_ptr": self.rows.count,
             "stride_hn": self.hidden.stride(0),
             "stride_wv": self.weight.stride(0),
-            "inverse_temperature": 1.0 / config.temperature,
-            "softcap": config.softcap or 1.0,
+            "inverse_temperature": 1.0 / call.settings.temperature,
+            "softcap": call.settings.softcap or 1.0,
             "D": self.hidden.shape[1],
             "HAS_BIAS": self.bias is not None,
-            "HAS_CAP": config.softcap is not None,
-            "OPERAND": triton_dtype(config.operand_dtype),
+            "HAS_CAP": call.settings.softcap is not None,
+            "OPERAND": triton_dtype(call.operand),
         }
 
 

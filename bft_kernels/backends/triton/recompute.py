@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.rows import RowValues
-from bft_kernels.backends.torch.matmul import scale_for
+from bft_kernels.backends.common.gemm import scale_for
+from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
@@ -30,7 +30,7 @@ from bft_kernels.backends.triton.device import (
     swizzle,
 )
 from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.results import Gradients, Wanted
+from bft_kernels.results import Gradients
 
 
 @triton.jit(do_not_specialize=["first_column", "columns", "rows"])
@@ -252,9 +252,8 @@ def _weight_gradient_kernel(
 
 def recompute(
     inputs: Inputs,
-    known: RowValues,
+    known: KnownRows,
     seed: Tensor | None,
-    wanted: Wanted,
     into: Gradients,
     *,
     adds: bool,
@@ -265,27 +264,26 @@ def recompute(
         inputs: of the call, or of some of its rows.
         known: of all rows.
         seed: ``[]``, for the sampled gradient; None for the exact one.
-        wanted: which gradients.
-        into: rows of ``dH`` are written, ``db`` is added to.
+        into: None where not wanted. Rows of ``dH`` are written, ``db`` is added to.
         adds: whether ``dW`` is added to; otherwise it is written.
     """
     count, vocabulary, width = inputs.shape
-    config = inputs.config
-    operand = config.operand_dtype
-    tile = tile_for(config, inputs.hidden, inputs.weight)
+    call = inputs.call
+    operand = call.operand
+    tile = tile_for(call, inputs.hidden, inputs.weight)
     for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     unit = max(tile.block_v, for_hidden.block_v, for_weight.block_v)  # powers of two
     precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
-    blocks = config.max_buffer_bytes // max(1, count * operand.itemsize) // unit
+    blocks = call.buffer_bytes // max(1, count * operand.itemsize) // unit
     step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
     row_blocks = triton.cdiv(count, tile.block_n)
     dy = torch.empty(count * step, dtype=operand, device=device)
     bias_sums = torch.zeros(
-        row_blocks if wanted.bias else 0, step, dtype=torch.float32, device=device
+        row_blocks if into.bias is not None else 0, step, dtype=torch.float32, device=device
     )
     sums = torch.empty(
-        count if wanted.hidden and step < vocabulary else 0,
+        count if into.hidden is not None and step < vocabulary else 0,
         width,
         dtype=torch.float32,
         device=device,
@@ -293,7 +291,9 @@ def recompute(
     scale = None
     if operand == torch.float16:
         lse = inputs.rows.mask(known.lse)
-        scale = scale_for(inputs.rows.mask(known.grad), lse, config.temperature, config.z_loss)
+        scale = scale_for(
+            inputs.rows.mask(known.grad), lse, call.settings.temperature, call.settings.z_loss
+        )
         known = known._replace(grad=known.grad * scale)
     shared = {
         "order_ptr": inputs.rows.order,
@@ -315,14 +315,14 @@ def recompute(
             nll_ptr=known.nll,
             grad_ptr=known.grad,
             bias_sums_ptr=bias_sums,
-            eps=config.eps,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
+            eps=call.settings.eps,
+            label_smoothing=call.settings.label_smoothing,
+            z_loss=call.settings.z_loss,
             rows=count,
             V=vocabulary,
             HAS_LOW=known.lse_low.numel() > 0,
             SAMPLED=seed is not None,
-            WANTS_BIAS=wanted.bias,
+            WANTS_BIAS=into.bias is not None,
             PRECISION=precision["PRECISION"],
             **block,
             **inputs.arguments(),

@@ -1,4 +1,4 @@
-"""Passes over rows of logits that lie in a buffer, a program a row."""
+"""Kernels over rows of logits that lie in a buffer, a program a row."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.triton.configs import at_most_registers
+from bft_kernels.backends.triton.configs import at_most_registers, triton_dtype
 from bft_kernels.backends.triton.device import (
+    exact_factors,
     finite_or,
     may_be_below,
     row_key,
@@ -15,7 +16,8 @@ from bft_kernels.backends.triton.device import (
     token_loss,
     transform,
 )
-from bft_kernels.config import CoreConfig
+from bft_kernels.problem import Problem
+from bft_kernels.settings import Settings
 
 
 @triton.jit
@@ -232,8 +234,53 @@ def _certificate_rows_kernel(
         tl.store(hidden_variance_ptr + row, tl.sum(normed, axis=0))
 
 
+@triton.jit
+def _gradient_rows_kernel(
+    logits_ptr,  # [n, V] float32, raw products
+    dy_ptr,  # [n, V], in the same memory; a row begins where its logits do
+    bias_ptr,  # [V]
+    target_ptr,  # [n]
+    lse_ptr,  # [n]
+    lse_low_ptr,  # [n]
+    nll_ptr,  # [n]
+    coefficient_ptr,  # [n]
+    V,
+    stride_dn,
+    inverse_temperature,
+    softcap,
+    label_smoothing,
+    z_loss,
+    BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """``coefficient * dy`` of a row takes the place of its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    lse = tl.load(lse_ptr + row)
+    nll = tl.load(nll_ptr + row)
+    coefficient = tl.load(coefficient_ptr + row)
+    rest = tl.exp(-tl.load(lse_low_ptr + row))
+    share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < V
+        y = tl.load(logits_ptr + row * V + column, mask=mask, other=0.0)
+        bias = 0.0
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        dz = tl.where(column == target, own, tl.exp(z - lse) * rest * share - even)
+        dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * coefficient
+        # Narrow values are written over logits of this block, or of one before it: all threads
+        # must have read theirs.
+        tl.debug_barrier()
+        tl.store(dy_ptr + row * stride_dn + column, dy.to(OPERAND), mask=mask)
+
+
 def row_arguments(
-    logits: Tensor, bias: Tensor | None, target: Tensor, config: CoreConfig
+    logits: Tensor, bias: Tensor | None, target: Tensor, settings: Settings
 ) -> dict[str, object]:
     """What kernels over rows of ``logits [n, V]`` take."""
     vocabulary = logits.shape[1]
@@ -242,11 +289,11 @@ def row_arguments(
         "bias_ptr": bias,
         "target_ptr": target,
         "V": vocabulary,
-        "inverse_temperature": 1.0 / config.temperature,
-        "softcap": config.softcap or 1.0,
+        "inverse_temperature": 1.0 / settings.temperature,
+        "softcap": settings.softcap or 1.0,
         "BLOCK": max(32, min(2048, triton.next_power_of_2(vocabulary))),
         "HAS_BIAS": bias is not None,
-        "HAS_CAP": config.softcap is not None,
+        "HAS_CAP": settings.softcap is not None,
         "num_warps": 8,
     }
 
@@ -256,7 +303,7 @@ def sweep_rows(
     rows: int,
     first_row: int,
     results: dict[str, Tensor],
-    config: CoreConfig,
+    call: Problem,
     *,
     order: Tensor | None = None,
     count: Tensor | None = None,
@@ -278,7 +325,7 @@ def sweep_rows(
         popular: ``[POPULAR]`` int64, for ``mask``; a power of two of ascending columns.
         mask: ``[n, ceil(V / 32)]`` int32.
     """
-    capped = config.softcap is not None and popular is not None
+    capped = call.settings.softcap is not None and popular is not None
     _sweep_rows_kernel[(rows,)](
         order_ptr=order,
         count_ptr=count,
@@ -287,14 +334,14 @@ def sweep_rows(
         mask_ptr=mask,
         first_row=first_row,
         words=0 if mask is None else mask.shape[1],
-        label_smoothing=config.label_smoothing,
-        z_loss=config.z_loss,
-        eps=config.eps,
+        label_smoothing=call.settings.label_smoothing,
+        z_loss=call.settings.z_loss,
+        eps=call.settings.eps,
         ORDERED=order is not None,
         LOW=results["lse_low"].numel() > 0,
-        STATISTICS=config.statistics,
-        SMOOTHING=config.label_smoothing > 0,
-        Z_LOSS=config.z_loss != 0,
+        STATISTICS=call.statistics,
+        SMOOTHING=call.settings.label_smoothing > 0,
+        Z_LOSS=call.settings.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
         **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
         **{f"{name}_ptr": values for name, values in results.items()},
@@ -325,5 +372,29 @@ def certify_rows(
         first_row=first_row,
         eps=eps,
         HAS_NORMS=norms is not None,
+        **arguments,
+    )
+
+
+def gradient_rows(
+    arguments: dict[str, object],
+    dy: Tensor,  # [n, V], in the memory of the logits
+    lse: Tensor,  # [n]
+    lse_low: Tensor,  # [n]
+    nll: Tensor,  # [n]
+    coefficient: Tensor,  # [n]
+    settings: Settings,
+) -> None:
+    """``coefficient * dy`` of the rows of a buffer takes the place of their logits."""
+    _gradient_rows_kernel[(dy.shape[0],)](
+        dy_ptr=dy,
+        lse_ptr=lse,
+        lse_low_ptr=lse_low,
+        nll_ptr=nll,
+        coefficient_ptr=coefficient,
+        stride_dn=dy.stride(0),
+        OPERAND=triton_dtype(dy.dtype),
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
         **arguments,
     )

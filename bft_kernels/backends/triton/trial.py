@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bft_kernels.backends.torch import trial as products
+from bft_kernels.backends.common import trial as products
 from bft_kernels.backends.triton.configs import precision_for, trial_tile, triton_dtype
 from bft_kernels.backends.triton.device import logit_tile
 

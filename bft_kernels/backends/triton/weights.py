@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.gpu.weights import WeightFunctions
 from bft_kernels.backends.triton.configs import interpreted
-from bft_kernels.config import Weighting
 from bft_kernels.results import BalancedLoss
+from bft_kernels.settings import Settings
+from bft_kernels.weighting import DELTA, Weights
 
 # Positions of a program in the first kernel, labels it counts at a time, and positions (or
 # documents) of a program in the others. In the interpreter, so few that tests have many programs.
@@ -283,15 +283,14 @@ def _run(
     labelled: Tensor,
     cu_seqlens: Tensor,
     num_items: Tensor | None,
-    normalize: str,
-    counts: bool,  # divides by this call's own number of items
-    weighting: Weighting,
+    settings: Settings,
+    normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
-    """See :class:`WeightFunctions`."""
+    """See :func:`bft_kernels.settings.balanced_loss`; the loss is not added up: ``[TILES]``."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
     tiles = triton.cdiv(count, TILE)
-    shared, values = _close_gaps(loss, labelled, cu_seqlens, weighting)
-    token_weight, window_confidence, lowest, ended = _make_windows(shared, values, weighting)
+    shared, values = _close_gaps(loss, labelled, cu_seqlens, settings)
+    token_weight, window_confidence, lowest, ended = _make_windows(shared, values, settings)
     coefficient = torch.empty(count, dtype=torch.float32, device=loss.device)
     sums = torch.empty(tiles, dtype=torch.float32, device=loss.device)
     sequence_weight = torch.empty(sequences, dtype=torch.float32, device=loss.device)
@@ -306,12 +305,12 @@ def _run(
         sequence_weight_ptr=sequence_weight,
         sequence_confidence_ptr=sequence_confidence,
         tiles=tiles,
-        gamma=weighting.gamma,
+        gamma=settings.gamma,
         BLOCK=TILE,
         CHUNK=COUNTED,
-        FLAT=weighting.local,
+        FLAT=settings.local,
         BY_SEQUENCE=normalize == "sequence",
-        COUNTS=counts,
+        COUNTS=normalize is not None and num_items is None,
         HAS_ITEMS=num_items is not None,
         num_warps=2,
         **shared,
@@ -327,7 +326,7 @@ def _run(
 
 
 def _close_gaps(
-    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, weighting: Weighting
+    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, settings: Settings
 ) -> tuple[dict[str, object], Tensor]:
     """What all kernels take, and the values ``[N]`` that windows average, without gaps."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
@@ -340,7 +339,7 @@ def _close_gaps(
         "sequence_ptr": torch.empty(count, dtype=torch.int32, device=loss.device),
         "N": count,
         "S": sequences,
-        "GEOMETRIC": weighting.scheme == "bft-v1-code",
+        "GEOMETRIC": settings.scheme == "bft-v1-code",
     }
     _close_gaps_kernel[(triton.cdiv(count + 1, NUMBERED),)](
         values_ptr=values,
@@ -353,10 +352,10 @@ def _close_gaps(
 
 
 def _make_windows(
-    shared: dict[str, object], values: Tensor, weighting: Weighting
+    shared: dict[str, object], values: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token weights, window confidences, lowest windows and ended documents by tile."""
-    count, scheme = values.numel(), weighting.scheme
+    count, scheme = values.numel(), str(settings.scheme)
     tiles = triton.cdiv(count, TILE)
     token_weight = torch.empty(count, dtype=torch.float32, device=values.device)
     window_confidence = torch.empty(count, dtype=torch.float32, device=values.device)
@@ -368,8 +367,8 @@ def _make_windows(
         window_confidence_ptr=window_confidence,
         lowest_ptr=lowest,
         ended_ptr=ended,
-        window=min(weighting.window, 2 * count + 2),  # as good as any longer one, and int32
-        floor=weighting.floor,
+        window=min(settings.window, 2 * count + 2),  # as good as any longer one, and int32
+        floor=DELTA,
         BLOCK=TILE,
         FULL_WINDOWS=scheme.startswith("bft-v1"),
         CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
@@ -380,6 +379,20 @@ def _make_windows(
     return token_weight, window_confidence, lowest, ended
 
 
-_functions = WeightFunctions(_run)
-balanced_loss = _functions.balanced_loss
-joint_weights = _functions.joint_weights
+def balanced_loss(
+    loss: Tensor,  # [N] float32, 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    settings: Settings,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
+    made = _run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
+    return made._replace(loss=made.loss.sum())
+
+
+def weigh(nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings) -> Weights:
+    """See :func:`bft_kernels.weighting.balance`, in float32."""
+    labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
+    made = _run(nll, labelled, cu_seqlens, None, settings, None)
+    return Weights(*made[1:])

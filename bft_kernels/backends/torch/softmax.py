@@ -1,4 +1,4 @@
-"""One sweep over a tile of complete rows of logits: statistics, and what the gradient needs."""
+"""Softmax of a tile of complete rows of logits: statistics, and what the gradient needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bft_kernels.config import CoreConfig
+from bft_kernels.settings import Settings
 
 
 @dataclass
@@ -93,28 +93,28 @@ class Softmax:
 
 
 def transform_logits(
-    y: Tensor, bias: Tensor | None, config: CoreConfig, slope: Tensor | None
+    y: Tensor, bias: Tensor | None, settings: Settings, slope: Tensor | None
 ) -> None:
     """Makes ``z`` of ``y`` in place, and of ``slope`` the softcap's slope if both are there."""
     if bias is not None:
         y += bias
-    scale = 1.0 / config.temperature
-    if config.softcap is not None:
-        y.div_(config.softcap).tanh_()
+    scale = 1.0 / settings.temperature
+    if settings.softcap is not None:
+        y.div_(settings.softcap).tanh_()
         if slope is not None:
             torch.square(y, out=slope).neg_().add_(1)
-        scale *= config.softcap
+        scale *= settings.softcap
     if scale != 1.0:
         y.mul_(scale)
 
 
 def softmax_tile(
-    y: Tensor, target: Tensor, bias: Tensor | None, config: CoreConfig, scratch: Scratch
+    y: Tensor, target: Tensor, bias: Tensor | None, settings: Settings, scratch: Scratch
 ) -> Softmax:
     """Softmax of raw logits ``y [n, V]``, which it overwrites."""
     count = y.shape[0]
     slope = None if scratch.slope is None else scratch.slope[:count]
-    transform_logits(y, bias, config, slope)
+    transform_logits(y, bias, settings, slope)
     maximum, argmax = y.max(dim=1)
     y -= maximum[:, None]
     exponential = torch.exp(y, out=scratch.exponential[:count])
@@ -122,31 +122,33 @@ def softmax_tile(
     return Softmax(target, maximum, argmax, y, exponential, total, total.log(), slope)
 
 
-def token_loss(tile: Softmax, nll: Tensor, config: CoreConfig) -> Tensor:
+def token_loss(tile: Softmax, nll: Tensor, settings: Settings) -> Tensor:
     """``(1 - a) nll + a smooth + z_loss lse^2``, ``[n]``."""
     loss = nll
-    if config.label_smoothing:
-        loss = (1 - config.label_smoothing) * nll + config.label_smoothing * tile.smooth
-    if config.z_loss:
-        loss = loss + config.z_loss * tile.lse.square()
+    if settings.label_smoothing:
+        loss = (1 - settings.label_smoothing) * nll + settings.label_smoothing * tile.smooth
+    if settings.z_loss:
+        loss = loss + settings.z_loss * tile.lse.square()
     return loss
 
 
-def write_unit_gradient(tile: Softmax, nll: Tensor, config: CoreConfig) -> None:
+def write_unit_gradient(tile: Softmax, nll: Tensor, settings: Settings) -> None:
     """Overwrites ``tile.shifted`` with ``dy``, the gradient of the token loss by the raw logits."""
-    probability, at_target, uniform = gradient_factors(tile.lse, nll, tile.shifted.shape[1], config)
+    probability, at_target, uniform = gradient_factors(
+        tile.lse, nll, tile.shifted.shape[1], settings
+    )
     dy = torch.mul(tile.exponential, (probability / tile.total)[:, None], out=tile.shifted)
     if uniform:
         dy -= uniform
     dy.scatter_(1, tile.target[:, None], at_target[:, None])
     if tile.slope is not None:
         dy *= tile.slope
-    if config.temperature != 1.0:
-        dy /= config.temperature
+    if settings.temperature != 1.0:
+        dy /= settings.temperature
 
 
 def gradient_factors(
-    lse: Tensor, nll: Tensor, vocabulary: int, config: CoreConfig
+    lse: Tensor, nll: Tensor, vocabulary: int, settings: Settings
 ) -> tuple[Tensor, Tensor, float]:
     """``dz_v = probability * p_v - uniform`` away from the target, and ``dz_target`` itself.
 
@@ -154,10 +156,10 @@ def gradient_factors(
     most of its digits.
     """
     probability = torch.ones_like(lse)
-    if config.z_loss:
-        probability = 1 + 2 * config.z_loss * lse
+    if settings.z_loss:
+        probability = 1 + 2 * settings.z_loss * lse
     confidence = torch.exp(-nll)
-    uniform = config.label_smoothing / vocabulary
-    at_target = (1 - config.label_smoothing) * torch.expm1(-nll)
-    at_target = at_target + (probability - 1 + config.label_smoothing) * confidence - uniform
+    uniform = settings.label_smoothing / vocabulary
+    at_target = (1 - settings.label_smoothing) * torch.expm1(-nll)
+    at_target = at_target + (probability - 1 + settings.label_smoothing) * confidence - uniform
     return probability, at_target, uniform

@@ -7,11 +7,9 @@ from typing import Self
 
 from torch import Tensor
 
-from bft_kernels.backends.gpu.rows import DeviceRows
-from bft_kernels.config import CoreConfig
-
-# What a forward writes for each row, by the names of `Forward`.
-ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
+from bft_kernels.backends.common.rows import DeviceRows
+from bft_kernels.problem import Problem
+from bft_kernels.settings import Settings
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
@@ -25,28 +23,30 @@ def rows_contiguous(x: Tensor) -> Tensor:
 class DeviceInputs:
     """The operands of one call; each row of ``hidden`` and ``weight`` lies together."""
 
+    call: Problem
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     target: Tensor  # [N]
     bias: Tensor | None  # [V]
     rows: DeviceRows
-    config: CoreConfig
 
     @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        config: CoreConfig,
-    ) -> Self:
-        rows = DeviceRows.of(target, config.ignore_index)
-        bias = None if bias is None else bias.contiguous()
-        hidden, weight = rows_contiguous(hidden), rows_contiguous(weight)
-        return cls(hidden, weight, target.contiguous(), bias, rows, config)
+    def of(cls, problem: Problem) -> Self:
+        bias = None if problem.bias is None else problem.bias.contiguous()
+        return cls(
+            problem,
+            rows_contiguous(problem.hidden),
+            rows_contiguous(problem.weight),
+            problem.target.contiguous(),
+            bias,
+            DeviceRows.of(problem.target, problem.settings.ignore_index),
+        )
+
+    @property
+    def settings(self) -> Settings:
+        return self.call.settings
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """``N``, ``V``, ``D``."""
-        return self.hidden.shape[0], *self.weight.shape
+        return self.call.shape

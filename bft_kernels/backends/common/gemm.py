@@ -1,4 +1,4 @@
-"""Matrix products in blocks, accumulated in float32 (float64 for float64) whatever the inputs.
+"""GEMMs in blocks, accumulated in float32 (float64 for float64) whatever the inputs.
 
 On a CPU half-precision operands are widened block by block, because its half-precision products are
 slow and round their output; on an accelerator they stay narrow and the product's output is wide.
@@ -12,29 +12,29 @@ import torch
 from torch import Tensor
 
 
-def gemm_dtype(operand: torch.dtype, accumulator: torch.dtype, device_type: str) -> torch.dtype:
+def gemm_dtype(operand: torch.dtype, acc_dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The type the operands have when they enter the vendor's product."""
-    return accumulator if device_type == "cpu" else operand
+    return acc_dtype if device_type == "cpu" else operand
 
 
-def as_operand(x: Tensor, operand: torch.dtype, accumulator: torch.dtype) -> Tensor:
+def as_operand(x: Tensor, operand: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
     """``x`` rounded to ``operand`` and stored in the product's type. No copy where none is due."""
-    return x.to(operand).to(gemm_dtype(operand, accumulator, x.device.type))
+    return x.to(operand).to(gemm_dtype(operand, acc_dtype, x.device.type))
 
 
-def converts(x: Tensor, operand: torch.dtype, accumulator: torch.dtype) -> bool:
+def converts(x: Tensor, operand: torch.dtype, acc_dtype: torch.dtype) -> bool:
     """Whether ``x`` has to be copied to another type, in blocks, before a product."""
-    wanted = gemm_dtype(operand, accumulator, x.device.type)
+    wanted = gemm_dtype(operand, acc_dtype, x.device.type)
     return not x.dtype == operand == wanted
 
 
-def multiply(a: Tensor, b: Tensor, accumulator: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` in the accumulator's type."""
-    if a.dtype == accumulator:
+def multiply(a: Tensor, b: Tensor, acc_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` in acc_dtype."""
+    if a.dtype == acc_dtype:
         return torch.mm(a, b, out=out)
     if out is None:
-        return torch.mm(a, b, out_dtype=accumulator)
-    return torch.mm(a, b, out_dtype=accumulator, out=out)
+        return torch.mm(a, b, out_dtype=acc_dtype)
+    return torch.mm(a, b, out_dtype=acc_dtype, out=out)
 
 
 # Before torch 2.10 addmm wants what it adds to in the type of the operands.
@@ -86,36 +86,36 @@ def scale_for(upstream: Tensor, lse: Tensor, temperature: float, z_loss: float) 
     return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)  # the bits of 2^exponent
 
 
-class Products:
-    """The three products of the loss for one ``weight [V, D]`` and a block size.
+class Gemm:
+    """The three GEMMs of the loss for one ``weight [V, D]`` and a block size.
 
     Args:
         weight: ``[V, D]``.
         operand: the type products are rounded to.
-        accumulator: float32 or float64.
+        acc_dtype: float32 or float64.
         block: rows of ``weight`` converted at a time, where it has to be converted.
     """
 
     def __init__(
-        self, weight: Tensor, operand: torch.dtype, accumulator: torch.dtype, block: int
+        self, weight: Tensor, operand: torch.dtype, acc_dtype: torch.dtype, block: int
     ) -> None:
         self.weight = weight
         self.operand = operand
-        self.accumulator = accumulator
+        self.acc_dtype = acc_dtype
         self.block = block if self.converts else weight.shape[0]
 
     @property
     def converts(self) -> bool:
         """Whether blocks of ``weight`` are copied to another type before a product."""
-        return converts(self.weight, self.operand, self.accumulator)
+        return converts(self.weight, self.operand, self.acc_dtype)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Rows of ``hidden`` as an operand."""
-        return as_operand(hidden, self.operand, self.accumulator)
+        return as_operand(hidden, self.operand, self.acc_dtype)
 
     def columns(self, first: int, stop: int) -> Tensor:
         """``weight[first:stop]`` as an operand."""
-        return as_operand(self.weight[first:stop], self.operand, self.accumulator)
+        return as_operand(self.weight[first:stop], self.operand, self.acc_dtype)
 
     def _blocks(self, step: int) -> Iterator[tuple[int, int]]:
         vocabulary = self.weight.shape[0]
@@ -125,17 +125,17 @@ class Products:
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``out [n, V] = hidden [n, D] @ weight.T``."""
         for first, stop in self._blocks(self.block):
-            multiply(hidden, self.columns(first, stop).T, self.accumulator, out=out[:, first:stop])
+            multiply(hidden, self.columns(first, stop).T, self.acc_dtype, out=out[:, first:stop])
         return out
 
     def hidden_gradient(self, dy: Tensor) -> Tensor:
-        """``dy [n, V] @ weight -> [n, D]`` in the accumulator's type."""
+        """``dy [n, V] @ weight -> [n, D]`` in acc_dtype."""
         total: Tensor | None = None
         for first, stop in self._blocks_of(dy):
             weight = self.columns(first, stop)
             part = dy[:, first:stop].to(weight.dtype)
             if total is None:
-                total = multiply(part, weight, self.accumulator)
+                total = multiply(part, weight, self.acc_dtype)
             else:
                 add_product(total, part, weight)
         assert total is not None
@@ -150,7 +150,7 @@ class Products:
         *,
         adds: bool = True,
     ) -> None:
-        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in the accumulator's type;
+        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in acc_dtype;
         times ``factor []``. See :func:`add_product`.
         """
         for first, stop in self._blocks_of(dy):
@@ -160,7 +160,16 @@ class Products:
     def _blocks_of(self, dy: Tensor) -> Iterator[tuple[int, int]]:
         """Blocks of columns, small where ``dy`` is copied to the operands' type."""
         vocabulary = self.weight.shape[0]
-        wanted = gemm_dtype(self.operand, self.accumulator, dy.device.type)
+        wanted = gemm_dtype(self.operand, self.acc_dtype, dy.device.type)
         return self._blocks(
             self.block if dy.dtype == wanted else min(self.block, -(-vocabulary // 8))
         )
+
+
+def squared_norms(weight: Tensor, acc_dtype: torch.dtype, budget: int) -> Tensor:
+    """``|W_v|^2`` of each row, ``[V]`` in ``acc_dtype``."""
+    block = max(1, budget // (2 * weight.shape[1] * acc_dtype.itemsize))
+    norms = weight.new_empty(weight.shape[0], dtype=acc_dtype)
+    for part, out in zip(weight.split(block), norms.split(block), strict=True):
+        torch.sum(part.to(acc_dtype).square(), dim=1, out=out)
+    return norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bft_kernels.backends.torch.matmul import add_product, multiply
+from bft_kernels.backends.common.gemm import add_product, multiply
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:

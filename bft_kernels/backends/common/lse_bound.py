@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.gpu.inputs import DeviceInputs
-from bft_kernels.backends.torch.forward import squared_norms
-from bft_kernels.backends.torch.matmul import Products
+from bft_kernels.backends.common.gemm import Gemm, squared_norms
+from bft_kernels.backends.common.inputs import DeviceInputs
 
 # How many of the batch's targets lend their columns. 2048 would let through a tenth less.
 POPULAR = 1024
@@ -29,39 +28,39 @@ def popular_columns(inputs: DeviceInputs, few: int) -> Tensor:
     return labels.clamp(0, inputs.shape[1] - 1).sort().values
 
 
-def raise_floors(floors: Tensor, inputs: DeviceInputs) -> Tensor:
-    """``floors [N]``, or where it is higher the sum over the batch's own targets."""
-    if floors.numel() == 0:
-        return floors
-    popular = _sums_over(inputs, popular_columns(inputs, min(POPULAR, floors.numel())))
+def raise_bounds(bounds: Tensor, inputs: DeviceInputs) -> Tensor:
+    """``bounds [N]``, or where it is higher the sum over the batch's own targets."""
+    if bounds.numel() == 0:
+        return bounds
+    popular = _sums_over(inputs, popular_columns(inputs, min(POPULAR, bounds.numel())))
     # A logit that is not finite is the business of the rows and columns that have it.
-    return torch.where(popular.isfinite(), torch.maximum(floors, popular), floors)
+    return torch.where(popular.isfinite(), torch.maximum(bounds, popular), bounds)
 
 
 def _sums_over(inputs: DeviceInputs, columns: Tensor) -> Tensor:
     """``[N]``: a lower bound of the logsumexp over ``columns [K]``, repeated ones counted once."""
-    config, (count, _, width) = inputs.config, inputs.shape
+    settings, (count, _, width) = inputs.settings, inputs.shape
     few = columns.numel()
     weight = inputs.weight[columns]
     bias = None if inputs.bias is None else inputs.bias[columns].float()
     repeated = torch.nn.functional.pad(columns[1:] == columns[:-1], (1, 0))[:few]
-    products = Products(weight, config.operand_dtype, torch.float32, max(1, few))
-    # The vendor's product is not the tiles': by what either can be wrong, as a part of |h| |w|.
+    gemm = Gemm(weight, inputs.call.operand, torch.float32, max(1, few))
+    # The vendor's GEMM is not the tiles': by what either can be wrong, as a part of |h| |w|.
     # Float32 is never TF32 here; see `precision`.
     unit = 1e-5
-    longest = squared_norms(weight, torch.float32, config.max_buffer_bytes).max().sqrt()
+    longest = squared_norms(weight, torch.float32, inputs.call.buffer_bytes).max().sqrt()
     found = torch.empty(count, dtype=torch.float32, device=columns.device)
-    step = max(1, config.max_buffer_bytes // (16 * max(few, width)))
+    step = max(1, inputs.call.buffer_bytes // (16 * max(few, width)))
     for first in range(0, count, step):
         rows = inputs.hidden[first : first + step]
         z = torch.empty(rows.shape[0], few, dtype=torch.float32, device=columns.device)
-        products.logits(products.rows(rows), z)
+        gemm.logits(gemm.rows(rows), z)
         if bias is not None:
             z += bias
-        if config.softcap is not None:
-            z.div_(config.softcap).tanh_().mul_(config.softcap)
+        if settings.softcap is not None:
+            z.div_(settings.softcap).tanh_().mul_(settings.softcap)
         z.masked_fill_(repeated, -torch.inf)
         margin = unit * longest * torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-        found[first : first + step] = (z / config.temperature).logsumexp(1)
-        found[first : first + step] -= margin / config.temperature
+        found[first : first + step] = (z / settings.temperature).logsumexp(1)
+        found[first : first + step] -= margin / settings.temperature
     return found - 1e-5 * found.abs() - 1e-5

@@ -1,0 +1,155 @@
+"""The chunked engine: GEMMs into a buffer of logits, and a backend's kernels over its rows.
+
+Where a token's gradient is wanted right after its loss, its logits may stay: the exact weighted
+loss then takes three products instead of four, and ``dH`` for a frozen head two instead of three.
+Chunks of rows fit the byte budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.common.documents import in_rows, pieces
+from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
+from bft_kernels.backends.common.plan import RowPlan, plan_rows
+from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
+from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import Documents, Forward, WeightedLoss
+
+
+class RowKernels(Protocol):
+    """What a backend supplies: passes over the rows of a buffer of raw logits ``[n, V]``.
+
+    Rows are numbered as ``rows`` lists them; ``first`` is the buffer's.
+    """
+
+    @property
+    def rows(self) -> LabelledRows | DeviceRows: ...
+
+    @property
+    def plan(self) -> RowPlan: ...
+
+    @property
+    def results(self) -> dict[str, Tensor]:
+        """By the names of ``row_results``."""
+
+    def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
+        """Online softmax: fills in the results and, if they are wanted, sample and certificate.
+
+        ``gradient`` says that :meth:`gradient` follows, ``collect=False`` that nothing else is
+        wanted: the results are known.
+        """
+
+    def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
+        """``coefficient [n] * dy``, ``[n, V]`` in the memory of ``logits``, after their forward.
+
+        ``None``: for unit upstream gradient. In the type of GEMMs, or in that of the logits.
+        """
+
+    def packed(self, unit: Tensor) -> Forward:
+        """The results over all ``N`` rows."""
+
+    @property
+    def weigh(self) -> WeightFunction:
+        """Token and sequence weights; see :func:`bft_kernels.weighting.balance`."""
+
+
+def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
+    """Rows of a chunk; ``scratch`` is how many temporaries of a tile the kernels hold."""
+    _, vocabulary, width = problem.shape
+    return plan_rows(
+        rows,
+        vocabulary,
+        width,
+        problem.acc_dtype.itemsize,
+        budget or problem.buffer_bytes,
+        widen=converts(problem.weight, problem.operand, problem.acc_dtype),
+        scratch=scratch,
+    )
+
+
+def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forward:
+    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    kernels = make(problem)
+    rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
+    gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
+    chunk = min(plan.chunk_rows, rows.size)
+    buffer = hidden.new_empty(chunk, problem.shape[1], dtype=problem.acc_dtype)
+    wants_unit = problem.saved == "unit"
+    unit = hidden.new_empty(
+        rows.size if wants_unit else 0, hidden.shape[1], dtype=storage(hidden.dtype)
+    )
+    for first in range(0, rows.size, max(1, chunk)):
+        stop = min(first + chunk, rows.size)
+        operand = gemm.rows(rows.take(hidden, first, stop))
+        logits = gemm.logits(operand, buffer[: stop - first])
+        kernels.forward(logits, first, gradient=wants_unit)
+        if wants_unit:
+            scale = _scale(problem, None, kernels.results["lse"][first:stop])
+            upstream = None if scale is None else scale.expand(stop - first)
+            product = gemm.hidden_gradient(kernels.gradient(logits, first, upstream))
+            unit[first:stop] = product if scale is None else product.div_(scale)
+    return kernels.packed(unit)
+
+
+def weighted_loss(
+    make: Callable[[Problem], RowKernels],
+    problem: Problem,
+    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
+    documents: Documents | None,  # None for weights local to a token
+) -> WeightedLoss:
+    """The loss and its gradients for unit upstream gradient, made in the pass of the logits (3G).
+
+    Documents whose rows fit one chunk get their weights while their logits are still there. A
+    longer one takes two passes: losses first, then gradients from new logits (4G).
+    """
+    kernels = make(problem)
+    rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
+    assert isinstance(rows, LabelledRows)
+    gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
+    of_rows = None if documents is None else in_rows(rows, documents)
+    sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
+    sums = WeightedSums(problem, rows, of_rows, sequences, kernels.results, kernels.weigh)
+    token_scale = rows.take(token_scale.to(problem.acc_dtype), 0, rows.size)
+    together = list(pieces(rows, of_rows, plan.chunk_rows))
+    longest = max([piece.stop - piece.first for piece in together], default=0)
+    size = min(longest, plan.chunk_rows), problem.shape[1]
+    buffer = hidden.new_empty(size, dtype=problem.acc_dtype)
+    for piece in together:
+        parts = [
+            (a, min(a + plan.chunk_rows, piece.stop))
+            for a in range(piece.first, piece.stop, plan.chunk_rows)
+        ]
+        fits = len(parts) == 1
+        for a, b in parts:
+            operand = gemm.rows(rows.take(hidden, a, b))
+            logits = gemm.logits(operand, buffer[: b - a])
+            kernels.forward(logits, a, gradient=fits)
+        coefficient = token_scale[piece.first : piece.stop] * sums.weights_of(piece)
+        sums.add_losses(piece, coefficient)
+        for a, b in parts:
+            if not fits:
+                operand = gemm.rows(rows.take(hidden, a, b))
+                logits = gemm.logits(operand, buffer[: b - a])
+                kernels.forward(logits, a, gradient=True, collect=False)
+            upstream = coefficient[a - piece.first : b - piece.first]
+            scale = _scale(problem, upstream, sums.results["lse"][a:b])
+            upstream = upstream if scale is None else upstream * scale
+            dy = kernels.gradient(logits, a, upstream)
+            sums.add_gradients(a, b, dy, operand, gemm, scale)
+    return sums.result()
+
+
+def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | None:
+    """What a float16 ``dy`` is multiplied by; see :func:`scale_for`. ``upstream=None`` is 1."""
+    operand = gemm_dtype(problem.operand, problem.acc_dtype, problem.hidden.device.type)
+    if operand != torch.float16:
+        return None
+    settings = problem.settings
+    upstream = torch.ones_like(lse) if upstream is None else upstream
+    return scale_for(upstream, lse, settings.temperature, settings.z_loss)

@@ -1,0 +1,118 @@
+"""Which rows of the input take part: those that carry a label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def count_is_known(device_type: str) -> bool:
+    """Whether the host can count rows without waiting for the device."""
+    return device_type == "cpu"
+
+
+class LabelledRows:
+    """The rows that carry a label.
+
+    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator their number is
+    not known without waiting for the device: there they stay, as rows of zeros whose results are
+    masked.
+
+    Attributes:
+        size: rows that are computed.
+        labelled: ``[N]`` bool.
+        copies: whether :meth:`take` copies rows, where it could otherwise give a view.
+    """
+
+    def __init__(self, target: Tensor, ignore_index: int) -> None:
+        self.labelled = target != ignore_index
+        self.index: Tensor | None = None
+        self.masked = not count_is_known(target.device.type)
+        if not self.masked:
+            index = self.labelled.nonzero().squeeze(1)
+            if index.numel() < target.numel():
+                self.index = index
+        self.size = target.numel() if self.index is None else self.index.numel()
+        self.total = target.numel()
+        self.copies = self.masked or self.index is not None  # whether take() does
+
+    def positions(self, first: int, stop: int) -> Tensor:
+        """Positions in the flattened input, int64."""
+        if self.index is None:
+            return torch.arange(first, stop, dtype=torch.int64, device=self.labelled.device)
+        return self.index[first:stop]
+
+    def take(self, values: Tensor, first: int, stop: int) -> Tensor:
+        """``values[rows[first:stop]]`` of ``values [N, ...]``, zeros in place of ignored rows."""
+        if self.index is not None:
+            return values[self.index[first:stop]]
+        part = values[first:stop]
+        if not self.masked:
+            return part
+        mask = self.labelled[first:stop]
+        mask = mask.view(-1, *[1] * (part.dim() - 1))
+        return torch.where(mask, part, part.new_zeros(()))  # the scalar 0 would widen a bool
+
+    def spread(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """``[size, ...] -> [N, ...]``, zeros where ignored."""
+        values = values if dtype is None else values.to(dtype)
+        if self.index is not None:
+            full = values.new_zeros(self.total, *values.shape[1:])
+            return full.index_copy_(0, self.index, values)
+        if self.masked:
+            mask = self.labelled.view(-1, *[1] * (values.dim() - 1))
+            return torch.where(mask, values, torch.zeros_like(values))
+        return values
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Labelled rows, in order, and how many there are: known on the device only.
+
+    A host that counts them would wait for the device. So labelled rows are listed first, their
+    number stays on the device, and programs whose rows lie past it return at once.
+    """
+
+    order: Tensor  # [N] int64, positions of the labelled rows, then of the others
+    count: Tensor  # [1] int64
+    labelled: Tensor  # [N] bool
+
+    @property
+    def size(self) -> int:
+        """Rows that may have to be computed: ``N``."""
+        return self.order.numel()
+
+    def take(self, values: Tensor, first: int, stop: int) -> Tensor:
+        """``values[order[first:stop]]`` of ``values [N, ...]``."""
+        return values[self.order[first:stop]]
+
+    @staticmethod
+    def of(target: Tensor, ignore_index: int) -> DeviceRows:
+        return DeviceRows.chosen(target != ignore_index)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """``values [N]`` by labelled row, of which the first ``count`` count, by position."""
+        return self.mask(torch.empty_like(values).index_copy_(0, self.order, values))
+
+    @staticmethod
+    def chosen(among: Tensor) -> DeviceRows:
+        """The rows where ``among [N]`` is true, in the place of the labelled."""
+        # A stable sort of one bit: rows stay in order, and nothing waits.
+        order = torch.sort(among.to(torch.uint8), descending=True, stable=True).indices
+        return DeviceRows(order, among.sum().reshape(1), among)
+
+    def mask(self, values: Tensor) -> Tensor:
+        """``values [N]``, 0 where ignored."""
+        return torch.where(self.labelled, values, torch.zeros_like(values))
+
+
+class KnownRows(NamedTuple):
+    """What a recomputing backward knows of each row, ``[N]`` float32 each."""
+
+    lse: Tensor
+    lse_low: Tensor  # or [0]
+    nll: Tensor
+    grad: Tensor  # upstream, 0 where ignored

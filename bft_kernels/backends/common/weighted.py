@@ -1,0 +1,126 @@
+"""What a weighted loss adds up, piece by piece: the loss, its gradients, weights and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from bft_kernels.backends.common.documents import Piece, RowDocuments
+from bft_kernels.backends.common.gemm import Gemm
+from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import WeightedLoss
+from bft_kernels.settings import Settings
+from bft_kernels.weighting import Weights, local_weights, weighted_losses
+
+# nll [n], labelled [n] or None for all, cu_seqlens [s + 1], settings
+WeightFunction = Callable[[Tensor, Tensor | None, Tensor, Settings], Weights]
+
+
+class WeightedSums:
+    """The running sums of one call, over the rows that are computed."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        rows: LabelledRows,
+        documents: RowDocuments | None,
+        sequences: int,  # S, of the caller
+        results: dict[str, Tensor],  # [size], by row
+        weigh: WeightFunction,
+    ) -> None:
+        self.problem, self.rows = problem, rows
+        self.documents, self.weigh = documents, weigh
+        acc, wanted, (_, vocabulary, width) = problem.acc_dtype, problem.wanted, problem.shape
+        self.results = results
+        zeros, empty = problem.hidden.new_zeros, problem.hidden.new_empty
+        self.loss = zeros((), dtype=acc)
+        self.grad_hidden = zeros(
+            (rows.size if wanted.hidden else 0, width), dtype=storage(problem.hidden.dtype)
+        )
+        # In the type of sums; [0, D] if it is not wanted. Not filled: the first product is stored,
+        # not added.
+        self.grad_weight = empty((vocabulary if wanted.weight else 0, width), dtype=acc)
+        self.added = False  # whether grad_weight holds gradients
+        self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
+        self.keeps = problem.statistics and documents is not None
+        tokens, sequences = (rows.size, sequences) if self.keeps else (0, 0)
+        self.weights = (
+            zeros(tokens, dtype=acc),  # token_weight
+            zeros(tokens, dtype=acc),  # window_confidence
+            zeros(sequences, dtype=acc),  # sequence_weight
+            zeros(sequences, dtype=acc),  # sequence_confidence
+        )
+
+    def weights_of(self, piece: Piece) -> Tensor:
+        """Token weight times sequence weight of the rows of a piece, once their nll is known."""
+        nll = self.results["nll"][piece.first : piece.stop]
+        labelled = self.rows.take(self.rows.labelled, piece.first, piece.stop)
+        if piece.cu_seqlens is None:
+            return local_weights(nll, labelled, self.problem.settings.scheme)
+        weights = self.weigh(
+            nll, labelled if self.rows.masked else None, piece.cu_seqlens, self.problem.settings
+        )
+        if self.keeps:
+            self._keep(piece, weights)
+        return weights.weight
+
+    def _keep(self, piece: Piece, weights: Weights) -> None:
+        assert self.documents is not None
+        which = self.documents.which
+        where = piece.documents if which is None else which[piece.documents]
+        for kept, made in zip(self.weights[:2], weights[1:3], strict=True):
+            kept[piece.first : piece.stop] = made
+        for kept, made in zip(self.weights[2:], weights[3:], strict=True):
+            kept[where] = made
+
+    def add_losses(self, piece: Piece, coefficient: Tensor) -> None:
+        """Adds the weighted token losses of a piece."""
+        losses = self.results["loss"][piece.first : piece.stop]
+        self.loss += weighted_losses(losses, coefficient).sum()
+
+    def add_gradients(
+        self,
+        first: int,
+        stop: int,
+        dy: Tensor,  # [stop - first, V], weighted and multiplied by scale
+        operand: Tensor,  # [stop - first, D]
+        gemm: Gemm,
+        scale: Tensor | None,  # []
+    ) -> None:
+        """Adds what the rows ``first:stop`` give to the gradients."""
+        wanted, factor = self.problem.wanted, None if scale is None else 1 / scale
+        if wanted.hidden:
+            product = gemm.hidden_gradient(dy)
+            self.grad_hidden[first:stop] = product if factor is None else product.mul_(factor)
+        if wanted.weight:
+            gemm.weight_gradient(dy, operand, self.grad_weight, factor, adds=self.added)
+            self.added = True
+        if wanted.bias:
+            sums = dy.sum(dim=0, dtype=self.problem.acc_dtype)
+            self.grad_bias += sums if factor is None else sums.mul_(factor)
+
+    def result(self) -> WeightedLoss:
+        """The results over all ``N`` rows."""
+        if not self.added:  # there was no labelled row
+            self.grad_weight.zero_()
+        spread, results = self.rows.spread, self.results
+        statistics = self.problem.statistics
+        token_weight, window_confidence, *of_sequences = self.weights
+        return WeightedLoss(
+            loss=self.loss,
+            grad_hidden=spread(self.grad_hidden)
+            if self.problem.wanted.hidden
+            else self.grad_hidden,
+            grad_weight=self.grad_weight.to(storage(self.problem.weight.dtype)),
+            grad_bias=self.grad_bias,
+            nll=spread(results["nll"]),
+            lse=spread(results["lse"]),
+            entropy=spread(results["entropy"]) if statistics else results["entropy"],
+            correct=spread(results["correct"]) if statistics else results["correct"],
+            token_weight=spread(token_weight) if self.keeps else token_weight,
+            window_confidence=spread(window_confidence) if self.keeps else window_confidence,
+            sequence_weight=of_sequences[0],
+            sequence_confidence=of_sequences[1],
+        )

@@ -1,0 +1,15 @@
+"""What the backend offers: the chunked engine with kernels in plain PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bft_kernels.backends.common import chunked
+from bft_kernels.backends.common.trial import try_out
+from bft_kernels.backends.torch.backward import linear_nll_backward
+from bft_kernels.backends.torch.rows import TorchRows
+
+__all__ = ["linear_nll", "linear_nll_backward", "try_out", "weighted_loss"]
+
+linear_nll = partial(chunked.linear_nll, TorchRows)
+weighted_loss = partial(chunked.weighted_loss, TorchRows)

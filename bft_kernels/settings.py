@@ -1,0 +1,154 @@
+"""The options of the loss: one list, from which every layer takes what it needs.
+
+The public functions' keywords, their checks, the schemas of the custom ops, the modules, ``bft``'s
+configuration and the table in docs/loss.md all follow from the fields of :class:`Settings`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from bft_kernels.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_positive,
+    check_type,
+)
+
+SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
+LOCAL_SCHEMES = ("sft", "dft")  # a token's weight depends on that token alone
+CALLABLE = "callable"  # the scheme of a call whose weights are made outside of the ops
+
+
+def check_scheme(name: str, value: object) -> None:
+    """Raises unless ``value`` is one of :data:`SCHEMES` or a callable."""
+    if isinstance(value, str):
+        check_choice(name, value, SCHEMES)
+    elif not callable(value):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
+
+
+def _option(default: Any, check: Callable[..., None], text: str, **limits: Any) -> Any:
+    """A field: its default, how a value is checked, and a line of documentation."""
+    check = functools.partial(check, **limits) if limits else check
+    return field(default=default, metadata={"check": check, "help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one call, unchecked; see :func:`check_settings`.
+
+    Field names are those of the public keywords, and class attributes are their defaults.
+    """
+
+    ignore_index: int = _option(
+        -100, check_int, "target of tokens that cost nothing and get no gradient", low=-(2**63)
+    )
+    softcap: float | None = _option(
+        None, check_positive, "`y -> softcap * tanh(y / softcap)`, before the temperature"
+    )
+    temperature: float = _option(1.0, check_positive, "divides the logits")
+    label_smoothing: float = _option(
+        0.0, check_number, "share of the label spread over the vocabulary", low=0.0, high=1.0
+    )
+    z_loss: float = _option(0.0, check_number, "factor of `lse**2`", low=0.0)
+    reduction: str = _option(
+        "mean", check_choice, "`mean` over labelled tokens, `sum` or `none`",
+        choices=("none", "mean", "sum"),
+    )  # fmt: skip
+    scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
+        "bft", check_scheme, "the weighting: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`"
+    )
+    window: int = _option(256, check_int, "length of a window in labelled tokens", low=1)
+    gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`")
+    normalize: str = _option(
+        "sequence", check_choice, "divide by documents (`sequence`) or by labels (`token`)",
+        choices=("sequence", "token"),
+    )  # fmt: skip
+    gradient: str = _option(
+        "exact", check_choice, "`exact`, or `sampled`: an unbiased sparse estimate",
+        choices=("exact", "sampled"),
+    )  # fmt: skip
+    eps: float = _option(
+        2**-12, check_positive, "`sampled` keeps entries of `p >= eps` for certain", high=1.0
+    )
+    backend: str = _option(
+        "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
+    )
+    max_buffer_bytes: int | None = _option(
+        None, check_int, "budget of the blocks of logits; by the device if not given", low=1
+    )
+    check: bool | None = _option(None, check_bool, "check values: all, none, or those on the CPU")
+    return_stats: bool = _option(False, check_bool, "also return statistics of each token")
+    hidden_variance: bool = _option(
+        False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
+    )
+
+    @property
+    def local(self) -> bool:
+        """Whether a token's weight depends on that token alone."""
+        return self.scheme in LOCAL_SCHEMES
+
+    @property
+    def sampled(self) -> bool:
+        return self.gradient == "sampled"
+
+    def arguments(self) -> list[Any]:
+        """The values in the order of :data:`SCHEMA`."""
+        return [getattr(self, name) for name in _NAMES]
+
+
+_NAMES = tuple(option.name for option in fields(Settings))
+_CHECKS = tuple((f.name, f.default, f.metadata["check"]) for f in fields(Settings))
+_SCHEMA_TYPES = {
+    "int": "int",
+    "int | None": "int?",
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "bool | None": "bool?",
+    "str": "str",
+    "str | SchemeFunction": "str",
+}
+# The part of the ops' schemas that carries the settings.
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings))
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises unless every option is in its domain and they go together.
+
+    Raises:
+        TypeError, ValueError: the message names the option.
+    """
+    for name, default, check in _CHECKS:
+        value = getattr(settings, name)
+        if value is not default:
+            check(name, value)
+    if settings.sampled:
+        for name in ("label_smoothing", "z_loss"):
+            if getattr(settings, name):
+                raise ValueError(
+                    f"{name}: got {getattr(settings, name)} with gradient='sampled', expected 0: "
+                    "the sample and its certificate are those of p - onehot(target). Use "
+                    "gradient='exact'"
+                )
+    elif settings.hidden_variance:
+        raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
+
+
+def table(names: tuple[str, ...] = _NAMES) -> str:
+    """The options as a table in Markdown, for the documentation."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for option in fields(Settings):
+        if option.name in names:
+            default = "2**-12" if option.name == "eps" else repr(option.default)
+            lines.append(f"| `{option.name}` | `{default}` | {option.metadata['help']} |")
+    return "\n".join(lines)
