@@ -67,7 +67,8 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         upstream = torch.where(target != ctx.ignore_index, grad, 0)
         grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
         return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
-    tensors, saved = ctx.saved_tensors[:_TENSORS], Saved(*ctx.saved_tensors[_TENSORS:])
+    kept = ctx.saved_tensors  # which may be looked at once
+    tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:])
     weight, bias = tensors[1], tensors[3]
     rest = (*ctx.rest[:-3], *wanted)
     into = _gradient_to_add_to(weight) if wanted.weight else None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -136,36 +135,6 @@ def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
         )
 
 
-def check_derivatives(**tensors: object) -> None:
-    """Only reverse mode differentiates the ops: anything else would lose a derivative silently.
-
-    Raises:
-        RuntimeError: the call is inside a transform of ``torch.func``, or one of ``tensors``
-            carries a tangent of forward mode.
-    """
-    # Tensors inside a transform do not say truly whether they require a gradient.
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "torch.func: got a call inside a transform (vmap, grad, vjp, jvp, jacrev, jacfwd or "
-            "hessian), expected one outside of any. The fused loss takes batches as leading "
-            "dimensions of hidden and target, and its gradients are those of backward() and "
-            "torch.autograd.grad. For anything else use torch.nn.functional.cross_entropy"
-        )
-    if forward_ad._current_level < 0:
-        return
-    for name, tensor in tensors.items():
-        # A tangent cannot be seen while tracing.
-        if isinstance(tensor, Tensor) and (
-            torch.compiler.is_compiling() or forward_ad.unpack_dual(tensor).tangent is not None
-        ):
-            raise RuntimeError(
-                f"{name}: got a tensor with a tangent of forward-mode differentiation, or compiled "
-                "code at a dual level, expected neither: the fused loss has gradients in reverse "
-                "mode only. Use backward() or torch.autograd.grad, or "
-                "torch.nn.functional.cross_entropy"
-            )
-
-
 def check_capture(device: torch.device, got: str, expected: str) -> None:
     """What needs the host, or its memory, raises while a CUDA graph is captured on ``device``.
 
@@ -182,49 +151,6 @@ def check_waiting(device: torch.device, check: object) -> None:
     """``check=True`` waits for the device, which a capture cannot."""
     if check and device.type == "cuda":
         check_capture(device, "check: got True", "None or False: checks of values wait for the GPU")
-
-
-def check_core(hidden: object, weight: object, target: object, bias: object) -> None:
-    """Types, shapes, dtypes and devices of the core op's tensors."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden: got {type(hidden).__name__}, expected a torch.Tensor")
-    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if isinstance(value, Tensor) and value.layout != torch.strided:
-            raise TypeError(f"{name}: got layout {value.layout}, expected {torch.strided}")
-    if hidden.dim() < 1:
-        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
-    check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
-    check_tensor("weight", weight, (None, hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
-    assert isinstance(weight, Tensor)
-    vocabulary, width = weight.shape
-    if vocabulary == 0 or width == 0:
-        raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected (V, D) with V and D at least 1"
-        )
-    if vocabulary >= 2**31:
-        raise ValueError(f"weight: got V = {vocabulary}, expected less than 2**31")
-    check_tensor("target", target, hidden.shape[:-1], (torch.int64,), hidden.device)
-    if bias is not None:
-        check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if isinstance(value, Tensor) and (
-            (value.dtype == torch.float64) != (hidden.dtype == torch.float64)
-        ):
-            raise TypeError(
-                f"{name}: got dtype {value.dtype} with hidden {hidden.dtype}, expected both "
-                "float64 or neither: float64 is not mixed with narrower types"
-            )
-
-
-def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Every target is a column of the vocabulary or ``ignore_index``. Waits for the device."""
-    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
-    if bool(wrong.any()):
-        position = int(wrong.flatten().nonzero()[0])
-        raise ValueError(
-            f"target: got {int(target.flatten()[position])} at flattened position {position}, "
-            f"expected 0 to V - 1 = {vocabulary - 1} or ignore_index = {ignore_index}"
-        )
 
 
 def check_finite(name: str, value: Tensor, *, rows: Tensor | None = None) -> None:

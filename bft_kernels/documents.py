@@ -137,3 +137,28 @@ def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
     position = torch.arange(labelled.numel(), dtype=torch.int64, device=labelled.device)
     sequence = torch.searchsorted(cu[1:].contiguous(), position, right=True)
     return Layout(labelled, through - 1, sequence, before[cu])
+
+
+def token_scales(
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor | None,  # [S + 1]
+    num_items: Tensor | None,  # []
+    dtype: torch.dtype,
+) -> Tensor:  # [N]
+    """What multiplies each token's weight and loss; 0 where ignored.
+
+    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, over the
+    number of documents with labels; without, 1 over the number of labels. ``num_items`` is that
+    number where it is not this batch's.
+    """
+    if cu_seqlens is not None:
+        layout = labelled_layout(labelled, cu_seqlens)
+        lengths = layout.cu_labelled.diff()
+        scale = labelled.to(dtype)
+        if lengths.numel():
+            scale = scale / lengths.clamp_min(1)[layout.sequence].to(dtype)
+        count = (lengths > 0).sum()
+    else:
+        scale, count = labelled.to(dtype), labelled.sum()
+    scale = scale / (count.clamp_min(1) if num_items is None else num_items)
+    return torch.where(labelled, scale, 0.0)  # num_items is 0 in a step without labels

@@ -20,17 +20,16 @@ from bft_kernels import ops
 from bft_kernels.checks import (
     FLOAT_DTYPES,
     check_boundaries,
-    check_derivatives,
     check_finite,
     check_number,
     check_tensor,
 )
-from bft_kernels.documents import boundaries_beside
-from bft_kernels.problem import Problem, make_problem
+from bft_kernels.documents import boundaries_beside, token_scales
+from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
-from bft_kernels.settings import CALLABLE, SchemeFunction, Settings
+from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings, values_of
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
-from bft_kernels.weighting import balanced_loss, local_weights, token_scales, weighted_losses
+from bft_kernels.weighting import balanced_loss, local_weights, weighted_losses
 
 
 def linear_nll(
@@ -161,7 +160,6 @@ def linear_cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        scheme="sft",  # a token's weight is its scale
     )
     problem = make_problem(hidden, weight, target, bias, seed, settings)
     scale = problem.labelled.to(problem.acc_dtype)
@@ -254,9 +252,10 @@ def balanced_linear_cross_entropy(
     if not isinstance(scheme, str):
         problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
-    items = _items_of(num_items, problem)
+    items = None if num_items is None else _items_of(num_items, problem)
     in_forward = gradient == "exact" and problem.trains_head
-    if settings.local and not return_stats:
+    local = scheme in LOCAL_SCHEMES
+    if local and not return_stats:
         documents = None
         if normalize == "sequence":
             documents = _documents_of(boundaries, problem, target.shape)
@@ -270,13 +269,13 @@ def balanced_linear_cross_entropy(
     on_host = boundaries is None or boundaries.device.type == "cpu"
     result: Forward | WeightedLoss
     weights: BalancedLoss | WeightedLoss
-    if in_forward and (settings.local or (on_host and isinstance(scheme, str))):
+    if in_forward and (local or (on_host and isinstance(scheme, str))):
         by_sequence = documents if normalize == "sequence" else None
         scale = token_scales(problem.labelled, by_sequence, items, problem.acc_dtype)
         apart = boundaries is not None and boundaries.device != documents.device
         result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
         loss, weights = result.loss, result
-        if settings.local:
+        if local:
             weights = _balanced_loss(problem, result.nll, documents, items, settings)
     else:
         result = ops.linear_nll(problem)
@@ -292,7 +291,7 @@ def _balanced_loss(
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
     if isinstance(settings.scheme, str):
-        arguments = nll, problem.labelled, documents, items, *settings.arguments()
+        arguments = nll, problem.labelled, documents, items, *values_of(settings)
         return BalancedLoss(*ops.balanced_loss(*arguments))
     return balanced_loss(nll, problem.labelled, documents, items, settings)
 
@@ -324,11 +323,9 @@ def _documents_of(boundaries: Tensor | None, problem: Problem, shape: torch.Size
     return torch.arange(rows + 1, dtype=torch.int64, device=device) * length
 
 
-def _items_of(num_items: int | float | Tensor | None, problem: Problem) -> Tensor | None:
+def _items_of(num_items: int | float | Tensor, problem: Problem) -> Tensor:
     """``num_items`` as a tensor ``[]`` beside the tokens."""
     device = problem.hidden.device
-    if num_items is None:
-        return None
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:
             raise ValueError(

@@ -28,13 +28,12 @@ from bft_kernels.checks import (
     check_capture,
     check_finite,
     check_items,
-    check_values,
     check_waiting,
 )
 from bft_kernels.dispatch import Engine, select, select_balanced_loss
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
-from bft_kernels.problem import Problem, storage, traits_of
+from bft_kernels.problem import Problem, check_values, storage, traits_of
 from bft_kernels.results import (
     BalancedLoss,
     Documents,
@@ -43,8 +42,8 @@ from bft_kernels.results import (
     Saved,
     WeightedLoss,
 )
+from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
-from bft_kernels.settings import Settings
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
 
@@ -66,7 +65,8 @@ def _engine(problem: Problem) -> Engine:
 
 def _check(problem: Problem) -> None:
     check = problem.settings.check
-    check_waiting(problem.hidden.device, check)
+    if check:
+        check_waiting(problem.hidden.device, check)
     if check or (check is None and problem.hidden.device.type == "cpu"):
         check_values(problem.target, problem.weight.shape[0], problem.settings.ignore_index)
     if check:
@@ -224,7 +224,7 @@ def weighted_loss_op(
     """See :func:`weighted_loss`."""
     problem = as_problem(rest[:5], rest[5:])
     documents = None
-    if cu_seqlens is not None and not problem.settings.local:
+    if cu_seqlens is not None and problem.settings.scheme not in LOCAL_SCHEMES:
         documents = _documents_on_host(cu_seqlens, bounds, problem.hidden)
     _check(problem)
     backend = _engine(problem)
@@ -274,7 +274,11 @@ def _(
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc_dtype, (count, vocabulary, width) = problem.acc_dtype, problem.shape
     statistics = count if problem.statistics else 0
-    weighs = problem.statistics and cu_seqlens is not None and not problem.settings.local
+    weighs = (
+        problem.statistics
+        and cu_seqlens is not None
+        and problem.settings.scheme not in LOCAL_SCHEMES
+    )
     sequences = cu_seqlens.shape[0] - 1 if weighs and cu_seqlens is not None else 0
 
     def vector(size: int, dtype: torch.dtype = acc_dtype) -> Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ Undo = Callable[[], None]
 _PLAIN = ("none", "ieee")  # values of `fp32_precision` that leave float32 as it is
 
 
-@contextlib.contextmanager
-def own_settings(x: Tensor) -> Iterator[None]:
+def own_settings(x: Tensor) -> AbstractContextManager[object]:
     """The device of ``x``, no autocast, and products as exact as their type."""
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False), _exact:
-        yield
+    if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        return _exact
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.cuda.device_of(x))
+    stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    stack.enter_context(_exact)
+    return stack
 
 
 class _Exact:
@@ -73,8 +78,8 @@ def _multiply_in_float32() -> list[Undo]:
         return _highest()
     backends: Any = torch.backends
     places = ((backends.cuda.matmul, backends.cudnn), (backends.mkldnn.matmul, backends.mkldnn))
-    before = [place.fp32_precision for place, _ in places]
-    if all(value in _PLAIN for value in before):
+    before = places[0][0].fp32_precision, places[1][0].fp32_precision
+    if before[0] in _PLAIN and before[1] in _PLAIN:
         return []
     # What was set by its old name is cleared by it too: the profiler reads the old name, and torch
     # raises where the two disagree.

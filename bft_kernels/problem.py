@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from bft_kernels.backends.common.plan import default_buffer_bytes
-from bft_kernels.checks import check_core, check_derivatives, check_int, check_tensor, check_waiting
+from bft_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, check_waiting
 from bft_kernels.results import Wanted
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
-from bft_kernels.settings import Settings, check_settings
+from bft_kernels.settings import Settings, check_settings, values_of
+
+CPU_BUFFER_BYTES = 64 * 2**20
+# 512 MiB of logits, and a bit for each.
+ACCELERATOR_BUFFER_BYTES = 528 * 2**20
+# Of a device with more than LARGE_MEMORY_BYTES in all, whatever of it is free: the exact ``dW``
+# goes through float32 memory once a chunk, and a larger budget makes fewer chunks.
+LARGE_ACCELERATOR_BUFFER_BYTES = 2 * 2**30
+LARGE_MEMORY_BYTES = 40 * 2**30
+
+
+_DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -29,22 +41,22 @@ class Problem:
     operand: torch.dtype
     wanted: Wanted  # gradients: of the forward, or of this backward
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
         """``N``, ``V``, ``D``."""
         return self.hidden.shape[0], *self.weight.shape
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        """The type of losses and sums: see :func:`accumulator`."""
-        return accumulator(self.hidden.dtype)
+        """float64 stays float64 throughout; everything narrower is accumulated in float32."""
+        return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
     def trains_head(self) -> bool:
         """Whether a gradient of ``weight`` or ``bias`` is wanted."""
         return self.wanted.weight or self.wanted.bias
 
-    @property
+    @functools.cached_property
     def saved(self) -> str:
         """What the forward keeps for the backward.
 
@@ -54,9 +66,9 @@ class Problem:
         """
         if not any(self.wanted):
             return "none"
-        if self.settings.sampled:
+        if self.settings.gradient == "sampled":
             return "entries"
-        return "recompute" if self.trains_head else "unit"
+        return "recompute" if self.wanted.weight or self.wanted.bias else "unit"
 
     @property
     def statistics(self) -> bool:
@@ -66,7 +78,7 @@ class Problem:
     @property
     def variance(self) -> bool:
         """Whether the certificate of the sampled gradient is wanted."""
-        return self.settings.return_stats and self.settings.sampled
+        return self.settings.return_stats and self.settings.gradient == "sampled"
 
     @property
     def hidden_variance(self) -> bool:
@@ -85,7 +97,7 @@ class Problem:
 
     def arguments(self) -> list[Any]:
         """What is no tensor, in the order of :data:`SCHEMA`."""
-        return [*self.settings.arguments(), self.operand, *self.wanted]
+        return [*values_of(self.settings), self.operand, *self.wanted]
 
 
 # The part of the ops' schemas that carries what is no tensor.
@@ -118,11 +130,6 @@ def traits_of(x: Tensor) -> Traits:
     return Traits(x.device, x.dtype, x.layout, strides)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64 throughout; everything narrower is accumulated in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def storage(dtype: torch.dtype) -> torch.dtype:
     """The type a gradient of ``dtype`` is kept in until its upstream gradient is known.
 
@@ -130,6 +137,18 @@ def storage(dtype: torch.dtype) -> torch.dtype:
     for values that have already become 0.
     """
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+@functools.cache
+def default_buffer_bytes(device: torch.device) -> int:
+    """64 MiB on a CPU; on an accelerator 528 MiB, or 2 GiB where it has more than 40 GiB."""
+    if device.type == "cpu":
+        return CPU_BUFFER_BYTES
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if total > LARGE_MEMORY_BYTES:
+            return LARGE_ACCELERATOR_BUFFER_BYTES
+    return ACCELERATOR_BUFFER_BYTES
 
 
 def make_problem(
@@ -146,16 +165,19 @@ def make_problem(
         TypeError, ValueError, RuntimeError: the message names the argument.
     """
     check_derivatives(hidden=hidden, weight=weight, bias=bias)
-    check_core(hidden, weight, target, bias)
-    check_settings(settings)
-    check_waiting(hidden.device, settings.check)
+    if not _fit(hidden, weight, target, bias):
+        check_core(hidden, weight, target, bias)
+    if torch.compiler.is_compiling() or settings != _DEFAULTS:
+        check_settings(settings)
+    if settings.check:
+        check_waiting(hidden.device, settings.check)
     if seed is not None:
         _check_seed(seed, hidden)
     wanted = Wanted(False, False, False)
     if torch.is_grad_enabled():
         of_bias = bias is not None and bias.requires_grad
         wanted = Wanted(hidden.requires_grad, weight.requires_grad, of_bias)
-    samples = settings.sampled and any(wanted)
+    samples = settings.gradient == "sampled" and any(wanted)
     return Problem(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
@@ -166,6 +188,102 @@ def make_problem(
         operand=_operand(hidden, weight),
         wanted=wanted,
     )
+
+
+def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:
+    """Whether the tensors are what they should be; :func:`check_core` says what is wrong."""
+    if not (
+        isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)
+    ):
+        return False
+    floats = [hidden, weight]
+    if bias is not None:
+        if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
+            return False
+        floats.append(bias)
+    wide, device = hidden.dtype == torch.float64, hidden.device
+    for x in floats:
+        if x.layout != torch.strided or x.device != device or x.dtype not in FLOAT_DTYPES:
+            return False
+        if (x.dtype == torch.float64) != wide:
+            return False
+    if hidden.dim() < 1 or weight.dim() != 2 or target.dtype != torch.int64:
+        return False
+    fits: bool = weight.shape[1] == hidden.shape[-1] and target.shape == hidden.shape[:-1]
+    return fits and target.device == device and 0 < weight.shape[0] < 2**31 and weight.shape[1] > 0
+
+
+def check_core(hidden: object, weight: object, target: object, bias: object) -> None:
+    """Types, shapes, dtypes and devices of the core op's tensors."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: got {type(hidden).__name__}, expected a torch.Tensor")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise TypeError(f"{name}: got layout {value.layout}, expected {torch.strided}")
+    if hidden.dim() < 1:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
+    check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
+    check_tensor("weight", weight, (None, hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
+    assert isinstance(weight, Tensor)
+    vocabulary, width = weight.shape
+    if vocabulary == 0 or width == 0:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected (V, D) with V and D at least 1"
+        )
+    if vocabulary >= 2**31:
+        raise ValueError(f"weight: got V = {vocabulary}, expected less than 2**31")
+    check_tensor("target", target, hidden.shape[:-1], (torch.int64,), hidden.device)
+    if bias is not None:
+        check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if isinstance(value, Tensor) and (
+            (value.dtype == torch.float64) != (hidden.dtype == torch.float64)
+        ):
+            raise TypeError(
+                f"{name}: got dtype {value.dtype} with hidden {hidden.dtype}, expected both "
+                "float64 or neither: float64 is not mixed with narrower types"
+            )
+
+
+def check_derivatives(**tensors: object) -> None:
+    """Only reverse mode differentiates the ops: anything else would lose a derivative silently.
+
+    Raises:
+        RuntimeError: the call is inside a transform of ``torch.func``, or one of ``tensors``
+            carries a tangent of forward mode.
+    """
+    # Tensors inside a transform do not say truly whether they require a gradient.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func: got a call inside a transform (vmap, grad, vjp, jvp, jacrev, jacfwd or "
+            "hessian), expected one outside of any. The fused loss takes batches as leading "
+            "dimensions of hidden and target, and its gradients are those of backward() and "
+            "torch.autograd.grad. For anything else use torch.nn.functional.cross_entropy"
+        )
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        # A tangent cannot be seen while tracing.
+        if isinstance(tensor, Tensor) and (
+            torch.compiler.is_compiling() or forward_ad.unpack_dual(tensor).tangent is not None
+        ):
+            raise RuntimeError(
+                f"{name}: got a tensor with a tangent of forward-mode differentiation, or compiled "
+                "code at a dual level, expected neither: the fused loss has gradients in reverse "
+                "mode only. Use backward() or torch.autograd.grad, or "
+                "torch.nn.functional.cross_entropy"
+            )
+
+
+def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Every target is a column of the vocabulary or ``ignore_index``. Waits for the device."""
+    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if bool(wrong.any()):
+        position = int(wrong.flatten().nonzero()[0])
+        raise ValueError(
+            f"target: got {int(target.flatten()[position])} at flattened position {position}, "
+            f"expected 0 to V - 1 = {vocabulary - 1} or ignore_index = {ignore_index}"
+        )
 
 
 def _operand(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ configuration and the table in docs/loss.md all follow from the fields of :class
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -92,21 +93,9 @@ class Settings:
         False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
     )
 
-    @property
-    def local(self) -> bool:
-        """Whether a token's weight depends on that token alone."""
-        return self.scheme in LOCAL_SCHEMES
-
-    @property
-    def sampled(self) -> bool:
-        return self.gradient == "sampled"
-
-    def arguments(self) -> list[Any]:
-        """The values in the order of :data:`SCHEMA`."""
-        return [getattr(self, name) for name in _NAMES]
-
 
 _NAMES = tuple(option.name for option in fields(Settings))
+values_of = operator.attrgetter(*_NAMES)  # a tuple in the order of SCHEMA
 _CHECKS = tuple((f.name, f.default, f.metadata["check"]) for f in fields(Settings))
 _SCHEMA_TYPES = {
     "int": "int",
@@ -132,7 +121,7 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not default:
             check(name, value)
-    if settings.sampled:
+    if settings.gradient == "sampled":
         for name in ("label_smoothing", "z_loss"):
             if getattr(settings, name):
                 raise ValueError(

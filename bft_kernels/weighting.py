@@ -26,6 +26,7 @@ from bft_kernels.documents import (
     cu_seqlens_from_position_ids,
     labelled_layout,
     shift_labels,
+    token_scales,
 )
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import SchemeFunction, Settings, check_scheme
@@ -278,35 +279,10 @@ def balance(
 
 
 def local_weights(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
-    """The weights of a scheme that is local to a token, ``[N]``: whatever the documents are."""
-    if scheme == "sft":
-        return labelled.to(nll.dtype)
-    return torch.where(labelled, torch.exp(-nll), 0.0)
-
-
-def token_scales(
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor | None,  # [S + 1]
-    num_items: Tensor | None,  # []
-    dtype: torch.dtype,
-) -> Tensor:  # [N]
-    """What multiplies each token's weight and loss; 0 where ignored.
-
-    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, over the
-    number of documents with labels; without, 1 over the number of labels. ``num_items`` is that
-    number where it is not this batch's.
-    """
-    if cu_seqlens is not None:
-        layout = labelled_layout(labelled, cu_seqlens)
-        lengths = layout.cu_labelled.diff()
-        scale = labelled.to(dtype)
-        if lengths.numel():
-            scale = scale / lengths.clamp_min(1)[layout.sequence].to(dtype)
-        count = (lengths > 0).sum()
-    else:
-        scale, count = labelled.to(dtype), labelled.sum()
-    scale = scale / (count.clamp_min(1) if num_items is None else num_items)
-    return torch.where(labelled, scale, 0.0)  # num_items is 0 in a step without labels
+    """The weights without documents, ``[N]``: the confidence for ``dft``, else 1."""
+    if scheme == "dft":
+        return torch.where(labelled, torch.exp(-nll), 0.0)
+    return labelled.to(nll.dtype)
 
 
 def weighted_losses(loss: Tensor, coefficient: Tensor) -> Tensor:

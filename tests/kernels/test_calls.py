@@ -11,7 +11,12 @@ import pytest
 import torch
 
 import bft_kernels
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    dispatch,
+    linear_cross_entropy,
+    linear_nll,
+)
 from tests.support.problems import draw_problem
 
 PACKAGE = str(Path(bft_kernels.__file__).parent)
@@ -66,12 +71,13 @@ def counter(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-def test_little_python_runs_before_the_first_product(function, backend, counter):
+def test_little_python_runs_before_the_first_product(function, backend, counter, monkeypatch):
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend,))
     p = draw_problem(64, 32, 1000, dtype=torch.float32)
     for _ in range(3):  # the first calls import and cache
-        function(*p.args, backend=backend)
+        function(*p.args)
     sys.setprofile(counter)
-    function(*p.args, backend=backend)
+    function(*p.args)
     assert counter.stack, "no product was seen"
     deep = {place.partition(":")[0] for place in counter.stack}
     assert len(counter.stack) <= FRAMES, counter.stack

@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
+from bft_kernels.backends.common.plan import plan_columns, plan_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bft_kernels.backends.common.plan import plan_columns, plan_rows
 from bft_kernels.backends.cpu.plan import (
     CPU_PASS_ROWS,
     CPU_REACH,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from bft_kernels.backends.common.plan import takes_chunks
+
 from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked

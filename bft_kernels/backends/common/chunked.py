@@ -8,16 +8,15 @@ Chunks of rows fit the byte budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.common.documents import in_rows, pieces
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
-from bft_kernels.backends.common.plan import RowPlan, plan_rows
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
-from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction
+from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, in_rows, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
 
@@ -59,20 +58,6 @@ class RowKernels(Protocol):
         """Token and sequence weights; see :func:`bft_kernels.weighting.balance`."""
 
 
-def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
-    """Rows of a chunk; ``scratch`` is how many temporaries of a tile the kernels hold."""
-    _, vocabulary, width = problem.shape
-    return plan_rows(
-        rows,
-        vocabulary,
-        width,
-        problem.acc_dtype.itemsize,
-        budget or problem.buffer_bytes,
-        widen=converts(problem.weight, problem.operand, problem.acc_dtype),
-        scratch=scratch,
-    )
-
-
 def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forward:
     """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
     kernels = make(problem)
@@ -111,15 +96,16 @@ def weighted_loss(
     kernels = make(problem)
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
     assert isinstance(rows, LabelledRows)
-    gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
+    acc = problem.acc_dtype
+    gemm = Gemm(problem.weight, problem.operand, acc, plan.weight_rows)
     of_rows = None if documents is None else in_rows(rows, documents)
     sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
     sums = WeightedSums(problem, rows, of_rows, sequences, kernels.results, kernels.weigh)
-    token_scale = rows.take(token_scale.to(problem.acc_dtype), 0, rows.size)
+    token_scale = rows.take(token_scale.to(acc), 0, rows.size)
     together = list(pieces(rows, of_rows, plan.chunk_rows))
     longest = max([piece.stop - piece.first for piece in together], default=0)
     size = min(longest, plan.chunk_rows), problem.shape[1]
-    buffer = hidden.new_empty(size, dtype=problem.acc_dtype)
+    buffer = hidden.new_empty(size, dtype=acc)
     for piece in together:
         parts = [
             (a, min(a + plan.chunk_rows, piece.stop))
@@ -153,3 +139,79 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
     settings = problem.settings
     upstream = torch.ones_like(lse) if upstream is None else upstream
     return scale_for(upstream, lse, settings.temperature, settings.z_loss)
+
+
+# --- the memory plan -----------------------------------------------------------------------------
+
+# Elementwise passes run over tiles of about this many logits, so that on a CPU a tile and its
+# scratch stay in the second-level cache or near it between passes.
+TILE_ELEMENTS = 2**18
+
+
+# A GPU's products take so many rows a tile, filled or not: chunks of many rows are a multiple.
+PRODUCT_ROWS, MANY_ROWS = 128, 512
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Blocks of whole rows of logits: ``[chunk_rows, V]``, swept in tiles of ``tile_rows``."""
+
+    chunk_rows: int
+    tile_rows: int
+    weight_rows: int  # rows of ``weight`` widened at a time; V where nothing is widened
+
+
+def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
+    """Rows of a chunk; ``scratch`` is how many temporaries of a tile the kernels hold."""
+    (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
+    return plan_rows(
+        rows,
+        vocabulary,
+        width,
+        acc.itemsize,
+        budget or problem.buffer_bytes,
+        widen=converts(problem.weight, problem.operand, acc),
+        scratch=scratch,
+    )
+
+
+def plan_rows(
+    rows: int, vocabulary: int, width: int, itemsize: int, budget: int, *, widen: bool, scratch: int
+) -> RowPlan:
+    """Block sizes for passes that need whole rows.
+
+    Args:
+        rows, vocabulary, width: ``N``, ``V`` and ``D``.
+        itemsize: bytes of an accumulator element.
+        budget: bytes for everything together. At least one row is always taken, whatever it is.
+        widen: whether blocks of ``weight`` are copied to another type first (a quarter of the
+            budget).
+        scratch: how many tile-sized temporaries the sweep holds.
+    """
+    weight_rows = vocabulary
+    if widen:
+        weight_rows = max(1, min(vocabulary, budget // 4 // (width * itemsize)))
+        budget -= budget // 4
+    row_bytes = vocabulary * itemsize
+    tile_rows = max(1, min(rows, TILE_ELEMENTS // vocabulary))
+    # A tile's temporaries come out of the same budget; small budgets get one-row tiles.
+    while tile_rows > 1 and tile_rows * scratch * row_bytes > budget // 2:
+        tile_rows //= 2
+    chunk_rows = (budget - tile_rows * scratch * row_bytes) // row_bytes
+    if chunk_rows >= MANY_ROWS:
+        chunk_rows -= chunk_rows % PRODUCT_ROWS
+    chunk_rows = max(1, min(rows, chunk_rows))
+    return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
+
+
+# The vendor's product and a pass over its result are faster than a product whose tiles never leave
+# registers, if so many rows are multiplied at a time; see docs/dev/gpu-model.md.
+CHUNK_ROWS = 256
+
+
+def takes_chunks(rows: int, vocabulary: int, budget: int) -> bool:
+    """Whether the ``triton`` backend's forward keeps logits in a buffer, chunk by chunk.
+
+    A logit takes 4 bytes, and for the sampled gradient a bit.
+    """
+    return min(rows, CHUNK_ROWS) * vocabulary * 33 // 8 <= budget

@@ -99,15 +99,10 @@ class Gemm:
     def __init__(
         self, weight: Tensor, operand: torch.dtype, acc_dtype: torch.dtype, block: int
     ) -> None:
-        self.weight = weight
-        self.operand = operand
-        self.acc_dtype = acc_dtype
+        self.weight, self.operand, self.acc_dtype = weight, operand, acc_dtype
+        # Whether blocks of weight are copied to another type before a product.
+        self.converts = converts(weight, operand, acc_dtype)
         self.block = block if self.converts else weight.shape[0]
-
-    @property
-    def converts(self) -> bool:
-        """Whether blocks of ``weight`` are copied to another type before a product."""
-        return converts(self.weight, self.operand, self.acc_dtype)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Rows of ``hidden`` as an operand."""
@@ -124,6 +119,8 @@ class Gemm:
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``out [n, V] = hidden [n, D] @ weight.T``."""
+        if not self.converts:
+            return multiply(hidden, self.weight.T, self.acc_dtype, out=out)
         for first, stop in self._blocks(self.block):
             multiply(hidden, self.columns(first, stop).T, self.acc_dtype, out=out[:, first:stop])
         return out

@@ -1,4 +1,4 @@
-"""Which rows of the input take part: those that carry a label."""
+"""Which rows of the input take part: those that carry a label; and what is known of each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from bft_kernels.problem import Problem
 
 
 def count_is_known(device_type: str) -> bool:
@@ -107,6 +109,31 @@ class DeviceRows:
     def mask(self, values: Tensor) -> Tensor:
         """``values [N]``, 0 where ignored."""
         return torch.where(self.labelled, values, torch.zeros_like(values))
+
+
+# What every forward writes for a row, by the names of `Forward`.
+ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
+
+
+def row_results(problem: Problem, size: int, *, filled: bool = False) -> dict[str, Tensor]:
+    """Vectors ``[size]`` by the names of :data:`ROW_RESULTS` and of the certificate; ``[0]`` where
+    not wanted. They hold zeros if ``filled``, or anything.
+    """
+    make = problem.hidden.new_zeros if filled else problem.hidden.new_empty
+    acc, settings = problem.acc_dtype, problem.settings
+    of_low = size if problem.saved in ("recompute", "unit") else 0
+    of_statistics = size if settings.return_stats else 0
+    of_variance = of_statistics if settings.gradient == "sampled" else 0
+    return {
+        "loss": make(size, dtype=acc),
+        "nll": make(size, dtype=acc),
+        "lse": make(size, dtype=acc),
+        "lse_low": make(of_low, dtype=acc),
+        "entropy": make(of_statistics, dtype=acc),
+        "correct": make(of_statistics, dtype=torch.bool),
+        "variance": make(of_variance, dtype=acc),
+        "hidden_variance": make(of_variance if settings.hidden_variance else 0, dtype=acc),
+    }
 
 
 class KnownRows(NamedTuple):

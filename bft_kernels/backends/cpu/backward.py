@@ -35,7 +35,7 @@ def linear_nll_backward(
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).float()
-    if problem.settings.sampled:
+    if problem.settings.gradient == "sampled":
         return _from_entries(problem, grad, saved, grad_weight)
     add = grad_weight is not None
     if not wanted.weight:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import _cpu
-from bft_kernels.backends.common.gemm import as_operand, converts
+from bft_kernels.backends.common.gemm import as_operand
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.plan import CPU_REACH, CpuPlan, cpu_block_bytes, plan_cpu_blocks
@@ -89,6 +89,11 @@ class Block(NamedTuple):
         return z.data_ptr(), z.stride(0), self.first_row, rows, self.first_column, columns
 
 
+def converts(x: Tensor, operand: torch.dtype) -> bool:
+    """Whether ``x`` is copied to float32, in blocks, before a product."""
+    return not x.dtype == operand == torch.float32
+
+
 def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: bool) -> CpuPlan:
     """Block sizes for ``products`` products of each block; see :func:`plan_cpu_blocks`."""
     _, vocabulary, width = problem.shape
@@ -97,8 +102,8 @@ def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: 
         vocabulary,
         width,
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand, torch.float32),
-        copies=rows.copies or converts(problem.hidden, problem.operand, torch.float32),
+        widens=converts(problem.weight, problem.operand),
+        copies=rows.copies or converts(problem.hidden, problem.operand),
         products=products,
         narrow_gradient=trains_weight and problem.weight.dtype != torch.float32,
         block_bytes=cpu_block_bytes(threads()),
@@ -129,15 +134,20 @@ class Operands:
     def __init__(self, problem: Problem, rows: LabelledRows, plan: CpuPlan) -> None:
         self.hidden, self.weight, self.type = problem.hidden, problem.weight, problem.operand
         self.rows, self.plan = rows, plan
-        copies = rows.copies or converts(self.hidden, self.type, torch.float32)
-        self.all_rows = self._take(0, rows.size) if plan.whole or not copies else None
+        copies = rows.copies or converts(self.hidden, self.type)
+        self.all_rows = self.hidden if not copies else None
+        if copies and plan.whole:
+            self.all_rows = self._take(0, rows.size)
         self.widened: list[_Widened] = []  # blocks of weight, as many as are in use at a time
-        if converts(self.weight, self.type, torch.float32):
+        if converts(self.weight, self.type):
             live = CPU_REACH if plan.team > 1 else 1
             self.widened = [_Widened(plan.columns, self.weight.shape[1]) for _ in range(live)]
 
     def _take(self, first: int, stop: int) -> Tensor:
-        return as_operand(self.rows.take(self.hidden, first, stop), self.type, torch.float32)
+        part = self.rows.take(self.hidden, first, stop)
+        if not converts(part, self.type):
+            return part
+        return as_operand(part, self.type, torch.float32)
 
     def take(self, first: int, stop: int) -> Tensor:
         """Rows of ``hidden``, ``[stop - first, D]``."""

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import workspace
-from bft_kernels.backends.common.documents import Piece, RowDocuments, in_rows
-from bft_kernels.backends.common.gemm import converts
-from bft_kernels.backends.common.results import row_results
-from bft_kernels.backends.common.rows import LabelledRows
-from bft_kernels.backends.common.weighted import WeightedSums
+from bft_kernels.backends.common.rows import LabelledRows, row_results
+from bft_kernels.backends.common.weighted import Piece, RowDocuments, WeightedSums, in_rows
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
@@ -28,6 +25,7 @@ from bft_kernels.backends.cpu.native import (
     KnownRows,
     Operands,
     address,
+    converts,
     finish,
     make_sweep,
     threads,
@@ -61,8 +59,8 @@ def weighted_loss(
         vocabulary,
         width,
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand, torch.float32),
-        copies=rows.copies or converts(problem.hidden, problem.operand, torch.float32),
+        widens=converts(problem.weight, problem.operand),
+        copies=rows.copies or converts(problem.hidden, problem.operand),
         trains_weight=problem.wanted.weight,
         block_bytes=cpu_block_bytes(threads()),
         threads=threads(),
@@ -239,9 +237,9 @@ class _Engine:
     def find_losses(self, piece: Piece) -> None:
         """Losses of the rows of a piece; logits wait as far as there is room."""
         first, stop = piece.first, piece.stop
+        sweep = make_sweep(self.problem, self.targets[first:stop], self.bias, self.plan.team)
         self.waiting = self._wait(first, stop)
         self.columns = self.plan.columns_of(stop - first)
-        sweep = make_sweep(self.problem, self.targets[first:stop], self.bias, self.plan.team)
 
         def compute(task: _Task) -> None:
             assert self.waiting is not None

@@ -120,7 +120,7 @@ def linear_nll_backward(
     if adds:
         into = into._replace(weight=own)
     known = KnownRows(saved.lse, saved.lse_low, saved.nll, inputs.rows.mask(grad.float()))
-    if problem.settings.sampled:
+    if problem.settings.gradient == "sampled":
         sampled_gradients(inputs, known, saved, into, adds=adds)
     else:
         recompute(inputs, known, None, into, adds=adds)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.lse_bound import raise_bounds
-from bft_kernels.backends.common.results import ROW_RESULTS
+from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.inputs import Inputs
 from bft_kernels.backends.cuda.native import launch

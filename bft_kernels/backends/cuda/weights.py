@@ -8,7 +8,7 @@ from torch import Tensor
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.native import launch
 from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import Settings
+from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import DELTA, Weights
 
 
@@ -62,7 +62,7 @@ def _run(
         geometric=scheme == "bft-v1-code",
         confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
         ratio=scheme == "bft",
-        flat=settings.local,
+        flat=settings.scheme in LOCAL_SCHEMES,
         by_sequence=normalize == "sequence",
         counts=normalize is not None and num_items is None,
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, add_product, converts, multiply
-from bft_kernels.backends.common.plan import plan_columns
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.torch.softmax import gradient_factors, transform_logits
 from bft_kernels.problem import Problem
@@ -30,7 +30,7 @@ def linear_nll_backward(
         grad_weight = None
     elif grad_weight is None:
         grad_weight = torch.zeros_like(problem.weight, memory_format=torch.contiguous_format)
-    if problem.settings.sampled:
+    if problem.settings.gradient == "sampled":
         return _from_entries(problem, grad, saved, grad_weight)
     return _recompute(problem, grad, saved, rows, grad_weight)
 
@@ -217,3 +217,41 @@ def add_weighted_rows(
         part = table[:, first:stop].to(value.dtype).contiguous()
         sums = bag(index, part, offsets, mode="sum", per_sample_weights=value)
         out[:, first:stop] += sums.to(out.dtype)
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Blocks of the vocabulary: ``[rows, columns]`` logits of every row against few columns."""
+
+    rows: int
+    columns: int
+
+
+def plan_columns(
+    rows: int,
+    vocabulary: int,
+    width: int,
+    itemsize: int,
+    budget: int,
+    *,
+    copies: bool,
+    scratch: int,
+) -> ColumnPlan:
+    """Block sizes for the recomputing backward, whose ``lse`` is known.
+
+    A block costs ``(1 + scratch) * rows * columns`` logits, a widened block of ``weight``, one of
+    ``dW`` and, with ``copies``, one of ``hidden``. All rows against a few columns is best for the
+    products, as long as the block keeps some hundreds of columns; beyond that rows are split too.
+    """
+    elements = max(1, budget // itemsize)
+    copied = width if copies else 0
+    block_rows, wanted = 0, min(vocabulary, 512)
+    while True:
+        block_rows = (elements - 2 * width * wanted) // ((1 + scratch) * wanted + copied)
+        # A block of one row against many columns is no product: as many rows as columns.
+        if block_rows >= min(rows, wanted) or wanted == 1:
+            break
+        wanted //= 2
+    block_rows = max(1, min(rows, block_rows))
+    columns = (elements - copied * block_rows) // ((1 + scratch) * block_rows + 2 * width)
+    return ColumnPlan(block_rows, max(1, min(vocabulary, columns)))

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.chunked import chunk_plan
 from bft_kernels.backends.common.gemm import squared_norms
-from bft_kernels.backends.common.results import row_results
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import LabelledRows, row_results
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
 from bft_kernels.backends.torch.softmax import (
     Scratch,

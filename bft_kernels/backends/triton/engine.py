@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common import chunked
+from bft_kernels.backends.common.chunked import takes_chunks
 from bft_kernels.backends.common.csr import overflowed
 from bft_kernels.backends.common.gemm import squared_norms
 from bft_kernels.backends.common.inputs import rows_contiguous
-from bft_kernels.backends.common.plan import takes_chunks
 from bft_kernels.backends.common.rows import DeviceRows, KnownRows
 from bft_kernels.backends.triton.forward import run_tiles
 from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
@@ -71,7 +71,7 @@ def linear_nll_backward(
         else None,
     )
     known = KnownRows(saved.lse, saved.lse_low, saved.nll, grad)
-    if problem.settings.sampled:
+    if problem.settings.gradient == "sampled":
         _sampled(inputs, known, saved, into, adds)
     else:
         recompute(inputs, known, None, into, adds=adds)

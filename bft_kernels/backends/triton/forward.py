@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.common.results import ROW_RESULTS
+from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
 from bft_kernels.backends.triton.device import (

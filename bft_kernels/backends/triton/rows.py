@@ -10,8 +10,7 @@ from bft_kernels.backends.common.chunked import chunk_plan
 from bft_kernels.backends.common.csr import capacity_for, offsets_of
 from bft_kernels.backends.common.gemm import gemm_dtype, squared_norms
 from bft_kernels.backends.common.lse_bound import POPULAR, popular_columns
-from bft_kernels.backends.common.results import ROW_RESULTS, row_results
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import ROW_RESULTS, LabelledRows, row_results
 from bft_kernels.backends.triton.entries import list_kept
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.sweep import (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.triton.configs import interpreted
 from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import Settings
+from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import DELTA, Weights
 
 # Positions of a program in the first kernel, labels it counts at a time, and positions (or
@@ -308,7 +308,7 @@ def _run(
         gamma=settings.gamma,
         BLOCK=TILE,
         CHUNK=COUNTED,
-        FLAT=settings.local,
+        FLAT=settings.scheme in LOCAL_SCHEMES,
         BY_SEQUENCE=normalize == "sequence",
         COUNTS=normalize is not None and num_items is None,
         HAS_ITEMS=num_items is not None,
