@@ -12,7 +12,7 @@
 #include "csrc/bindings/cuda_problem.h"
 #include "csrc/bindings/cuda_sampled.h"
 #include "csrc/bindings/cuda_weights.h"
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 
 #ifdef BFT_EMULATION  // built by tests/cuda/emulation/build.py, for tests
 #include "tests/cuda/emulation/binding.h"

@@ -4,7 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "csrc/bindings/cuda_problem.h"
-#include "csrc/cuda/certificate.h"
+#include "csrc/cuda/kernels.h"
 
 namespace bft {
 

@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "csrc/bindings/checks.h"
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 
 namespace bft {
 

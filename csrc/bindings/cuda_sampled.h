@@ -6,8 +6,7 @@
 #include <limits>
 
 #include "csrc/bindings/cuda_gradient.h"
-#include "csrc/cuda/gather.h"
-#include "csrc/cuda/lists.h"
+#include "csrc/cuda/kernels.h"
 
 namespace bft {
 

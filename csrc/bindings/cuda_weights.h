@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "csrc/bindings/cuda_problem.h"
-#include "csrc/cuda/weights.h"
+#include "csrc/cuda/kernels.h"
 
 namespace bft {
 

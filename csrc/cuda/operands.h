@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 #include "csrc/cuda/tile.cuh"
 
 namespace bft::cuda {

@@ -13,7 +13,7 @@
 // bank twice.
 #pragma once
 
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 #include "csrc/cuda/logits.cuh"
 
 namespace bft::cuda {
