@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.forward import run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.native import _cuda
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.sampled import list_entries, sampled_gradients
 from bft_kernels.backends.gpu.inputs import rows_contiguous
@@ -36,7 +36,7 @@ def linear_nll(
     if config.residual == "entries":
         assert seed is not None
         room = capacity_for(count, weight.shape[0], config.eps)
-        if width > native.kernels().MAX_GATHERED:  # rows without room are computed again
+        if width > _cuda.MAX_GATHERED:  # rows without room are computed again
             room = 0
         offsets, columns = list_entries(inputs, seed, results, room)
     else:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.inputs import Inputs
-from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.backends.gpu.floor import raise_floors
-from bft_kernels.backends.gpu.inputs import ROW_RESULTS
 
 
 def run_tiles(
@@ -33,33 +32,38 @@ def run_tiles(
     """
     config, device = inputs.config, inputs.hidden.device
     splits, columns = splits_for(inputs, rows)
-    sums = torch.empty(
-        native.kernels().FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device
-    )
-    launch(
-        "linear_nll_forward",
-        {"seed": seed, "floor": floors},
-        {"sums": sums, "mask": mask, **{name: results[name] for name in ROW_RESULTS}},
-        inputs.problem,
+    sums = torch.empty(_cuda.FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device)
+    _cuda.linear_nll_forward(
+        problem=inputs.problem,
         first_row=first_row,
         rows=rows,
         splits=splits,
         split_columns=columns,
+        sums_ptr=out(sums),
+        loss_ptr=out(results["loss"]),
+        nll_ptr=out(results["nll"]),
+        lse_ptr=out(results["lse"]),
+        lse_low_ptr=out(results["lse_low"]),
+        entropy_ptr=out(results["entropy"]),
+        correct_ptr=out(results["correct"]),
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
+        seed_ptr=ptr(seed),
+        floor_ptr=ptr(floors),
+        mask_ptr=out(mask),
         eps=config.eps,
+        stream=stream(),
     )
 
 
 def splits_for(inputs: Inputs, rows: int) -> tuple[int, int]:
     """How many parts of the vocabulary a pass over ``rows`` rows has, and columns of each."""
     processors = native.processors(inputs.hidden.device)
-    splits: tuple[int, int] = native.kernels().forward_splits(rows, inputs.shape[1], processors)
-    return splits
+    return _cuda.forward_splits(rows, inputs.shape[1], processors)
 
 
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
     floors = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
-    launch("target_floor", {}, {"floor": floors}, inputs.problem)
+    _cuda.target_floor(problem=inputs.problem, floor_ptr=out(floors), stream=stream())
     return raise_floors(floors, inputs)

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.cuda.native import Problem
+from bft_kernels.backends.cuda.native import _cuda, ptr
 from bft_kernels.backends.gpu.inputs import DeviceInputs
 from bft_kernels.config import CoreConfig
 
@@ -33,24 +33,22 @@ class Inputs(DeviceInputs):
         return super().of(hidden.to(operand), weight.to(operand), target, bias, config)
 
     @property
-    def problem(self) -> Problem:
+    def problem(self) -> _cuda.Problem:
+        """What kernels that make logits read. It keeps no tensor alive."""
         config, (count, vocabulary, width) = self.config, self.shape
-        tensors = {
-            "hidden": self.hidden,
-            "weight": self.weight,
-            "bias": self.bias,
-            "target": self.target,
-            "order": self.rows.order,
-            "count": self.rows.count,
-        }
-        numbers = {
-            "N": count,
-            "V": vocabulary,
-            "D": width,
-            "stride_hn": self.hidden.stride(0),
-            "stride_wv": self.weight.stride(0),
-            "dtype": _TYPES[config.operand_dtype],
-            "softcap": config.softcap or 0.0,
-            "temperature": config.temperature,
-        }
-        return Problem(tensors, numbers)
+        return _cuda.Problem(
+            hidden_ptr=ptr(self.hidden),
+            weight_ptr=ptr(self.weight),
+            bias_ptr=ptr(self.bias),
+            target_ptr=ptr(self.target),
+            order_ptr=ptr(self.rows.order),
+            count_ptr=ptr(self.rows.count),
+            N=count,
+            V=vocabulary,
+            D=width,
+            stride_hn=self.hidden.stride(0),
+            stride_wv=self.weight.stride(0),
+            dtype=_TYPES[config.operand_dtype],
+            softcap=config.softcap or 0.0,
+            temperature=config.temperature,
+        )
