@@ -68,6 +68,31 @@ RowRange row_range(const Problem& problem, int64_t first_row, int64_t rows) {
     return {first_row, rows};
 }
 
+RowResults row_results(int64_t rows, Address loss, Address nll, Address lse, Address lse_low,
+                       Address entropy, Address correct) {
+    if ((entropy != 0) != (correct != 0)) {
+        throw std::invalid_argument("entropy_ptr and correct_ptr: got one of them");
+    }
+    return {floats("loss_ptr", loss, rows), floats("nll_ptr", nll, rows),
+            floats("lse_ptr", lse, rows),   floats("lse_low_ptr", lse_low),
+            floats("entropy_ptr", entropy), checked_pointer<bool>("correct_ptr", correct, 0)};
+}
+
+// norms and hidden_variance come together.
+Certified certified(int64_t rows, Address lse, Address norms, Address hidden_variance, float eps) {
+    check_eps(eps);
+    if (rows > 0 && (norms != 0) != (hidden_variance != 0)) {
+        throw std::invalid_argument("norms_ptr and hidden_variance_ptr: got one of them");
+    }
+    return {floats("lse_ptr", lse, rows), floats("norms_ptr", norms), eps};
+}
+
+Lists lists(int64_t rows, Address offsets, Address columns, int64_t capacity) {
+    check_range("capacity", capacity, 0, kMaxStride);
+    return {longs("offsets_ptr", offsets, rows + 1),
+            checked_pointer<int32_t>("columns_ptr", columns, capacity), capacity};
+}
+
 int64_t words_of(int64_t vocabulary) { return (vocabulary + 31) / 32; }
 
 int64_t tiles_of(int64_t count) { return (count + kTileN - 1) / kTileN; }
@@ -80,12 +105,6 @@ Splits splits(const Problem& problem, int count, int columns, int64_t rows) {
     check_range("splits", count, needed, needed);
     check_range("splits * row blocks", count * tiles_of(rows), 0, kMaxInt);
     return {count, columns};
-}
-
-Lists lists(const Problem& problem, Address offsets, Address columns, int64_t capacity) {
-    check_range("capacity", capacity, 0, kMaxStride);
-    return {longs("offsets_ptr", offsets, problem.rows + 1),
-            checked_pointer<int32_t>("columns_ptr", columns, capacity), capacity};
 }
 
 // --- what a call is about ------------------------------------------------------------------------
@@ -161,21 +180,15 @@ void define_forward(py::module_& module) {
             check_number("label_smoothing", label_smoothing, 0, 1);
             const bool sampled = mask != 0;
             if (sampled) check_eps(eps);
-            if ((entropy != 0) != (correct != 0)) {
-                throw std::invalid_argument("entropy_ptr and correct_ptr: got one of them");
-            }
             const int64_t words = words_of(problem.vocabulary);
             const Candidates candidates{
                 longs("seed_ptr", seed, sampled), floats("floor_ptr", floor, sampled ? n : 0),
                 sampled ? eps : 1.0f,
                 checked_pointer<uint32_t>("mask_ptr", mask, sampled ? rows * words : 0)};
-            const RowResults results{
-                floats("loss_ptr", loss, n),    floats("nll_ptr", nll, n),
-                floats("lse_ptr", lse, n),      floats("lse_low_ptr", lse_low),
-                floats("entropy_ptr", entropy), checked_pointer<bool>("correct_ptr", correct, 0)};
+            const RowResults results = row_results(n, loss, nll, lse, lse_low, entropy, correct);
             linear_nll_forward(problem, range, parts,
                                floats("sums_ptr", sums, kSums * parts.count * rows), candidates,
-                               label_smoothing, z_loss, results, stream_of(stream));
+                               {label_smoothing, z_loss}, results, stream_of(stream));
         },
         arg("problem"), arg("first_row"), arg("rows"), arg("splits"), arg("split_columns"),
         arg("sums_ptr"), arg("loss_ptr"), arg("nll_ptr"), arg("lse_ptr"), arg("lse_low_ptr") = 0,
@@ -204,13 +217,9 @@ void define_certificate(py::module_& module) {
             const int64_t n = problem.rows;
             const RowRange range = row_range(problem, first_row, rows);
             const Splits parts = splits(problem, count, split_columns, rows);
-            check_eps(eps);
-            if (n > 0 && (norms != 0) != (hidden_variance != 0)) {
-                throw std::invalid_argument("norms_ptr and hidden_variance_ptr: got one of them");
-            }
+            const Certified known = certified(n, lse, norms, hidden_variance, eps);
             const int64_t planes = norms != 0 ? 2 : 1;
-            certificate(problem, range, parts,
-                        {floats("lse_ptr", lse, n), floats("norms_ptr", norms), eps},
+            certificate(problem, range, parts, known,
                         floats("sums_ptr", sums, planes * parts.count * rows),
                         floats("variance_ptr", variance, n),
                         floats("hidden_variance_ptr", hidden_variance), stream_of(stream));
@@ -261,10 +270,10 @@ void define_gradients(py::module_& module) {
             const KnownRows known{floats("lse_ptr", lse, n), floats("lse_low_ptr", lse_low),
                                   floats("nll_ptr", nll, n), floats("grad_ptr", grad, n)};
             const int64_t sums = grad_bias == 0 ? 0 : tiles_of(n) * stride_dy;
-            logit_gradient(problem, known, {label_smoothing, z_loss, longs("seed_ptr", seed), eps},
-                           block, floats("bias_sums_ptr", bias_sums, sums),
-                           floats("grad_bias_ptr", grad_bias), floats("scale_ptr", scale),
-                           stream_of(stream));
+            logit_gradient(
+                problem, known, {{label_smoothing, z_loss}, longs("seed_ptr", seed), eps}, block,
+                floats("bias_sums_ptr", bias_sums, sums), floats("grad_bias_ptr", grad_bias),
+                floats("scale_ptr", scale), stream_of(stream));
         },
         arg("problem"), arg("first_column"), arg("columns"), arg("dy_ptr"), arg("stride_dy"),
         arg("lse_ptr"), arg("lse_low_ptr") = 0, arg("nll_ptr"), arg("grad_ptr"),
@@ -363,7 +372,7 @@ void define_lists(py::module_& module) {
         [](const Problem& problem, int64_t first_row, int64_t rows, Address mask, Address offsets,
            Address columns, int64_t capacity, Address stream) {
             list_entries(problem, row_range(problem, first_row, rows), mask_of(problem, mask, rows),
-                         lists(problem, offsets, columns, capacity), stream_of(stream));
+                         lists(problem.rows, offsets, columns, capacity), stream_of(stream));
         },
         arg("problem"), arg("first_row"), arg("rows"), arg("mask_ptr"), arg("offsets_ptr"),
         arg("columns_ptr"), arg("capacity"));
@@ -421,7 +430,7 @@ void define_gathers(py::module_& module) {
                 checked_pointer<int32_t>("keys_ptr", keys, packed == 0 ? 0 : capacity),
                 checked_pointer<uint64_t>("packed_ptr", packed, keys == 0 ? 0 : capacity)};
             gather_hidden(problem, known, {longs("seed_ptr", seed, n > 0), eps},
-                          lists(problem, offsets, columns, capacity), kept,
+                          lists(problem.rows, offsets, columns, capacity), kept,
                           output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
                           stream_of(stream));
         },
@@ -445,6 +454,138 @@ void define_gathers(py::module_& module) {
         },
         arg("problem"), arg("starts_ptr"), arg("packed_ptr"), arg("grad_weight_ptr") = 0,
         arg("stride_gv") = 0, arg("wide") = false, arg("adds") = false, arg("grad_bias_ptr") = 0);
+}
+
+// --- rows.cu -------------------------------------------------------------------------------------
+
+void define_logit_rows(py::module_& module) {
+    py::class_<LogitRows>(
+        module, "LogitRows",
+        "Rows of raw products in a buffer [rows, V], float32: those from first_row on of order "
+        "[N], of which count [1] count, or of all without it. target [N], order and count are "
+        "int64, bias is float32; addresses of 0: not there. softcap 0 is none.",
+        py::module_local())
+        .def(py::init([](Address logits, int64_t stride, Address bias, Address target,
+                         Address order, Address count, int64_t first_row, int64_t rows, int64_t n,
+                         int64_t v, float softcap, float temperature) {
+                 check_range("N", n, 0, kMaxRows);
+                 check_range("V", v, 1, kMaxVocabulary);
+                 check_range("first_row", first_row, 0, n);
+                 check_range("rows", rows, 0, n - first_row);
+                 if (rows > 1) check_range("stride_ln", stride, v, kMaxStride);
+                 check_transform(softcap, temperature);
+                 return LogitRows{floats("logits_ptr", logits, rows),
+                                  stride,
+                                  floats("bias_ptr", bias),
+                                  longs("target_ptr", target, n),
+                                  longs("order_ptr", order),
+                                  longs("count_ptr", count, order != 0),
+                                  first_row,
+                                  rows,
+                                  v,
+                                  softcap,
+                                  temperature};
+             }),
+             py::kw_only(), arg("logits_ptr"), arg("stride_ln"), arg("bias_ptr"), arg("target_ptr"),
+             arg("order_ptr") = 0, arg("count_ptr") = 0, arg("first_row"), arg("rows"), arg("N"),
+             arg("V"), arg("softcap") = 0.0f, arg("temperature") = 1.0f);
+}
+
+KnownRows kept_by(const LogitRows& rows, Address lse, Address nll) {
+    return {floats("lse_ptr", lse, rows.count), nullptr, floats("nll_ptr", nll, rows.count),
+            nullptr};
+}
+
+void define_rows(py::module_& module) {
+    launches(
+        module, "softmax_rows",
+        "Losses and statistics [N], by position, of a buffer's rows. With mask [rows, "
+        "ceil(V / 32)] also a bit for each entry that may be kept; columns popular [K] int64, "
+        "ascending, then bound lse from below. Addresses of 0: not wanted.",
+        [](const LogitRows& rows, Address loss, Address nll, Address lse, Address lse_low,
+           Address entropy, Address correct, float label_smoothing, float z_loss, Address seed,
+           Address popular, int popular_count, Address mask, float eps, Address stream) {
+            check_number("label_smoothing", label_smoothing, 0, 1);
+            check_range("K", popular_count, 0, kMaxInt - kTileN * kTileV);
+            const bool sampled = mask != 0;
+            if (sampled) check_eps(eps);
+            const RowCandidates candidates{longs("seed_ptr", seed, sampled),
+                                           longs("popular_ptr", popular, popular_count),
+                                           popular_count, sampled ? eps : 1.0f,
+                                           checked_pointer<uint32_t>("mask_ptr", mask, 0)};
+            softmax_rows(rows, {label_smoothing, z_loss}, candidates,
+                         row_results(rows.count, loss, nll, lse, lse_low, entropy, correct),
+                         stream_of(stream));
+        },
+        arg("rows"), arg("loss_ptr"), arg("nll_ptr"), arg("lse_ptr"), arg("lse_low_ptr") = 0,
+        arg("entropy_ptr") = 0, arg("correct_ptr") = 0, arg("label_smoothing") = 0.0f,
+        arg("z_loss") = 0.0f, arg("seed_ptr") = 0, arg("popular_ptr") = 0, arg("K") = 0,
+        arg("mask_ptr") = 0, arg("eps") = 1.0f);
+    launches(
+        module, "certificate_rows",
+        "variance [N] of the sampled gradient of a buffer's rows, from lse [N]; with norms [V] of "
+        "the rows of weight also hidden_variance [N]. Addresses of 0: not wanted.",
+        [](const LogitRows& rows, Address lse, float eps, Address variance, Address norms,
+           Address hidden_variance, Address stream) {
+            certificate_rows(rows, certified(rows.count, lse, norms, hidden_variance, eps),
+                             floats("variance_ptr", variance),
+                             floats("hidden_variance_ptr", hidden_variance), stream_of(stream));
+        },
+        arg("rows"), arg("lse_ptr"), arg("eps"), arg("variance_ptr"), arg("norms_ptr") = 0,
+        arg("hidden_variance_ptr") = 0);
+    launches(
+        module, "thin_rows",
+        "Of the bits of mask leaves those of entries that are kept, by lse and nll [N], and counts "
+        "them: counts [N] int64.",
+        [](const LogitRows& rows, Address lse, Address nll, Address seed, float eps, Address mask,
+           Address counts, Address stream) {
+            check_eps(eps);
+            thin_rows(rows, kept_by(rows, lse, nll), {longs("seed_ptr", seed, rows.count > 0), eps},
+                      checked_pointer<uint32_t>("mask_ptr", mask, rows.count),
+                      longs("counts_ptr", counts, rows.count), stream_of(stream));
+        },
+        arg("rows"), arg("lse_ptr"), arg("nll_ptr"), arg("seed_ptr"), arg("eps"), arg("mask_ptr"),
+        arg("counts_ptr"));
+    launches(
+        module, "list_rows",
+        "columns [capacity] int32 of the bits of mask, ascending, each row's from its offset on, "
+        "and values [capacity]: dy for unit upstream gradient. A row that ends past the capacity "
+        "has none.",
+        [](const LogitRows& rows, Address lse, Address nll, Address seed, float eps, Address mask,
+           Address offsets, Address columns, Address values, int64_t capacity, Address stream) {
+            check_eps(eps);
+            list_rows(rows, kept_by(rows, lse, nll), {longs("seed_ptr", seed, rows.count > 0), eps},
+                      checked_pointer<uint32_t>("mask_ptr", mask, rows.count),
+                      lists(rows.count, offsets, columns, capacity),
+                      floats("values_ptr", values, capacity), stream_of(stream));
+        },
+        arg("rows"), arg("lse_ptr"), arg("nll_ptr"), arg("seed_ptr"), arg("eps"), arg("mask_ptr"),
+        arg("offsets_ptr"), arg("columns_ptr"), arg("values_ptr"), arg("capacity"));
+    launches(
+        module, "gradient_rows",
+        "grad [N] times dy of a buffer's rows, of a type by number, into rows that are stride_dy "
+        "elements apart, in the memory of their logits: a row begins where its logits do.",
+        [](const LogitRows& rows, Address dy, int64_t stride_dy, int dtype, Address lse,
+           Address lse_low, Address nll, Address grad, float label_smoothing, float z_loss,
+           Address stream) {
+            check_range("dtype", dtype, 0, 2);
+            const auto type = static_cast<Type>(dtype);
+            check_number("label_smoothing", label_smoothing, 0, 1);
+            if (rows.count > 1) {
+                const int64_t stride = rows.stride * (type == Type::kFloat32 ? 1 : 2);
+                check_range("stride_dy", stride_dy, stride, stride);
+            }
+            void* into = output("dy_ptr", dy, rows.count, type, false).at;
+            if (into != rows.logits) throw std::invalid_argument("dy_ptr: expected the logits'");
+            KnownRows known = kept_by(rows, lse, nll);
+            known.lse_low = floats("lse_low_ptr", lse_low);
+            known.grad = floats("grad_ptr", grad, rows.count);
+            gradient_rows(rows, known, {label_smoothing, z_loss}, type, into, stride_dy,
+                          stream_of(stream));
+        },
+        arg("rows"), arg("dy_ptr"), arg("stride_dy"), arg("dtype"), arg("lse_ptr"),
+        arg("lse_low_ptr") = 0, arg("nll_ptr"), arg("grad_ptr"), arg("label_smoothing") = 0.0f,
+        arg("z_loss") = 0.0f);
 }
 
 // --- weights.cu ----------------------------------------------------------------------------------
@@ -513,6 +654,8 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     define_gradients(module);
     define_lists(module);
     define_gathers(module);
+    define_logit_rows(module);
+    define_rows(module);
     define_weights(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);

@@ -40,9 +40,7 @@ __device__ __forceinline__ void add_terms(Entries<T>& z, CertifiedRows<T>& rows,
         }
 #pragma unroll
         for (int i = 0; i < z.kRows; ++i) {
-            const float p = normal_exp(z.at(i, j) - rows.lse[i]);
-            const float slope = transform.slope(z.at(i, j));
-            float term = p * fmaxf(eps - p, 0.0f) * slope * slope;
+            float term = variance_term(z.at(i, j), rows.lse[i], eps, transform);
             if (!known || v0 + z.column0() + z.step(j) == rows.target[i]) term = 0;
             rows.plain[i] += term;
             rows.normed[i] = fmaf(term, norm, rows.normed[i]);

@@ -4,6 +4,7 @@
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
+#include "csrc/cuda/softmax.cuh"
 #include "csrc/cuda/tile.cuh"
 
 namespace bft::cuda {
@@ -90,7 +91,7 @@ struct Bits {
 
 // e of one row, one bit an entry: 32 columns to a word, gathered from the lanes that share the row.
 template <typename T>
-__device__ __forceinline__ void store_bits(Entries<T>& e, int i, float overrated,
+__device__ __forceinline__ void store_bits(Entries<T>& e, int i, float factor,
                                            const RowNotes& notes, int v0, int vocabulary,
                                            const Bits& out) {
     constexpr int kColumns = Entries<T>::kColumns, kWords = kWarpV / 32;
@@ -104,14 +105,12 @@ __device__ __forceinline__ void store_bits(Entries<T>& e, int i, float overrated
 #pragma unroll
         for (int j = w * (kColumns / kWords); j < (w + 1) * (kColumns / kWords); ++j) {
             const uint32_t place = key.multiplier * static_cast<uint32_t>(e.step(j)) + key.offset;
-            if (may_be_below(place, e.at(i, j), overrated)) word |= 1u << e.step(j) % 32;
+            if (may_be_below(place, e.at(i, j), factor)) word |= 1u << e.step(j) % 32;
         }
         word = join_lanes<Entries<T>::kLanes>(word << e.column0() % 32);
         const int first = v0 + warp_column() + w * 32;
-        const int left = vocabulary - first;
-        if (target >= first && target - first < 32) word |= 1u << (target - first);
-        if (left < 32) word &= left > 0 ? (1u << left) - 1 : 0;
-        if (lane_id() % e.kLanes == w && left > 0 && e.row(i) < out.rows) {
+        word = trim_word(word, first, vocabulary, target);
+        if (lane_id() % e.kLanes == w && first < vocabulary && e.row(i) < out.rows) {
             out.words.store(e.row(i) * out.row_words + first / 32, word);
         }
     }
@@ -144,13 +143,12 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
         }
         // What came before this tile bounds the final lse from below, so that p is overrated;
         // without this tile's own sum, no entry has to wait for it.
-        float overrated = 0;
+        float factor = 0;
         if constexpr (Emit) {
             const float earlier = __logf(sum_lanes<kLanes>(state.total[i]));
             const float bound =
                 fmaxf(finite_or(before, 0.0f) + earlier, notes.floor.load(z.row(i)));
-            overrated = normal_exp(reference - bound + 1e-3f + 1e-5f * fabsf(bound));
-            overrated *= pass.overrating;
+            factor = overrated(reference, bound) * pass.overrating;
         }
         // 0 * exp2(fall) where nothing came yet, whatever the fall from 0 is.
         const float scale = before == -infinity() ? 0.0f : exp2_approx(fall);
@@ -167,22 +165,10 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
         state.moment[i] = fmaf(scale, state.moment[i] + step, moment);
         state.total[i] = fmaf(scale, state.total[i], total);
         state.maximum[i] = peak;
-        if constexpr (Emit) store_bits(z, i, overrated, notes, v0, vocabulary, out);
+        if constexpr (Emit) store_bits(z, i, factor, notes, v0, vocabulary, out);
     }
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) state.columns += z.step(j) < left;
-}
-
-// Joins two parts of a row, `a` in front of `b`: each has a maximum, and sums relative to it.
-struct Part {
-    float maximum, total, moment, shifted;
-};
-__device__ __forceinline__ void scale_to(Part& part, float reference, float columns) {
-    const float difference = part.maximum - reference, scale = expf(difference);
-    const float step = part.total > 0 ? part.total * difference : 0.0f;
-    part.moment = scale * (part.moment + step);
-    part.total *= scale;
-    part.shifted += (finite_or(part.maximum, 0.0f) - reference) * columns;
 }
 
 // Columns of the warps at warp_column() = offset, of the tiles from v0 to v1.
@@ -328,16 +314,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 struct Combine {
     RowRange range;
     int splits, split_columns, vocabulary;
-    float label_smoothing, z_loss;
+    LossKind kind;
 };
 
 // Joins the splits of each row, in order, and stores what the row gives. A thread owns a row; rows
 // of a warp are neighbours in every plane of the sums. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Combine pass, Global<const float> sums, Global<const int64_t> target,
-                   Global<const int64_t> order, Global<const int64_t> row_count, Global<float> loss,
-                   Global<float> nll, Global<float> lse, Global<float> lse_low,
-                   Global<float> entropy, Global<bool> correct) {
+                   Global<const int64_t> order, Global<const int64_t> row_count, RowOutputs out) {
     const int64_t local = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (local >= pass.range.count || pass.range.first + local >= row_count.load(0)) return;
     const int64_t row = order.load(pass.range.first + local), label = target.load(row);
@@ -362,8 +346,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int split = 0; split < pass.splits; ++split) {
         const auto here = at + split * pass.range.count;
         Part part = {here.load(kMaximum * plane), here.load(kTotal * plane), 0, 0};
-        if (entropy) part.moment = here.load(kMoment * plane);
-        if (pass.label_smoothing > 0) part.shifted = here.load(kShifted * plane);
+        if (out.entropy) part.moment = here.load(kMoment * plane);
+        if (pass.kind.label_smoothing > 0) part.shifted = here.load(kShifted * plane);
         const int left = pass.vocabulary - split * pass.split_columns;
         scale_to(part, reference, static_cast<float>(min(left, pass.split_columns)));
         whole.total += part.total;
@@ -371,29 +355,10 @@ __global__ void __launch_bounds__(kThreads)
         whole.shifted += part.shifted;
     }
 
-    const float log_total = logf(whole.total);
-    float row_nll = log_total - (own - reference);
-    if (row_nll < 0) row_nll = 0;  // keeps a NaN
-    const float row_lse = reference + log_total;
-    float value = row_nll;
-    if (pass.label_smoothing > 0) {
-        const float mean = whole.shifted / static_cast<float>(pass.vocabulary);
-        value = (1 - pass.label_smoothing) * row_nll + pass.label_smoothing * (log_total - mean);
-    }
-    if (pass.z_loss != 0) value += pass.z_loss * row_lse * row_lse;
-    loss.store(row, value);
-    nll.store(row, row_nll);
-    lse.store(row, row_lse);
-    if (lse_low) {
-        const float high = row_lse - reference;  // Knuth's exact sum
-        lse_low.store(row, (reference - (row_lse - high)) + (log_total - high));
-    }
-    if (entropy) {
-        const float value = log_total - whole.moment / whole.total;
-        entropy.store(row, value < 0 ? 0.0f : value);
-        const bool first = known && of_holder.load(kBefore * plane) < own && earlier < own;
-        correct.store(row, own == maximum && first && row_lse == row_lse);
-    }
+    const bool first =
+        out.entropy && known && of_holder.load(kBefore * plane) < own && earlier < own;
+    const float mean = whole.shifted / static_cast<float>(pass.vocabulary);
+    store_row(out, row, whole, own, first, mean, pass.kind);
 }
 
 // A lower bound of each row's lse: its target's logit, less what rounding can make of it. Until a
@@ -446,15 +411,15 @@ static void run_tiles(const Problem& problem, const Pass& pass, float* sums,
 }
 
 void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
-                        const Candidates& candidates, float label_smoothing, float z_loss,
-                        const RowResults& results, void* stream) {
+                        const Candidates& candidates, LossKind kind, const RowResults& results,
+                        void* stream) {
     if (range.count == 0) return;  // a grid of zero blocks is a launch error
     const Pass pass{range,
                     splits.count,
                     splits.columns / kTileV,
                     kGroup,
                     results.entropy != nullptr,
-                    label_smoothing > 0,
+                    kind.label_smoothing > 0,
                     0x1p16f / candidates.eps};
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
@@ -465,13 +430,11 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
             run_tiles<T, kAligned, false>(problem, pass, sums, candidates, stream);
         }
     });
-    const Combine combine{range,           splits.count,
-                          splits.columns,  static_cast<int>(problem.vocabulary),
-                          label_smoothing, z_loss};
+    const Combine combine{range, splits.count, splits.columns, static_cast<int>(problem.vocabulary),
+                          kind};
     const auto blocks = static_cast<unsigned>(ceil_div(range.count, kThreads));
     launch(combine_kernel, {"combine", blocks, kThreads, 0, stream}, combine, sums, problem.target,
-           problem.order, problem.row_count, results.loss, results.nll, results.lse,
-           results.lse_low, results.entropy, results.correct);
+           problem.order, problem.row_count, outputs_of(results));
 }
 
 void target_floor(const Problem& problem, float* floor, void* stream) {

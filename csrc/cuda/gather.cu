@@ -215,22 +215,6 @@ struct PieceSums {
     }
 };
 
-// The sampled dy of entries of one row, times the upstream gradient.
-template <typename T>
-struct RowEntries {
-    int64_t target;
-    RowKey key;
-    float lse, own, upstream, eps;
-
-    __device__ __forceinline__ float value(const Operands<T>& in, float y, int column) const {
-        if (in.bias) y += in.bias.template load<Cache::kReadOnly>(column);
-        const float z = in.transform.logit(y);
-        const float u = draw<float>(key, static_cast<uint32_t>(column));
-        const float dz = column == target ? own : sampled_dz(expf(z - lse), u, eps);
-        return dz * in.transform.slope(z) * upstream;
-    }
-};
-
 // dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
 //
 // A block owns a row, and thins its list by the final lse: its teams fetch the listed rows of
@@ -251,12 +235,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     const int64_t end = offsets.load<Cache::kReadOnly>(row + 1);
     if (end > capacity) return;
     const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
-    const RowEntries<T> entries{in.target.template load<Cache::kReadOnly>(row),
-                                row_key(drawn, static_cast<uint64_t>(row)),
-                                known.lse.load<Cache::kReadOnly>(row),
-                                expm1f(-known.nll.load<Cache::kReadOnly>(row)),
-                                known.grad.load<Cache::kReadOnly>(row),
-                                eps};
+    const RowEntries entries{
+        in.target.template load<Cache::kReadOnly>(row), row_key(drawn, static_cast<uint64_t>(row)),
+        known.lse.load<Cache::kReadOnly>(row), expm1f(-known.nll.load<Cache::kReadOnly>(row)), eps};
+    const float upstream = known.grad.load<Cache::kReadOnly>(row);
+    const auto value_of = [&](float y, int column) {
+        if (in.bias) y += in.bias.template load<Cache::kReadOnly>(column);
+        const float z = in.transform.logit(y);
+        return entries.dz(z, column) * in.transform.slope(z) * upstream;
+    };
     constexpr int kRows = kBatch<Pieces>;
     const TeamRows<T, Aligned, Pieces> rows(team);
     Vector<float, kSize<T>> hidden[Pieces];
@@ -304,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         float y = 0;
         const int first = team.rank() * team.warps * kRows + lane_id() % kRows;
         for (int i = 0; i < team.warps; ++i) y += parts.load(first + i * kRows);
-        const float value = column >= 0 ? entries.value(in, y, column) : 0.0f;
+        const float value = column >= 0 ? value_of(y, column) : 0.0f;
         if (keys && value != 0 && team.thread() < kRows) {
             keys.store(at, column);
             packed.store(at, static_cast<uint64_t>(row) << 32 | __float_as_uint(value));

@@ -64,12 +64,17 @@ struct RowResults {
     bool* correct;
 };
 
+// What a row's loss is beside its nll.
+struct LossKind {
+    float label_smoothing, z_loss;
+};
+
 constexpr int kSums = 6;
 
 // Losses and statistics of the rows of the range. `sums` is [kSums, splits, R] floats to work in.
 void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
-                        const Candidates& candidates, float label_smoothing, float z_loss,
-                        const RowResults& results, void* stream);
+                        const Candidates& candidates, LossKind kind, const RowResults& results,
+                        void* stream);
 
 // floor [N], where rows take part: the target's logit, less what rounding can make of it.
 void target_floor(const Problem& problem, float* floor, void* stream);
@@ -115,7 +120,7 @@ struct KnownRows {
 
 // Which gradient: exact, or the sampled one where there is a seed.
 struct GradientKind {
-    float label_smoothing, z_loss;
+    LossKind loss;
     const int64_t* seed;  // [1], or null
     float eps;
 };
@@ -207,6 +212,50 @@ struct WeightGradient {
 // From packed entries sorted by column, of which starts [V + 1] tells the first of each.
 void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
                    const WeightGradient& into, void* stream);
+
+// rows.cu: the forward and the gradient from raw products that lie in a buffer.
+
+// Rows of a buffer, and where they come from: the first is the row `first_row` of the order, or of
+// all where there is none.
+struct LogitRows {
+    const float* logits;  // [count, V], rows `stride` elements apart
+    int64_t stride;
+    const float* bias;         // [V], or null
+    const int64_t* target;     // [N], by position
+    const int64_t* order;      // [N], positions of the rows that count, or null
+    const int64_t* row_count;  // [1], how many of the order count; null without it
+    int64_t first_row, count, vocabulary;
+    float softcap;  // 0 for none
+    float temperature;
+};
+
+// For gradient="sampled": which entries may be kept.
+struct RowCandidates {
+    const int64_t* seed;     // [1]
+    const int64_t* popular;  // [popular_count], ascending columns, whose sum bounds lse from below
+    int popular_count;
+    float eps;
+    uint32_t* mask;  // [count, ceil(V / 32)], as in Candidates
+};
+
+void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& candidates,
+                  const RowResults& results, void* stream);
+
+// variance [N], and hidden_variance [N] with norms, as `certificate`; either may be null.
+void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
+                      float* hidden_variance, void* stream);
+
+// Of the mask's bits leaves those that are kept by the final lse, and counts them: counts [N].
+void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
+               int64_t* counts, void* stream);
+
+// Columns of the bits, and values [capacity]: dy for unit upstream gradient.
+void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
+               const uint32_t* mask, const Lists& lists, float* values, void* stream);
+
+// grad * dy over the logits, in the same memory, of a type that is no wider.
+void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
+                   void* dy, int64_t stride_dy, void* stream);
 
 // weights.cu: the weights of Balanced Fine-Tuning, as bft_kernels.weighting specifies them.
 

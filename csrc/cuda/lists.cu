@@ -3,6 +3,7 @@
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 
+#include "csrc/cuda/bits.cuh"
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
@@ -10,82 +11,41 @@
 
 namespace bft::cuda {
 
-// Words of the mask that a lane asks for before it looks at one: rows are far apart in memory.
-constexpr int kWordsAhead = 8;
-
-// The bits of a warp's row.
-struct RowBits {
-    Global<const uint32_t> words;
-    int count;    // of words
-    int64_t row;  // position, or -1 past the rows that take part
-
-    __device__ __forceinline__ uint32_t word(int at) const {
-        return at < count ? words.load<Cache::kReadOnly>(at) : 0;
-    }
+// A warp's row: its position, or -1 past the rows that take part, and its bits.
+struct OwnBits {
+    int64_t row;
+    RowBits bits;
 };
-__device__ __forceinline__ RowBits own_bits(RowRange range, Global<const int64_t> order,
+__device__ __forceinline__ OwnBits own_bits(RowRange range, Global<const int64_t> order,
                                             Global<const int64_t> row_count,
                                             Global<const uint32_t> mask, int words) {
     const int64_t local = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     const int64_t at = range.first + local;
     const bool there = local < range.count && at < row_count.load<Cache::kReadOnly>(0);
-    return {mask + local * words, words, there ? order.load<Cache::kReadOnly>(at) : -1};
+    return {there ? order.load<Cache::kReadOnly>(at) : -1, {mask + local * words, 0, words}};
 }
 
-// How many bits of each row are set.
-//
-// A warp owns a row, and its lanes neighbouring words. No shared memory.
+// How many bits of each row are set. A warp owns a row. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     count_entries_kernel(RowRange range, Global<const int64_t> order,
                          Global<const int64_t> row_count, Global<const uint32_t> mask, int words,
                          Global<int64_t> counts) {
-    const RowBits bits = own_bits(range, order, row_count, mask, words);
-    if (bits.row < 0) return;
-    int found = 0;
-    for (int first = lane_id(); first < words; first += 32 * kWordsAhead) {
-#pragma unroll
-        for (int i = 0; i < kWordsAhead; ++i) found += __popc(bits.word(first + 32 * i));
-    }
-    found = __reduce_add_sync(kAllLanes, found);
-    if (lane_id() == 0) counts.store(bits.row, found);
+    const auto [row, bits] = own_bits(range, order, row_count, mask, words);
+    if (row < 0) return;
+    const int found = bits.count();
+    if (lane_id() == 0) counts.store(row, found);
 }
 
-// Columns of the set bits of each row, ascending; of a row that does not fit, none.
-//
-// A warp owns a row, and its lanes neighbouring words: sums over the lanes before it tell a lane
-// where its columns go. Most words are empty: lanes that all have one write nothing. No shared
-// memory.
+// Columns of the set bits of each row, ascending; of a row that does not fit, none. A warp owns a
+// row. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     list_entries_kernel(RowRange range, Global<const int64_t> order,
                         Global<const int64_t> row_count, Global<const uint32_t> mask, int words,
                         Global<const int64_t> offsets, Global<int32_t> columns, int64_t capacity) {
-    const RowBits bits = own_bits(range, order, row_count, mask, words);
-    if (bits.row < 0 || offsets.load<Cache::kReadOnly>(bits.row + 1) > capacity) return;
-    int64_t place = offsets.load<Cache::kReadOnly>(bits.row);
-    for (int first = 0; first < words; first += 32 * kWordsAhead) {
-        uint32_t ahead[kWordsAhead];
-#pragma unroll
-        for (int i = 0; i < kWordsAhead; ++i) {
-            ahead[i] = bits.word(first + 32 * i + lane_id());
-        }
-#pragma unroll
-        for (int i = 0; i < kWordsAhead; ++i) {
-            if (!__any_sync(kAllLanes, ahead[i] != 0)) continue;
-            const int own = __popc(ahead[i]);
-            int through = own;  // of this lane and those before it
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int before = __shfl_up_sync(kAllLanes, through, step);
-                if (lane_id() >= step) through += before;
-            }
-            int64_t to = place + through - own;
-            const int column0 = (first + 32 * i + lane_id()) * 32;
-            for (uint32_t left = ahead[i]; left != 0; left &= left - 1) {
-                columns.store(to++, column0 + __ffs(static_cast<int>(left)) - 1);
-            }
-            place += __shfl_sync(kAllLanes, through, 31);
-        }
-    }
+    const auto [row, bits] = own_bits(range, order, row_count, mask, words);
+    if (row < 0 || offsets.load<Cache::kReadOnly>(row + 1) > capacity) return;
+    bits.list(offsets.load<Cache::kReadOnly>(row),
+              [&](int64_t to, int column) { columns.store(to, column); });
 }
 
 // The first entry of each column among sorted keys, and behind the last column their number.

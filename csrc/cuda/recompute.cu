@@ -5,31 +5,9 @@
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
 #include "csrc/cuda/products.cuh"
+#include "csrc/cuda/softmax.cuh"
 
 namespace bft::cuda {
-
-// dz = share * p - even away from the target, and own there.
-struct Factors {
-    float lse, correction, share, even, own, upstream;
-    int target;  // column in the block
-};
-
-__device__ __forceinline__ Factors factors_of(const RowValues& known, const GradientKind& kind,
-                                              int64_t row, float vocabulary) {
-    Factors f;
-    f.lse = known.lse.load(row);
-    f.upstream = known.grad.load(row);
-    f.correction = known.lse_low ? expf(-known.lse_low.load(row)) : 1.0f;
-    const float nll = known.nll.load(row), smoothing = kind.label_smoothing;
-    f.own = expm1f(-nll);
-    if (kind.seed == nullptr) {
-        f.share = 1 + 2 * kind.z_loss * f.lse;
-        f.even = smoothing / vocabulary;
-        f.own = (1 - smoothing) * f.own - f.even + (f.share - 1 + smoothing) * expf(-nll);
-        f.share *= f.correction;
-    }
-    return f;
-}
 
 // upstream * dy of a tile [128 rows, 128 columns] of a block, exact or as the sampled gradient has
 // it, 0 past the block's columns, and the tile's sums over its rows.
@@ -61,7 +39,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         const bool known_row = z.row(i) < there;
         const int64_t row =
             in.order.template load<Cache::kReadOnly>(first + (known_row ? z.row(i) : 0));
-        const Factors f = factors_of(known, kind, row, static_cast<float>(vocabulary));
+        const Factors f = factors_of(known, kind.loss, static_cast<bool>(seed), row,
+                                     static_cast<float>(vocabulary));
         const int64_t at = in.target.template load<Cache::kReadOnly>(row) - first_column - v0;
         const int target = at >= 0 && at < kTileV ? static_cast<int>(at) - z.column0() : -kTileV;
         const auto key = seed ? row_key(static_cast<uint64_t>(seed.load(0)), row) : RowKey{1, 0};

@@ -35,19 +35,6 @@ __device__ __forceinline__ float confidence_of(float loss) {
 // The smaller one, or NaN where one is: minima of the hardware drop it.
 __device__ __forceinline__ float lower(float a, float b) { return b < a || b != b ? b : a; }
 
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
-
-// The sum of what the first `count` warps of the block have, in order, each the same in all of its
-// lanes. `parts` holds kWarps elements, which nobody else uses.
-template <typename T>
-__device__ __forceinline__ T sum_warps(T of_warp, Shared<T> parts, int count = kWarps) {
-    if (lane_id() == 0) parts.store(warp_id(), of_warp);
-    __syncthreads();
-    T sum = 0;
-    for (int w = 0; w < count; ++w) sum += parts.load(w);
-    return sum;
-}
-
 // How many of the 16 positions from `at` on carry a label: a bool is 0 or 1.
 template <bool Aligned>
 __device__ __forceinline__ int count_labels(Global<const bool> labelled, int64_t at) {

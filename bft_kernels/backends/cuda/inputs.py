@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor
 
-from bft_kernels.backends.cuda.native import _cuda, ptr
+from bft_kernels.backends.cuda.native import TYPES, _cuda, ptr
 from bft_kernels.backends.gpu.inputs import DeviceInputs
 from bft_kernels.config import CoreConfig
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Inputs(DeviceInputs):
             D=width,
             stride_hn=self.hidden.stride(0),
             stride_wv=self.weight.stride(0),
-            dtype=_TYPES[config.operand_dtype],
+            dtype=TYPES[config.operand_dtype],
             softcap=config.softcap or 0.0,
             temperature=config.temperature,
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Where tensors must be. Tests run the kernels on a CPU, in an emulation.
 DEVICE = "cuda"
+# Numbers of the operands' types.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def kernels() -> ModuleType:
