@@ -166,7 +166,7 @@ def test_chunks_of_rows_are_those_of_the_order(device):
         empty = draw_case(rows, 40, ignored=2.0)
         out = empty.results()
         softmax_rows(empty.rows(), out)
-        assert bool(out["loss"].isnan().all())
+        assert bool(out["lse"].isnan().all())
 
 
 def test_the_order_of_threads_changes_nothing(device):
@@ -331,8 +331,8 @@ def test_gradients_take_the_place_of_logits(dtype, vocabulary, transform, losses
     gradient_rows(rows, dy, *known, coefficient, **LOSSES[losses])
     want = expect_gradient(case, coefficient, LOSSES[losses])
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-    # What rounding takes from the smoothing's part, which another may cancel.
-    least = 2e-8 * want.numel() ** 0.5 / max(float(want.norm()), 1e-30)
+    # At the target the parts of the loss are rounded beside 1, and may cancel each other.
+    least = 2e-7 * len(want) ** 0.5 / max(float(want.norm()), 1e-30)
     assert error_of(dy, want) <= tolerance + least
 
 
