@@ -172,12 +172,54 @@ __device__ __forceinline__ uint32_t vote(const Span& e, RowKey key, float factor
     return trim_word(own, first, vocabulary, target);
 }
 
+// What a lane knows of the row, and has seen of it. The maximum is the warp's and is the same in
+// all of its lanes; sums are over the lane's own columns, those of z relative to the anchor, which
+// is the target's z where it is finite.
+template <bool Emit>
+struct RowState {
+    int target;
+    float anchor = 0, bound = 0;  // bound: of lse, from below; with Emit
+    RowKey key{1, 0};
+    Part seen{-infinity(), 0, 0, 0};
+    float earlier = -infinity();  // the largest before the target
+
+    // By what e is multiplied before its draw is compared with it. What the warp has seen bounds
+    // the final lse too, so that no entry has to wait for it.
+    __device__ __forceinline__ float factor(float reference) const {
+        const float sum = __logf(sum_lanes<32>(seen.total));
+        return overrated(reference, fmaxf(finite_or(seen.maximum, 0.0f) + sum, bound));
+    }
+
+    // Adds a span of z, which becomes e; returns its words of the mask.
+    __device__ __forceinline__ uint32_t add(Span& span, int v0, int vocabulary, bool smoothing,
+                                            float overrating, Shared<float> own_logit) {
+        float peak = seen.maximum;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) peak = fmaxf(peak, span.z[i]);
+        peak = max_lanes<32>(peak);
+        const float reference = finite_or(peak, 0.0f), fall = seen.maximum - reference;
+        const float may = Emit ? factor(reference) * overrating : 0.0f;
+        float total = 0, moment = 0;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            const float z = span.z[i], difference = z - reference;
+            if (span.column(i) == target) own_logit.store(0, z);
+            if (span.column(i) < target) earlier = fmaxf(earlier, z);
+            if (smoothing && span.known(i)) seen.shifted += z - anchor;
+            const float e = normal_exp(difference);
+            total += e;
+            moment = fmaf(e, fmaxf(difference, -1e30f), moment);  // no 0 * -inf
+            span.z[i] = e;
+        }
+        const float scale = normal_exp(fall), step = seen.total > 0 ? seen.total * fall : 0.0f;
+        seen.moment = fmaf(scale, seen.moment + step, moment);
+        seen.total = fmaf(scale, seen.total, total);
+        seen.maximum = peak;
+        return Emit ? vote(span, key, may, v0, vocabulary, target) : 0;
+    }
+};
+
 // The online softmax of a row: losses, statistics, and with Emit the bits of what may be kept.
-//
-// The maximum is the warp's and is the same in all of its lanes; sums are over a lane's own
-// columns. For label smoothing z is added up relative to the target's, which is as near to the
-// others as the loss is small. What the warp has seen bounds the final lse from below, so that no
-// entry has to wait for it.
 constexpr uint32_t kSoftmaxBytes = 4 * (2 * kPartNumbers + kWarps + 1);
 template <bool Emit>
 __global__ void __launch_bounds__(kThreads)
@@ -187,73 +229,39 @@ __global__ void __launch_bounds__(kThreads)
     const Shared<float> room(0, kPartNumbers), popular_room(4 * kPartNumbers, kPartNumbers);
     const Shared<float> before(8 * kPartNumbers, kWarps);
     const Shared<float> own_logit(8 * kPartNumbers + 4 * kWarps, 1);
-    const int target = in.label(row);
     // NaN for a target that nobody checked.
     if (threadIdx.x == 0) own_logit.store(0, __uint_as_float(0x7FFFFFFF));
     __syncthreads();
 
-    float anchor = 0, bound = 0;
-    RowKey key{1, 0};
+    RowState<Emit> state{in.label(row)};
     if (Emit || kind.label_smoothing > 0) {
-        const float own = in.logit(max(target, 0));
-        anchor = fabsf(own) < infinity() ? own : 0.0f;
+        const float own = in.logit(max(state.target, 0));
+        state.anchor = fabsf(own) < infinity() ? own : 0.0f;
         if constexpr (Emit) {
-            bound = lower_bound(in, own, draws.popular, popular_room);
-            key = row_key(static_cast<uint64_t>(draws.seed.load<Cache::kReadOnly>(0)),
-                          static_cast<uint64_t>(row));
+            state.bound = lower_bound(in, own, draws.popular, popular_room);
+            state.key = row_key(static_cast<uint64_t>(draws.seed.load<Cache::kReadOnly>(0)),
+                                static_cast<uint64_t>(row));
         }
     }
-
-    Part state{-infinity(), 0, 0, 0};
-    float earlier = -infinity();  // the largest before the target
     const int words = (in.vocabulary - 1) / 32 + 1;
     for_spans(in.vocabulary, [&](int v0) {
         Span span = load_span(in, v0);
-        float peak = state.maximum;
-#pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i) peak = fmaxf(peak, span.z[i]);
-        peak = max_lanes<32>(peak);
-        const float reference = finite_or(peak, 0.0f), fall = state.maximum - reference;
-        float factor = 0;
-        if constexpr (Emit) {
-            const float seen = __logf(sum_lanes<32>(state.total));
-            factor = overrated(reference, fmaxf(finite_or(state.maximum, 0.0f) + seen, bound));
-            factor *= draws.overrating;
-        }
-        float total = 0, moment = 0;
-#pragma unroll
-        for (int i = 0; i < kLaneColumns; ++i) {
-            const float z = span.z[i], difference = z - reference;
-            if (span.column(i) == target) own_logit.store(0, z);
-            if (span.column(i) < target) earlier = fmaxf(earlier, z);
-            if (kind.label_smoothing > 0 && span.known(i)) state.shifted += z - anchor;
-            const float e = normal_exp(difference);
-            total += e;
-            moment = fmaf(e, fmaxf(difference, -1e30f), moment);  // no 0 * -inf
-            span.z[i] = e;
-        }
-        const float scale = normal_exp(fall);
-        const float step = state.total > 0 ? state.total * fall : 0.0f;
-        state.moment = fmaf(scale, state.moment + step, moment);
-        state.total = fmaf(scale, state.total, total);
-        state.maximum = peak;
-        if constexpr (Emit) {
-            const uint32_t word = vote(span, key, factor, v0, in.vocabulary, target);
-            const int at = v0 / 32 + lane_id();
-            if (lane_id() < kLaneColumns && at < words) {
-                draws.mask.store(int64_t{blockIdx.x} * words + at, word);
-            }
+        const uint32_t word = state.add(span, v0, in.vocabulary, kind.label_smoothing > 0,
+                                        draws.overrating, own_logit);
+        const int at = v0 / 32 + lane_id();
+        if (Emit && lane_id() < kLaneColumns && at < words) {
+            draws.mask.store(int64_t{blockIdx.x} * words + at, word);
         }
     });
 
-    earlier = max_lanes<32>(earlier);
+    float earlier = max_lanes<32>(state.earlier);
     if (lane_id() == 0) before.store(warp_id(), earlier);
-    const Part whole = join_parts(state, room);
+    const Part whole = join_parts(state.seen, room);
     if (threadIdx.x != 0) return;
     for (int w = 0; w < kWarps; ++w) earlier = fmaxf(earlier, before.load(w));
     const float own = own_logit.load(0);
     const float mean = whole.shifted / static_cast<float>(in.vocabulary) +
-                       (anchor - finite_or(whole.maximum, 0.0f));
+                       (state.anchor - finite_or(whole.maximum, 0.0f));
     store_row(out, row, whole, own, earlier < own, mean, kind);
 }
 
