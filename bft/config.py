@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from bft.loss import HeadLoss
-from bft_kernels.checks import check_choice, check_int, check_number, check_positive
-from bft_kernels.dispatch import backend_names
+from bft.checks import check_int, check_number
+from bft.loss import HeadLoss, check_backend
 
 Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
@@ -115,7 +114,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_choice("backend", self.backend, ("auto", *backend_names()))
+        check_backend(self.backend)
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
         self.loss()  # checks its own settings
@@ -247,7 +246,7 @@ class InfoConfig:
     """Machine-readable."""
 
 
-# The lowest value of each whole number, and of each other number.
+# The lowest value of each whole number; other numbers are 0 or more, some of them above 0.
 _WHOLE = {
     "window": 1,
     "steps": 1,
@@ -263,9 +262,9 @@ _WHOLE = {
     "keep_checkpoints": 1,
     "max_buffer_mib": 1,
 }
-_NUMBERS = {"learning_rate": 0.0, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
-_HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
 _POSITIVE = ("epochs", "lora_alpha")
+_NUMBERS = ("learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", *_POSITIVE)
+_HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
 # Settings that do nothing without another one.
 _NEEDS = {
     "lora_alpha": "lora_rank",
@@ -284,9 +283,9 @@ def check_ranges(config: Any) -> None:
         if name in _WHOLE:
             check_int(name, value, _WHOLE[name], _HIGHEST.get(name, 2**63 - 1))
         elif name in _NUMBERS:
-            check_number(name, value, _NUMBERS[name], _HIGHEST.get(name, math.inf))
-        elif name in _POSITIVE:
-            check_positive(name, value)
+            check_number(name, value, _HIGHEST.get(name, math.inf))
+        if name in _POSITIVE and value == 0:
+            raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
+from bft.checks import check_int
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
 
@@ -41,8 +42,8 @@ class AnswerDataset(Dataset[Example]):
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens or None, got {max_length}")
+        if max_length is not None:
+            check_int("max_length", max_length, 2)
         self.examples: list[Example] = []
         self.truncated = self.dropped = self.answers_lost = 0
         for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
@@ -108,10 +109,8 @@ class StepBatches(Sampler[list[int]]):
     ) -> None:
         counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
         for name, value in (counts | {"ranks": ranks}).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 <= rank < ranks:
-            raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
+            check_int(name, value, 1)
+        check_int("rank", rank, 0, ranks - 1)
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.rank, self.ranks, self.seed, self.lengths = rank, ranks, seed, lengths
         self.first, self.steps = 0, self.steps_in(1)

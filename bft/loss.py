@@ -9,6 +9,7 @@ Notation: ``B`` rows of ``T`` positions, hidden size ``D``, vocabulary size ``V`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -17,8 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy
-from bft_kernels.checks import check_cu_seqlens, check_int, check_settings, check_tensor
+from bft.checks import check_int
+from bft_kernels import (
+    BalancedLinearCrossEntropyLoss,
+    balanced_linear_cross_entropy,
+    linear_nll,
+)
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
@@ -71,7 +76,7 @@ class HeadLoss:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         if settings.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
-        check_settings(settings)
+        BalancedLinearCrossEntropyLoss(**settings)  # checks them
 
     def __call__(
         self,
@@ -132,6 +137,14 @@ class HeadLoss:
         ).sum()
 
 
+def check_backend(name: str) -> None:
+    """Raises ValueError for a name that is no backend's, on whatever device it is to run."""
+    hidden, weight = torch.zeros(0, 1, device="cpu"), torch.zeros(1, 1, device="cpu")
+    target = torch.zeros(0, dtype=torch.int64, device="cpu")
+    with contextlib.suppress(RuntimeError):  # a backend that does not run on a CPU
+        linear_nll(hidden, weight, target, backend=name)
+
+
 def draw_seed(seed: int | None = None) -> int:
     """A seed in ``[0, 2**31)`` that no two ranks share, even where their generators agree.
 
@@ -172,7 +185,9 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
     if rows is None:
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
     name = "labels" if shifted is None else "shift_labels"
-    check_tensor(name, rows, (None, None), (torch.int64,))
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.dtype != torch.int64:
+        got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows)
+        raise TypeError(f"{name}: got {got}, expected a tensor (B, T) of int64")
     cu_seqlens, positions = batch.get("cu_seqlens"), batch.get("position_ids")
     if cu_seqlens is None:
         cu_seqlens = batch.get("cu_seq_lens_q")
@@ -188,11 +203,8 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
                 f"that of {name}, or one row of it"
             )
         cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
-    elif cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, rows.numel(), rows.device)
-    if shifted is not None or not shift:
-        return rows, cu_seqlens
-    return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
+    target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
+    return target if shift and shifted is None else rows, cu_seqlens
 
 
 def aligned(batch: Mapping[str, Any], target: Tensor | None = None) -> dict[str, Any]:

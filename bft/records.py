@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bft.checks import check_int
 from bft.encode import DataError, Record
-from bft_kernels.checks import check_int
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
 _ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -377,9 +377,9 @@ def test_steps_in_epochs(epochs, steps):
 def test_bad_splits_are_refused():
     for name in ("size", "batch_size", "accumulation", "ranks"):
         counts = {"size": 4, "batch_size": 1, name: 0}
-        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name}: got 0, expected at least 1"):
             StepBatches(**counts)
-    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="rank: got 2, expected at most 1"):
         StepBatches(4, batch_size=1, rank=2, ranks=2)
 
 
