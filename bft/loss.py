@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bft.checks import check_int
+from bft.options import LossOptions
 from bft_kernels import (
     BalancedLinearCrossEntropyLoss,
     balanced_linear_cross_entropy,
@@ -62,21 +63,23 @@ class HeadLoss:
     tests. Ranks differ in both cases.
     """
 
-    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = "bft"
-    window: int = 256
-    gamma: float = 1.0
-    gradient: str = "exact"
-    eps: float = 2**-12
+    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LossOptions.scheme
+    window: int = LossOptions.window
+    gamma: float = LossOptions.gamma
+    gradient: str = LossOptions.gradient
+    eps: float = LossOptions.eps
     seed: int | None = None
-    backend: str = "auto"
+    backend: str = LossOptions.backend
     max_buffer_bytes: int | None = None
-    normalize: str = "sequence"
+    normalize: str = LossOptions.normalize
 
     def __post_init__(self) -> None:
-        settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        if settings.pop("seed") is not None:
+        options = dict(vars(self))
+        if options.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
-        BalancedLinearCrossEntropyLoss(**settings)  # checks them
+        BalancedLinearCrossEntropyLoss(**options)  # checks them
+        if self.backend != "auto":
+            _check_backend(self.backend)
 
     def __call__(
         self,
@@ -92,26 +95,19 @@ class HeadLoss:
         micro-batch and rank (:meth:`count_items` counts one micro-batch's); ``None``: this call's.
         A step without labels has 0, and a loss of 0.
         """
+        seed = draw_seed(self.seed) if self.gradient == "sampled" else None
         value, stats = balanced_linear_cross_entropy(
             hidden,
             head.weight,
             target,
             bias=head.bias,
-            ignore_index=IGNORE,
             softcap=head.softcap,
             temperature=head.temperature,
-            gradient=self.gradient,
-            eps=self.eps,
-            seed=draw_seed(self.seed) if self.gradient == "sampled" else None,
-            backend=self.backend,
-            max_buffer_bytes=self.max_buffer_bytes,
-            scheme=self.scheme,
-            window=self.window,
-            gamma=self.gamma,
+            ignore_index=IGNORE,
             cu_seqlens=cu_seqlens,
-            normalize=self.normalize,
             num_items=num_items,
             return_stats=True,
+            **{**vars(self), "seed": seed},
         )
         return value, stats
 
@@ -137,7 +133,7 @@ class HeadLoss:
         ).sum()
 
 
-def check_backend(name: str) -> None:
+def _check_backend(name: str) -> None:
     """Raises ValueError for a name that is no backend's, on whatever device it is to run."""
     hidden, weight = torch.zeros(0, 1, device="cpu"), torch.zeros(1, 1, device="cpu")
     target = torch.zeros(0, dtype=torch.int64, device="cpu")

@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from bft.config import SettingError
+from bft.options import ONLY_WITH
 
 
 def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
@@ -142,17 +143,10 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
 
 # --- what a configuration cannot see -------------------------------------------------------------
 
-# Settings that the values of another one ignore. A file may keep them for other runs, so they are
-# refused where they were typed for this one.
-_ONLY_WITH = {
-    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
-    "gamma": ("scheme", ("bft-v1-code",)),
-    "eps": ("gradient", ("sampled",)),
-}
-
 
 def _check_typed(config: Any, typed: Sequence[str]) -> None:
-    for name, (other, values) in _ONLY_WITH.items():
+    """Refuses an option that does nothing. A file may hold it, for runs with other flags."""
+    for name, (other, values) in ONLY_WITH.items():
         given = any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in typed)
         if given and getattr(config, other) not in values:
             raise SettingError(

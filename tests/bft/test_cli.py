@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,14 @@ def test_data_writes_the_splits(tmp_path, capsys):
     assert main(["data", "--output-dir", str(tmp_path / "hpo")]) == 0
     assert (tmp_path / "hpo" / "train.jsonl").is_file()
     assert "prompt:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["train", "--help"]])
+def test_help_does_without_torch(flags):
+    """It takes a second to be imported."""
+    code = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\n"
+    code += f"from bft.cli import main\nmain({flags})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout or "--train-file" in done.stdout
+    assert done.stdout.endswith("False\n")

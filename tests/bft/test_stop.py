@@ -148,7 +148,7 @@ def test_a_process_of_its_own_stops_and_resumes(config, flags):
 
 def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    (tmp_path / "torch.py").write_text(code)  # as if it came while this is imported
+    (tmp_path / "tyro.py").write_text(code)  # as if it came while this is imported
     command = [sys.executable, "-m", "bft", "train", "--help"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
