@@ -95,7 +95,7 @@ class _Trial:
 
     def run(self) -> Iterable[Finding]:
         """Everything that needs no second model."""
-        labelled = int((batch_targets(self.batch)[0] != IGNORE).sum())
+        labelled = int((batch_targets(self.batch).target != IGNORE).sum())
         tokens = sum(len(example.input_ids) for example in self.examples)
         yield Finding(
             "records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "", "ok"
@@ -154,9 +154,10 @@ class _Trial:
         The weights are constants of the gradients, whatever the tokens' probabilities do.
         """
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
-        fused = fused_loss(self.model, aligned(self.batch), loss)[0]
+        batch = aligned(self.batch)
+        fused = fused_loss(self.model, batch, loss)[0]
         got = fused.item(), self._gradients(fused)
-        target = batch_targets(self.batch)[0]
+        target = batch["targets"].target
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
         nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
@@ -214,10 +215,10 @@ class _Trial:
         return self.model(**inputs, use_cache=False).logits
 
     def _nll(self, batch: Batch) -> Tensor:
-        batch = aligned(batch)
+        known = aligned(batch)
         with torch.no_grad():
-            stats = fused_loss(self.model, batch, SFT)[1]
-        return stats.nll[batch["shift_labels"] != IGNORE]
+            stats = fused_loss(self.model, known, SFT)[1]
+        return stats.nll[known["targets"].target != IGNORE]
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
         self.model.zero_grad()

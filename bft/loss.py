@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -154,8 +154,22 @@ def draw_seed(seed: int | None = None) -> int:
     return (seed + rank * 0x9E3779B1) % 2**31
 
 
-def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tensor, Tensor | None]:
+class Targets(NamedTuple):
+    """What the positions of a batch are to predict, and where its documents lie."""
+
+    target: Tensor  # [B, T] int64, aligned with the hidden states
+    cu_seqlens: Tensor | None  # [S + 1] over the B * T positions; None: a row is a document
+
+
+def is_labelled(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch says what is to be predicted."""
+    return any(batch.get(name) is not None for name in ("labels", "shift_labels", "targets"))
+
+
+def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     """Targets aligned with the hidden states, and document boundaries, of a batch.
+
+    ``targets`` that the batch holds were made before (:func:`aligned`) and are handed on.
 
     Boundaries come from the first of these that the batch holds: ``cu_seqlens``, ``cu_seq_lens_q``
     (flash attention's), ``position_ids`` that restart. Without any, each row is one document.
@@ -168,19 +182,18 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
         batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
             ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
 
-    Returns:
-        ``target [B, T]`` int64 and ``cu_seqlens [S + 1]`` or ``None``.
-
     Raises:
         TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
             several dimensions per token (multimodal rotary positions) without ``cu_seqlens``: they
             do not say where a document starts.
     """
-    shifted, labels = batch.get("shift_labels"), batch.get("labels")
-    rows = shifted if shifted is not None else labels
-    if rows is None:
+    if not is_labelled(batch):
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
-    name = "labels" if shifted is None else "shift_labels"
+    known: Targets | None = batch.get("targets")
+    if known is not None:
+        return known
+    name = "labels" if batch.get("shift_labels") is None else "shift_labels"
+    rows = batch[name]
     if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.dtype != torch.int64:
         got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows)
         raise TypeError(f"{name}: got {got}, expected a tensor (B, T) of int64")
@@ -200,17 +213,16 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
             )
         cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
     target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
-    return target if shift and shifted is None else rows, cu_seqlens
+    return Targets(target if shift and name == "labels" else rows, cu_seqlens)
 
 
-def aligned(batch: Mapping[str, Any], target: Tensor | None = None) -> dict[str, Any]:
-    """The batch with ``shift_labels`` in place of ``labels``: what a position is to predict.
+def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch for a patched model with ``targets`` in place of ``labels``.
 
-    Whether a model's own loss shifts its labels then makes no difference. ``target`` is what
-    :func:`batch_targets` gave for the batch, where that is known.
+    Whether the model's own loss shifts its labels then makes no difference.
     """
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    return rest | {"shift_labels": batch_targets(batch)[0] if target is None else target}
+    return rest | {"targets": batch_targets(batch)}
 
 
 def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:

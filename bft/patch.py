@@ -39,7 +39,7 @@ from bft.head import (
     verify_linear,
 )
 from bft.isolation import check_documents_apart, kind_of
-from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
+from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets, is_labelled
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 _STATE = "_fused_head"
 # The arguments that say where labels and documents lie.
-_PLACEMENT = ("labels", "shift_labels", "cu_seqlens", "cu_seq_lens_q", "position_ids")
+_LABELS = ("labels", "shift_labels", "targets")
+_PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
 # Kinds of packed calls in which a model was seen to keep documents apart, over all of its patches.
 _APART: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
@@ -230,7 +231,8 @@ def fused_loss(
     model: nn.Module, batch: Mapping[str, Any], loss: LossFunction
 ) -> tuple[Tensor, Any]:
     """``(loss, stats)`` of one batch that holds labels. The model is left as it was."""
-    batch_targets(batch)  # without labels, the model's own forward would run
+    if not is_labelled(batch):  # the model's own forward would run
+        raise ValueError("labels: the batch holds neither labels nor shift_labels")
     with use_loss(model, loss):
         value = model(**batch).loss
         return value, last_stats(model)
@@ -251,7 +253,7 @@ def last_stats(model: nn.Module) -> Any:
 def _fused_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     state: _State = model.__dict__[_STATE]
     call = dict(zip(state.parameters, args, strict=False)) | kwargs
-    labelled = call.get("labels") is not None or call.get("shift_labels") is not None
+    labelled = is_labelled(call)
     if not labelled:
         check_labelled(model, state)
     state.depth += 1
@@ -267,7 +269,7 @@ def _labelled_call(model: Any, state: _State, call: dict[str, Any]) -> Any:
     given = {name: call.get(name) for name in _PLACEMENT}
     target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
     num_items = _num_items(state.loss, call)
-    call = {k: v for k, v in call.items() if k not in ("labels", "shift_labels")}
+    call = {k: v for k, v in call.items() if k not in _LABELS}
     if "cu_seqlens" not in state.parameters:
         call.pop("cu_seqlens", None)
     if call.get("use_cache") is None and hasattr(model.config.get_text_config(), "use_cache"):

@@ -25,7 +25,7 @@ from bft.held_out import Evaluator
 from bft.limits import check_fits
 from bft.load import load_pretrained
 from bft.lora import add_adapters
-from bft.loss import HeadLoss, aligned, batch_targets, undo_rank_mean
+from bft.loss import HeadLoss, aligned, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
 from bft.nonfinite import NonFinite, suspects, what_is_not_finite
 from bft.patch import last_stats, patch_model
@@ -260,16 +260,16 @@ def training_step(
 
     The loss divides by the documents (or tokens) of all micro-batches on all ranks, counted first.
     """
-    targets = [batch_targets(batch) for batch in micro_batches]
-    items = torch.stack([loss.count_items(*target) for target in targets]).sum()
+    batches = [aligned(batch) for batch in micro_batches]
+    items = torch.stack([loss.count_items(*batch["targets"]) for batch in batches]).sum()
     num_items = accelerator.reduce(items, reduction="sum").clamp_min(1)
     meter = StepMeter(accelerator.device)
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**aligned(batch, targets[index][0]), num_items=num_items)
+            output = model(**batch, num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
-        meter.add(output.loss, targets[index][0], last_stats(model))
+        meter.add(output.loss, batch["targets"].target, last_stats(model))
     return meter.read(accelerator)
 
 

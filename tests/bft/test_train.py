@@ -1,5 +1,6 @@
 """The loop: it learns, splits of a step agree, and what it saves can be loaded."""
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft import held_out as held_out_module
+from bft import loss as loss_module
 from bft import train as train_module
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.loss import HeadLoss
@@ -74,6 +76,22 @@ def test_splits_of_a_step_give_one_gradient(
         for name, gradient in gradients.items():
             expected = results[0][2][name]
             assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_targets_are_made_once(fresh_accelerator, model_dir, data_file, monkeypatch):
+    """The trainer counts with them, and hands them on to the patched model."""
+    made = []
+    for name in ("shift_labels", "cu_seqlens_from_position_ids"):
+        original = getattr(loss_module, name)
+        spy = functools.partial(lambda own, *args: made.append(own) or own(*args), original)
+        monkeypatch.setattr(loss_module, name, spy)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    loss = HeadLoss(window=6)
+    patch_model(model, loss)
+    examples = AnswerDataset(read_jsonl(data_file), AutoTokenizer.from_pretrained(model_dir))
+    batches = [collate_packed([examples[i], examples[i + 1]]) for i in (0, 2)]
+    training_step(Accelerator(cpu=True), model, loss, batches)
+    assert len(made) == 2 * len(batches)
 
 
 def test_files_are_read_once(config, before_call):
