@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bft.checkpoint import save_model
 from bft.config import CheckConfig
-from bft.data import AnswerDataset, Collator, collate_packed
+from bft.data import AnswerDataset, Collator, collate_packed, to_device
 from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
@@ -86,12 +86,9 @@ class _Trial:
     ) -> None:
         self.model, self.examples, self.config, self.device = model, examples, config, device
         self.collate = collate
-        self.batch = self.to_device(collate(examples))
+        self.batch = to_device(collate(examples), device)
         narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
         self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
-
-    def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device) for name, value in batch.items()}
 
     def run(self) -> Iterable[Finding]:
         """Everything that needs no second model."""
@@ -191,11 +188,11 @@ class _Trial:
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
-        alone = [self._nll(self.to_device(self.collate([e]))) for e in self.examples]
+        alone = [self._nll(to_device(self.collate([e]), self.device)) for e in self.examples]
         yield self._close_all("padded rows, beside each by itself", self.nll(), torch.cat(alone))
         name = "packed rows, beside each by itself"
         times = 2 if len(alone) == 1 else 1  # one document has none before it to see
-        packed = self.to_device(collate_packed(self.examples * times))
+        packed = to_device(collate_packed(self.examples * times), self.device)
         try:
             yield self._close_all(name, self._nll(packed), torch.cat(alone * times))
         except UnsupportedModel as error:

@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft.config import SettingError
+from bft.config import SettingError, TrainConfig
 from bft.demo.pretrained import SOURCES, converted
+from bft.lora import add_adapters
 from bft.metrics import first_line
 from bft.nonfinite import first_broken
 from bft.packaged import PretrainedError, cache_root
@@ -109,4 +111,14 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
         raise PretrainedError(
             f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
         )
+    return model, tokenizer
+
+
+def load_model(config: TrainConfig) -> tuple[Any, Any]:
+    """The model to train, with adapters and checkpointing as configured, and its tokenizer."""
+    model, tokenizer = load_pretrained(config.model, getattr(torch, config.dtype))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora_rank > 0:
+        model = add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
     return model, tokenizer

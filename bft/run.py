@@ -116,10 +116,3 @@ def check_parameters(run: Run) -> None:
             f"{name} is not finite any more; nothing is saved of it. "
             "Start anew with a lower learning rate"
         )
-
-
-def ways_out(output_dir: Path) -> str:
-    """What can be done about numbers that are not finite."""
-    found = checkpoint_folders(output_dir)
-    again = f"--resume (from {found[-1].name}) with" if found else "start again with"
-    return f"{again} --on-nonfinite skip, or start anew with a lower --learning-rate"
