@@ -51,6 +51,11 @@ class Finding:
     verdict: str
 
 
+def told(what: str, got: str, expected: str, right: bool = True) -> Finding:
+    """A row that is right or wrong."""
+    return Finding(what, got, expected, "ok" if right else "WRONG")
+
+
 def check(config: CheckConfig) -> list[Finding]:
     """All findings, printed as a table; see the functions below for what each one tries.
 
@@ -94,9 +99,7 @@ class _Trial:
         """Everything that needs no second model."""
         labelled = int((batch_targets(self.batch).target != IGNORE).sum())
         tokens = sum(len(example.input_ids) for example in self.examples)
-        yield Finding(
-            "records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "", "ok"
-        )
+        yield told("records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "")
         own = self._own_loss()
         want = None if own is None else (own.item(), self._gradients(own))
         with torch.no_grad():
@@ -106,19 +109,14 @@ class _Trial:
             fused = self.model(**self.batch).loss
         except UnsupportedModel as error:
             unpatch_model(self.model)
-            yield Finding("patch", str(error), "a model that the fused loss can express", "WRONG")
+            yield told("patch", str(error), "a model that the fused loss can express", False)
             return
         state = causal_lm(self.model).__dict__["_fused_head"]
         softcap, temperature = state.transform
-        yield Finding(
-            "labels", "shifted by one" if state.shift else "not shifted", "as in its own loss", "ok"
-        )
-        yield Finding(
-            "logits",
-            f"softcap {softcap}, temperature {temperature:g}",
-            "a transform of the op",
-            "ok",
-        )
+        shift = "shifted by one" if state.shift else "not shifted"
+        yield told("labels", shift, "as in its own loss")
+        transform = f"softcap {softcap}, temperature {temperature:g}"
+        yield told("logits", transform, "a transform of the op")
         got = fused.item(), self._gradients(fused)
         unpatch_model(self.model)
         name = "loss, beside the model's own"
@@ -132,12 +130,8 @@ class _Trial:
         yield from self._rows_alone()
         with torch.no_grad():
             same = torch.equal(self._logits(), logits)
-        yield Finding(
-            "logits after unpatching",
-            "the same bits" if same else "changed",
-            "the same bits",
-            "ok" if same else "WRONG",
-        )
+        got_bits = "the same bits" if same else "changed"
+        yield told("logits after unpatching", got_bits, "the same bits", same)
 
     def nll(self) -> Tensor:
         """Of each labelled token of the batch, by the fused loss, ``[N]``."""
@@ -179,12 +173,8 @@ class _Trial:
             after = self._logits(**(other_tokens(self.batch, later) or {}))
         change = float((after - before)[:, :half].abs().amax() / before.abs().amax())
         sees = change > self.loss_error
-        yield Finding(
-            "later tokens seen by earlier positions",
-            f"change of {change:.1e}" if sees else "no",
-            "no",
-            "WRONG" if sees else "ok",
-        )
+        seen = f"change of {change:.1e}" if sees else "no"
+        yield told("later tokens seen by earlier positions", seen, "no", not sees)
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
@@ -228,20 +218,20 @@ class _Trial:
 
     def _close(self, what: str, got: float, want: float) -> Finding:
         error = abs(got - want) / max(abs(want), 1e-30)
-        verdict = "ok" if error <= self.loss_error else "WRONG"
-        return Finding(what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", verdict)
+        right = error <= self.loss_error
+        return told(what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", right)
 
     def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
         error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
-        verdict = "ok" if error <= self.loss_error else "WRONG"
-        return Finding(what, f"largest error of a token {error:.1e}", "the same nll", verdict)
+        right = error <= self.loss_error
+        return told(what, f"largest error of a token {error:.1e}", "the same nll", right)
 
     def _same_gradients(
         self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
     ) -> Finding:
         if got.keys() != want.keys():
             odd = min(got.keys() ^ want.keys())
-            return Finding(what, f"{odd} has one gradient of two", "both", "WRONG")
+            return told(what, f"{odd} has one gradient of two", "both", False)
         # Some gradients are nothing but rounding (a bias of keys): those need another measure.
         floor = 1e-3 * max(float(value.norm()) for value in want.values())
         errors = {
@@ -249,8 +239,8 @@ class _Trial:
             for name, value in want.items()
         }
         worst = max(errors, key=errors.__getitem__)
-        verdict = "ok" if errors[worst] <= self.gradient_error else "WRONG"
-        return Finding(what, f"largest error {errors[worst]:.1e} ({worst})", "the same", verdict)
+        right = errors[worst] <= self.gradient_error
+        return told(what, f"largest error {errors[worst]:.1e} ({worst})", "the same", right)
 
 
 def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:

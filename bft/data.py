@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -171,18 +172,13 @@ class Collator:
         return cls(next(i for i in ids if i is not None))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        shape = (len(examples), max(len(example.input_ids) for example in examples))
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64, device="cpu"),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64, device="cpu"),
-            "labels": torch.full(shape, IGNORE, dtype=torch.int64, device="cpu"),
+        ids = [_row(example.input_ids) for example in examples]
+        labels = [_row(example.labels) for example in examples]
+        return {
+            "input_ids": pad_sequence(ids, True, self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
+            "labels": pad_sequence(labels, True, IGNORE),
         }
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            batch["input_ids"][row, :length] = _row(example.input_ids)
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = _row(example.labels)
-        return batch
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:

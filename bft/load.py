@@ -22,7 +22,7 @@ from bft.packaged import PretrainedError, cache_root
 logger = logging.getLogger(__name__)
 
 
-def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+def pretrained(name_or_path: str | Path) -> Path:
     """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
 
     A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
@@ -33,7 +33,7 @@ def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None)
     """
     name = str(name_or_path)
     if name in SOURCES:
-        return converted(name, cache_root(cache_dir))
+        return converted(name, cache_root())
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():

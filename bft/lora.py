@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from bft.config import SettingError
 
@@ -46,15 +47,10 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
             ends = {
                 path.rpartition(".")[2]
                 for path, module in model.named_modules()
-                if (isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module))
+                if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
                 and module is not model.get_output_embeddings()
             }
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
                 f"expected all-linear alone, or some of {', '.join(sorted(ends))}"
             )
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer."""
-    return type(module).__name__ == "Conv1D"

@@ -148,7 +148,7 @@ def draw_seed(seed: int | None = None) -> int:
     """
     if seed is None:
         seed = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = dist.get_rank() if is_distributed() else 0
     # An odd stride keeps seeds of different ranks apart modulo 2**31; the sampling hash is
     # required to behave as independent over seeds, so nothing more is needed here.
     return (seed + rank * 0x9E3779B1) % 2**31
@@ -225,7 +225,7 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"targets": batch_targets(batch)}
 
 
-def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
+def undo_rank_mean(loss: Tensor) -> Tensor:
     """``loss * world_size``: makes data parallelism add up ranks instead of averaging them.
 
     With ``num_items`` the loss is this rank's part of one global sum, divided once by the global
@@ -235,7 +235,9 @@ def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
     ``accelerator.backward`` divides too, by its ``gradient_accumulation_steps``: leave that at 1
     where ``num_items`` counts all micro-batches.
     """
-    if world_size is None:
-        distributed = dist.is_available() and dist.is_initialized()
-        world_size = dist.get_world_size() if distributed else 1
-    return loss * world_size
+    return loss * (dist.get_world_size() if is_distributed() else 1)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that know each other."""
+    return dist.is_available() and dist.is_initialized()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from bft.checkpoint import checkpoint_folders
 from bft.data import to_device
 from bft.loss import aligned
-from bft.ranks import gathered, largest
+from bft.ranks import largest
 
 if TYPE_CHECKING:
     from bft.run import Run
@@ -66,8 +67,8 @@ def suspects(run: Run, step: int) -> str:
             batch = aligned(to_device(run.collate([record]), device))
             if not bool(torch.isfinite(run.model(**batch).loss)):
                 bad.append(record.where)
-    everyone = gathered([record.where for record in records])
-    named = gathered(bad) or everyone
+    everyone = gather_object([record.where for record in records])
+    named = gather_object(bad) or everyone
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     return f"{len(named)} of {len(everyone)} records: {', '.join(named[:_NAMED])}{more}"
 

@@ -15,10 +15,8 @@ class PretrainedError(RuntimeError):
     """A model that cannot be had; the message says what to install or what went wrong."""
 
 
-def cache_root(override: str | Path | None = None) -> Path:
-    """The argument, else `$BFT_CACHE`, else `bft` in the XDG cache folder."""
-    if override is not None:
-        return Path(override).expanduser()
+def cache_root() -> Path:
+    """`$BFT_CACHE`, or `bft` in the XDG cache folder."""
     if own := os.environ.get("BFT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bft"

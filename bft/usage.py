@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -68,15 +69,12 @@ def in_flags(message: str, config_type: type[Any]) -> str:
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The value of ``--config``, and the other arguments: these come later and override it."""
-    rest = list(arguments)
-    for place, flag in enumerate(rest):
-        if flag == "--config" or flag.startswith("--config="):
-            path = flag.partition("=")[2] or (rest[place + 1] if place + 1 < len(rest) else "")
-            if not path:
-                raise SettingError("--config: got nothing, expected a YAML file")
-            del rest[place : place + (1 if "=" in flag else 2)]
-            return Path(path), rest
-    return None, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    found, rest = parser.parse_known_args(arguments)
+    if found.config == "":
+        raise SettingError("--config: got nothing, expected a YAML file")
+    return found.config and Path(found.config), rest
 
 
 def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
