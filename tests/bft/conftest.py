@@ -45,6 +45,14 @@ def tokenizer():
     return fast
 
 
+@pytest.fixture
+def data(tmp_path):
+    """A file of one record."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "yes or no?", "completion": "yes"}\n', encoding="utf-8")
+    return path
+
+
 # --- a run ---------------------------------------------------------------------------------------
 
 TEMPLATE = (

@@ -9,9 +9,9 @@ from bft.encode import Example
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss
 from bft.patch import fused_loss, last_stats, patch_model
+from tests.support.batches import SFT
 from tests.support.models import tiny
 
-SFT = HeadLoss(scheme="sft", normalize="token")
 APART = {
     "LlamaForCausalLM": {},
     "Gemma3ForCausalLM": {"head_dim": 8, "sliding_window": 4},

@@ -12,13 +12,6 @@ from bft.config import DemoConfig, EvalConfig, SettingError, TrainConfig
 from bft.usage import in_flags, parse, yaml_flags
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n')
-    return path
-
-
 def train(data, *flags):
     return parse(TrainConfig, ["--train-file", str(data), *map(str, flags)], "bft train")
 
