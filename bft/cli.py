@@ -14,14 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bft.config import (
-    CheckConfig,
-    DataConfig,
-    DemoConfig,
-    EvalConfig,
-    InfoConfig,
-    TrainConfig,
-)
+from bft.config import CheckConfig, DataConfig, DemoConfig, EvalConfig, InfoConfig, TrainConfig
 from bft.usage import in_flags, parse
 
 logger = logging.getLogger(__name__)

@@ -224,11 +224,7 @@ def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, 
 def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
     return str(
         _apply_template(
-            record,
-            record.messages[:stop],
-            tokenizer,
-            tokenize=False,
-            add_generation_prompt=prompt,
+            record, record.messages[:stop], tokenizer, tokenize=False, add_generation_prompt=prompt
         )
     )
 

@@ -147,10 +147,7 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
     for key in ("prompt", "completion", "answer"):
         _check_characters(row.get(key), where, key)
     pair = (row["prompt"], row["completion"])
-    chat = (
-        {"role": "user", "content": pair[0]},
-        {"role": "assistant", "content": pair[1]},
-    )
+    chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
     extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     return Record(chat, where, pair, extra)
 

@@ -10,13 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from bft.checkpoint import (
-    WriteError,
-    checkpoint_folders,
-    save_adapter,
-    save_model,
-    save_progress,
-)
+from bft.checkpoint import WriteError, checkpoint_folders, save_adapter, save_model, save_progress
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, StepBatches
 from bft.loss import HeadLoss

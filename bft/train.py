@@ -117,10 +117,7 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
     patch_model(model, loss)
 
     dataset = AnswerDataset(
-        records,
-        tokenizer,
-        max_length=config.max_length,
-        progress=accelerator.is_main_process,
+        records, tokenizer, max_length=config.max_length, progress=accelerator.is_main_process
     )
     check_fits(dataset.examples, model, tokenizer)
     batches = StepBatches(

@@ -132,10 +132,7 @@ def _convert(name: str, gguf: Path, target: Path) -> None:
     place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
     source = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        **place,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
+        gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     ).eval()
     config = source.config
     if hasattr(config, "quantization_config"):

@@ -77,10 +77,7 @@ def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, templ
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(example.input_ids) == whole
     space = " " if template == PLAIN else ""  # after "Answer:", so part of what the model writes
-    expected = [
-        space + "It pumps the blood." + end,
-        space + "It affects the system." + end,
-    ]
+    expected = [space + "It pumps the blood." + end, space + "It affects the system." + end]
     assert answers(example, tokenizer) == expected
 
 

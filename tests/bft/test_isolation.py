@@ -20,12 +20,7 @@ APART = {
     "MixtralForCausalLM": {"num_local_experts": 4},
     "Lfm2ForCausalLM": {},
 }
-MAMBA = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 8,
-}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 TOGETHER = {
     "FalconForCausalLM": {},
     "FalconForCausalLM alibi": {"alibi": True},
@@ -133,10 +128,7 @@ def test_boundaries_that_only_the_loss_sees_are_refused(extra, advice, attention
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        {"use_cache": True},
-        {"cu_seqlens": boundaries(5, 7), "position_ids": torch.arange(12)[None]},
-    ],
+    [{"use_cache": True}, {"cu_seqlens": boundaries(5, 7), "position_ids": torch.arange(12)[None]}],
     ids=["a cache", "boundaries beside positions that go on"],
 )
 def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra):
