@@ -86,14 +86,14 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def checkpoint_of():
-    """Writes a model (a tiny Llama with these settings, if none is given) and its tokenizer."""
+    """Writes a model, or a tiny one of this kind with these settings, and its tokenizer."""
 
-    def write(folder, model=None, **settings):
+    def write(folder, model="LlamaForCausalLM", **settings):
         tokenizer = byte_tokenizer()
-        if model is None:
+        if isinstance(model, str):
             sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
             ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            model = tiny("LlamaForCausalLM", **sizes | ids | settings)
+            model = tiny(model, **sizes | ids | settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
