@@ -183,7 +183,3 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "data": (DataConfig, _data),
     "info": (InfoConfig, _info),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
