@@ -26,7 +26,7 @@ def models(checkpoint_of, tmp_path_factory):
         made[name] = checkpoint_of(folder / name, tie_word_embeddings=tied)
         model = AutoModelForCausalLM.from_pretrained(made[name])
         torch.manual_seed(1)
-        model.resize_token_embeddings(300, pad_to_multiple_of=64)
+        model.resize_token_embeddings(420, pad_to_multiple_of=64)
         made[f"{name}-resized"] = checkpoint_of(folder / f"{name}-resized", model)
     return made | {"gpt2": checkpoint_of(folder / "gpt2", "GPT2LMHeadModel")}
 
