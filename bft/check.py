@@ -27,8 +27,7 @@ from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
 from bft.limits import check_fits
-from bft.load import load_pretrained
-from bft.lora import add_adapters
+from bft.load import add_adapters, load_pretrained
 from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model

@@ -6,16 +6,19 @@ file are read by :mod:`bft.usage`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from bft.checks import check_int, check_number
-from bft.options import LossOptions, Scheme
+
+if TYPE_CHECKING:
+    from bft.loss import HeadLoss
+
+Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
 
 class SettingError(ValueError):
@@ -43,6 +46,39 @@ class _Files(_Checked):
     """Gets the model, checkpoints, metrics.jsonl, TensorBoard events and this configuration."""
     model: str = "smollm2-135m"
     """A built-in name, a checkpoint folder or a hub id."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The one list of the loss's options: flags, YAML and ``HeadLoss`` have them from here.
+
+    Which values they take ``bft_kernels`` says.
+    """
+
+    scheme: Scheme = "bft"
+    """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
+    window: int = 256
+    """Labelled tokens in a confidence window; about a quarter of an answer is a good size."""
+    gamma: float = 1.0
+    """Exponent of bft-v1-code."""
+    normalize: Literal["sequence", "token"] = "sequence"
+    """Divide by the optimizer step's documents, or by its labelled tokens."""
+    gradient: Literal["exact", "sampled"] = "exact"
+    """The loss's gradient: the formula's, or its unbiased sparse estimate."""
+    eps: float = 2**-12
+    """Sampled gradient: entries with a probability below this are sampled."""
+    backend: str = "auto"
+    """Backend of the loss, see `bft info`."""
+    max_buffer_mib: int | None = None
+    """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
+
+    def loss(self) -> HeadLoss:
+        """The loss that these options describe; raises what ``HeadLoss`` does if there is none."""
+        from bft.loss import HeadLoss  # and torch, without which --help is quick
+
+        options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
+        mib = options.pop("max_buffer_mib")
+        return HeadLoss(**options, max_buffer_bytes=None if mib is None else mib * 2**20)
 
 
 @dataclass(frozen=True)
@@ -116,7 +152,7 @@ class TrainConfig(LossOptions, _Files):
             raise SettingError(
                 f"steps: got {self.steps} with epochs={self.epochs}, expected one of them"
             )
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             needed = _NEEDS.get(field.name)
             value = getattr(self, field.name)
             if needed is not None and value != field.default and not getattr(self, needed):
@@ -217,18 +253,23 @@ class InfoConfig:
 _LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
 _ABOVE_0 = ("epochs", "lora_alpha")
-# Settings that do nothing without another one.
+# Settings that do nothing without another one, or beside some of its values.
 _NEEDS = {
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
     "eval_every": "eval_file",
     "eval_limit": "eval_file",
 }
+ONLY_WITH = {
+    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
+    "gamma": ("scheme", ("bft-v1-code",)),
+    "eps": ("gradient", ("sampled",)),
+}
 
 
 def check_ranges(config: Any) -> None:
     """Raises TypeError or ValueError for a number that is none, not finite, or out of range."""
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         kind = str(field.type).partition(" ")[0]
         if value is None:
@@ -253,6 +294,4 @@ def plain(config: Any) -> dict[str, Any]:
             return str(value)
         return list(value) if isinstance(value, tuple) else value
 
-    return {
-        field.name: convert(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: convert(getattr(config, field.name)) for field in fields(config)}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bft.checks import check_int
-from bft.options import LossOptions
+from bft.config import LossOptions
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 

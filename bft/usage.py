@@ -15,8 +15,7 @@ from typing import Any
 import tyro
 import yaml
 
-from bft.config import SettingError
-from bft.options import ONLY_WITH
+from bft.config import ONLY_WITH, SettingError
 
 
 def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
