@@ -130,11 +130,6 @@ def test_other_files_are_no_run(config):
     assert train(replace(config, steps=1)).steps == 1
 
 
-def test_resume_and_overwrite_exclude_each_other(config):
-    with pytest.raises(ValueError, match="resume, overwrite: got both, expected one of them"):
-        replace(config, resume=True, overwrite=True)
-
-
 def test_the_written_configuration_starts_another_run(used, tmp_path):
     """How a start found its folder is no setting of the run."""
     for changed in ({"resume": True}, {"overwrite": True}):

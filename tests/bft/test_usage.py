@@ -134,6 +134,7 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--eps", "inf", "--gradient", "sampled"], "--eps: got inf"),
         (["--steps", "5", "--epochs", "1"], "--steps: got 5 with --epochs=1.0, expected one of"),
         (["--steps", "0"], "--steps: got 0, expected at least 1"),
+        (["--resume", "--overwrite"], "resume, overwrite: got both, expected one of them"),
         (["--max-buffer-mib", "0"], "--max-buffer-mib: got 0, expected at least 1"),
         (["--backend", "gpu"], "--backend: got 'gpu', expected 'auto' or one of ('cpu', "),
         (["--lora-alpha", "8"], "--lora-alpha: got 8.0, which does nothing without --lora-rank"),
