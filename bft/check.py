@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from bft.checkpoint import save_model
 from bft.config import CheckConfig
-from bft.data import AnswerDataset, Collator, collate_packed, to_device
+from bft.data import AnswerDataset, Collator, collate_packed
 from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
@@ -90,7 +91,7 @@ class _Trial:
     ) -> None:
         self.model, self.examples, self.config, self.device = model, examples, config, device
         self.collate = collate
-        self.batch = to_device(collate(examples), device)
+        self.batch = send_to_device(collate(examples), device)
         narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
         self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
 
@@ -177,11 +178,11 @@ class _Trial:
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
-        alone = [self._nll(to_device(self.collate([e]), self.device)) for e in self.examples]
+        alone = [self._nll(send_to_device(self.collate([e]), self.device)) for e in self.examples]
         yield self._close_all("padded rows, beside each by itself", self.nll(), torch.cat(alone))
         name = "packed rows, beside each by itself"
         times = 2 if len(alone) == 1 else 1  # one document has none before it to see
-        packed = to_device(collate_packed(self.examples * times), self.device)
+        packed = send_to_device(collate_packed(self.examples * times), self.device)
         try:
             yield self._close_all(name, self._nll(packed), torch.cat(alone * times))
         except UnsupportedModel as error:

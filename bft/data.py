@@ -193,10 +193,5 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     return {name: _row(row)[None] for name, row in rows.items()}
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch where the model is."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-
-
 def _row(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
-from bft.data import Collator, to_device
+from bft.data import Collator
 from bft.encode import DataError, Example, Record, encode, prompt_text
 from bft.isolation import evaluation_mode
 from bft.limits import check_fits
@@ -228,7 +229,7 @@ def _score(
         for rows in _batches(items, batch_tokens):
             measure.items = [items[row] for row in rows]
             batch = collate([item.example for item in measure.items])
-            model(**aligned(to_device(batch, device)))
+            model(**aligned(send_to_device(batch, device)))
             total.update(measure.sums)
             for row, value in zip(rows, measure.right, strict=True):
                 right[row] = value

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 
 from bft.checkpoint import checkpoint_folders
-from bft.data import to_device
 from bft.loss import aligned
 from bft.ranks import largest
 
@@ -64,7 +63,7 @@ def suspects(run: Run, step: int) -> str:
     bad = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for record in records:
-            batch = aligned(to_device(run.collate([record]), device))
+            batch = aligned(send_to_device(run.collate([record]), device))
             if not bool(torch.isfinite(run.model(**batch).loss)):
                 bad.append(record.where)
     everyone = gather_object([record.where for record in records])

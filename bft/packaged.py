@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -37,14 +33,3 @@ def packaged_file(distribution: str, file: str, *, install: str) -> Path:
         version = importlib.metadata.version(distribution)
         raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
     return path
-
-
-@contextmanager
-def scratch_folder(place: Path) -> Iterator[Path]:
-    """A folder in ``place``, so that moving out of it is one rename; removed in any case."""
-    scratch = place / f".{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bft.checkpoint import load_progress
 from bft.config import TrainConfig
-from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, to_device
+from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.encode import Record
 from bft.held_out import Evaluator
 from bft.limits import check_fits
@@ -207,7 +207,7 @@ def micro_batches(run: Run, first: int) -> Iterator[list[dict[str, Tensor]]]:
     )
     for _ in range(first, run.steps):
         batches = [next(loader) for _ in range(run.config.accumulation)]
-        yield [to_device(batch, run.accelerator.device) for batch in batches]
+        yield send_to_device(batches, run.accelerator.device, non_blocking=True)
 
 
 def training_step(
