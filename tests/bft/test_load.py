@@ -93,5 +93,8 @@ def test_an_unknown_name_lists_what_there_is(name):
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json, got [^;]*$"):
+        pretrained(tmp_path)
+    (tmp_path / "model").mkdir()  # as in the folder of a run
+    with pytest.raises(ValueError, match=f"the model of that run is {tmp_path}/model$"):
         pretrained(tmp_path)
