@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 from torch import Tensor
 
@@ -20,7 +19,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DeviceInputs:
+class Inputs:
     """The operands of one call; each row of ``hidden`` and ``weight`` lies together."""
 
     call: Problem
@@ -30,10 +29,10 @@ class DeviceInputs:
     bias: Tensor | None  # [V]
     rows: DeviceRows
 
-    @classmethod
-    def of(cls, problem: Problem) -> Self:
+    @staticmethod
+    def of(problem: Problem) -> Inputs:
         bias = None if problem.bias is None else problem.bias.contiguous()
-        return cls(
+        return Inputs(
             problem,
             rows_contiguous(problem.hidden),
             rows_contiguous(problem.weight),

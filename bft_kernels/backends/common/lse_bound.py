@@ -11,33 +11,36 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, squared_norms
-from bft_kernels.backends.common.inputs import DeviceInputs
+from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.common.rows import DeviceRows
 
 # How many of the batch's targets lend their columns. 2048 would let through a tenth less.
 POPULAR = 1024
 
 
-def popular_columns(inputs: DeviceInputs, few: int) -> Tensor:
+def popular_columns(target: Tensor, rows: DeviceRows, vocabulary: int, few: int) -> Tensor:
     """``[few]`` int64, ascending, some repeated: targets of labelled rows at even distances.
 
     What tokens of the batch are labelled with, others are likely to be labelled with too.
     """
-    places = torch.arange(few, dtype=torch.int64, device=inputs.target.device)
-    sample = places * inputs.rows.count // max(1, few)
-    labels = inputs.target[inputs.rows.order[sample]]
-    return labels.clamp(0, inputs.shape[1] - 1).sort().values
+    places = torch.arange(few, dtype=torch.int64, device=target.device)
+    sample = places * rows.count // max(1, few)
+    labels = target[rows.order[sample]]
+    return labels.clamp(0, vocabulary - 1).sort().values
 
 
-def raise_bounds(bounds: Tensor, inputs: DeviceInputs) -> Tensor:
+def raise_bounds(bounds: Tensor, inputs: Inputs) -> Tensor:
     """``bounds [N]``, or where it is higher the sum over the batch's own targets."""
     if bounds.numel() == 0:
         return bounds
-    popular = _sums_over(inputs, popular_columns(inputs, min(POPULAR, bounds.numel())))
+    few = min(POPULAR, bounds.numel())
+    columns = popular_columns(inputs.target, inputs.rows, inputs.shape[1], few)
+    popular = _sums_over(inputs, columns)
     # A logit that is not finite is the business of the rows and columns that have it.
     return torch.where(popular.isfinite(), torch.maximum(bounds, popular), bounds)
 
 
-def _sums_over(inputs: DeviceInputs, columns: Tensor) -> Tensor:
+def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
     """``[N]``: a lower bound of the logsumexp over ``columns [K]``, repeated ones counted once."""
     settings, (count, _, width) = inputs.settings, inputs.shape
     few = columns.numel()

@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.common.gemm import squared_norms
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.triton.configs import precision_for
 from bft_kernels.backends.triton.device import logit_tile, normal_exp, slope_of, swizzle
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import arguments_of, splits_of
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "tiles"])
@@ -94,10 +96,13 @@ def _certificate_kernel(
         tl.store(place + splits * rows, normed, mask=mask_n)
 
 
-def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``variance [N]`` and, with ``norms [V]``, ``hidden_variance [N]``; else ``[0]``."""
-    call, count = inputs.call, inputs.shape[0]
-    splits = inputs.splits(count)
+def certify(inputs: Inputs, results: dict[str, Tensor]) -> None:
+    """``variance [N]`` and, if it is wanted, ``hidden_variance [N]``, from lse."""
+    call, count, lse = inputs.call, inputs.shape[0], results["lse"]
+    norms = None
+    if call.hidden_variance:
+        norms = squared_norms(inputs.weight, torch.float32, call.buffer_bytes)
+    splits = splits_of(inputs, count)
     sums = torch.zeros(
         1 if norms is None else 2, splits.count, count, dtype=torch.float32, device=lse.device
     )
@@ -112,8 +117,8 @@ def certify(inputs: Inputs, lse: Tensor, norms: Tensor | None) -> tuple[Tensor, 
         eps=call.settings.eps,
         HAS_NORMS=norms is not None,
         PRECISION=precision_for(call.operand),
-        **inputs.arguments(),
+        **arguments_of(inputs),
         **splits.tile.constants(),
     )
-    totals = [inputs.rows.spread(part) for part in sums.sum(dim=1)]
-    return totals[0], totals[1] if norms is not None else lse.new_empty(0)
+    for name, part in zip(("variance", "hidden_variance"), sums.sum(dim=1), strict=False):
+        results[name] = inputs.rows.spread(part)

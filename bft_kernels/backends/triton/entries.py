@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.csr import offsets_of
+from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.sweep import row_arguments
 
 
 @triton.jit
@@ -199,7 +201,8 @@ def list_candidates(
     inputs: Inputs, mask: Tensor, first_row: int, counts: Tensor, columns: Tensor
 ) -> None:
     """Appends the columns of the bits of ``mask [R, WORDS]`` to ``columns``, and to ``counts``."""
-    where = _where(inputs, mask, first_row)
+    where = _where(mask, inputs.target, inputs.rows.order, inputs.rows.count, first_row)
+    where |= {"V": inputs.shape[1]}
     _count_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **where)
     _list_entries_kernel[(mask.shape[0],)](
         logits_ptr=None,
@@ -221,11 +224,9 @@ def list_candidates(
     )
 
 
-def list_kept(
-    inputs: Inputs,
-    logits: Tensor,  # [R, V], raw products
+def list_rows(
+    rows: LogitRows,
     mask: Tensor,  # [R, WORDS] int32
-    first_row: int,
     seed: Tensor,  # []
     lse: Tensor,  # [N]
     nll: Tensor,  # [N]
@@ -234,11 +235,10 @@ def list_kept(
     values: Tensor,  # [capacity] float32
 ) -> None:
     """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``."""
-    arguments = inputs.arguments()
-    shared = {name: arguments[name] for name in ("bias_ptr", "inverse_temperature", "softcap")}
-    shared |= {"HAS_BIAS": arguments["HAS_BIAS"], "HAS_CAP": arguments["HAS_CAP"]}
-    shared |= {"logits_ptr": logits, "seed_ptr": seed, "lse_ptr": lse, "nll_ptr": nll}
-    shared |= {"eps": inputs.call.settings.eps, **_where(inputs, mask, first_row)}
+    arguments = row_arguments(rows)
+    del arguments["BLOCK"], arguments["num_warps"]  # of passes over logits
+    shared = arguments | _where(mask, rows.target, rows.order, rows.count, rows.first_row)
+    shared |= {"seed_ptr": seed, "lse_ptr": lse, "nll_ptr": nll, "eps": rows.settings.eps}
     _thin_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)
     _list_entries_kernel[(mask.shape[0],)](
         offsets_ptr=offsets_of(counts),
@@ -250,16 +250,17 @@ def list_kept(
     )
 
 
-def _where(inputs: Inputs, mask: Tensor, first_row: int) -> dict[str, object]:
+def _where(
+    mask: Tensor, target: Tensor, order: Tensor | None, count: Tensor | None, first_row: int
+) -> dict[str, object]:
     """What all kernels over the bits of rows take."""
     words = mask.shape[1]
     return {
         "mask_ptr": mask,
-        "target_ptr": inputs.target,
-        "order_ptr": inputs.rows.order,
-        "count_ptr": inputs.rows.count,
+        "target_ptr": target,
+        "order_ptr": order,
+        "count_ptr": count,
         "first_row": first_row,
         "words": words,
-        "V": inputs.shape[1],
         "BLOCK": min(1024, triton.next_power_of_2(words)),
     }

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.lse_bound import raise_bounds
 from bft_kernels.backends.triton.device import transform
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import arguments_of
 
 
 @triton.jit
@@ -64,5 +65,5 @@ def find_floors(inputs: Inputs) -> Tensor:
     count, vocabulary, width = inputs.shape
     floors = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
-    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **inputs.arguments())
+    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **arguments_of(inputs))
     return raise_bounds(floors, inputs)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
@@ -29,7 +30,7 @@ from bft_kernels.backends.triton.device import (
 )
 from bft_kernels.backends.triton.entries import list_candidates
 from bft_kernels.backends.triton.floor import find_floors
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import arguments_of, splits_of
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
 MAXIMUM = tl.constexpr(0)  # of z
@@ -328,7 +329,7 @@ class TiledForward:
             mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
         """
         call, vocabulary = self.inputs.call, self.inputs.shape[1]
-        splits = self.inputs.splits(rows)
+        splits = splits_of(self.inputs, rows)
         tile = splits.tile
         sums = torch.empty(
             SUMS, splits.count, rows, dtype=torch.float32, device=self.inputs.hidden.device
@@ -351,7 +352,7 @@ class TiledForward:
             EMIT=mask is not None,
             WHOLE_WORDS=mask is not None and has_whole_words(call.operand),
             PRECISION=precision_for(call.operand),
-            **self.inputs.arguments(),
+            **arguments_of(self.inputs),
             **tile.constants(),
         )
         _combine_kernel[(triton.cdiv(rows, 32),)](
@@ -376,21 +377,17 @@ class TiledForward:
         )
 
 
-def run_tiles(
-    inputs: Inputs, seed: Tensor | None, norms: Tensor | None, results: dict[str, Tensor]
-) -> None:
+def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
     """The whole forward, in tiles.
 
     Args:
         inputs: of the call.
-        seed: ``[]``, for the sampled gradient.
-        norms: ``[V]``, for ``hidden_variance``.
         results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
     """
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     per_row = {name: results[name] for name in ROW_RESULTS}
     if call.saved == "entries":
-        tiled = TiledForward(inputs, seed, find_floors(inputs), per_row)
+        tiled = TiledForward(inputs, call.seed, find_floors(inputs), per_row)
         words = triton.cdiv(vocabulary, 32)
         step = tile_for(call, inputs.hidden, inputs.weight).block_n
         step *= max(1, call.buffer_bytes // (4 * words) // step)
@@ -401,7 +398,6 @@ def run_tiles(
             tiled.run(first, part.shape[0], part)
             list_candidates(inputs, part, first, results["counts"], results["columns"])
     else:
-        TiledForward(inputs, seed, None, per_row).run(0, count, None)
-    if call.variance or call.hidden_variance:
-        variance, hidden_variance = certify(inputs, results["lse"], norms)
-        results["variance"], results["hidden_variance"] = variance, hidden_variance
+        TiledForward(inputs, None, None, per_row).run(0, count, None)
+    if call.variance:
+        certify(inputs, results)

@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import as_operand, multiply, scale_for
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.triton.configs import interpreted, target
 from bft_kernels.backends.triton.device import entry_dz, row_key
-from bft_kernels.backends.triton.inputs import Inputs
-from bft_kernels.results import Gradients
+from bft_kernels.backends.triton.inputs import arguments_of
+from bft_kernels.results import Gradients, Saved
 
 
 @triton.jit(do_not_specialize=["capacity"])
@@ -188,21 +189,34 @@ class Listed(NamedTuple):
     values: Tensor  # float32, upstream * dy; likewise
 
 
-def gather_hidden(
+def multiply_entries(
+    inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
+) -> None:
+    """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
+
+    With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
+    """
+    wants_entries = into.weight is not None or into.bias is not None
+    listed = _gather_hidden(inputs, known, saved, into.hidden, wants_entries)
+    # As many at a time as the budget sorts.
+    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
+    for first in range(0, listed.keys.numel(), step):
+        part = Listed(*(values[first : first + step] for values in listed))
+        _gather_weight(inputs, part, into, adds or first > 0)
+
+
+def _gather_hidden(
     inputs: Inputs,
     known: KnownRows,
-    seed: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    values: Tensor,
+    saved: Saved,
     grad_hidden: Tensor | None,
     wants_entries: bool,
 ) -> Listed:
     """``dH`` of the listed entries, and with ``wants_entries`` the entries.
 
-    ``values`` are those for unit upstream gradient, or ``[0]``: then the list may hold more than
-    the sample, and is thinned.
+    A list without values may hold more than the sample, and is thinned.
     """
+    columns, values = saved.entry_columns, saved.entry_values
     count, vocabulary, width = inputs.shape
     places = columns.numel() if wants_entries else 0
     listed = Listed(
@@ -212,11 +226,11 @@ def gather_hidden(
     )
     block_d = triton.next_power_of_2(width)
     _gather_hidden_kernel[(count,)](
-        seed_ptr=seed,
+        seed_ptr=inputs.call.seed,
         lse_ptr=known.lse,
         nll_ptr=known.nll,
         grad_ptr=known.grad,
-        offsets_ptr=offsets,
+        offsets_ptr=saved.entry_offsets,
         columns_ptr=columns,
         unit_ptr=values,
         keys_ptr=listed.keys,
@@ -229,7 +243,7 @@ def gather_hidden(
         WANTS_HIDDEN=grad_hidden is not None,
         WANTS_ENTRIES=wants_entries,
         **_tile(block_d, inputs.weight, warps=8 if block_d >= 2048 else 4),
-        **inputs.arguments(),
+        **arguments_of(inputs),
     )
     return listed
 
@@ -263,21 +277,7 @@ DENSE_COLUMNS = 256
 _SORTING_BYTES = 40
 
 
-def gather_weight(inputs: Inputs, listed: Listed, into: Gradients, *, adds: bool) -> None:
-    """``dW`` and ``db`` of the entries, as many at a time as the budget sorts.
-
-    With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
-    """
-    places = listed.keys.numel()
-    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
-    if places == 0 and into.weight is not None and not adds:
-        into.weight.zero_()
-    for first in range(0, places, step):
-        part = Listed(*(values[first : first + step] for values in listed))
-        _gather_weight_of(inputs, part, into, adds or first > 0)
-
-
-def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) -> None:
+def _gather_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) -> None:
     _, vocabulary, width = inputs.shape
     device = listed.keys.device
     keys, order = torch.sort(listed.keys, stable=True)  # by column, then by row
@@ -305,7 +305,7 @@ def _gather_weight_of(inputs: Inputs, listed: Listed, into: Gradients, adds: boo
         stride_hn=inputs.hidden.stride(0),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         D=width,
-        OPERAND=inputs.arguments()["OPERAND"],
+        OPERAND=arguments_of(inputs)["OPERAND"],
         ADDS=adds,
         WANTS_WEIGHT=into.weight is not None,
         WANTS_BIAS=into.bias is not None,

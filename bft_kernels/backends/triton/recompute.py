@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import scale_for
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
@@ -29,7 +30,7 @@ from bft_kernels.backends.triton.device import (
     slope_of,
     swizzle,
 )
-from bft_kernels.backends.triton.inputs import Inputs
+from bft_kernels.backends.triton.inputs import arguments_of
 from bft_kernels.results import Gradients
 
 
@@ -273,7 +274,7 @@ def recompute(
     tile = tile_for(call, inputs.hidden, inputs.weight)
     for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     unit = max(tile.block_v, for_hidden.block_v, for_weight.block_v)  # powers of two
-    precision = {"OPERAND": inputs.arguments()["OPERAND"], "PRECISION": precision_for(operand)}
+    precision = {"OPERAND": arguments_of(inputs)["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = call.buffer_bytes // max(1, count * operand.itemsize) // unit
     step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
@@ -325,7 +326,7 @@ def recompute(
             WANTS_BIAS=into.bias is not None,
             PRECISION=precision["PRECISION"],
             **block,
-            **inputs.arguments(),
+            **arguments_of(inputs),
             **tile.constants(),
         )
         if into.bias is not None:

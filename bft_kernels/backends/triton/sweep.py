@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.common.logit_rows import LogitRows
+from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.configs import at_most_registers, triton_dtype
 from bft_kernels.backends.triton.device import (
     exact_factors,
@@ -16,8 +18,6 @@ from bft_kernels.backends.triton.device import (
     token_loss,
     transform,
 )
-from bft_kernels.problem import Problem
-from bft_kernels.settings import Settings
 
 
 @triton.jit
@@ -279,111 +279,89 @@ def _gradient_rows_kernel(
         tl.store(dy_ptr + row * stride_dn + column, dy.to(OPERAND), mask=mask)
 
 
-def row_arguments(
-    logits: Tensor, bias: Tensor | None, target: Tensor, settings: Settings
-) -> dict[str, object]:
-    """What kernels over rows of ``logits [n, V]`` take."""
-    vocabulary = logits.shape[1]
+def row_arguments(rows: LogitRows) -> dict[str, object]:
+    """What kernels over rows of logits take."""
+    vocabulary, settings = rows.logits.shape[1], rows.settings
     return {
-        "logits_ptr": logits,
-        "bias_ptr": bias,
-        "target_ptr": target,
+        "logits_ptr": rows.logits,
+        "bias_ptr": rows.bias,
+        "target_ptr": rows.target,
         "V": vocabulary,
         "inverse_temperature": 1.0 / settings.temperature,
         "softcap": settings.softcap or 1.0,
         "BLOCK": max(32, min(2048, triton.next_power_of_2(vocabulary))),
-        "HAS_BIAS": bias is not None,
+        "HAS_BIAS": rows.bias is not None,
         "HAS_CAP": settings.softcap is not None,
         "num_warps": 8,
     }
 
 
-def sweep_rows(
-    arguments: dict[str, object],
-    rows: int,
-    first_row: int,
+def softmax_rows(
+    rows: LogitRows,
     results: dict[str, Tensor],
-    call: Problem,
     *,
-    order: Tensor | None = None,
-    count: Tensor | None = None,
     seed: Tensor | None = None,
     popular: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Losses and statistics of the rows of a buffer, and the bits of what may be kept of them.
+    """Losses and statistics of the rows, and the bits of what may be kept of them.
 
-    Args:
-        arguments: those of :func:`row_arguments`.
-        rows: ``n``, of the buffer.
-        first_row: the place of the buffer's first row among all.
-        results: ``nll``, ``loss``, ``lse``, ``lse_low``, ``entropy``, ``correct``; ``[N]`` each,
-            or ``[0]``.
-        order: ``[N]`` int64, positions of the rows; as they come without it.
-        count: ``[1]``, how many of ``order`` count.
-        seed: ``[]``, for ``mask``.
-        popular: ``[POPULAR]`` int64, for ``mask``; a power of two of ascending columns.
-        mask: ``[n, ceil(V / 32)]`` int32.
+    For the arguments see :class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
     """
-    capped = call.settings.softcap is not None and popular is not None
-    _sweep_rows_kernel[(rows,)](
-        order_ptr=order,
-        count_ptr=count,
+    settings = rows.settings
+    capped = settings.softcap is not None and popular is not None
+    _sweep_rows_kernel[(rows.logits.shape[0],)](
+        order_ptr=rows.order,
+        count_ptr=rows.count,
         seed_ptr=seed,
         popular_ptr=popular,
         mask_ptr=mask,
-        first_row=first_row,
+        first_row=rows.first_row,
         words=0 if mask is None else mask.shape[1],
-        label_smoothing=call.settings.label_smoothing,
-        z_loss=call.settings.z_loss,
-        eps=call.settings.eps,
-        ORDERED=order is not None,
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        eps=settings.eps,
+        ORDERED=rows.order is not None,
         LOW=results["lse_low"].numel() > 0,
-        STATISTICS=call.statistics,
-        SMOOTHING=call.settings.label_smoothing > 0,
-        Z_LOSS=call.settings.z_loss != 0,
+        STATISTICS=settings.return_stats,
+        SMOOTHING=settings.label_smoothing > 0,
+        Z_LOSS=settings.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
         **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
-        **{f"{name}_ptr": values for name, values in results.items()},
-        **arguments,
+        **{f"{name}_ptr": results[name] for name in ROW_RESULTS},
+        **row_arguments(rows),
     )
 
 
-def certify_rows(
-    arguments: dict[str, object],
-    rows: int,
-    first_row: int,
-    order: Tensor,
-    count: Tensor,
-    lse: Tensor,
+def certificate_rows(
+    rows: LogitRows,
+    lse: Tensor,  # [N]
     norms: Tensor | None,  # [V]
     variance: Tensor,  # [N]
     hidden_variance: Tensor,  # [N] or [0]
-    eps: float,
 ) -> None:
     """The certificate of the rows of a buffer, once their lse is known."""
-    _certificate_rows_kernel[(rows,)](
-        order_ptr=order,
-        count_ptr=count,
+    _certificate_rows_kernel[(rows.logits.shape[0],)](
+        order_ptr=rows.order,
+        count_ptr=rows.count,
         lse_ptr=lse,
         norms_ptr=norms,
         variance_ptr=variance,
         hidden_variance_ptr=hidden_variance,
-        first_row=first_row,
-        eps=eps,
+        first_row=rows.first_row,
+        eps=rows.settings.eps,
         HAS_NORMS=norms is not None,
-        **arguments,
+        **row_arguments(rows),
     )
 
 
 def gradient_rows(
-    arguments: dict[str, object],
+    rows: LogitRows,
     dy: Tensor,  # [n, V], in the memory of the logits
     lse: Tensor,  # [n]
     lse_low: Tensor,  # [n]
     nll: Tensor,  # [n]
     coefficient: Tensor,  # [n]
-    settings: Settings,
 ) -> None:
     """``coefficient * dy`` of the rows of a buffer takes the place of their logits."""
     _gradient_rows_kernel[(dy.shape[0],)](
@@ -394,7 +372,7 @@ def gradient_rows(
         coefficient_ptr=coefficient,
         stride_dn=dy.stride(0),
         OPERAND=triton_dtype(dy.dtype),
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        **arguments,
+        label_smoothing=rows.settings.label_smoothing,
+        z_loss=rows.settings.z_loss,
+        **row_arguments(rows),
     )

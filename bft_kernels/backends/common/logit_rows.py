@@ -1,0 +1,252 @@
+"""The chunked engine's passes over rows of logits, by kernels on a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.common.chunked import chunk_plan
+from bft_kernels.backends.common.csr import capacity_for, offsets_of
+from bft_kernels.backends.common.gemm import gemm_dtype, squared_norms
+from bft_kernels.backends.common.lse_bound import POPULAR, popular_columns
+from bft_kernels.backends.common.rows import DeviceRows, LabelledRows, row_results
+from bft_kernels.backends.common.weighted import WeightFunction
+from bft_kernels.problem import Problem
+from bft_kernels.results import Forward
+from bft_kernels.settings import Settings
+from bft_kernels.weighting import Weights
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """Raw products in a buffer, and the rows that they are of.
+
+    The rows are those of ``order`` from ``first_row`` on, of which ``count`` count, or rows as they
+    come.
+    """
+
+    logits: Tensor  # [n, V] float32, a row contiguous
+    target: Tensor  # [N] int64, by position
+    bias: Tensor | None  # [V], in the kernels' ROW_BIAS
+    settings: Settings
+    first_row: int = 0  # the place of the buffer's first row among all
+    order: Tensor | None = None  # [N] int64, positions of the rows; as they come without it
+    count: Tensor | None = None  # [1] int64, how many of order count
+
+
+class RowFunctions(Protocol):
+    """Passes over rows of logits, as a backend supplies them: functions of a module."""
+
+    ROW_BIAS: torch.dtype | None  # the only type of a bias that they take; None for any
+
+    def softmax_rows(
+        self,
+        rows: LogitRows,
+        results: dict[str, Tensor],
+        *,
+        seed: Tensor | None = None,
+        popular: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Online softmax: losses and statistics, and the bits of what may be kept.
+
+        Args:
+            rows: of the buffer.
+            results: ``[N]`` each by the names of ``ROW_RESULTS``, or ``[0]`` where not wanted.
+            seed: ``[]`` int64, for ``mask``.
+            popular: ``[K]`` int64, for ``mask``: ascending columns that bound lse from below; K is
+                a power of two.
+            mask: ``[n, ceil(V / 32)]`` int32.
+        """
+
+    def certificate_rows(
+        self,
+        rows: LogitRows,
+        lse: Tensor,  # [N]
+        norms: Tensor | None,  # [V], |W_v|^2
+        variance: Tensor,  # [N]
+        hidden_variance: Tensor,  # [N], or [0] without norms
+    ) -> None:
+        """The certificate of the rows, once their lse is known."""
+
+    def list_rows(
+        self,
+        rows: LogitRows,
+        mask: Tensor,  # [n, ceil(V / 32)] int32
+        seed: Tensor,  # []
+        lse: Tensor,  # [N]
+        nll: Tensor,  # [N]
+        counts: Tensor,  # [N] int64
+        columns: Tensor,  # [capacity] int32
+        values: Tensor,  # [capacity] float32, dy for unit upstream gradient
+    ) -> None:
+        """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``.
+
+        Rows that end past the capacity have no list; ``counts`` tells how many entries they have.
+        """
+
+    def gradient_rows(
+        self,
+        rows: LogitRows,
+        dy: Tensor,  # [n, V], in the memory of the logits; a row begins where its logits do
+        lse: Tensor,  # [N]
+        lse_low: Tensor,  # [N] or [0]
+        nll: Tensor,  # [N]
+        coefficient: Tensor,  # [N] float32
+    ) -> None:
+        """``coefficient * dy`` takes the place of the logits, in the type of ``dy``.
+
+        The rows are taken as they come, from the first one on.
+        """
+
+    def gathers(self, width: int) -> bool:
+        """Whether the backward takes lists of entries, for rows as wide as this."""
+
+    def weigh(
+        self, nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings, /
+    ) -> Weights:
+        """See :func:`bft_kernels.weighting.balance`."""
+
+
+class GradientRows:
+    """Rows whose logits become gradients: those of the input, in their order.
+
+    See :class:`bft_kernels.backends.common.chunked.RowKernels`.
+    """
+
+    def __init__(self, kernels: RowFunctions, problem: Problem) -> None:
+        self.kernels, self.problem = kernels, problem
+        self.weigh: WeightFunction = kernels.weigh
+        self.rows = LabelledRows(problem.target, problem.settings.ignore_index)
+        self.plan = chunk_plan(problem, self.rows.size, 0)
+        self.bias = row_bias(kernels, problem)
+        self.targets = self.rows.take(problem.target, 0, self.rows.size).contiguous()
+        self.results = row_results(problem, self.rows.size)
+
+    def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
+        """Losses and statistics of the rows, whose logits stay in the buffer."""
+        if collect:
+            rows = LogitRows(logits, self.targets, self.bias, self.problem.settings, first)
+            self.kernels.softmax_rows(rows, self.results)
+
+    def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
+        """``coefficient * dy`` of the rows, in their place and in the GEMMs' type."""
+        count, vocabulary = logits.shape
+        part = slice(first, first + count)
+        dtype = gemm_dtype(self.problem.operand, logits.dtype, logits.device.type)
+        dy = logits.view(dtype)[:, :vocabulary]
+        lse, low, nll = (self.results[name][part] for name in ("lse", "lse_low", "nll"))
+        coefficient = torch.ones_like(lse) if coefficient is None else coefficient.contiguous()
+        rows = LogitRows(logits, self.targets[part], self.bias, self.problem.settings)
+        self.kernels.gradient_rows(rows, dy, lse, low, nll, coefficient)
+        return dy
+
+    def packed(self, unit: Tensor) -> Forward:
+        """The results over all ``N`` rows, without a sample."""
+        names = ("loss", "nll", "lse", *(("entropy", "correct") * self.problem.statistics))
+        spread = {name: self.rows.spread(self.results[name]) for name in names}
+        results = {**self.results, **entry_lists(self.problem, 0, 0), **spread}
+        return packed(self.problem, results, self.rows.spread(unit))
+
+
+class ForwardRows:
+    """Labelled rows first; the last chunks are computed even where their rows are ignored: how many
+    do not count is known on the device only.
+
+    See :class:`bft_kernels.backends.common.chunked.RowKernels`.
+    """
+
+    def __init__(self, kernels: RowFunctions, problem: Problem) -> None:
+        self.kernels, self.problem = kernels, problem
+        self.weigh: WeightFunction = kernels.weigh
+        self.rows = DeviceRows.of(problem.target, problem.settings.ignore_index)
+        self.target, self.bias = problem.target.contiguous(), row_bias(kernels, problem)
+        count, vocabulary, _ = problem.shape
+        sampled = problem.saved == "entries"
+        # A bit for each logit.
+        budget = problem.buffer_bytes * 32 // 33 if sampled else None
+        self.plan = chunk_plan(problem, count, 0, budget)
+        self.results = forward_results(kernels, problem, with_values=True)
+        self.popular = self.mask = self.norms = None
+        if sampled:
+            few = min(POPULAR, 1 << (count - 1).bit_length()) if count else 0
+            self.popular = popular_columns(self.target, self.rows, vocabulary, few)
+            size = min(self.plan.chunk_rows, count), -(-vocabulary // 32)
+            self.mask = problem.target.new_empty(size, dtype=torch.int32)
+        if problem.hidden_variance:
+            self.norms = squared_norms(problem.weight, torch.float32, problem.buffer_bytes)
+
+    def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
+        """Losses, statistics, sample and certificate of the rows, by position."""
+        problem, results, kernels, seed = self.problem, self.results, self.kernels, None
+        listed = self.rows.order, self.rows.count
+        rows = LogitRows(logits, self.target, self.bias, problem.settings, first, *listed)
+        mask = None if self.mask is None else self.mask[: logits.shape[0]]
+        if mask is not None:
+            seed = problem.seed
+        kernels.softmax_rows(rows, results, seed=seed, popular=self.popular, mask=mask)
+        if mask is not None:
+            assert seed is not None
+            names = ("lse", "nll", "counts", "columns", "values")
+            kernels.list_rows(rows, mask, seed, *(results[name] for name in names))
+        if problem.variance:
+            into = results["variance"], results["hidden_variance"]
+            kernels.certificate_rows(rows, results["lse"], self.norms, *into)
+
+    def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
+        """These rows have none."""
+        raise NotImplementedError
+
+    def packed(self, unit: Tensor) -> Forward:
+        """The results, which lie where they belong."""
+        return packed(self.problem, self.results, unit)
+
+
+def row_bias(kernels: RowFunctions, problem: Problem) -> Tensor | None:
+    """The bias as the kernels take it."""
+    if problem.bias is None:
+        return None
+    return problem.bias.to(kernels.ROW_BIAS or problem.bias.dtype).contiguous()
+
+
+def forward_results(
+    kernels: RowFunctions, problem: Problem, *, with_values: bool
+) -> dict[str, Tensor]:
+    """Where a forward's results go, by position: zeros where rows are ignored.
+
+    Besides those of ``row_results`` the lists, in room for what is expected, or in none where the
+    backward takes none: rows without room are computed again.
+    """
+    count, vocabulary, width = problem.shape
+    sampled, room = problem.saved == "entries", 0
+    if sampled and kernels.gathers(width):
+        room = capacity_for(count, vocabulary, problem.settings.eps)
+    lists = entry_lists(problem, count if sampled else 0, room, room if with_values else 0)
+    return {**row_results(problem, count, filled=True), **lists}
+
+
+def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict[str, Tensor]:
+    """``counts [rows]``, zeros, and room for ``columns`` and ``values`` of the kept entries."""
+    new = problem.hidden.new_empty
+    return {
+        "counts": problem.hidden.new_zeros(rows, dtype=torch.int64),
+        "columns": new(room, dtype=torch.int32),
+        "values": new(values, dtype=torch.float32),
+    }
+
+
+def packed(problem: Problem, results: dict[str, Tensor], unit: Tensor) -> Forward:
+    """What :func:`forward_results` made room for."""
+    sampled = problem.saved == "entries"
+    if problem.saved == "unit":  # it was for the gradient that is there
+        results = {**results, "lse_low": unit.new_empty(0, dtype=torch.float32)}
+    return Forward(
+        **{name: results[name] for name in Forward._fields if name in results},
+        unit=unit,
+        entry_offsets=offsets_of(results["counts"]) if sampled else results["counts"],
+        entry_columns=results["columns"],
+        entry_values=results["values"],
+    )

@@ -1,0 +1,217 @@
+"""The engine of backends whose kernels run on a device: in chunks of logits, or in tiles.
+
+Chunks of logits come from the vendor's GEMM and lie in a buffer (``chunked``), where the byte
+budget has room for them. Tiles of logits never leave the kernel that makes them: they take the
+least memory, and are computed again for the gradient. The host never waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bft_kernels.backends.common import chunked
+from bft_kernels.backends.common.chunked import takes_chunks
+from bft_kernels.backends.common.csr import overflowed
+from bft_kernels.backends.common.inputs import Inputs, rows_contiguous
+from bft_kernels.backends.common.logit_rows import (
+    ForwardRows,
+    GradientRows,
+    RowFunctions,
+    forward_results,
+    packed,
+)
+from bft_kernels.backends.common.rows import DeviceRows, KnownRows, row_results
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import Documents, Forward, Gradients, Saved, Wanted, WeightedLoss
+from bft_kernels.weighting import Weights, local_weights, weighted_losses
+
+
+class Kernels(RowFunctions, Protocol):
+    """What a backend supplies: a module of functions, none of which waits for the device."""
+
+    # Whether weighted losses and frozen heads, too, take tiles where chunks have no room; else
+    # they take chunks of fewer rows.
+    TILES_GRADIENTS: bool
+
+    def make_inputs(self, problem: Problem) -> Inputs:
+        """The operands as the kernels below take them."""
+
+    def written(self, dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
+        """The type in which gradients of ``dtype`` are written, of products of ``operand``."""
+
+    def run_tiles(self, inputs: Inputs, results: dict[str, Tensor]) -> None:
+        """The forward in tiles: fills in what :func:`forward_results` made room for."""
+
+    def recompute(
+        self, inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
+    ) -> None:
+        """Writes or adds the gradients of the rows that ``inputs.rows`` lists, in tiles.
+
+        Args:
+            inputs: of the call, or of some of its rows.
+            known: of all rows.
+            seed: ``[]``, for the sampled gradient; None for the exact one.
+            into: in the types of :meth:`written`; None where not wanted. Rows of ``dH`` are
+                written, ``db`` is added to.
+            adds: whether ``dW`` is added to; otherwise it is written.
+        """
+
+    def multiply_entries(
+        self, inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
+    ) -> None:
+        """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
+
+        Rows without a list are left alone. For the arguments see :meth:`recompute`.
+        """
+
+
+def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
+    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    wants_unit = problem.saved == "unit"
+    if _in_chunks(kernels, problem, gradients=wants_unit):
+        rows = GradientRows if wants_unit else ForwardRows
+        return chunked.linear_nll(partial(rows, kernels), problem)
+    inputs, hidden = kernels.make_inputs(problem), problem.hidden
+    results = forward_results(kernels, problem, with_values=False)
+    kernels.run_tiles(inputs, results)
+    unit = hidden.new_empty(0, hidden.shape[1], dtype=storage(hidden.dtype))
+    if wants_unit:
+        into = _places(kernels, problem, Wanted(True, False, False), unit.dtype, unit.dtype)
+        kernels.recompute(inputs, _known(results, inputs.rows.labelled.float()), None, into,
+                          adds=False)  # fmt: skip
+        assert into.hidden is not None
+        unit = into.hidden.to(unit.dtype)
+    return packed(problem, results, unit)
+
+
+def weighted_loss(
+    kernels: Kernels,
+    problem: Problem,
+    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
+    documents: Documents | None,  # None for weights local to a token
+) -> WeightedLoss:
+    """The loss and its gradients for unit upstream gradient: 3G in chunks, 4G in tiles."""
+    if _in_chunks(kernels, problem, gradients=True):
+        return chunked.weighted_loss(
+            partial(GradientRows, kernels), problem, token_scale, documents
+        )
+    inputs, settings = kernels.make_inputs(problem), problem.settings
+    results = row_results(problem, problem.shape[0], filled=True)
+    kernels.run_tiles(inputs, results)
+    nll, labelled = results["nll"], inputs.rows.labelled
+    made = Weights(*[nll.new_empty(0) for _ in Weights._fields])
+    if documents is None:
+        weights = local_weights(nll, labelled, settings.scheme)
+    else:
+        found = kernels.weigh(nll, labelled, documents.cu_seqlens, settings)
+        weights, made = found.weight, found if problem.statistics else made
+    coefficient = inputs.rows.mask(token_scale.float() * weights)
+    types = storage(problem.hidden.dtype), storage(problem.weight.dtype)
+    into = _places(kernels, problem, problem.wanted, *types)
+    if any(problem.wanted):
+        kernels.recompute(inputs, _known(results, coefficient), None, into, adds=False)
+
+    def given(gradient: Tensor | None, dtype: torch.dtype, *shape: int) -> Tensor:
+        return nll.new_empty(0, *shape, dtype=dtype) if gradient is None else gradient.to(dtype)
+
+    width = problem.shape[2]
+    return WeightedLoss(
+        loss=weighted_losses(results["loss"], coefficient).sum(),
+        grad_hidden=given(into.hidden, types[0], width),
+        grad_weight=given(into.weight, types[1], width),
+        grad_bias=given(into.bias, torch.float32),
+        **{name: results[name] for name in ("nll", "lse", "entropy", "correct")},
+        **dict(zip(Weights._fields[1:], made[1:], strict=True)),
+    )
+
+
+def linear_nll_backward(
+    kernels: Kernels,
+    problem: Problem,
+    grad: Tensor,  # [N]
+    saved: Saved,
+    grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
+) -> Gradients:
+    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    inputs, wanted = kernels.make_inputs(problem), problem.wanted
+    types = problem.hidden.dtype, problem.weight.dtype
+    own = grad_weight if wanted.weight else None
+    adds = (
+        own is not None
+        and kernels.written(own.dtype, problem.operand) == own.dtype
+        and rows_contiguous(own) is own
+    )
+    new = wanted._replace(weight=wanted.weight and not adds)
+    into = _places(kernels, problem, new, *types)
+    if adds:
+        into = into._replace(weight=own)
+    known = KnownRows(saved.lse, saved.lse_low, saved.nll, inputs.rows.mask(grad.float()))
+    if problem.settings.gradient == "sampled":
+        _sampled(kernels, inputs, known, saved, into, adds)
+    else:
+        kernels.recompute(inputs, known, None, into, adds=adds)
+    if into.hidden is not None:
+        into = into._replace(hidden=into.hidden.to(types[0]))
+    if into.weight is not None and not adds:
+        made = into.weight.to(types[1])
+        into = into._replace(weight=made if own is None else own.add_(made))
+    return into
+
+
+def _sampled(
+    kernels: Kernels,
+    inputs: Inputs,
+    known: KnownRows,
+    saved: Saved,
+    into: Gradients,
+    adds: bool,
+) -> None:
+    """The gradients of the listed entries, to which the rows whose entries found no room are added.
+
+    ``adds``: whether ``dW`` is added to from the start.
+    """
+    room = saved.entry_columns.numel()
+    if room:
+        kernels.multiply_entries(inputs, known, saved, into, adds=adds)
+    elif into.weight is not None and not adds:
+        into.weight.zero_()
+    rest = DeviceRows.chosen(overflowed(saved.entry_offsets, room))
+    kernels.recompute(replace(inputs, rows=rest), known, inputs.call.seed, into, adds=True)
+
+
+def _in_chunks(kernels: Kernels, problem: Problem, *, gradients: bool) -> bool:
+    """Whether logits lie in a buffer; ``gradients``: they become gradients there."""
+    if gradients and not kernels.TILES_GRADIENTS:
+        return True
+    return takes_chunks(*problem.shape[:2], problem.buffer_bytes)
+
+
+def _known(results: dict[str, Tensor], grad: Tensor) -> KnownRows:
+    """What a recomputing backward needs of a forward's results, with ``grad [N]``."""
+    return KnownRows(results["lse"], results["lse_low"], results["nll"], grad)
+
+
+def _places(
+    kernels: Kernels,
+    problem: Problem,
+    wanted: Wanted,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+) -> Gradients:
+    """Where gradients of these types go. ``dH`` and ``db`` are zeros, ``dW`` is not filled."""
+    (count, vocabulary, width), hidden = problem.shape, problem.hidden
+    into = Gradients(None, None, None)
+    if wanted.hidden:
+        dtype = kernels.written(hidden_dtype, problem.operand)
+        into = into._replace(hidden=hidden.new_zeros(count, width, dtype=dtype))
+    if wanted.weight:
+        dtype = kernels.written(weight_dtype, problem.operand)
+        into = into._replace(weight=hidden.new_empty(vocabulary, width, dtype=dtype))
+    if wanted.bias:
+        into = into._replace(bias=hidden.new_zeros(vocabulary, dtype=torch.float32))
+    return into
