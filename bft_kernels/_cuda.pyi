@@ -153,16 +153,6 @@ def count_entries(
     counts_ptr: int,
     stream: int,
 ) -> None: ...
-def scan_bytes(N: int) -> int: ...
-def scan_counts(
-    *,
-    counts_ptr: int,
-    N: int,
-    offsets_ptr: int,
-    temporary_ptr: int,
-    temporary_bytes: int,
-    stream: int,
-) -> None: ...
 def list_entries(
     *,
     problem: Problem,
@@ -200,6 +190,7 @@ def gather_hidden(
     eps: float,
     offsets_ptr: int,
     columns_ptr: int,
+    values_ptr: int = 0,
     capacity: int,
     keys_ptr: int = 0,
     packed_ptr: int = 0,

@@ -87,10 +87,12 @@ Certified certified(int64_t rows, Address lse, Address norms, Address hidden_var
     return {floats("lse_ptr", lse, rows), floats("norms_ptr", norms), eps};
 }
 
-Lists lists(int64_t rows, Address offsets, Address columns, int64_t capacity) {
+// Without values the address is 0.
+Lists lists(int64_t rows, Address offsets, Address columns, Address values, int64_t capacity) {
     check_range("capacity", capacity, 0, kMaxStride);
     return {longs("offsets_ptr", offsets, rows + 1),
-            checked_pointer<int32_t>("columns_ptr", columns, capacity), capacity};
+            checked_pointer<int32_t>("columns_ptr", columns, capacity),
+            floats("values_ptr", values), capacity};
 }
 
 int64_t words_of(int64_t vocabulary) { return (vocabulary + 31) / 32; }
@@ -329,7 +331,7 @@ const uint32_t* mask_of(const Problem& problem, Address mask, int64_t rows) {
     return checked_pointer<uint32_t>("mask_ptr", mask, rows * words_of(problem.vocabulary));
 }
 
-// CUB numbers what it scans and sorts with 32 bits.
+// CUB numbers what it sorts with 32 bits.
 void check_entries(int64_t entries, int64_t vocabulary) {
     check_range("E", entries, 0, kMaxInt);
     check_range("V", vocabulary, 1, kMaxVocabulary);
@@ -347,24 +349,6 @@ void define_lists(py::module_& module) {
                           stream_of(stream));
         },
         arg("problem"), arg("first_row"), arg("rows"), arg("mask_ptr"), arg("counts_ptr"));
-    module.def(
-        "scan_bytes",
-        [](int64_t n) {
-            check_range("N", n, 0, kMaxRows);
-            return scan_bytes(n);
-        },
-        "Bytes that scan_counts works in.", arg("N"));
-    launches(
-        module, "scan_counts",
-        "offsets [N + 1] int64: the sums of counts [N] int64 before each, and of all.",
-        [](Address counts, int64_t n, Address offsets, Address storage, int64_t temporary_bytes,
-           Address stream) {
-            check_range("N", n, 0, kMaxRows);
-            scan_counts(longs("counts_ptr", counts, n), n, longs("offsets_ptr", offsets, n + 1),
-                        temporary(storage, temporary_bytes, n > 0), stream_of(stream));
-        },
-        arg("counts_ptr"), arg("N"), arg("offsets_ptr"), arg("temporary_ptr"),
-        arg("temporary_bytes"));
     launches(
         module, "list_entries",
         "columns [capacity] int32 of the bits of mask, ascending, each row's from its offset on. A "
@@ -372,7 +356,7 @@ void define_lists(py::module_& module) {
         [](const Problem& problem, int64_t first_row, int64_t rows, Address mask, Address offsets,
            Address columns, int64_t capacity, Address stream) {
             list_entries(problem, row_range(problem, first_row, rows), mask_of(problem, mask, rows),
-                         lists(problem.rows, offsets, columns, capacity), stream_of(stream));
+                         lists(problem.rows, offsets, columns, 0, capacity), stream_of(stream));
         },
         arg("problem"), arg("first_row"), arg("rows"), arg("mask_ptr"), arg("offsets_ptr"),
         arg("columns_ptr"), arg("capacity"));
@@ -414,13 +398,14 @@ void define_gathers(py::module_& module) {
     module.attr("MAX_GATHERED") = kMaxGathered;
     launches(
         module, "gather_hidden",
-        "Of the listed entries those of the sampled gradient, by lse and nll [N]. Rows of "
-        "grad_hidden [N, D], of the operands' type or float32, times grad [N]; ignored ones, and "
+        "Of the listed entries those of the sampled gradient, by lse and nll [N]; with values "
+        "[capacity], dy for unit upstream gradient, all of them. Rows of grad_hidden [N, D], of "
+        "the operands' type or float32, times grad [N]; ignored ones, and "
         "those without a list, are left alone. keys [capacity] int32 and packed [capacity] int64, "
         "row and float32 value, where an entry is kept. Addresses of 0: not wanted.",
         [](const Problem& problem, Address lse, Address nll, Address grad, Address seed, float eps,
-           Address offsets, Address columns, int64_t capacity, Address keys, Address packed,
-           Address grad_hidden, bool wide, Address stream) {
+           Address offsets, Address columns, Address values, int64_t capacity, Address keys,
+           Address packed, Address grad_hidden, bool wide, Address stream) {
             const int64_t n = problem.rows;
             check_range("D", problem.depth, 1, kMaxGathered);
             check_eps(eps);
@@ -430,13 +415,14 @@ void define_gathers(py::module_& module) {
                 checked_pointer<int32_t>("keys_ptr", keys, packed == 0 ? 0 : capacity),
                 checked_pointer<uint64_t>("packed_ptr", packed, keys == 0 ? 0 : capacity)};
             gather_hidden(problem, known, {longs("seed_ptr", seed, n > 0), eps},
-                          lists(problem.rows, offsets, columns, capacity), kept,
+                          lists(problem.rows, offsets, columns, values, capacity), kept,
                           output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
                           stream_of(stream));
         },
         arg("problem"), arg("lse_ptr"), arg("nll_ptr"), arg("grad_ptr"), arg("seed_ptr"),
-        arg("eps"), arg("offsets_ptr"), arg("columns_ptr"), arg("capacity"), arg("keys_ptr") = 0,
-        arg("packed_ptr") = 0, arg("grad_hidden_ptr") = 0, arg("wide") = false);
+        arg("eps"), arg("offsets_ptr"), arg("columns_ptr"), arg("values_ptr") = 0, arg("capacity"),
+        arg("keys_ptr") = 0, arg("packed_ptr") = 0, arg("grad_hidden_ptr") = 0,
+        arg("wide") = false);
     launches(
         module, "gather_weight",
         "grad_weight [V, D] of sorted entries, of the operands' type or with wide of float32: "
@@ -554,10 +540,10 @@ void define_rows(py::module_& module) {
         [](const LogitRows& rows, Address lse, Address nll, Address seed, float eps, Address mask,
            Address offsets, Address columns, Address values, int64_t capacity, Address stream) {
             check_eps(eps);
+            floats("values_ptr", values, capacity);
             list_rows(rows, kept_by(rows, lse, nll), {longs("seed_ptr", seed, rows.count > 0), eps},
                       checked_pointer<uint32_t>("mask_ptr", mask, rows.count),
-                      lists(rows.count, offsets, columns, capacity),
-                      floats("values_ptr", values, capacity), stream_of(stream));
+                      lists(rows.count, offsets, columns, values, capacity), stream_of(stream));
         },
         arg("rows"), arg("lse_ptr"), arg("nll_ptr"), arg("seed_ptr"), arg("eps"), arg("mask_ptr"),
         arg("offsets_ptr"), arg("columns_ptr"), arg("values_ptr"), arg("capacity"));

@@ -215,59 +215,68 @@ struct PieceSums {
     }
 };
 
+// A listed entry; its column is -1 where there is none.
+struct ListedEntry {
+    int column;
+    float value;  // upstream * dy, where the list has values
+};
+
 // dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
 //
-// A block owns a row, and thins its list by the final lse: its teams fetch the listed rows of
-// weight once, for the logit and, if the entry is kept, for the sum. The row of hidden stays in
-// registers. Of each logit a warp leaves its part in shared memory, one float for each row of the
-// batch; after a barrier every warp of the team adds them up, a lane for each logit. Lanes read
-// neighbouring floats or the same one. Two rooms of parts take turns, so that one barrier a batch
-// is enough.
-template <typename T, bool Aligned, int Pieces>
+// A block owns a row: its teams fetch the listed rows of weight once, for the sum. A list with
+// Values is of what is kept. One without is thinned here, by the final lse: the row of hidden stays
+// in registers, and the fetched rows also give the logits. Of each logit a warp leaves its part in
+// shared memory, one float for each row of the batch; after a barrier every warp of the team adds
+// them up, a lane for each logit. Lanes read neighbouring floats or the same one. Two rooms of
+// parts take turns, so that one barrier a batch is enough.
+template <typename T, bool Aligned, int Pieces, bool Values>
 __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     gather_hidden_kernel(Operands<T> in, RowValues known, Global<const int64_t> seed, float eps,
                          Global<const int64_t> offsets, Global<const int32_t> columns,
-                         int64_t capacity, Team team, Global<int32_t> keys, Global<uint64_t> packed,
-                         Global<T> grad_hidden, Global<float> wide_hidden, bool whole) {
+                         Global<const float> values, int64_t capacity, Team team,
+                         Global<int32_t> keys, Global<uint64_t> packed, Global<T> grad_hidden,
+                         Global<float> wide_hidden, bool whole) {
     if (blockIdx.x >= in.row_count.template load<Cache::kReadOnly>(0)) return;
     const int64_t row = in.order.template load<Cache::kReadOnly>(blockIdx.x);
     const int64_t begin = offsets.load<Cache::kReadOnly>(row);
     const int64_t end = offsets.load<Cache::kReadOnly>(row + 1);
     if (end > capacity) return;
-    const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
-    const RowEntries entries{
-        in.target.template load<Cache::kReadOnly>(row), row_key(drawn, static_cast<uint64_t>(row)),
-        known.lse.load<Cache::kReadOnly>(row), expm1f(-known.nll.load<Cache::kReadOnly>(row)), eps};
     const float upstream = known.grad.load<Cache::kReadOnly>(row);
-    const auto value_of = [&](float y, int column) {
-        if (in.bias) y += in.bias.template load<Cache::kReadOnly>(column);
-        const float z = in.transform.logit(y);
-        return entries.dz(z, column) * in.transform.slope(z) * upstream;
-    };
     constexpr int kRows = kBatch<Pieces>;
     const TeamRows<T, Aligned, Pieces> rows(team);
     Vector<float, kSize<T>> hidden[Pieces];
-    rows.fetch(0, 0, in.hidden + row * in.stride_hn, in.depth, true);
-    cp_async_commit();
-    cp_async_wait<0>();
+    RowEntries entries{};
+    if constexpr (!Values) {
+        const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
+        entries = {in.target.template load<Cache::kReadOnly>(row),
+                   row_key(drawn, static_cast<uint64_t>(row)),
+                   known.lse.load<Cache::kReadOnly>(row),
+                   expm1f(-known.nll.load<Cache::kReadOnly>(row)), eps};
+        rows.fetch(0, 0, in.hidden + row * in.stride_hn, in.depth, true);
+        cp_async_commit();
+        cp_async_wait<0>();
 #pragma unroll
-    for (int p = 0; p < Pieces; ++p) hidden[p] = rows.load(0, 0, p);
+        for (int p = 0; p < Pieces; ++p) hidden[p] = rows.load(0, 0, p);
+    }
 
     PieceSums<T, Pieces> sums{};
     const int warp = static_cast<int>(threadIdx.x) / 32;
     int room = 0;
-    const auto column_at = [&](int64_t at) {
-        return at < end ? columns.load<Cache::kReadOnly>(at) : -1;
+    const auto entry_at = [&](int64_t at) {
+        if (at >= end) return ListedEntry{-1, 0};
+        const float unit = Values ? values.load<Cache::kReadOnly>(at) : 0.0f;
+        return ListedEntry{columns.load<Cache::kReadOnly>(at), unit * upstream};
     };
-    const auto fetch = [&](int stage, int column) {
+    const auto fetch = [&](int stage, ListedEntry entry) {
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
-            const int64_t other = __shfl_sync(kAllLanes, column, k);
+            const int64_t other = __shfl_sync(kAllLanes, entry.column, k);
             const auto from = in.weight + (other >= 0 ? other * in.stride_wv : 0);
             rows.fetch(stage, k, from, in.depth, other >= 0);
         }
     };
-    const auto use = [&](int stage, int64_t at, int column) {
+    // upstream * dy of a lane's entry, by the final lse.
+    const auto decide = [&](int stage, int column) {
         float dots[kRows] = {};
 #pragma unroll
         for (int p = 0; p < Pieces; ++p) {
@@ -291,9 +300,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         float y = 0;
         const int first = team.rank() * team.warps * kRows + lane_id() % kRows;
         for (int i = 0; i < team.warps; ++i) y += parts.load(first + i * kRows);
-        const float value = column >= 0 ? value_of(y, column) : 0.0f;
+        if (column < 0) return 0.0f;
+        if (in.bias) y += in.bias.template load<Cache::kReadOnly>(column);
+        const float z = in.transform.logit(y);
+        return entries.dz(z, column) * in.transform.slope(z) * upstream;
+    };
+    const auto use = [&](int stage, int64_t at, ListedEntry entry) {
+        float value = entry.value;
+        if constexpr (!Values) value = decide(stage, entry.column);
         if (keys && value != 0 && team.thread() < kRows) {
-            keys.store(at, column);
+            keys.store(at, entry.column);
             packed.store(at, static_cast<uint64_t>(row) << 32 | __float_as_uint(value));
         }
         if (!grad_hidden && !wide_hidden) return;
@@ -303,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
             if (other != 0) sums.add(rows, stage, k, other);
         }
     };
-    take_batches<Pieces>(team, begin, end, column_at, fetch, use);
+    take_batches<Pieces>(team, begin, end, entry_at, fetch, use);
     if (!grad_hidden && !wide_hidden) return;
     sums.join(team);
     if (wide_hidden) {
@@ -400,13 +416,16 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         with_pieces<T>(depth, [&](auto pieces) {
-            launch(gather_hidden_kernel<T, decltype(aligned)::value, decltype(pieces)::value>,
+            constexpr bool kAligned = decltype(aligned)::value;
+            constexpr int kPieces = decltype(pieces)::value;
+            launch(lists.values ? gather_hidden_kernel<T, kAligned, kPieces, true>
+                                : gather_hidden_kernel<T, kAligned, kPieces, false>,
                    {"gather_hidden", static_cast<unsigned>(problem.rows), kThreads,
                     kRowsAndPartsBytes, stream},
                    operands_of<T>(problem),
                    RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
-                   sample.eps, lists.offsets, lists.columns, lists.capacity, team_for<T>(depth),
-                   kept.keys, kept.packed,
+                   sample.eps, lists.offsets, lists.columns, lists.values, lists.capacity,
+                   team_for<T>(depth), kept.keys, kept.packed,
                    grad_hidden.wide ? nullptr : static_cast<T*>(grad_hidden.at),
                    grad_hidden.wide ? static_cast<float*>(grad_hidden.at) : nullptr,
                    grad_hidden.wide ? rows_whole<T, float>(grad_hidden.at, depth, depth)

@@ -148,6 +148,7 @@ void weight_gradient(const Problem& problem, const GradientBlock& block, Output 
 struct Lists {
     const int64_t* offsets;  // [N + 1], where each row begins, by position
     int32_t* columns;        // [capacity]
+    float* values;           // [capacity], dy for unit upstream gradient; or null
     int64_t capacity;        // rows that end past it have no list
 };
 
@@ -160,11 +161,6 @@ struct Temporary {
 // counts [N] of the rows of the range, by position: bits of mask [R, ceil(V / 32)].
 void count_entries(const Problem& problem, RowRange range, const uint32_t* mask, int64_t* counts,
                    void* stream);
-
-// offsets [rows + 1] from counts [rows].
-size_t scan_bytes(int64_t rows);
-void scan_counts(const int64_t* counts, int64_t rows, int64_t* offsets, Temporary temporary,
-                 void* stream);
 
 // The columns of the bits of the rows of the range.
 void list_entries(const Problem& problem, RowRange range, const uint32_t* mask, const Lists& lists,
@@ -198,6 +194,7 @@ struct KeptEntries {
 };
 
 // The rows of grad_hidden [N, D], and the entries, of rows that have a list. Either may be null.
+// Lists without values may hold more than the sample, and are thinned.
 void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
                    const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream);
 
@@ -249,9 +246,9 @@ void certificate_rows(const LogitRows& rows, const Certified& known, float* vari
 void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
                int64_t* counts, void* stream);
 
-// Columns of the bits, and values [capacity]: dy for unit upstream gradient.
+// Columns and values of the bits.
 void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
-               const uint32_t* mask, const Lists& lists, float* values, void* stream);
+               const uint32_t* mask, const Lists& lists, void* stream);
 
 // grad * dy over the logits, in the same memory, of a type that is no wider.
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,

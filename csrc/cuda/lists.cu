@@ -1,7 +1,6 @@
 // The lists of the sampled gradient. Each element of each result is written by one thread, and
 // nothing depends on the order in which blocks run.
 #include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_scan.cuh>
 
 #include "csrc/cuda/bits.cuh"
 #include "csrc/cuda/kernels.h"
@@ -94,26 +93,6 @@ void list_entries(const Problem& problem, RowRange range, const uint32_t* mask, 
 }
 
 // CUB's two calls: without storage it tells how many bytes it needs.
-static void scan(const int64_t* counts, int64_t rows, int64_t* offsets, Temporary& temporary,
-                 void* stream) {
-    check_launch("scan_counts", cub::DeviceScan::InclusiveSum(
-                                    temporary.storage, temporary.bytes, counts, offsets,
-                                    static_cast<int>(rows), static_cast<cudaStream_t>(stream)));
-}
-
-size_t scan_bytes(int64_t rows) {
-    Temporary temporary{};
-    scan(nullptr, rows, nullptr, temporary, nullptr);
-    return temporary.bytes;
-}
-
-void scan_counts(const int64_t* counts, int64_t rows, int64_t* offsets, Temporary temporary,
-                 void* stream) {
-    check_launch("scan_counts",
-                 cudaMemsetAsync(offsets, 0, sizeof *offsets, static_cast<cudaStream_t>(stream)));
-    if (rows > 0) scan(counts, rows, offsets + 1, temporary, stream);
-}
-
 static void sort(const int32_t* keys, const uint64_t* packed, int64_t entries, int64_t vocabulary,
                  int32_t* sorted_keys, uint64_t* sorted_packed, Temporary& temporary,
                  void* stream) {

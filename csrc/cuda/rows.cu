@@ -428,12 +428,12 @@ void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& samp
 }
 
 void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
-               const uint32_t* mask, const Lists& lists, float* values, void* stream) {
+               const uint32_t* mask, const Lists& lists, void* stream) {
     if (rows.count == 0) return;
     launch(list_rows_kernel,
            {"list_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
            rows_of(rows), KeptRows{known.lse, known.nll, sample.seed, sample.eps}, mask,
-           lists.offsets, lists.columns, values, lists.capacity);
+           lists.offsets, lists.columns, lists.values, lists.capacity);
 }
 
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,

@@ -81,26 +81,12 @@ class Device:
         where = {"first_row": first, "rows": len(mask)}
         self.call("count_entries", {"mask": mask}, {"counts": counts}, **where)
 
-    def scan(self, counts):
-        """Offsets [N + 1] of counts [N]."""
-        offsets = torch.full((len(counts) + 1,), UNTOUCHED)
-        temporary = torch.zeros(self.cuda.scan_bytes(len(counts)), dtype=torch.uint8)
-        self.call(
-            "scan_counts",
-            {"counts": counts},
-            {"offsets": offsets, "temporary": temporary},
-            of_problem=False,
-            N=len(counts),
-            temporary_bytes=len(temporary),
-        )
-        return offsets
-
     def list(self, mask, first, offsets, columns):
         where = {"first_row": first, "rows": len(mask), "capacity": len(columns)}
         reads = {"mask": mask, "offsets": offsets}
         self.call("list_entries", reads, {"columns": columns}, **where)
 
-    def gather_hidden(self, known, eps, offsets, columns, *wanted):
+    def gather_hidden(self, known, eps, offsets, columns, *wanted, values=None):
         """What is wanted of hidden, and of keys and packed as entries."""
         (count, width, vocabulary), capacity = self.shape, len(columns)
         out = {}
@@ -109,7 +95,7 @@ class Device:
         if "entries" in wanted:
             out["keys"] = torch.full((capacity,), vocabulary, dtype=torch.int32)
             out["packed"] = torch.full((capacity,), UNTOUCHED)
-        reads = {**known, "offsets": offsets, "columns": columns}
+        reads = {**known, "offsets": offsets, "columns": columns, "values": values}
         self.call("gather_hidden", reads, dict(out), eps=eps, capacity=capacity)
         return out
 

@@ -181,17 +181,15 @@ class ForwardRows:
 
     def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
         """Losses, statistics, sample and certificate of the rows, by position."""
-        problem, results, kernels, seed = self.problem, self.results, self.kernels, None
+        problem, results, kernels = self.problem, self.results, self.kernels
         listed = self.rows.order, self.rows.count
         rows = LogitRows(logits, self.target, self.bias, problem.settings, first, *listed)
         mask = None if self.mask is None else self.mask[: logits.shape[0]]
+        kernels.softmax_rows(rows, results, seed=problem.seed, popular=self.popular, mask=mask)
         if mask is not None:
-            seed = problem.seed
-        kernels.softmax_rows(rows, results, seed=seed, popular=self.popular, mask=mask)
-        if mask is not None:
-            assert seed is not None
+            assert problem.seed is not None
             names = ("lse", "nll", "counts", "columns", "values")
-            kernels.list_rows(rows, mask, seed, *(results[name] for name in names))
+            kernels.list_rows(rows, mask, problem.seed, *(results[name] for name in names))
         if problem.variance:
             into = results["variance"], results["hidden_variance"]
             kernels.certificate_rows(rows, results["lse"], self.norms, *into)

@@ -5,41 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.cuda.forward import splits_for
-from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.cuda.inputs import operands_of, splits_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 
 
-def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """``variance [N]`` and ``hidden_variance [N]``, or ``[0]`` where not wanted."""
+def certify(inputs: Inputs, results: dict[str, Tensor]) -> None:
+    """``variance [N]`` and, if it is wanted, ``hidden_variance [N]``, from lse."""
     call, (count, vocabulary, _) = inputs.call, inputs.shape
-    device = lse.device
-    variance = torch.zeros(count if call.variance else 0, dtype=torch.float32, device=device)
-    hidden_variance = torch.zeros(
-        count if call.hidden_variance else 0, dtype=torch.float32, device=device
-    )
-    if not (call.variance or call.hidden_variance):
-        return variance, hidden_variance
-    norms = None
+    device, operands, norms = inputs.hidden.device, operands_of(inputs), None
     if call.hidden_variance:
         norms = torch.empty(vocabulary, dtype=torch.float32, device=device)
-        _cuda.squared_norms(problem=inputs.operands, norms_ptr=out(norms), stream=stream())
-    splits, columns = splits_for(inputs, count)
+        _cuda.squared_norms(problem=operands, norms_ptr=out(norms), stream=stream())
+    splits, columns = splits_of(inputs, count)
     planes = 1 if norms is None else 2
-    plain = variance if call.variance else torch.empty_like(hidden_variance)
     sums = torch.empty(planes * splits * count, dtype=torch.float32, device=device)
     _cuda.certificate(
-        problem=inputs.operands,
+        problem=operands,
         first_row=0,
         rows=count,
         splits=splits,
         split_columns=columns,
         sums_ptr=out(sums),
-        lse_ptr=ptr(lse),
+        lse_ptr=ptr(results["lse"]),
         eps=call.settings.eps,
-        variance_ptr=out(plain),
+        variance_ptr=out(results["variance"]),
         norms_ptr=ptr(norms),
-        hidden_variance_ptr=out(hidden_variance),
+        hidden_variance_ptr=out(results["hidden_variance"]),
         stream=stream(),
     )
-    return variance, hidden_variance

@@ -1,22 +1,50 @@
-"""The forward: losses and statistics of every row that takes part, and bits of what may be kept."""
+"""The tiled forward: losses and statistics of every row that takes part, and the lists of what may
+be kept. Nothing depends on the order in which blocks run.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.csr import offsets_of
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.lse_bound import raise_bounds
-from bft_kernels.backends.cuda import native
-from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.certificate import certify
+from bft_kernels.backends.cuda.inputs import operands_of, splits_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
+from bft_kernels.backends.cuda.recompute import TILE
 
 
-def run_tiles(
+def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
+    """The whole forward, in tiles.
+
+    Args:
+        inputs: of the call.
+        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
+    """
+    call, (count, vocabulary, _) = inputs.call, inputs.shape
+    if call.saved == "entries":
+        floors = find_floors(inputs)
+        words = -(-vocabulary // 32)
+        step = TILE * max(1, call.buffer_bytes // (4 * words) // TILE)
+        size = min(step, count), words
+        mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
+        for first in range(0, count, step):
+            part = mask[: min(step, count - first)]
+            _forward(inputs, results, first, part.shape[0], floors, part)
+            _list_candidates(inputs, part, first, results["counts"], results["columns"])
+    else:
+        _forward(inputs, results, 0, count)
+    if call.variance:
+        certify(inputs, results)
+
+
+def _forward(
     inputs: Inputs,
     results: dict[str, Tensor],
     first_row: int,
     rows: int,
-    seed: Tensor | None = None,
     floors: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
@@ -26,15 +54,14 @@ def run_tiles(
         inputs: of the call.
         results: ``[N]`` by the names of ``Forward``, or ``[0]``.
         first_row, rows: among those that take part, of which there may be fewer.
-        seed: ``[]`` int64, for a mask.
         floors: ``[N]`` float32, lower bounds of lse, for a mask.
         mask: ``[rows, ceil(V / 32)]`` int32, where bits of the entries that may be kept go.
     """
-    call, device = inputs.call, inputs.hidden.device
-    splits, columns = splits_for(inputs, rows)
+    settings, device = inputs.settings, inputs.hidden.device
+    splits, columns = splits_of(inputs, rows)
     sums = torch.empty(_cuda.FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device)
     _cuda.linear_nll_forward(
-        problem=inputs.operands,
+        problem=operands_of(inputs),
         first_row=first_row,
         rows=rows,
         splits=splits,
@@ -46,24 +73,47 @@ def run_tiles(
         lse_low_ptr=out(results["lse_low"]),
         entropy_ptr=out(results["entropy"]),
         correct_ptr=out(results["correct"]),
-        label_smoothing=call.settings.label_smoothing,
-        z_loss=call.settings.z_loss,
-        seed_ptr=ptr(seed),
+        label_smoothing=settings.label_smoothing,
+        z_loss=settings.z_loss,
+        seed_ptr=ptr(None if mask is None else inputs.call.seed),
         floor_ptr=ptr(floors),
         mask_ptr=out(mask),
-        eps=call.settings.eps,
+        eps=settings.eps,
         stream=stream(),
     )
-
-
-def splits_for(inputs: Inputs, rows: int) -> tuple[int, int]:
-    """How many parts of the vocabulary a pass over ``rows`` rows has, and columns of each."""
-    processors = native.processors(inputs.hidden.device)
-    return _cuda.forward_splits(rows, inputs.shape[1], processors)
 
 
 def find_floors(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
     floors = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
-    _cuda.target_floor(problem=inputs.operands, floor_ptr=out(floors), stream=stream())
+    _cuda.target_floor(problem=operands_of(inputs), floor_ptr=out(floors), stream=stream())
     return raise_bounds(floors, inputs)
+
+
+def _list_candidates(
+    inputs: Inputs, mask: Tensor, first_row: int, counts: Tensor, columns: Tensor
+) -> None:
+    """Appends the columns of the bits of ``mask`` to ``columns``, and to ``counts``.
+
+    Rows that end past the room have no list, and are computed again in the backward.
+    """
+    problem, rows = operands_of(inputs), mask.shape[0]
+    _cuda.count_entries(
+        problem=problem,
+        first_row=first_row,
+        rows=rows,
+        mask_ptr=ptr(mask),
+        counts_ptr=out(counts),
+        stream=stream(),
+    )
+    offsets = offsets_of(counts)
+    _cuda.list_entries(
+        problem=problem,
+        first_row=first_row,
+        rows=rows,
+        mask_ptr=ptr(mask),
+        offsets_ptr=ptr(offsets),
+        columns_ptr=out(columns),
+        capacity=columns.numel(),
+        stream=stream(),
+    )

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import scale_for
+from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.inputs import operands_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import Gradients
 
@@ -45,7 +46,7 @@ def recompute(
         grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
         scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
         known = known._replace(grad=known.grad * scale)
-    problem = inputs.operands
+    problem = operands_of(inputs)
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         _cuda.logit_gradient(

@@ -1,89 +1,60 @@
 """Passes over rows of logits that lie in a buffer, where a GEMM left them: a block a row.
 
-The buffer holds raw products in float32. The rows are those of ``order`` from ``first_row`` on, of
-which ``count``, on the device, count; or rows as they come. Nothing waits for the device.
+The buffer holds raw products in float32. Nothing waits for the device. For the arguments see
+:class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from bft_kernels.backends.common.csr import offsets_of
+from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.cuda.native import TYPES, _cuda, out, ptr, stream
 
 
-@dataclass(frozen=True)
-class LogitRows:
-    """Raw products, and the rows that they are of."""
-
-    logits: Tensor  # [n, V] float32, a row contiguous
-    target: Tensor  # [N] int64, by position
-    bias: Tensor | None = None  # [V] float32
-    first_row: int = 0  # the place of the buffer's first row among all
-    order: Tensor | None = None  # [N] int64, positions of the rows; as they come without it
-    count: Tensor | None = None  # [1] int64, how many of order count
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def native(self) -> _cuda.LogitRows:
-        """What kernels take. It keeps no tensor alive."""
-        return _cuda.LogitRows(
-            logits_ptr=out(self.logits),
-            stride_ln=self.logits.stride(0),
-            bias_ptr=ptr(self.bias),
-            target_ptr=ptr(self.target),
-            order_ptr=ptr(self.order),
-            count_ptr=ptr(self.count),
-            first_row=self.first_row,
-            rows=self.logits.shape[0],
-            N=self.target.shape[0],
-            V=self.logits.shape[1],
-            softcap=self.softcap or 0.0,
-            temperature=self.temperature,
-        )
+def _native(rows: LogitRows) -> _cuda.LogitRows:
+    """What kernels take. It keeps no tensor alive."""
+    return _cuda.LogitRows(
+        logits_ptr=out(rows.logits),
+        stride_ln=rows.logits.stride(0),
+        bias_ptr=ptr(rows.bias),
+        target_ptr=ptr(rows.target),
+        order_ptr=ptr(rows.order),
+        count_ptr=ptr(rows.count),
+        first_row=rows.first_row,
+        rows=rows.logits.shape[0],
+        N=rows.target.shape[0],
+        V=rows.logits.shape[1],
+        softcap=rows.settings.softcap or 0.0,
+        temperature=rows.settings.temperature,
+    )
 
 
 def softmax_rows(
     rows: LogitRows,
     results: dict[str, Tensor],
     *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     seed: Tensor | None = None,
     popular: Tensor | None = None,
     mask: Tensor | None = None,
-    eps: float = 1.0,
 ) -> None:
-    """Losses and statistics of the rows, and the bits of what may be kept of them.
-
-    Args:
-        rows: of the buffer.
-        results: ``nll``, ``loss``, ``lse``, ``lse_low``, ``entropy``, ``correct``; ``[N]`` each,
-            or ``[0]``, of which the first three are wanted.
-        label_smoothing, z_loss: of the loss.
-        seed: ``[]`` int64, for ``mask``.
-        popular: ``[K]`` int64, for ``mask``: ascending columns that bound lse from below.
-        mask: ``[n, ceil(V / 32)]`` int32.
-        eps: for ``mask``.
-    """
+    """Losses and statistics of the rows, and the bits of what may be kept of them."""
     _cuda.softmax_rows(
-        rows=rows.native,
+        rows=_native(rows),
         loss_ptr=out(results["loss"]),
         nll_ptr=out(results["nll"]),
         lse_ptr=out(results["lse"]),
         lse_low_ptr=out(results["lse_low"]),
         entropy_ptr=out(results["entropy"]),
         correct_ptr=out(results["correct"]),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        label_smoothing=rows.settings.label_smoothing,
+        z_loss=rows.settings.z_loss,
         seed_ptr=ptr(seed),
         popular_ptr=ptr(popular),
         K=0 if popular is None else popular.numel(),
         mask_ptr=out(mask),
-        eps=eps,
+        eps=rows.settings.eps,
         stream=stream(),
     )
 
@@ -92,16 +63,14 @@ def certificate_rows(
     rows: LogitRows,
     lse: Tensor,  # [N]
     norms: Tensor | None,  # [V]
-    variance: Tensor,  # [N] or [0]
+    variance: Tensor,  # [N]
     hidden_variance: Tensor,  # [N] or [0]
-    *,
-    eps: float,
 ) -> None:
     """The certificate of the rows, once their lse is known."""
     _cuda.certificate_rows(
-        rows=rows.native,
+        rows=_native(rows),
         lse_ptr=ptr(lse),
-        eps=eps,
+        eps=rows.settings.eps,
         variance_ptr=out(variance),
         norms_ptr=ptr(norms),
         hidden_variance_ptr=out(hidden_variance),
@@ -118,15 +87,11 @@ def list_rows(
     counts: Tensor,  # [N] int64
     columns: Tensor,  # [capacity] int32
     values: Tensor,  # [capacity] float32
-    *,
-    eps: float,
 ) -> None:
-    """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``.
-
-    Rows that end past the capacity have no list; ``counts`` tells how many entries they have.
-    """
+    """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``."""
+    native, eps = _native(rows), rows.settings.eps
     _cuda.thin_rows(
-        rows=rows.native,
+        rows=native,
         lse_ptr=ptr(lse),
         nll_ptr=ptr(nll),
         seed_ptr=ptr(seed),
@@ -137,7 +102,7 @@ def list_rows(
     )
     offsets = offsets_of(counts)
     _cuda.list_rows(
-        rows=rows.native,
+        rows=native,
         lse_ptr=ptr(lse),
         nll_ptr=ptr(nll),
         seed_ptr=ptr(seed),
@@ -158,13 +123,10 @@ def gradient_rows(
     lse_low: Tensor,  # [N] or [0]
     nll: Tensor,  # [N]
     coefficient: Tensor,  # [N] float32
-    *,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
 ) -> None:
     """``coefficient * dy`` of the rows takes the place of their logits, in the type of ``dy``."""
     _cuda.gradient_rows(
-        rows=rows.native,
+        rows=_native(rows),
         dy_ptr=out(dy),
         stride_dy=dy.stride(0),
         dtype=TYPES[dy.dtype],
@@ -172,7 +134,7 @@ def gradient_rows(
         lse_low_ptr=ptr(lse_low),
         nll_ptr=ptr(nll),
         grad_ptr=ptr(coefficient),
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+        label_smoothing=rows.settings.label_smoothing,
+        z_loss=rows.settings.z_loss,
         stream=stream(),
     )

@@ -1,0 +1,42 @@
+"""What the engine is given; see :class:`bft_kernels.backends.common.on_device.Kernels`."""
+
+from __future__ import annotations
+
+import torch
+
+from bft_kernels.backends.cuda.forward import run_tiles
+from bft_kernels.backends.cuda.gather import multiply_entries
+from bft_kernels.backends.cuda.inputs import make_inputs
+from bft_kernels.backends.cuda.native import _cuda
+from bft_kernels.backends.cuda.recompute import recompute
+from bft_kernels.backends.cuda.rows import certificate_rows, gradient_rows, list_rows, softmax_rows
+from bft_kernels.backends.cuda.weights import weigh
+
+__all__ = [
+    "ROW_BIAS",
+    "TILES_GRADIENTS",
+    "certificate_rows",
+    "gathers",
+    "gradient_rows",
+    "list_rows",
+    "make_inputs",
+    "multiply_entries",
+    "recompute",
+    "run_tiles",
+    "softmax_rows",
+    "weigh",
+    "written",
+]
+
+ROW_BIAS: torch.dtype | None = torch.float32
+TILES_GRADIENTS = True
+
+
+def written(dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Kernels write the operands' type, or float32 for any other."""
+    return operand if dtype == operand else torch.float32
+
+
+def gathers(width: int) -> bool:
+    """A thread keeps its part of a row's sums in registers."""
+    return width <= _cuda.MAX_GATHERED
