@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+from bft_kernels.backends.common import on_device
 from tests.support.draws import Program, region_bits, uniform
 
 pytestmark = pytest.mark.slow  # in the interpreter
@@ -37,14 +38,13 @@ STEPS = {
 }
 
 
-@pytest.fixture(params=["triton-chunks", "triton-tiles", "cuda"])
+@pytest.fixture(params=["triton-chunks", "triton-tiles", "cuda-chunks", "cuda-tiles"])
 def backend(request, monkeypatch):
-    """Triton with each of its forwards, and CUDA."""
+    """Each backend, in chunks of logits and in tiles."""
     name, _, forward = request.param.partition("-")
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: forward == "chunks")
     if name == "triton":
         pytest.importorskip("triton")
-        core = "bft_kernels.backends.triton.engine"
-        monkeypatch.setattr(f"{core}.takes_chunks", lambda *_: forward == "chunks")
     elif not HAS_GPU:
         pytest.skip("needs a GPU; the emulation has tests of its own")
     return name

@@ -5,7 +5,8 @@ import torch
 
 from bft_kernels import linear_nll
 from bft_kernels.backends import cuda
-from bft_kernels.backends.cuda import core, native
+from bft_kernels.backends.common import logit_rows
+from bft_kernels.backends.cuda import native
 from bft_kernels.dispatch import why_not
 from tests.support.problems import assert_close, draw_problem
 from tests.support.samples import sampled_options
@@ -30,7 +31,7 @@ def test_says_why_it_does_not_run(monkeypatch):
 def test_operands_stored_in_another_type(emulated_device, stored, gradient, monkeypatch):
     """Under autocast gradients are of the type that is stored, and rounded to it once."""
     # Rows without room are computed again, by way of a dy that is rounded.
-    monkeypatch.setattr(core, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
+    monkeypatch.setattr(logit_rows, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
     types = torch.float32, torch.bfloat16
     p = draw_problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
     how = sampled_options(p) if gradient == "sampled" else {}

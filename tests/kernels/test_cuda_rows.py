@@ -5,17 +5,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from bft_kernels.backends.gpu.lists import offsets_of
 from torch import Tensor
 
 from bft_kernels import reference
+from bft_kernels.backends.common.csr import offsets_of
+from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.cuda.rows import (
-    LogitRows,
     certificate_rows,
     gradient_rows,
     list_rows,
     softmax_rows,
 )
+from bft_kernels.settings import Settings
 from tests.support.emulated_device import DTYPES, check_same
 from tests.support.problems import Problem, error_of
 from tests.support.samples import specified_sample, undecided
@@ -51,7 +52,7 @@ class Case:
     def transform(self):
         return {"softcap": self.softcap, "temperature": self.temperature}
 
-    def rows(self, first=0, rows=None, *, pad=3, ordered=True):
+    def rows(self, first=0, rows=None, *, pad=3, ordered=True, **losses):
         """Rows in a buffer with NaN between them, none of which begins at 8 bytes."""
         count, vocabulary = self.logits.shape
         rows = count - first if rows is None else rows
@@ -61,8 +62,8 @@ class Case:
         buffer = memory[1:].view(rows, vocabulary + pad)[:, :vocabulary]
         buffer.copy_(logits[first : first + rows])
         order = {"order": self.order, "count": self.count} if ordered else {}
-        how = {"first_row": first, "bias": self.bias, **self.transform, **order}
-        return LogitRows(buffer, self.target, **how)
+        settings = Settings(eps=EPS, **self.transform, **losses)
+        return LogitRows(buffer, self.target, self.bias, settings, first, **order)
 
     def problem(self, norms=None):
         """The same logits as a product, exactly: of powers of two."""
@@ -136,10 +137,10 @@ def check_results(got, case, **losses):
 def test_losses_and_statistics(vocabulary, transform, losses):
     case = draw_case(5, vocabulary, **TRANSFORMS[transform])
     got, with_bits, mask = case.results(), case.results(), case.mask()
-    softmax_rows(case.rows(), got, **LOSSES[losses])
+    softmax_rows(case.rows(**LOSSES[losses]), got)
     check_results(got, case, **LOSSES[losses])
-    sample = {"seed": torch.tensor(3), "mask": mask, "eps": EPS}
-    softmax_rows(case.rows(), with_bits, **LOSSES[losses], **sample)
+    sample = {"seed": torch.tensor(3), "mask": mask}
+    softmax_rows(case.rows(**LOSSES[losses]), with_bits, **sample)
     check_same(got, with_bits)
 
 
@@ -176,9 +177,8 @@ def test_the_order_of_threads_changes_nothing(device):
     for how in ({}, {"seed": 5}, {"seed": 9, "strict": True}):
         device.how = how
         out, mask = case.results(), case.mask()
-        sample = {"seed": torch.tensor(3), "mask": mask, "eps": EPS}
-        popular = torch.arange(0, 2500, 3)
-        softmax_rows(case.rows(), out, label_smoothing=0.1, popular=popular, **sample)
+        sample = {"seed": torch.tensor(3), "mask": mask, "popular": torch.arange(0, 2500, 3)}
+        softmax_rows(case.rows(label_smoothing=0.1), out, **sample)
         runs.append({**out, "mask": mask[: int(case.count)].float()})
     check_same(*runs)
 
@@ -206,7 +206,7 @@ def test_hostile_logits(sampled):
     target = torch.tensor([2210, 1, 2, 3, 4, 5, 12, 2299])
     case = Case(logits, target)
     got = case.results()
-    how = {"seed": torch.tensor(1), "mask": case.mask(), "eps": EPS} if sampled else {}
+    how = {"seed": torch.tensor(1), "mask": case.mask()} if sampled else {}
     softmax_rows(case.rows(), got, **how)
     good = torch.tensor([0, 1, 2, 6, 7])
     z = logits[good].double()  # a product would make NaN of infinities
@@ -219,7 +219,7 @@ def test_hostile_logits(sampled):
     assert torch.equal(got["correct"][good], z.argmax(1) == target[good])
     assert not bool(got["nll"][3:6].isfinite().any() | got["correct"][3:6].any())
     # A masked column makes an infinite mean.
-    softmax_rows(case.rows(), got, label_smoothing=0.1)
+    softmax_rows(case.rows(label_smoothing=0.1), got)
     assert got["loss"][0] == math.inf
     assert bool(got["loss"][good[1:]].isfinite().all())
 
@@ -228,15 +228,15 @@ def test_a_target_outside_of_the_vocabulary_is_nan():
     case = draw_case(5, 40, ignored=0.0)
     case.target[1], case.target[2], case.target[3] = 40, -5, 2**32 + 3
     got = case.results()
-    how = {"seed": torch.tensor(1), "mask": case.mask(), "eps": EPS}
-    softmax_rows(case.rows(), got, label_smoothing=0.1, **how)
+    how = {"seed": torch.tensor(1), "mask": case.mask()}
+    softmax_rows(case.rows(label_smoothing=0.1), got, **how)
     for name in ("nll", "loss"):
         assert got[name].isnan().tolist() == [False, True, True, True, False]
     assert bool(got["lse"].isfinite().all())
     assert not bool(got["correct"][1:4].any())
 
 
-def run_sample(case, seed, *, chunk=None, capacity=10_000, popular=None, eps=EPS):
+def run_sample(case, seed, *, chunk=None, capacity=10_000, popular=None):
     """Results, bits by labelled row, and the lists with their offsets."""
     total = len(case.logits)
     out, counts = case.results(), torch.zeros(total, dtype=torch.int64)
@@ -248,10 +248,10 @@ def run_sample(case, seed, *, chunk=None, capacity=10_000, popular=None, eps=EPS
         rows = case.rows(first, min(chunk, total - first))
         mask = case.mask(len(rows.logits))
         sample = {"mask": mask, "seed": torch.tensor(seed)}
-        softmax_rows(rows, out, popular=popular, eps=eps, **sample)
+        softmax_rows(rows, out, popular=popular, **sample)
         found.append(mask.clone())
         known = {"lse": out["lse"], "nll": out["nll"], "counts": counts}
-        list_rows(rows, **sample, **known, columns=columns, values=values, eps=eps)
+        list_rows(rows, **sample, **known, columns=columns, values=values)
     bits = bits_of(torch.cat(found)[: int(case.count)], case.logits.shape[1])
     return out, bits, offsets_of(counts), columns, values
 
@@ -322,14 +322,15 @@ def expect_gradient(case, coefficient, losses):
 def test_gradients_take_the_place_of_logits(dtype, vocabulary, transform, losses, device, seed):
     device.how = {"seed": seed % 1000, "strict": bool(seed % 2)}
     case = draw_case(4, vocabulary, ignored=0.0, **TRANSFORMS[transform])
-    rows, out, coefficient = case.rows(), case.results(), torch.linspace(0.5, 2, 4)
-    softmax_rows(rows, out, **LOSSES[losses])
+    rows, out = case.rows(**LOSSES[losses]), case.results()
+    coefficient = torch.linspace(0.5, 2, 4)
+    softmax_rows(rows, out)
     wide = 4 // dtype.itemsize
     place = wide * rows.logits.storage_offset(), (4, vocabulary)
     stride = wide * rows.logits.stride(0), 1
     dy = torch.empty(0, dtype=dtype).set_(rows.logits.untyped_storage(), *place, stride)
     known = [out[name] for name in ("lse", "lse_low", "nll")]
-    gradient_rows(rows, dy, *known, coefficient, **LOSSES[losses])
+    gradient_rows(rows, dy, *known, coefficient)
     want = expect_gradient(case, coefficient, LOSSES[losses])
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
     # At the target the parts of the loss are rounded beside 1, and may cancel each other.
@@ -362,14 +363,14 @@ def test_certificate(vocabulary, transform):
     lse = torch.full((5,), math.nan)
     lse[case.labelled] = stats["lse"].float()
     got = {name: torch.full((5,), math.nan) for name in ("variance", "hidden_variance")}
-    certificate_rows(case.rows(), lse, norms, *got.values(), eps=EPS)
+    certificate_rows(case.rows(), lse, norms, *got.values())
     # lse is rounded, and each term with it.
     allowed = 1e-5 + 2 * float(lse.nan_to_num().abs().max()) * 2**-24
     for name, expected in (("variance", want.variance), ("hidden_variance", want.hidden_variance)):
         assert error_of(got[name][case.labelled], expected) <= allowed, name
         assert bool(got[name][~case.labelled].isnan().all())
     alone = torch.full((5,), math.nan)
-    certificate_rows(case.rows(), lse, None, alone, torch.empty(0), eps=EPS)
+    certificate_rows(case.rows(), lse, None, alone, torch.empty(0))
     check_same({"variance": got["variance"]}, {"variance": alone})
 
 

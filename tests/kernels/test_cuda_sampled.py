@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bft_kernels import reference
+from bft_kernels.backends.common.csr import offsets_of
 from tests.support.emulated_device import DTYPES, UNTOUCHED, Device, check_same, spread_out, strided
 from tests.support.problems import draw_problem, error_of
 from tests.support.samples import clear_seed, specified_sample
@@ -113,7 +114,6 @@ def test_lists(emulated, capacity, vocabulary, seed):
     for first in range(0, count, 9):
         device.count(mask[first : first + 9], first, counts)
     assert torch.equal(counts, offsets.diff())
-    assert torch.equal(device.scan(counts), offsets)
     room = int(capacity * len(columns))
     got = torch.full((room,), UNTOUCHED, dtype=torch.int32)
     for first in range(0, count, 9):
@@ -123,9 +123,8 @@ def test_lists(emulated, capacity, vocabulary, seed):
     assert bool((got[fits:] == UNTOUCHED).all())
 
 
-def test_scan_of_no_rows(emulated):
+def test_bits_of_no_rows(emulated):
     device = Device(emulated, draw_problem(0, 4, 9, dtype=torch.float32))
-    assert device.scan(torch.zeros(0, dtype=torch.int64)).tolist() == [0]
     device.count(torch.zeros(0, 1, dtype=torch.int32), 0, torch.zeros(0, dtype=torch.int64))
 
 
@@ -163,6 +162,23 @@ def test_gather_hidden(emulated, dtype, shape, transform, seed):
     for part in wanted:
         own = device.gather_hidden(sample.known, sample.eps, offsets, columns, part)
         check_same(own, got)
+
+
+@pytest.mark.parametrize("width", [1, 8, 67, 1020, 8200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entries_with_values_are_taken_as_they_are(emulated, dtype, width, seed):
+    p = draw_problem(9, width, 150, bias=True, dtype=dtype, scale=2.0, ignored=0.2)
+    sample = Sample(p, seed, 2**-6, softcap=8.0)
+    device = Device(emulated, p, order_seed=seed)
+    offsets, columns = lists_of(sample.kept, device.rows, 9)
+    values = (sample.dy / sample.grad[sample.labelled, None].double())[sample.kept].float()
+    nothing = {name: torch.full((9,), math.nan) for name in ("lse", "nll")}
+    known, listed = sample.known | nothing, (sample.eps, offsets, columns)
+    got = device.gather_hidden(known, *listed, "hidden", "entries", values=values)
+    sample.check_hidden(got["grad_hidden"])
+    sample.check_entries(got["keys"], got["packed"], offsets)
+    for part in ("hidden", "entries"):
+        check_same(device.gather_hidden(known, *listed, part, values=values), got)
 
 
 # Of teams of each size and of each number of pieces a thread, ragged and not.
@@ -322,7 +338,7 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
         )
         device.count(mask, first, counts)
         masks.append(mask)
-    offsets = device.scan(counts)
+    offsets = offsets_of(counts)
     columns = torch.full((int(offsets[-1]),), -1, dtype=torch.int32)
     for number, mask in enumerate(masks):
         device.list(mask, 16 * number, offsets, columns)
@@ -354,7 +370,7 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, width, seed):
         mask = words_of(torch.ones(len(device.rows), 100) > 0)
         counts = torch.zeros(10, dtype=torch.int64)
         device.count(mask, 0, counts)
-        offsets = device.scan(counts)
+        offsets = offsets_of(counts)
         columns = torch.zeros(int(offsets[-1]), dtype=torch.int32)
         device.list(mask, 0, offsets, columns)
         got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
@@ -372,10 +388,10 @@ def test_arguments_are_checked(emulated):
         device.count(mask, 1, counts)
     with pytest.raises(ValueError, match="first_row"):
         device.count(mask, 5, counts)
+    names = ("keys", "packed", "sorted_keys", "sorted_packed", "temporary")
+    entries = {f"{name}_ptr": 8 for name in names} | {"E": 4, "V": 9, "stream": 0}
     with pytest.raises(ValueError, match="temporary_bytes"):
-        emulated.scan_counts(
-            counts_ptr=8, N=4, offsets_ptr=8, temporary_ptr=8, temporary_bytes=0, stream=0
-        )
+        emulated.sort_entries(**entries, temporary_bytes=0)
     with pytest.raises(ValueError, match="E: got"):
         emulated.sort_bytes(2**31, 40)
     known = {name: torch.ones(4) for name in ("lse", "nll", "grad")} | {"seed": torch.tensor([1])}

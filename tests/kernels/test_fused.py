@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+from bft_kernels.backends.common import on_device
 from tests.support.problems import (
     DTYPES,
     TRANSFORMS,
@@ -34,7 +35,7 @@ class Fused:
     device: str
     # Rows, width, vocabulary: smaller than a tile, no multiple of one, and several tiles.
     shapes: tuple[tuple[int, int, int], ...]
-    chunks: bool | None = None  # whether triton's forward keeps logits, a chunk of rows at a time
+    chunks: bool | None = None  # on a device: whether logits lie in a buffer, a chunk at a time
 
     def __str__(self):
         if self.chunks is None:
@@ -69,7 +70,8 @@ def backends():
         for chunks in (False, True):
             yield Fused("triton", None, device, shapes, chunks)
     shapes = ((1, 1, 1), (5, 7, 3), (0, 4, 9), (19, 24, 150), (135, 33, 70))
-    yield Fused("cuda", None, device, shapes)
+    for chunks in (False, True):
+        yield Fused("cuda", None, device, shapes, chunks)
 
 
 BACKENDS = list(backends())
@@ -77,11 +79,10 @@ BACKENDS = list(backends())
 
 @pytest.fixture(autouse=True)
 def chosen(request, monkeypatch):
-    """Chooses the instruction set or the engine of the backend that is a parameter of the test."""
+    """Chooses the instruction set, or chunks or tiles, of the backend that the test is given."""
     fused = request.node.callspec.params["fused"]
     if fused.chunks is not None:
-        module = "bft_kernels.backends.triton.engine"
-        monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: fused.chunks)
+        monkeypatch.setattr(on_device, "takes_chunks", lambda *_: fused.chunks)
     if fused.name == "cuda":
         request.getfixturevalue("cuda_backend")
     if fused.name != "cpu":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels.backends.common import logit_rows, on_device
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.rows import DeviceRows
 from bft_kernels.dispatch import backend_package
@@ -42,26 +43,26 @@ class Engine:
         return importlib.import_module(f"bft_kernels.backends.{self.backend}.{name}")
 
 
-ENGINES = ["triton-tiles", "triton-chunks", "cuda"]
+ENGINES = ["triton-tiles", "triton-chunks", "cuda-tiles", "cuda-chunks"]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    """Both of Triton's, and CUDA's one."""
+    """Both of each backend."""
     backend, _, forward = request.param.partition("-")
     device = "cuda" if HAS_GPU else "cpu:7"
     request.getfixturevalue("on_device")
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: forward == "chunks")
     if backend == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
-        takes = "bft_kernels.backends.triton.engine.takes_chunks"
-        monkeypatch.setattr(takes, lambda *_: forward == "chunks")
     else:
         request.getfixturevalue("cuda_backend")
 
     def gradients(p, **how):
         return weighted_gradients(p, backend=backend, device=device, **how)
 
-    return Engine(backend, device, 19 if backend == "triton" else 150, gradients)
+    rows = 19 if backend == "triton" or forward == "chunks" else 150
+    return Engine(backend, device, rows, gradients)
 
 
 @pytest.fixture
@@ -74,8 +75,7 @@ def expected():
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
 def test_entries_without_room_are_computed_again(engine, room, frozen, expected, monkeypatch):
     p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
-    module = engine.module("rows" if engine.backend == "triton" else "core")
-    monkeypatch.setattr(module, "capacity_for", lambda *_: room)
+    monkeypatch.setattr(logit_rows, "capacity_for", lambda *_: room)
     how = sampled_options(p)
     assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
 
@@ -111,7 +111,9 @@ def test_sums_of_a_block_do_not_reach_the_next(engine, budget, expected):
 
 @pytest.mark.parametrize(
     ("engine", "budget"),
-    soaked(ENGINES, [1, 20_000, None], plain=lambda engine, budget: budget or engine == "cuda"),
+    soaked(
+        ENGINES, [1, 20_000, None], plain=lambda engine, budget: budget or engine == "cuda-tiles"
+    ),
     indirect=["engine"],
 )
 def test_entries_are_sorted_as_the_budget_allows(engine, budget, expected):
@@ -129,7 +131,8 @@ def test_floors_are_below_lse_and_near_it(engine, options, scale):
     p = draw_problem(150, 12, 100, dtype=torch.float32, scale=scale, ignored=0.2, **options)
     p = p.copy(device=engine.device, frozen=("hidden", "weight", "bias"))
     operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
-    inputs = engine.module("inputs").Inputs.of(call_of(p, max_buffer_bytes=2**20, **SAMPLED))
+    call = call_of(p, max_buffer_bytes=2**20, **SAMPLED)
+    inputs = engine.module("kernels").make_inputs(call)
     find_floors = engine.module("forward").find_floors
     logits = torch.nn.functional.linear(*operands)
     lse = logits.logsumexp(1)

@@ -11,14 +11,14 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
-from bft_kernels.backends.common import chunked, gemm
+from bft_kernels.backends.common import chunked, gemm, logit_rows
 from bft_kernels.backends.torch import backward
 from tests.support.problems import draw_problem, error_of
 
 try:
-    from bft_kernels.backends.triton import gather, rows
+    from bft_kernels.backends.triton import gather
 except ImportError:
-    gather = rows = None  # type: ignore[assignment]
+    gather = None  # type: ignore[assignment]
 
 # Float32 does the same arithmetic as torch, in another order: half as much again is chance. Narrow
 # types round their logits in torch and do not here, so here they must be better.
@@ -133,7 +133,7 @@ def products(request, monkeypatch):
             assert a.dtype == b.dtype
             return torch.mm(a.to(accumulator), b.to(accumulator), out=out)
 
-        for module in (gemm, chunked, *([rows] if rows else [])):
+        for module in (gemm, chunked, logit_rows):
             monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
         for module in (gemm, backward, *([gather] if gather else [])):
             monkeypatch.setattr(module, "multiply", wide_product)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from bft_kernels.backends.common.plan import takes_chunks
 
+from bft_kernels.backends.common import on_device
+from bft_kernels.backends.common.chunked import takes_chunks
 from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
@@ -25,8 +26,7 @@ LISTED = [("tiles", None), ("chunks", 3000)]  # the others take half a minute in
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
     """Of the forward."""
-    module = "bft_kernels.backends.triton.engine"
-    monkeypatch.setattr(f"{module}.takes_chunks", lambda *_: request.param == "chunks")
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: request.param == "chunks")
     return str(request.param)
 
 
