@@ -98,7 +98,7 @@ def test_a_kernel_that_cannot_be_launched(error, said, wide_products, monkeypatc
     assert said in tried("triton")
 
 
-def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device):
+def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device, wide_products):
     for operand in (*HALF, torch.float32, None):
         emulated_device.launches.clear()
         assert tried("cuda", operand) == ""
@@ -114,7 +114,7 @@ def test_the_cuda_backend_makes_a_loss_and_its_gradients(emulated_device):
     ],
     ids=["another GPU", "an old driver", "no library"],
 )
-def test_a_module_that_was_built_for_others(error, emulated_device, monkeypatch):
+def test_a_module_that_was_built_for_others(error, emulated_device, wide_products, monkeypatch):
     def kernels():
         raise error
 

@@ -26,11 +26,6 @@ inline const char* cudaGetErrorName(cudaError_t error) {
 }
 inline const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-    ::bft::emulation::host_access("cudaMemsetAsync", address, bytes, true);
-    if (bytes > 0) std::memset(address, value, bytes);
-    return cudaSuccess;
-}
 
 using std::max;
 using std::min;
