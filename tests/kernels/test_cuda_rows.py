@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from bft_kernels import reference
-from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.cuda.rows import (
     certificate_rows,
@@ -239,9 +238,13 @@ def test_a_target_outside_of_the_vocabulary_is_nan():
 def run_sample(case, seed, *, chunk=None, capacity=10_000, popular=None):
     """Results, bits by labelled row, and the lists with their offsets."""
     total = len(case.logits)
-    out, counts = case.results(), torch.zeros(total, dtype=torch.int64)
-    columns = torch.full((capacity,), -1, dtype=torch.int32)
-    values = torch.full((capacity,), math.nan)
+    out = case.results()
+    lists = {
+        "counts": torch.zeros(total, dtype=torch.int64),
+        "offsets": torch.zeros(total + 1, dtype=torch.int64),
+        "columns": torch.full((capacity,), -1, dtype=torch.int32),
+        "values": torch.full((capacity,), math.nan),
+    }
     found = []
     chunk = chunk or max(total, 1)
     for first in range(0, total, chunk):
@@ -250,10 +253,9 @@ def run_sample(case, seed, *, chunk=None, capacity=10_000, popular=None):
         sample = {"mask": mask, "seed": torch.tensor(seed)}
         softmax_rows(rows, out, popular=popular, **sample)
         found.append(mask.clone())
-        known = {"lse": out["lse"], "nll": out["nll"], "counts": counts}
-        list_rows(rows, **sample, **known, columns=columns, values=values)
+        list_rows(rows, mask, sample["seed"], out | lists)
     bits = bits_of(torch.cat(found)[: int(case.count)], case.logits.shape[1])
-    return out, bits, offsets_of(counts), columns, values
+    return out, bits, lists["offsets"], lists["columns"], lists["values"]
 
 
 @pytest.mark.parametrize("popular", [None, "some"])
@@ -360,18 +362,18 @@ def test_certificate(vocabulary, transform):
     how = {"bias": own.bias, "eps": EPS, **case.transform}
     want = reference.sampled_gradient(*own.args, 0, **how)
     stats = reference.token_stats(*own.args, bias=own.bias, **case.transform)
-    lse = torch.full((5,), math.nan)
-    lse[case.labelled] = stats["lse"].float()
-    got = {name: torch.full((5,), math.nan) for name in ("variance", "hidden_variance")}
-    certificate_rows(case.rows(), lse, norms, *got.values())
+    names = ("lse", "variance", "hidden_variance")
+    got = {name: torch.full((5,), math.nan) for name in names}
+    got["lse"][case.labelled] = stats["lse"].float()
+    certificate_rows(case.rows(), norms, got)
     # lse is rounded, and each term with it.
-    allowed = 1e-5 + 2 * float(lse.nan_to_num().abs().max()) * 2**-24
+    allowed = 1e-5 + 2 * float(got["lse"].nan_to_num().abs().max()) * 2**-24
     for name, expected in (("variance", want.variance), ("hidden_variance", want.hidden_variance)):
         assert error_of(got[name][case.labelled], expected) <= allowed, name
         assert bool(got[name][~case.labelled].isnan().all())
-    alone = torch.full((5,), math.nan)
-    certificate_rows(case.rows(), lse, None, alone, torch.empty(0))
-    check_same({"variance": got["variance"]}, {"variance": alone})
+    alone = got | {"variance": torch.full((5,), math.nan), "hidden_variance": torch.empty(0)}
+    certificate_rows(case.rows(), None, alone)
+    check_same({"variance": got["variance"]}, alone)
 
 
 def test_arguments_are_checked(emulated):

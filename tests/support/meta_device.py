@@ -53,24 +53,32 @@ class HostWork(TorchDispatchMode):
         self.made = []  # on the host, from nothing there
         self.copied = []  # from one to the other
         self.own = []  # host tensors from host tensors
-        self.operators = Counter()  # all of torch's, by name
+        self.operators = Counter()  # of torch, by name, but for those that only look at a tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in BODIES:
             with self, FromHost():
                 return BODIES[func](*args, **kwargs)
-        self.operators[str(func)] += 1
         given = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         if func is torch.ops.aten._local_scalar_dense.default and given != {"cpu"}:
             raise AssertionError("the host reads a value of the device")
         result = func(*args, **kwargs)
         made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
+        if func._schema.is_mutable or not shares_memory(result, (args, kwargs)):
+            self.operators[str(func)] += 1
         if "cpu" in given | made:
             alone = given | made == {"cpu"}
             new = not given or func is torch.ops.aten.lift_fresh.default
             (self.copied if not alone else self.made if new else self.own).append(str(func))
         return result
+
+
+def shares_memory(result, given):
+    """Whether each tensor of a result lies in the memory of one that was given: a view, or it."""
+    known = {x.untyped_storage()._cdata for x in tree_leaves(given) if isinstance(x, Tensor)}
+    made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+    return all(x.untyped_storage()._cdata in known for x in made)
 
 
 @dataclass

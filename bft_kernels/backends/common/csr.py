@@ -16,9 +16,14 @@ def capacity_for(rows: int, vocabulary: int, eps: float) -> int:
     return rows * int(min(vocabulary, max(64, 8 * eps**-0.6) + 1))
 
 
-def offsets_of(counts: Tensor) -> Tensor:
-    """``[N + 1]``: where the entries of each row begin. Rows that end past the room have none."""
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+def offsets_of(counts: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[N + 1]``: where the entries of each row begin. Rows that end past the room have none.
+
+    ``out`` is filled in, if it is given: it begins with 0.
+    """
+    out = counts.new_zeros(counts.numel() + 1) if out is None else out
+    torch.cumsum(counts, 0, out=out[1:])
+    return out
 
 
 def overflowed(offsets: Tensor, capacity: int) -> Tensor:

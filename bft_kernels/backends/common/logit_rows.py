@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.chunked import chunk_plan
-from bft_kernels.backends.common.csr import capacity_for, offsets_of
+from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.gemm import gemm_dtype, squared_norms
 from bft_kernels.backends.common.lse_bound import POPULAR, popular_columns
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows, row_results
@@ -63,29 +63,18 @@ class RowFunctions(Protocol):
         """
 
     def certificate_rows(
-        self,
-        rows: LogitRows,
-        lse: Tensor,  # [N]
-        norms: Tensor | None,  # [V], |W_v|^2
-        variance: Tensor,  # [N]
-        hidden_variance: Tensor,  # [N], or [0] without norms
+        self, rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]
     ) -> None:
-        """The certificate of the rows, once their lse is known."""
+        """``variance`` and, with ``norms [V]`` of the rows of ``weight``, squared,
+        ``hidden_variance``, from ``lse``.
+        """
 
     def list_rows(
-        self,
-        rows: LogitRows,
-        mask: Tensor,  # [n, ceil(V / 32)] int32
-        seed: Tensor,  # []
-        lse: Tensor,  # [N]
-        nll: Tensor,  # [N]
-        counts: Tensor,  # [N] int64
-        columns: Tensor,  # [capacity] int32
-        values: Tensor,  # [capacity] float32, dy for unit upstream gradient
+        self, rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]
     ) -> None:
-        """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``.
+        """Appends what ``lse`` and ``nll`` keep of the set bits to ``columns`` and ``values``.
 
-        Rows that end past the capacity have no list; ``counts`` tells how many entries they have.
+        Rows that end past their room have no list; ``counts`` and ``offsets`` tell of them too.
         """
 
     def gradient_rows(
@@ -188,11 +177,9 @@ class ForwardRows:
         kernels.softmax_rows(rows, results, seed=problem.seed, popular=self.popular, mask=mask)
         if mask is not None:
             assert problem.seed is not None
-            names = ("lse", "nll", "counts", "columns", "values")
-            kernels.list_rows(rows, mask, problem.seed, *(results[name] for name in names))
+            kernels.list_rows(rows, mask, problem.seed, results)
         if problem.variance:
-            into = results["variance"], results["hidden_variance"]
-            kernels.certificate_rows(rows, results["lse"], self.norms, *into)
+            kernels.certificate_rows(rows, self.norms, results)
 
     def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
         """These rows have none."""
@@ -227,10 +214,13 @@ def forward_results(
 
 
 def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict[str, Tensor]:
-    """``counts [rows]``, zeros, and room for ``columns`` and ``values`` of the kept entries."""
-    new = problem.hidden.new_empty
+    """``counts [rows]`` and ``offsets [rows + 1]``, zeros, and room for the kept entries'
+    ``columns`` and ``values``.
+    """
+    new, zeros = problem.hidden.new_empty, problem.hidden.new_zeros
     return {
-        "counts": problem.hidden.new_zeros(rows, dtype=torch.int64),
+        "counts": zeros(rows, dtype=torch.int64),
+        "offsets": zeros(rows + 1 if problem.saved == "entries" else 0, dtype=torch.int64),
         "columns": new(room, dtype=torch.int32),
         "values": new(values, dtype=torch.float32),
     }
@@ -238,13 +228,12 @@ def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict
 
 def packed(problem: Problem, results: dict[str, Tensor], unit: Tensor) -> Forward:
     """What :func:`forward_results` made room for."""
-    sampled = problem.saved == "entries"
     if problem.saved == "unit":  # it was for the gradient that is there
         results = {**results, "lse_low": unit.new_empty(0, dtype=torch.float32)}
     return Forward(
         **{name: results[name] for name in Forward._fields if name in results},
         unit=unit,
-        entry_offsets=offsets_of(results["counts"]) if sampled else results["counts"],
+        entry_offsets=results["offsets"],
         entry_columns=results["columns"],
         entry_values=results["values"],
     )

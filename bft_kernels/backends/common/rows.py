@@ -25,7 +25,7 @@ class LabelledRows:
 
     Attributes:
         size: rows that are computed.
-        labelled: ``[N]`` bool.
+        labelled, ignored: ``[N]`` bool; the latter where rows are masked.
         copies: whether :meth:`take` copies rows, where it could otherwise give a view.
     """
 
@@ -33,7 +33,9 @@ class LabelledRows:
         self.labelled = target != ignore_index
         self.index: Tensor | None = None
         self.masked = not count_is_known(target.device.type)
-        if not self.masked:
+        if self.masked:
+            self.ignored = ~self.labelled
+        else:
             index = self.labelled.nonzero().squeeze(1)
             if index.numel() < target.numel():
                 self.index = index
@@ -47,26 +49,30 @@ class LabelledRows:
             return torch.arange(first, stop, dtype=torch.int64, device=self.labelled.device)
         return self.index[first:stop]
 
+    def live(self, first: int, stop: int) -> Tensor:
+        """``[stop - first]`` bool: which of these rows carry a label."""
+        index = self.index
+        return self.labelled[first:stop] if index is None else self.labelled[index[first:stop]]
+
     def take(self, values: Tensor, first: int, stop: int) -> Tensor:
         """``values[rows[first:stop]]`` of ``values [N, ...]``, zeros in place of ignored rows."""
         if self.index is not None:
             return values[self.index[first:stop]]
         part = values[first:stop]
-        if not self.masked:
-            return part
-        mask = self.labelled[first:stop]
-        mask = mask.view(-1, *[1] * (part.dim() - 1))
-        return torch.where(mask, part, part.new_zeros(()))  # the scalar 0 would widen a bool
+        return part.masked_fill(self._ignored(part, first, stop), 0) if self.masked else part
+
+    def _ignored(self, values: Tensor, first: int, stop: int) -> Tensor:
+        """The mask of what belongs to ignored rows of ``values [stop - first, ...]``."""
+        return self.ignored[first:stop].view(-1, *[1] * (values.dim() - 1))
 
     def spread(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``[size, ...] -> [N, ...]``, zeros where ignored."""
+        """``[size, ...] -> [N, ...]``, zeros where ignored; in place where both are the same."""
         values = values if dtype is None else values.to(dtype)
         if self.index is not None:
             full = values.new_zeros(self.total, *values.shape[1:])
             return full.index_copy_(0, self.index, values)
         if self.masked:
-            mask = self.labelled.view(-1, *[1] * (values.dim() - 1))
-            return torch.where(mask, values, torch.zeros_like(values))
+            values.masked_fill_(self._ignored(values, 0, self.total), 0)
         return values
 
 
@@ -78,9 +84,10 @@ class DeviceRows:
     number stays on the device, and programs whose rows lie past it return at once.
     """
 
-    order: Tensor  # [N] int64, positions of the labelled rows, then of the others
-    count: Tensor  # [1] int64
+    order: Tensor  # [N] int64, positions of the labelled rows, then the last position
+    count: Tensor  # [1] int64; [0] without rows
     labelled: Tensor  # [N] bool
+    through: Tensor  # [N] int64, labelled rows up to and with each position
 
     @property
     def size(self) -> int:
@@ -97,18 +104,20 @@ class DeviceRows:
 
     def spread(self, values: Tensor) -> Tensor:
         """``values [N]`` by labelled row, of which the first ``count`` count, by position."""
-        return self.mask(torch.empty_like(values).index_copy_(0, self.order, values))
+        return self.mask(values[(self.through - 1).clamp_(min=0)])
 
     @staticmethod
     def chosen(among: Tensor) -> DeviceRows:
         """The rows where ``among [N]`` is true, in the place of the labelled."""
-        # A stable sort of one bit: rows stay in order, and nothing waits.
-        order = torch.sort(among.to(torch.uint8), descending=True, stable=True).indices
-        return DeviceRows(order, among.sum().reshape(1), among)
+        through, places = among.cumsum(0), torch.arange(among.numel(), device=among.device)
+        # The k-th row is the first that more than k rows are through with.
+        order = torch.searchsorted(through, places, right=True).clamp_(max=max(0, len(places) - 1))
+        return DeviceRows(order, through[-1:], among, through)
 
     def mask(self, values: Tensor) -> Tensor:
-        """``values [N]``, 0 where ignored."""
-        return torch.where(self.labelled, values, torch.zeros_like(values))
+        """``values [N, ...]``, 0 where ignored."""
+        ignored = (~self.labelled).view(-1, *[1] * (values.dim() - 1))
+        return values.masked_fill(ignored, 0)
 
 
 # What every forward writes for a row, by the names of `Forward`.

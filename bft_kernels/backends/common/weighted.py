@@ -111,7 +111,7 @@ class WeightedSums:
     def weights_of(self, piece: Piece) -> Tensor:
         """Token weight times sequence weight of the rows of a piece, once their nll is known."""
         nll = self.results["nll"][piece.first : piece.stop]
-        labelled = self.rows.take(self.rows.labelled, piece.first, piece.stop)
+        labelled = self.rows.live(piece.first, piece.stop)
         if piece.cu_seqlens is None:
             return local_weights(nll, labelled, self.problem.settings.scheme)
         weights = self.weigh(

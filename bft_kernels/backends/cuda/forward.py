@@ -21,7 +21,7 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
 
     Args:
         inputs: of the call.
-        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
+        results: zeros ``[N]``, or ``[0]``, by the names of ``Forward``; room for the lists.
     """
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     if call.saved == "entries":
@@ -33,7 +33,7 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
         for first in range(0, count, step):
             part = mask[: min(step, count - first)]
             _forward(inputs, results, first, part.shape[0], floors, part)
-            _list_candidates(inputs, part, first, results["counts"], results["columns"])
+            _list_candidates(inputs, part, first, results)
     else:
         _forward(inputs, results, 0, count)
     if call.variance:
@@ -91,9 +91,9 @@ def find_floors(inputs: Inputs) -> Tensor:
 
 
 def _list_candidates(
-    inputs: Inputs, mask: Tensor, first_row: int, counts: Tensor, columns: Tensor
+    inputs: Inputs, mask: Tensor, first_row: int, results: dict[str, Tensor]
 ) -> None:
-    """Appends the columns of the bits of ``mask`` to ``columns``, and to ``counts``.
+    """Appends the columns of the bits of ``mask`` to ``columns``.
 
     Rows that end past the room have no list, and are computed again in the backward.
     """
@@ -103,17 +103,17 @@ def _list_candidates(
         first_row=first_row,
         rows=rows,
         mask_ptr=ptr(mask),
-        counts_ptr=out(counts),
+        counts_ptr=out(results["counts"]),
         stream=stream(),
     )
-    offsets = offsets_of(counts)
+    offsets_of(results["counts"], out=results["offsets"])
     _cuda.list_entries(
         problem=problem,
         first_row=first_row,
         rows=rows,
         mask_ptr=ptr(mask),
-        offsets_ptr=ptr(offsets),
-        columns_ptr=out(columns),
-        capacity=columns.numel(),
+        offsets_ptr=ptr(results["offsets"]),
+        columns_ptr=out(results["columns"]),
+        capacity=results["columns"].numel(),
         stream=stream(),
     )

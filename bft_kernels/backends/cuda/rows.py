@@ -59,37 +59,23 @@ def softmax_rows(
     )
 
 
-def certificate_rows(
-    rows: LogitRows,
-    lse: Tensor,  # [N]
-    norms: Tensor | None,  # [V]
-    variance: Tensor,  # [N]
-    hidden_variance: Tensor,  # [N] or [0]
-) -> None:
+def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]) -> None:
     """The certificate of the rows, once their lse is known."""
     _cuda.certificate_rows(
         rows=_native(rows),
-        lse_ptr=ptr(lse),
+        lse_ptr=ptr(results["lse"]),
         eps=rows.settings.eps,
-        variance_ptr=out(variance),
+        variance_ptr=out(results["variance"]),
         norms_ptr=ptr(norms),
-        hidden_variance_ptr=out(hidden_variance),
+        hidden_variance_ptr=out(results["hidden_variance"]),
         stream=stream(),
     )
 
 
-def list_rows(
-    rows: LogitRows,
-    mask: Tensor,  # [n, ceil(V / 32)] int32
-    seed: Tensor,  # []
-    lse: Tensor,  # [N]
-    nll: Tensor,  # [N]
-    counts: Tensor,  # [N] int64
-    columns: Tensor,  # [capacity] int32
-    values: Tensor,  # [capacity] float32
-) -> None:
-    """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``."""
+def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
+    """Appends what is kept of the set bits to ``columns`` and ``values``."""
     native, eps = _native(rows), rows.settings.eps
+    lse, nll, counts = results["lse"], results["nll"], results["counts"]
     _cuda.thin_rows(
         rows=native,
         lse_ptr=ptr(lse),
@@ -100,7 +86,7 @@ def list_rows(
         counts_ptr=out(counts),
         stream=stream(),
     )
-    offsets = offsets_of(counts)
+    offsets_of(counts, out=results["offsets"])
     _cuda.list_rows(
         rows=native,
         lse_ptr=ptr(lse),
@@ -108,10 +94,10 @@ def list_rows(
         seed_ptr=ptr(seed),
         eps=eps,
         mask_ptr=ptr(mask),
-        offsets_ptr=ptr(offsets),
-        columns_ptr=out(columns),
-        values_ptr=out(values),
-        capacity=columns.numel(),
+        offsets_ptr=ptr(results["offsets"]),
+        columns_ptr=out(results["columns"]),
+        values_ptr=out(results["values"]),
+        capacity=results["columns"].numel(),
         stream=stream(),
     )
 

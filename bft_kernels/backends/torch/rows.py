@@ -95,7 +95,7 @@ class TorchRows:
             *keys, columns, self.settings.eps, self.scratch.draws[:, : p.shape[0]]
         )
         kept = (draws < p).scatter_(1, tile.target[:, None], True)
-        live = self.rows.take(self.rows.labelled, first, stop)
+        live = self.rows.live(first, stop)
         row, column = kept.logical_and_(live[:, None]).nonzero(as_tuple=True)
         value = torch.where(
             column == tile.target[row],

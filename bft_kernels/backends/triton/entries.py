@@ -198,9 +198,10 @@ def _list_entries_kernel(
 
 
 def list_candidates(
-    inputs: Inputs, mask: Tensor, first_row: int, counts: Tensor, columns: Tensor
+    inputs: Inputs, mask: Tensor, first_row: int, results: dict[str, Tensor]
 ) -> None:
-    """Appends the columns of the bits of ``mask [R, WORDS]`` to ``columns``, and to ``counts``."""
+    """Appends the columns of the bits of ``mask [R, WORDS]`` to ``columns``."""
+    counts, columns = results["counts"], results["columns"]
     where = _where(mask, inputs.target, inputs.rows.order, inputs.rows.count, first_row)
     where |= {"V": inputs.shape[1]}
     _count_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **where)
@@ -210,7 +211,7 @@ def list_candidates(
         seed_ptr=None,
         lse_ptr=None,
         nll_ptr=None,
-        offsets_ptr=offsets_of(counts),
+        offsets_ptr=offsets_of(counts, out=results["offsets"]),
         columns_ptr=columns,
         values_ptr=None,
         capacity=columns.numel(),
@@ -224,26 +225,19 @@ def list_candidates(
     )
 
 
-def list_rows(
-    rows: LogitRows,
-    mask: Tensor,  # [R, WORDS] int32
-    seed: Tensor,  # []
-    lse: Tensor,  # [N]
-    nll: Tensor,  # [N]
-    counts: Tensor,  # [N] int64
-    columns: Tensor,  # [capacity] int32
-    values: Tensor,  # [capacity] float32
-) -> None:
-    """Appends what is kept of the set bits to ``columns`` and ``values``, and to ``counts``."""
+def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
+    """Appends what is kept of the set bits of ``mask [R, WORDS]`` to ``columns`` and ``values``."""
+    counts, columns = results["counts"], results["columns"]
     arguments = row_arguments(rows)
     del arguments["BLOCK"], arguments["num_warps"]  # of passes over logits
     shared = arguments | _where(mask, rows.target, rows.order, rows.count, rows.first_row)
-    shared |= {"seed_ptr": seed, "lse_ptr": lse, "nll_ptr": nll, "eps": rows.settings.eps}
+    shared |= {"seed_ptr": seed, "eps": rows.settings.eps}
+    shared |= {"lse_ptr": results["lse"], "nll_ptr": results["nll"]}
     _thin_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)
     _list_entries_kernel[(mask.shape[0],)](
-        offsets_ptr=offsets_of(counts),
+        offsets_ptr=offsets_of(counts, out=results["offsets"]),
         columns_ptr=columns,
-        values_ptr=values,
+        values_ptr=results["values"],
         capacity=columns.numel(),
         VALUES=True,
         **shared,

@@ -382,7 +382,7 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
 
     Args:
         inputs: of the call.
-        results: ``[N]`` zeros by the names of ``Forward``, or ``[0]``; ``counts``, ``columns``.
+        results: zeros ``[N]``, or ``[0]``, by the names of ``Forward``; room for the lists.
     """
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     per_row = {name: results[name] for name in ROW_RESULTS}
@@ -396,7 +396,7 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
         for first in range(0, count, step):
             part = mask[: min(step, count - first)]
             tiled.run(first, part.shape[0], part)
-            list_candidates(inputs, part, first, results["counts"], results["columns"])
+            list_candidates(inputs, part, first, results)
     else:
         TiledForward(inputs, None, None, per_row).run(0, count, None)
     if call.variance:

@@ -121,17 +121,18 @@ def _gather_hidden_kernel(
         tl.store(grad_hidden_ptr + row * D + offs_d, tl.sum(sums, axis=0), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["few"])
 def _gather_weight_kernel(
     hidden_ptr,  # [N, D]
     starts_ptr,  # [V + 1] int64, first entry of each column among the sorted
     rows_ptr,  # [E] int32, sorted by column
     values_ptr,  # [E] float32, sorted likewise
-    skip_ptr,  # [V] bool, columns that a dense product takes
+    ranks_ptr,  # [V + 1] int32, below `few` for columns that a dense product takes
     grad_weight_ptr,  # [V, D]
     grad_bias_ptr,  # [V] float32
     stride_hn,
     stride_gv,
+    few,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -158,7 +159,7 @@ def _gather_weight_kernel(
         before = tl.load(grad_bias_ptr + column)
         tl.store(grad_bias_ptr + column, before + tl.sum(total, axis=0))
     if WANTS_WEIGHT:
-        if tl.load(skip_ptr + column) != 0:
+        if tl.load(ranks_ptr + column) < few:
             return
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
@@ -286,11 +287,12 @@ def _gather_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) 
     del keys, bounds
     rows, values = listed.rows[order], listed.values[order]
     del order
-    skip = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    few, ranks = min(DENSE_COLUMNS, vocabulary // 8), None
     if into.weight is not None:
-        dense = starts.diff().topk(min(DENSE_COLUMNS, vocabulary // 8)).indices
-        skip.index_fill_(0, dense, True)
-        _dense_weight(inputs, dense, listed, into.weight, adds)
+        dense = starts.diff().topk(few).indices
+        ranks = torch.full((vocabulary + 1,), few, dtype=torch.int32, device=device)
+        ranks[dense] = torch.arange(few, dtype=torch.int32, device=device)
+        _dense_weight(inputs, dense, ranks, listed, into.weight, adds)
     # Most columns have few entries: many programs at once, of few warps, wait for their first rows.
     block_d = min(2048, triton.next_power_of_2(width))
     slices = triton.cdiv(width, block_d) if into.weight is not None else 1
@@ -299,11 +301,12 @@ def _gather_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) 
         starts_ptr=starts,
         rows_ptr=rows,
         values_ptr=values,
-        skip_ptr=skip,
+        ranks_ptr=ranks,
         grad_weight_ptr=into.weight,
         grad_bias_ptr=into.bias,
         stride_hn=inputs.hidden.stride(0),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
+        few=few,
         D=width,
         OPERAND=arguments_of(inputs)["OPERAND"],
         ADDS=adds,
@@ -337,30 +340,35 @@ def _fill_table_kernel(
 
 
 def _dense_weight(
-    inputs: Inputs, dense: Tensor, listed: Listed, grad_weight: Tensor, adds: bool
+    inputs: Inputs, dense: Tensor, ranks: Tensor, listed: Listed, grad_weight: Tensor, adds: bool
 ) -> None:
-    """``dW[dense] = P @ H``, or ``+=``: ``P [K, N]`` holds the entries of columns ``dense [K]``."""
-    count, vocabulary, _ = inputs.shape
+    """``dW[dense] = P @ H``, or ``+=``: ``P [K, N]`` holds the entries of columns ``dense [K]``.
+
+    ``ranks [V + 1]`` are their places in ``dense``, or K.
+    """
+    count = inputs.shape[0]
     few, places = dense.numel(), listed.keys.numel()
     if few == 0:
         return
-    ranks = torch.full((vocabulary + 1,), few, dtype=torch.int32, device=dense.device)
-    ranks[dense] = torch.arange(few, dtype=torch.int32, device=dense.device)
     rest = torch.zeros(few, count, dtype=torch.float32, device=dense.device)
     _fill_table_kernel[(triton.cdiv(places, 1024),)](
         *listed, ranks, rest, places, count, few, BLOCK=1024
     )
     hidden = as_operand(inputs.hidden, inputs.call.operand, torch.float32)
-    hidden = torch.where(inputs.rows.labelled[:, None], hidden, hidden.new_zeros(()))
+    hidden = inputs.rows.mask(hidden)
     if hidden.dtype == torch.float32:
         total = multiply(rest, hidden, torch.float32)
     else:  # a narrow type holds the values in two parts, to twice its precision
-        scale = scale_for(rest.view(-1), rest, 1.0, 0.0)
-        rest.mul_(scale)
+        scale = None
+        if hidden.dtype == torch.float16:
+            scale = scale_for(rest.view(-1), rest, 1.0, 0.0)
+            rest.mul_(scale)
         part = rest.to(hidden.dtype)
         total = multiply(part, hidden, torch.float32)
         part = rest.sub_(part).to(hidden.dtype)
-        total.add_(multiply(part, hidden, torch.float32)).div_(scale)
+        total.add_(multiply(part, hidden, torch.float32))
+        if scale is not None:
+            total.div_(scale)
     if adds:
         total += grad_weight[dense].float()
     grad_weight[dense] = total.to(grad_weight.dtype)

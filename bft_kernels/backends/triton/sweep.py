@@ -333,21 +333,13 @@ def softmax_rows(
     )
 
 
-def certificate_rows(
-    rows: LogitRows,
-    lse: Tensor,  # [N]
-    norms: Tensor | None,  # [V]
-    variance: Tensor,  # [N]
-    hidden_variance: Tensor,  # [N] or [0]
-) -> None:
+def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]) -> None:
     """The certificate of the rows of a buffer, once their lse is known."""
     _certificate_rows_kernel[(rows.logits.shape[0],)](
         order_ptr=rows.order,
         count_ptr=rows.count,
-        lse_ptr=lse,
         norms_ptr=norms,
-        variance_ptr=variance,
-        hidden_variance_ptr=hidden_variance,
+        **{f"{name}_ptr": results[name] for name in ("lse", "variance", "hidden_variance")},
         first_row=rows.first_row,
         eps=rows.settings.eps,
         HAS_NORMS=norms is not None,
