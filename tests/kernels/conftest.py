@@ -123,13 +123,16 @@ MARK = 123
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """What ``torch.empty`` and ``torch.zeros`` make has marks around it, which must stay; in empty
-    tensors an unwritten element shows, as NaN where there is one.
+    """What ``torch.empty``, ``torch.zeros`` and the same methods of tensors make has marks around
+    it, which must stay; in empty tensors an unwritten element shows, as NaN where there is one.
     """
     made = []
 
     def guard(filled):
         def allocate(*shape, dtype=None, device=None):
+            if isinstance(shape[0], Tensor):  # a method of it
+                like, *shape = shape
+                dtype, device = dtype or like.dtype, device or like.device
             shape = torch.Size(shape[0] if shape and not isinstance(shape[0], int) else shape)
             dtype = dtype or torch.float32
             whole = torch.full((shape.numel() + 2 * GUARD,), MARK, dtype=dtype, device=device)
@@ -142,6 +145,8 @@ def guarded(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", guard(filled=True))
     monkeypatch.setattr(torch, "zeros", guard(filled=False))
+    monkeypatch.setattr(Tensor, "new_empty", guard(filled=True))
+    monkeypatch.setattr(Tensor, "new_zeros", guard(filled=False))
     yield
     monkeypatch.undo()
     for whole in made:

@@ -5,7 +5,7 @@ import torch
 
 from bft_kernels import linear_nll
 from bft_kernels.backends import cuda
-from bft_kernels.backends.common import logit_rows
+from bft_kernels.backends.common import logit_rows, on_device
 from bft_kernels.backends.cuda import native
 from bft_kernels.dispatch import why_not
 from tests.support.problems import assert_close, draw_problem
@@ -26,6 +26,13 @@ def test_says_why_it_does_not_run(monkeypatch):
     assert "bft_kernels._cuda is not built" in why_not("cuda", p.hidden, p.weight)[0]
 
 
+@pytest.fixture(params=["tiles", "chunks"])
+def engine(request, monkeypatch):
+    """Of the forward."""
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: request.param == "chunks")
+
+
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
 def test_operands_stored_in_another_type(emulated_device, stored, gradient, monkeypatch):
@@ -51,6 +58,7 @@ def test_operands_stored_in_another_type(emulated_device, stored, gradient, monk
         assert_close(got, want, 1e-5 if how and kind == 0 else 2**-6)
 
 
+@pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
 def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
     p = draw_problem(9, 6, 40, bias=True, dtype=torch.float32, frozen=frozen)
@@ -60,6 +68,7 @@ def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
     assert ("weight_gradient" in emulated_device.launches) == (not frozen)
 
 
+@pytest.mark.usefixtures("engine")
 def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch):
     p = draw_problem(21, 12, 180, dtype=torch.float32, scale=2.0)
     how, grads = sampled_options(p), []

@@ -210,7 +210,7 @@ CHUNK_ROWS = 256
 
 
 def takes_chunks(rows: int, vocabulary: int, budget: int) -> bool:
-    """Whether the ``triton`` backend's forward keeps logits in a buffer, chunk by chunk.
+    """Whether kernels on a device should be given logits in a buffer, chunk by chunk.
 
     A logit takes 4 bytes, and for the sampled gradient a bit.
     """

@@ -82,8 +82,8 @@ def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
     unit = hidden.new_empty(0, hidden.shape[1], dtype=storage(hidden.dtype))
     if wants_unit:
         into = _places(kernels, problem, Wanted(True, False, False), unit.dtype, unit.dtype)
-        kernels.recompute(inputs, _known(results, inputs.rows.labelled.float()), None, into,
-                          adds=False)  # fmt: skip
+        known = _known(results, inputs.rows.labelled.float())
+        kernels.recompute(inputs, known, None, into, adds=False)
         assert into.hidden is not None
         unit = into.hidden.to(unit.dtype)
     return packed(problem, results, unit)

@@ -85,7 +85,7 @@ class DeviceRows:
     """
 
     order: Tensor  # [N] int64, positions of the labelled rows, then the last position
-    count: Tensor  # [1] int64; [0] without rows
+    count: Tensor  # [1] int64
     labelled: Tensor  # [N] bool
     through: Tensor  # [N] int64, labelled rows up to and with each position
 
@@ -112,7 +112,8 @@ class DeviceRows:
         through, places = among.cumsum(0), torch.arange(among.numel(), device=among.device)
         # The k-th row is the first that more than k rows are through with.
         order = torch.searchsorted(through, places, right=True).clamp_(max=max(0, len(places) - 1))
-        return DeviceRows(order, through[-1:], among, through)
+        count = through[-1:] if len(places) else places.new_zeros(1)
+        return DeviceRows(order, count, among, through)
 
     def mask(self, values: Tensor) -> Tensor:
         """``values [N, ...]``, 0 where ignored."""

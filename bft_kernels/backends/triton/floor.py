@@ -1,4 +1,4 @@
-"""A bound of lse that is there before the first logit; see ``gpu.floor``."""
+"""A bound of lse that is there before the first logit; see ``common.lse_bound``."""
 
 from __future__ import annotations
 
