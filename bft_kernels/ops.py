@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import problem as problems
+from bft_kernels import weighting
 from bft_kernels.checks import (
     check_bias,
     check_boundary_values,
@@ -30,7 +31,7 @@ from bft_kernels.checks import (
     check_items,
     check_waiting,
 )
-from bft_kernels.dispatch import Engine, select, select_balanced_loss
+from bft_kernels.dispatch import Engine, offered, select
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, check_values, storage, traits_of
@@ -317,7 +318,9 @@ def balanced_loss(
 ) -> tuple[Tensor, ...]:
     """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
     settings = Settings(*rest)
-    function = select_balanced_loss(settings.backend, traits_of(loss))
+    function = (
+        offered("balanced_loss", settings.backend, traits_of(loss)) or weighting.balanced_loss
+    )
     cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
     with torch.cuda.device_of(loss):
         return tuple(function(loss, labelled, cu_seqlens, num_items, settings))

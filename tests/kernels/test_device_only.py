@@ -162,7 +162,7 @@ def device(request, monkeypatch):
     implementation = importlib.import_module(f"bft_kernels.backends.{device.backend}.engine")
     monkeypatch.setattr(ops, "select", lambda *_: implementation)
     if device.backend != "torch":
-        monkeypatch.setattr(ops, "select_balanced_loss", lambda *_: implementation.balanced_loss)
+        monkeypatch.setattr(ops, "offered", lambda *_: implementation.balanced_loss)
     return device
 
 

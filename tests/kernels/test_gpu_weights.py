@@ -14,7 +14,7 @@ import torch
 
 from bft_kernels import balanced_linear_cross_entropy, ops, reference, weighting
 from bft_kernels.backends.cuda import native
-from bft_kernels.dispatch import select_balanced_loss
+from bft_kernels.dispatch import offered
 from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import SCHEMES, Settings
@@ -401,7 +401,7 @@ def test_runs_where_the_backend_runs(triton):
     narrow = wide.float()
 
     def chosen(name, loss):
-        return select_balanced_loss(name, traits_of(loss))
+        return offered("balanced_loss", name, traits_of(loss))
 
     assert chosen("triton", narrow) is balanced_loss
     assert (chosen("auto", narrow) is balanced_loss) == (DEVICE == "cuda")
