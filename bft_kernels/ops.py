@@ -318,9 +318,8 @@ def balanced_loss(
 ) -> tuple[Tensor, ...]:
     """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
     settings = Settings(*rest)
-    function = (
-        offered("balanced_loss", settings.backend, traits_of(loss)) or weighting.balanced_loss
-    )
+    own = offered("balanced_loss", settings.backend, traits_of(loss))
+    function = own or weighting.balanced_loss
     cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
     with torch.cuda.device_of(loss):
         return tuple(function(loss, labelled, cu_seqlens, num_items, settings))

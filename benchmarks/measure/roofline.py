@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES, plan_rows
-
 from benchmarks.shapes import Shape
+from bft_kernels.backends.common.chunked import plan_rows
+from bft_kernels.problem import ACCELERATOR_BUFFER_BYTES
 
 # Bytes of an element; float32 products are TF32's.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from bft_kernels.backends.common.plan import takes_chunks
 
+from bft_kernels.backends.common.chunked import takes_chunks
 from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
