@@ -1,4 +1,4 @@
-"""The ``cpu`` backend's block sizes, from the byte budget and the caches; see ``common.chunked``."""
+"""The ``cpu`` backend's block sizes, from the byte budget and the caches; see ``chunked``."""
 
 from __future__ import annotations
 
