@@ -39,8 +39,8 @@ RULES = [
         CODE,
         ("bft_kernels/weighting.py", "bft_kernels/reference.py"),
     ),
-    Rule(r"\bshare\b ?[=:,)\[]", "token_scale or normalizer", CODE, ("bft_kernels/reference.py",)),
-    Rule(r"\bwide\b ?[=:,)]", "acc_dtype, or what is wide", CODE),
+    Rule(r"\bshare\b ?[=\[]", "token_scale or normalizer", CODE, ("bft_kernels/reference.py",)),
+    Rule(r"\bwide\b ?[=:)]", "acc_dtype, or what is wide", CODE),
 ]
 
 
