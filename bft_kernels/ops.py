@@ -43,7 +43,7 @@ from bft_kernels.results import (
     Saved,
     WeightedLoss,
 )
-from bft_kernels.settings import LOCAL_SCHEMES, Settings
+from bft_kernels.settings import LOCAL_SCHEMES, NAMES, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
@@ -313,7 +313,7 @@ def _(
         f"{SETTINGS_SCHEMA}) -> ({_fields(BalancedLoss)})"
     ),
 )
-def balanced_loss(
+def balanced_loss_op(
     loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
@@ -325,7 +325,19 @@ def balanced_loss(
         return tuple(function(loss, labelled, cu_seqlens, num_items, settings))
 
 
-@balanced_loss.register_fake
+def balanced_loss(
+    loss: Tensor,  # [N], 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    settings: Settings,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`."""
+    values = [getattr(settings, name) for name in NAMES]
+    return BalancedLoss(*balanced_loss_op(loss, labelled, cu_seqlens, num_items, *values))
+
+
+@balanced_loss_op.register_fake
 def _(
     loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
