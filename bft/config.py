@@ -70,7 +70,7 @@ class LossOptions:
     backend: str = "auto"
     """Backend of the loss, see `bft info`."""
     max_buffer_mib: int | None = None
-    """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
+    """Memory of the loss's logit blocks; 64 on a CPU, 528 or 2048 on a GPU if not given."""
 
     def loss(self) -> HeadLoss:
         """The loss that these options describe; raises what ``HeadLoss`` does if there is none."""

@@ -131,7 +131,8 @@ class HeadLoss:
 
 def _check_backend(name: str) -> None:
     """Raises ValueError for a name that is no backend's, on whatever device it is to run."""
-    hidden, weight = torch.zeros(0, 1, device="cpu"), torch.zeros(1, 1, device="cpu")
+    hidden = torch.zeros(0, 1, dtype=torch.float32, device="cpu")
+    weight = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
     target = torch.zeros(0, dtype=torch.int64, device="cpu")
     with contextlib.suppress(RuntimeError):  # a backend that does not run on a CPU
         linear_nll(hidden, weight, target, backend=name)

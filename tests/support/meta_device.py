@@ -160,5 +160,5 @@ def put_under(backend, request, monkeypatch):
     implementation = importlib.import_module(f"bft_kernels.backends.{backend}.engine")
     monkeypatch.setattr(ops, "select", lambda *_: implementation)
     if backend != "torch":
-        monkeypatch.setattr(ops, "select_balanced_loss", lambda *_: implementation.balanced_loss)
+        monkeypatch.setattr(ops, "offered", lambda *_: implementation.balanced_loss)
     return device
