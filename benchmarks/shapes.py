@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,22 @@ ON_A_GPU = (
 )
 # For Triton's interpreter, which takes about a second for a step of this.
 REHEARSAL = (Shape(8, 16, 64),)
+
+
+def shape_of(text: str) -> Shape:
+    """By the name of a head, or by its sizes: rows x width x vocabulary, as in 1500x320x20000.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+        raise ValueError(
+            f"shapes: got {text!r}, expected rows x width x vocabulary (N x D x V) such as "
+            f"1500x320x20000, or some of {', '.join(SHAPES)}"
+        )
+    return Shape(*map(int, text.split("x")))
 
 
 def name_of(shape: Shape) -> str:

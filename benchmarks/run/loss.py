@@ -21,7 +21,7 @@ from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
-from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
+from benchmarks.shapes import TOKENS, Problem, Recorded, Shape, Source, make_problem, shape_of
 
 Row = dict[str, Any]
 _MODES = {
@@ -41,11 +41,12 @@ class Config:
     """
 
     shapes: tuple[str, ...] = ("smollm2-135m",)
-    """Heads of models (benchmarks/README.md lists them) or tiny, with synthetic inputs."""
+    """Sizes of your own, rows x width x vocabulary as in 1500x320x20000, or heads of models
+    (benchmarks/README.md lists them) or tiny; inputs are synthetic."""
     inputs: tuple[Path, ...] = ()
     """Instead of shapes: inputs of real models, written by `python -m benchmarks record`."""
     tokens: int | None = None
-    """Instead of 2048."""
+    """Rows, instead of 2048, or of the first of a shape's sizes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     providers: tuple[str, ...] = tuple(PROVIDERS)
@@ -105,9 +106,7 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
             )
         yield path.stem, Recorded(path, config.tokens or TOKENS)
     for name in () if config.inputs else config.shapes:
-        if name not in SHAPES:
-            raise ValueError(f"shapes: got {name!r}, expected some of {', '.join(SHAPES)}")
-        shape = SHAPES[name]
+        shape = shape_of(name)
         yield name, replace(shape, tokens=config.tokens or shape.tokens)
 
 

@@ -155,10 +155,25 @@ def test_recorded_inputs_are_told(tmp_path, capsys):
     assert "abstracts (recorded inputs)" in capsys.readouterr().out
 
 
+def test_sizes_of_ones_own_are_measured(tmp_path):
+    path = tmp_path / "results.csv"
+    own = {"shapes": ("48x16x500",), "tokens": None, "errors": False, "providers": ("eager",)}
+    loss.main(config(**own, output=path))
+    assert {
+        tuple(row[name] for name in ("shape", "tokens", "width", "vocabulary"))
+        for row in read(path)
+    } == {("48x16x500", "48", "16", "500")}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shapes": ("gpt-5",)}, "shapes: got 'gpt-5', expected some of tiny, smollm2-135m"),
+        (
+            {"shapes": ("gpt-5",)},
+            r"'gpt-5', expected rows x width .* 1500x320x20000, or some of tiny, smollm2-135m",
+        ),
+        ({"shapes": ("8x0x9",)}, "shapes: got '8x0x9', expected rows x width x vocabulary"),
+        ({"shapes": ("8x9",)}, "shapes: got '8x9'"),
         (
             {"providers": ("egaer",)},
             "providers: got 'egaer', expected module:function or some of eager",
