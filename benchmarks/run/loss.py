@@ -21,7 +21,16 @@ from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
-from benchmarks.shapes import TOKENS, Problem, Recorded, Shape, Source, make_problem, shape_of
+from benchmarks.shapes import (
+    TOKENS,
+    Problem,
+    Recorded,
+    Shape,
+    Source,
+    load_recorded,
+    make_problem,
+    shape_of,
+)
 
 Row = dict[str, Any]
 _MODES = {
@@ -44,7 +53,8 @@ class Config:
     """Sizes of your own, rows x width x vocabulary as in 1500x320x20000, or heads of models
     (benchmarks/README.md lists them) or tiny; inputs are synthetic."""
     inputs: tuple[Path, ...] = ()
-    """Instead of shapes: inputs of real models, written by `python -m benchmarks record`."""
+    """Instead of shapes: inputs of real models, of `python -m benchmarks record` or your own
+    (benchmarks/README.md has the format)."""
     tokens: int | None = None
     """Rows, instead of 2048, or of the first of a shape's sizes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
@@ -100,10 +110,7 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
-        if not path.is_file():
-            raise ValueError(
-                f"inputs: got {path}, expected a file of `python -m benchmarks record`"
-            )
+        load_recorded(path)
         yield path.stem, Recorded(path, config.tokens or TOKENS)
     for name in () if config.inputs else config.shapes:
         shape = shape_of(name)

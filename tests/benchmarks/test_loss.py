@@ -182,12 +182,41 @@ def test_sizes_of_ones_own_are_measured(tmp_path):
         ({"modes": ("backward",)}, "modes: got 'backward', expected some of forward"),
         ({"repeats": 0}, "repeats: got 0"),
         ({"tokens": 0}, "tokens: got 0"),
-        ({"inputs": (Path("nowhere.pt"),)}, "inputs: got nowhere.pt, expected a file"),
+        ({"inputs": (Path("nowhere.pt"),)}, r"inputs: got nowhere\.pt .*No such file.* expected a"),
     ],
 )
 def test_refuses_bad_settings(settings, message):
     with pytest.raises(SystemExit, match=message):
         loss.main(config(**settings))
+
+
+HIDDEN, WEIGHT, TARGET = torch.zeros(6, 4), torch.zeros(9, 4), torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ({"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET}, "dict"),
+        ((HIDDEN, WEIGHT), "tuple"),
+        (HIDDEN, "Tensor"),
+        ((HIDDEN, WEIGHT[:, :3], TARGET), r"\(6, 4\) float32, \(9, 3\) float32, \(6,\) int64"),
+        ((HIDDEN, WEIGHT, TARGET[:5]), r"\(6, 4\) float32, \(9, 4\) float32, \(5,\) int64"),
+        ((HIDDEN[None], WEIGHT, TARGET[None]), r"\(1, 6, 4\) float32"),
+        ((HIDDEN, WEIGHT, TARGET.int()), ".* int32"),
+        ((HIDDEN.long(), WEIGHT, TARGET), r"\(6, 4\) int64"),
+        ((HIDDEN, WEIGHT[:5], TARGET), ".* int64"),  # one target is no row of it
+        ((HIDDEN[:0], WEIGHT, TARGET[:0]), r"\(0, 4\) float32"),
+    ],
+)
+def test_inputs_of_another_form_are_refused_in_one_line(tmp_path, content, got):
+    path = tmp_path / "own.pt"
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match=rf"^inputs: got .*own\.pt with {got}.*, expected a file"):
+        loss.main(config(inputs=(path,)))
+    path.write_text("no such thing\n")
+    with pytest.raises(SystemExit, match=r"^inputs: got .*own\.pt \(.*, expected a file") as error:
+        loss.main(config(inputs=(path,)))
+    assert "\n" not in str(error.value)
 
 
 def test_refuses_a_file_with_other_columns(tmp_path):
