@@ -188,10 +188,10 @@ def _show(rows: Sequence[Row], device: str) -> None:
         for row in (bare, *timed(same)):
             cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                promised = {
+                expected = {
                     f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
                 }
-                cells.append(["  certified", *(FIGURES[name](promised) for name in _SHOWN)])
+                cells.append(["  expected", *(FIGURES[name](expected) for name in _SHOWN)])
         show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):
         print(f"missing: {text}")

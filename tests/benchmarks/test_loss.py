@@ -139,6 +139,7 @@ def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
         assert row["seconds"] == row["times_g"] == row["extra_bytes"] == ""
         assert reason in row["reason"]
     printed = capsys.readouterr().out
+    assert "  expected " in printed
     assert "missing: trl (bft forward, bft both): failed: ValueError: no such luck" in printed
     assert "synthetic inputs" in printed
 
