@@ -49,6 +49,7 @@ class Finding:
     # "ok", "refused" (training would say so, too), "not compared" (the model has nothing to compare
     # with), "WRONG"
     verdict: str
+    limit: float | None = None  # relative error up to which it is ok
 
 
 def check(config: CheckConfig) -> list[Finding]:
@@ -231,12 +232,15 @@ class _Trial:
     def _close(self, what: str, got: float, want: float) -> Finding:
         error = abs(got - want) / max(abs(want), 1e-30)
         verdict = "ok" if error <= self.loss_error else "WRONG"
-        return Finding(what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", verdict)
+        return Finding(
+            what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", verdict, self.loss_error
+        )
 
     def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
         error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
         verdict = "ok" if error <= self.loss_error else "WRONG"
-        return Finding(what, f"largest error of a token {error:.1e}", "the same nll", verdict)
+        told = f"largest error of a token {error:.1e}"
+        return Finding(what, told, "the same nll", verdict, self.loss_error)
 
     def _same_gradients(
         self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
@@ -252,7 +256,8 @@ class _Trial:
         }
         worst = max(errors, key=errors.__getitem__)
         verdict = "ok" if errors[worst] <= self.gradient_error else "WRONG"
-        return Finding(what, f"largest error {errors[worst]:.1e} ({worst})", "the same", verdict)
+        told = f"largest error {errors[worst]:.1e} ({worst})"
+        return Finding(what, told, "the same", verdict, self.gradient_error)
 
 
 def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:
@@ -282,11 +287,12 @@ def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what:
 
 def _show(config: CheckConfig, findings: list[Finding]) -> None:
     table = Table(title=f"{config.model} on {config.file}")
-    for column in ("checked", "got", "expected", ""):
+    for column in ("checked", "got", "limit", "expected", ""):
         table.add_column(column, overflow="fold")
     for finding in findings:
         got = finding.got.partition(";")[0]  # the file has it whole
-        table.add_row(finding.what, got, finding.expected, finding.verdict)
+        limit = "" if finding.limit is None else f"{finding.limit:.0e}"
+        table.add_row(finding.what, got, limit, finding.expected, finding.verdict)
     Console().print(table)
     if config.output is not None:
         write_json(config.output, [asdict(finding) for finding in findings])

@@ -143,7 +143,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 def test_readmes_figure_is_of_the_rows(monkeypatch, tmp_path):
     texts = [text.get_text() for text in gain.draw().findobj(Text)]
-    assert {"1.13", "20.8", "2,122", "bft sampled"} <= set(texts)
+    assert {"1.13", "20.8", "3.48", "3.87", "2,122", "bft sampled", "bft exact"} <= set(texts)
     monkeypatch.setattr(gain, "FOLDER", tmp_path)
     with pytest.raises(
         ValueError, match=r"no row with provider 'bft cpu sampled', shape 'smollm2-135m'"
