@@ -36,7 +36,10 @@ def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None)
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        raise SettingError(f"model: expected a checkpoint folder with a config.json, got {path}")
+        told = f"model: expected a checkpoint folder with a config.json, got {path}"
+        if (path / "adapter_config.json").is_file():
+            told += f", an adapter alone; a run's whole model is the folder above it, {path.parent}"
+        raise SettingError(told)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _on_hub(name)
     raise SettingError(f"model: expected {_NAMES}, got {name!r}")
