@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure.growth import fit, predict
+from benchmarks.measure.growth import can_fit, fit, predict
 from benchmarks.measure.memory import keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
 from benchmarks.measure.timing import Timing, bare_product, step, time_turns
@@ -107,9 +107,8 @@ def main(config: Config) -> None:
         }
         for shape, times in zip(shapes, measured, strict=True)
     ]
-    varied = min(len(set(config.tokens)), len(set(config.vocabularies))) > 1
-    told = _fit(shapes, rows) if varied else _NO_FIT
-    figures = _FIGURES | (_FITTED if varied else {})
+    told = _fit(shapes, rows) if can_fit(shapes) else _NO_FIT
+    figures = _FIGURES | (_FITTED if can_fit(shapes) else {})
     cells = [list(figures), *([write(row) for write in figures.values()] for row in rows)]
     show(f"{case}, {config.dtype}, {config.device}", cells)
     print(told)

@@ -118,6 +118,9 @@ def test_growth_draws_the_fitted_line_through_exact_times(folder):
     points, line = axes.lines[:2]
     ends = line.get_ydata()[[0, -1]]
     np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
+    one = [row for row in read(folder / "scale.csv") if row["vocabulary"] == "1000"]
+    (panel,) = panels.growth_figures(one)["scale"]
+    assert len(render([panel]).axes[0].lines) == 1  # the points alone
 
 
 def test_training_has_a_panel_a_limit(folder):
