@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES
 from torch import Tensor
 
-from bft_kernels.problem import Problem
+from bft_kernels.problem import ACCELERATOR_BUFFER_BYTES, Problem
 from bft_kernels.results import Documents, Saved, Wanted
 from bft_kernels.settings import SCHEMES, Settings
 
