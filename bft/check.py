@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -27,8 +28,7 @@ from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
 from bft.limits import check_fits
-from bft.load import load_pretrained
-from bft.lora import add_adapters
+from bft.load import add_adapters, load_pretrained
 from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
@@ -50,6 +50,13 @@ class Finding:
     # with), "WRONG"
     verdict: str
     limit: float | None = None  # relative error up to which it is ok
+
+
+def told(
+    what: str, got: str, expected: str, right: bool = True, limit: float | None = None
+) -> Finding:
+    """A row that is right or wrong."""
+    return Finding(what, got, expected, "ok" if right else "WRONG", limit)
 
 
 def check(config: CheckConfig) -> list[Finding]:
@@ -87,20 +94,15 @@ class _Trial:
     ) -> None:
         self.model, self.examples, self.config, self.device = model, examples, config, device
         self.collate = collate
-        self.batch = self.to_device(collate(examples))
+        self.batch = send_to_device(collate(examples), device)
         narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
         self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
 
-    def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device) for name, value in batch.items()}
-
     def run(self) -> Iterable[Finding]:
         """Everything that needs no second model."""
-        labelled = int((batch_targets(self.batch)[0] != IGNORE).sum())
+        labelled = int((batch_targets(self.batch).target != IGNORE).sum())
         tokens = sum(len(example.input_ids) for example in self.examples)
-        yield Finding(
-            "records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "", "ok"
-        )
+        yield told("records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "")
         own = self._own_loss()
         want = None if own is None else (own.item(), self._gradients(own))
         with torch.no_grad():
@@ -110,19 +112,14 @@ class _Trial:
             fused = self.model(**self.batch).loss
         except UnsupportedModel as error:
             unpatch_model(self.model)
-            yield Finding("patch", str(error), "a model that the fused loss can express", "WRONG")
+            yield told("patch", str(error), "a model that the fused loss can express", False)
             return
         state = causal_lm(self.model).__dict__["_fused_head"]
         softcap, temperature = state.transform
-        yield Finding(
-            "labels", "shifted by one" if state.shift else "not shifted", "as in its own loss", "ok"
-        )
-        yield Finding(
-            "logits",
-            f"softcap {softcap}, temperature {temperature:g}",
-            "a transform of the op",
-            "ok",
-        )
+        shift = "shifted by one" if state.shift else "not shifted"
+        yield told("labels", shift, "as in its own loss")
+        transform = f"softcap {softcap}, temperature {temperature:g}"
+        yield told("logits", transform, "a transform of the op")
         got = fused.item(), self._gradients(fused)
         unpatch_model(self.model)
         name = "loss, beside the model's own"
@@ -136,12 +133,8 @@ class _Trial:
         yield from self._rows_alone()
         with torch.no_grad():
             same = torch.equal(self._logits(), logits)
-        yield Finding(
-            "logits after unpatching",
-            "the same bits" if same else "changed",
-            "the same bits",
-            "ok" if same else "WRONG",
-        )
+        got_bits = "the same bits" if same else "changed"
+        yield told("logits after unpatching", got_bits, "the same bits", same)
 
     def nll(self) -> Tensor:
         """Of each labelled token of the batch, by the fused loss, ``[N]``."""
@@ -155,9 +148,10 @@ class _Trial:
         The weights are constants of the gradients, whatever the tokens' probabilities do.
         """
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
-        fused = fused_loss(self.model, aligned(self.batch), loss)[0]
+        batch = aligned(self.batch)
+        fused = fused_loss(self.model, batch, loss)[0]
         got = fused.item(), self._gradients(fused)
-        target = batch_targets(self.batch)[0]
+        target = batch["targets"].target
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
         nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
@@ -182,20 +176,16 @@ class _Trial:
             after = self._logits(**(other_tokens(self.batch, later) or {}))
         change = float((after - before)[:, :half].abs().amax() / before.abs().amax())
         sees = change > self.loss_error
-        yield Finding(
-            "later tokens seen by earlier positions",
-            f"change of {change:.1e}" if sees else "no",
-            "no",
-            "WRONG" if sees else "ok",
-        )
+        seen = f"change of {change:.1e}" if sees else "no"
+        yield told("later tokens seen by earlier positions", seen, "no", not sees)
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
-        alone = [self._nll(self.to_device(self.collate([e]))) for e in self.examples]
+        alone = [self._nll(send_to_device(self.collate([e]), self.device)) for e in self.examples]
         yield self._close_all("padded rows, beside each by itself", self.nll(), torch.cat(alone))
         name = "packed rows, beside each by itself"
         times = 2 if len(alone) == 1 else 1  # one document has none before it to see
-        packed = self.to_device(collate_packed(self.examples * times))
+        packed = send_to_device(collate_packed(self.examples * times), self.device)
         try:
             yield self._close_all(name, self._nll(packed), torch.cat(alone * times))
         except UnsupportedModel as error:
@@ -215,10 +205,10 @@ class _Trial:
         return self.model(**inputs, use_cache=False).logits
 
     def _nll(self, batch: Batch) -> Tensor:
-        batch = aligned(batch)
+        known = aligned(batch)
         with torch.no_grad():
-            stats = fused_loss(self.model, batch, SFT)[1]
-        return stats.nll[batch["shift_labels"] != IGNORE]
+            stats = fused_loss(self.model, known, SFT)[1]
+        return stats.nll[known["targets"].target != IGNORE]
 
     def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
         self.model.zero_grad()
@@ -231,23 +221,20 @@ class _Trial:
 
     def _close(self, what: str, got: float, want: float) -> Finding:
         error = abs(got - want) / max(abs(want), 1e-30)
-        verdict = "ok" if error <= self.loss_error else "WRONG"
-        return Finding(
-            what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", verdict, self.loss_error
-        )
+        limit, how = self.loss_error, f"{got:.6f}, error {error:.1e}"
+        return told(what, how, f"{want:.6f}", error <= limit, limit)
 
     def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
         error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
-        verdict = "ok" if error <= self.loss_error else "WRONG"
-        told = f"largest error of a token {error:.1e}"
-        return Finding(what, told, "the same nll", verdict, self.loss_error)
+        limit, how = self.loss_error, f"largest error of a token {error:.1e}"
+        return told(what, how, "the same nll", error <= limit, limit)
 
     def _same_gradients(
         self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
     ) -> Finding:
         if got.keys() != want.keys():
             odd = min(got.keys() ^ want.keys())
-            return Finding(what, f"{odd} has one gradient of two", "both", "WRONG")
+            return told(what, f"{odd} has one gradient of two", "both", False)
         # Some gradients are nothing but rounding (a bias of keys): those need another measure.
         floor = 1e-3 * max(float(value.norm()) for value in want.values())
         errors = {
@@ -255,9 +242,8 @@ class _Trial:
             for name, value in want.items()
         }
         worst = max(errors, key=errors.__getitem__)
-        verdict = "ok" if errors[worst] <= self.gradient_error else "WRONG"
-        told = f"largest error {errors[worst]:.1e} ({worst})"
-        return Finding(what, told, "the same", verdict, self.gradient_error)
+        limit, how = self.gradient_error, f"largest error {errors[worst]:.1e} ({worst})"
+        return told(what, how, "the same", errors[worst] <= limit, limit)
 
 
 def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:

@@ -84,11 +84,7 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
 
 
 def save_progress(
-    accelerator: Any,
-    output_dir: Path,
-    step: int,
-    keep: int,
-    identity: dict[str, Any] | None = None,
+    accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any] | None = None
 ) -> Path:
     """Saves model, optimizer, schedule and random states after ``step`` steps.
 

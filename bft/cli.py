@@ -11,20 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from bft.config import (
-    CheckConfig,
-    DataConfig,
-    DemoConfig,
-    EvalConfig,
-    InfoConfig,
-    TrainConfig,
-)
+from bft.config import CheckConfig, DataConfig, DemoConfig, EvalConfig, InfoConfig, TrainConfig
 from bft.usage import in_flags, parse
-from bft_kernels import __version__, info
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +23,14 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status (see `_usage`)."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    for name in ("httpx", "matplotlib", "datasets"):
+    for name in ("accelerate", "datasets", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
+        import torch
+
+        from bft_kernels import __version__
+
         print(f"bft-kernels {__version__}, torch {torch.__version__}")
         return 0
     if not arguments or arguments[0] not in COMMANDS:
@@ -77,7 +72,8 @@ def _for_the_user(error: Exception) -> str | None:
     return str(error) if ours and raised else None
 
 
-# Functions import what they need: `bft info` has to work where transformers does not.
+# Functions import what they need: `bft info` has to work where transformers does not, and torch
+# takes a second that --help does without.
 
 
 def _train(config: TrainConfig) -> None:
@@ -132,6 +128,8 @@ exit status: 0 if all went well; 1 if the run failed, or bft check found somethi
 
 
 def _evaluate(config: EvalConfig) -> None:
+    import torch
+
     from bft.evaluate import evaluate
     from bft.load import load_pretrained
     from bft.metrics import write_json
@@ -162,6 +160,8 @@ def _evaluate(config: EvalConfig) -> None:
 
 
 def _info(config: InfoConfig) -> None:
+    from bft_kernels import info
+
     facts = info()
     if config.json:
         print(json.dumps(facts, indent=2))
@@ -186,7 +186,3 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "data": (DataConfig, _data),
     "info": (InfoConfig, _info),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

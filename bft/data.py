@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
+from bft.checks import check_int
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
 
@@ -41,8 +43,8 @@ class AnswerDataset(Dataset[Example]):
         max_length: int | None = None,
         progress: bool = False,
     ) -> None:
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens or None, got {max_length}")
+        if max_length is not None:
+            check_int("max_length", max_length, 2)
         self.examples: list[Example] = []
         self.truncated = self.dropped = self.answers_lost = 0
         for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
@@ -108,10 +110,8 @@ class StepBatches(Sampler[list[int]]):
     ) -> None:
         counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
         for name, value in (counts | {"ranks": ranks}).items():
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 0 <= rank < ranks:
-            raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
+            check_int(name, value, 1)
+        check_int("rank", rank, 0, ranks - 1)
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.rank, self.ranks, self.seed, self.lengths = rank, ranks, seed, lengths
         self.first, self.steps = 0, self.steps_in(1)
@@ -172,18 +172,13 @@ class Collator:
         return cls(next(i for i in ids if i is not None))
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        shape = (len(examples), max(len(example.input_ids) for example in examples))
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.int64, device="cpu"),
-            "attention_mask": torch.zeros(shape, dtype=torch.int64, device="cpu"),
-            "labels": torch.full(shape, IGNORE, dtype=torch.int64, device="cpu"),
+        ids = [_row(example.input_ids) for example in examples]
+        labels = [_row(example.labels) for example in examples]
+        return {
+            "input_ids": pad_sequence(ids, True, self.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
+            "labels": pad_sequence(labels, True, IGNORE),
         }
-        for row, example in enumerate(examples):
-            length = len(example.input_ids)
-            batch["input_ids"][row, :length] = _row(example.input_ids)
-            batch["attention_mask"][row, :length] = 1
-            batch["labels"][row, :length] = _row(example.labels)
-        return batch
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -79,14 +79,6 @@ def prompt_text(record: Record, tokenizer: Any) -> str:
     return _render(record, tokenizer, last, prompt=True)
 
 
-def bos_ids(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token where plain text gets one; a chat template writes its own."""
-    bos = tokenizer.bos_token_id
-    if tokenizer.chat_template or bos is None or tokenizer("a").input_ids[0] != bos:
-        return []
-    return [bos]
-
-
 def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int], where: str) -> list[list[int]]:
     """Tokenises `text` and cuts the ids at the character offsets `cuts`: len(cuts) + 1 lists.
 
@@ -118,7 +110,8 @@ def _encode_plain(record: Record, tokenizer: Any) -> Example:
     if tokenizer.eos_token_id is None:
         raise DataError(f"{record.where}: expected a tokenizer with an end-of-sequence token")
     before, answer = split_tokens(tokenizer, prompt + completion, [len(prompt)], record.where)
-    before = bos_ids(tokenizer) + before
+    if tokenizer.bos_token_id in tokenizer("a").input_ids[:1]:  # a chat template writes its own
+        before = [tokenizer.bos_token_id, *before]
     answer = [*answer, tokenizer.eos_token_id]
     return Example(before + answer, [IGNORE] * len(before) + answer, record.where)
 
@@ -224,11 +217,7 @@ def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, 
 def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
     return str(
         _apply_template(
-            record,
-            record.messages[:stop],
-            tokenizer,
-            tokenize=False,
-            add_generation_prompt=prompt,
+            record, record.messages[:stop], tokenizer, tokenize=False, add_generation_prompt=prompt
         )
     )
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from bft.data import Collator
@@ -228,7 +229,7 @@ def _score(
         for rows in _batches(items, batch_tokens):
             measure.items = [items[row] for row in rows]
             batch = collate([item.example for item in measure.items])
-            model(**aligned({name: tensor.to(device) for name, tensor in batch.items()}))
+            model(**aligned(send_to_device(batch, device)))
             total.update(measure.sums)
             for row, value in zip(rows, measure.right, strict=True):
                 right[row] = value
@@ -274,30 +275,19 @@ class _Measure:
 
 def right_answers(hidden: torch.Tensor, head: Head, rows: Sequence[Sequence[Branch]]) -> list[bool]:
     """For each row of hidden [B, T, D], whether the gold child wins at all of its branches."""
-    where = [(row, branch) for row, branches in enumerate(rows) for branch in branches]
-    right = [True] * len(rows)
-    if not where:
-        return right
-    device = hidden.device
-    width = max(len(branch.children) for _, branch in where)
-    children = torch.tensor(  # [P, C], ragged rows filled with -1
-        [[*b.children, *[-1] * (width - len(b.children))] for _, b in where],
-        dtype=torch.int64,
-        device=device,
-    )
-    at = torch.tensor([row for row, _ in where], dtype=torch.int64, device=device)
-    positions = torch.tensor(
-        [branch.position for _, branch in where], dtype=torch.int64, device=device
-    )
-    state = hidden[at, positions].float()  # [P, D]
-    # Softcap and temperature keep the order of logits and are left out.
-    logits = torch.einsum("pd,pcd->pc", state, head.weight[children.clamp(min=0)].float())
+    return [
+        all(_winner(states[branch.position], head, branch) == branch.gold for branch in branches)
+        for states, branches in zip(hidden, rows, strict=True)
+    ]
+
+
+def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
+    """Which child has the largest logit; softcap and temperature keep their order."""
+    children = torch.tensor(branch.children, dtype=torch.int64, device=state.device)
+    logits = head.weight[children].float() @ state.float()
     if head.bias is not None:
-        logits = logits + head.bias[children.clamp(min=0)].float()
-    logits = logits.masked_fill(children < 0, -torch.inf)
-    for (row, branch), choice in zip(where, logits.argmax(dim=1).tolist(), strict=True):
-        right[row] &= choice == branch.gold
-    return right
+        logits = logits + head.bias[children].float()
+    return int(logits.argmax())
 
 
 def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[int]]:

@@ -36,6 +36,8 @@ class Patch(Protocol):
 
     depth: int  # patched calls that are running
     allow_unlabelled: bool
+    guards: Sequence[RemovableHandle]  # of the head that is guarded, and of the body
+    guarded: nn.Module | None
 
     @property
     def function(self) -> Any:
@@ -81,15 +83,26 @@ def check_labelled(model: nn.Module, patch: Patch) -> None:
         )
 
 
-def guard(model: Any, head: nn.Module, patch: Patch) -> Sequence[RemovableHandle]:
-    """Hooks that raise where the model's body or its ``head`` trains outside of the patch."""
+def watch(model: Any, patch: Patch, head: nn.Module) -> None:
+    """Hooks that raise where the model's body or its ``head`` trains outside of the patch.
+
+    Older ones are removed.
+    """
+    unwatch(patch)
     body = getattr(model, "base_model", model)
     if body is model and hasattr(model, "get_decoder"):
         body = model.get_decoder()
     parts = [("head", head)]
     if isinstance(body, nn.Module) and body is not model:
         parts.append(("body", body))
-    return [module.register_forward_pre_hook(Guard(model, patch, part)) for part, module in parts]
+    patch.guards = [m.register_forward_pre_hook(Guard(model, patch, part)) for part, m in parts]
+    patch.guarded = head
+
+
+def unwatch(patch: Patch) -> None:
+    """Undoes :func:`watch`."""
+    for handle in patch.guards:
+        handle.remove()
 
 
 def _replacement(model: nn.Module, patch: Patch) -> str:

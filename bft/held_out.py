@@ -40,9 +40,6 @@ class Evaluator:
                 progress=accelerator.is_main_process,
             ).to_dict()
         self.log.write("eval", step, result)
-        numbers = {name: v for name, v in result.items() if isinstance(v, int | float)}
-        if config.tensorboard:
-            accelerator.log({f"eval/{name}": v for name, v in numbers.items()}, step)
         if not math.isfinite(result["nll"]):
             raise NonFinite(
                 f"evaluation after step {step}: nll is {result['nll']}; the model is broken. "

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bft.head import UnsupportedModel
-from bft.loss import IGNORE
+from bft.loss import IGNORE, is_distributed
 from bft_kernels.weighting import cu_seqlens_from_position_ids
 
 Run = Callable[[Mapping[str, Any]], Tensor]
@@ -141,7 +141,7 @@ def kind_of(
 
 def _most_of_ranks(model: nn.Module, here: float) -> float:
     """``here``, or the largest of all ranks where a forward of one waits for all the others."""
-    distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    distributed = is_distributed() and dist.get_world_size() > 1
     parameters = list(model.parameters())
     if not distributed or not any(
         hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in parameters

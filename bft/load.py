@@ -1,4 +1,4 @@
-"""A model and its tokenizer, by name."""
+"""A model and its tokenizer, by name; with LoRA adapters where a run asks for them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
-from bft.config import SettingError
+from bft.config import SettingError, TrainConfig
 from bft.demo.pretrained import SOURCES, converted
 from bft.metrics import first_line
 from bft.nonfinite import first_broken
@@ -19,8 +22,10 @@ from bft.packaged import PretrainedError, cache_root
 
 logger = logging.getLogger(__name__)
 
+EVERYWHERE = ("all-linear",)
 
-def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+
+def pretrained(name_or_path: str | Path) -> Path:
     """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
 
     A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
@@ -31,15 +36,17 @@ def pretrained(name_or_path: str | Path, *, cache_dir: str | Path | None = None)
     """
     name = str(name_or_path)
     if name in SOURCES:
-        return converted(name, cache_root(cache_dir))
+        return converted(name, cache_root())
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        told = f"model: expected a checkpoint folder with a config.json, got {path}"
-        if (path / "adapter_config.json").is_file():
-            told += f", an adapter alone; a run's whole model is the folder above it, {path.parent}"
-        raise SettingError(told)
+        adapter = (path / "adapter_config.json").is_file()
+        whole = path / "model" if (path / "model").is_dir() else path.parent if adapter else None
+        hint = f"; the model of that run is {whole}" if whole else ""
+        raise SettingError(
+            f"model: expected a checkpoint folder with a config.json, got {path}{hint}"
+        )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _on_hub(name)
     raise SettingError(f"model: expected {_NAMES}, got {name!r}")
@@ -110,3 +117,57 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
         )
     return model, tokenizer
+
+
+def load_model(config: TrainConfig) -> tuple[Any, Any]:
+    """The model to train, with adapters and checkpointing as configured, and its tokenizer."""
+    model, tokenizer = load_pretrained(config.model, getattr(torch, config.dtype))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.lora_rank > 0:
+        model = add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
+    return model, tokenizer
+
+
+def add_adapters(
+    model: Any, rank: int, alpha: float | None = None, targets: tuple[str, ...] = EVERYWHERE
+) -> Any:
+    """The model with adapters of this rank; its own parameters are frozen.
+
+    ``alpha`` is LoRA's scale, twice the rank if not given.
+    Raises SettingError naming the modules that exist if a target is none of them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    everywhere = targets == EVERYWHERE
+    if not everywhere:
+        _check_targets(model, targets)
+    scale: Any = 2 * rank if alpha is None else alpha
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=scale,
+        target_modules="all-linear" if everywhere else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:  # a module of a kind that PEFT has no adapter for
+        raise SettingError(f"lora_targets: got {' '.join(targets)}: {error}") from error
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
+    paths = [path for path, _ in model.named_modules() if path]
+    for target in targets:
+        if not any(path == target or path.endswith(f".{target}") for path in paths):
+            ends = {
+                path.rpartition(".")[2]
+                for path, module in model.named_modules()
+                if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+                and module is not model.get_output_embeddings()
+            }
+            raise SettingError(
+                f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
+                f"expected all-linear alone, or some of {', '.join(sorted(ends))}"
+            )

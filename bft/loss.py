@@ -9,17 +9,18 @@ Notation: ``B`` rows of ``T`` positions, hidden size ``D``, vocabulary size ``V`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy
-from bft_kernels.checks import check_cu_seqlens, check_int, check_tensor
-from bft_kernels.settings import Settings, check_settings
+from bft.checks import check_int
+from bft.config import LossOptions
+from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
@@ -58,21 +59,23 @@ class HeadLoss:
     tests. Ranks differ in both cases.
     """
 
-    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = "bft"
-    window: int = 256
-    gamma: float = 1.0
-    gradient: str = "exact"
-    eps: float = 2**-12
+    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LossOptions.scheme
+    window: int = LossOptions.window
+    gamma: float = LossOptions.gamma
+    gradient: str = LossOptions.gradient
+    eps: float = LossOptions.eps
     seed: int | None = None
-    backend: str = "auto"
+    backend: str = LossOptions.backend
     max_buffer_bytes: int | None = None
-    normalize: str = "sequence"
+    normalize: str = LossOptions.normalize
 
     def __post_init__(self) -> None:
-        settings = {field.name: getattr(self, field.name) for field in fields(self)}
-        if settings.pop("seed") is not None:
+        options = dict(vars(self))
+        if options.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
-        check_settings(Settings(**settings))
+        BalancedLinearCrossEntropyLoss(**options)  # checks them
+        if self.backend != "auto":
+            _check_backend(self.backend)
 
     def __call__(
         self,
@@ -88,26 +91,19 @@ class HeadLoss:
         micro-batch and rank (:meth:`count_items` counts one micro-batch's); ``None``: this call's.
         A step without labels has 0, and a loss of 0.
         """
+        seed = draw_seed(self.seed) if self.gradient == "sampled" else None
         value, stats = balanced_linear_cross_entropy(
             hidden,
             head.weight,
             target,
             bias=head.bias,
-            ignore_index=IGNORE,
             softcap=head.softcap,
             temperature=head.temperature,
-            gradient=self.gradient,
-            eps=self.eps,
-            seed=draw_seed(self.seed) if self.gradient == "sampled" else None,
-            backend=self.backend,
-            max_buffer_bytes=self.max_buffer_bytes,
-            scheme=self.scheme,
-            window=self.window,
-            gamma=self.gamma,
+            ignore_index=IGNORE,
             cu_seqlens=cu_seqlens,
-            normalize=self.normalize,
             num_items=num_items,
             return_stats=True,
+            **{**vars(self), "seed": seed},
         )
         return value, stats
 
@@ -133,6 +129,15 @@ class HeadLoss:
         ).sum()
 
 
+def _check_backend(name: str) -> None:
+    """Raises ValueError for a name that is no backend's, on whatever device it is to run."""
+    hidden = torch.zeros(0, 1, dtype=torch.float32, device="cpu")
+    weight = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    target = torch.zeros(0, dtype=torch.int64, device="cpu")
+    with contextlib.suppress(RuntimeError):  # a backend that does not run on a CPU
+        linear_nll(hidden, weight, target, backend=name)
+
+
 def draw_seed(seed: int | None = None) -> int:
     """A seed in ``[0, 2**31)`` that no two ranks share, even where their generators agree.
 
@@ -140,14 +145,28 @@ def draw_seed(seed: int | None = None) -> int:
     """
     if seed is None:
         seed = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = dist.get_rank() if is_distributed() else 0
     # An odd stride keeps seeds of different ranks apart modulo 2**31; the sampling hash is
     # required to behave as independent over seeds, so nothing more is needed here.
     return (seed + rank * 0x9E3779B1) % 2**31
 
 
-def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tensor, Tensor | None]:
+class Targets(NamedTuple):
+    """What the positions of a batch are to predict, and where its documents lie."""
+
+    target: Tensor  # [B, T] int64, aligned with the hidden states
+    cu_seqlens: Tensor | None  # [S + 1] over the B * T positions; None: a row is a document
+
+
+def is_labelled(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch says what is to be predicted."""
+    return any(batch.get(name) is not None for name in ("labels", "shift_labels", "targets"))
+
+
+def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     """Targets aligned with the hidden states, and document boundaries, of a batch.
+
+    ``targets`` that the batch holds were made before (:func:`aligned`) and are handed on.
 
     Boundaries come from the first of these that the batch holds: ``cu_seqlens``, ``cu_seq_lens_q``
     (flash attention's), ``position_ids`` that restart. Without any, each row is one document.
@@ -160,20 +179,21 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
         batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
             ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
 
-    Returns:
-        ``target [B, T]`` int64 and ``cu_seqlens [S + 1]`` or ``None``.
-
     Raises:
         TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
             several dimensions per token (multimodal rotary positions) without ``cu_seqlens``: they
             do not say where a document starts.
     """
-    shifted, labels = batch.get("shift_labels"), batch.get("labels")
-    rows = shifted if shifted is not None else labels
-    if rows is None:
+    if not is_labelled(batch):
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
-    name = "labels" if shifted is None else "shift_labels"
-    check_tensor(name, rows, (None, None), (torch.int64,))
+    known: Targets | None = batch.get("targets")
+    if known is not None:
+        return known
+    name = "labels" if batch.get("shift_labels") is None else "shift_labels"
+    rows = batch[name]
+    if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.dtype != torch.int64:
+        got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else type(rows)
+        raise TypeError(f"{name}: got {got}, expected a tensor (B, T) of int64")
     cu_seqlens, positions = batch.get("cu_seqlens"), batch.get("position_ids")
     if cu_seqlens is None:
         cu_seqlens = batch.get("cu_seq_lens_q")
@@ -189,24 +209,20 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> tuple[Tens
                 f"that of {name}, or one row of it"
             )
         cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
-    elif cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, rows.numel(), rows.device)
-    if shifted is not None or not shift:
-        return rows, cu_seqlens
-    return shift_labels(rows, cu_seqlens, IGNORE), cu_seqlens
+    target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
+    return Targets(target if shift and name == "labels" else rows, cu_seqlens)
 
 
-def aligned(batch: Mapping[str, Any], target: Tensor | None = None) -> dict[str, Any]:
-    """The batch with ``shift_labels`` in place of ``labels``: what a position is to predict.
+def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch for a patched model with ``targets`` in place of ``labels``.
 
-    Whether a model's own loss shifts its labels then makes no difference. ``target`` is what
-    :func:`batch_targets` gave for the batch, where that is known.
+    Whether the model's own loss shifts its labels then makes no difference.
     """
     rest = {name: value for name, value in batch.items() if name != "labels"}
-    return rest | {"shift_labels": batch_targets(batch)[0] if target is None else target}
+    return rest | {"targets": batch_targets(batch)}
 
 
-def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
+def undo_rank_mean(loss: Tensor) -> Tensor:
     """``loss * world_size``: makes data parallelism add up ranks instead of averaging them.
 
     With ``num_items`` the loss is this rank's part of one global sum, divided once by the global
@@ -216,7 +232,9 @@ def undo_rank_mean(loss: Tensor, world_size: int | None = None) -> Tensor:
     ``accelerator.backward`` divides too, by its ``gradient_accumulation_steps``: leave that at 1
     where ``num_items`` counts all micro-batches.
     """
-    if world_size is None:
-        distributed = dist.is_available() and dist.is_initialized()
-        world_size = dist.get_world_size() if distributed else 1
-    return loss * world_size
+    return loss * (dist.get_world_size() if is_distributed() else 1)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several that know each other."""
+    return dist.is_available() and dist.is_initialized()

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,15 @@ class MetricLog:
     does not take wait in memory, and go with the next that it takes.
     """
 
-    def __init__(self, path: Path, *, enabled: bool, resumed_step: int = 0) -> None:
-        self.path = path
-        self.enabled = enabled
+    def __init__(
+        self,
+        path: Path,
+        *,
+        enabled: bool,
+        resumed_step: int = 0,
+        track: Callable[[dict[str, Any], int], Any] | None = None,
+    ) -> None:
+        self.path, self.enabled, self.track = path, enabled, track
         self.rows: list[dict[str, Any]] = []
         if path.exists() and resumed_step > 0:
             self.rows = [row for row in _read_rows(path) if row["step"] <= resumed_step]
@@ -140,6 +146,7 @@ class MetricLog:
         self.waiting: list[str] = []
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes a row. Its numbers go to ``track`` as well, for TensorBoard to draw."""
         row = {"kind": kind, "step": step, **values}
         self.rows.append(row)
         if self.enabled:
@@ -151,6 +158,9 @@ class MetricLog:
                     logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
             else:
                 self.waiting.clear()
+        if self.track is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self.track({f"{kind}/{name}": value for name, value in numbers.items()}, step)
 
     def _append(self, lines: bytes) -> None:
         """All of the lines, or none."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import gather_object, send_to_device
+from torch import nn
 
-from bft.data import AnswerDataset
-from bft.encode import Example
+from bft.checkpoint import checkpoint_folders
 from bft.loss import aligned
-from bft.ranks import gathered, largest
+from bft.ranks import largest
+
+if TYPE_CHECKING:
+    from bft.run import Run
+
+logger = logging.getLogger(__name__)
 
 _NAMED = 8  # records, in a message
 
@@ -31,28 +39,44 @@ def what_is_not_finite(accelerator: Any, values: dict[str, float]) -> str | None
     return None
 
 
-def suspects(
-    accelerator: Any,
-    model: nn.Module,
-    dataset: AnswerDataset,
-    records: Sequence[int],
-    collate: Callable[[Sequence[Example]], dict[str, Tensor]],
-) -> str:
+def leave_out(run: Run, step: int, wrong: str) -> None:
+    """Warns that the update of this step is left out, and of which records it was.
+
+    Raises:
+        NonFinite: the configuration has the run stop instead.
+    """
+    message = f"step {step + 1}: {wrong}; {suspects(run, step)}"
+    if run.config.on_nonfinite == "stop":
+        raise NonFinite(f"{message}. No model is written; {_ways_out(run.config.output_dir)}")
+    if run.accelerator.is_main_process:
+        logger.warning("%s. This step's update is left out", message)
+
+
+def suspects(run: Run, step: int) -> str:
     """Names those of a step's records whose own loss is not finite; all where none is.
 
-    ``records`` are this rank's; every rank has as many. torch's random state is left as it was.
+    torch's random state is left as it was.
     """
-    device = accelerator.device
+    batches, device = copy(run.batches), run.accelerator.device
+    batches.start(step, step + 1)
+    records = [run.dataset[record] for batch in batches for record in batch]  # every rank's as many
     bad = []
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for record in records:
-            batch = {name: value.to(device) for name, value in collate([dataset[record]]).items()}
-            if not bool(torch.isfinite(model(**aligned(batch)).loss)):
-                bad.append(dataset[record].where)
-    everyone = gathered([dataset[record].where for record in records])
-    named = gathered(bad) or everyone
+            batch = aligned(send_to_device(run.collate([record]), device))
+            if not bool(torch.isfinite(run.model(**batch).loss)):
+                bad.append(record.where)
+    everyone = gather_object([record.where for record in records])
+    named = gather_object(bad) or everyone
     more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     return f"{len(named)} of {len(everyone)} records: {', '.join(named[:_NAMED])}{more}"
+
+
+def _ways_out(output_dir: Path) -> str:
+    """What can be done about numbers that are not finite."""
+    found = checkpoint_folders(output_dir)
+    again = f"--resume (from {found[-1].name}) with" if found else "start again with"
+    return f"{again} --on-nonfinite skip, or start anew with a lower --learning-rate"
 
 
 def broken_parameter(accelerator: Any, model: nn.Module) -> str | None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -15,10 +11,8 @@ class PretrainedError(RuntimeError):
     """A model that cannot be had; the message says what to install or what went wrong."""
 
 
-def cache_root(override: str | Path | None = None) -> Path:
-    """The argument, else `$BFT_CACHE`, else `bft` in the XDG cache folder."""
-    if override is not None:
-        return Path(override).expanduser()
+def cache_root() -> Path:
+    """`$BFT_CACHE`, or `bft` in the XDG cache folder."""
     if own := os.environ.get("BFT_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bft"
@@ -39,14 +33,3 @@ def packaged_file(distribution: str, file: str, *, install: str) -> Path:
         version = importlib.metadata.version(distribution)
         raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
     return path
-
-
-@contextmanager
-def scratch_folder(place: Path) -> Iterator[Path]:
-    """A folder in ``place``, so that moving out of it is one rename; removed in any case."""
-    scratch = place / f".{uuid.uuid4().hex[:8]}"
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

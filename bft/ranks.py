@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from bft.config import TrainConfig
 
@@ -74,9 +74,3 @@ def largest(accelerator: Any, number: int) -> int:
         return number
     value = torch.tensor([number], dtype=torch.int64, device=accelerator.device)
     return int(accelerator.gather(value).max())
-
-
-def gathered(items: list[Value]) -> list[Value]:
-    """All ranks' items, in order of ranks."""
-    everyone: list[Value] = gather_object(items)
-    return everyone

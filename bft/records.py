@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bft.checks import check_int
 from bft.encode import DataError, Record
-from bft_kernels.checks import check_int
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -147,10 +147,7 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
     for key in ("prompt", "completion", "answer"):
         _check_characters(row.get(key), where, key)
     pair = (row["prompt"], row["completion"])
-    chat = (
-        {"role": "user", "content": pair[0]},
-        {"role": "assistant", "content": pair[1]},
-    )
+    chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
     extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
     return Record(chat, where, pair, extra)
 

@@ -10,13 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from bft.checkpoint import (
-    WriteError,
-    checkpoint_folders,
-    save_adapter,
-    save_model,
-    save_progress,
-)
+from bft.checkpoint import WriteError, checkpoint_folders, save_adapter, save_model, save_progress
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, StepBatches
 from bft.loss import HeadLoss
@@ -116,10 +110,3 @@ def check_parameters(run: Run) -> None:
             f"{name} is not finite any more; nothing is saved of it. "
             "Start anew with a lower learning rate"
         )
-
-
-def ways_out(output_dir: Path) -> str:
-    """What can be done about numbers that are not finite."""
-    found = checkpoint_folders(output_dir)
-    again = f"--resume (from {found[-1].name}) with" if found else "start again with"
-    return f"{again} --on-nonfinite skip, or start anew with a lower --learning-rate"

@@ -17,10 +17,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, checkpoint_folders
+from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, WriteError, checkpoint_folders
 from bft.config import SettingError, TrainConfig, plain
 from bft.metrics import MetricLog, naming
-from bft.ranks import on_main
+from bft.ranks import largest, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
         config.output_dir / METRICS,
         enabled=accelerator.is_main_process,
         resumed_step=first,
+        track=accelerator.log if config.tensorboard else None,
     )
     if accelerator.is_main_process:
         # How this start found its folder is no setting for another start with the same file.
@@ -87,6 +88,15 @@ def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
         }
         accelerator.init_trackers("tensorboard", config=values)
     return log
+
+
+def check_log(accelerator: Any, log: MetricLog, model_dir: Path) -> None:
+    """Raises WriteError if the disk has not taken all lines."""
+    if missing := largest(accelerator, len(log.waiting)):
+        raise WriteError(
+            f"{log.path} lacks its last {missing} lines, which the disk did not take; "
+            f"{model_dir} is whole"
+        )
 
 
 def give_room(folder: Path) -> None:

@@ -19,29 +19,13 @@ from bft.config import TrainConfig, plain
 from bft.encode import Example
 from bft.head import causal_lm
 
-# Where a run reads, writes and reports, and how it computes: not what. The number of steps, the
-# examples and the model are compared as what they are, not as how they were given.
-MAY_CHANGE = frozenset(
-    {
-        "output_dir",
-        "eval_file",
-        "eval_every",
-        "eval_limit",
-        "save_every",
-        "keep_checkpoints",
-        "tensorboard",
-        "resume",
-        "overwrite",
-        "on_nonfinite",
-        "backend",
-        "max_buffer_mib",
-        "gradient_checkpointing",
-        "train_file",
-        "model",
-        "epochs",
-        "steps",
-    }
-)
+# Where a run reads and writes, what it reports and how it computes: none of it changes a number.
+_WHERE = ("output_dir", "resume", "overwrite", "tensorboard")
+_REPORTS = ("eval_file", "eval_every", "eval_limit", "save_every", "keep_checkpoints")
+_HOW = ("backend", "max_buffer_mib", "gradient_checkpointing", "on_nonfinite")
+# These are compared as what they are, not as how they were given: examples, contents, steps.
+_KNOWN_OTHERWISE = ("train_file", "model", "epochs", "steps")
+MAY_CHANGE = frozenset((*_WHERE, *_REPORTS, *_HOW, *_KNOWN_OTHERWISE))
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 

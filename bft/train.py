@@ -1,39 +1,38 @@
-"""The training loop, top to bottom: data, model, optimizer, steps, checkpoints, evaluation."""
+"""The training loop, top to bottom: records, model, data, optimizer, steps, the written model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
-from bft.checkpoint import WriteError, load_progress
+from bft.checkpoint import load_progress
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.encode import Record
 from bft.held_out import Evaluator
 from bft.limits import check_fits
-from bft.load import load_pretrained
-from bft.lora import add_adapters
-from bft.loss import HeadLoss, aligned, batch_targets, undo_rank_mean
+from bft.load import load_model
+from bft.loss import HeadLoss, aligned, undo_rank_mean
 from bft.metrics import MetricLog, StepMeter
-from bft.nonfinite import NonFinite, suspects, what_is_not_finite
+from bft.nonfinite import NonFinite, leave_out, what_is_not_finite
+from bft.optimizer import clip, make_optimizer
 from bft.patch import last_stats, patch_model
-from bft.ranks import end, largest, on_main, start_accelerator
+from bft.ranks import end, on_main, start_accelerator
 from bft.records import read_jsonl
 from bft.room import check_room, set_aside
-from bft.run import Run, how_to_go_on, save, ways_out, write_model
-from bft.run_folder import claimed, start_log
+from bft.run import Run, how_to_go_on, save, write_model
+from bft.run_folder import check_log, claimed, start_log
 from bft.same_run import identity
 from bft.signals import Stopped, StopRequest
 
@@ -96,15 +95,6 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(model_dir, run.steps, log.of("train"), log.of("eval"))
 
 
-def check_log(accelerator: Accelerator, log: MetricLog, model_dir: Path) -> None:
-    """Raises WriteError if the disk has not taken all lines."""
-    if missing := largest(accelerator, len(log.waiting)):
-        raise WriteError(
-            f"{log.path} lacks its last {missing} lines, which the disk did not take; "
-            f"{model_dir} is whole"
-        )
-
-
 def read(
     accelerator: Accelerator, name: str, path: Path | None, limit: int | None = None
 ) -> list[Record]:
@@ -127,10 +117,7 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
     patch_model(model, loss)
 
     dataset = AnswerDataset(
-        records,
-        tokenizer,
-        max_length=config.max_length,
-        progress=accelerator.is_main_process,
+        records, tokenizer, max_length=config.max_length, progress=accelerator.is_main_process
     )
     check_fits(dataset.examples, model, tokenizer)
     batches = StepBatches(
@@ -148,11 +135,7 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
         lambda: identity(config, steps, accelerator.num_processes, dataset.examples, model),
     )
 
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
-    )
-    warmup = round(config.warmup_ratio * steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    optimizer, schedule = make_optimizer(config, model, steps)
     model, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(schedule)
     return Run(
@@ -176,17 +159,7 @@ def take_steps(
 ) -> None:
     """The optimizer steps after ``first``, with the evaluations and checkpoints between them."""
     config, accelerator = run.config, run.accelerator
-    run.batches.start(first, run.steps)
-    # The loader draws a seed when it starts. From torch's own generator, whose state may just have
-    # been restored, that would make a resumed run another one.
-    loader = iter(
-        DataLoader(
-            run.dataset,
-            batch_sampler=run.batches,
-            collate_fn=run.collate,
-            generator=torch.Generator(),
-        )
-    )
+    batches = micro_batches(run, first)
     run.model.train()
     progress = tqdm(
         range(first, run.steps),
@@ -198,15 +171,11 @@ def take_steps(
     )
     with progress:
         for step in progress:
-            micro_batches = [next(loader) for _ in range(config.accumulation)]
-            micro_batches = [to_device(batch, accelerator.device) for batch in micro_batches]
-            values = training_step(accelerator, run.model, run.loss, micro_batches)
+            values = training_step(accelerator, run.model, run.loss, next(batches))
             values["grad_norm"] = clip(accelerator, run.model, config.max_grad_norm)
             values["learning_rate"] = run.schedule.get_last_lr()[0]
             values["skipped"] = float(not update(run, step, values))
             log.write("train", step + 1, values)
-            if config.tensorboard:
-                accelerator.log({f"train/{name}": v for name, v in values.items()}, step + 1)
             progress.set_postfix_str(
                 f"loss {values['loss']:.4f}, nll {values['nll']:.3f}, "
                 f"{values['tokens_per_second']:.0f} tok/s, peak {values['peak_gib']:.2f} GiB"
@@ -223,31 +192,22 @@ def take_steps(
                 raise Stopped(number, f"{done}; {how_to_go_on(run, folder)}")
 
 
-def update(run: Run, step: int, values: dict[str, float]) -> bool:
-    """The optimizer's step; False if it was left out because a number is not finite.
-
-    Such a step counts all the same: its documents are used up and the schedule moves on.
-    """
-    accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
-    if wrong is None:
-        run.optimizer.step()
-        taken = not accelerator.optimizer_step_was_skipped  # by the scaler of float16 gradients
-    else:
-        batches = copy(run.batches)
-        batches.start(step, step + 1)
-        records = [record for batch in batches for record in batch]
-        who = suspects(accelerator, run.model, run.dataset, records, run.collate)
-        message = f"step {step + 1}: {wrong}; {who}"
-        if run.config.on_nonfinite == "stop":
-            raise NonFinite(f"{message}. No model is written; {ways_out(run.config.output_dir)}")
-        if accelerator.is_main_process:
-            logger.warning("%s. This step's update is left out", message)
-        if accelerator.scaler is not None:
-            accelerator.scaler.update()
-        taken = False
-    run.schedule.step()
-    run.optimizer.zero_grad()
-    return taken
+def micro_batches(run: Run, first: int) -> Iterator[list[dict[str, Tensor]]]:
+    """The micro-batches of each step after ``first``, where the model is."""
+    run.batches.start(first, run.steps)
+    # The loader draws a seed when it starts. From torch's own generator, whose state may just have
+    # been restored, that would make a resumed run another one.
+    loader = iter(
+        DataLoader(
+            run.dataset,
+            batch_sampler=run.batches,
+            collate_fn=run.collate,
+            generator=torch.Generator(),
+        )
+    )
+    for _ in range(first, run.steps):
+        batches = [next(loader) for _ in range(run.config.accumulation)]
+        yield send_to_device(batches, run.accelerator.device, non_blocking=True)
 
 
 def training_step(
@@ -260,47 +220,36 @@ def training_step(
 
     The loss divides by the documents (or tokens) of all micro-batches on all ranks, counted first.
     """
-    targets = [batch_targets(batch) for batch in micro_batches]
-    items = torch.stack([loss.count_items(*target) for target in targets]).sum()
+    batches = [aligned(batch) for batch in micro_batches]
+    items = torch.stack([loss.count_items(*batch["targets"]) for batch in batches]).sum()
     num_items = accelerator.reduce(items, reduction="sum").clamp_min(1)
     meter = StepMeter(accelerator.device)
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            output = model(**aligned(batch, targets[index][0]), num_items=num_items)
+            output = model(**batch, num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
-        meter.add(output.loss, targets[index][0], last_stats(model))
+        meter.add(output.loss, batch["targets"].target, last_stats(model))
     return meter.read(accelerator)
 
 
-def load_model(config: TrainConfig) -> tuple[nn.Module, Any]:
-    """The model to train, with adapters and checkpointing as configured, and its tokenizer."""
-    model, tokenizer = load_pretrained(config.model, getattr(torch, config.dtype))
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if config.lora_rank > 0:
-        model = add_adapters(model, config.lora_rank, config.lora_alpha, config.lora_targets)
-    return model, tokenizer
+def update(run: Run, step: int, values: dict[str, float]) -> bool:
+    """The optimizer's step; False if it was left out because a number is not finite.
 
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters; weight decay applies to matrices, not to norms and biases."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-
-
-def clip(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
-    """Clips the gradients; returns their norm before."""
-    limit = max_norm if max_norm > 0 else float("inf")
-    return float(accelerator.clip_grad_norm_(model.parameters(), limit))
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch where the model is."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    Such a step counts all the same: its documents are used up and the schedule moves on.
+    """
+    accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
+    if wrong is None:
+        run.optimizer.step()
+        taken = not accelerator.optimizer_step_was_skipped  # by the scaler of float16 gradients
+    else:
+        leave_out(run, step, wrong)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        taken = False
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    return taken
 
 
 def due(step: int, every: int | None, last: int | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import tyro
 import yaml
 
-from bft.config import SettingError
+from bft.config import ONLY_WITH, SettingError
 
 
 def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
@@ -81,15 +82,12 @@ def in_flags(message: str, config_type: type[Any]) -> str:
 
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The value of ``--config``, and the other arguments: these come later and override it."""
-    rest = list(arguments)
-    for place, flag in enumerate(rest):
-        if flag == "--config" or flag.startswith("--config="):
-            path = flag.partition("=")[2] or (rest[place + 1] if place + 1 < len(rest) else "")
-            if not path:
-                raise SettingError("--config: got nothing, expected a YAML file")
-            del rest[place : place + (1 if "=" in flag else 2)]
-            return Path(path), rest
-    return None, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?", const="")
+    found, rest = parser.parse_known_args(arguments)
+    if found.config == "":
+        raise SettingError("--config: got nothing, expected a YAML file")
+    return found.config and Path(found.config), rest
 
 
 def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
@@ -156,17 +154,10 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
 
 # --- what a configuration cannot see -------------------------------------------------------------
 
-# Settings that the values of another one ignore. A file may keep them for other runs, so they are
-# refused where they were typed for this one.
-_ONLY_WITH = {
-    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
-    "gamma": ("scheme", ("bft-v1-code",)),
-    "eps": ("gradient", ("sampled",)),
-}
-
 
 def _check_typed(config: Any, typed: Sequence[str]) -> None:
-    for name, (other, values) in _ONLY_WITH.items():
+    """Refuses an option that does nothing. A file may hold it, for runs with other flags."""
+    for name, (other, values) in ONLY_WITH.items():
         given = any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in typed)
         if given and getattr(config, other) not in values:
             raise SettingError(

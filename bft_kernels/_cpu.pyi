@@ -3,7 +3,7 @@ from collections.abc import Callable
 _Matrix = tuple[int, str, int, int, int]
 _Block = tuple[int, int, int, int, int, int]
 
-class Sweep:
+class OnlineSoftmax:
     def __init__(
         self,
         *,
@@ -11,7 +11,7 @@ class Sweep:
         vocabulary: int,
         targets: int,
         positions: int = 0,
-        floors: int = 0,
+        lse_bounds: int = 0,
         bias: int = 0,
         softcap: float = 0.0,
         temperature: float = 1.0,
@@ -49,7 +49,7 @@ def gradient_block(
     z_loss: float = 0.0,
     threads: int,
 ) -> None: ...
-def gather_hidden(
+def spmm_hidden(
     *,
     rows: int,
     offsets: int,
@@ -60,7 +60,7 @@ def gather_hidden(
     grad_hidden: _Matrix,
     threads: int,
 ) -> None: ...
-def scatter_weight(
+def spmm_weight(
     *,
     rows: int,
     offsets: int,

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from bft_kernels import ops
+from bft_kernels.dispatch import offered
+from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
 # Where the ops' arguments of Problem begin, and how many of them are tensors.
@@ -159,14 +161,23 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or batched or _keeps_graph():
         return (gradient.to(factor.dtype) * factor).to(dtype)
-    if factor.device.type == "cpu" and factor.item() == 1:  # as in loss.backward()
-        return gradient.to(dtype)
+    if gradient.device.type == "cpu":
+        _scale_on_host(gradient, factor)
+    elif scale_ := offered("scale_", "auto", traits_of(gradient)):
+        scale_(gradient, factor)
+    else:  # one kernel: a vector of one makes the product float32, rounded once
+        torch.mul(gradient, factor.view(1), out=gradient)
+    return gradient.to(dtype)
+
+
+def _scale_on_host(gradient: Tensor, factor: Tensor) -> None:
+    if factor.item() == 1:  # as in loss.backward()
+        return
     for block in gradient.flatten().split(_SCALE_BLOCK):
         if block.dtype == factor.dtype:
             block.mul_(factor)
         else:
             block.copy_(block.to(factor.dtype) * factor)
-    return gradient.to(dtype)
 
 
 def _keeps_graph() -> bool:

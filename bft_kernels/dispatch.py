@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -23,23 +22,17 @@ from torch import Tensor
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, Traits, traits_of
 from bft_kernels.results import (
-    BalancedLoss,
     Documents,
     Forward,
     Gradients,
     Saved,
     WeightedLoss,
 )
-from bft_kernels.settings import Settings
-from bft_kernels.weighting import balanced_loss
 
 logger = logging.getLogger("bft_kernels")
 
 # Packages of bft_kernels.backends, in order of preference.
 BACKENDS = ("cpu", "triton", "cuda", "torch")
-
-# loss [N], labelled [N], cu_seqlens [S + 1], num_items [] or None, settings
-BalancedLossFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, Settings], BalancedLoss]
 
 
 class Engine(Protocol):
@@ -170,17 +163,15 @@ def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> E
 
 
 @functools.cache
-def select_balanced_loss(name: str, loss: Traits) -> BalancedLossFunction:
-    """What makes weights from token losses: the kernels of a backend that may run, or torch code.
+def offered(function: str, name: str, x: Traits) -> Any:
+    """A function of the first engine that may run on ``x``; ``None`` if it does not offer it.
 
-    The losses are there already, so no backend is refused here.
+    The losses or gradients are there already, so no backend is refused here.
     """
-    for backend in _candidates(name, loss.device.type):
-        if backend_package(backend).why_not(loss, loss) or _why_tried(backend, loss.device, None):
-            continue
-        function: BalancedLossFunction = getattr(engine(backend), "balanced_loss", balanced_loss)
-        return function
-    return balanced_loss
+    for backend in _candidates(name, x.device.type):
+        if not backend_package(backend).why_not(x, x) and not _why_tried(backend, x.device, None):
+            return getattr(engine(backend), function, None)
+    return None
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from bft_kernels.checks import (
 from bft_kernels.documents import boundaries_beside, token_scales
 from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
-from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings, values_of
+from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
 from bft_kernels.weighting import balanced_loss, local_weights, weighted_losses
 
@@ -291,8 +291,7 @@ def _balanced_loss(
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
     if isinstance(settings.scheme, str):
-        arguments = nll, problem.labelled, documents, items, *values_of(settings)
-        return BalancedLoss(*ops.balanced_loss(*arguments))
+        return ops.balanced_loss(nll, problem.labelled, documents, items, settings)
     return balanced_loss(nll, problem.labelled, documents, items, settings)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import problem as problems
+from bft_kernels import weighting
 from bft_kernels.checks import (
     check_bias,
     check_boundary_values,
@@ -30,7 +31,7 @@ from bft_kernels.checks import (
     check_items,
     check_waiting,
 )
-from bft_kernels.dispatch import Engine, select, select_balanced_loss
+from bft_kernels.dispatch import Engine, offered, select
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, check_values, storage, traits_of
@@ -42,7 +43,7 @@ from bft_kernels.results import (
     Saved,
     WeightedLoss,
 )
-from bft_kernels.settings import LOCAL_SCHEMES, Settings
+from bft_kernels.settings import LOCAL_SCHEMES, NAMES, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
@@ -312,18 +313,31 @@ def _(
         f"{SETTINGS_SCHEMA}) -> ({_fields(BalancedLoss)})"
     ),
 )
-def balanced_loss(
+def balanced_loss_op(
     loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
     settings = Settings(*rest)
-    function = select_balanced_loss(settings.backend, traits_of(loss))
+    own = offered("balanced_loss", settings.backend, traits_of(loss))
+    function = own or weighting.balanced_loss
     cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
     with torch.cuda.device_of(loss):
         return tuple(function(loss, labelled, cu_seqlens, num_items, settings))
 
 
-@balanced_loss.register_fake
+def balanced_loss(
+    loss: Tensor,  # [N], 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    settings: Settings,
+) -> BalancedLoss:
+    """See :func:`bft_kernels.weighting.balanced_loss`."""
+    values = [getattr(settings, name) for name in NAMES]
+    return BalancedLoss(*balanced_loss_op(loss, labelled, cu_seqlens, num_items, *values))
+
+
+@balanced_loss_op.register_fake
 def _(
     loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad
 
 from bft_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, check_waiting
 from bft_kernels.results import Wanted
+from bft_kernels.settings import NAMES, Settings, check_settings, values_of
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
-from bft_kernels.settings import Settings, check_settings, values_of
 
 CPU_BUFFER_BYTES = 64 * 2**20
 # 512 MiB of logits, and a bit for each.
@@ -97,6 +97,8 @@ class Problem:
 
     def arguments(self) -> list[Any]:
         """What is no tensor, in the order of :data:`SCHEMA`."""
+        if torch.compiler.is_compiling():  # a getter of attributes cannot be traced
+            return [getattr(self.settings, x) for x in NAMES] + [self.operand, *self.wanted]
         return [*values_of(self.settings), self.operand, *self.wanted]
 
 

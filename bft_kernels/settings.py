@@ -94,8 +94,8 @@ class Settings:
     )
 
 
-_NAMES = tuple(option.name for option in fields(Settings))
-values_of = operator.attrgetter(*_NAMES)  # a tuple in the order of SCHEMA
+NAMES = tuple(option.name for option in fields(Settings))
+values_of = operator.attrgetter(*NAMES)  # a tuple in the order of SCHEMA
 _CHECKS = tuple((f.name, f.default, f.metadata["check"]) for f in fields(Settings))
 _SCHEMA_TYPES = {
     "int": "int",
@@ -133,7 +133,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
 
 
-def table(names: tuple[str, ...] = _NAMES) -> str:
+def table(names: tuple[str, ...] = NAMES) -> str:
     """The options as a table in Markdown, for the documentation."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for option in fields(Settings):

@@ -22,12 +22,12 @@ from benchmarks.providers.at_head import find
 from bft.config import TrainConfig
 from bft.encode import encode
 from bft.head import LogitTransform
-from bft.load import pretrained
+from bft.load import load_model, pretrained
 from bft.loss import Head, LossFunction
+from bft.optimizer import decay_groups
 from bft.patch import patch_model, unpatch_model
 from bft.records import read_jsonl
 from bft.tasks import hpo
-from bft.train import decay_groups, load_model
 
 _WARM_UP = 16  # tokens of the step that makes the optimizer's state
 

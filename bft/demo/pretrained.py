@@ -21,6 +21,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
 from bft.metrics import write_json
-from bft.packaged import PretrainedError, packaged_file, scratch_folder
+from bft.packaged import PretrainedError, packaged_file
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,9 @@ def converted(name: str, cache: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise PretrainedError(f"{name}: converting it needs: pip install gguf")
     logger.info("converting %s (%s) into %s, once", name, source.licence, folder)
-    with scratch_folder(folder.parent) as scratch:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as place:
+        scratch = Path(place)
         _convert(name, _gguf(name, scratch), scratch / "checkpoint")
         facts = {
             "name": name,
@@ -132,10 +135,7 @@ def _convert(name: str, gguf: Path, target: Path) -> None:
     place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **place)
     source = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        **place,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
+        gguf.parent, **place, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     ).eval()
     config = source.config
     if hasattr(config, "quantization_config"):

@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bft.metrics import naming
-from bft.packaged import packaged_file, scratch_folder
+from bft.packaged import packaged_file
 
 SPLITS = ("train", "validation", "test")
 ROOT = "HP:0000118"  # Phenotypic abnormality
@@ -276,12 +277,13 @@ def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
 
 
 def _write(folder: Path, files: Mapping[str, str]) -> None:
-    with scratch_folder(folder) as scratch:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         for name, text in files.items():
             with naming(folder / name):
-                (scratch / name).write_text(text, encoding="utf-8", newline="\n")
+                Path(scratch, name).write_text(text, encoding="utf-8", newline="\n")
         for name in files:
-            os.replace(scratch / name, folder / name)
+            os.replace(Path(scratch, name), folder / name)
 
 
 def main(out_dir: str | Path, *, seed: int = 0, console: Console | None = None) -> None:

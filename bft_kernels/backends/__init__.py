@@ -13,5 +13,7 @@ Its module ``engine`` has ``linear_nll``, ``linear_nll_backward`` and ``weighted
 ``try_out(device, operand)``
     a small call, made before the first one on a GPU;
 ``balanced_loss``
-    kernels for :func:`bft_kernels.weighting.balanced_loss`.
+    kernels for :func:`bft_kernels.weighting.balanced_loss`;
+``scale_(x, factor)``
+    ``x *= factor []`` in one kernel that returns at once where the factor is 1.
 """

@@ -8,8 +8,8 @@
 #include "csrc/bindings/checks.h"
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/kernels.h"
+#include "csrc/cpu/online_softmax.h"
 #include "csrc/cpu/parallel.h"
-#include "csrc/cpu/sweep.h"
 
 namespace py = pybind11;
 using py::arg;
@@ -99,28 +99,28 @@ void define_team(py::module_& module) {
 
 // --- the forward ---------------------------------------------------------------------------------
 
-class Sweep {
+class OnlineSoftmax {
   public:
-    Sweep(const bft::cpu::SweepSettings& settings, int64_t rows, Address targets, Address positions,
-          Address floors)
+    OnlineSoftmax(const bft::cpu::SoftmaxSettings& settings, int64_t rows, Address targets,
+                  Address positions, Address lse_bounds)
         : vocabulary_(settings.vocabulary),
           rows_(rows),
           workers_(settings.workers),
-          sweep_(settings, rows, array<int64_t>("targets", targets, rows),
-                 array<int64_t>("positions", positions, settings.sample ? rows : 0),
-                 optional_array<float>("floors", floors, rows)) {}
+          softmax_(settings, rows, array<int64_t>("targets", targets, rows),
+                   array<int64_t>("positions", positions, settings.sample ? rows : 0),
+                   optional_array<float>("lse_bounds", lse_bounds, rows)) {}
 
     void add(const BlockArguments& arguments, Address keep, int threads, int worker) {
         const bft::cpu::Block block = checked(arguments);
-        sweep_.add(block, optional_array<float>("keep", keep, block.rows * block.columns),
-                   checked_team(threads, worker));
+        softmax_.add(block, optional_array<float>("keep", keep, block.rows * block.columns),
+                     checked_team(threads, worker));
     }
 
     void add_exponentials(const BlockArguments& block, Address sums, int64_t width, int threads,
                           int worker) {
-        sweep_.add_exponentials(checked(block),
-                                bft::checked_pointer<float>("sums", sums, rows_ * width), width,
-                                checked_team(threads, worker));
+        softmax_.add_exponentials(checked(block),
+                                  bft::checked_pointer<float>("sums", sums, rows_ * width), width,
+                                  checked_team(threads, worker));
     }
 
     void finish(int64_t first_row, int64_t rows, const py::dict& out, int threads) {
@@ -131,7 +131,7 @@ class Sweep {
         const auto floats = [&](const char* name) {
             return optional_array<float>(name, address(name), rows);
         };
-        const bft::cpu::SweepResults results{
+        const bft::cpu::SoftmaxResults results{
             floats("loss"),
             floats("nll"),
             floats("lse"),
@@ -142,21 +142,22 @@ class Sweep {
             floats("hidden_variance"),
             optional_array<int64_t>("counts", address("counts"), rows)};
         const py::gil_scoped_release unlocked;
-        sweep_.finish(first_row, rows, results, checked_threads(threads));
+        softmax_.finish(first_row, rows, results, checked_threads(threads));
     }
 
     void entries(Address offsets, Address columns, Address values, int threads) {
         const int64_t* first = array<int64_t>("offsets", offsets, rows_ + 1);
         const int64_t count = first[rows_];
-        sweep_.entries(first, bft::checked_pointer<int32_t>("columns", columns, count),
-                       bft::checked_pointer<float>("values", values, count),
-                       checked_threads(threads));
+        softmax_.entries(first, bft::checked_pointer<int32_t>("columns", columns, count),
+                         bft::checked_pointer<float>("values", values, count),
+                         checked_threads(threads));
     }
 
     void unit_factors(int64_t first_row, int64_t rows, Address factors, Address values) {
         check_rows(first_row, rows);
-        sweep_.unit_factors(first_row, rows, bft::checked_pointer<float>("factors", factors, rows),
-                            bft::checked_pointer<float>("target_values", values, rows));
+        softmax_.unit_factors(first_row, rows,
+                              bft::checked_pointer<float>("factors", factors, rows),
+                              bft::checked_pointer<float>("target_values", values, rows));
     }
 
   private:
@@ -171,7 +172,7 @@ class Sweep {
         bft::check_range("rows", rows, 0, rows_ - first_row);
     }
 
-    // With more than one thread a block has the sweep to itself.
+    // With more than one thread a block has the softmax to itself.
     bft::cpu::Team checked_team(int threads, int worker) const {
         bft::check_range("worker", worker, 0, workers_ - 1);
         if (worker > 0) bft::check_range("threads", threads, 1, 1);
@@ -180,7 +181,7 @@ class Sweep {
 
     int64_t vocabulary_, rows_;
     int workers_;
-    bft::cpu::Sweep sweep_;
+    bft::cpu::OnlineSoftmax softmax_;
 };
 
 bft::cpu::Transform checked_transform(Address bias, float softcap, float temperature,
@@ -189,18 +190,19 @@ bft::cpu::Transform checked_transform(Address bias, float softcap, float tempera
     return {optional_array<const float>("bias", bias, vocabulary), softcap, temperature};
 }
 
-void define_sweep(py::module_& module) {
+void define_softmax(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
-    py::class_<Sweep>(module, "Sweep",
-                      "The forward of some rows; blocks come in ascending order of columns. The "
-                      "arrays of bias and norms must outlive it.")
+    py::class_<OnlineSoftmax>(
+        module, "OnlineSoftmax",
+        "The forward of some rows; blocks come in ascending order of columns. The "
+        "arrays of bias and norms must outlive it.")
         .def(py::init([](int64_t rows, int64_t vocabulary, Address targets, Address positions,
-                         Address floors, Address bias, float softcap, float temperature,
+                         Address lse_bounds, Address bias, float softcap, float temperature,
                          Address norms, float eps, int64_t seed, bool sample, bool certificate,
                          float label_smoothing, float z_loss, int workers) {
                  bft::check_range("rows", rows, 0, kMaxCount);
                  bft::check_range("workers", workers, 1, kMaxThreads);
-                 bft::cpu::SweepSettings settings;
+                 bft::cpu::SoftmaxSettings settings;
                  settings.workers = workers;
                  settings.vocabulary = vocabulary;
                  settings.transform = checked_transform(bias, softcap, temperature, vocabulary);
@@ -211,27 +213,27 @@ void define_sweep(py::module_& module) {
                  settings.certificate = certificate;
                  settings.label_smoothing = label_smoothing;
                  settings.z_loss = z_loss;
-                 return new Sweep(settings, rows, targets, positions, floors);
+                 return new OnlineSoftmax(settings, rows, targets, positions, lse_bounds);
              }),
              py::kw_only(), arg("rows"), arg("vocabulary"), arg("targets"), arg("positions") = 0,
-             arg("floors") = 0, arg("bias") = 0, arg("softcap") = 0.0f, arg("temperature") = 1.0f,
-             arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0, arg("sample") = false,
-             arg("certificate") = false, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f,
-             arg("workers") = 1)
-        .def("add", &Sweep::add, arg("block"), arg("keep") = 0, py::kw_only(), arg("threads"),
-             arg("worker") = 0, Release(),
+             arg("lse_bounds") = 0, arg("bias") = 0, arg("softcap") = 0.0f,
+             arg("temperature") = 1.0f, arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0,
+             arg("sample") = false, arg("certificate") = false, arg("label_smoothing") = 0.0f,
+             arg("z_loss") = 0.0f, arg("workers") = 1)
+        .def("add", &OnlineSoftmax::add, arg("block"), arg("keep") = 0, py::kw_only(),
+             arg("threads"), arg("worker") = 0, Release(),
              "Take a block of raw products; leaves its logits in place, and in keep [rows, "
              "columns]. Several workers may add blocks of different rows at once.")
-        .def("add_exponentials", &Sweep::add_exponentials, arg("block"), arg("sums"), arg("width"),
-             arg("threads"), arg("worker") = 0, Release(),
+        .def("add_exponentials", &OnlineSoftmax::add_exponentials, arg("block"), arg("sums"),
+             arg("width"), arg("threads"), arg("worker") = 0, Release(),
              "Take a block; leaves slope * exp(z - maximum) in place, 0 at the target, and scales "
              "sums [rows, width] when the maximum rises.")
-        .def("finish", &Sweep::finish, arg("first_row"), arg("rows"), arg("out"), arg("threads"),
-             "Write results [rows] to the addresses in out, by name.")
-        .def("entries", &Sweep::entries, arg("offsets"), arg("columns"), arg("values"),
+        .def("finish", &OnlineSoftmax::finish, arg("first_row"), arg("rows"), arg("out"),
+             arg("threads"), "Write results [rows] to the addresses in out, by name.")
+        .def("entries", &OnlineSoftmax::entries, arg("offsets"), arg("columns"), arg("values"),
              arg("threads"), Release(), "Write the sampled entries of all rows.")
-        .def("unit_factors", &Sweep::unit_factors, arg("first_row"), arg("rows"), arg("factors"),
-             arg("target_values"), Release(),
+        .def("unit_factors", &OnlineSoftmax::unit_factors, arg("first_row"), arg("rows"),
+             arg("factors"), arg("target_values"), Release(),
              "Write what the sums of exponentials are to be multiplied by, and the target's dy.");
 
     module.def(
@@ -272,19 +274,19 @@ bft::cpu::Entries checked_entries(int64_t rows, Address offsets, Address columns
 void define_backward(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     module.def(
-        "gather_hidden",
+        "spmm_hidden",
         [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
            const MatrixArguments& weight, const MatrixArguments& grad_hidden, int threads) {
-            bft::cpu::gather_hidden(checked_entries(rows, offsets, columns, values, upstream),
-                                    checked_matrix("weight", weight),
-                                    checked_matrix("grad_hidden", grad_hidden),
-                                    checked_threads(threads));
+            bft::cpu::spmm_hidden(checked_entries(rows, offsets, columns, values, upstream),
+                                  checked_matrix("weight", weight),
+                                  checked_matrix("grad_hidden", grad_hidden),
+                                  checked_threads(threads));
         },
         py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
         arg("weight"), arg("grad_hidden"), arg("threads"), Release(),
         "dH [rows, D] from the entries of dy and the rows of weight.");
     module.def(
-        "scatter_weight",
+        "spmm_weight",
         [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
            const MatrixArguments& hidden, const std::optional<MatrixArguments>& grad_weight,
            bool add, Address grad_bias, int64_t vocabulary, int64_t slice, int threads) {
@@ -292,10 +294,10 @@ void define_backward(py::module_& module) {
             bft::check_range("slice", slice, 1, kMaxCount);
             std::optional<bft::cpu::Matrix> out;
             if (grad_weight) out = checked_matrix("grad_weight", *grad_weight);
-            bft::cpu::scatter_weight(checked_entries(rows, offsets, columns, values, upstream),
-                                     checked_matrix("hidden", hidden), out ? &*out : nullptr, add,
-                                     optional_array<float>("grad_bias", grad_bias, vocabulary),
-                                     vocabulary, slice, checked_threads(threads));
+            bft::cpu::spmm_weight(checked_entries(rows, offsets, columns, values, upstream),
+                                  checked_matrix("hidden", hidden), out ? &*out : nullptr, add,
+                                  optional_array<float>("grad_bias", grad_bias, vocabulary),
+                                  vocabulary, slice, checked_threads(threads));
         },
         py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
         arg("hidden"), arg("grad_weight"), arg("add"), arg("grad_bias"), arg("vocabulary"),
@@ -315,6 +317,6 @@ PYBIND11_MODULE(_cpu, module, py::mod_gil_not_used()) {
     module.def("use_instruction_set", &bft::cpu::select_kernels, arg("name"),
                "Use another of instruction_sets() from now on.");
     define_team(module);
-    define_sweep(module);
+    define_softmax(module);
     define_backward(module);
 }

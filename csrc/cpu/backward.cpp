@@ -72,8 +72,8 @@ ByColumn sort_by_column(const Entries& entries, int64_t vocabulary, int threads)
 
 }  // namespace
 
-void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
-                   int threads) {
+void spmm_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
+                 int threads) {
     const Kernels& kernel = kernels();
     const auto gather = kernel.weighted_rows[static_cast<int>(weight.type)];
     const auto write = kernel.write[static_cast<int>(grad_hidden.type)];
@@ -91,8 +91,8 @@ void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& g
     });
 }
 
-void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
-                    bool add, float* grad_bias, int64_t vocabulary, int64_t slice, int threads) {
+void spmm_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight, bool add,
+                 float* grad_bias, int64_t vocabulary, int64_t slice, int threads) {
     const Kernels& kernel = kernels();
     const ByColumn sorted = sort_by_column(entries, vocabulary, threads);
     const int64_t* starts = sorted.starts.data();

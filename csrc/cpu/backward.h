@@ -24,8 +24,8 @@ struct Entries {
 };
 
 // dH [rows, D] = dy @ weight, a row of dH at a time.
-void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
-                   int threads);
+void spmm_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
+                 int threads);
 
 // dW [V, D] = dy^T @ hidden, added or stored, and the sums of dy into grad_bias [V] if it is given.
 //
@@ -35,7 +35,7 @@ void gather_hidden(const Entries& entries, const Matrix& weight, const Matrix& g
 //
 // `slice` columns of hidden and dW are done for all of V before the next, while all rows of the
 // slice of hidden are in a core's cache.
-void scatter_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight,
-                    bool add, float* grad_bias, int64_t vocabulary, int64_t slice, int threads);
+void spmm_weight(const Entries& entries, const Matrix& hidden, const Matrix* grad_weight, bool add,
+                 float* grad_bias, int64_t vocabulary, int64_t slice, int threads);
 
 }  // namespace bft::cpu

@@ -1,11 +1,394 @@
-#include "csrc/cuda/forward.cuh"
-
+// The tiled forward: logits live in registers, and leave them as a few sums for each row.
 #include <algorithm>
 
+#include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
+#include "csrc/cuda/softmax.cuh"
+#include "csrc/cuda/tile.cuh"
 
 namespace bft::cuda {
+
+// Sums that a split leaves for each row, planes of [SPLITS, R] float32.
+enum Sum {
+    kMaximum,  // of z
+    kTotal,    // e = exp(z - maximum)
+    kMoment,   // e * (z - maximum), for the entropy
+    kShifted,  // z - maximum, for label smoothing; minus infinity counts as a maximum of 0
+    kTarget,   // the target's z, in the split that has it; undefined elsewhere
+    kBefore,   // the largest z of the split in a column before the target's; likewise
+};
+
+// One launch: all splits of a part of the rows.
+struct Pass {
+    RowRange range;
+    int splits, split_tiles;
+    int group;  // row blocks side by side, which share columns in L2
+    bool statistics, smoothing;
+    float overrating;  // 2^16 / eps
+};
+
+// What the block knows of its rows, and what it finds beside the sums, after the stages.
+struct RowNotes {
+    Shared<int> target{kStagesBytes, kTileN};  // -1 for one that is not in the vocabulary
+    Shared<uint32_t> multiplier{kStagesBytes + 4 * kTileN, kTileN};  // of the draws
+    Shared<uint32_t> offset{kStagesBytes + 8 * kTileN, kTileN};
+    Shared<float> floor{kStagesBytes + 12 * kTileN, kTileN};
+    Shared<float> before{kStagesBytes + 16 * kTileN, kWarpColumns * kTileN};
+};
+constexpr uint32_t kForwardShared = kStagesBytes + 16 * kTileN + 4 * kWarpColumns * kTileN;
+
+// Running sums of a thread's rows. The maximum is the warp's, and is the same in all lanes that
+// share the row; the others are over the thread's own columns. Total and moment are of powers of
+// 2 relative to base(): one multiply-add gives the power, whose product is not rounded.
+template <typename T>
+struct Running {
+    static constexpr int kRows = Entries<T>::kRows;
+    float maximum[kRows], total[kRows], moment[kRows], shifted[kRows];
+    int columns;  // seen by the thread
+
+    __device__ __forceinline__ static float base(float maximum) {
+        return finite_or(maximum, 0.0f) * kLog2E;
+    }
+};
+
+// The target's z, and the largest before it, of the rows whose target lies in this tile.
+template <typename T>
+__device__ __forceinline__ void find_targets(Entries<T>& z, const Running<T>& state,
+                                             const RowNotes& notes, int v0, Global<float> own) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < z.kRows; ++i) {
+        any |= static_cast<unsigned>(notes.target.load(z.row(i)) - v0) < kTileV;
+    }
+    if (!__any_sync(kAllLanes, any)) return;  // one tile in many has one
+#pragma unroll
+    for (int i = 0; i < z.kRows; ++i) {
+        const int at = notes.target.load(z.row(i)) - v0;
+        const bool here = static_cast<unsigned>(at) < kTileV;
+        const int distance = at - z.column0();
+        float largest = -infinity(), found = 0;
+        bool mine = false;
+#pragma unroll
+        for (int j = 0; j < z.kColumns; ++j) {
+            if (z.step(j) < distance) largest = fmaxf(largest, z.at(i, j));
+            if (z.step(j) == distance) mine = here, found = z.at(i, j);
+        }
+        if (mine) own.store(z.row(i), found);
+        largest = fmaxf(max_lanes<Entries<T>::kLanes>(largest), state.maximum[i]);
+        if (here && lane_id() % z.kLanes == 0) {
+            notes.before.store(warp_column() / kWarpV * kTileN + z.row(i), largest);
+        }
+    }
+}
+
+// Where the block's bits go.
+struct Bits {
+    Global<uint32_t> words;  // [rows, row_words]
+    int64_t row_words;
+    int rows;
+};
+
+// e of one row, one bit an entry: 32 columns to a word, gathered from the lanes that share the row.
+template <typename T>
+__device__ __forceinline__ void store_bits(Entries<T>& e, int i, float factor,
+                                           const RowNotes& notes, int v0, int vocabulary,
+                                           const Bits& out) {
+    constexpr int kColumns = Entries<T>::kColumns, kWords = kWarpV / 32;
+    // Of steps instead of columns: multiplier * (column + step) + offset, modulo 2^32.
+    RowKey key{notes.multiplier.load(e.row(i)), notes.offset.load(e.row(i))};
+    key.offset += key.multiplier * static_cast<uint32_t>(v0 + e.column0());
+    const int target = notes.target.load(e.row(i));
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int j = w * (kColumns / kWords); j < (w + 1) * (kColumns / kWords); ++j) {
+            const uint32_t place = key.multiplier * static_cast<uint32_t>(e.step(j)) + key.offset;
+            if (may_be_below(place, e.at(i, j), factor)) word |= 1u << e.step(j) % 32;
+        }
+        word = join_lanes<Entries<T>::kLanes>(word << e.column0() % 32);
+        const int first = v0 + warp_column() + w * 32;
+        word = trim_word(word, first, vocabulary, target);
+        if (lane_id() % e.kLanes == w && first < vocabulary && e.row(i) < out.rows) {
+            out.words.store(e.row(i) * out.row_words + first / 32, word);
+        }
+    }
+}
+
+// Adds a tile of z, which becomes e, to the sums; with Emit leaves its bits.
+template <typename T, bool Emit>
+__device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const Pass& pass,
+                                         const RowNotes& notes, int v0, int vocabulary,
+                                         const Bits& out) {
+    constexpr int kColumns = Entries<T>::kColumns, kLanes = Entries<T>::kLanes;
+    const int left = vocabulary - v0 - z.column0();
+#pragma unroll
+    for (int i = 0; i < z.kRows; ++i) {
+        const float before = state.maximum[i];
+        float peak = before;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) peak = fmaxf(peak, z.at(i, j));
+        peak = max_lanes<kLanes>(peak);
+        // exp(-inf - (-inf)) where nothing finite came yet.
+        const float reference = finite_or(peak, 0.0f);
+        const float base = state.base(peak), fall = state.base(before) - base;
+        if (pass.smoothing) {
+            float shifted = state.columns > 0 ? (before - reference) * state.columns : 0.0f;
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+                if (z.step(j) < left) shifted += z.at(i, j) - reference;
+            }
+            state.shifted[i] += shifted;
+        }
+        // What came before this tile bounds the final lse from below, so that p is overrated;
+        // without this tile's own sum, no entry has to wait for it.
+        float factor = 0;
+        if constexpr (Emit) {
+            const float earlier = __logf(sum_lanes<kLanes>(state.total[i]));
+            const float bound =
+                fmaxf(finite_or(before, 0.0f) + earlier, notes.floor.load(z.row(i)));
+            factor = overrated(reference, bound) * pass.overrating;
+        }
+        // 0 * exp2(fall) where nothing came yet, whatever the fall from 0 is.
+        const float scale = before == -infinity() ? 0.0f : exp2_approx(fall);
+        float total = 0, moment = 0;
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+            const float power = fmaf(z.at(i, j), kLog2E, -base);
+            const float e = exp2_approx(power);
+            total += e;
+            moment = fmaf(e, fmaxf(power, -1e30f), moment);  // no 0 * -inf
+            z.at(i, j) = e;
+        }
+        const float step = state.total[i] > 0 ? state.total[i] * fall : 0.0f;
+        state.moment[i] = fmaf(scale, state.moment[i] + step, moment);
+        state.total[i] = fmaf(scale, state.total[i], total);
+        state.maximum[i] = peak;
+        if constexpr (Emit) store_bits(z, i, factor, notes, v0, vocabulary, out);
+    }
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) state.columns += z.step(j) < left;
+}
+
+// Columns of the warps at warp_column() = offset, of the tiles from v0 to v1.
+__device__ __forceinline__ float columns_between(int v0, int v1, int vocabulary, int offset) {
+    const int full = min(v1, vocabulary) - v0, rest = full % kTileV;
+    return static_cast<float>(full / kTileV * kWarpV + min(max(rest - offset, 0), kWarpV));
+}
+
+// From each thread's sums to those of the block's rows, through the stages' memory: first the lanes
+// that share a row, then the warps that do, in the order of their columns.
+template <typename T>
+__device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
+                                           const RowNotes& notes, int v0, int v1, int vocabulary,
+                                           Global<float> sums, int64_t plane, int there) {
+    constexpr int kLanes = Entries<T>::kLanes;
+    const Shared<float> parts(0, kWarpColumns * 4 * kTileN);
+    cp_async_wait<0>();
+    __syncthreads();  // every warp has read the last stage
+#pragma unroll
+    for (int i = 0; i < state.kRows; ++i) {
+        const float total = sum_lanes<kLanes>(state.total[i]);
+        const float moment = sum_lanes<kLanes>(state.moment[i]);
+        const float shifted = sum_lanes<kLanes>(state.shifted[i]);
+        // From powers of 2 relative to the base to powers of e relative to the maximum.
+        const float reference = finite_or(state.maximum[i], 0.0f);
+        const float rest = fmaf(reference, kLog2E, -state.base(state.maximum[i]));
+        const float scale = exp2_approx(-rest);
+        if (lane_id() % kLanes == 0) {
+            const auto at = parts + (warp_column() / kWarpV * 4 * kTileN + Entries<T>::row(i));
+            at.store(0, state.maximum[i]);
+            at.store(kTileN, scale * total);
+            at.store(2 * kTileN, scale * (moment - total * rest) * (1 / kLog2E));
+            at.store(3 * kTileN, shifted);
+        }
+    }
+    __syncthreads();
+    const int row = threadIdx.x;
+    if (row >= there) return;
+    Part warps[kWarpColumns];
+    float maximum = -infinity(), before = -infinity();
+#pragma unroll
+    for (int w = 0; w < kWarpColumns; ++w) {
+        const auto at = parts + (w * 4 * kTileN + row);
+        warps[w] = {at.load(0), at.load(kTileN), at.load(2 * kTileN), at.load(3 * kTileN)};
+        maximum = fmaxf(maximum, warps[w].maximum);
+        before = fmaxf(before, notes.before.load(w * kTileN + row));
+    }
+    Part whole = {maximum, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarpColumns; ++w) {
+        const float columns = columns_between(v0, v1, vocabulary, w * kWarpV);
+        scale_to(warps[w], finite_or(maximum, 0.0f), columns);
+        whole.total += warps[w].total;
+        whole.moment += warps[w].moment;
+        if (columns > 0) whole.shifted += warps[w].shifted;
+    }
+    sums.store(kMaximum * plane + row, whole.maximum);
+    sums.store(kTotal * plane + row, whole.total);
+    if (pass.smoothing) sums.store(kShifted * plane + row, whole.shifted);
+    if (pass.statistics) {
+        sums.store(kMoment * plane + row, whole.moment);
+        const int target = notes.target.load(row);
+        if (target >= v0 && target < v1) sums.store(kBefore * plane + row, before);
+    }
+}
+
+// Sums of z over a split of the vocabulary, for a block of rows; with Emit also the mask.
+//
+// A block owns kTileN of the rows that take part and the tiles of one split, warps and threads what
+// tile.cuh says. Statistics stay in a thread's registers from tile to tile, and only the maximum
+// is shared by the lanes of a row in each: their sums, and those of the two warps of a row, are
+// joined once, at the end. Beside the stages shared memory has what is known of each row
+// (RowNotes): lanes that read it have rows of their own, or the same one, so that no bank is met
+// twice. A warp that meets a target stores its z at once; no two write the same word.
+//
+// Nobody knows how many rows there are but the device: blocks past them return at once.
+template <typename T, bool Aligned, bool Emit>
+__global__ void __launch_bounds__(kThreads, 1)
+    linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
+                              Global<const int64_t> seed, Global<const float> floor,
+                              Global<uint32_t> mask) {
+    const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;
+    const Program own = swizzle(blockIdx.x, row_blocks, pass.splits, pass.group);
+    const int64_t local0 = own.row_block * kTileN;
+    const int split = own.part;
+    const int64_t end =
+        min(in.row_count.template load<Cache::kReadOnly>(0), pass.range.first + pass.range.count);
+    const int64_t first = pass.range.first + local0;
+    if (first >= end) return;
+    const int there = static_cast<int>(min(end - first, int64_t{kTileN}));
+
+    const RowNotes notes;
+    if (threadIdx.x < kTileN) {
+        const int row = threadIdx.x;
+        int target = -1;
+        RowKey key{1, 0};
+        float least = 0;
+        if (row < there) {
+            const int64_t position = in.order.template load<Cache::kReadOnly>(first + row);
+            const int64_t label = in.target.template load<Cache::kReadOnly>(position);
+            if (label >= 0 && label < in.vocabulary) target = static_cast<int>(label);
+            if constexpr (Emit) {
+                const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
+                key = row_key(drawn, static_cast<uint64_t>(position));
+                least = floor.load<Cache::kReadOnly>(position);
+            }
+        }
+        notes.target.store(row, target);
+        if constexpr (Emit) {
+            notes.multiplier.store(row, key.multiplier);
+            notes.offset.store(row, key.offset);
+            notes.floor.store(row, least);
+        }
+        for (int w = 0; w < kWarpColumns; ++w) notes.before.store(w * kTileN + row, -infinity());
+    }
+
+    const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
+    const int tile0 = split * pass.split_tiles, tile1 = min(tile0 + pass.split_tiles, tiles);
+    const int64_t plane = pass.splits * pass.range.count;
+    const Global<float> at = sums + (split * pass.range.count + local0);
+    Running<T> state;
+    const int64_t row_words = (int64_t{in.vocabulary} + 31) / 32;
+    const Bits bits{mask + local0 * row_words, row_words, there};
+#pragma unroll
+    for (int i = 0; i < state.kRows; ++i) {
+        state.maximum[i] = -infinity();
+        state.total[i] = state.moment[i] = state.shifted[i] = 0;
+    }
+    state.columns = 0;
+
+    TileLoader<T, Aligned> loader(in, first, there);
+    loader.start(in, tile0, tile1);
+    for (int tile = tile0; tile < tile1; ++tile) {
+        const int v0 = tile * kTileV;
+        Entries<T> z = next_products(in, loader);
+        to_logits(z, in, v0);
+        find_targets(z, state, notes, v0, at + kTarget * plane);
+        add_tile<T, Emit>(z, state, pass, notes, v0, in.vocabulary, bits);
+    }
+    store_sums(state, pass, notes, tile0 * kTileV, tile1 * kTileV, in.vocabulary, at, plane, there);
+}
+
+struct Combine {
+    RowRange range;
+    int splits, split_columns, vocabulary;
+    LossKind kind;
+};
+
+// Joins the splits of each row, in order, and stores what the row gives. A thread owns a row; rows
+// of a warp are neighbours in every plane of the sums. No shared memory.
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(Combine pass, Global<const float> sums, Global<const int64_t> target,
+                   Global<const int64_t> order, Global<const int64_t> row_count, RowOutputs out) {
+    const int64_t local = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+    if (local >= pass.range.count || pass.range.first + local >= row_count.load(0)) return;
+    const int64_t row = order.load(pass.range.first + local), label = target.load(row);
+    const int64_t plane = pass.splits * pass.range.count;
+    const Global<const float> at = sums + local;
+
+    const bool known = label >= 0 && label < pass.vocabulary;
+    const int holder = known ? static_cast<int>(label / pass.split_columns) : 0;
+    const auto of_holder = at + holder * pass.range.count;
+    // NaN for a target that nobody checked.
+    const float own = known ? of_holder.load(kTarget * plane) : __uint_as_float(0x7FFFFFFF);
+
+    float maximum = -infinity(), earlier = -infinity();
+    for (int split = 0; split < pass.splits; ++split) {
+        const float peak = at.load(kMaximum * plane + split * pass.range.count);
+        maximum = fmaxf(maximum, peak);
+        // Columns before the target's must hold less; later ones may equal it.
+        if (split < holder) earlier = fmaxf(earlier, peak);
+    }
+    const float reference = finite_or(maximum, 0.0f);
+    Part whole = {maximum, 0, 0, 0};
+    for (int split = 0; split < pass.splits; ++split) {
+        const auto here = at + split * pass.range.count;
+        Part part = {here.load(kMaximum * plane), here.load(kTotal * plane), 0, 0};
+        if (out.entropy) part.moment = here.load(kMoment * plane);
+        if (pass.kind.label_smoothing > 0) part.shifted = here.load(kShifted * plane);
+        const int left = pass.vocabulary - split * pass.split_columns;
+        scale_to(part, reference, static_cast<float>(min(left, pass.split_columns)));
+        whole.total += part.total;
+        whole.moment += part.moment;
+        whole.shifted += part.shifted;
+    }
+
+    const bool first =
+        out.entropy && known && of_holder.load(kBefore * plane) < own && earlier < own;
+    const float mean = whole.shifted / static_cast<float>(pass.vocabulary);
+    store_row(out, row, whole, own, first, mean, pass.kind);
+}
+
+// A lower bound of each row's lse: its target's logit, less what rounding can make of it. Until a
+// block arrives at a confident token's target, this keeps the other entries out.
+//
+// A warp owns a row, and its lanes neighbouring elements. No shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    target_floor_kernel(Operands<T> in, Global<float> floor) {
+    const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+    if (at >= in.row_count.load(0)) return;
+    const int64_t row = in.order.load(at);
+    const int64_t label =
+        min(max(in.target.load(row), int64_t{0}), static_cast<int64_t>(in.vocabulary - 1));
+    const auto hidden = in.hidden + row * in.stride_hn, weight = in.weight + label * in.stride_wv;
+    float total = 0, size = 0;
+    for (int d = lane_id(); d < in.depth; d += 32) {
+        const float product = to_float(hidden.load(d)) * to_float(weight.load(d));
+        total += product;
+        size += fabsf(product);
+    }
+    total = sum_lanes<32>(total), size = sum_lanes<32>(size);
+    if (lane_id() != 0) return;
+    const float bias = in.bias ? in.bias.load(label) : 0.0f;
+    const Transform& transform = in.transform;
+    float z = total - 1e-5f * (size + fabsf(bias)) + bias;
+    if (transform.softcap > 0) z = transform.cap(z) - 1e-5f * transform.softcap;
+    z *= transform.inverse_temperature;
+    floor.store(row, z - 1e-5f * fabsf(z));
+}
 
 // Waves of blocks that a launch is cut into, at least: the last one leaves few processors idle.
 constexpr int64_t kWaves = 4;
@@ -28,15 +411,15 @@ static void run_tiles(const Problem& problem, const Pass& pass, float* sums,
 }
 
 void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
-                        const Candidates& candidates, float label_smoothing, float z_loss,
-                        const RowResults& results, void* stream) {
+                        const Candidates& candidates, LossKind kind, const RowResults& results,
+                        void* stream) {
     if (range.count == 0) return;  // a grid of zero blocks is a launch error
     const Pass pass{range,
                     splits.count,
                     splits.columns / kTileV,
                     kGroup,
                     results.entropy != nullptr,
-                    label_smoothing > 0,
+                    kind.label_smoothing > 0,
                     0x1p16f / candidates.eps};
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
@@ -47,13 +430,11 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
             run_tiles<T, kAligned, false>(problem, pass, sums, candidates, stream);
         }
     });
-    const Combine combine{range,           splits.count,
-                          splits.columns,  static_cast<int>(problem.vocabulary),
-                          label_smoothing, z_loss};
+    const Combine combine{range, splits.count, splits.columns, static_cast<int>(problem.vocabulary),
+                          kind};
     const auto blocks = static_cast<unsigned>(ceil_div(range.count, kThreads));
     launch(combine_kernel, {"combine", blocks, kThreads, 0, stream}, combine, sums, problem.target,
-           problem.order, problem.row_count, results.loss, results.nll, results.lse,
-           results.lse_low, results.entropy, results.correct);
+           problem.order, problem.row_count, outputs_of(results));
 }
 
 void target_floor(const Problem& problem, float* floor, void* stream) {

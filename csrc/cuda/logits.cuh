@@ -67,6 +67,41 @@ __device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
     return p != p ? p : kept;
 }
 
+// By what an entry's exp(z - reference) is multiplied before its draw is compared with it, but for
+// 2^16 / eps: lse is at least `bound`, and what rounding can make of it is allowed for.
+__device__ __forceinline__ float overrated(float reference, float bound) {
+    return normal_exp(reference - bound + 1e-3f + 1e-5f * fabsf(bound));
+}
+
+// A word of the mask, of the 32 columns from `first` on: the target's bit is set, bits past the
+// vocabulary are not.
+__device__ __forceinline__ uint32_t trim_word(uint32_t word, int first, int vocabulary,
+                                              int target) {
+    const int left = vocabulary - first;
+    if (target >= first && target - first < 32) word |= 1u << (target - first);
+    return left < 32 ? word & (left > 0 ? (1u << left) - 1 : 0) : word;
+}
+
+// Entries of one row, by its final lse.
+struct RowEntries {
+    int64_t target;
+    RowKey key;
+    float lse, own, eps;  // own: dz at the target
+
+    // The sampled dz of an entry; 0 where it is not kept.
+    __device__ __forceinline__ float dz(float z, int column) const {
+        const float u = draw<float>(key, static_cast<uint32_t>(column));
+        return column == target ? own : sampled_dz(expf(z - lse), u, eps);
+    }
+};
+
+// An entry's part of the certificate.
+__device__ __forceinline__ float variance_term(float z, float lse, float eps,
+                                               const Transform& transform) {
+    const float p = normal_exp(z - lse), slope = transform.slope(z);
+    return p * fmaxf(eps - p, 0.0f) * slope * slope;
+}
+
 // The sum (the largest, the bits) of `Lanes` neighbouring lanes, in each of them.
 template <int Lanes>
 __device__ __forceinline__ float sum_lanes(float x) {

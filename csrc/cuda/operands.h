@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 #include "csrc/cuda/tile.cuh"
 
 namespace bft::cuda {
@@ -13,9 +13,12 @@ constexpr int kGroup = 8;
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+inline Transform transform_of(float softcap, float temperature) {
+    return {softcap, softcap > 0 ? 1 / softcap : 0, 1 / temperature};
+}
+
 template <typename T>
 Operands<T> operands_of(const Problem& problem) {
-    const float cap = problem.softcap;
     return {static_cast<const T*>(problem.hidden),
             static_cast<const T*>(problem.weight),
             problem.bias,
@@ -26,7 +29,7 @@ Operands<T> operands_of(const Problem& problem) {
             problem.stride_wv,
             static_cast<int>(problem.vocabulary),
             static_cast<int>(problem.depth),
-            {cap, cap > 0 ? 1 / cap : 0, 1 / problem.temperature}};
+            transform_of(problem.softcap, problem.temperature)};
 }
 
 // Whether rows start at multiples of 16 bytes.
@@ -35,11 +38,19 @@ bool rows_aligned(const void* first, int64_t stride) {
     return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0;
 }
 
+// run(T()): the type of the operands.
+template <typename Run>
+void with_operands(Type type, Run run) {
+    if (type == Type::kFloat32) run(float());
+    if (type == Type::kBFloat16) run(bf16());
+    if (type == Type::kFloat16) run(fp16());
+}
+
 // run(T(), std::bool_constant<Aligned>()): the type of the operands, and whether all of their rows
 // can be copied 16 bytes at a time.
 template <typename Run>
 void with_type(const Problem& problem, Run run) {
-    const auto with_alignment = [&](auto zero) {
+    with_operands(problem.type, [&](auto zero) {
         using T = decltype(zero);
         if (rows_aligned<T>(problem.hidden, problem.stride_hn) &&
             rows_aligned<T>(problem.weight, problem.stride_wv)) {
@@ -47,10 +58,7 @@ void with_type(const Problem& problem, Run run) {
         } else {
             run(zero, std::false_type());
         }
-    };
-    if (problem.type == Type::kFloat32) with_alignment(float());
-    if (problem.type == Type::kBFloat16) with_alignment(bf16());
-    if (problem.type == Type::kFloat16) with_alignment(fp16());
+    });
 }
 
 // run(T* or float*): the gradient's place, by its type.

@@ -13,7 +13,7 @@
 // bank twice.
 #pragma once
 
-#include "csrc/cuda/forward.h"
+#include "csrc/cuda/kernels.h"
 #include "csrc/cuda/logits.cuh"
 
 namespace bft::cuda {
@@ -175,6 +175,19 @@ __device__ __forceinline__ int warp_column() {
     return static_cast<int>(threadIdx.x) / 32 % kWarpColumns * kWarpV;
 }
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
+
+// The sum of what the first `count` warps of the block have, in order, each the same in all of its
+// lanes. `parts` holds kWarps elements, which nobody else uses.
+template <typename T>
+__device__ __forceinline__ T sum_warps(T of_warp, Shared<T> parts, int count = kWarps) {
+    if (lane_id() == 0) parts.store(warp_id(), of_warp);
+    __syncthreads();
+    T sum = 0;
+    for (int w = 0; w < count; ++w) sum += parts.load(w);
+    return sum;
+}
 
 // The entries of a thread: by tensor cores, float32 sums of products of halves.
 template <typename T>

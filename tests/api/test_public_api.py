@@ -114,6 +114,16 @@ def test_what_is_public_is_imported_by_its_name(package):
     assert set(module.__all__) <= set(dir(module))
 
 
+def test_the_options_of_bft_are_settings_of_the_loss():
+    """`bft --help` does without torch, so its defaults are written down once more."""
+    from bft.config import LossOptions
+
+    ours = {field.name: field.default for field in dataclasses.fields(LossOptions)}
+    assert ours.pop("max_buffer_mib") is settings.Settings.max_buffer_bytes
+    assert ours == {name: getattr(settings.Settings, name) for name in ours}
+    assert len(ours) == 7
+
+
 def test_the_table_of_options_is_that_of_the_settings():
     page = (ROOT / "docs/loss.md").read_text()
     assert settings.table() in page

@@ -24,8 +24,7 @@ CHATML = (
 )
 
 
-@pytest.fixture
-def tokenizer():
+def bpe_tokenizer():
     """Byte-level BPE of 400 tokens with a chat template of the ChatML kind."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,28 +44,20 @@ def tokenizer():
     return fast
 
 
+@pytest.fixture
+def tokenizer():
+    return bpe_tokenizer()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of one record."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "yes or no?", "completion": "yes"}\n', encoding="utf-8")
+    return path
+
+
 # --- a run ---------------------------------------------------------------------------------------
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def byte_tokenizer():
-    """One token a byte, and the template's marks."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    marks = ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    vocabulary = {token: index for index, token in enumerate([*marks, *sorted(letters)])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": marks[1:3]})
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 @pytest.fixture
@@ -78,14 +69,14 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def checkpoint_of():
-    """Writes a model (a tiny Llama with these settings, if none is given) and its tokenizer."""
+    """Writes a model, or a tiny one of this kind with these settings, and its tokenizer."""
 
-    def write(folder, model=None, **settings):
-        tokenizer = byte_tokenizer()
-        if model is None:
+    def write(folder, model="LlamaForCausalLM", **settings):
+        tokenizer = bpe_tokenizer()
+        if isinstance(model, str):
             sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48}
             ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-            model = tiny("LlamaForCausalLM", **sizes | ids | settings)
+            model = tiny(model, **sizes | ids | settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder

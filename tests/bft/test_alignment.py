@@ -6,12 +6,12 @@ import transformers as hf
 from accelerate import Accelerator
 
 from bft.head import UnsupportedModel
-from bft.loss import IGNORE, HeadLoss
+from bft.loss import IGNORE
 from bft.patch import last_stats, patch_model, unpatch_model
 from bft.train import training_step
+from tests.support.batches import SFT, rows
 from tests.support.models import tiny, tiny_config
 
-SFT = HeadLoss(scheme="sft", normalize="token")
 NOT_SHIFTED = {
     "BartForCausalLM": {"dropout": 0.0},
     "MBartForCausalLM": {},
@@ -54,10 +54,7 @@ def build(name):
 
 
 def batch():
-    ids = torch.randint(3, 61, (2, 12), generator=torch.Generator().manual_seed(1))
-    labels = ids.clone()
-    labels[:, :3] = IGNORE
-    return {"input_ids": ids, "labels": labels}
+    return rows(ignored=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -36,20 +36,10 @@ class Unlabelled(hf.LlamaForCausalLM):
     """A model that has never heard of labels."""
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        use_cache=None,
-        return_dict=None,
+        self, input_ids, attention_mask=None, position_ids=None, use_cache=None, return_dict=None
     ):
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=use_cache,
-            return_dict=return_dict,
-        )
+        options = {"use_cache": use_cache, "return_dict": return_dict}
+        return super().forward(input_ids, attention_mask, position_ids, **options)
 
 
 MODELS = {

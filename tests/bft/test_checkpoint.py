@@ -20,11 +20,7 @@ from bft.checkpoint import CheckpointError, WriteError
 from bft.cli import main
 from bft.config import SettingError, TrainConfig
 from bft.train import train
-
-
-def checkpoints(output_dir):
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
-
+from tests.support.runs import checkpoints, metrics, unevaluated
 
 # --- damage --------------------------------------------------------------------------------------
 
@@ -80,12 +76,12 @@ DAMAGES = [(file, damage) for file in FILES for damage in (Path.unlink, half, ze
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
 def test_damage_is_named_with_the_way_out(damaged, file, damage):
     folder = damaged.output_dir / "checkpoints"
-    metrics = (damaged.output_dir / "metrics.jsonl").read_bytes()
+    log = (damaged.output_dir / "metrics.jsonl").read_bytes()
     damage(folder / "step-0000003" / file)
     with pytest.raises(CheckpointError, match=f"step-0000003 is damaged: {file} ") as refusal:
         train(damaged)
     assert str(refusal.value).endswith("remove step-0000003 to resume from step-0000002")
-    assert (damaged.output_dir / "metrics.jsonl").read_bytes() == metrics
+    assert (damaged.output_dir / "metrics.jsonl").read_bytes() == log
     if file == FILES[0]:  # and the way out is one
         shutil.rmtree(folder / "step-0000003")
         assert len(train(damaged).history) == 3
@@ -182,7 +178,7 @@ def test_a_model_that_cannot_be_written_is_kept(config, full_disk, save_every, l
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_disk_that_stays_full_keeps_the_smallest(config, full_disk, lora_rank):
-    config = replace(config, lora_rank=lora_rank, eval_file=None, eval_limit=None)
+    config = unevaluated(config, lora_rank=lora_rank)
     whole = train(replace(config, output_dir=config.output_dir / "whole"))
     full_disk("save_model", stays=True)
     with pytest.raises(WriteError, match=r"model could not be written: .*no older one; ") as error:
@@ -208,9 +204,9 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
 ):
     """The room that is asked for is what the run writes: the model and two checkpoints."""
     model = checkpoint_of(config.output_dir.with_name("larger"), hidden_size=128)
-    config = replace(config, model=str(model))
-    config = replace(config, steps=4, eval_file=None, eval_limit=None, save_every=save_every)
-    config = replace(config, lora_rank=lora_rank)
+    config = unevaluated(
+        config, model=str(model), steps=4, save_every=save_every, lora_rank=lora_rank
+    )
     train(config)
     files = [p for end in ("*.safetensors", "optimizer.bin") for p in config.output_dir.rglob(end)]
     written = sum(path.stat().st_size for path in files)
@@ -262,8 +258,7 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
         (small_disk / "others").unlink()
         result = train(replace(config, resume=True))
     assert load_file(result.model_dir / "model.safetensors")
-    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
-    steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
+    steps = [row["step"] for row in metrics(config.output_dir, "train")]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert not (config.output_dir / ".room").exists()
 

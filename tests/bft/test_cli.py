@@ -2,6 +2,9 @@
 
 import errno
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,17 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bft.cli import COMMANDS, main
-from bft.config import DataConfig, InfoConfig
+from bft.config import InfoConfig
 from bft.demo.pretrained import SOURCES, Source
 from bft_kernels import __version__
 from tests.support.models import tiny
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "yes or no?", "completion": "yes"}\n', encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -155,60 +151,61 @@ def test_a_full_disk_is_one_line(data, model, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
-        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-    ],
-)
-def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, says):
-    def refused(config):
+def raises(error):
+    def run(config):
         raise error
 
-    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, refused))
-    assert told(capsys, ["info"]) == (1, f"bft info: {says}")
+    return run
 
 
-def test_weights_that_the_system_refuses_are_one_line(tmp_path, monkeypatch, capsys):
-    def save(config):
-        save_file({"a": torch.zeros(2)}, tmp_path / "no-such" / "a.safetensors")
-
-    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, save))
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (
+            raises(PermissionError(errno.EACCES, "Permission denied", "a/b")),
+            "a/b: Permission denied",
+        ),
+        (raises(OSError(errno.EROFS, "Read-only file system", "a")), "a: Read-only file system"),
+        (raises(OSError(errno.ENOSPC, "No space left on device")), "No space left on device"),
+        (lambda _: save_file({"a": torch.zeros(2)}, "no/such"), ".*No such file or directory.*"),
+    ],
+    ids=["with a file", "read-only", "without a file", "safetensors"],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, run, says):
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, run))
     status, line = told(capsys, ["info"])
     assert status == 1
-    assert "No such file or directory" in line
+    assert re.fullmatch(f"bft info: {says}", line)
 
 
-def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_missing_package_is_one_line(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("BFT_CACHE", str(tmp_path))
     gone = Source("no-such-package", (("no-such-package", "x.gguf"),), "MIT", "pip install it")
     monkeypatch.setitem(SOURCES, "gone", gone)
-    data = tmp_path / "a.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}')
-    assert main(["eval", "--model", "gone", "--file", str(data)]) == 1
-    error = capsys.readouterr().err
-    assert "pip install it" in error
-    assert "Traceback" not in error
+    status, line = told(capsys, ["eval", "--model", "gone", "--file", data])
+    assert status == 1
+    assert line.endswith("run: pip install it")
 
 
-def test_faults_inside_a_library_keep_their_traceback(monkeypatch):
-    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, lambda config: torch.zeros(2).view(3)))
-    monkeypatch.setitem(COMMANDS, "data", (DataConfig, lambda config: json.loads("{")))
-    with pytest.raises(RuntimeError):
-        main(["info"])
-    with pytest.raises(json.JSONDecodeError):
-        main(["data"])
-
-
-@pytest.mark.parametrize("error", [TypeError, ValueError])
-def test_faults_that_arise_in_our_own_code_keep_their_traceback(monkeypatch, error):
-    """Nobody raised it: an operation of a line of `bft` did."""
-    fault = {TypeError: "1 + None", ValueError: "int('x')"}[error]
+def in_our_code(fault):
+    """What arises by itself: an operation of a line of `bft`, which nobody raised."""
     ours = {"__name__": "bft.train"}
     exec(f"def run(config):\n    return {fault}", ours)
-    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, ours["run"]))
+    return ours["run"]
+
+
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        (lambda _: torch.zeros(2).view(3), RuntimeError),
+        (lambda _: json.loads("{"), json.JSONDecodeError),
+        (in_our_code("1 + None"), TypeError),
+        (in_our_code("int('x')"), ValueError),
+    ],
+    ids=["torch", "json", "our TypeError", "our ValueError"],
+)
+def test_faults_keep_their_traceback(monkeypatch, run, error):
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, run))
     with pytest.raises(error):
         main(["info"])
 
@@ -242,3 +239,14 @@ def test_data_writes_the_splits(tmp_path, capsys):
     assert main(["data", "--output-dir", str(tmp_path / "hpo")]) == 0
     assert (tmp_path / "hpo" / "train.jsonl").is_file()
     assert "prompt:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["train", "--help"]])
+def test_help_does_without_torch(flags):
+    """It takes a second to be imported."""
+    code = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\n"
+    code += f"from bft.cli import main\nmain({flags})"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout or "--train-file" in done.stdout
+    assert done.stdout.endswith("False\n")

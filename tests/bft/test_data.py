@@ -15,6 +15,7 @@ from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, shuff
 from bft.encode import DataError, Example, encode, prompt_text
 from bft.loss import IGNORE
 from bft.records import make_record
+from tests.support.batches import chat
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -62,14 +63,6 @@ def answers(example, tokenizer):
     return [tokenizer.decode(run) for run in runs]
 
 
-def chat(*contents, **extra):
-    roles = ["user", "assistant"]
-    return {
-        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
-        **extra,
-    }
-
-
 # --- labels --------------------------------------------------------------------------------------
 
 
@@ -84,10 +77,7 @@ def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, templ
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(example.input_ids) == whole
     space = " " if template == PLAIN else ""  # after "Answer:", so part of what the model writes
-    expected = [
-        space + "It pumps the blood." + end,
-        space + "It affects the system." + end,
-    ]
+    expected = [space + "It pumps the blood." + end, space + "It affects the system." + end]
     assert answers(example, tokenizer) == expected
 
 
@@ -148,17 +138,26 @@ def test_a_boundary_that_the_tokenizer_cannot_keep_is_refused():
         encode(make_record({"prompt": "a", "completion": "b"}), spaced)
 
 
-def test_a_template_that_rewrites_history_is_refused(tokenizer):
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (REWRITES, r"'messages\[2\]'.*rewrites earlier turns"),
+        ("{{ raise_exception('no system turn') }}", "system.*no system turn"),
+        (MARKED + "{{ raise_exception('no system turn') }}", "system.*no system turn"),
+        (MARKED.replace("'assistant'", "'model'", 1), "generation.* puts nothing of this record"),
+        ({"rag": MARKED, "tool_use": MARKED}, "no chat template for this record"),
+    ],
+    ids=["rewrites", "refuses a role", "marks, and refuses a role", "marks nothing", "no default"],
+)
+def test_a_template_that_does_not_take_a_record_is_named(tokenizer, template, says):
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"x:3: .*{says}"):
+        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
+
+
+def test_a_template_that_rewrites_history_takes_one_turn(tokenizer):
     tokenizer.chat_template = REWRITES
     assert answers(encode(make_record(chat("a", "b")), tokenizer), tokenizer) == ["b<|end|>"]
-    with pytest.raises(DataError, match=r"'messages\[1\]'.*rewrites earlier turns"):
-        encode(make_record(chat("a", "b", "c", "d")), tokenizer)
-
-
-def test_a_template_that_refuses_a_role_is_named(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
-        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -176,26 +175,11 @@ def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer, start):
     assert encode(record, tokenizer) == expected
 
 
-def test_a_template_that_marks_nothing_is_refused(tokenizer):
-    tokenizer.chat_template = MARKED.replace("'assistant'", "'model'", 1)
-    with pytest.raises(DataError, match=r"x:3: .*generation.* puts nothing of this record into it"):
-        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
-
-
-def test_a_marked_template_that_refuses_a_role_is_named(tokenizer):
-    tokenizer.chat_template = MARKED + "{{ raise_exception('no system turn') }}"
-    with pytest.raises(DataError, match=r"x:3.*system.*no system turn"):
-        encode(make_record({"messages": CHAT}, "x:3"), tokenizer)
-
-
 def test_of_several_templates_the_default_counts(tokenizer):
     record = make_record({"messages": CHAT})
     expected = encode(record, tokenizer)
     tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": MARKED}
     assert encode(record, tokenizer) == expected
-    tokenizer.chat_template = {"rag": MARKED, "tool_use": MARKED}
-    with pytest.raises(DataError, match=r"^record: .*template"):
-        encode(record, tokenizer)
 
 
 # --- tools ---------------------------------------------------------------------------------------
@@ -324,14 +308,11 @@ def test_packing_restarts_positions_and_starts_no_document_with_a_label():
 # --- order ---------------------------------------------------------------------------------------
 
 
-def test_order_depends_on_seed_and_epoch_only():
+def test_order_depends_on_seed_and_epoch_only_on_every_machine():
     orders = {tuple(shuffled(30, seed, epoch)) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
     assert all(sorted(order) == list(range(30)) for order in orders)
     assert shuffled(30, 1, 2) == shuffled(30, 1, 2)
-
-
-def test_order_is_the_same_on_every_machine():
     assert shuffled(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
 
 
@@ -377,9 +358,9 @@ def test_steps_in_epochs(epochs, steps):
 def test_bad_splits_are_refused():
     for name in ("size", "batch_size", "accumulation", "ranks"):
         counts = {"size": 4, "batch_size": 1, name: 0}
-        with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        with pytest.raises(ValueError, match=f"{name}: got 0, expected at least 1"):
             StepBatches(**counts)
-    with pytest.raises(ValueError, match="rank: expected 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="rank: got 2, expected at most 1"):
         StepBatches(4, batch_size=1, rank=2, ranks=2)
 
 

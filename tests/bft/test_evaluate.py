@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -58,15 +59,8 @@ def questions(number=60):
     ]
 
 
-def greedy_along_answers(model, tokenizer, record):
-    """The answer that greedy search arrives at when it may only write answers, token by token."""
-    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
-    paths = {}
-    for answer in ANSWERS:
-        row = {"prompt": record.messages[0]["content"], "completion": f"{answer} It is"}
-        ids = encode(make_record(row), tokenizer).input_ids[len(prompt) :]
-        text = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
-        paths[answer] = ids[: text.index(answer)]
+def greedy(model, prompt, paths):
+    """The answer that greedy search arrives at, token by token, when it may write no others."""
     written = []
     while list(paths.values()).count(written) == 0:
         children = sorted({path[len(written)] for path in paths.values()})
@@ -77,10 +71,21 @@ def greedy_along_answers(model, tokenizer, record):
     return next(answer for answer, path in paths.items() if path == written)
 
 
+def greedy_along_answers(model, tokenizer, record):
+    """The same for a record of `questions`."""
+    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
+    paths = {}
+    for answer in ANSWERS:
+        row = {"prompt": record.messages[0]["content"], "completion": f"{answer} It is"}
+        ids = encode(make_record(row), tokenizer).input_ids[len(prompt) :]
+        text = [tokenizer.decode(ids[:length]) for length in range(len(ids) + 1)]
+        paths[answer] = ids[: text.index(answer)]
+    return greedy(model, prompt, paths)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_accuracy_is_that_of_constrained_greedy_search(tokenizer, kind):
-    model = tiny_model(tokenizer, kind)
-    records = questions()
+def test_numbers_are_those_of_the_models_own_logits_and_of_greedy_search(tokenizer, kind):
+    model, records = tiny_model(tokenizer, kind), questions()
     result = evaluate(model, tokenizer, records, progress=False)
     right = [greedy_along_answers(model, tokenizer, r) == r.extra["answer"] for r in records]
     assert 0.05 < sum(right) / len(right) < 0.95  # else this shows nothing
@@ -88,30 +93,20 @@ def test_accuracy_is_that_of_constrained_greedy_search(tokenizer, kind):
     for answer in ANSWERS:
         mine = [ok for ok, r in zip(right, records, strict=True) if r.extra["answer"] == answer]
         assert result.per_answer[answer] == {"examples": len(mine), "correct": sum(mine)}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_confidence_are_those_of_the_models_own_logits(tokenizer, kind):
-    model = tiny_model(tokenizer, kind)
-    records = questions(9)
-    result = evaluate(model, tokenizer, records, progress=False)
-    nll = []
-    right = []
-    for record in records:
-        example = encode(record, tokenizer)
+    nll, correct = [], []
+    for example in (encode(record, tokenizer) for record in records):
         with torch.no_grad():
             logits = model(torch.tensor([example.input_ids])).logits[0, :-1].double()
         labels = torch.tensor(example.labels)[1:]
         rows, targets = logits[labels != IGNORE], labels[labels != IGNORE]
         nll.append(torch.nn.functional.cross_entropy(rows, targets, reduction="none"))
-        right.append(rows.argmax(1) == targets)
+        correct.append(rows.argmax(1) == targets)
     each = torch.cat(nll)
-    assert result.examples == 9
-    assert result.tokens == each.numel()
+    assert (result.examples, result.tokens) == (len(records), each.numel())
     assert result.nll == pytest.approx(each.mean().item(), rel=1e-5)
     assert result.perplexity == pytest.approx(math.exp(each.mean().item()), rel=1e-5)
     assert result.confidence == pytest.approx((-each).exp().mean().item(), rel=1e-5)
-    assert result.token_accuracy == torch.cat(right).double().mean().item()
+    assert result.token_accuracy == torch.cat(correct).double().mean().item()
 
 
 def test_batches_do_not_matter(tokenizer):
@@ -182,13 +177,7 @@ def test_the_answer_is_that_of_the_last_turn(tokenizer):
     model = tiny_model(tokenizer)
     result = evaluate(model, tokenizer, [make_record(row) for row in rows], progress=False)
     prompt = tokenizer(prompt_text(make_record(rows[0]), tokenizer)).input_ids
-    common = tokenizer("It affects the").input_ids
-    eye, ear = (tokenizer(a).input_ids for a in ANSWERS[:2])
-    assert eye[: len(common)] == ear[: len(common)] == common
-    split = next(i for i, (a, b) in enumerate(zip(eye, ear, strict=False)) if a != b)
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + eye[:split]])).logits[0, -1]
-    winner = ANSWERS[0] if logits[eye[split]] > logits[ear[split]] else ANSWERS[1]
+    winner = greedy(model, prompt, {a: tokenizer(a).input_ids for a in ANSWERS[:2]})
     assert result.per_answer[winner]["correct"] == 1
     assert result.accuracy == 0.5
 
@@ -196,23 +185,16 @@ def test_the_answer_is_that_of_the_last_turn(tokenizer):
 def test_without_a_chat_template(tokenizer):
     tokenizer.chat_template = None
     model = tiny_model(tokenizer)
+    answers = [" yes" if i % 2 else " no" for i in range(20)]
     records = [
-        make_record(
-            {"prompt": f"item {i}?", "completion": f" {'yes' if i % 2 else 'no'}, so",
-             "answer": " yes" if i % 2 else " no"}
-        )
-        for i in range(20)
-    ]  # fmt: skip
+        make_record({"prompt": f"item {i}?", "completion": f"{answer}, so", "answer": answer})
+        for i, answer in enumerate(answers)
+    ]
     result = evaluate(model, tokenizer, records, progress=False)
-    yes, no = (tokenizer(text).input_ids for text in (" yes", " no"))
-    split = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b))
-    expected = 0
-    for i in range(20):
-        ids = tokenizer(f"item {i}?").input_ids
-        with torch.no_grad():
-            logits = model(torch.tensor([ids + yes[:split]])).logits[0, -1]
-        expected += bool(logits[yes[split]] > logits[no[split]]) == bool(i % 2)
-    assert result.accuracy == expected / 20
+    paths = {answer: tokenizer(answer).input_ids for answer in answers}
+    prompts = [tokenizer(record.messages[0]["content"]).input_ids for record in records]
+    found = [greedy(model, prompt, paths) for prompt in prompts]
+    assert result.accuracy == sum(map(operator.eq, found, answers)) / 20
 
 
 def test_the_model_is_left_as_it_was(tokenizer):

@@ -15,11 +15,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from bft.guard import Bypassed
 from bft.head import UnsupportedModel
-from bft.loss import HeadLoss
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+from tests.support.batches import SFT, rows
 from tests.support.models import tiny
 
-SFT = HeadLoss(scheme="sft", normalize="token")
 MODELS = [
     "LlamaForCausalLM",
     "GPT2LMHeadModel",
@@ -33,11 +32,6 @@ MODELS = [
 
 def llama(**settings):
     return tiny("LlamaForCausalLM", **settings)
-
-
-def rows():
-    ids = torch.randint(3, 61, (2, 9), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "labels": ids.clone()}
 
 
 def own_loss(model, input_ids, labels, **_):

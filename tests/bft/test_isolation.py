@@ -9,9 +9,9 @@ from bft.encode import Example
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss
 from bft.patch import fused_loss, last_stats, patch_model
+from tests.support.batches import SFT
 from tests.support.models import tiny
 
-SFT = HeadLoss(scheme="sft", normalize="token")
 APART = {
     "LlamaForCausalLM": {},
     "Gemma3ForCausalLM": {"head_dim": 8, "sliding_window": 4},
@@ -20,12 +20,7 @@ APART = {
     "MixtralForCausalLM": {"num_local_experts": 4},
     "Lfm2ForCausalLM": {},
 }
-MAMBA = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 8,
-}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
 TOGETHER = {
     "FalconForCausalLM": {},
     "FalconForCausalLM alibi": {"alibi": True},
@@ -133,10 +128,7 @@ def test_boundaries_that_only_the_loss_sees_are_refused(extra, advice, attention
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        {"use_cache": True},
-        {"cu_seqlens": boundaries(5, 7), "position_ids": torch.arange(12)[None]},
-    ],
+    [{"use_cache": True}, {"cu_seqlens": boundaries(5, 7), "position_ids": torch.arange(12)[None]}],
     ids=["a cache", "boundaries beside positions that go on"],
 )
 def test_what_a_call_was_found_to_be_says_nothing_of_another_kind(extra):

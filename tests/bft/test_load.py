@@ -22,7 +22,7 @@ def test_a_checkpoint_folder_passes_through(tmp_path):
 def test_an_adapter_alone_is_refused_with_where_the_model_is(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
-    with pytest.raises(SettingError, match=rf"an adapter alone; .* above it, {tmp_path}$"):
+    with pytest.raises(SettingError, match=rf"; the model of that run is {tmp_path}$"):
         pretrained(tmp_path / "adapter")
 
 
@@ -101,5 +101,8 @@ def test_an_unknown_name_lists_what_there_is(name):
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json, got [^;]*$"):
+        pretrained(tmp_path)
+    (tmp_path / "model").mkdir()  # as in the folder of a run
+    with pytest.raises(ValueError, match=f"the model of that run is {tmp_path}/model$"):
         pretrained(tmp_path)

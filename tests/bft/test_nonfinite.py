@@ -1,49 +1,30 @@
 """NaN and infinities: the run stops before they reach the model, and says where they came from."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft import train as train_module
 from bft.cli import main
 from bft.nonfinite import NonFinite, broken_parameter, first_broken
 from bft.train import train
-
-
-def strict(text):
-    """JSON without the words that are not JSON."""
-
-    def refuse(word):
-        raise ValueError(word)
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def rows(config):
-    text = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8")
-    return [strict(line) for line in text.splitlines()]
+from tests.support.runs import metrics, strict_json
 
 
 @pytest.fixture
 def one_bad_record(config, checkpoint_of, tmp_path):
     """A run whose model overflows at one character, which the record on line 14 holds."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 260, "n_embd": 32, "n_head": 4, "n_layer": 2}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False))
-    folder = checkpoint_of(tmp_path / "overflows", model)
+    folder = checkpoint_of(tmp_path / "overflows", "GPT2LMHeadModel", tie_word_embeddings=False)
     lines = config.train_file.read_text(encoding="utf-8").splitlines()
     lines[13] = lines[13].replace("colour", "~")
     data = tmp_path / "train.jsonl"
     data.write_text("\n".join(lines), encoding="utf-8")
-    from transformers import AutoTokenizer
-
+    model = AutoModelForCausalLM.from_pretrained(folder)
     token = AutoTokenizer.from_pretrained(folder)("~").input_ids[0]
     torch.nn.init.constant_(model.transformer.wte.weight[token], 3e38)
     model.save_pretrained(folder)
@@ -59,7 +40,7 @@ def test_a_run_that_diverges_stops_before_the_step(config, flags, capsys):
     assert f"4 of 4 records: {config.train_file}:" in line
     assert "--on-nonfinite skip" in line
     assert not (config.output_dir / "model").exists()
-    assert [row["kind"] for row in rows(config)] == ["eval", "train"]
+    assert [row["kind"] for row in metrics(config.output_dir)] == ["eval", "train"]
 
 
 def test_the_record_is_named_and_the_checkpoint_before_is_kept(one_bad_record):
@@ -85,7 +66,7 @@ def test_skipped_steps_are_counted_and_change_nothing(one_bad_record, caplog, tm
     (skipped,) = [row["step"] for row in result.history if row["skipped"]]
     assert "This step's update is left out" in caplog.text
     assert "the updates of 1 of 5 steps were left out" in caplog.text
-    (row,) = [row for row in rows(config) if row.get("skipped")]
+    (row,) = [row for row in metrics(config.output_dir) if row.get("skipped")]
     assert row["step"] == skipped
     assert row["loss"] is row["grad_norm"] is None
     for name, value in load_file(result.model_dir / "model.safetensors").items():
@@ -116,36 +97,38 @@ def test_a_gradient_that_overflows_stops_the_run(config, monkeypatch):
         train(config)
 
 
-def with_norm_weights_of(value, config, folder):
-    model = AutoModelForCausalLM.from_pretrained(config.model)
-    torch.nn.init.constant_(model.model.norm.weight, value)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((Path(config.model) / name).read_bytes())
-    return replace(config, model=str(folder))
+@pytest.fixture
+def with_norm_weights_of(config, checkpoint_of, tmp_path):
+    def run(value):
+        model = AutoModelForCausalLM.from_pretrained(config.model)
+        torch.nn.init.constant_(model.model.norm.weight, value)
+        return replace(config, model=str(checkpoint_of(tmp_path / "broken", model)))
+
+    return run
 
 
-def test_a_model_of_nan_is_refused_wherever_it_is_loaded(config, tmp_path, flags, capsys):
-    config = with_norm_weights_of(math.nan, config, tmp_path / "broken")
+def test_a_model_of_nan_is_refused_wherever_it_is_loaded(with_norm_weights_of, flags, capsys):
+    config = with_norm_weights_of(math.nan)
     common = ["--model", config.model, "--file", str(config.train_file)]
     for command in (["train", *flags(config)], ["eval", *common], ["check", *common]):
         assert main(command) == 1
         assert "holds an infinity or NaN in model.norm.weight, expected" in capsys.readouterr().err
 
 
-def test_a_broken_model_is_named_at_the_first_evaluation(config, tmp_path, flags, capsys):
-    folder = tmp_path / "broken"
-    config = with_norm_weights_of(3e38, config, folder)  # finite, and its logits are not
+def test_a_broken_model_is_named_at_the_first_evaluation(
+    with_norm_weights_of, tmp_path, flags, capsys
+):
+    config = with_norm_weights_of(3e38)  # finite, and its logits are not
     assert main(["train", *flags(config)]) == 1
     assert "evaluation after step 0: nll is nan" in capsys.readouterr().err
-    (row,) = rows(config)
+    (row,) = metrics(config.output_dir)
     assert row["nll"] is row["perplexity"] is None
     numbers = tmp_path / "numbers.json"
     held_out = ["--file", str(config.eval_file), "--limit", "2", "--output", str(numbers)]
-    assert main(["eval", "--model", str(folder), *held_out]) == 1
+    assert main(["eval", "--model", config.model, *held_out]) == 1
     assert "bft eval: nll is nan: " in capsys.readouterr().err
-    assert strict(numbers.read_text(encoding="utf-8"))["nll"] is None
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert strict_json(numbers.read_text(encoding="utf-8"))["nll"] is None
+    model = AutoModelForCausalLM.from_pretrained(config.model)
     torch.nn.init.constant_(model.model.norm.weight, math.nan)
     assert broken_parameter(Accelerator(cpu=True), model) == "model.norm.weight"
 

@@ -1,16 +1,12 @@
-"""Two processes on the CPU give the gradients of one: DDP, and FSDP2 with a sharded head.
-
-Run as a script, this file is one of the processes.
-"""
+"""Two processes on the CPU give the gradients of one: DDP, and FSDP2 with a sharded head."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 
 from bft.head import UnsupportedModel
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
@@ -88,8 +84,10 @@ def packed_calls(model, rank):
 
 
 def worker(rank, folder):
+    torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    ranks = {"rank": rank, "world_size": RANKS, "timeout": timedelta(minutes=3)}
+    dist.init_process_group("gloo", init_method=store, **ranks)
     for kind in KINDS:
         model = prepare(kind)
         total = torch.tensor(step(model, {k: v[rank::RANKS] for k, v in batch().items()}, 2))
@@ -104,29 +102,15 @@ def worker(rank, folder):
             results = packed_calls(prepare(kind), rank)
             (folder / f"{kind}-packed-{rank}").write_text(" ".join(results))
     dist.destroy_process_group()
+    # All is saved. Leaving in order aborts now and then, where a thread of gloo's still runs.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """A folder with the gradients of each kind, made by two processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [w.communicate(timeout=180)[1] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0] * RANKS, "\n".join(errors)
+    torch.multiprocessing.spawn(worker, (folder,), nprocs=RANKS)
     return folder
 
 
@@ -148,9 +132,3 @@ def test_two_processes_are_one(kind, results):
 def test_ranks_of_a_sharded_model_try_packed_documents_together(kind, results):
     for rank in range(RANKS):
         assert (results / f"{kind}-packed-{rank}").read_text() == "trained trained refused"
-
-
-if __name__ == "__main__":
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
-    # All is saved. Leaving in order aborts now and then, where a thread of gloo's still runs.
-    os._exit(0)

@@ -8,16 +8,9 @@ import pytest
 
 from bft.encode import DataError
 from bft.records import make_record, read_jsonl
+from tests.support.batches import chat
 
 ROW = '{"prompt": "a", "completion": "b"}'
-
-
-def turns(*contents, **extra):
-    roles = ["user", "assistant"]
-    return {
-        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
-        **extra,
-    }
 
 
 def refused(path):
@@ -31,7 +24,7 @@ def refused(path):
 
 def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path):
     path = tmp_path / "a.jsonl"
-    rows = [turns("a", str(i), answer="x") for i in range(3)]
+    rows = [chat("a", str(i), answer="x") for i in range(3)]
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert [r.messages[1]["content"] for r in read_jsonl(path)] == ["0", "1", "2"]
     assert [r.where for r in read_jsonl(path, limit=2)] == [f"{path}:1", f"{path}:3"]
@@ -56,7 +49,7 @@ def test_marks_and_line_ends_of_other_systems(tmp_path, data):
 
 
 def test_a_prompt_beside_messages_is_one_of_the_other_keys():
-    record = make_record(turns("What?", "That.", prompt="What?", prompt_id="7"))
+    record = make_record(chat("What?", "That.", prompt="What?", prompt_id="7"))
     assert [message["content"] for message in record.messages] == ["What?", "That."]
     assert record.extra == {"prompt": "What?", "prompt_id": "7"}
     assert record.pair is None
@@ -69,7 +62,7 @@ def test_numbers_that_are_no_json_are_read_where_they_are_ignored(tmp_path):
 
 
 def test_keys_without_a_value_are_not_there_for_the_template():
-    row = turns("a", "b")
+    row = chat("a", "b")
     row["messages"][1] |= {"tool_calls": None, "name": None}
     assert make_record(row).messages[1] == {"role": "assistant", "content": "b"}
 
@@ -140,7 +133,7 @@ CALL = '{"role": "assistant", "content": null, "tool_calls": '
         ('{"messages": [' + CALL + '"f()"}]}', "[0].tool_calls': expected a list in an 'assist"),
         ('{"messages": [' + CALL + '[{"a": "\\ud800"}]}]}', "'messages[0].tool_calls[0].a': char"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "'messages[0].content': char"),
-        (json.dumps(turns("a", "b", tools="[]")), "'tools': expected a list of objects, got str"),
+        (json.dumps(chat("a", "b", tools="[]")), "'tools': expected a list of objects, got str"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, says):

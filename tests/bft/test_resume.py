@@ -10,13 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from bft import train as train_module
 from bft.checkpoint import CheckpointError
 from bft.config import TrainConfig
 from bft.same_run import MAY_CHANGE, differences
 from bft.train import train
+from tests.support.runs import checkpoints, unevaluated
 
 
 def numbers(result):
@@ -31,10 +31,6 @@ def go_back(output_dir, step):
     shutil.rmtree(output_dir / "model")
 
 
-def checkpoints(output_dir):
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
-
-
 # --- the same run --------------------------------------------------------------------------------
 
 
@@ -44,10 +40,8 @@ def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_
     if draws == "sampled":
         config = replace(config, gradient="sampled", eps=0.1)
     else:
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_head=4, n_layer=2))
-        assert model.config.resid_pdrop == 0.1
-        config = replace(config, model=str(checkpoint_of(tmp_path / "gpt2", model)))
+        model = checkpoint_of(tmp_path / "gpt2", "GPT2LMHeadModel", resid_pdrop=0.1)
+        config = replace(config, model=str(model))
     config = replace(config, batch_size=2, accumulation=2, save_every=2, keep_checkpoints=9)
     whole = train(config)
     weights = load_file(whole.model_dir / "model.safetensors")
@@ -99,7 +93,7 @@ def test_a_finished_run_resumes_to_its_model(config):
 @pytest.fixture
 def resumable(config):
     """A finished run of two steps, to be resumed."""
-    config = replace(config, steps=2, eval_file=None, eval_limit=None, save_every=1)
+    config = unevaluated(config, steps=2, save_every=1)
     train(config)
     return replace(config, resume=True)
 

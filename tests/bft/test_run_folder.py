@@ -17,6 +17,7 @@ from bft.encode import DataError
 from bft.ranks import start_accelerator
 from bft.run_folder import FolderInUse, claimed
 from bft.train import train
+from tests.support.runs import metrics, unevaluated
 
 
 def contents(folder):
@@ -31,9 +32,7 @@ def contents(folder):
 @pytest.fixture
 def used(config):
     """A finished run, with files beside it that it did not write."""
-    config = replace(
-        config, steps=4, save_every=2, eval_file=None, eval_limit=None, tensorboard=True
-    )
+    config = unevaluated(config, steps=4, save_every=2, tensorboard=True)
     train(config)
     for name in ("notes.txt", "checkpoints/notes.txt", "table.md"):
         (config.output_dir / name).write_text("mine")
@@ -94,7 +93,7 @@ def test_overwrite_removes_the_older_run_and_nothing_else(used):
     assert "table.md" in names
     assert not [name for name in names if "tensorboard" in name]
     assert {name.split("/")[1] for name in names if "step-" in name} == {"step-0000001"}
-    assert len((used.output_dir / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len(metrics(used.output_dir)) == 1
     assert result.model_dir.is_dir()
 
 
@@ -129,11 +128,6 @@ def test_other_files_are_no_run(config):
     (config.output_dir / "notes.txt").write_text("mine")
     (config.output_dir / "config.yaml").write_text("steps: 1")
     assert train(replace(config, steps=1)).steps == 1
-
-
-def test_resume_and_overwrite_exclude_each_other(config):
-    with pytest.raises(ValueError, match="resume, overwrite: got both, expected one of them"):
-        replace(config, resume=True, overwrite=True)
 
 
 def test_the_written_configuration_starts_another_run(used, tmp_path):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft.evaluate import evaluate
 from bft.head import UnsupportedModel
 from bft.records import read_jsonl
 from bft.train import train
+from tests.support.runs import unevaluated
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,9 @@ def models(checkpoint_of, tmp_path_factory):
         made[name] = checkpoint_of(folder / name, tie_word_embeddings=tied)
         model = AutoModelForCausalLM.from_pretrained(made[name])
         torch.manual_seed(1)
-        model.resize_token_embeddings(300, pad_to_multiple_of=64)
+        model.resize_token_embeddings(420, pad_to_multiple_of=64)
         made[f"{name}-resized"] = checkpoint_of(folder / f"{name}-resized", model)
-    torch.manual_seed(0)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=32, n_head=4, n_layer=2))
-    made["gpt2"] = checkpoint_of(folder / "gpt2", gpt2)
-    return made
+    return made | {"gpt2": checkpoint_of(folder / "gpt2", "GPT2LMHeadModel")}
 
 
 def nll(model, config):
@@ -64,9 +62,7 @@ def test_folder_and_adapter_give_the_last_evaluation(config, models, name, targe
 
 
 def test_only_what_learned_apart_is_untied(config, models, caplog):
-    config = replace(
-        config, model=str(models["tied"]), lora_rank=4, steps=2, eval_file=None, eval_limit=None
-    )
+    config = unevaluated(config, model=str(models["tied"]), lora_rank=4, steps=2)
     for targets, tied in ((("q_proj",), True), (("embed_tokens",), False)):
         folder = config.output_dir / targets[0]
         with caplog.at_level(logging.WARNING):

@@ -17,6 +17,7 @@ from bft.cli import main
 from bft.held_out import Evaluator
 from bft.signals import Stopped, StopRequest
 from bft.train import train
+from tests.support.runs import on_two_processes, unevaluated
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +131,7 @@ def wait_for_lines(path, count, process):
 
 @pytest.mark.slow
 def test_a_process_of_its_own_stops_and_resumes(config, flags):
-    config = replace(config, steps=20_000, eval_file=None, eval_limit=None)
+    config = unevaluated(config, steps=20_000)
     command = [sys.executable, "-m", "bft", "train", *flags(config)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with started(command, **pipes) as process:
@@ -148,7 +149,7 @@ def test_a_process_of_its_own_stops_and_resumes(config, flags):
 
 def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    (tmp_path / "torch.py").write_text(code)  # as if it came while this is imported
+    (tmp_path / "tyro.py").write_text(code)  # as if it came while this is imported
     command = [sys.executable, "-m", "bft", "train", "--help"]
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -158,10 +159,9 @@ def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
 @pytest.mark.slow
 def test_one_of_two_ranks_stops_both(config, flags, tmp_path):
     """The launcher is not told to use CPUs: its ranks find each other, and are one run."""
-    config = replace(config, steps=20_000, batch_size=2, eval_file=None, eval_limit=None)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
-    command += ["-m", "bft", "train", *flags(config)]
+    config = unevaluated(config, steps=20_000, batch_size=2)
+    command = on_two_processes(*flags(config))
+    command[5:5] = ["--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     with started(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
         wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)

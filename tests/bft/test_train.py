@@ -1,10 +1,9 @@
 """The loop: it learns, splits of a step agree, and what it saves can be loaded."""
 
-import json
+import functools
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bft import held_out as held_out_module
+from bft import loss as loss_module
 from bft import train as train_module
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.loss import HeadLoss
 from bft.patch import patch_model
 from bft.records import read_jsonl
 from bft.train import train, training_step
+from tests.support.runs import metrics, on_two_processes, unevaluated
 
 
 def parameters(folder):
@@ -44,8 +45,7 @@ def test_learns_and_saves_a_model_that_loads(config):
     tokenizer = AutoTokenizer.from_pretrained(result.model_dir)
     ids = tokenizer("What", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
-    log = (config.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["kind"] for line in log].count("train") == 40
+    assert len(metrics(config.output_dir, "train")) == 40
 
 
 @pytest.mark.parametrize("scheme", ["bft", "dft"])
@@ -74,6 +74,22 @@ def test_splits_of_a_step_give_one_gradient(
         for name, gradient in gradients.items():
             expected = results[0][2][name]
             assert (gradient - expected).norm() <= 1e-6 * expected.norm(), name
+
+
+def test_targets_are_made_once(fresh_accelerator, model_dir, data_file, monkeypatch):
+    """The trainer counts with them, and hands them on to the patched model."""
+    made = []
+    for name in ("shift_labels", "cu_seqlens_from_position_ids"):
+        original = getattr(loss_module, name)
+        spy = functools.partial(lambda own, *args: made.append(own) or own(*args), original)
+        monkeypatch.setattr(loss_module, name, spy)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    loss = HeadLoss(window=6)
+    patch_model(model, loss)
+    examples = AnswerDataset(read_jsonl(data_file), AutoTokenizer.from_pretrained(model_dir))
+    batches = [collate_packed([examples[i], examples[i + 1]]) for i in (0, 2)]
+    training_step(Accelerator(cpu=True), model, loss, batches)
+    assert len(made) == 2 * len(batches)
 
 
 def test_files_are_read_once(config, before_call):
@@ -131,18 +147,13 @@ def test_evaluates_in_between_and_logs_to_tensorboard(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
-def test_two_processes_train_like_one(config, normalize):
+def test_two_processes_train_like_one(config, flags, normalize):
     """Each rank takes half of every step's documents; parameters end up the same."""
-    config = replace(config, steps=4, normalize=normalize, max_grad_norm=0.0)
-    config = replace(config, eval_file=None, eval_limit=None)
+    config = unevaluated(config, steps=4, normalize=normalize, max_grad_norm=0.0)
     alone = train(replace(config, output_dir=config.output_dir / "one"))
-    flags = replace(config, batch_size=2, output_dir=config.output_dir / "two")
-    path = config.output_dir / "two.yaml"
-    path.write_text(flags.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--standalone", "-m", "bft", "train", "--config", str(path)]
+    halves = replace(config, batch_size=2, output_dir=config.output_dir / "two")
     done = subprocess.run(
-        command,
+        on_two_processes(*flags(halves)),
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -150,8 +161,6 @@ def test_two_processes_train_like_one(config, normalize):
         timeout=150,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(parameters(alone.model_dir), parameters(flags.output_dir / "model"), atol=2e-6)
-    rows = [
-        json.loads(line) for line in (flags.output_dir / "metrics.jsonl").read_text().splitlines()
-    ]
+    assert_same(parameters(alone.model_dir), parameters(halves.output_dir / "model"), atol=2e-6)
+    rows = metrics(halves.output_dir)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone.history])

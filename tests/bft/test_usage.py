@@ -12,13 +12,6 @@ from bft.config import DemoConfig, EvalConfig, SettingError, TrainConfig
 from bft.usage import in_flags, parse, yaml_flags
 
 
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n')
-    return path
-
-
 def train(data, *flags):
     return parse(TrainConfig, ["--train-file", str(data), *map(str, flags)], "bft train")
 
@@ -142,8 +135,9 @@ def test_files_that_are_no_yaml(tmp_path):
         (["--eps", "inf", "--gradient", "sampled"], "--eps: got inf"),
         (["--steps", "5", "--epochs", "1"], "--steps: got 5 with --epochs=1.0, expected one of"),
         (["--steps", "0"], "--steps: got 0, expected at least 1"),
+        (["--resume", "--overwrite"], "resume, overwrite: got both, expected one of them"),
         (["--max-buffer-mib", "0"], "--max-buffer-mib: got 0, expected at least 1"),
-        (["--backend", "gpu"], "--backend: got 'gpu', expected one of 'auto', 'cpu'"),
+        (["--backend", "gpu"], "--backend: got 'gpu', expected 'auto' or one of ('cpu', "),
         (["--lora-alpha", "8"], "--lora-alpha: got 8.0, which does nothing without --lora-rank"),
         (["--lora-targets", "a", "b"], "--lora-targets: got a b, which does nothing without --lo"),
         (["--lora-rank", "2", "--lora-targets"], "--lora-targets: got no name"),

@@ -4,7 +4,6 @@ Every run draws new inputs. The seed is printed with a failure; ``BFT_TEST_SEED=
 the same inputs again, test by test.
 """
 
-import importlib
 import importlib.util
 import math
 import os
@@ -20,7 +19,7 @@ from bft_kernels import dispatch, ops
 from bft_kernels.backends.cuda import native
 from tests.cuda.emulation import build
 from tests.support.assembled import assemble_for
-from tests.support.emulated_device import Emulation
+from tests.support.emulated_device import Address, Emulation
 from tests.support.fake_device import FakeDevice, refuse_in_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +67,7 @@ def one_thread(request):
 def nothing_chosen():
     """No backend was chosen before the test, where a fixture changes what may run."""
     dispatch.select.cache_clear()
-    dispatch.select_balanced_loss.cache_clear()
+    dispatch.offered.cache_clear()
 
 
 @pytest.fixture
@@ -203,11 +202,10 @@ def emulation(emulated):
 def emulated_device(emulation, monkeypatch):
     """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation."""
     emulation.how = {}
+    emulation.arrays.clear()
     monkeypatch.setattr(native, "DEVICE", "cpu")
-    monkeypatch.setattr(native, "kernels", lambda: emulation.module)
-    for name in ("certificate", "forward", "recompute", "sampled", "weights"):
-        module = importlib.import_module(f"bft_kernels.backends.cuda.{name}")
-        monkeypatch.setattr(module, "launch", emulation.launch, raising=False)
+    monkeypatch.setattr(native, "kernels", lambda: emulation)
+    monkeypatch.setattr(native, "address", Address)
     return emulation
 
 

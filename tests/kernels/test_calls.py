@@ -63,7 +63,7 @@ def counter(monkeypatch):
         for name in names:
             monkeypatch.setattr(place, name, watched(getattr(place, name)))
     native = pytest.importorskip("bft_kernels._cpu")
-    for name in ("Sweep", "gradient_block", "run_team"):
+    for name in ("OnlineSoftmax", "gradient_block", "run_team"):
         monkeypatch.setattr(native, name, watched(getattr(native, name)))
     yield counter
     sys.setprofile(None)

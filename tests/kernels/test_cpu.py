@@ -79,7 +79,7 @@ def gathered(table, out):
     def matrix(x):
         return x.data_ptr(), str(x.dtype).removeprefix("torch."), *x.shape, x.stride(0)
 
-    _cpu.gather_hidden(
+    _cpu.spmm_hidden(
         rows=count,
         offsets=offsets.data_ptr(),
         columns=columns.data_ptr(),

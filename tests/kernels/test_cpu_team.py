@@ -117,14 +117,14 @@ def test_a_team_is_threads_of_their_own():
 def test_a_worker_that_a_sweep_does_not_have_is_refused():
     targets = torch.zeros(4, dtype=torch.int64)
     z = torch.zeros(4, 8)
-    sweep = _cpu.Sweep(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=2)
+    softmax = _cpu.OnlineSoftmax(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=2)
     block = (z.data_ptr(), 8, 0, 4, 0, 8)
     with pytest.raises(ValueError, match="worker: got 2, expected a number from 0 to 1"):
-        sweep.add(block, threads=1, worker=2)
+        softmax.add(block, threads=1, worker=2)
     with pytest.raises(ValueError, match="threads: got 2, expected a number from 1 to 1"):
-        sweep.add(block, threads=2, worker=1)
+        softmax.add(block, threads=2, worker=1)
     with pytest.raises(ValueError, match="workers: got 0"):
-        _cpu.Sweep(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=0)
+        _cpu.OnlineSoftmax(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=0)
 
 
 # --- the losses ----------------------------------------------------------------------------------

@@ -70,3 +70,10 @@ def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch
         assert ("gather_hidden" in emulated_device.launches) == (widest > 11)
         grads.append(copy.grads())
     assert_close(grads[1], grads[0], 1e-5)
+
+
+def test_an_address_keeps_no_tensor_alive(emulated_device):
+    """Where an argument is made in the call itself, a launch would use memory of another."""
+    gone = native.out(torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="starts_ptr: the tensor is gone before the launch"):
+        native._cuda.column_starts(sorted_keys_ptr=0, E=0, V=3, starts_ptr=gone, stream=0)

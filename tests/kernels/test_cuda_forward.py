@@ -256,8 +256,7 @@ def test_arguments_are_checked(emulated):
     wrong = {"V": 0, "D": 0, "N": -1, "dtype": 3, "temperature": 0.0, "softcap": math.nan}
     wrong |= {"weight_ptr": 3, "count_ptr": 0}
     for name, value in wrong.items():
-        problem = emulated.Problem(**{**good, name: value})
         with pytest.raises(ValueError, match=name):
-            emulated.target_floor(problem=problem, floor_ptr=0, stream=0)
+            emulated.Problem(**{**good, name: value})
     with pytest.raises(ValueError, match="processors"):
         emulated.forward_splits(4, 4, 0)

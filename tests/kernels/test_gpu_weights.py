@@ -14,10 +14,10 @@ import torch
 
 from bft_kernels import balanced_linear_cross_entropy, ops, reference, weighting
 from bft_kernels.backends.cuda import native
-from bft_kernels.dispatch import select_balanced_loss
+from bft_kernels.dispatch import offered
 from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import SCHEMES, Settings
+from bft_kernels.settings import SCHEMES, Settings, values_of
 from tests.support.problems import assert_close, draw_problem
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
@@ -390,8 +390,8 @@ def test_the_loss_of_one_graph(triton, fresh_compiler):
 def test_opcheck(triton, rows, fresh_compiler):
     loss, labelled, bounds = draw((rows, 0), 0.7)
     inputs = (loss.requires_grad_(), labelled, bounds)
-    settings = how_of("bft", 4, normalize="token", backend="triton").arguments()
-    torch.library.opcheck(ops.balanced_loss, (*(x.to(DEVICE) for x in inputs), None, *settings))
+    settings = values_of(how_of("bft", 4, normalize="token", backend="triton"))
+    torch.library.opcheck(ops.balanced_loss_op, (*(x.to(DEVICE) for x in inputs), None, *settings))
 
 
 def test_runs_where_the_backend_runs(triton):
@@ -401,7 +401,7 @@ def test_runs_where_the_backend_runs(triton):
     narrow = wide.float()
 
     def chosen(name, loss):
-        return select_balanced_loss(name, traits_of(loss))
+        return offered("balanced_loss", name, traits_of(loss))
 
     assert chosen("triton", narrow) is balanced_loss
     assert (chosen("auto", narrow) is balanced_loss) == (DEVICE == "cuda")

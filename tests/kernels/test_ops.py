@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
 from bft_kernels.results import Saved, Wanted
-from bft_kernels.settings import Settings
+from bft_kernels.settings import Settings, values_of
 from tests.support.problems import (
     OLD_COMPILER,
     assert_close,
@@ -78,8 +78,8 @@ def test_opcheck_balanced_loss(rows, scheme):
     loss = torch.rand(rows, dtype=torch.float64, requires_grad=True)
     labelled, documents = torch.rand(rows) < 0.7, torch.tensor([0, rows // 3, rows // 3, rows])
     for items in (None, torch.tensor(3)):
-        settings = Settings(scheme=scheme, window=4).arguments()
-        torch.library.opcheck(ops.balanced_loss, (loss, labelled, documents, items, *settings))
+        settings = values_of(Settings(scheme=scheme, window=4))
+        torch.library.opcheck(ops.balanced_loss_op, (loss, labelled, documents, items, *settings))
 
 
 def mean(hidden, weight, target):

@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
-from bft_kernels.backends.common.plan import plan_columns, plan_rows
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from bft_kernels.backends.common.chunked import plan_rows
 from bft_kernels.backends.cpu.plan import (
     CPU_PASS_ROWS,
     CPU_REACH,
@@ -24,6 +24,7 @@ from bft_kernels.backends.cpu.plan import (
     plan_cpu_slice,
     plan_cpu_weighted,
 )
+from bft_kernels.backends.torch.backward import plan_columns
 
 sizes = st.integers(1, 20_000)
 budgets = st.integers(1, 2**28)

@@ -1,9 +1,11 @@
 """The Triton backend's own paths, in the interpreter where there is no GPU."""
 
+import math
+
 import pytest
 import torch
-from bft_kernels.backends.common.plan import takes_chunks
 
+from bft_kernels.backends.common.chunked import takes_chunks
 from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
@@ -13,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
 from bft_kernels.backends.triton import configs, gather
 from bft_kernels.backends.triton import engine as triton_engine
+from bft_kernels.backends.triton.scale import scale_
 
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
@@ -102,3 +105,23 @@ def test_tiles_go_by_the_device_and_by_what_is_stored(monkeypatch, arch, entry):
 def test_registers_are_limited_on_nvidia_only(monkeypatch, backend, limited):
     monkeypatch.setattr(configs, "target", lambda: (backend, 90))
     assert ("maxnreg" in configs.WIDE_UNALIGNED.constants()) is limited
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 127, 1000])
+def test_a_gradient_is_scaled_in_place_and_rounded_once(count, dtype):
+    x = torch.randn(count).to(dtype)
+    for factor in (1.0, 0.3, -2.5e-4):
+        got = x.clone().to(DEVICE)
+        scale_(got, torch.tensor(factor, device=DEVICE))
+        exact = x.float() * torch.tensor(factor)
+        # The interpreter cuts bfloat16 off where a GPU rounds it.
+        unit = torch.finfo(dtype).eps if configs.interpreted() else torch.finfo(dtype).eps / 2
+        assert bool(((got.cpu().float() - exact).abs() <= unit * exact.abs()).all())
+
+
+def test_a_factor_of_one_moves_nothing():
+    x = torch.tensor([math.nan, math.inf, -0.0], device=DEVICE)
+    before = x.view(torch.int32).clone()
+    scale_(x, torch.ones((), device=DEVICE))
+    assert torch.equal(x.view(torch.int32), before)

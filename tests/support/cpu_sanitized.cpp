@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "csrc/cpu/backward.h"
-#include "csrc/cpu/sweep.h"
+#include "csrc/cpu/online_softmax.h"
 
 using namespace bft;
 using namespace bft::cpu;
@@ -92,7 +92,7 @@ Aligned aligned(int64_t count) {
 
 void run(const Case& c) {
     const Problem p(c);
-    SweepSettings settings;
+    SoftmaxSettings settings;
     settings.vocabulary = c.vocabulary;
     settings.transform = transform_of(c, p);
     settings.norms = c.norms ? p.norms.data() : nullptr;
@@ -100,25 +100,25 @@ void run(const Case& c) {
     settings.seed = 77;
     settings.sample = c.sample;
     settings.certificate = c.certificate;
-    Sweep sweep(settings, c.rows, p.targets.data(), p.positions.data(), nullptr);
+    OnlineSoftmax softmax(settings, c.rows, p.targets.data(), p.positions.data(), nullptr);
     std::vector<Aligned> kept_blocks;
     each_block(c, p, [&](const Block& block, std::vector<float>&) {
         kept_blocks.push_back(aligned(block.rows * block.columns));
-        sweep.add(block, kept_blocks.back().get(), {c.threads});
+        softmax.add(block, kept_blocks.back().get(), {c.threads});
     });
 
     const size_t n = static_cast<size_t>(c.rows);
     std::vector<float> loss(n), nll(n), lse(n), lse_low(n), entropy(n), variance(n), weighted(n);
     std::unique_ptr<bool[]> correct(new bool[n]);
     std::vector<int64_t> counts(n), offsets(n + 1);
-    sweep.finish(0, c.rows,
-                 {loss.data(), nll.data(), lse.data(), lse_low.data(), entropy.data(),
-                  correct.get(), variance.data(), weighted.data(), counts.data()},
-                 c.threads);
+    softmax.finish(0, c.rows,
+                   {loss.data(), nll.data(), lse.data(), lse_low.data(), entropy.data(),
+                    correct.get(), variance.data(), weighted.data(), counts.data()},
+                   c.threads);
     for (size_t i = 0; i < n; ++i) offsets[i + 1] = offsets[i] + counts[i];
     std::vector<int32_t> columns(static_cast<size_t>(offsets[n]));
     std::vector<float> values(static_cast<size_t>(offsets[n]));
-    if (c.sample) sweep.entries(offsets.data(), columns.data(), values.data(), c.threads);
+    if (c.sample) softmax.entries(offsets.data(), columns.data(), values.data(), c.threads);
 
     std::vector<float> dy(p.y);  // exact, for unit upstream gradient
     for (int64_t i = 0; i < c.rows; ++i) {
@@ -189,10 +189,10 @@ void run(const Case& c) {
     const auto matrix = [&](std::vector<float>& x, int64_t rows) {
         return Matrix{x.data(), DType::kFloat32, rows, c.width, c.width};
     };
-    gather_hidden(entries, matrix(weight, c.vocabulary), matrix(grad_hidden, c.rows), c.threads);
+    spmm_hidden(entries, matrix(weight, c.vocabulary), matrix(grad_hidden, c.rows), c.threads);
     const Matrix out = matrix(grad_weight, c.vocabulary);
-    scatter_weight(entries, matrix(hidden, c.rows), &out, false, grad_bias.data(), c.vocabulary,
-                   1 + c.rows % c.width, c.threads);
+    spmm_weight(entries, matrix(hidden, c.rows), &out, false, grad_bias.data(), c.vocabulary,
+                1 + c.rows % c.width, c.threads);
     std::vector<double> dh(hidden.size()), dw(weight.size()), db(grad_bias.size());
     for (int64_t i = 0; i < c.rows; ++i) {
         for (int64_t k = offsets[i]; k < offsets[i + 1]; ++k) {

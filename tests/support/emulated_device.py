@@ -1,11 +1,13 @@
 """The emulated device: a problem on it, its kernels, and what stands for it in a backend."""
 
 import math
+import weakref
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import torch
 
-from bft_kernels.backends.cuda import native
 from tests.support.problems import DTYPES
 
 IGNORED = -100
@@ -148,34 +150,57 @@ def address(x):
     return 0 if x is None else x.data_ptr()
 
 
+class Address(int):
+    """Stands for ``native.address``: a number that knows its tensor, and does not keep it alive."""
+
+    def __new__(cls, x, *, writable):
+        self = super().__new__(cls, 0 if x is None or x.numel() == 0 else x.data_ptr())
+        if self:
+            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            self.bytes = (last + 1) * x.itemsize
+            self.tensor, self.writable = weakref.ref(x), writable
+        return self
+
+
 class Emulation:
-    """Stands for a device: what the ``cuda`` backend launches runs here, one launch at a time, and
-    may touch its own arguments only.
+    """Stands for ``bft_kernels._cuda``: what the ``cuda`` backend launches runs in the emulation,
+    one launch at a time, and may touch its own arguments only.
     """
 
     def __init__(self, module):
         self.module = module
         self.launches = []
         self.how = {}  # arguments of `memory`
+        self.arrays = {}  # by what was made of them
 
-    def launch(self, function, reads, writes, problem=None, **numbers):
-        """See :func:`bft_kernels.backends.cuda.native.launch`."""
-        tensors = [*reads.items(), *(problem.tensors if problem else {}).items()]
-        ranges = merge([*byte_ranges(tensors, False), *byte_ranges([*writes.items()], True)])
-        self.launches.append(function)
+    def __getattr__(self, name):
+        value = getattr(self.module, name)
+        if isinstance(value, type):
+            return partial(self.make, value)
+        is_launch = "stream" in (getattr(value, "__doc__", None) or "")
+        return partial(self.launch, name) if is_launch else value
+
+    def make(self, kind, **arguments):
+        """A problem, or the like."""
+        made = kind(**arguments)
+        self.arrays[made] = arguments
+        return made
+
+    def launch(self, name, **arguments):
+        given = [arguments, *(self.arrays.get(x, {}) for x in arguments.values())]
+        ranges = chain.from_iterable(map(byte_ranges, given))
+        self.launches.append(name)
         # Another order of blocks and threads each time.
-        with self.module.memory(ranges, **({"seed": len(self.launches)} | self.how)):
-            self.launch_natively(function, reads, writes, problem, **numbers)
-
-    launch_natively = staticmethod(native.launch)
+        with self.module.memory(merge(ranges), **({"seed": len(self.launches)} | self.how)):
+            getattr(self.module, name)(**arguments)
 
 
-def byte_ranges(tensors, writable):
+def byte_ranges(arguments):
     """Address, bytes, whether it is writable, name: to the last element of each tensor."""
-    for name, x in tensors:
-        if x is not None and x.numel() > 0:
-            last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-            yield x.data_ptr(), (last + 1) * x.itemsize, writable, name
+    for name, x in arguments.items():
+        if isinstance(x, Address) and x:
+            assert x.tensor() is not None, f"{name}: the tensor is gone before the launch"
+            yield int(x), x.bytes, x.writable, name
 
 
 def merge(ranges):

@@ -125,8 +125,8 @@ def write_gradient(
         bias: ``[V]`` float32.
         settings: the call's.
         vocabulary: ``V``.
-        kept: ``[rows * columns]``, the block's logits where :meth:`_cpu.Sweep.add` kept them; then
-            the block may hold anything.
+        kept: ``[rows * columns]``, the block's logits where :meth:`_cpu.OnlineSoftmax.add` kept
+            them; then the block may hold anything.
     """
     _cpu.gradient_block(
         block=block.arguments(),
@@ -159,7 +159,7 @@ def _from_entries(
     grad_hidden = grad_bias = None
     if wanted.hidden:
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-        _cpu.gather_hidden(weight=matrix(weight), grad_hidden=matrix(grad_hidden), **entries)
+        _cpu.spmm_hidden(weight=matrix(weight), grad_hidden=matrix(grad_hidden), **entries)
     into: Tensor | None = None
     if wanted.weight:
         add = grad_weight is not None and has_rows(grad_weight)
@@ -168,7 +168,7 @@ def _from_entries(
         grad_bias = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
     if wanted.weight or wanted.bias:
         table = hidden if has_rows(hidden) else hidden.contiguous()
-        _cpu.scatter_weight(
+        _cpu.spmm_weight(
             hidden=matrix(table),
             grad_weight=None if into is None else matrix(into),
             add=into is grad_weight,

@@ -15,11 +15,11 @@ from bft_kernels.backends.cpu.native import (
     KnownRows,
     Operands,
     address,
+    all_blocks,
     each_block,
     finish,
-    make_sweep,
+    make_softmax,
     plan,
-    sweep_all,
     threads,
 )
 from bft_kernels.problem import Problem, storage
@@ -44,7 +44,7 @@ def linear_nll(problem: Problem) -> Forward:
     if problem.saved == "entries":
         positions = rows.positions(0, rows.size)
         lse_bound = bounds_of(operands, targets, bias, problem)
-    sweep = make_sweep(
+    softmax = make_softmax(
         problem,
         targets,
         bias,
@@ -60,17 +60,17 @@ def linear_nll(problem: Problem) -> Forward:
     if unit:
 
         def add(block: Block) -> None:
-            sweep.add_exponentials(
+            softmax.add_exponentials(
                 block.arguments(), address(sums), width, block.threads, block.worker
             )
             sums[block.first_row : block.stop_row].addmm_(block.logits, block.columns)
 
         each_block(operands, add)
     else:
-        sweep_all(sweep, operands)
-    results = finish(sweep, rows.size, problem)
+        all_blocks(softmax, operands)
+    results = finish(softmax, rows.size, problem)
     if unit:
-        finish_unit(sweep, sums, operands, targets)
+        finish_unit(softmax, sums, operands, targets)
     elif wants_unit:
         lse = results["lse"]
         ones = torch.ones_like(lse)
@@ -78,13 +78,13 @@ def linear_nll(problem: Problem) -> Forward:
         grad, _ = recompute(problem, operands, known, bias)
         assert grad is not None
         sums = grad
-    return pack(sweep, results, sums, rows, problem)
+    return pack(softmax, results, sums, rows, problem)
 
 
 def bounds_of(operands: Operands, targets: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
     """A lower bound of each row's ``lse``: its target's logit, less what rounding can make of it.
 
-    Until the sweep arrives at a confident token's target, this is what keeps the other entries out.
+    Until the softmax arrives at a confident token's target, this keeps the other entries out.
     """
     bound = torch.empty(targets.numel(), dtype=torch.float32, device="cpu")
     block, settings = _ROWS_AT_A_TIME, problem.settings
@@ -105,12 +105,14 @@ def bounds_of(operands: Operands, targets: Tensor, bias: Tensor | None, problem:
     return bound.sub_(1e-5 * bound.abs())
 
 
-def finish_unit(sweep: _cpu.Sweep, sums: Tensor, operands: Operands, targets: Tensor) -> None:
+def finish_unit(
+    softmax: _cpu.OnlineSoftmax, sums: Tensor, operands: Operands, targets: Tensor
+) -> None:
     """Turns sums of exponentials times rows of ``weight`` into ``dH``, in place."""
     count, block = targets.numel(), _ROWS_AT_A_TIME
     factors = torch.empty(count, dtype=torch.float32, device="cpu")
     values = torch.empty_like(factors)
-    sweep.unit_factors(0, count, address(factors), address(values))
+    softmax.unit_factors(0, count, address(factors), address(values))
     for a in range(0, count, block):
         part = slice(a, a + block)
         own = operands.columns_at(targets[part])
@@ -118,7 +120,7 @@ def finish_unit(sweep: _cpu.Sweep, sums: Tensor, operands: Operands, targets: Te
 
 
 def pack(
-    sweep: _cpu.Sweep,
+    softmax: _cpu.OnlineSoftmax,
     results: dict[str, Tensor],
     unit: Tensor,
     rows: LabelledRows,
@@ -146,7 +148,7 @@ def pack(
     values = torch.empty(entries, dtype=torch.float32, device="cpu")
     if saved == "entries":
         own = torch.nn.functional.pad(results["counts"].cumsum(0), (1, 0))
-        sweep.entries(address(own), address(columns), address(values), threads())
+        softmax.entries(address(own), address(columns), address(values), threads())
     return Forward(
         loss=full["loss"],
         nll=full["nll"],

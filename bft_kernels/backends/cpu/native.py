@@ -196,35 +196,35 @@ def each_block(
     team.run(team.Blocks(parts, steps, CPU_REACH, in_turn=in_turn), compute, plan.team)
 
 
-def sweep_all(sweep: _cpu.Sweep, operands: Operands) -> None:
-    """Takes all blocks through ``sweep``; the buffer is gone afterwards."""
+def all_blocks(softmax: _cpu.OnlineSoftmax, operands: Operands) -> None:
+    """Takes all blocks through ``softmax``; the buffer is gone afterwards."""
     each_block(
         operands,
-        lambda block: sweep.add(block.arguments(), threads=block.threads, worker=block.worker),
+        lambda block: softmax.add(block.arguments(), threads=block.threads, worker=block.worker),
     )
 
 
-def make_sweep(
+def make_softmax(
     problem: Problem,
-    targets: Tensor,  # [n], of the rows of the sweep
+    targets: Tensor,  # [n], of its rows
     bias: Tensor | None,  # [V] float32
     workers: int,
     *,
     positions: Tensor | None = None,  # [n], of the rows: for a sample
     lse_bound: Tensor | None = None,  # [n], likewise
     norms: Tensor | None = None,  # [V], for hidden_variance
-) -> _cpu.Sweep:
+) -> _cpu.OnlineSoftmax:
     """The state of a forward, to which so many workers add blocks at once.
 
     The tensors must outlive it.
     """
     settings = problem.settings
-    return _cpu.Sweep(
+    return _cpu.OnlineSoftmax(
         rows=targets.numel(),
         vocabulary=problem.weight.shape[0],
         targets=address(targets),
         positions=address(positions),
-        floors=address(lse_bound),
+        lse_bounds=address(lse_bound),
         norms=address(norms),
         eps=settings.eps,
         seed=0 if problem.seed is None else int(problem.seed),
@@ -237,8 +237,8 @@ def make_sweep(
     )
 
 
-def finish(sweep: _cpu.Sweep, count: int, problem: Problem) -> dict[str, Tensor]:
-    """Results of a sweep's rows, ``[count]`` each; empty where not wanted."""
+def finish(softmax: _cpu.OnlineSoftmax, count: int, problem: Problem) -> dict[str, Tensor]:
+    """Results of its rows, ``[count]`` each; empty where not wanted."""
     wanted = {
         "loss": True,
         "nll": True,
@@ -256,5 +256,5 @@ def finish(sweep: _cpu.Sweep, count: int, problem: Problem) -> dict[str, Tensor]
         for name, want in wanted.items()
     }
     addresses = {name: address(results[name]) for name, want in wanted.items() if want}
-    sweep.finish(0, count, addresses, threads())
+    softmax.finish(0, count, addresses, threads())
     return results

@@ -1,4 +1,4 @@
-"""The ``cpu`` backend's block sizes, from the byte budget and the caches; see ``common.plan``."""
+"""The ``cpu`` backend's block sizes, from the byte budget and the caches; see ``chunked``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU_BLOCK_COLUMNS = 512
 def cpu_block_bytes(threads: int) -> int:
     """What a block of logits of the ``cpu`` backend may take of the caches.
 
-    It is written by the product and read by the sweep, row by row by the same thread: the
+    It is written by the product and read by the softmax, row by row by the same thread: the
     second-level caches of all threads together.
     """
     return max(2, threads) * cpu_cache_bytes()
@@ -69,7 +69,7 @@ PIECE_STEP = 32
 def _stretch(room: int, rows: int) -> int:
     """How many times more columns a block of ``rows`` has than one of ``room`` rows.
 
-    Up to 8: two passes of the sweep over 4096 floats stay in a first-level cache.
+    Up to 8: two passes of the softmax over 4096 floats stay in a first-level cache.
     """
     return max(1, min(8, room // max(1, rows)))
 
@@ -100,7 +100,7 @@ def plan_cpu_blocks(
     """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
 
     A block of ``weight`` should stay in cache over all rows, and a block of logits from its product
-    to its sweep. Both want few columns; the products' speed and, with a gradient, the passes over
+    to its softmax. Both want few columns; the products' speed and, with a gradient, the passes over
     ``dH`` want many. Where all rows make one block, it takes as many columns as the cache has room
     for, unless columns are copied.
 
@@ -165,7 +165,7 @@ def cpu_part(rows: int, room: int, team: int) -> int:
 
 @dataclass(frozen=True)
 class CpuWeightedPlan:
-    """Blocks of the weighted loss, and of how many rows the logits outlive their sweep."""
+    """Blocks of the weighted loss, and of how many rows the logits outlive their softmax."""
 
     rows: int  # for which a block has room; one that waits in the gradient has in_gradient if more
     columns: int  # of a block that is swept
@@ -229,20 +229,22 @@ def plan_cpu_weighted(
         threads=threads,
     )
     team = blocks.team
-    wide = blocks.columns
+    block_columns = blocks.columns
     widened = int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)  # of a column
     if in_gradient:  # a block of them is read before dW is written
-        wide = min(wide, elements // 2 // in_gradient)
+        block_columns = min(block_columns, elements // 2 // in_gradient)
     if in_gradient > blocks.rows:  # beside what the threads have
         own = team * blocks.rows if team > 1 else 0
-        wide = min(wide, (elements - 2 * width * copies * own) // (in_gradient + own + widened))
-    wide = max(1, wide)
-    group = min(3, wide)
-    columns = wide // group
-    wide = group * columns
-    elements -= wide * widened
-    block = blocks.rows * (wide + 2 * width * copies)
-    waiting = in_gradient * wide if in_gradient > blocks.rows else 0
+        block_columns = min(
+            block_columns, (elements - 2 * width * copies * own) // (in_gradient + own + widened)
+        )
+    block_columns = max(1, block_columns)
+    group = min(3, block_columns)
+    columns = block_columns // group
+    block_columns = group * columns
+    elements -= block_columns * widened
+    block = blocks.rows * (block_columns + 2 * width * copies)
+    waiting = in_gradient * block_columns if in_gradient > blocks.rows else 0
     elements -= max(block, waiting) if team == 1 else team * block + waiting
     in_buffer = min(rows, max(0, elements // (vocabulary + 2 * width)))
     return CpuWeightedPlan(blocks.rows, columns, group, in_gradient, in_buffer, whole, widens, team)

@@ -1,6 +1,6 @@
 """Blocks shared out among threads that do not wait for each other.
 
-A loop of products and sweeps, each on all threads, has them meet after every few milliseconds. One
+A loop of GEMMs and softmaxes, each on all threads, has them meet after every few milliseconds. One
 that the system has put aside, because others use its core, holds up all; those that wait spin and
 use up the time that they are given. Here the threads meet once: each takes the next block that may
 be taken, with products and loops of one thread.

@@ -27,7 +27,7 @@ from bft_kernels.backends.cpu.native import (
     address,
     converts,
     finish,
-    make_sweep,
+    make_softmax,
     threads,
 )
 from bft_kernels.backends.cpu.plan import (
@@ -97,7 +97,7 @@ def _pieces(
 
 
 class _Waiting:
-    """The logits of the first rows of a piece, between their sweep and their gradient.
+    """The logits of the first rows of a piece, between their softmax and their gradient.
 
     Columns of the vocabulary lie one after the other in the memory of ``dW`` and in a buffer, in
     blocks as they were swept; of each block first the rows in ``dW``, ``D`` at most, then others.
@@ -145,14 +145,14 @@ class _Engine:
     ) -> None:
         self.problem, self.plan, self.sums = problem, plan, sums
         self.bias = None if problem.bias is None else problem.bias.float().contiguous()
-        wide = plan.columns * plan.group
-        blocks = CpuPlan(plan.rows, wide, plan.whole, plan.team)
+        block_columns = plan.columns * plan.group
+        blocks = CpuPlan(plan.rows, block_columns, plan.whole, plan.team)
         self.operands = Operands(problem, rows, blocks)
         self.targets = rows.take(problem.target, 0, rows.size).contiguous()
         self.buffer: Tensor | None = None  # borrowed from the first piece on
         # Of each worker a block, and a larger one for the rows that wait in dW if they need it.
-        self.own_block = plan.rows * wide
-        self.larger = plan.in_gradient * wide if plan.in_gradient > plan.rows else 0
+        self.own_block = plan.rows * block_columns
+        self.larger = plan.in_gradient * block_columns if plan.in_gradient > plan.rows else 0
         size = self.own_block * plan.team + self.larger if plan.team > 1 else 0
         self.block = torch.empty(
             max(size, self.own_block, self.larger), dtype=torch.float32, device="cpu"
@@ -237,7 +237,7 @@ class _Engine:
     def find_losses(self, piece: Piece) -> None:
         """Losses of the rows of a piece; logits wait as far as there is room."""
         first, stop = piece.first, piece.stop
-        sweep = make_sweep(self.problem, self.targets[first:stop], self.bias, self.plan.team)
+        softmax = make_softmax(self.problem, self.targets[first:stop], self.bias, self.plan.team)
         self.waiting = self._wait(first, stop)
         self.columns = self.plan.columns_of(stop - first)
 
@@ -250,12 +250,12 @@ class _Engine:
             for a, b, place in self.waiting.parts(*rows, columns):
                 part = logits[a - rows[0] : b - rows[0]]
                 block = Block(a, columns[0], part, operand, weight, task.threads, task.worker)
-                sweep.add(
+                softmax.add(
                     block.arguments(), address(place), threads=block.threads, worker=block.worker
                 )
 
         self._run(stop - first, 0, self.columns, compute)
-        for name, values in finish(sweep, stop - first, self.problem).items():
+        for name, values in finish(softmax, stop - first, self.problem).items():
             if values.numel():
                 self.sums.results[name][first:stop] = values
 
@@ -302,8 +302,8 @@ class _Engine:
                 sums.grad_bias[slice(*columns)] += dy.sum(dim=0)
 
         # The first part holds all that waits in dW, which is then written there.
-        least, wide = self.waiting.in_gradient, self.columns * self.plan.group
-        self._run(stop - first, least, wide, compute, in_turn=True)
+        least, block_columns = self.waiting.in_gradient, self.columns * self.plan.group
+        self._run(stop - first, least, block_columns, compute, in_turn=True)
         if wanted.hidden and not direct:
             sums.grad_hidden[part] = grad_hidden
         self.waiting, sums.added = None, True

@@ -2,7 +2,7 @@
 
 The modules follow a call: ``inputs``, ``forward``, then ``sampled`` (the sampled gradient's lists)
 or ``recompute`` (the exact one). ``weights`` makes token and sequence weights from losses. All of
-them reach the kernels through ``native.launch``.
+them reach the kernels through ``native._cuda``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bft_kernels.backends.cuda.forward import splits_for
 from bft_kernels.backends.cuda.inputs import Inputs
-from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 
 
 def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,22 +23,23 @@ def certify(inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor]:
     norms = None
     if call.hidden_variance:
         norms = torch.empty(vocabulary, dtype=torch.float32, device=device)
-        launch("squared_norms", {}, {"norms": norms}, inputs.operands)
+        _cuda.squared_norms(problem=inputs.operands, norms_ptr=out(norms), stream=stream())
     splits, columns = splits_for(inputs, count)
     planes = 1 if norms is None else 2
-    launch(
-        "certificate",
-        {"lse": lse, "norms": norms},
-        {
-            "sums": torch.empty(planes * splits * count, dtype=torch.float32, device=device),
-            "variance": variance if call.variance else torch.zeros_like(hidden_variance),
-            "hidden_variance": hidden_variance,
-        },
-        inputs.operands,
+    plain = variance if call.variance else torch.empty_like(hidden_variance)
+    sums = torch.empty(planes * splits * count, dtype=torch.float32, device=device)
+    _cuda.certificate(
+        problem=inputs.operands,
         first_row=0,
         rows=count,
         splits=splits,
         split_columns=columns,
+        sums_ptr=out(sums),
+        lse_ptr=ptr(lse),
         eps=call.settings.eps,
+        variance_ptr=out(plain),
+        norms_ptr=ptr(norms),
+        hidden_variance_ptr=out(hidden_variance),
+        stream=stream(),
     )
     return variance, hidden_variance

@@ -8,10 +8,10 @@ from torch import Tensor
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.inputs import rows_contiguous
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.forward import run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
+from bft_kernels.backends.cuda.native import _cuda
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.sampled import list_entries, sampled_gradients
 from bft_kernels.problem import Problem, storage
@@ -29,7 +29,7 @@ def linear_nll(problem: Problem) -> Forward:
     if call.saved == "entries":
         assert problem.seed is not None
         room = capacity_for(count, problem.shape[1], call.settings.eps)
-        if width > native.kernels().MAX_GATHERED:  # rows without room are computed again
+        if width > _cuda.MAX_GATHERED:  # rows without room are computed again
             room = 0
         offsets, columns = list_entries(inputs, problem.seed, results, room)
     else:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
 from bft_kernels.backends.common.inputs import DeviceInputs
-from bft_kernels.backends.cuda.native import Operands
+from bft_kernels.backends.cuda.native import TYPES, _cuda, ptr
 from bft_kernels.problem import Problem
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(frozen=True)
@@ -31,24 +27,22 @@ class Inputs(DeviceInputs):
         return replace(made, call=problem)
 
     @property
-    def operands(self) -> Operands:
+    def operands(self) -> _cuda.Problem:
+        """What kernels that make logits read. It keeps no tensor alive."""
         call, (count, vocabulary, width) = self.call, self.shape
-        tensors = {
-            "hidden": self.hidden,
-            "weight": self.weight,
-            "bias": self.bias,
-            "target": self.target,
-            "order": self.rows.order,
-            "count": self.rows.count,
-        }
-        numbers = {
-            "N": count,
-            "V": vocabulary,
-            "D": width,
-            "stride_hn": self.hidden.stride(0),
-            "stride_wv": self.weight.stride(0),
-            "dtype": _TYPES[call.operand],
-            "softcap": call.settings.softcap or 0.0,
-            "temperature": call.settings.temperature,
-        }
-        return Operands(tensors, numbers)
+        return _cuda.Problem(
+            hidden_ptr=ptr(self.hidden),
+            weight_ptr=ptr(self.weight),
+            bias_ptr=ptr(self.bias),
+            target_ptr=ptr(self.target),
+            order_ptr=ptr(self.rows.order),
+            count_ptr=ptr(self.rows.count),
+            N=count,
+            V=vocabulary,
+            D=width,
+            stride_hn=self.hidden.stride(0),
+            stride_wv=self.weight.stride(0),
+            dtype=TYPES[call.operand],
+            softcap=call.settings.softcap or 0.0,
+            temperature=call.settings.temperature,
+        )

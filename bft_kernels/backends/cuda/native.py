@@ -1,21 +1,62 @@
-"""``bft_kernels._cuda``: how tensors reach it."""
+"""``bft_kernels._cuda``: how tensors reach it.
+
+A launch is a call like ``_cuda.target_floor(problem=..., floor_ptr=out(floor), stream=stream())``.
+Its arguments are declared in ``bft_kernels/_cuda.pyi``, where the type checker finds them. A tensor
+must have a name that outlives the call: an address keeps nothing alive.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 # Where tensors must be. Tests run the kernels on a CPU, in an emulation.
 DEVICE = "cuda"
+# Numbers of the operands' types.
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def kernels() -> Any:
+def kernels() -> ModuleType:
     """The compiled module."""
     from bft_kernels import _cuda
 
     return _cuda
+
+
+if TYPE_CHECKING:
+    from bft_kernels import _cuda as _cuda
+else:
+
+    class _Kernels:
+        """The compiled module, imported by its first use: it need not be built."""
+
+        def __getattr__(self, name):
+            return getattr(kernels(), name)
+
+    _cuda = _Kernels()
+
+
+def ptr(x: Tensor | None) -> int:
+    """The address of what a kernel reads; 0 for what is not there or empty."""
+    return address(x, writable=False)
+
+
+def out(x: Tensor | None) -> int:
+    """The address of what a kernel writes, or both reads and writes; 0 as for :func:`ptr`."""
+    return address(x, writable=True)
+
+
+def address(x: Tensor | None, *, writable: bool) -> int:
+    """``writable`` is for tests, which check what kernels touch."""
+    return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def stream() -> int:
+    """The current stream."""
+    return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
 
 
 def processors(device: torch.device) -> int:
@@ -23,41 +64,3 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class Operands(NamedTuple):
-    """What kernels that make logits read: arguments of ``_cuda.Problem``."""
-
-    tensors: dict[str, Tensor | None]
-    numbers: dict[str, Any]
-
-
-def addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
-    """Arguments by name; 0 for what is not there or empty."""
-    return {
-        f"{name}_ptr": 0 if x is None or x.numel() == 0 else x.data_ptr()
-        for name, x in tensors.items()
-    }
-
-
-def launch(
-    function: str,
-    reads: dict[str, Tensor | None],
-    writes: dict[str, Tensor | None],
-    problem: Operands | None = None,
-    **numbers: Any,
-) -> None:
-    """Runs a function of ``_cuda`` in the current stream.
-
-    Args:
-        function: its name.
-        reads, writes: by argument, without ``_ptr``; None or an empty tensor is not wanted. What is
-            read and written is among ``writes``.
-        problem: its first argument, where it takes one.
-        numbers: its other arguments.
-    """
-    module = kernels()
-    if problem is not None:
-        numbers["problem"] = module.Problem(**addresses(problem.tensors), **problem.numbers)
-    stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
-    getattr(module, function)(**addresses(reads | writes), **numbers, stream=stream)

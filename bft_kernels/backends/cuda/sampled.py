@@ -14,10 +14,9 @@ from torch import Tensor
 
 from bft_kernels.backends.common.csr import overflowed
 from bft_kernels.backends.common.rows import DeviceRows, KnownRows
-from bft_kernels.backends.cuda import native
 from bft_kernels.backends.cuda.forward import find_floors, run_tiles
 from bft_kernels.backends.cuda.inputs import Inputs
-from bft_kernels.backends.cuda.native import launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.backends.cuda.recompute import TILE, recompute
 from bft_kernels.results import Gradients, Saved
 
@@ -41,27 +40,37 @@ def list_entries(
     counts = torch.zeros(count, dtype=torch.int64, device=device)
     offsets = torch.zeros(count + 1, dtype=torch.int64, device=device)
     columns = torch.empty(room, dtype=torch.int32, device=device)
-    temporary = torch.empty(native.kernels().scan_bytes(count), dtype=torch.uint8, device=device)
+    temporary = torch.empty(_cuda.scan_bytes(count), dtype=torch.uint8, device=device)
     problem = inputs.operands
     for first in range(0, count, step):
         part = mask[: min(step, count - first)]
-        where = {"first_row": first, "rows": part.shape[0]}
-        run_tiles(inputs, results, first, part.shape[0], seed, floors, part)
-        launch("count_entries", {"mask": part}, {"counts": counts}, problem, **where)
-        launch(
-            "scan_counts",
-            {"counts": counts},
-            {"offsets": offsets, "temporary": temporary},
-            N=count,
-            temporary_bytes=temporary.numel(),
+        rows = part.shape[0]
+        run_tiles(inputs, results, first, rows, seed, floors, part)
+        _cuda.count_entries(
+            problem=problem,
+            first_row=first,
+            rows=rows,
+            mask_ptr=ptr(part),
+            counts_ptr=out(counts),
+            stream=stream(),
         )
-        launch(
-            "list_entries",
-            {"mask": part, "offsets": offsets},
-            {"columns": columns},
-            problem,
+        _cuda.scan_counts(
+            counts_ptr=ptr(counts),
+            N=count,
+            offsets_ptr=out(offsets),
+            temporary_ptr=out(temporary),
+            temporary_bytes=temporary.numel(),
+            stream=stream(),
+        )
+        _cuda.list_entries(
+            problem=problem,
+            first_row=first,
+            rows=rows,
+            mask_ptr=ptr(part),
+            offsets_ptr=ptr(offsets),
+            columns_ptr=out(columns),
             capacity=room,
-            **where,
+            stream=stream(),
         )
     return offsets, columns
 
@@ -73,7 +82,8 @@ def sampled_gradients(
 
     ``adds``: whether ``dW`` is added to from the start. ``db`` is added to.
     """
-    assert inputs.call.seed is not None
+    seed = inputs.call.seed
+    assert seed is not None
     offsets, columns = saved.entry_offsets, saved.entry_columns
     room = columns.numel()
     if room > 0:
@@ -81,7 +91,7 @@ def sampled_gradients(
     elif into.weight is not None and not adds:
         into.weight.zero_()
     rest = replace(inputs, rows=DeviceRows.chosen(overflowed(offsets, room)))
-    recompute(rest, known, inputs.call.seed, into, adds=True)
+    recompute(rest, known, seed, into, adds=True)
 
 
 def _from_lists(
@@ -93,21 +103,21 @@ def _from_lists(
     places = columns.numel() if wants_entries else 0
     keys = torch.full((places,), vocabulary, dtype=torch.int32, device=device)
     entries = torch.empty(places, dtype=torch.int64, device=device)
-    launch(
-        "gather_hidden",
-        {
-            "lse": known.lse,
-            "nll": known.nll,
-            "grad": known.grad,
-            "seed": inputs.call.seed,
-            "offsets": offsets,
-            "columns": columns,
-        },
-        {"keys": keys, "packed": entries, "grad_hidden": into.hidden},
-        inputs.operands,
-        capacity=columns.numel(),
+    _cuda.gather_hidden(
+        problem=inputs.operands,
+        lse_ptr=ptr(known.lse),
+        nll_ptr=ptr(known.nll),
+        grad_ptr=ptr(known.grad),
+        seed_ptr=ptr(inputs.call.seed),
         eps=inputs.call.settings.eps,
+        offsets_ptr=ptr(offsets),
+        columns_ptr=ptr(columns),
+        capacity=columns.numel(),
+        keys_ptr=out(keys),
+        packed_ptr=out(entries),
+        grad_hidden_ptr=out(into.hidden),
         wide=into.hidden is not None and into.hidden.dtype == torch.float32,
+        stream=stream(),
     )
     if wants_entries:
         _gather_weight(inputs, keys, entries, into, adds)
@@ -129,26 +139,35 @@ def _gather_weight_of(
 ) -> None:
     places, vocabulary, device = keys.numel(), inputs.shape[1], keys.device
     sorted_keys, sorted_entries = torch.empty_like(keys), torch.empty_like(entries)
-    size = native.kernels().sort_bytes(places, vocabulary)
+    size = _cuda.sort_bytes(places, vocabulary)
     temporary = torch.empty(size, dtype=torch.uint8, device=device)
-    launch(
-        "sort_entries",
-        {"keys": keys, "packed": entries},
-        {"sorted_keys": sorted_keys, "sorted_packed": sorted_entries, "temporary": temporary},
+    _cuda.sort_entries(
+        keys_ptr=ptr(keys),
+        packed_ptr=ptr(entries),
         E=places,
         V=vocabulary,
+        sorted_keys_ptr=out(sorted_keys),
+        sorted_packed_ptr=out(sorted_entries),
+        temporary_ptr=out(temporary),
         temporary_bytes=size,
+        stream=stream(),
     )
     starts = torch.empty(vocabulary + 1, dtype=torch.int64, device=device)
-    launch(
-        "column_starts", {"sorted_keys": sorted_keys}, {"starts": starts}, E=places, V=vocabulary
+    _cuda.column_starts(
+        sorted_keys_ptr=ptr(sorted_keys),
+        E=places,
+        V=vocabulary,
+        starts_ptr=out(starts),
+        stream=stream(),
     )
-    launch(
-        "gather_weight",
-        {"starts": starts, "packed": sorted_entries},
-        {"grad_weight": into.weight, "grad_bias": into.bias},
-        inputs.operands,
+    _cuda.gather_weight(
+        problem=inputs.operands,
+        starts_ptr=ptr(starts),
+        packed_ptr=ptr(sorted_entries),
+        grad_weight_ptr=out(into.weight),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         wide=into.weight is not None and into.weight.dtype == torch.float32,
         adds=adds,
+        grad_bias_ptr=out(into.bias),
+        stream=stream(),
     )

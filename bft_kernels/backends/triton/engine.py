@@ -19,12 +19,20 @@ from bft_kernels.backends.triton.gather import gather_hidden, gather_weight
 from bft_kernels.backends.triton.inputs import Inputs
 from bft_kernels.backends.triton.recompute import recompute
 from bft_kernels.backends.triton.rows import ForwardRows, GradientRows, forward_results, packed
+from bft_kernels.backends.triton.scale import scale_
 from bft_kernels.backends.triton.trial import try_out
 from bft_kernels.backends.triton.weights import balanced_loss
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Forward, Gradients, Saved
 
-__all__ = ["balanced_loss", "linear_nll", "linear_nll_backward", "try_out", "weighted_loss"]
+__all__ = [
+    "balanced_loss",
+    "linear_nll",
+    "linear_nll_backward",
+    "scale_",
+    "try_out",
+    "weighted_loss",
+]
 
 
 def linear_nll(problem: Problem) -> Forward:

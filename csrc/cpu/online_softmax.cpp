@@ -1,4 +1,4 @@
-#include "csrc/cpu/sweep.h"
+#include "csrc/cpu/online_softmax.h"
 
 #include <algorithm>
 #include <cmath>
@@ -33,7 +33,7 @@ double slope_of(const Transform& transform, double z) {
 }  // namespace
 
 // The state of one row. A maximum of -inf: nothing was seen yet but masked columns.
-struct Sweep::Row {
+struct OnlineSoftmax::Row {
     double sum = 0;          // of e = exp(z - maximum)
     double moment = 0;       // of e * (z - maximum)
     double shifted_sum = 0;  // of z - maximum
@@ -45,8 +45,8 @@ struct Sweep::Row {
     double target_logit = std::numeric_limits<double>::quiet_NaN();
     double log_sum = std::numeric_limits<double>::quiet_NaN();  // this and nll are set by finish
     double nll = std::numeric_limits<double>::quiet_NaN();
-    double floor_sum = 0;  // exp(floor - maximum)
-    float floor = -kFloatInfinity;
+    double bound_sum = 0;  // exp(lse_bound - maximum)
+    float lse_bound = -kFloatInfinity;
     int32_t argmax = 0;
     int32_t target = 0;
     uint32_t thin_at = kThinFrom;
@@ -58,7 +58,7 @@ struct Sweep::Row {
 };
 
 // One a thread, on cache lines of its own.
-struct alignas(128) Sweep::Scratch {
+struct alignas(128) OnlineSoftmax::Scratch {
     std::vector<float> exponentials;
     std::vector<uint32_t> hits;
     // Of the candidates of a row.
@@ -82,8 +82,8 @@ struct alignas(128) Sweep::Scratch {
     }
 };
 
-Sweep::Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets,
-             const int64_t* positions, const float* floors)
+OnlineSoftmax::OnlineSoftmax(const SoftmaxSettings& settings, int64_t rows, const int64_t* targets,
+                             const int64_t* positions, const float* lse_bounds)
     : settings_(settings), rows_(static_cast<size_t>(rows)), pools_(settings.workers) {
     for (int64_t i = 0; i < rows; ++i) {
         Row& row = rows_[i];
@@ -91,26 +91,27 @@ Sweep::Sweep(const SweepSettings& settings, int64_t rows, const int64_t* targets
         if (settings.sample) {
             row.key = row_key(settings.seed, static_cast<uint64_t>(positions[i]));
         }
-        if (floors) row.floor = floors[i];
+        if (lse_bounds) row.lse_bound = lse_bounds[i];
     }
 }
 
-Sweep::~Sweep() = default;
+OnlineSoftmax::~OnlineSoftmax() = default;
 
-void Sweep::reserve_pools(int threads) {
+void OnlineSoftmax::reserve_pools(int threads) {
     if (pools_.size() < static_cast<size_t>(threads)) pools_.resize(threads);
 }
 
-void Sweep::add(const Block& block, float* keep, Team team) {
+void OnlineSoftmax::add(const Block& block, float* keep, Team team) {
     add_block<false>(block, keep, nullptr, 0, team);
 }
 
-void Sweep::add_exponentials(const Block& block, float* sums, int64_t width, Team team) {
+void OnlineSoftmax::add_exponentials(const Block& block, float* sums, int64_t width, Team team) {
     add_block<true>(block, nullptr, sums, width, team);
 }
 
 template <bool kExponentials>
-void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t width, Team team) {
+void OnlineSoftmax::add_block(const Block& block, float* keep, float* sums, int64_t width,
+                              Team team) {
     const Kernels& kernel = kernels();
     if (team.worker == 0 && team.threads > 1) reserve_pools(team.threads);
     std::vector<Scratch> scratches(team.threads);
@@ -181,7 +182,7 @@ void Sweep::add_block(const Block& block, float* keep, float* sums, int64_t widt
 }
 
 // Rows come round once a block of the vocabulary, long after their state has left the caches.
-void Sweep::fetch_ahead(int64_t row, int64_t stop) const {
+void OnlineSoftmax::fetch_ahead(int64_t row, int64_t stop) const {
     if (row + 1 < stop) rows_[row + 1].candidates.prefetch();
     if (row + 2 < stop) {
         const char* state = reinterpret_cast<const char*>(&rows_[row + 2]);
@@ -189,7 +190,7 @@ void Sweep::fetch_ahead(int64_t row, int64_t stop) const {
     }
 }
 
-void Sweep::take_target(Row& row, float logit) const {
+void OnlineSoftmax::take_target(Row& row, float logit) const {
     row.target_logit = logit;
     if (row.empty()) return;
     const double below = logit - row.maximum;
@@ -199,7 +200,7 @@ void Sweep::take_target(Row& row, float logit) const {
 }
 
 // Makes the sums relative to a larger maximum; *factor is what they are multiplied by.
-void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
+void OnlineSoftmax::raise_maximum(Row& row, double maximum, double* factor) const {
     *factor = 0;
     if (!row.empty()) {
         const double change = row.maximum - maximum;
@@ -212,18 +213,19 @@ void Sweep::raise_maximum(Row& row, double maximum, double* factor) const {
         }
     }
     row.maximum = maximum;
-    if (settings_.sample || settings_.certificate) row.floor_sum = std::exp(row.floor - maximum);
+    if (settings_.sample || settings_.certificate)
+        row.bound_sum = std::exp(row.lse_bound - maximum);
 }
 
 // What exp(z - maximum) is multiplied by to be at least p / eps.
-float Sweep::draw_factor(const Row& row) const {
-    const double bound = std::max(row.sum, row.floor_sum);
+float OnlineSoftmax::draw_factor(const Row& row) const {
+    const double bound = std::max(row.sum, row.bound_sum);
     const double factor = kSlack / (bound * settings_.eps);
     return static_cast<float>(std::min(factor, 1e27));
 }
 
-void Sweep::find_candidates(Row& row, const float* z, const float* e, const Block& block,
-                            Scratch& scratch, CandidatePool& pool) const {
+void OnlineSoftmax::find_candidates(Row& row, const float* z, const float* e, const Block& block,
+                                    Scratch& scratch, CandidatePool& pool) const {
     const Kernels& kernel = kernels();
     if (row.empty() || std::isnan(row.sum)) return;  // every result of the row is NaN
     const float factor = draw_factor(row);
@@ -256,7 +258,7 @@ void Sweep::find_candidates(Row& row, const float* z, const float* e, const Bloc
 
 // Probabilities of a row's candidates, given a logarithm of the sum, and which ones are kept: their
 // places in order; returns how many.
-int64_t Sweep::draw_again(const Row& row, double log_sum, Scratch& scratch) const {
+int64_t OnlineSoftmax::draw_again(const Row& row, double log_sum, Scratch& scratch) const {
     scratch.reserve_candidates(row.candidates.count());
     uint32_t* column = scratch.columns.data();
     float* logit = scratch.logits.data();
@@ -271,8 +273,8 @@ int64_t Sweep::draw_again(const Row& row, double log_sum, Scratch& scratch) cons
 }
 
 // Drops the candidates that the bound of lse now rules out.
-void Sweep::thin(Row& row, Scratch& scratch, CandidatePool& pool) const {
-    const double bound = std::max(row.sum, row.floor_sum);
+void OnlineSoftmax::thin(Row& row, Scratch& scratch, CandidatePool& pool) const {
+    const double bound = std::max(row.sum, row.bound_sum);
     const int64_t survivors = draw_again(row, std::log(bound / kSlack), scratch);
     const uint32_t* kept = scratch.kept.data();
     if (!settings_.certificate) {
@@ -303,7 +305,7 @@ void Sweep::thin(Row& row, Scratch& scratch, CandidatePool& pool) const {
         pool);
 }
 
-void Sweep::count_small(Row& row, double logit, double e, uint32_t column) const {
+void OnlineSoftmax::count_small(Row& row, double logit, double e, uint32_t column) const {
     const double s = slope_of(settings_.transform, logit);
     double term = e * s * s;
     row.small[0] += term;
@@ -315,7 +317,8 @@ void Sweep::count_small(Row& row, double logit, double e, uint32_t column) const
     }
 }
 
-void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results, int threads) {
+void OnlineSoftmax::finish(int64_t first_row, int64_t rows, const SoftmaxResults& results,
+                           int threads) {
     reserve_pools(threads);
     std::vector<Scratch> scratches(threads);
     const double unit = 1 / static_cast<double>(settings_.transform.temperature);
@@ -373,8 +376,8 @@ void Sweep::finish(int64_t first_row, int64_t rows, const SweepResults& results,
 
 // Keeps what a second pass would have kept, with the value of dy in place of the logit, and adds
 // the entries that the certificate's sums do not hold yet.
-void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
-                          double* weighted) const {
+void OnlineSoftmax::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
+                                  double* weighted) const {
     const int64_t survivors = draw_again(row, row.log_sum, scratch);
     const float eps = settings_.eps;
     const float* p = scratch.probabilities.data();
@@ -401,7 +404,7 @@ void Sweep::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, doubl
         pool);
 }
 
-void Sweep::entries(const int64_t* offsets, int32_t* columns, float* values, int threads) {
+void OnlineSoftmax::entries(const int64_t* offsets, int32_t* columns, float* values, int threads) {
     reserve_pools(threads);
     const double unit = 1 / static_cast<double>(settings_.transform.temperature);
     const int64_t count = static_cast<int64_t>(rows_.size());
@@ -431,8 +434,8 @@ void Sweep::entries(const int64_t* offsets, int32_t* columns, float* values, int
     });
 }
 
-void Sweep::unit_factors(int64_t first_row, int64_t rows, float* factors,
-                         float* target_values) const {
+void OnlineSoftmax::unit_factors(int64_t first_row, int64_t rows, float* factors,
+                                 float* target_values) const {
     for (int64_t i = 0; i < rows; ++i) {
         const Row& row = rows_[first_row + i];
         const double extra = 2 * settings_.z_loss * row.lse();

@@ -1,0 +1,206 @@
+"""One labelled call of a patched model: its body, its head, the loss; see :mod:`bft.patch`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bft.guard import watch
+from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
+from bft.isolation import check_documents_apart, kind_of
+from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
+from bft.measure import StandIn, read_shift, read_transform, run_body
+
+if TYPE_CHECKING:
+    from bft.patch import State
+
+logger = logging.getLogger(__name__)
+
+# The arguments that say where labels and documents lie.
+_LABELS = ("labels", "shift_labels", "targets")
+_PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
+
+
+def labelled_call(model: Any, state: State, own: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The output, with the loss and without logits, of a call by names of arguments.
+
+    ``own`` is the model's own forward.
+    """
+    given = {name: call.get(name) for name in _PLACEMENT}
+    target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
+    num_items = _num_items(state.loss, call)
+    call = {k: v for k, v in call.items() if k not in _LABELS}
+    if "cu_seqlens" not in state.parameters:
+        call.pop("cu_seqlens", None)
+    if call.get("use_cache") is None and hasattr(model.config.get_text_config(), "use_cache"):
+        call["use_cache"] = False
+    as_dict = call.pop("return_dict", None)
+    if as_dict is None:
+        as_dict = getattr(model.config, "return_dict", True)
+
+    if cu_seqlens is not None and state.apart is not None:
+        explicit = given["cu_seqlens"] is not None or given["cu_seq_lens_q"] is not None
+        _check_apart(model, own, state.apart, call, target, cu_seqlens, explicit)
+    output, stand_in = run_body(
+        model,
+        own,
+        call,
+        measure=state.transform is None or state.shift is None,
+        labels_on=target.device if state.shift is None and "labels" in state.parameters else None,
+    )
+    hidden = stand_in.hidden_for(target)
+    if stand_in.measure:
+        _read_measured(model, state, output, stand_in)
+        target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
+
+    outer, head = find_head(model)
+    if outer is not state.guarded:  # the vocabulary was resized, say
+        watch(model, state, outer)
+    loss = _call_head(state, head, hidden, target, cu_seqlens, num_items)
+    auxiliary = _router_loss(model, output)
+    if auxiliary is not None:
+        loss = loss + _share(state.loss, target, cu_seqlens, num_items) * auxiliary.to(loss.device)
+    _tell_of_logits(model, state)
+    output = type(output)(**{**output, "loss": loss, "logits": None})
+    return output if as_dict else output.to_tuple()
+
+
+def _read_measured(model: Any, state: State, output: Any, stand_in: StandIn) -> None:
+    """What the answers of a measuring stand-in became: the logits' transform, the labels' shift."""
+    name = type(model).__name__
+    if state.transform is None:
+        state.transform = read_transform(stand_in.answer, output.logits, name)
+    if state.shift is not None:
+        return
+    own = output.get("loss")
+    if own is None:
+        state.shift = True  # it has no loss that could disagree
+        return
+    auxiliary = _router_loss(model, output)
+    if auxiliary is not None:
+        own = own - auxiliary.to(own.device)
+    state.shift = read_shift(own, state.transform, stand_in.vocabulary, name)
+
+
+def _check_apart(
+    model: Any,
+    own: Callable[..., Any],
+    seen: set[str],
+    call: dict[str, Any],
+    target: Tensor,
+    cu_seqlens: Tensor,
+    explicit: bool,
+) -> None:
+    """Tries once for each kind of packed call whether its documents see each other."""
+    attention = getattr(model.config, "_attn_implementation", None)
+    kind = kind_of(call, target, cu_seqlens, attention, given=explicit)
+    if kind in seen:
+        return
+
+    def run(call: Mapping[str, Any]) -> Tensor:
+        return run_body(model, own, call)[1].hidden_for(target)
+
+    if check_documents_apart(model, run, call, target, cu_seqlens):
+        seen.add(kind)
+
+
+def _tell_of_logits(model: Any, state: State) -> None:
+    """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
+    if model.training or torch.is_grad_enabled() or state.logits_missed:
+        return
+    if not isinstance(state.loss, HeadLoss):  # an evaluation of our own, for a while
+        return
+    state.logits_missed = True
+    logger.warning(
+        "%s was evaluated with labels and returned its loss without logits. What reads logits "
+        "(Trainer.predict, compute_metrics) gets none of them: unpatch_model first",
+        type(model).__name__,
+    )
+
+
+def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
+    """What the loss divides by, taken out of the arguments of a call."""
+    num_items, tokens = call.pop("num_items", None), call.pop("num_items_in_batch", None)
+    if num_items is not None:
+        return num_items
+    # Trainer passes it unasked: dividing a sum over documents by it would scale the loss down by
+    # the length of a document, without a sign of it.
+    normalize = getattr(loss, "normalize", "token")
+    if tokens is not None and normalize != "token":
+        raise ValueError(
+            "num_items_in_batch: got the step's number of labelled tokens with a loss of "
+            f"normalize={normalize!r}, expected normalize='token', or num_items: the step's number "
+            "of documents"
+        )
+    return tokens
+
+
+def _call_head(
+    state: State,
+    head: nn.Module,
+    hidden: Tensor,  # [B, T, D]
+    target: Tensor,  # [B, T]
+    cu_seqlens: Tensor | None,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    """The loss, as the value of a call of ``head``: with its hooks, and its weight gathered."""
+    # accelerate's hooks live in a forward of their own, which calls _old_forward inside.
+    name = "_old_forward" if "_hf_hook" in head.__dict__ else "forward"
+    own = getattr(head, name)
+    assert state.transform is not None
+    softcap, temperature = state.transform
+
+    def forward(hidden: Tensor) -> Tensor:
+        weight, bias = check_weight(head)
+        labels = target.to(hidden.device)
+        if state.verify:  # on labelled positions: padding may hold anything
+            rows = hidden.detach()[labels != IGNORE][:2]
+            if len(rows):
+                verify_linear(own, rows, weight, bias)
+                state.verify = False
+        loss, state.stats = state.loss(
+            hidden, Head(weight, bias, softcap, temperature), labels, cu_seqlens, num_items
+        )
+        return loss
+
+    shadowed = name in head.__dict__
+    head.__dict__[name] = forward
+    try:
+        # What the call returns, not what forward made: a sharded head's post-forward hooks return
+        # the tensor whose gradient gathers the weight again.
+        return head(hidden)
+    finally:
+        del head.__dict__[name]
+        if shadowed:
+            head.__dict__[name] = own
+
+
+def _router_loss(model: Any, output: Any) -> Tensor | None:
+    """A mixture of experts' balancing loss, which models only add themselves when given labels."""
+    auxiliary = getattr(output, "aux_loss", None)
+    if not isinstance(auxiliary, Tensor):
+        return None
+    for place in (model, model.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            coefficient = getattr(place, name, None)
+            if coefficient is not None:
+                return coefficient * auxiliary
+    raise UnsupportedModel(
+        f"model: {type(model).__name__} returns an aux_loss, but neither it nor its config holds "
+        "router_aux_loss_coef; turn output_router_logits off"
+    )
+
+
+def _share(
+    loss: LossFunction, target: Tensor, cu_seqlens: Tensor | None, num_items: int | Tensor | None
+) -> Tensor | float:
+    """This call's part of the optimizer step: the auxiliary losses of all parts then average."""
+    count = getattr(loss, "count_items", None)
+    if num_items is None or count is None:
+        return 1.0
+    items = num_items.clamp_min(1) if isinstance(num_items, Tensor) else max(num_items, 1)
+    return count(target, cu_seqlens) / items

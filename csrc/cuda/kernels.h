@@ -1,0 +1,315 @@
+// What can be launched, in the order of a call; callable from a plain C++ file. Pointers are to the
+// current device; work is in the order of the stream, a cudaStream_t passed as void*. Functions
+// throw std::runtime_error if a launch fails.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace bft::cuda {
+
+// Rows and columns of a tile of logits.
+constexpr int kTileN = 128, kTileV = 128;
+
+enum class Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A problem in bft_kernels.reference's notation, and which of its rows take part.
+struct Problem {
+    Type type;                 // of hidden and weight
+    const void* hidden;        // [N, D]
+    const void* weight;        // [V, D]
+    const float* bias;         // [V], or null
+    const int64_t* target;     // [N]; in a row that takes part, one outside of [0, V) makes it NaN
+    const int64_t* order;      // [N], rows that take part, then others
+    const int64_t* row_count;  // [1], how many take part
+    int64_t rows, vocabulary, depth;  // N, V, D
+    int64_t stride_hn, stride_wv;     // between rows, in elements; a row is contiguous
+    float softcap;                    // 0 for none
+    float temperature;
+};
+
+// Where a gradient goes: of the operands' type, or, if wide, float32.
+struct Output {
+    void* at;
+    bool wide;
+};
+
+// How the vocabulary is shared out among blocks.
+struct Splits {
+    int count;
+    int columns;  // of each split, a multiple of the tile's; the last may have fewer
+};
+Splits splits_for(int64_t rows, int64_t vocabulary, int processors);
+
+// A part of the rows: numbers among the rows that take part, of which there may be fewer.
+struct RowRange {
+    int64_t first, count;
+};
+
+// For gradient="sampled": which entries may be kept.
+struct Candidates {
+    const int64_t* seed;  // [1]
+    const float* floor;   // [N], a lower bound of each row's lse; minus infinity is one
+    float eps;
+    uint32_t* mask;  // [R, ceil(V / 32)]: bits, lowest first; null where none are wanted
+};
+
+// What a row gives, each [N] by position, and null where not wanted.
+struct RowResults {
+    float* loss;
+    float* nll;
+    float* lse;
+    float* lse_low;  // what rounding took from lse
+    float* entropy;
+    bool* correct;
+};
+
+// What a row's loss is beside its nll.
+struct LossKind {
+    float label_smoothing, z_loss;
+};
+
+constexpr int kSums = 6;
+
+// Losses and statistics of the rows of the range. `sums` is [kSums, splits, R] floats to work in.
+void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
+                        const Candidates& candidates, LossKind kind, const RowResults& results,
+                        void* stream);
+
+// floor [N], where rows take part: the target's logit, less what rounding can make of it.
+void target_floor(const Problem& problem, float* floor, void* stream);
+
+// certificate.cu: the error certificate of the sampled gradient, in a pass of its own once lse is
+// known.
+
+// What is known before, and eps of the sample.
+struct Certified {
+    const float* lse;    // [N]
+    const float* norms;  // [V], |W_v|^2; null where hidden_variance is
+    float eps;
+};
+
+// variance [N], by position, of the rows of the range: sums over v != target of
+// p (eps - p)^+ slope^2; and hidden_variance [N], or null: the same sums, each term times |W_v|^2.
+// A target outside of [0, V) leaves no column out. `sums` is [1 or 2, splits, R] floats to work in,
+// 2 with norms.
+void certificate(const Problem& problem, RowRange range, Splits splits, const Certified& known,
+                 float* sums, float* variance, float* hidden_variance, void* stream);
+
+// norms [V]: |W_v|^2, of elements as they are stored.
+void squared_norms(const Problem& problem, float* norms, void* stream);
+
+// recompute.cu: the gradients from logits that are computed again.
+
+// A block of the vocabulary, and the gradient of its logits in between: dy [R, stride], of the
+// operands' type, where R is the number of rows and stride a multiple of 128 that holds all
+// columns.
+struct GradientBlock {
+    int first_column, columns;
+    void* dy;
+    int64_t stride;
+};
+
+// What is known of each row, [N] each.
+struct KnownRows {
+    const float* lse;
+    const float* lse_low;  // or null
+    const float* nll;
+    const float* grad;  // upstream
+};
+
+// Which gradient: exact, or the sampled one where there is a seed.
+struct GradientKind {
+    LossKind loss;
+    const int64_t* seed;  // [1], or null
+    float eps;
+};
+
+// Writes dy of a block. With `bias` [V] adds the block's sums over the rows to it, by way of
+// `bias_sums` [row blocks of 128, stride]. What is added is divided by `scale` [1], if not null.
+void logit_gradient(const Problem& problem, const KnownRows& known, const GradientKind& kind,
+                    const GradientBlock& block, float* bias_sums, float* bias, const float* scale,
+                    void* stream);
+
+// dy @ W into rows of grad_hidden [N, D]. Blocks of one vocabulary come in order: all but the last
+// leave their sum in `sums` [N, D], all but the first add what is there.
+void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
+                     Output grad_hidden, const float* scale, void* stream);
+
+// dy^T @ H into the block's rows of grad_weight [V, D], which are `stride` elements apart. With
+// `adds` it is added to what is there.
+void weight_gradient(const Problem& problem, const GradientBlock& block, Output grad_weight,
+                     int64_t stride, bool adds, const float* scale, void* stream);
+
+// lists.cu: the sampled gradient's lists: from bits to columns row by row, and from there to rows
+// column by column.
+
+// Columns of each row's entries, ascending, one row after the other.
+struct Lists {
+    const int64_t* offsets;  // [N + 1], where each row begins, by position
+    int32_t* columns;        // [capacity]
+    int64_t capacity;        // rows that end past it have no list
+};
+
+// What CUB works in: as many bytes as it asks for.
+struct Temporary {
+    void* storage;
+    size_t bytes;
+};
+
+// counts [N] of the rows of the range, by position: bits of mask [R, ceil(V / 32)].
+void count_entries(const Problem& problem, RowRange range, const uint32_t* mask, int64_t* counts,
+                   void* stream);
+
+// offsets [rows + 1] from counts [rows].
+size_t scan_bytes(int64_t rows);
+void scan_counts(const int64_t* counts, int64_t rows, int64_t* offsets, Temporary temporary,
+                 void* stream);
+
+// The columns of the bits of the rows of the range.
+void list_entries(const Problem& problem, RowRange range, const uint32_t* mask, const Lists& lists,
+                  void* stream);
+
+// Sorts entries by keys [E], which are columns, or the vocabulary's size where there is no entry.
+// Those of one column stay in order.
+size_t sort_bytes(int64_t entries, int64_t vocabulary);
+void sort_entries(const int32_t* keys, const uint64_t* packed, int64_t entries, int64_t vocabulary,
+                  int32_t* sorted_keys, uint64_t* sorted_packed, Temporary temporary, void* stream);
+
+// starts [V + 1]: the first entry of each column among sorted keys [E], then their number.
+void column_starts(const int32_t* sorted_keys, int64_t entries, int64_t vocabulary, int64_t* starts,
+                   void* stream);
+
+// gather.cu: the sampled gradient from its lists.
+
+// The widest rows that the gathers take: a thread keeps its part of their sums in registers.
+constexpr int kMaxGathered = 16384;
+
+// Which entries are kept: those of the draws.
+struct Sample {
+    const int64_t* seed;  // [1]
+    float eps;
+};
+
+// What the lists came to, [capacity] each, in their order.
+struct KeptEntries {
+    int32_t* keys;     // the column; left alone where an entry is not kept
+    uint64_t* packed;  // position of the row, and below it the bits of upstream * dy; likewise
+};
+
+// The rows of grad_hidden [N, D], and the entries, of rows that have a list. Either may be null.
+void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
+                   const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream);
+
+// Where the gradients of weight and bias go; either may be null.
+struct WeightGradient {
+    Output weight;   // [V, D]
+    int64_t stride;  // between its rows, in elements
+    bool adds;       // to the weight's; otherwise every row is written
+    float* bias;     // [V], added to
+};
+
+// From packed entries sorted by column, of which starts [V + 1] tells the first of each.
+void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
+                   const WeightGradient& into, void* stream);
+
+// rows.cu: the forward and the gradient from raw products that lie in a buffer.
+
+// Rows of a buffer, and where they come from: the first is the row `first_row` of the order, or of
+// all where there is none.
+struct LogitRows {
+    const float* logits;  // [count, V], rows `stride` elements apart
+    int64_t stride;
+    const float* bias;         // [V], or null
+    const int64_t* target;     // [N], by position
+    const int64_t* order;      // [N], positions of the rows that count, or null
+    const int64_t* row_count;  // [1], how many of the order count; null without it
+    int64_t first_row, count, vocabulary;
+    float softcap;  // 0 for none
+    float temperature;
+};
+
+// For gradient="sampled": which entries may be kept.
+struct RowCandidates {
+    const int64_t* seed;     // [1]
+    const int64_t* popular;  // [popular_count], ascending columns, whose sum bounds lse from below
+    int popular_count;
+    float eps;
+    uint32_t* mask;  // [count, ceil(V / 32)], as in Candidates
+};
+
+void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& candidates,
+                  const RowResults& results, void* stream);
+
+// variance [N], and hidden_variance [N] with norms, as `certificate`; either may be null.
+void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
+                      float* hidden_variance, void* stream);
+
+// Of the mask's bits leaves those that are kept by the final lse, and counts them: counts [N].
+void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
+               int64_t* counts, void* stream);
+
+// Columns of the bits, and values [capacity]: dy for unit upstream gradient.
+void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
+               const uint32_t* mask, const Lists& lists, float* values, void* stream);
+
+// grad * dy over the logits, in the same memory, of a type that is no wider.
+void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
+                   void* dy, int64_t stride_dy, void* stream);
+
+// weights.cu: the weights of Balanced Fine-Tuning, as bft_kernels.weighting specifies them.
+
+// Positions of a block, and so of an element of `ended` and `sums`.
+constexpr int kWeightTile = 256;
+
+// Tokens of packed documents.
+struct Documents {
+    const float* loss;          // [N]; not looked at where there is no label
+    const bool* labelled;       // [N]
+    const int64_t* cu_seqlens;  // [S + 1] over the N positions; what nobody checked is clipped
+    int64_t positions, count;   // N, S
+};
+
+struct WeightScheme {
+    int64_t window;  // in labelled tokens
+    float floor;     // added to the denominator of a ratio
+    double gamma;
+    bool full_windows;  // windows of full length only; else clipped around their token
+    bool geometric;     // windows average logarithms, and documents take gamma
+    bool confidence;    // the token weight is the confidence
+    bool ratio;         // or the confidence over its window's; else 1
+    bool flat;          // documents weigh 1
+};
+
+// What the coefficient is divided by.
+struct Normalizer {
+    bool by_sequence;        // the document's labels
+    bool counts;             // documents with labels, or labels if not by_sequence
+    const float* num_items;  // [1], or null
+};
+
+// Room to work in, with as many tiles as hold N positions.
+struct WeightScratch {
+    int* before;    // [N + 1], labels before each position
+    int* sequence;  // [N], the document of each position; S behind the last
+    float* values;  // [N], what windows average, one labelled position after the other
+    float* lowest;  // [N], window of the same document and tile, up to each position
+    int* ended;     // [tiles], documents whose last label lies in the tile
+};
+
+// 0 where there is no label, and of documents without one.
+struct Weights {
+    float* coefficient;          // [N], what multiplies each token's loss
+    float* token_weight;         // [N]
+    float* window_confidence;    // [N]
+    float* sequence_weight;      // [S]
+    float* sequence_confidence;  // [S]
+    float* sums;                 // [tiles], of coefficient * loss
+};
+
+// Four launches; nothing waits for the device, and two runs give the same bits.
+void balanced_weights(const Documents& documents, const WeightScheme& scheme,
+                      const Normalizer& normalizer, const WeightScratch& scratch,
+                      const Weights& weights, void* stream);
+
+}  // namespace bft::cuda

@@ -1,0 +1,451 @@
+// Passes over rows of raw products, float32, that a GEMM has left in a buffer. Each element of each
+// result is written by one thread, which adds in a fixed order.
+//
+// A block of eight warps owns a row. A warp takes a span of 256 neighbouring columns at a time, in
+// turn with the other warps, and a lane every 32nd of them: eight loads of the warp, 128 bytes
+// side by side each, are on their way at once. It matters neither where rows begin nor what number
+// of columns they have. A vote of the warp is a word of the mask.
+//
+// Shared memory has a few numbers of each warp, side by side, which all threads read at once.
+#include "csrc/cuda/bits.cuh"
+#include "csrc/cuda/kernels.h"
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/operands.h"
+#include "csrc/cuda/softmax.cuh"
+
+namespace bft::cuda {
+
+constexpr int kLaneColumns = 8, kSpan = 32 * kLaneColumns;
+
+// The buffer's rows, as kernels reach them.
+struct BufferRows {
+    Global<const float> logits;  // [n, V], raw products
+    int64_t stride;
+    Global<const float> bias;         // [V], or null
+    Global<const int64_t> target;     // [N]
+    Global<const int64_t> order;      // [N], or null: rows are taken as they come
+    Global<const int64_t> row_count;  // [1], how many of the order count
+    int64_t first_row;
+    int vocabulary;
+    Transform transform;
+
+    // Of the block's row; -1 where it does not count.
+    __device__ __forceinline__ int64_t position() const {
+        const int64_t at = first_row + blockIdx.x;
+        if (!order) return at;
+        return at < row_count.load<Cache::kReadOnly>(0) ? order.load<Cache::kReadOnly>(at) : -1;
+    }
+    // The target's column; -1 for one that is not in the vocabulary.
+    __device__ __forceinline__ int label(int64_t row) const {
+        const int64_t label = target.load<Cache::kReadOnly>(row);
+        return label >= 0 && label < vocabulary ? static_cast<int>(label) : -1;
+    }
+    __device__ __forceinline__ Global<const float> own() const {
+        return logits + blockIdx.x * stride;
+    }
+    __device__ __forceinline__ float logit(int64_t column) const {
+        float y = own().load(column);
+        if (bias) y += bias.load<Cache::kReadOnly>(column);
+        return transform.logit(y);
+    }
+};
+
+// A lane's columns of a span, which are 32 apart.
+struct Span {
+    float z[kLaneColumns];
+    int column0, left;  // the lane's first column, and how many columns there are from it on
+
+    __device__ __forceinline__ bool known(int i) const { return 32 * i < left; }
+    __device__ __forceinline__ int column(int i) const { return column0 + 32 * i; }
+};
+
+// z of the span from column v0 on, minus infinity past the vocabulary.
+__device__ __forceinline__ Span load_span(const BufferRows& in, int v0) {
+    Span span;
+    span.column0 = v0 + lane_id();
+    span.left = in.vocabulary - span.column0;
+    const auto from = in.own() + span.column0;
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) span.z[i] = span.known(i) ? from.load(32 * i) : 0.0f;
+    if (in.bias) {
+        const auto bias = in.bias + span.column0;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            if (span.known(i)) span.z[i] += bias.load<Cache::kReadOnly>(32 * i);
+        }
+    }
+    if (in.transform.softcap > 0) {
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) span.z[i] = in.transform.cap(span.z[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+        span.z[i] = span.known(i) ? span.z[i] * in.transform.inverse_temperature : -infinity();
+    }
+    return span;
+}
+
+// use(v0) for the first column of each span of the warp.
+template <typename Use>
+__device__ __forceinline__ void for_spans(int vocabulary, Use use) {
+    // Columns that are left, because a column past the last one need not be an int.
+    for (int left = vocabulary - warp_id() * kSpan; left > 0; left -= kWarps * kSpan) {
+        use(vocabulary - left);
+    }
+}
+
+// Joins the parts that threads have of the row, in order; the same in all threads. All of the block
+// must call.
+constexpr int kPartNumbers = 4 * kWarps;
+__device__ __forceinline__ Part join_parts(Part part, Shared<float> room) {
+    const float peak = max_lanes<32>(part.maximum);
+    scale_to(part, finite_or(peak, 0.0f), 0);
+    const float total = sum_lanes<32>(part.total), moment = sum_lanes<32>(part.moment);
+    const float shifted = sum_lanes<32>(part.shifted);
+    if (lane_id() == 0) {
+        const auto at = room + warp_id() * 4;
+        at.store(0, peak);
+        at.store(1, total);
+        at.store(2, moment);
+        at.store(3, shifted);
+    }
+    __syncthreads();
+    Part whole{-infinity(), 0, 0, 0};
+    for (int w = 0; w < kWarps; ++w) whole.maximum = fmaxf(whole.maximum, room.load(4 * w));
+    for (int w = 0; w < kWarps; ++w) {
+        const auto at = room + w * 4;
+        Part warp{at.load(0), at.load(1), at.load(2), at.load(3)};
+        scale_to(warp, finite_or(whole.maximum, 0.0f), 0);
+        whole.total += warp.total;
+        whole.moment += warp.moment;
+        whole.shifted += warp.shifted;
+    }
+    return whole;
+}
+
+// Columns that many rows are likely to have much of, ascending; those that are repeated count once.
+struct Popular {
+    Global<const int64_t> columns;
+    int count;
+};
+
+// A lower bound of the row's lse: its target's logit, or the sum over the popular columns.
+__device__ __forceinline__ float lower_bound(const BufferRows& in, float own,
+                                             const Popular& popular, Shared<float> room) {
+    Part part{-infinity(), 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x); i < popular.count; i += kThreads) {
+        const int64_t column = popular.columns.load<Cache::kReadOnly>(i);
+        if (i > 0 && popular.columns.load<Cache::kReadOnly>(i - 1) == column) continue;
+        const float z = in.logit(column), peak = fmaxf(part.maximum, z);
+        const float reference = finite_or(peak, 0.0f);
+        part.total = part.total * expf(part.maximum - reference) + expf(z - reference);
+        part.maximum = peak;
+    }
+    const Part whole = join_parts(part, room);
+    float bound = finite_or(whole.maximum, 0.0f) + logf(whole.total);
+    // A logit that is not finite is the business of the rows and columns that have it.
+    bound = fabsf(bound) < infinity() ? fmaxf(bound, own) : own;
+    return bound - 1e-5f * fabsf(bound) - 1e-5f;
+}
+
+// For the mask: which entries may be kept.
+struct RowDraws {
+    Global<const int64_t> seed;
+    Popular popular;
+    float overrating;  // 2^16 / eps
+    Global<uint32_t> mask;
+};
+
+// A word of the mask for each lane, of the 32 columns that the warp has at i = lane.
+__device__ __forceinline__ uint32_t vote(const Span& e, RowKey key, float factor, int v0,
+                                         int vocabulary, int target) {
+    uint32_t own = 0;
+    const uint32_t place0 = key.multiplier * static_cast<uint32_t>(e.column0) + key.offset;
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; ++i) {
+        const uint32_t place = place0 + key.multiplier * static_cast<uint32_t>(32 * i);
+        const uint32_t word = __ballot_sync(kAllLanes, may_be_below(place, e.z[i], factor));
+        if (lane_id() == i) own = word;
+    }
+    // Lanes past the words have none, and their columns need not be ints.
+    const int first = v0 + 32 * min(lane_id(), kLaneColumns);
+    return trim_word(own, first, vocabulary, target);
+}
+
+// What a lane knows of the row, and has seen of it. The maximum is the warp's and is the same in
+// all of its lanes; sums are over the lane's own columns, those of z relative to the anchor, which
+// is the target's z where it is finite.
+template <bool Emit>
+struct RowState {
+    int target;
+    float anchor = 0, bound = 0;  // bound: of lse, from below; with Emit
+    RowKey key{1, 0};
+    Part seen{-infinity(), 0, 0, 0};
+    float earlier = -infinity();  // the largest before the target
+
+    // By what e is multiplied before its draw is compared with it. What the warp has seen bounds
+    // the final lse too, so that no entry has to wait for it.
+    __device__ __forceinline__ float factor(float reference) const {
+        const float sum = __logf(sum_lanes<32>(seen.total));
+        return overrated(reference, fmaxf(finite_or(seen.maximum, 0.0f) + sum, bound));
+    }
+
+    // Adds a span of z, which becomes e; returns its words of the mask.
+    __device__ __forceinline__ uint32_t add(Span& span, int v0, int vocabulary, bool smoothing,
+                                            float overrating, Shared<float> own_logit) {
+        float peak = seen.maximum;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) peak = fmaxf(peak, span.z[i]);
+        peak = max_lanes<32>(peak);
+        const float reference = finite_or(peak, 0.0f), fall = seen.maximum - reference;
+        const float may = Emit ? factor(reference) * overrating : 0.0f;
+        float total = 0, moment = 0;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            const float z = span.z[i], difference = z - reference;
+            if (span.column(i) == target) own_logit.store(0, z);
+            if (span.column(i) < target) earlier = fmaxf(earlier, z);
+            if (smoothing && span.known(i)) seen.shifted += z - anchor;
+            const float e = normal_exp(difference);
+            total += e;
+            moment = fmaf(e, fmaxf(difference, -1e30f), moment);  // no 0 * -inf
+            span.z[i] = e;
+        }
+        const float scale = normal_exp(fall), step = seen.total > 0 ? seen.total * fall : 0.0f;
+        seen.moment = fmaf(scale, seen.moment + step, moment);
+        seen.total = fmaf(scale, seen.total, total);
+        seen.maximum = peak;
+        return Emit ? vote(span, key, may, v0, vocabulary, target) : 0;
+    }
+};
+
+// The online softmax of a row: losses, statistics, and with Emit the bits of what may be kept.
+constexpr uint32_t kSoftmaxBytes = 4 * (2 * kPartNumbers + kWarps + 1);
+template <bool Emit>
+__global__ void __launch_bounds__(kThreads)
+    softmax_rows_kernel(BufferRows in, LossKind kind, RowDraws draws, RowOutputs out) {
+    const int64_t row = in.position();
+    if (row < 0) return;
+    const Shared<float> room(0, kPartNumbers), popular_room(4 * kPartNumbers, kPartNumbers);
+    const Shared<float> before(8 * kPartNumbers, kWarps);
+    const Shared<float> own_logit(8 * kPartNumbers + 4 * kWarps, 1);
+    // NaN for a target that nobody checked.
+    if (threadIdx.x == 0) own_logit.store(0, __uint_as_float(0x7FFFFFFF));
+    __syncthreads();
+
+    RowState<Emit> state{in.label(row)};
+    if (Emit || kind.label_smoothing > 0) {
+        const float own = in.logit(max(state.target, 0));
+        state.anchor = fabsf(own) < infinity() ? own : 0.0f;
+        if constexpr (Emit) {
+            state.bound = lower_bound(in, own, draws.popular, popular_room);
+            state.key = row_key(static_cast<uint64_t>(draws.seed.load<Cache::kReadOnly>(0)),
+                                static_cast<uint64_t>(row));
+        }
+    }
+    const int words = (in.vocabulary - 1) / 32 + 1;
+    for_spans(in.vocabulary, [&](int v0) {
+        Span span = load_span(in, v0);
+        const uint32_t word = state.add(span, v0, in.vocabulary, kind.label_smoothing > 0,
+                                        draws.overrating, own_logit);
+        const int at = v0 / 32 + lane_id();
+        if (Emit && lane_id() < kLaneColumns && at < words) {
+            draws.mask.store(int64_t{blockIdx.x} * words + at, word);
+        }
+    });
+
+    float earlier = max_lanes<32>(state.earlier);
+    if (lane_id() == 0) before.store(warp_id(), earlier);
+    const Part whole = join_parts(state.seen, room);
+    if (threadIdx.x != 0) return;
+    for (int w = 0; w < kWarps; ++w) earlier = fmaxf(earlier, before.load(w));
+    const float own = own_logit.load(0);
+    const float mean = whole.shifted / static_cast<float>(in.vocabulary) +
+                       (state.anchor - finite_or(whole.maximum, 0.0f));
+    store_row(out, row, whole, own, earlier < own, mean, kind);
+}
+
+// The sums of the certificate over the columns of a row.
+constexpr uint32_t kTwoSumsBytes = 4 * 2 * kWarps;
+__global__ void __launch_bounds__(kThreads)
+    certificate_rows_kernel(BufferRows in, Global<const float> lse, Global<const float> norms,
+                            float eps, Global<float> variance, Global<float> hidden_variance) {
+    const int64_t row = in.position();
+    if (row < 0) return;
+    const int target = in.label(row);
+    const float of_row = lse.load<Cache::kReadOnly>(row);
+    float plain = 0, normed = 0;
+    for_spans(in.vocabulary, [&](int v0) {
+        const Span span = load_span(in, v0);
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            if (!span.known(i) || span.column(i) == target) continue;
+            const float term = variance_term(span.z[i], of_row, eps, in.transform);
+            plain += term;
+            if (norms) {
+                normed = fmaf(term, norms.load<Cache::kReadOnly>(span.column(i)), normed);
+            }
+        }
+    });
+    plain = sum_warps(sum_lanes<32>(plain), Shared<float>(0, kWarps));
+    if (norms) normed = sum_warps(sum_lanes<32>(normed), Shared<float>(4 * kWarps, kWarps));
+    if (threadIdx.x != 0) return;
+    if (variance) variance.store(row, plain);
+    if (norms) hidden_variance.store(row, normed);
+}
+
+// What decides about the entries of a row.
+struct KeptRows {
+    Global<const float> lse, nll;  // [N]
+    Global<const int64_t> seed;    // [1]
+    float eps;
+
+    __device__ __forceinline__ RowEntries entries(const BufferRows& in, int64_t row) const {
+        return {in.label(row),
+                row_key(static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0)),
+                        static_cast<uint64_t>(row)),
+                lse.load<Cache::kReadOnly>(row), expm1f(-nll.load<Cache::kReadOnly>(row)), eps};
+    }
+};
+
+// Leaves the bits of what is kept by the final lse, and counts them. A thread owns a word: few bits
+// are set.
+constexpr uint32_t kCountsBytes = 4 * kWarps;
+__global__ void __launch_bounds__(kThreads)
+    thin_rows_kernel(BufferRows in, KeptRows known, Global<uint32_t> mask, Global<int64_t> counts) {
+    const int64_t row = in.position();
+    if (row < 0) return;
+    const RowEntries entries = known.entries(in, row);
+    const int words = (in.vocabulary - 1) / 32 + 1;
+    const auto bits = mask + int64_t{blockIdx.x} * words;
+    int found = 0;
+    for (int w = static_cast<int>(threadIdx.x); w < words; w += kThreads) {
+        const uint32_t candidates = bits.load(w);
+        uint32_t kept = 0;
+        for (uint32_t left = candidates; left != 0; left &= left - 1) {
+            const int bit = __ffs(static_cast<int>(left)) - 1, column = 32 * w + bit;
+            if (entries.dz(in.logit(column), column) != 0) kept |= 1u << bit;
+        }
+        if (kept != candidates) bits.store(w, kept);
+        found += __popc(kept);
+    }
+    found = sum_warps(__reduce_add_sync(kAllLanes, found), Shared<int>(0, kWarps));
+    if (threadIdx.x == 0) counts.store(row, found);
+}
+
+// Columns and values of the set bits of a row, ascending; of a row that does not fit, none. Warps
+// own equal parts of the words, in order.
+__global__ void __launch_bounds__(kThreads)
+    list_rows_kernel(BufferRows in, KeptRows known, Global<const uint32_t> mask,
+                     Global<const int64_t> offsets, Global<int32_t> columns, Global<float> values,
+                     int64_t capacity) {
+    const int64_t row = in.position();
+    if (row < 0) return;
+    const int64_t begin = offsets.load<Cache::kReadOnly>(row);
+    const int64_t end = offsets.load<Cache::kReadOnly>(row + 1);
+    if (begin == end || end > capacity) return;
+    const RowEntries entries = known.entries(in, row);
+    const int words = (in.vocabulary - 1) / 32 + 1, each = (words - 1) / kWarps + 1;
+    const auto own = mask + int64_t{blockIdx.x} * words;
+    const RowBits bits{own, warp_id() * each, min((warp_id() + 1) * each, words)};
+    const int earlier = sum_warps(bits.count(), Shared<int>(0, kWarps), warp_id());
+    bits.list(begin + earlier, [&](int64_t to, int column) {
+        const float z = in.logit(column);
+        columns.store(to, column);
+        values.store(to, entries.dz(z, column) * in.transform.slope(z));
+    });
+}
+
+// grad * dy of a row takes the place of its logits: dy is in the same memory, and a row of it
+// begins where its logits do. What is narrower than a logit is written over logits of these spans,
+// or of some before them: every thread must have read its own.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gradient_rows_kernel(BufferRows in, RowValues known, LossKind kind, Global<T> dy,
+                         int64_t stride_dy) {
+    const int64_t row = in.position();
+    if (row < 0) return;
+    const int target = in.label(row);
+    const Factors f = factors_of(known, kind, false, row, static_cast<float>(in.vocabulary));
+    const auto to = dy + blockIdx.x * stride_dy;
+    for (int left = in.vocabulary; left > 0; left -= kWarps * kSpan) {
+        const bool mine = left > warp_id() * kSpan;
+        Span span;
+        if (mine) span = load_span(in, in.vocabulary - left + warp_id() * kSpan);
+        __syncthreads();
+        if (!mine) continue;
+#pragma unroll
+        for (int i = 0; i < kLaneColumns; ++i) {
+            if (!span.known(i)) continue;
+            float dz = fmaf(normal_exp(span.z[i] - f.lse), f.share, -f.even);
+            if (span.column(i) == target) dz = f.own;
+            const float slope = in.transform.slope(span.z[i]);
+            to.store(span.column(i), from_float<T>(dz * slope * f.upstream));
+        }
+    }
+}
+
+static BufferRows rows_of(const LogitRows& rows) {
+    return {rows.logits,
+            rows.stride,
+            rows.bias,
+            rows.target,
+            rows.order,
+            rows.row_count,
+            rows.first_row,
+            static_cast<int>(rows.vocabulary),
+            transform_of(rows.softcap, rows.temperature)};
+}
+
+void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& candidates,
+                  const RowResults& results, void* stream) {
+    if (rows.count == 0) return;  // a grid of zero blocks is a launch error
+    const auto kernel =
+        candidates.mask == nullptr ? softmax_rows_kernel<false> : softmax_rows_kernel<true>;
+    const RowDraws draws{candidates.seed,
+                         {candidates.popular, candidates.popular_count},
+                         0x1p16f / candidates.eps,
+                         candidates.mask};
+    launch(kernel,
+           {"softmax_rows", static_cast<unsigned>(rows.count), kThreads, kSoftmaxBytes, stream},
+           rows_of(rows), kind, draws, outputs_of(results));
+}
+
+void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
+                      float* hidden_variance, void* stream) {
+    if (rows.count == 0) return;
+    launch(certificate_rows_kernel,
+           {"certificate_rows", static_cast<unsigned>(rows.count), kThreads, kTwoSumsBytes, stream},
+           rows_of(rows), known.lse, known.norms, known.eps, variance, hidden_variance);
+}
+
+void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
+               int64_t* counts, void* stream) {
+    if (rows.count == 0) return;
+    launch(thin_rows_kernel,
+           {"thin_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
+           rows_of(rows), KeptRows{known.lse, known.nll, sample.seed, sample.eps}, mask, counts);
+}
+
+void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
+               const uint32_t* mask, const Lists& lists, float* values, void* stream) {
+    if (rows.count == 0) return;
+    launch(list_rows_kernel,
+           {"list_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
+           rows_of(rows), KeptRows{known.lse, known.nll, sample.seed, sample.eps}, mask,
+           lists.offsets, lists.columns, values, lists.capacity);
+}
+
+void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
+                   void* dy, int64_t stride_dy, void* stream) {
+    if (rows.count == 0) return;
+    with_operands(type, [&](auto zero) {
+        using T = decltype(zero);
+        launch(gradient_rows_kernel<T>,
+               {"gradient_rows", static_cast<unsigned>(rows.count), kThreads, 0, stream},
+               rows_of(rows), RowValues{known.lse, known.lse_low, known.nll, known.grad}, kind,
+               static_cast<T*>(dy), stride_dy);
+    });
+}
+
+}  // namespace bft::cuda

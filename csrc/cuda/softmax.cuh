@@ -1,0 +1,80 @@
+// A row's softmax: how partial sums are joined, what they come to, and what the backward makes of
+// it. Kernels that have logits in tiles and those that read them from a buffer share it.
+#pragma once
+
+#include "csrc/cuda/kernels.h"
+#include "csrc/cuda/tile.cuh"
+
+namespace bft::cuda {
+
+// A part of a row: its maximum, and sums relative to it: of e = exp(z - maximum), of
+// e * (z - maximum), and of z - maximum.
+struct Part {
+    float maximum, total, moment, shifted;
+};
+__device__ __forceinline__ void scale_to(Part& part, float reference, float columns) {
+    const float difference = part.maximum - reference, scale = expf(difference);
+    const float step = part.total > 0 ? part.total * difference : 0.0f;
+    part.moment = scale * (part.moment + step);
+    part.total *= scale;
+    part.shifted += (finite_or(part.maximum, 0.0f) - reference) * columns;
+}
+
+// Where a row's results go, as in RowResults.
+struct RowOutputs {
+    Global<float> loss, nll, lse, lse_low, entropy;
+    Global<bool> correct;
+};
+
+inline RowOutputs outputs_of(const RowResults& results) {
+    return {results.loss,    results.nll,     results.lse,
+            results.lse_low, results.entropy, results.correct};
+}
+
+// `own` is the target's z, NaN for a target that nobody checked; first: no column before it has as
+// much; mean: of z - maximum, looked at with label smoothing only.
+__device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, const Part& whole,
+                                          float own, bool first, float mean, LossKind kind) {
+    const float reference = finite_or(whole.maximum, 0.0f), log_total = logf(whole.total);
+    float nll = log_total - (own - reference);
+    if (nll < 0) nll = 0;  // keeps a NaN
+    const float lse = reference + log_total, smoothing = kind.label_smoothing;
+    float loss = nll;
+    if (smoothing > 0) loss = (1 - smoothing) * nll + smoothing * (log_total - mean);
+    if (kind.z_loss != 0) loss += kind.z_loss * lse * lse;
+    out.loss.store(row, loss);
+    out.nll.store(row, nll);
+    out.lse.store(row, lse);
+    if (out.lse_low) {
+        const float high = lse - reference;  // Knuth's exact sum
+        out.lse_low.store(row, (reference - (lse - high)) + (log_total - high));
+    }
+    if (out.entropy) {
+        const float entropy = log_total - whole.moment / whole.total;
+        out.entropy.store(row, entropy < 0 ? 0.0f : entropy);
+        out.correct.store(row, own == whole.maximum && first && lse == lse);
+    }
+}
+
+// dz = share * p - even away from the target, and own there; the sampled gradient has own alone.
+struct Factors {
+    float lse, correction, share, even, own, upstream;
+};
+__device__ __forceinline__ Factors factors_of(const RowValues& known, LossKind kind, bool sampled,
+                                              int64_t row, float vocabulary) {
+    Factors f;
+    f.lse = known.lse.load(row);
+    f.upstream = known.grad.load(row);
+    f.correction = known.lse_low ? expf(-known.lse_low.load(row)) : 1.0f;
+    const float nll = known.nll.load(row), smoothing = kind.label_smoothing;
+    f.own = expm1f(-nll);
+    if (!sampled) {
+        f.share = 1 + 2 * kind.z_loss * f.lse;
+        f.even = smoothing / vocabulary;
+        f.own = (1 - smoothing) * f.own - f.even + (f.share - 1 + smoothing) * expf(-nll);
+        f.share *= f.correction;
+    }
+    return f;
+}
+
+}  // namespace bft::cuda
