@@ -1,15 +1,20 @@
 # `make demo` and `make test` need nothing but Python 3.11 or later: each puts what it needs into .venv
 # first, and a second run finds it ready. BFT_BUILD (see setup.py) says what is compiled; if it is not
-# given, the CPU's backend for the demo, and whatever can be for the tests.
+# given, the CPU's backend, and where there is a GPU or for the slow tests CUDA's too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 RUNS := $(VENV)/.installed-demo
 TOOLS := $(VENV)/.installed-dev
-COMPILED := build/.compiled-$(or $(BFT_BUILD),auto)
+HERE := $(if $(shell nvidia-smi -L 2>/dev/null),auto,cpu)
+COMPILED := build/.compiled-$(or $(BFT_BUILD),$(HERE))
+COMPILED_ALL := build/.compiled-$(or $(BFT_BUILD),auto)
 COMPILED_DEMO := build/.compiled-$(or $(BFT_BUILD),cpu)
+READY := $(TOOLS) $(COMPILED)
 CXX_FILES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+ACTIVATE := echo 'bft and python are in $(VENV): source $(BIN)/activate'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow soak lint format format-check types static gpu bench readme-check venv clean
@@ -20,17 +25,18 @@ help:  ## list the targets
 
 demo: $(RUNS) $(COMPILED_DEMO)  ## fine-tune a real model on real biomedical questions with BFT
 	$(BIN)/bft demo
+	@$(ACTIVATE)
 
 # Two processes of one thread each: most tests are too small to share out. What measures time or
 # memory is marked slow, and runs alone, with all threads.
-test: venv  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
+test: $(READY)  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist worksteal $(ARGS)
 
-test-slow: venv  ## run the slow tests
+test-slow: $(TOOLS) $(COMPILED_ALL)  ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not soak" $(ARGS)
 
 SEEDS ?= 1 2 3 4 5 6 7 8 9 10
-soak: venv  ## run what takes hours: full matrices, the kernel tests with each of SEEDS
+soak: $(READY)  ## run what takes hours: full matrices, the kernel tests with each of SEEDS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 --dist worksteal $(ARGS)
 	set -e; for seed in $(SEEDS); do OMP_NUM_THREADS=1 BFT_TEST_SEED=$$seed \
 	    $(BIN)/python -m pytest tests/kernels -m "not slow" -n 2 --dist worksteal; done
@@ -52,20 +58,22 @@ format-check: $(TOOLS)  ## fail if `make format` would change anything
 types: $(TOOLS)  ## check the type annotations
 	$(BIN)/mypy
 
-static: venv  ## compile every kernel for GPUs that are not here; none may spill or grow
+static: $(READY)  ## compile every kernel for GPUs that are not here; none may spill or grow
 	$(BIN)/python -m benchmarks static
 
 # Without network: PYTHON's own torch, Triton, numpy and pytest will do, and it compiles for itself.
 gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, into benchmarks/results/
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu $(ARGS)
 
-bench: venv  ## compare speed with the saved baselines, in multiples of a bare product
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
+bench: $(READY)  ## compare speed with the saved baselines, in multiples of a bare product
+	$(BIN)/python -m benchmarks bench $(ARGS)
 
-readme-check: venv  ## run the commands and Python snippets of README.md and docs/
+readme-check: $(READY)  ## run the commands and Python snippets of README.md and docs/
 	$(BIN)/python tests/readme_check.py
 
-venv: $(TOOLS) $(COMPILED)  ## make .venv and compile, without running anything
+venv: $(READY)  ## make .venv and compile, without running anything
+	$(if $(BFT_BUILD)$(filter auto,$(HERE)),,@echo 'No GPU here, so CUDA is left out; to compile it: make venv BFT_BUILD=auto')
+	@$(ACTIVATE)
 
 # Pure Python here; the last rule compiles, so that a change in csrc/ does not go through pip.
 $(RUNS): pyproject.toml constraints.txt requirements-demo.txt

@@ -17,12 +17,18 @@ from setuptools import Extension, setup
 from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))  # pip does not put the root on sys.path
-from ninja_build import NinjaBuildExt
+from ninja_build import CUDA_ARCHITECTURES, NinjaBuildExt
 
 MODULES = {"auto": ["cpu", "cuda"], "cpu": ["cpu"], "cuda": ["cuda", "cpu"], "none": []}
 MODE = os.environ.get("BFT_BUILD") or "auto"
 if MODE not in MODULES:
     raise SystemExit(f"BFT_BUILD: got {MODE!r}, expected one of {', '.join(MODULES)}")
+
+
+_ON_CUDA = (
+    f"bft_kernels._cuda: nvcc compiles for {len(CUDA_ARCHITECTURES)} kinds of GPU, which takes "
+    "minutes. TORCH_CUDA_ARCH_LIST=9.0 compiles for one; without a GPU, BFT_BUILD=cpu leaves it out"
+)
 
 
 class BuildExt(NinjaBuildExt):
@@ -31,6 +37,8 @@ class BuildExt(NinjaBuildExt):
     def build_extensions(self):
         """Build each module; keep in self.extensions those that are there to be installed."""
         for ext in list(self.extensions):
+            if ext.name.endswith("_cuda"):
+                print(_ON_CUDA, file=sys.stderr)
             try:
                 self.build_extension(ext)
             except CompileError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.measure.processes import explain
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,22 @@ ON_A_GPU = (
 REHEARSAL = (Shape(8, 16, 64),)
 
 
+def shape_of(text: str) -> Shape:
+    """By the name of a head, or by its sizes: rows x width x vocabulary, as in 1500x320x20000.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+        raise ValueError(
+            f"shapes: got {text!r}, expected rows x width x vocabulary (N x D x V) such as "
+            f"1500x320x20000, or some of {', '.join(SHAPES)}"
+        )
+    return Shape(*map(int, text.split("x")))
+
+
 def name_of(shape: Shape) -> str:
     """Of the model that has such a head; empty if none of ``HEADS`` has."""
     sizes = shape.vocabulary, shape.width
@@ -94,12 +113,39 @@ _SPREAD, _EXPONENT, _OFFSET, _PULL = 3.3, 1.3, 10, 26.0
 # The element of every hidden state that the frequencies are read with.
 _CARRIER = 128.0
 _ROWS = 8192  # of weight, made at a time
+_RECORDED = (
+    "expected a file of `python -m benchmarks record`, or of torch.save((hidden, weight, target), "
+    "path): hidden [N, D], weight [V, D], int64 target [N] from 0 to V - 1"
+)
 
 
 def save_recorded(path: Path, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
-    """Writes the file that :class:`Recorded` names: ``[N, D]``, ``[V, D]`` and ``[N]``."""
+    """Writes the file that :class:`Recorded` names: a tuple of these three, by ``torch.save``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save((hidden.clone(), weight.clone(), target.clone()), path)
+
+
+def load_recorded(path: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """``hidden [N, D]``, ``weight [V, D]`` and ``target [N]``; of values it reads the targets'.
+
+    Raises:
+        ValueError: there is no such file, or something else is in it.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of several kinds, for a file that torch.save did not write
+        raise ValueError(f"inputs: got {path} ({explain(error)}), {_RECORDED}") from None
+    try:
+        hidden, weight, target = found
+        got = [f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in found]
+        fits = hidden.shape == (*target.shape, *weight.shape[1:]) and hidden.ndim == 2
+        fits &= hidden.is_floating_point() and target.dtype == torch.int64 and target.numel() > 0
+        fits = fits and 0 <= int(target.min()) <= int(target.max()) < weight.shape[0]
+    except (AttributeError, TypeError, ValueError):  # no three tensors
+        got, fits = [type(found).__name__], False
+    if not fits:
+        raise ValueError(f"inputs: got {path} with {', '.join(got)}, {_RECORDED}")
+    return hidden, weight, target
 
 
 @dataclass(frozen=True)
@@ -130,7 +176,7 @@ def make_problem(source: Source, dtype: torch.dtype, device: str, seed: int = 0)
     """
     if isinstance(source, Shape):
         return text_like(source, dtype, device, seed)
-    hidden, weight, target = torch.load(source.path, weights_only=True, mmap=True)
+    hidden, weight, target = load_recorded(source.path)
     return Problem(
         hidden[: source.tokens].to(device, dtype, copy=True).requires_grad_(),
         weight.to(device, dtype, copy=True).requires_grad_(),

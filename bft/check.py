@@ -49,11 +49,14 @@ class Finding:
     # "ok", "refused" (training would say so, too), "not compared" (the model has nothing to compare
     # with), "WRONG"
     verdict: str
+    limit: float | None = None  # relative error up to which it is ok
 
 
-def told(what: str, got: str, expected: str, right: bool = True) -> Finding:
+def told(
+    what: str, got: str, expected: str, right: bool = True, limit: float | None = None
+) -> Finding:
     """A row that is right or wrong."""
-    return Finding(what, got, expected, "ok" if right else "WRONG")
+    return Finding(what, got, expected, "ok" if right else "WRONG", limit)
 
 
 def check(config: CheckConfig) -> list[Finding]:
@@ -218,13 +221,13 @@ class _Trial:
 
     def _close(self, what: str, got: float, want: float) -> Finding:
         error = abs(got - want) / max(abs(want), 1e-30)
-        right = error <= self.loss_error
-        return told(what, f"{got:.6f}, error {error:.1e}", f"{want:.6f}", right)
+        limit, how = self.loss_error, f"{got:.6f}, error {error:.1e}"
+        return told(what, how, f"{want:.6f}", error <= limit, limit)
 
     def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
         error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
-        right = error <= self.loss_error
-        return told(what, f"largest error of a token {error:.1e}", "the same nll", right)
+        limit, how = self.loss_error, f"largest error of a token {error:.1e}"
+        return told(what, how, "the same nll", error <= limit, limit)
 
     def _same_gradients(
         self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
@@ -239,8 +242,8 @@ class _Trial:
             for name, value in want.items()
         }
         worst = max(errors, key=errors.__getitem__)
-        right = errors[worst] <= self.gradient_error
-        return told(what, f"largest error {errors[worst]:.1e} ({worst})", "the same", right)
+        limit, how = self.gradient_error, f"largest error {errors[worst]:.1e} ({worst})"
+        return told(what, how, "the same", errors[worst] <= limit, limit)
 
 
 def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:
@@ -270,11 +273,12 @@ def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what:
 
 def _show(config: CheckConfig, findings: list[Finding]) -> None:
     table = Table(title=f"{config.model} on {config.file}")
-    for column in ("checked", "got", "expected", ""):
+    for column in ("checked", "got", "limit", "expected", ""):
         table.add_column(column, overflow="fold")
     for finding in findings:
         got = finding.got.partition(";")[0]  # the file has it whole
-        table.add_row(finding.what, got, finding.expected, finding.verdict)
+        limit = "" if finding.limit is None else f"{finding.limit:.0e}"
+        table.add_row(finding.what, got, limit, finding.expected, finding.verdict)
     Console().print(table)
     if config.output is not None:
         write_json(config.output, [asdict(finding) for finding in findings])

@@ -81,6 +81,9 @@ def _train(config: TrainConfig) -> None:
 
     result = train(config)
     if os.environ.get("RANK", "0") == "0":
+        if len(result.evaluations) > 1:
+            before, after = (result.evaluations[place]["nll"] for place in (0, -1))
+            print(f"nll     {before:.3f} before, {after:.3f} after {result.steps} steps (held out)")
         print(f"model   {result.model_dir}")
 
 

@@ -41,9 +41,11 @@ def pretrained(name_or_path: str | Path) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        lies = f"; the model of that run is {path}/model" if (path / "model").is_dir() else ""
+        adapter = (path / "adapter_config.json").is_file()
+        whole = path / "model" if (path / "model").is_dir() else path.parent if adapter else None
+        hint = f"; the model of that run is {whole}" if whole else ""
         raise SettingError(
-            f"model: expected a checkpoint folder with a config.json, got {path}{lies}"
+            f"model: expected a checkpoint folder with a config.json, got {path}{hint}"
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _on_hub(name)

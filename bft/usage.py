@@ -33,6 +33,7 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
         (config_type,),
         {"__post_init__": lambda self: None, "__doc__": config_type.__doc__},
     )
+    _check_names(typed, config_type)
     values = vars(tyro.cli(unchecked, args=flags, prog=prog))
     try:
         config = config_type(**values)
@@ -41,6 +42,19 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
     _check_typed(config, typed)
     check_paths(config)
     return config
+
+
+# What other trainers call a setting.
+_ELSEWHERE = {"--lr": "learning_rate"}
+
+
+def _check_names(typed: Sequence[str], config_type: type[Any]) -> None:
+    """Names the flag that another's stands for; tyro suggests what looks alike only."""
+    known = {field.name for field in dataclasses.fields(config_type)}
+    for flag in (flag.partition("=")[0] for flag in typed):
+        if _ELSEWHERE.get(flag) in known:
+            name = _ELSEWHERE[flag].replace("_", "-")
+            raise SettingError(f"{flag}: there is no such flag; it is --{name} here")
 
 
 def _left(of_file: Sequence[str], typed: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How far losses and gradients are from exact ones, and what a sampled one's certificate says."""
+"""How far losses and gradients are from exact ones, and how far a sampled one is expected to be."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -12,6 +12,12 @@ from benchmarks.shapes import Shape
 def predict(shape: Shape, fixed: float, slope: float) -> float:
     """``a V D + b N V D``, seconds."""
     return (fixed + slope * shape.tokens) * shape.vocabulary * shape.width
+
+
+def can_fit(shapes: Iterable[Shape]) -> bool:
+    """Whether both slopes show: there are two values of N, and two of V."""
+    sizes = [(shape.tokens, shape.vocabulary) for shape in shapes]
+    return all(len(set(values)) > 1 for values in zip(*sizes, strict=True))
 
 
 def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:

@@ -21,7 +21,8 @@ def quiet_load(force: bool) -> float:
     """
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load > MOST_LOAD * cores:
-        most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing"
+        most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing, or your own run"
+        most += " of a moment ago still counts, for a minute"
         _refuse(f"the load average is {load:.1f} on {cores} cores, {most}", force)
     return load
 

@@ -155,7 +155,7 @@ def why_not_at_all(case: Case, device: str) -> str:
     if case.mode not in provider.modes:
         return f"for {case.mode} see {provider.same_as}"
     if provider.distribution and version(provider.distribution) == ABSENT:
-        return f"{provider.distribution} is {ABSENT}"
+        return f"{provider.distribution} is {ABSENT} (pip install {provider.distribution})"
     if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy; it came with 2.13"
     if provider.gpu_only and device == "cpu":

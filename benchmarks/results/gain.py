@@ -16,6 +16,7 @@ FOLDER = RESULTS / "epyc-zen5"
 MODELS = {"smollm2-135m": "SmolLM2", "qwen2.5-0.5b": "Qwen2.5", "gemma3-270m": "Gemma-3"}
 PROVIDERS = {
     "bft cpu sampled": "bft sampled",
+    "bft cpu exact": "bft exact",
     "bft cpu exact, 256 MiB": "bft exact, 256 MiB",
     "compiled eager": "compiled eager",
     "cut-cross-entropy": "cut-cross-entropy",
@@ -39,7 +40,7 @@ def draw() -> Figure:
         for provider in PROVIDERS
     }
     with rc_context(STYLE):
-        figure = Figure(figsize=(8.0, 3.1), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(8.0, 3.5), layout="constrained", facecolor="white")
         left, right = figure.subplots(1, 2, sharey=True)
         _bars(left, found, "times_g", 1.0)
         left.axvline(1, color="#222222", linewidth=1, linestyle=":")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
-from benchmarks.measure.growth import fit, predict
+from benchmarks.measure.growth import can_fit, fit, predict
 from benchmarks.results.figures import Bar, Panel, bars, legend_above, ours
 from benchmarks.results.schema import PARTS, WEIGHTINGS, Row, digits, grouped, key, latest, number
 from benchmarks.shapes import Shape
@@ -79,7 +79,7 @@ def problem_title(row: Row) -> str:
 
 
 def growth_figures(rows: Sequence[Row]) -> Figures:
-    """``scale``: seconds against each size that was varied, and the line a V D + b N V D."""
+    """``scale``: seconds against each size that was varied, and the fitted a V D + b N V D."""
     panels = []
     for same in grouped(rows, *SCALED).values():
         measured = {
@@ -98,7 +98,7 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
     held = statistics.mode(getattr(shape, third) for shape in measured)
     kept = {shape: t for shape, t in measured.items() if getattr(shape, third) == held}
     steps = sorted({getattr(shape, by) for shape in kept})
-    line = fit(list(measured), list(measured.values()))
+    line = fit(list(measured), list(measured.values())) if can_fit(measured) else None
     title = f"{title}: growth with {_SIZES[axis]}, {_SIZES[third]} {held:,}"
 
     def draw(axes: Any) -> None:
@@ -109,6 +109,8 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
             sizes = [getattr(shape, axis) for shape in own]
             label = f"{_SIZES[by]} {step:,}"
             axes.plot(sizes, [kept[s] for s in own], marker, color=shade, label=label)
+            if line is None:
+                continue
             between, ends = np.geomspace(min(sizes), max(sizes), 50), {third: held, by: step}
             fitted = [predict(Shape(**ends, **{axis: size}), *line) for size in between]
             axes.plot(between, fitted, color=shade, linewidth=1)
@@ -119,7 +121,7 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.grid(alpha=0.25, linewidth=0.5)
-        heading = "points: measured; lines: a V D + b N V D"
+        heading = f"points: measured{'; lines: a V D + b N V D' if line else ''}"
         legend_above(axes, columns=3, title=heading, title_fontsize=7.5)
 
     return Panel(title, 2.9, draw)

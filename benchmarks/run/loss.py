@@ -21,7 +21,16 @@ from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
-from benchmarks.shapes import SHAPES, TOKENS, Problem, Recorded, Shape, Source, make_problem
+from benchmarks.shapes import (
+    TOKENS,
+    Problem,
+    Recorded,
+    Shape,
+    Source,
+    load_recorded,
+    make_problem,
+    shape_of,
+)
 
 Row = dict[str, Any]
 _MODES = {
@@ -41,11 +50,13 @@ class Config:
     """
 
     shapes: tuple[str, ...] = ("smollm2-135m",)
-    """Heads of models (benchmarks/README.md lists them) or tiny, with synthetic inputs."""
+    """Sizes of your own, rows x width x vocabulary as in 1500x320x20000, or heads of models
+    (benchmarks/README.md lists them) or tiny; inputs are synthetic."""
     inputs: tuple[Path, ...] = ()
-    """Instead of shapes: inputs of real models, written by `python -m benchmarks record`."""
+    """Instead of shapes: inputs of real models, of `python -m benchmarks record` or your own
+    (benchmarks/README.md has the format)."""
     tokens: int | None = None
-    """Instead of 2048."""
+    """Rows, instead of 2048, or of the first of a shape's sizes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     providers: tuple[str, ...] = tuple(PROVIDERS)
@@ -99,15 +110,10 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
-        if not path.is_file():
-            raise ValueError(
-                f"inputs: got {path}, expected a file of `python -m benchmarks record`"
-            )
+        load_recorded(path)
         yield path.stem, Recorded(path, config.tokens or TOKENS)
     for name in () if config.inputs else config.shapes:
-        if name not in SHAPES:
-            raise ValueError(f"shapes: got {name!r}, expected some of {', '.join(SHAPES)}")
-        shape = SHAPES[name]
+        shape = shape_of(name)
         yield name, replace(shape, tokens=config.tokens or shape.tokens)
 
 
@@ -182,10 +188,10 @@ def _show(rows: Sequence[Row], device: str) -> None:
         for row in (bare, *timed(same)):
             cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                promised = {
+                expected = {
                     f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
                 }
-                cells.append(["  certified", *(FIGURES[name](promised) for name in _SHOWN)])
+                cells.append(["  expected", *(FIGURES[name](expected) for name in _SHOWN)])
         show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):
         print(f"missing: {text}")

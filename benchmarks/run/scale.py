@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.measure.growth import fit, predict
+from benchmarks.measure.growth import can_fit, fit, predict
 from benchmarks.measure.memory import keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
 from benchmarks.measure.timing import Timing, bare_product, step, time_turns
@@ -28,7 +28,11 @@ _FIGURES = {
     "D": figure("width", ".0f"),
     "V": figure("vocabulary", ".0f"),
     "seconds": figure("seconds", ".3f"),
+    "±": figure("spread", ".0%"),
     "x bare product": lambda row: f"{row['seconds'] / row['bare_product_seconds']:.2f}",
+}
+_NO_FIT = "no fit: a V D + b N V D needs two or more --tokens and two or more --vocabularies"
+_FITTED = {
     "a V D + b N V D": figure("fitted_seconds", ".3f"),
     "off by": lambda row: f"{row['seconds'] / row['fitted_seconds'] - 1:+.1%}",
 }
@@ -41,6 +45,7 @@ class Config:
     a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
     told as a multiple of the bare product's own slope, fitted to its times in the same run. The
     bare product is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
+    Nothing is fitted without two values of N and two of V.
     """
 
     provider: str = "bft triton sampled" if torch.cuda.is_available() else "bft cpu sampled"
@@ -90,10 +95,6 @@ def main(config: Config) -> None:
     for shape, times in zip(shapes, measured, strict=True):
         where = f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: "
         check_spread(times["bare_product"], config.max_spread, config.force, where)
-    loss, product, a_pass = (
-        [times[name].seconds for times in measured] for name in ("loss", "bare_product", "pass")
-    )
-    fixed, slope = fit(shapes, loss)
     rows = [
         asdict(shape)
         | {
@@ -102,27 +103,36 @@ def main(config: Config) -> None:
             "bare_product_seconds": times["bare_product"].seconds,
             "bare_product_spread": times["bare_product"].spread,
             "pass_seconds": times["pass"].seconds,
-            "fitted_seconds": predict(shape, fixed, slope),
+            "fitted_seconds": "",
         }
         for shape, times in zip(shapes, measured, strict=True)
     ]
-    cells = [list(_FIGURES), *([write(row) for write in _FIGURES.values()] for row in rows)]
+    told = _fit(shapes, rows) if can_fit(shapes) else _NO_FIT
+    figures = _FIGURES | (_FITTED if can_fit(shapes) else {})
+    cells = [list(figures), *([write(row) for write in figures.values()] for row in rows)]
     show(f"{case}, {config.dtype}, {config.device}", cells)
-    bare_fixed, bare_slope = fit(shapes, product)
-    # The slope of a pass over dW in V D, that is its seconds an element.
-    pass_slope = statistics.median(
-        taken / (shape.vocabulary * shape.width)
-        for taken, shape in zip(a_pass, shapes, strict=True)
-    )
-    print(
-        f"a: {fixed / pass_slope:.2f} passes over dW, {bare_fixed / pass_slope:.2f} of them the "
-        f"bare product's; b: {slope / bare_slope:.3f} times the bare product's"
-    )
+    print(told)
     if config.output is not None:
         what = {"dtype": config.dtype, "memory_kept": config.keep_memory}
         what |= environment(config.device) | {"load": load, "repeats": config.repeats}
         pairs = zip(shapes, rows, strict=True)
         append(config.output, [case.columns | asdict(s) | what | row for s, row in pairs])
+
+
+def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
+    """Fills ``fitted_seconds`` in; what the slopes are."""
+    fixed, slope = fit(shapes, [row["seconds"] for row in rows])
+    bare_fixed, bare_slope = fit(shapes, [row["bare_product_seconds"] for row in rows])
+    for shape, row in zip(shapes, rows, strict=True):
+        row["fitted_seconds"] = predict(shape, fixed, slope)
+    # The slope of a pass over dW in V D, that is its seconds an element.
+    a_pass = statistics.median(
+        row["pass_seconds"] / (row["vocabulary"] * row["width"]) for row in rows
+    )
+    return (
+        f"a: {fixed / a_pass:.2f} passes over dW, {bare_fixed / a_pass:.2f} of them the bare "
+        f"product's; b: {slope / bare_slope:.3f} times the bare product's"
+    )
 
 
 def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
 from benchmarks.measure.largest_batch import attempt, largest_batch
@@ -26,8 +26,6 @@ from bft.packaged import cache_root
 
 Row = dict[str, Any]
 Figures = dict[str, Callable[[Row], str]]
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _head(row: Row) -> str:
@@ -257,8 +255,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         SystemExit: not a positive number and a unit.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text.strip())
-    value = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    try:
+        value = convert_file_size_to_int(int(text) if text.isdigit() else text)
+    except (ValueError, OverflowError):
+        value = 0
     if value < 1:
         raise SystemExit(f"limit: got {text!r}, expected a number and a unit such as 8GiB or 500MB")
     return value

@@ -85,14 +85,17 @@ def test_reasons_not_to_run():
     assert "it computes plain only" in reason("quack", "bft")
     assert reason("bft torch sampled", mode="forward") == "for forward see bft torch exact"
     assert "CUDA" in reason("bft cuda exact")
-    assert reason("liger fused") in ("it runs on a GPU only", "liger-kernel is not installed")
+    assert reason("liger fused") in (
+        "it runs on a GPU only",
+        "liger-kernel is not installed (pip install liger-kernel)",
+    )
     assert reason("eager", "bft", "frozen") == reason("own:loss") == ""
     assert "it computes plain only" in reason("own:loss", "bft")
     missing = replace(PROVIDERS["trl"], name="x", distribution="no-such-thing")
     broken = replace(PROVIDERS["trl"], name="y", distribution="torch", module="torch.no_such")
     PROVIDERS.update(x=missing, y=broken)
     try:
-        assert reason("x") == "no-such-thing is not installed"
+        assert reason("x") == "no-such-thing is not installed (pip install no-such-thing)"
         assert "torch is installed, but cannot be imported: No module" in reason("y")
     finally:
         del PROVIDERS["x"], PROVIDERS["y"]
@@ -139,6 +142,7 @@ def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
         assert row["seconds"] == row["times_g"] == row["extra_bytes"] == ""
         assert reason in row["reason"]
     printed = capsys.readouterr().out
+    assert "  expected " in printed
     assert "missing: trl (bft forward, bft both): failed: ValueError: no such luck" in printed
     assert "synthetic inputs" in printed
 
@@ -155,10 +159,25 @@ def test_recorded_inputs_are_told(tmp_path, capsys):
     assert "abstracts (recorded inputs)" in capsys.readouterr().out
 
 
+def test_sizes_of_ones_own_are_measured(tmp_path):
+    path = tmp_path / "results.csv"
+    own = {"shapes": ("48x16x500",), "tokens": None, "errors": False, "providers": ("eager",)}
+    loss.main(config(**own, output=path))
+    assert {
+        tuple(row[name] for name in ("shape", "tokens", "width", "vocabulary"))
+        for row in read(path)
+    } == {("48x16x500", "48", "16", "500")}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shapes": ("gpt-5",)}, "shapes: got 'gpt-5', expected some of tiny, smollm2-135m"),
+        (
+            {"shapes": ("gpt-5",)},
+            r"'gpt-5', expected rows x width .* 1500x320x20000, or some of tiny, smollm2-135m",
+        ),
+        ({"shapes": ("8x0x9",)}, "shapes: got '8x0x9', expected rows x width x vocabulary"),
+        ({"shapes": ("8x9",)}, "shapes: got '8x9'"),
         (
             {"providers": ("egaer",)},
             "providers: got 'egaer', expected module:function or some of eager",
@@ -167,12 +186,41 @@ def test_recorded_inputs_are_told(tmp_path, capsys):
         ({"modes": ("backward",)}, "modes: got 'backward', expected some of forward"),
         ({"repeats": 0}, "repeats: got 0"),
         ({"tokens": 0}, "tokens: got 0"),
-        ({"inputs": (Path("nowhere.pt"),)}, "inputs: got nowhere.pt, expected a file"),
+        ({"inputs": (Path("nowhere.pt"),)}, r"inputs: got nowhere\.pt .*No such file.* expected a"),
     ],
 )
 def test_refuses_bad_settings(settings, message):
     with pytest.raises(SystemExit, match=message):
         loss.main(config(**settings))
+
+
+HIDDEN, WEIGHT, TARGET = torch.zeros(6, 4), torch.zeros(9, 4), torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        ({"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET}, "dict"),
+        ((HIDDEN, WEIGHT), "tuple"),
+        (HIDDEN, "Tensor"),
+        ((HIDDEN, WEIGHT[:, :3], TARGET), r"\(6, 4\) float32, \(9, 3\) float32, \(6,\) int64"),
+        ((HIDDEN, WEIGHT, TARGET[:5]), r"\(6, 4\) float32, \(9, 4\) float32, \(5,\) int64"),
+        ((HIDDEN[None], WEIGHT, TARGET[None]), r"\(1, 6, 4\) float32"),
+        ((HIDDEN, WEIGHT, TARGET.int()), ".* int32"),
+        ((HIDDEN.long(), WEIGHT, TARGET), r"\(6, 4\) int64"),
+        ((HIDDEN, WEIGHT[:5], TARGET), ".* int64"),  # one target is no row of it
+        ((HIDDEN[:0], WEIGHT, TARGET[:0]), r"\(0, 4\) float32"),
+    ],
+)
+def test_inputs_of_another_form_are_refused_in_one_line(tmp_path, content, got):
+    path = tmp_path / "own.pt"
+    torch.save(content, path)
+    with pytest.raises(SystemExit, match=rf"^inputs: got .*own\.pt with {got}.*, expected a file"):
+        loss.main(config(inputs=(path,)))
+    path.write_text("no such thing\n")
+    with pytest.raises(SystemExit, match=r"^inputs: got .*own\.pt \(.*, expected a file") as error:
+        loss.main(config(inputs=(path,)))
+    assert "\n" not in str(error.value)
 
 
 def test_refuses_a_file_with_other_columns(tmp_path):
@@ -195,7 +243,9 @@ def test_a_noisy_machine_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=r"expected up to --max-spread -100%.*--force"):
         loss.main(config(force=False, max_spread=-1.0, output=path))
     monkeypatch.setattr(noise.os, "getloadavg", lambda: (7.0, 0.0, 0.0))
-    with pytest.raises(SystemExit, match=r"load average is 7\.0 on 2 cores, expected up to 3\.0"):
+    with pytest.raises(
+        SystemExit, match=r"load average is 7\.0 on 2 cores, expected up to 3\.0.*own run"
+    ):
         loss.main(config(force=False, output=path))
     assert not path.exists()
 

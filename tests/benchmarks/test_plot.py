@@ -118,6 +118,9 @@ def test_growth_draws_the_fitted_line_through_exact_times(folder):
     points, line = axes.lines[:2]
     ends = line.get_ydata()[[0, -1]]
     np.testing.assert_allclose(ends, points.get_ydata(), rtol=1e-6)
+    one = [row for row in read(folder / "scale.csv") if row["vocabulary"] == "1000"]
+    (panel,) = panels.growth_figures(one)["scale"]
+    assert len(render([panel]).axes[0].lines) == 1  # the points alone
 
 
 def test_training_has_a_panel_a_limit(folder):
@@ -143,7 +146,7 @@ def test_a_folder_without_results_is_refused(tmp_path):
 
 def test_readmes_figure_is_of_the_rows(monkeypatch, tmp_path):
     texts = [text.get_text() for text in gain.draw().findobj(Text)]
-    assert {"1.13", "20.8", "2,122", "bft sampled"} <= set(texts)
+    assert {"1.13", "20.8", "3.48", "3.87", "2,122", "bft sampled", "bft exact"} <= set(texts)
     monkeypatch.setattr(gain, "FOLDER", tmp_path)
     with pytest.raises(
         ValueError, match=r"no row with provider 'bft cpu sampled', shape 'smollm2-135m'"

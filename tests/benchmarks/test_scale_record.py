@@ -40,7 +40,25 @@ def test_scale_writes_a_row_a_shape(tmp_path, capsys):
         (width, *shape) for width in (16, 32) for shape in shapes
     ]
     assert all(float(row["spread"]) >= 0 for row in rows)
-    assert "passes over dW" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "passes over dW" in printed
+    assert "off by" in printed
+
+
+@pytest.mark.parametrize(("tokens", "vocabularies"), [((4, 8), (16,)), ((4, 4), (16, 32))])
+def test_two_unknowns_are_not_fitted_to_one_size(
+    tokens, vocabularies, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
+    path = tmp_path / "scale.csv"
+    sizes = {"widths": (8,), "tokens": tokens, "vocabularies": vocabularies}
+    how = {"device": "cpu", "repeats": 1, "force": True, "output": path}
+    scale.main(scale.Config("bft torch exact", **sizes, **how))
+    assert {row["fitted_seconds"] for row in read(path)} == {""}
+    printed = capsys.readouterr().out
+    assert "no fit: a V D + b N V D needs two or more --tokens and" in printed
+    assert "±" in printed
+    assert "off by" not in printed
 
 
 def test_scale_refuses_a_noisy_machine(monkeypatch):

@@ -226,7 +226,7 @@ def test_writes_a_row_a_loss(config, tmp_path, capsys):
         ("liger fused", "bft"),
     ]
     for row in rows[-2:]:
-        assert row["reason"] in ("it runs on a GPU only", "liger-kernel is not installed")
+        assert row["reason"].startswith(("it runs on a GPU only", "liger-kernel is not"))
         assert row["seconds"] == ""
     for row in rows[:-2]:
         assert row["mode"] == "full"

@@ -82,7 +82,10 @@ def test_all_is_well(checked, dtype, capsys):
     assert set(verdicts.values()) == {"ok"}
     rows = {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}
     assert rows < verdicts.keys()
-    assert "records" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "records" in printed
+    assert "limit" in printed
+    assert ("1e-01" if dtype == "bfloat16" else "1e-03") in printed  # of gradients
 
 
 @pytest.mark.parametrize("flags", [(), ("--limit", "1")], ids=["four", "one"])

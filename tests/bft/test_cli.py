@@ -120,6 +120,18 @@ def test_what_only_the_model_or_the_machine_can_refuse(data, model, capsys, flag
         assert "some of c_attn, c_fc, c_proj, wpe, wte" in line
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_training_ends_with_what_it_bought_and_where_the_model_is(data, model, tmp_path, capsys):
+    files = ["--train-file", data, "--eval-file", data, "--model", model, "--max-length", 16]
+    how = ["--window", 2, "--steps", 1, "--no-tensorboard", "--output-dir", tmp_path / "run"]
+    assert main([str(flag) for flag in ["train", *files, *how]]) == 0
+    bought, where = capsys.readouterr().out.splitlines()[-2:]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    before, _, after = (json.loads(line)["nll"] for line in lines)
+    expected = f"nll     {before:.3f} before, {after:.3f} after 1 steps (held out)"
+    assert (bought, where) == (expected, f"model   {tmp_path / 'run/model'}")
+
+
 def test_the_baseline_is_the_training_files(data, model, tmp_path):
     rows = [{"prompt": "a", "completion": f"{answer} b", "answer": answer} for answer in "xyy"]
     train, output = tmp_path / "train.jsonl", tmp_path / "numbers.json"

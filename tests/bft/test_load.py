@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants as hub_constants
 
+from bft.config import SettingError
 from bft.load import pretrained
 from bft.packaged import PretrainedError
 
@@ -16,6 +17,13 @@ def test_a_checkpoint_folder_passes_through(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert pretrained(tmp_path) == tmp_path
     assert pretrained(str(tmp_path)) == tmp_path
+
+
+def test_an_adapter_alone_is_refused_with_where_the_model_is(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    with pytest.raises(SettingError, match=rf"; the model of that run is {tmp_path}$"):
+        pretrained(tmp_path / "adapter")
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -118,6 +118,7 @@ def test_files_that_are_no_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--lr", "1e-4"], "--lr: there is no such flag; it is --learning-rate here"),
         (["--window", "0"], "--window: got 0, expected at least 1"),
         (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
         (["--seed", "-1"], "--seed: got -1, expected at least 0"),

@@ -342,6 +342,8 @@ def test_without_pybind11_the_headers_are_those_of_torch(tree):
 def test_without_max_jobs_architectures_are_compiled_side_by_side(tree, jobs):
     done, log = build_with_tool(tree, MAX_JOBS=jobs)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 kinds of GPU" in done.stderr
+    assert "BFT_BUILD=cpu leaves it out" in done.stderr
     compiled = [line for line in log if ".cu " in line]
     assert len(compiled) == len(list(tree.glob("csrc/cuda/*.cu")))
     assert all("sm_80 " in line and " --threads 0 " in line for line in compiled)
@@ -365,7 +367,7 @@ def test_a_wrong_list_of_architectures_is_an_error_in_every_mode(tree, mode):
     assert not any(".cu " in line for line in log)
 
 
-# `make venv` compiles for every architecture, too, where there is nvcc.
+# `make test-slow` compiles for every architecture, too, where there is nvcc.
 @pytest.mark.parametrize(
     "listed",
     [pytest.param("9.0", marks=pytest.mark.slow), pytest.param("", marks=pytest.mark.soak)],
