@@ -1,0 +1,194 @@
+"""What GPUs can do at most, and the operations and bytes of each loss.
+
+A kernel takes the longer of its products, at the rate that the vendor's library reaches, and its
+bytes, at the rate that a copy reaches, and then a launch; kernels follow one another. Nothing here
+is measured. What kernels do besides (instructions, waits, rows that a cache gives) only adds to it:
+how far times that peers published lie above is told in docs/dev/gpu-model.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES, plan_rows
+
+from benchmarks.shapes import Shape
+
+# Bytes of an element; float32 products are TF32's.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
+# Share of the peak that three products of N 8192, D 4096, V 151,936 reach on an H100: 42 ms are
+# published (huggingface/trl#6858). That of other GPUs and types is assumed to be the same.
+PRODUCTS = 3 * 2 * 8192 * 4096 * 151_936 / 42e-3 / 989.4e12
+BANDWIDTH = 0.9  # share of the memory's peak that a pass over large tensors reaches
+LAUNCH = 3e-6  # seconds from the start of a kernel to that of the next, the queue being full
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks by the vendor's datasheet: dense operations and bytes of memory a second."""
+
+    operations: Mapping[str, float]  # by type of the operands
+    memory: float
+
+
+def _gpu(memory: float, tf32: float, half: float, eight: float, *eights: str) -> Gpu:
+    """Of operations a second in units of 10^12."""
+    rates = {"float32": tf32, "bfloat16": half, "float16": half} | dict.fromkeys(eights, eight)
+    return Gpu({name: rate * 1e12 for name, rate in rates.items()}, memory)
+
+
+# A100 and H100 are SXM's of 80 GB, B200 HGX's.
+GPUS = {
+    "A100": _gpu(2.039e12, 156, 312, 624, "int8"),
+    "H100": _gpu(3.35e12, 494.7, 989.4, 1978.9, "int8", "fp8"),
+    "H200": _gpu(4.8e12, 494.7, 989.4, 1978.9, "int8", "fp8"),
+    "B200": _gpu(8e12, 1100, 2250, 4500, "int8", "fp8"),
+}
+# Entries a token that the sampled gradient keeps of PubMed abstracts, by eps: the most of three
+# models' (docs/dev/gpu-model.md).
+KEPT = {2**-8: 69.0, 2**-10: 180.0, 2**-12: 446.0}
+# Columns of the sampled dW that take a dense product, and bytes that sorting moves for an entry.
+DENSE, SORT_BYTES = 256, 170
+MODES = ("forward", "frozen", "both")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel, or several of one kind."""
+
+    name: str
+    operations: float = 0.0
+    bytes: float = 0.0
+    operand: str = "bfloat16"  # of the products
+    launches: int = 1
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The longer of the two, and the launches."""
+        busy = self.operations / (PRODUCTS * gpu.operations[self.operand])
+        return max(busy, self.bytes / (BANDWIDTH * gpu.memory)) + self.launches * LAUNCH
+
+
+def seconds(works: Iterable[Work], gpu: Gpu) -> float:
+    """Of kernels that follow one another."""
+    return sum(work.seconds(gpu) for work in works)
+
+
+def product(
+    name: str, m: int, n: int, k: int, operand: str, *, out: int = 4, adds: bool = False
+) -> Work:
+    """``[m, k] @ [k, n]``, of which each element of operands and result is moved once.
+
+    Args:
+        name: what is made.
+        m, n, k: sizes.
+        operand: type of both factors.
+        out: bytes of an element of the result.
+        adds: whether the result is added to one that is there.
+    """
+    moved = ITEMSIZE[operand] * (m * k + k * n) + out * m * n * (1 + adds)
+    return Work(name, 2 * m * n * k, moved, operand)
+
+
+def chunks(shape: Shape, budget: int) -> list[int]:
+    """Rows of each chunk of float32 logits that fits ``budget`` bytes."""
+    sizes = shape.tokens, shape.vocabulary, shape.width, 4, budget
+    rows = plan_rows(*sizes, widen=False, scratch=0).chunk_rows
+    full, rest = divmod(shape.tokens, rows)
+    return [rows] * full + [rest] * (rest > 0)
+
+
+def exact(
+    shape: Shape,
+    mode: str = "both",
+    operand: str = "bfloat16",
+    budget: int = ACCELERATOR_BUFFER_BYTES,
+) -> list[Work]:
+    """A weighted or plain loss and its gradient, chunk by chunk: 1G, 2G or 3G by ``mode``.
+
+    Logits stay float32. One pass reads them for the loss, and one puts ``dy`` into their place;
+    products add to ``dW`` in float32, which is rounded at the end.
+    """
+    size, width, vocabulary = ITEMSIZE[operand], shape.width, shape.vocabulary
+    works = []
+    for i, rows in enumerate(chunks(shape, budget)):
+        logits = rows * vocabulary
+        works += [
+            product("logits", rows, vocabulary, width, operand),
+            Work("loss", bytes=4 * logits, launches=1 if mode == "forward" else 12),
+        ]
+        if mode != "forward":
+            works.append(Work("dy", bytes=(4 + size) * logits))
+            works.append(product("dH", rows, width, vocabulary, operand))
+        if mode == "both":
+            works.append(product("dW", vocabulary, width, rows, operand, adds=i > 0))
+    if mode == "both":
+        works.append(Work("dW rounded", bytes=(4 + size) * vocabulary * width))
+    return works
+
+
+def recomputed(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
+    """The backward for any upstream gradient, after a forward of its own: another 1G for logits."""
+    size, tokens = ITEMSIZE[operand], shape.tokens
+    dy = product("dy", tokens, shape.vocabulary, shape.width, operand, out=size)
+    works = [*exact(shape, "forward", operand), dy]
+    works.append(product("dH", tokens, shape.width, shape.vocabulary, operand, out=size))
+    if mode == "both":
+        works.append(product("dW", shape.vocabulary, shape.width, tokens, operand, out=size))
+    return works
+
+
+def sampled(
+    shape: Shape,
+    kept: float,
+    mode: str = "both",
+    operand: str = "bfloat16",
+    budget: int = ACCELERATOR_BUFFER_BYTES,
+    hits: float = 0.0,
+) -> list[Work]:
+    """The loss and its sampled gradient: 1G, and rows of ``weight`` and ``hidden`` gathered.
+
+    Args:
+        shape: of the call.
+        kept: entries a token, as in ``KEPT``.
+        mode: as ``exact`` has it.
+        operand: type of both factors.
+        budget: bytes of logits and of one bit for each.
+        hits: share of the gathered rows that a cache gives.
+    """
+    size, tokens, width = ITEMSIZE[operand], shape.tokens, shape.width
+    works = exact(shape, "forward", operand, budget * 32 // 33)
+    bits = tokens * shape.vocabulary / 8
+    entries = tokens * kept
+    works.append(Work("bits", bytes=4 * bits + 40 * entries, launches=4))
+    rows = size * width * entries * (1 - hits)
+    if mode != "forward":
+        works.append(Work("dH", 2 * width * entries, rows + size * tokens * width, operand))
+    if mode == "both":
+        moved = rows + size * shape.vocabulary * width
+        works += [
+            Work("sort by column", bytes=SORT_BYTES * entries, launches=30),
+            Work("dW", 2 * width * entries, moved, operand),
+            product("dense dW", min(DENSE, shape.vocabulary), width, tokens, operand),
+        ]
+    return works
+
+
+def eager(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
+    """All logits at once; passes that widen them, of log_softmax, and their reverse."""
+    size, tokens, logits = ITEMSIZE[operand], shape.tokens, shape.tokens * shape.vocabulary
+    works = [
+        product("logits", tokens, shape.vocabulary, shape.width, operand, out=size),
+        Work("loss", bytes=(size + 4 + 8) * logits, launches=3),
+    ]
+    if mode != "forward":
+        works.append(Work("dy", bytes=(4 + 12 + 4 + size) * logits, launches=3))
+        works.append(product("dH", tokens, shape.width, shape.vocabulary, operand, out=size))
+    if mode == "both":
+        works.append(product("dW", shape.vocabulary, shape.width, tokens, operand, out=size))
+    return works
+
+
+def times_g(works: Iterable[Work], shape: Shape, gpu: Gpu, operand: str = "bfloat16") -> float:
+    """Seconds over those of the operations of 1G alone."""
+    return seconds(works, gpu) / Work("1G", shape.flops, 0, operand, launches=0).seconds(gpu)
