@@ -66,7 +66,7 @@ gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, 
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu $(ARGS)
 
 bench: $(READY)  ## compare speed with the saved baselines, in multiples of a bare product
-	$(BIN)/python -m benchmarks bench $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 readme-check: $(READY)  ## run the commands and Python snippets of README.md and docs/
 	$(BIN)/python tests/readme_check.py

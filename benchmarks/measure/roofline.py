@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from bft_kernels.backends.common.plan import ACCELERATOR_BUFFER_BYTES, plan_rows
+from bft_kernels.backends.common.chunked import plan_rows
+from bft_kernels.problem import ACCELERATOR_BUFFER_BYTES
 
 from benchmarks.shapes import Shape
 

@@ -34,6 +34,7 @@ NOT_IMPORTED = {
     "mypy": "a command",
     "numpy": "torch.Tensor.numpy, where a run's weights are hashed",
     "pre-commit": "a command",
+    "pytest-benchmark": "a fixture of pytest",
     "pytest-xdist": "an option of pytest",
     "ruff": "a command",
     "tensorboard": "accelerate writes its events with it",

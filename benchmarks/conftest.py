@@ -1,0 +1,84 @@
+"""Options and reports of the pytest-benchmark suite: ratios to G beside the saved ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure.noise import MOST_SPREAD
+from benchmarks.results import baseline
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_KEPT = ("name", "group", "extra_info", "stats")
+_STATS = ("min", "median", "iqr", "rounds")
+# Name of the test, its ratio, and the saved one if there is any.
+_RATIOS = pytest.StashKey[list[tuple[str, float, float | None]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the baseline is, and whether to write it."""
+    group = parser.getgroup("baseline")
+    path = baseline.BASELINES / f"{DEVICE}.json"
+    group.addoption("--baseline", type=Path, default=path, help="saved ratios (%(default)s)")
+    spread = "of the bare product, above which nothing is compared (%(default)s)"
+    group.addoption("--max-spread", type=float, default=MOST_SPREAD, help=spread)
+    group.addoption("--rebase", action="store_true", help="compare with nothing, save the ratios")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-benchmark looks at its options."""
+    config.stash[_RATIOS] = []
+    if config.getoption("rebase"):
+        path: Path = config.getoption("baseline")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config.option.benchmark_json = str(path)
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Keeps the file small, and the name of the machine out of it."""
+    output_json["machine_info"] = {
+        "processor": output_json["machine_info"].get("cpu", {}).get("brand_raw", ""),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
+    for one in output_json["benchmarks"]:
+        one["stats"] = {name: one["stats"][name] for name in _STATS}
+        for name in one.keys() - set(_KEPT):
+            del one[name]
+
+
+@pytest.fixture
+def check_ratio(request: pytest.FixtureRequest) -> Any:
+    """Fails a test of this package whose ratio to G is too far above the saved one."""
+    option = request.config.getoption
+    saved = {} if option("rebase") else baseline.load(option("baseline"))
+
+    def check(ratio: float, spread: float, *, ours: bool) -> None:
+        name = request.node.name
+        request.config.stash[_RATIOS].append((name, ratio, saved.get(name)))
+        complaint = baseline.complaint(ratio, saved.get(name))
+        if complaint and ours and spread > option("max_spread"):
+            pytest.skip(f"too noisy to compare: the bare product's spread is {spread:.0%}")
+        if complaint and ours:
+            pytest.fail(f"{name} {complaint}", pytrace=False)
+
+    return check
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """The ratios."""
+    ratios = config.stash[_RATIOS]
+    if not ratios:
+        return
+    terminalreporter.section("multiples of the bare product (1G)")
+    width = max(len(name) for name, _, _ in ratios)
+    for name, ratio, stored in ratios:
+        change = "no baseline" if stored is None else f"saved {stored:6.2f}  {ratio / stored:5.2f}x"
+        terminalreporter.write_line(f"{name:{width}}  {ratio:6.2f}  {change}")
