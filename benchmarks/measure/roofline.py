@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from benchmarks.shapes import Shape
 from bft_kernels.backends.common.chunked import plan_rows
 from bft_kernels.problem import ACCELERATOR_BUFFER_BYTES
-
-from benchmarks.shapes import Shape
 
 # Bytes of an element; float32 products are TF32's.
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "int8": 1}
