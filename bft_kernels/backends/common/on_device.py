@@ -61,7 +61,7 @@ class Kernels(RowFunctions, Protocol):
             adds: whether ``dW`` is added to; otherwise it is written.
         """
 
-    def multiply_entries(
+    def spmm(
         self, inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
     ) -> None:
         """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
@@ -177,7 +177,7 @@ def _sampled(
     """
     room = saved.entry_columns.numel()
     if room:
-        kernels.multiply_entries(inputs, known, saved, into, adds=adds)
+        kernels.spmm(inputs, known, saved, into, adds=adds)
     elif into.weight is not None and not adds:
         into.weight.zero_()
     rest = DeviceRows.chosen(overflowed(saved.entry_offsets, room))

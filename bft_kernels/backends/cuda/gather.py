@@ -21,9 +21,7 @@ from bft_kernels.results import Gradients, Saved
 _SORTING_BYTES = 24
 
 
-def multiply_entries(
-    inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
-) -> None:
+def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool) -> None:
     """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
 
     With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bft_kernels.backends.cuda.forward import run_tiles
-from bft_kernels.backends.cuda.gather import multiply_entries
+from bft_kernels.backends.cuda.gather import spmm
 from bft_kernels.backends.cuda.inputs import make_inputs
 from bft_kernels.backends.cuda.native import _cuda
 from bft_kernels.backends.cuda.recompute import recompute
@@ -20,10 +20,10 @@ __all__ = [
     "gradient_rows",
     "list_rows",
     "make_inputs",
-    "multiply_entries",
     "recompute",
     "run_tiles",
     "softmax_rows",
+    "spmm",
     "weigh",
     "written",
 ]

@@ -190,9 +190,7 @@ class Listed(NamedTuple):
     values: Tensor  # float32, upstream * dy; likewise
 
 
-def multiply_entries(
-    inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool
-) -> None:
+def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool) -> None:
     """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
 
     With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.

@@ -7,7 +7,7 @@ import torch
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.triton.entries import list_rows
 from bft_kernels.backends.triton.forward import run_tiles
-from bft_kernels.backends.triton.gather import multiply_entries
+from bft_kernels.backends.triton.gather import spmm
 from bft_kernels.backends.triton.recompute import recompute
 from bft_kernels.backends.triton.sweep import certificate_rows, gradient_rows, softmax_rows
 from bft_kernels.backends.triton.weights import weigh
@@ -20,10 +20,10 @@ __all__ = [
     "gradient_rows",
     "list_rows",
     "make_inputs",
-    "multiply_entries",
     "recompute",
     "run_tiles",
     "softmax_rows",
+    "spmm",
     "weigh",
     "written",
 ]
