@@ -9,7 +9,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bft_kernels.backends.common.chunked import plan_rows
+from bft_kernels.backends.common.chunked import DEVICE_TILE_ELEMENTS, plan_rows
 from bft_kernels.backends.cpu.plan import (
     CPU_PASS_ROWS,
     CPU_REACH,
@@ -186,3 +186,12 @@ def test_pieces_are_worth_their_passes_or_not_made():
     assert plan_cpu_pieces([0, 800, 960, 1120], plan) == [0, 1, 3], "20 rows again, or a pass"
     assert plan_cpu_pieces([0], plan) == []
     assert plan_cpu_pieces([*range(16_385)], plan)[-1] == 16_384
+
+
+def test_tiles_of_a_gpu_are_few():
+    """A launch costs microseconds: tiles of two rows made 4,096 of them, 35 launches each."""
+    how = {"widen": False, "scratch": 2, "tile_elements": DEVICE_TILE_ELEMENTS}
+    plan = plan_rows(8192, 131_072, 4096, 4, 528 * 2**20, **how)
+    tiles = -(-plan.chunk_rows // plan.tile_rows) * -(-8192 // plan.chunk_rows)
+    assert tiles <= 32
+    assert (plan.chunk_rows + 2 * plan.tile_rows) * 131_072 * 4 <= 528 * 2**20

@@ -143,9 +143,10 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
 
 # --- the memory plan -----------------------------------------------------------------------------
 
-# Elementwise passes run over tiles of about this many logits, so that on a CPU a tile and its
-# scratch stay in the second-level cache or near it between passes.
-TILE_ELEMENTS = 2**18
+# Elementwise passes of the torch backend run over tiles of about this many logits. On a CPU a tile
+# and its scratch stay in the second-level cache or near it between passes. On a GPU a tile fills
+# the device, and its 35 launches are paid by many rows.
+TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
 
 
 # A GPU's products take so many rows a tile, filled or not: chunks of many rows are a multiple.
@@ -164,6 +165,7 @@ class RowPlan:
 def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
     """Rows of a chunk; ``scratch`` is how many temporaries of a tile the kernels hold."""
     (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
+    on_cpu = problem.hidden.device.type == "cpu"
     return plan_rows(
         rows,
         vocabulary,
@@ -172,11 +174,20 @@ def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = N
         budget or problem.buffer_bytes,
         widen=converts(problem.weight, problem.operand, acc),
         scratch=scratch,
+        tile_elements=TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS,
     )
 
 
 def plan_rows(
-    rows: int, vocabulary: int, width: int, itemsize: int, budget: int, *, widen: bool, scratch: int
+    rows: int,
+    vocabulary: int,
+    width: int,
+    itemsize: int,
+    budget: int,
+    *,
+    widen: bool,
+    scratch: int,
+    tile_elements: int = TILE_ELEMENTS,
 ) -> RowPlan:
     """Block sizes for passes that need whole rows.
 
@@ -186,14 +197,15 @@ def plan_rows(
         budget: bytes for everything together. At least one row is always taken, whatever it is.
         widen: whether blocks of ``weight`` are copied to another type first (a quarter of the
             budget).
-        scratch: how many tile-sized temporaries the sweep holds.
+        scratch: how many tile-sized temporaries the softmax holds.
+        tile_elements: logits of a tile.
     """
     weight_rows = vocabulary
     if widen:
         weight_rows = max(1, min(vocabulary, budget // 4 // (width * itemsize)))
         budget -= budget // 4
     row_bytes = vocabulary * itemsize
-    tile_rows = max(1, min(rows, TILE_ELEMENTS // vocabulary))
+    tile_rows = max(1, min(rows, tile_elements // vocabulary))
     # A tile's temporaries come out of the same budget; small budgets get one-row tiles.
     while tile_rows > 1 and tile_rows * scratch * row_bytes > budget // 2:
         tile_rows //= 2

@@ -129,6 +129,13 @@ def at_most_registers(limit: int | None) -> dict[str, int]:
     return {} if limit is None or target()[0] != "cuda" else {"maxnreg": limit}
 
 
+def loop_stages() -> int:
+    """Blocks of a loop without a product that are on their way at a time. AMD's processors have no
+    copies to shared memory that go on by themselves.
+    """
+    return 3 if target()[0] == "cuda" else 1
+
+
 def has_whole_words(operand: torch.dtype) -> bool:
     """Whether a thread has 32 columns side by side of a product: those of sm_100's tensor memory.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.common.rows import ROW_RESULTS
-from bft_kernels.backends.triton.configs import at_most_registers, triton_dtype
+from bft_kernels.backends.triton.configs import at_most_registers, loop_stages, triton_dtype
 from bft_kernels.backends.triton.device import (
     exact_factors,
     finite_or,
@@ -88,6 +88,7 @@ def _sweep_rows_kernel(
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
     POPULAR: tl.constexpr,  # 0: nothing may be kept
+    STAGES: tl.constexpr,
 ):
     """A program reads the logits of a row once: loss, statistics, and what may be kept."""
     local = tl.program_id(0).to(tl.int64)
@@ -118,8 +119,9 @@ def _sweep_rows_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     shifted = tl.zeros((BLOCK,), tl.float32)
-    # Each lane keeps sums of its own; they are joined once, at the end.
-    for start in range(0, V, BLOCK):
+    # Each lane keeps sums of its own; they are joined once, at the end. Two blocks are on their way
+    # while one is used.
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         column = start + offs
         mask = column < V
         y = tl.load(logits + column, mask=mask, other=0.0)
@@ -204,6 +206,7 @@ def _certificate_rows_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``sum_{v != target} p (eps - p)^+ slope^2`` of a row, and with ``|W_v|^2`` if asked."""
     local = tl.program_id(0).to(tl.int64)
@@ -214,7 +217,7 @@ def _certificate_rows_kernel(
     lse = tl.load(lse_ptr + row)
     plain = tl.zeros((BLOCK,), tl.float32)
     normed = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
         mask = column < V
         y = tl.load(logits_ptr + local * V + column, mask=mask, other=0.0)
@@ -327,6 +330,7 @@ def softmax_rows(
         SMOOTHING=settings.label_smoothing > 0,
         Z_LOSS=settings.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
+        STAGES=loop_stages(),
         **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
         **{f"{name}_ptr": results[name] for name in ROW_RESULTS},
         **row_arguments(rows),
@@ -343,6 +347,7 @@ def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, T
         first_row=rows.first_row,
         eps=rows.settings.eps,
         HAS_NORMS=norms is not None,
+        STAGES=loop_stages(),
         **row_arguments(rows),
     )
 
