@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("baseline")
     path = baseline.BASELINES / f"{DEVICE}.json"
     group.addoption("--baseline", type=Path, default=path, help="saved ratios (%(default)s)")
-    spread = "of the bare product, above which nothing is compared (%(default)s)"
+    spread = "of the bare GEMM, above which nothing is compared (%(default)s)"
     group.addoption("--max-spread", type=float, default=MOST_SPREAD, help=spread)
     group.addoption("--rebase", action="store_true", help="compare with nothing, save the ratios")
 
@@ -63,7 +63,7 @@ def check_ratio(request: pytest.FixtureRequest) -> Any:
         request.config.stash[_RATIOS].append((name, ratio, saved.get(name)))
         complaint = baseline.complaint(ratio, saved.get(name))
         if complaint and ours and spread > option("max_spread"):
-            pytest.skip(f"too noisy to compare: the bare product's spread is {spread:.0%}")
+            pytest.skip(f"too noisy to compare: the bare GEMM's spread is {spread:.0%}")
         if complaint and ours:
             pytest.fail(f"{name} {complaint}", pytrace=False)
 
@@ -77,7 +77,7 @@ def pytest_terminal_summary(
     ratios = config.stash[_RATIOS]
     if not ratios:
         return
-    terminalreporter.section("multiples of the bare product (1G)")
+    terminalreporter.section("multiples of the bare GEMM (1G)")
     width = max(len(name) for name, _, _ in ratios)
     for name, ratio, stored in ratios:
         change = "no baseline" if stored is None else f"saved {stored:6.2f}  {ratio / stored:5.2f}x"

@@ -1,4 +1,4 @@
-"""Whether losses became slower, as ratios to the bare product: ``make bench``."""
+"""Whether losses became slower, as ratios to the bare GEMM: ``make bench``."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _problem(shape: str) -> Problem:
 
 @functools.cache
 def _bare(shape: str) -> Callable[[], None]:
-    """The bare product in its fastest blocking."""
+    """The bare GEMM in its fastest blocking."""
     problem = _problem(shape)
     blocking = fastest_blocking(problem, DEVICE, repeats=5)
     return functools.partial(bare_product, problem, *blocking)
 
 
 def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tuple[float, float]:
-    """Rounds of a step, the bare product before each: the ratio, and the spread of the latter.
+    """Rounds of a step, the bare GEMM before each: the ratio, and the spread of the latter.
 
     The ratio is that of the fastest rounds: what others compute meanwhile only ever adds.
     """

@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.measure.timing import Timing
 
-# Interquartile range over median of the bare product above which a machine is too noisy.
+# Interquartile range over median of the bare GEMM above which a machine is too noisy.
 MOST_SPREAD = 0.15
 # Of the 1-minute load average over the cores, at the start: more means that others are computing.
 MOST_LOAD = 1.5
@@ -28,14 +28,14 @@ def quiet_load(force: bool) -> float:
 
 
 def check_spread(bare: Timing, most: float, force: bool, where: str = "") -> None:
-    """That the bare product took about the same time in every turn.
+    """That the bare GEMM took about the same time in every turn.
 
     Raises:
         SystemExit: it did not, without ``force``.
     """
     if bare.spread > most:
         _refuse(
-            f"{where}the bare product took {bare.seconds:.4f} s with a spread (interquartile range "
+            f"{where}the bare GEMM took {bare.seconds:.4f} s with a spread (interquartile range "
             f"over median) of {bare.spread:.0%}, expected up to --max-spread {most:.0%}",
             force,
         )

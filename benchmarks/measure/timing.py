@@ -1,4 +1,4 @@
-"""Interleaved timings, as multiples of a bare product."""
+"""Interleaved timings, as multiples of a bare GEMM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.providers.registry import Case, find
 from benchmarks.shapes import Problem, Shape
 
 Blocking = tuple[int | None, int | None]
-# Rows and columns of the blocks in which the bare product is tried; None: all of them.
+# Rows and columns of the blocks in which the bare GEMM is tried; None: all of them.
 BLOCKINGS: dict[str, tuple[Blocking, ...]] = {
     "cpu": ((None, None), (512, None), (None, 4096), (None, 1024), (1024, 512), (512, 1024)),
     "cuda": ((None, None), (None, 16_384), (None, 4096), (2048, None)),
@@ -116,7 +116,7 @@ def time_turns(
 def time_all(
     problem: Problem, device: str, repeats: int, cases: Sequence[Case]
 ) -> tuple[Timing, dict[Case, Timing]]:
-    """1G, which is the fastest of the ``BLOCKINGS`` of the bare product, and each case."""
+    """1G, which is the fastest of the ``BLOCKINGS`` of the bare GEMM, and each case."""
     runs = {
         blocking: functools.partial(bare_product, problem, *blocking)
         for blocking in BLOCKINGS[device]

@@ -1,4 +1,4 @@
-"""Saved ratios to the bare product, and when a ratio counts as slower."""
+"""Saved ratios to the bare GEMM, and when a ratio counts as slower."""
 
 from __future__ import annotations
 

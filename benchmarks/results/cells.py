@@ -109,7 +109,7 @@ def steps(folder: str, model: str) -> Cells:
 
 
 def growth(folder: str, provider: str) -> Cells:
-    """Seconds and multiples of the bare product: tokens by vocabularies."""
+    """Seconds and multiples of the bare GEMM: tokens by vocabularies."""
     what = {"provider": provider, "weighting": "bft", "mode": "both"}
     rows = where(read(RESULTS / folder / "scale.csv"), **what)
     vocabularies = list(dict.fromkeys(row["vocabulary"] for row in rows))

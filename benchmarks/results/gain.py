@@ -28,7 +28,7 @@ _SHADES = {True: ("#0B4F7D", "#0072B2", "#56B4E9"), False: ("#555555", "#888888"
 
 
 def draw() -> Figure:
-    """Bars of each provider, one a model: multiples of the bare product, and MiB.
+    """Bars of each provider, one a model: multiples of the bare GEMM, and MiB.
 
     Raises:
         ValueError: a row is missing.
@@ -44,7 +44,7 @@ def draw() -> Figure:
         left, right = figure.subplots(1, 2, sharey=True)
         _bars(left, found, "times_g", 1.0)
         left.axvline(1, color="#222222", linewidth=1, linestyle=":")
-        left.set_xlabel("time, in bare products of hidden and weight (dotted)")
+        left.set_xlabel("time, in bare GEMMs of hidden and weight (dotted)")
         _bars(right, found, "extra_bytes", 2.0**20)
         right.set_xscale("log")
         right.set_xlabel("peak memory beyond inputs and gradients, MiB")

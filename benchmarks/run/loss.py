@@ -44,7 +44,7 @@ _SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
 
 @dataclass(frozen=True)
 class Config:
-    """Providers, weightings and modes beside the bare product 1G of the same run.
+    """Providers, weightings and modes beside the bare GEMM 1G of the same run.
 
     Who cannot run is listed with the reason. benchmarks/README.md has the rules of measuring.
     """
@@ -72,7 +72,7 @@ class Config:
     keep_memory: bool = False
     """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
-    """Refuse to report if the bare product's interquartile range exceeds this share of its median,
+    """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median,
     or if the machine is busy at the start."""
     force: bool = False
     """Report all the same."""

@@ -29,7 +29,7 @@ _FIGURES = {
     "V": figure("vocabulary", ".0f"),
     "seconds": figure("seconds", ".3f"),
     "±": figure("spread", ".0%"),
-    "x bare product": lambda row: f"{row['seconds'] / row['bare_product_seconds']:.2f}",
+    "x bare GEMM": lambda row: f"{row['seconds'] / row['bare_product_seconds']:.2f}",
 }
 _NO_FIT = "no fit: a V D + b N V D needs two or more --tokens and two or more --vocabularies"
 _FITTED = {
@@ -43,8 +43,8 @@ class Config:
     """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
 
     a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
-    told as a multiple of the bare product's own slope, fitted to its times in the same run. The
-    bare product is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
+    told as a multiple of the bare GEMM's own slope, fitted to its times in the same run. The
+    bare GEMM is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
     Nothing is fitted without two values of N and two of V.
     """
 
@@ -61,7 +61,7 @@ class Config:
     keep_memory: bool = False
     """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
-    """Refuse to report if the bare product's interquartile range exceeds this share of its median
+    """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median
     on any shape, or if the machine is busy at the start."""
     force: bool = False
     """Report all the same."""
@@ -131,12 +131,12 @@ def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
     )
     return (
         f"a: {fixed / a_pass:.2f} passes over dW, {bare_fixed / a_pass:.2f} of them the bare "
-        f"product's; b: {slope / bare_slope:.3f} times the bare product's"
+        f"product's; b: {slope / bare_slope:.3f} times the bare GEMM's"
     )
 
 
 def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
-    """Of the loss, of the bare product and of a pass over dW, interleaved."""
+    """Of the loss, of the bare GEMM and of a pass over dW, interleaved."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
     runs: dict[str, Callable[[], object]] = {

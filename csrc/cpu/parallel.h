@@ -24,7 +24,7 @@ template <typename Body>
 void parallel_for(int threads, int64_t count, int64_t grain, Body body);
 
 // body(thread, first, stop) for one piece of 0..count a thread, the same one every time: what the
-// vendor's product leaves in a core's cache, row by row, is found there, and the next product finds
+// vendor's GEMM leaves in a core's cache, row by row, is found there, and the next product finds
 // its output's lines where it left them. Dynamic pieces made the product 15% slower.
 template <typename Body>
 void parallel_static(int threads, int64_t count, Body body);

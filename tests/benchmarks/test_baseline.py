@@ -45,7 +45,7 @@ def test_the_suite_fails_on_a_ratio_that_grew(tmp_path):
     done = pytest_run(*SELECTED, "--baseline", path, "--max-spread", -1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "too noisy to compare" in done.stdout
-    assert "multiples of the bare product" in done.stdout
+    assert "multiples of the bare GEMM" in done.stdout
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_scale_refuses_a_noisy_machine(monkeypatch):
         "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
     )
     monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
-    with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare product .* expected up to"):
+    with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare GEMM .* expected up to"):
         scale.main(replace(config, max_spread=-1.0))
 
 

@@ -216,7 +216,7 @@ def plan_rows(
     return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
 
 
-# The vendor's product and a pass over its result are faster than a product whose tiles never leave
+# The vendor's GEMM and a pass over its result are faster than a product whose tiles never leave
 # registers, if so many rows are multiplied at a time; see docs/dev/gpu-model.md.
 CHUNK_ROWS = 256
 

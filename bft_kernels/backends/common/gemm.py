@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def gemm_dtype(operand: torch.dtype, acc_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The type the operands have when they enter the vendor's product."""
+    """The type the operands have when they enter the vendor's GEMM."""
     return acc_dtype if device_type == "cpu" else operand
 
 

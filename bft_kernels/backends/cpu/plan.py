@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# How many columns of the vocabulary are best for the vendor's product, measured at widths from 576
+# How many columns of the vocabulary are best for the vendor's GEMM, measured at widths from 576
 # to 4096; see docs/dev/cpu.md.
 CPU_BLOCK_COLUMNS = 512
 
