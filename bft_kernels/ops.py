@@ -157,9 +157,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         variance=tokens(problem.variance),
         hidden_variance=tokens(problem.hidden_variance),
         unit=hidden.new_empty(count if saved == "unit" else 0, width, dtype=storage(hidden.dtype)),
-        entry_offsets=hidden.new_empty(count + 1 if sampled else 0, dtype=torch.int64),
-        entry_columns=hidden.new_empty(entries, dtype=torch.int32),
-        entry_values=hidden.new_empty(values, dtype=acc_dtype),
+        csr_offsets=hidden.new_empty(count + 1 if sampled else 0, dtype=torch.int64),
+        csr_columns=hidden.new_empty(entries, dtype=torch.int32),
+        csr_values=hidden.new_empty(values, dtype=acc_dtype),
     )
 
 

@@ -22,11 +22,11 @@ class Forward(NamedTuple):
     variance: Tensor  # [N] acc
     hidden_variance: Tensor  # [N] acc
     unit: Tensor  # [N, D] storage type of hidden, dH for unit upstream gradient
-    entry_offsets: Tensor  # [N + 1] int64
+    csr_offsets: Tensor  # [N + 1] int64
     # A backend may keep more entries than the sample has, without values, and thin them in its
     # backward.
-    entry_columns: Tensor  # [E] int32
-    entry_values: Tensor  # [E] acc, dy for unit upstream gradient; or [0]
+    csr_columns: Tensor  # [E] int32
+    csr_values: Tensor  # [E] acc, dy for unit upstream gradient; or [0]
 
 
 class Saved(NamedTuple):
@@ -35,9 +35,9 @@ class Saved(NamedTuple):
     nll: Tensor
     lse: Tensor
     lse_low: Tensor
-    entry_offsets: Tensor
-    entry_columns: Tensor
-    entry_values: Tensor
+    csr_offsets: Tensor
+    csr_columns: Tensor
+    csr_values: Tensor
 
 
 class Wanted(NamedTuple):

@@ -39,14 +39,14 @@ def test_the_kept_set_is_the_specifications(dtype, transform, seed):
     for budget, threads in ((2**26, 1), (2**26, 3), (40_000, 2), (1, 1)):
         torch.set_num_threads(threads)
         result = entries(p, seed, eps, budget, **how)
-        row = torch.repeat_interleave(torch.arange(60), result.entry_offsets.diff())
-        assert bool((result.entry_columns.diff()[row.diff() == 0] > 0).all())
+        row = torch.repeat_interleave(torch.arange(60), result.csr_offsets.diff())
+        assert bool((result.csr_columns.diff()[row.diff() == 0] > 0).all())
         kept = torch.zeros_like(clear)
-        kept[row, result.entry_columns.long()] = True
+        kept[row, result.csr_columns.long()] = True
         assert not bool(((kept != expected.kept) & clear).any())
-        want = expected.dy[row, result.entry_columns.long()]
+        want = expected.dy[row, result.csr_columns.long()]
         both = want != 0
-        assert_close(result.entry_values[both], want[both], 1e-4)
+        assert_close(result.csr_values[both], want[both], 1e-4)
         assert_close(result.variance, expected.variance, 1e-4)
 
 

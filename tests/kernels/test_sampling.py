@@ -295,9 +295,9 @@ def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
     def entries(budget):
         how = {"gradient": "sampled", "eps": eps, "backend": "torch", "max_buffer_bytes": budget}
         result = ops.linear_nll(call_of(p, seed, **how))
-        row = torch.repeat_interleave(torch.arange(70), result.entry_offsets.diff())
+        row = torch.repeat_interleave(torch.arange(70), result.csr_offsets.diff())
         kept = torch.zeros(70, 3000, dtype=torch.bool)
-        kept[row, result.entry_columns.long()] = True
+        kept[row, result.csr_columns.long()] = True
         return kept
 
     expected = specified_sample(p, seed, eps).kept

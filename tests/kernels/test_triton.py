@@ -60,14 +60,14 @@ def test_chunks_list_what_is_kept_with_its_value(budget, engine):
     how = {"gradient": "sampled", "eps": 2**-5, "return_stats": True, "hidden_variance": True}
     call = call_of(p, seed, max_buffer_bytes=budget or 2**20, **how)
     out = triton_engine.linear_nll(call)
-    found = int(out.entry_offsets[-1])
+    found = int(out.csr_offsets[-1])
     expected = torch_linear_nll(call)
     if engine == "chunks":
-        assert torch.equal(out.entry_columns[:found], expected.entry_columns)
-        torch.testing.assert_close(out.entry_values[:found], expected.entry_values)
+        assert torch.equal(out.csr_columns[:found], expected.csr_columns)
+        torch.testing.assert_close(out.csr_values[:found], expected.csr_values)
     else:
-        assert out.entry_values.numel() == 0
-        assert found >= expected.entry_columns.numel()
+        assert out.csr_values.numel() == 0
+        assert found >= expected.csr_columns.numel()
     torch.testing.assert_close(out.variance, expected.variance, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(out.hidden_variance, expected.hidden_variance, rtol=1e-4, atol=1e-7)
 

@@ -233,7 +233,7 @@ def packed(problem: Problem, results: dict[str, Tensor], unit: Tensor) -> Forwar
     return Forward(
         **{name: results[name] for name in Forward._fields if name in results},
         unit=unit,
-        entry_offsets=results["offsets"],
-        entry_columns=results["columns"],
-        entry_values=results["values"],
+        csr_offsets=results["offsets"],
+        csr_columns=results["columns"],
+        csr_values=results["values"],
     )

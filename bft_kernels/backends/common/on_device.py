@@ -175,12 +175,12 @@ def _sampled(
 
     ``adds``: whether ``dW`` is added to from the start.
     """
-    room = saved.entry_columns.numel()
+    room = saved.csr_columns.numel()
     if room:
         kernels.spmm(inputs, known, saved, into, adds=adds)
     elif into.weight is not None and not adds:
         into.weight.zero_()
-    rest = DeviceRows.chosen(overflowed(saved.entry_offsets, room))
+    rest = DeviceRows.chosen(overflowed(saved.csr_offsets, room))
     kernels.recompute(replace(inputs, rows=rest), known, inputs.call.seed, into, adds=True)
 
 

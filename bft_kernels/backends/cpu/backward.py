@@ -150,9 +150,9 @@ def _from_entries(
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     entries = {
         "rows": hidden.shape[0],
-        "offsets": address(saved.entry_offsets),
-        "columns": address(saved.entry_columns),
-        "values": address(saved.entry_values),
+        "offsets": address(saved.csr_offsets),
+        "columns": address(saved.csr_columns),
+        "values": address(saved.csr_values),
         "upstream": address(grad),
         "threads": threads(),
     }

@@ -161,7 +161,7 @@ def pack(
         unit=rows.spread(unit, storage(hidden.dtype))
         if saved == "unit"
         else hidden.new_empty((0, hidden.shape[1]), dtype=storage(hidden.dtype)),
-        entry_offsets=offsets,
-        entry_columns=columns,
-        entry_values=values,
+        csr_offsets=offsets,
+        csr_columns=columns,
+        csr_values=values,
     )

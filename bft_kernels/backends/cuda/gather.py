@@ -26,7 +26,7 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
 
     With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
     """
-    columns, device = saved.entry_columns, saved.entry_columns.device
+    columns, device = saved.csr_columns, saved.csr_columns.device
     wants_entries = into.weight is not None or into.bias is not None
     places = columns.numel() if wants_entries else 0
     keys = torch.full((places,), inputs.shape[1], dtype=torch.int32, device=device)
@@ -38,9 +38,9 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
         grad_ptr=ptr(known.grad),
         seed_ptr=ptr(inputs.call.seed),
         eps=inputs.settings.eps,
-        offsets_ptr=ptr(saved.entry_offsets),
+        offsets_ptr=ptr(saved.csr_offsets),
         columns_ptr=ptr(columns),
-        values_ptr=ptr(saved.entry_values),
+        values_ptr=ptr(saved.csr_values),
         capacity=columns.numel(),
         keys_ptr=out(keys),
         packed_ptr=out(entries),

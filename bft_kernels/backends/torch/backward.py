@@ -128,13 +128,13 @@ def _from_entries(
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     count, vocabulary, _ = problem.shape
     budget = problem.buffer_bytes
-    columns, offsets = saved.entry_columns, saved.entry_offsets
+    columns, offsets = saved.csr_columns, saved.csr_offsets
     grad_hidden = grad_bias = None
     if wanted.hidden:
         grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
         lengths = offsets.diff().to(columns.dtype)  # int32, for an index of half the bytes
         row = torch.repeat_interleave(lengths, output_size=columns.numel())
-        value = grad.index_select(0, row).mul_(saved.entry_values)
+        value = grad.index_select(0, row).mul_(saved.csr_values)
         del row
         add_weighted_rows(weight, columns, offsets[:-1], value, grad_hidden, budget)
         del value
@@ -144,7 +144,7 @@ def _from_entries(
     grad_bias = grad.new_zeros(vocabulary, 1)
     for first, stop, entry, starts in _by_column(columns, vocabulary):
         row = torch.searchsorted(offsets, entry, right=True) - 1
-        value = saved.entry_values[entry] * grad[row]
+        value = saved.csr_values[entry] * grad[row]
         row = row.to(columns.dtype)
         if grad_weight is not None:
             add_weighted_rows(hidden, row, starts, value, grad_weight[first:stop], budget)

@@ -173,4 +173,4 @@ class Entries:
         offsets = hidden.new_empty(0, dtype=torch.int64)
         if problem.saved == "entries":
             offsets = torch.nn.functional.pad(rows.spread(counts).cumsum(0), (1, 0))
-        return {"entry_offsets": offsets, "entry_columns": columns, "entry_values": values}
+        return {"csr_offsets": offsets, "csr_columns": columns, "csr_values": values}

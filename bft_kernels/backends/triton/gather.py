@@ -215,7 +215,7 @@ def _gather_hidden(
 
     A list without values may hold more than the sample, and is thinned.
     """
-    columns, values = saved.entry_columns, saved.entry_values
+    columns, values = saved.csr_columns, saved.csr_values
     count, vocabulary, width = inputs.shape
     places = columns.numel() if wants_entries else 0
     listed = Listed(
@@ -229,7 +229,7 @@ def _gather_hidden(
         lse_ptr=known.lse,
         nll_ptr=known.nll,
         grad_ptr=known.grad,
-        offsets_ptr=saved.entry_offsets,
+        offsets_ptr=saved.csr_offsets,
         columns_ptr=columns,
         unit_ptr=values,
         keys_ptr=listed.keys,
