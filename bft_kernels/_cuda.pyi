@@ -180,7 +180,7 @@ def sort_entries(
 def column_starts(
     *, sorted_keys_ptr: int, E: int, V: int, starts_ptr: int, stream: int
 ) -> None: ...
-def gather_hidden(
+def spmm_hidden(
     *,
     problem: Problem,
     lse_ptr: int,
@@ -198,7 +198,7 @@ def gather_hidden(
     wide: bool = False,
     stream: int,
 ) -> None: ...
-def gather_weight(
+def spmm_weight(
     *,
     problem: Problem,
     starts_ptr: int,

@@ -397,7 +397,7 @@ void define_lists(py::module_& module) {
 void define_gathers(py::module_& module) {
     module.attr("MAX_GATHERED") = kMaxGathered;
     launches(
-        module, "gather_hidden",
+        module, "spmm_hidden",
         "Of the listed entries those of the sampled gradient, by lse and nll [N]; with values "
         "[capacity], dy for unit upstream gradient, all of them. Rows of grad_hidden [N, D], of "
         "the operands' type or float32, times grad [N]; ignored ones, and "
@@ -414,17 +414,17 @@ void define_gathers(py::module_& module) {
             const KeptEntries kept{
                 checked_pointer<int32_t>("keys_ptr", keys, packed == 0 ? 0 : capacity),
                 checked_pointer<uint64_t>("packed_ptr", packed, keys == 0 ? 0 : capacity)};
-            gather_hidden(problem, known, {longs("seed_ptr", seed, n > 0), eps},
-                          lists(problem.rows, offsets, columns, values, capacity), kept,
-                          output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
-                          stream_of(stream));
+            spmm_hidden(problem, known, {longs("seed_ptr", seed, n > 0), eps},
+                        lists(problem.rows, offsets, columns, values, capacity), kept,
+                        output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
+                        stream_of(stream));
         },
         arg("problem"), arg("lse_ptr"), arg("nll_ptr"), arg("grad_ptr"), arg("seed_ptr"),
         arg("eps"), arg("offsets_ptr"), arg("columns_ptr"), arg("values_ptr") = 0, arg("capacity"),
         arg("keys_ptr") = 0, arg("packed_ptr") = 0, arg("grad_hidden_ptr") = 0,
         arg("wide") = false);
     launches(
-        module, "gather_weight",
+        module, "spmm_weight",
         "grad_weight [V, D] of sorted entries, of the operands' type or with wide of float32: "
         "written, or with adds added to. grad_bias [V] float32 is added to. Addresses of 0: not "
         "wanted.",
@@ -432,11 +432,11 @@ void define_gathers(py::module_& module) {
            int64_t stride_gv, bool wide, bool adds, Address grad_bias, Address stream) {
             check_range("D", problem.depth, 1, kMaxGathered);
             if (grad_weight != 0) check_range("stride_gv", stride_gv, problem.depth, kMaxStride);
-            gather_weight(problem, longs("starts_ptr", starts, problem.vocabulary + 1),
-                          checked_pointer<uint64_t>("packed_ptr", packed, 0),
-                          {output("grad_weight_ptr", grad_weight, 0, problem.type, wide), stride_gv,
-                           adds, floats("grad_bias_ptr", grad_bias)},
-                          stream_of(stream));
+            spmm_weight(problem, longs("starts_ptr", starts, problem.vocabulary + 1),
+                        checked_pointer<uint64_t>("packed_ptr", packed, 0),
+                        {output("grad_weight_ptr", grad_weight, 0, problem.type, wide), stride_gv,
+                         adds, floats("grad_bias_ptr", grad_bias)},
+                        stream_of(stream));
         },
         arg("problem"), arg("starts_ptr"), arg("packed_ptr"), arg("grad_weight_ptr") = 0,
         arg("stride_gv") = 0, arg("wide") = false, arg("adds") = false, arg("grad_bias_ptr") = 0);

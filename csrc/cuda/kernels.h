@@ -195,8 +195,8 @@ struct KeptEntries {
 
 // The rows of grad_hidden [N, D], and the entries, of rows that have a list. Either may be null.
 // Lists without values may hold more than the sample, and are thinned.
-void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
-                   const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream);
+void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
+                 const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream);
 
 // Where the gradients of weight and bias go; either may be null.
 struct WeightGradient {
@@ -207,8 +207,8 @@ struct WeightGradient {
 };
 
 // From packed entries sorted by column, of which starts [V + 1] tells the first of each.
-void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
-                   const WeightGradient& into, void* stream);
+void spmm_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
+                 const WeightGradient& into, void* stream);
 
 // rows.cu: the forward and the gradient from raw products that lie in a buffer.
 

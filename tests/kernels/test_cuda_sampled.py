@@ -147,7 +147,7 @@ def test_sorted_entries(emulated, entries, vocabulary):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gather_hidden(emulated, dtype, shape, transform, seed):
+def test_spmm_hidden(emulated, dtype, shape, transform, seed):
     how = dict(TRANSFORMS[transform])
     p = draw_problem(*shape, bias=how.pop("bias", False), dtype=dtype, scale=2.0)
     p.target[0] = 1
@@ -156,11 +156,11 @@ def test_gather_hidden(emulated, dtype, shape, transform, seed):
     listed = sample.kept | (torch.rand(sample.kept.shape) < 0.1)
     offsets, columns = lists_of(listed, device.rows, shape[0])
     wanted = ("hidden", "entries")
-    got = device.gather_hidden(sample.known, sample.eps, offsets, columns, *wanted)
+    got = device.spmm_hidden(sample.known, sample.eps, offsets, columns, *wanted)
     sample.check_hidden(got["grad_hidden"])
     sample.check_entries(got["keys"], got["packed"], offsets)
     for part in wanted:
-        own = device.gather_hidden(sample.known, sample.eps, offsets, columns, part)
+        own = device.spmm_hidden(sample.known, sample.eps, offsets, columns, part)
         check_same(own, got)
 
 
@@ -174,11 +174,11 @@ def test_entries_with_values_are_taken_as_they_are(emulated, dtype, width, seed)
     values = (sample.dy / sample.grad[sample.labelled, None].double())[sample.kept].float()
     nothing = {name: torch.full((9,), math.nan) for name in ("lse", "nll")}
     known, listed = sample.known | nothing, (sample.eps, offsets, columns)
-    got = device.gather_hidden(known, *listed, "hidden", "entries", values=values)
+    got = device.spmm_hidden(known, *listed, "hidden", "entries", values=values)
     sample.check_hidden(got["grad_hidden"])
     sample.check_entries(got["keys"], got["packed"], offsets)
     for part in ("hidden", "entries"):
-        check_same(device.gather_hidden(known, *listed, part, values=values), got)
+        check_same(device.spmm_hidden(known, *listed, part, values=values), got)
 
 
 # Of teams of each size and of each number of pieces a thread, ragged and not.
@@ -192,12 +192,12 @@ def test_widths(emulated, dtype, width, seed):
     sample = Sample(p, seed, 2**-5)
     device = Device(emulated, p, order_seed=seed)
     offsets, columns = lists_of(torch.ones(2, 40) > 0, device.rows, 2)
-    got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
+    got = device.spmm_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
     sample.check_hidden(got["grad_hidden"])
     sample.check_entries(got["keys"], got["packed"], offsets)
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = torch.full((40, width), math.nan, dtype=dtype)
-    device.gather_weight(starts, packed, weight)
+    device.spmm_weight(starts, packed, weight)
     sample.check_weight(weight)
 
 
@@ -209,11 +209,11 @@ def test_rows_may_be_strided(emulated, dtype, pad, seed):
     sample = Sample(p, seed, 2**-6)
     device = Device(emulated, strided(p, pad), order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 20)
-    got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
+    got = device.spmm_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
     sample.check_hidden(got["grad_hidden"])
     _, packed, starts = device.sort(got["keys"], got["packed"])
     weight = spread_out(torch.full((150, 40), math.nan, dtype=dtype), pad)
-    device.gather_weight(starts, packed, weight)
+    device.spmm_weight(starts, packed, weight)
     sample.check_weight(weight)
     whole = weight.as_strided((150, 40 + 2 * pad), (40 + 2 * pad, 1), 0)
     assert int(whole.isnan().sum()) == 150 * 2 * pad
@@ -226,9 +226,9 @@ def test_rows_without_room_are_left_alone(emulated, dtype, seed):
     device = Device(emulated, p, order_seed=seed)
     offsets, columns = lists_of(sample.kept, device.rows, 30)
     wanted = ("hidden", "entries")
-    whole = device.gather_hidden(sample.known, sample.eps, offsets, columns, *wanted)
+    whole = device.spmm_hidden(sample.known, sample.eps, offsets, columns, *wanted)
     room = len(columns) // 2
-    got = device.gather_hidden(sample.known, sample.eps, offsets, columns[:room].clone(), *wanted)
+    got = device.spmm_hidden(sample.known, sample.eps, offsets, columns[:room].clone(), *wanted)
     fits = offsets[1:] <= room
     end = int(offsets[:-1][~fits].min())
     assert bool(got["grad_hidden"][~fits].isnan().all())
@@ -247,11 +247,11 @@ def test_no_rows_and_none_labelled(emulated, dtype):
         offsets = torch.zeros(rows + 1, dtype=torch.int64)
         none = torch.zeros(0, dtype=torch.int32)
         known |= {"seed": torch.tensor([3])}
-        got = device.gather_hidden(known, 0.5, offsets, none, "hidden", "entries")
+        got = device.spmm_hidden(known, 0.5, offsets, none, "hidden", "entries")
         assert bool(got["grad_hidden"].isnan().all())
         _, packed, starts = device.sort(got["keys"], got["packed"])
         weight, bias = torch.full((40, 8), math.nan, dtype=dtype), torch.ones(40)
-        device.gather_weight(starts, packed, weight, bias)
+        device.spmm_weight(starts, packed, weight, bias)
         assert bool((weight == 0).all())
         assert bool((bias == 1).all())
 
@@ -265,7 +265,7 @@ def test_rows_that_keep_nothing_and_rows_of_nan(emulated, dtype, seed):
     known |= {"grad": torch.ones(4), "seed": torch.tensor([seed])}
     known["nll"][0] = 0.0
     offsets, columns = lists_of(torch.ones(4, 50) > 0, device.rows, 4)
-    got = device.gather_hidden(known, 2**-4, offsets, columns, "hidden", "entries")
+    got = device.spmm_hidden(known, 2**-4, offsets, columns, "hidden", "entries")
     # exp(z - 60) is nothing, expm1(-0) is 0.
     assert bool((got["grad_hidden"][:3] == 0).all())
     assert bool(got["grad_hidden"][3].isnan().all())
@@ -279,7 +279,7 @@ def test_rows_that_keep_nothing_and_rows_of_nan(emulated, dtype, seed):
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("width", [16, 600, 67])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gather_weight(emulated, dtype, width, adds, out, seed):
+def test_spmm_weight(emulated, dtype, width, adds, out, seed):
     count, vocabulary = 40, 90
     p = draw_problem(count, width, vocabulary, dtype=dtype)
     device = Device(emulated, p, order_seed=seed)
@@ -293,17 +293,17 @@ def test_gather_weight(emulated, dtype, width, adds, out, seed):
     weight = weight.float() if out == "wide" else weight
     bias = torch.randn(vocabulary)
     before = bias.clone()
-    device.gather_weight(starts, packed, weight, bias, adds)
+    device.spmm_weight(starts, packed, weight, bias, adds)
     dy = torch.zeros(vocabulary + 1, count, dtype=torch.float64)
     dy.index_put_((keys.long(), rows), values.double(), accumulate=True)
     expected = dy[:-1] @ p.hidden.detach().double() + float(adds)
     assert error_of(weight, expected) <= torch.finfo(weight.dtype).eps + 2e-6
     assert error_of(bias, before.double() + dy[:-1].sum(1)) <= 2e-6
     only = before.clone()
-    device.gather_weight(starts, packed, None, only)
+    device.spmm_weight(starts, packed, None, only)
     assert torch.equal(only, bias)
     alone = torch.full_like(weight, 1.0 if adds else math.nan)
-    device.gather_weight(starts, packed, alone, None, adds)
+    device.spmm_weight(starts, packed, alone, None, adds)
     assert torch.equal(alone, weight)
 
 
@@ -345,7 +345,7 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
     assert int(sample.kept.sum()) < len(columns) < sample.kept.numel()
 
     forward = {"lse": known["lse"], "nll": known["nll"]}
-    got = device.gather_hidden(
+    got = device.spmm_hidden(
         sample.known | forward, sample.eps, offsets, columns, "hidden", "entries"
     )
     sample.check_hidden(got["grad_hidden"])
@@ -354,7 +354,7 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
     half = len(columns) // 2
     for part in slice(half), slice(half, None):  # as a small budget has it
         _, packed, starts = device.sort(got["keys"][part].clone(), got["packed"][part].clone())
-        device.gather_weight(starts, packed, weight, bias, adds=part.start is not None)
+        device.spmm_weight(starts, packed, weight, bias, adds=part.start is not None)
     sample.check_weight(weight)
     assert error_of(bias, sample.dy.sum(0)) <= 3e-6
 
@@ -373,10 +373,10 @@ def test_the_order_of_threads_changes_nothing(emulated, dtype, width, seed):
         offsets = offsets_of(counts)
         columns = torch.zeros(int(offsets[-1]), dtype=torch.int32)
         device.list(mask, 0, offsets, columns)
-        got = device.gather_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
+        got = device.spmm_hidden(sample.known, sample.eps, offsets, columns, "hidden", "entries")
         _, packed, starts = device.sort(got["keys"], got["packed"])
         got |= {"weight": torch.full((100, width), math.nan), "bias": torch.zeros(100)}
-        device.gather_weight(starts, packed, got["weight"], got["bias"])
+        device.spmm_weight(starts, packed, got["weight"], got["bias"])
         runs.append(got | {"columns": columns})
     check_same(*runs)
 
@@ -397,13 +397,13 @@ def test_arguments_are_checked(emulated):
     known = {name: torch.ones(4) for name in ("lse", "nll", "grad")} | {"seed": torch.tensor([1])}
     columns = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="eps"):
-        device.gather_hidden(known, 0.0, counts, columns, "hidden")
+        device.spmm_hidden(known, 0.0, counts, columns, "hidden")
     reads = {**known, "offsets": counts, "columns": columns}
     with pytest.raises(ValueError, match="keys_ptr"):
-        device.call("gather_hidden", reads, {"packed": counts.clone()}, eps=0.5, capacity=4)
+        device.call("spmm_hidden", reads, {"packed": counts.clone()}, eps=0.5, capacity=4)
     wide = Device(emulated, draw_problem(1, emulated.MAX_GATHERED + 1, 1, dtype=torch.float32))
     with pytest.raises(ValueError, match="D: got"):
-        wide.gather_weight(torch.zeros(2, dtype=torch.int64), counts, None, torch.zeros(1))
+        wide.spmm_weight(torch.zeros(2, dtype=torch.int64), counts, None, torch.zeros(1))
     weight = torch.zeros(40, 8).as_strided((40, 8), (7, 1))
     with pytest.raises(ValueError, match="stride_gv"):
-        device.gather_weight(torch.zeros(41, dtype=torch.int64), counts, weight)
+        device.spmm_weight(torch.zeros(41, dtype=torch.int64), counts, weight)

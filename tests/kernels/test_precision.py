@@ -135,14 +135,14 @@ def products(request, monkeypatch):
 
         for module in (gemm, chunked, logit_rows):
             monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
-        for module in (gemm, backward, *([gather] if gather else [])):
+        for module in (gemm, backward, *([spmm] if spmm else [])):
             monkeypatch.setattr(module, "multiply", wide_product)
         monkeypatch.setattr(gemm, "_ADDS_WIDE", False)
         monkeypatch.setattr(gemm, "_PRODUCT_ELEMENTS", 100)
     return str(request.param)
 
 
-BACKENDS = ["torch", "cuda", *(["triton"] if gather else [])]
+BACKENDS = ["torch", "cuda", *(["triton"] if spmm else [])]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

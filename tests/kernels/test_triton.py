@@ -14,7 +14,7 @@ from tests.support.soak import soaked
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
-from bft_kernels.backends.triton import configs, gather
+from bft_kernels.backends.triton import configs, spmm
 from bft_kernels.backends.triton import engine as triton_engine
 from bft_kernels.backends.triton.scale import scale_
 
@@ -42,7 +42,7 @@ def engine(request, monkeypatch):
 )
 def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
     p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
-    monkeypatch.setattr(gather, "DENSE_COLUMNS", columns)
+    monkeypatch.setattr(spmm, "DENSE_COLUMNS", columns)
     how = sampled_options(p)
     got = weighted_gradients(p, device=DEVICE, backend="triton", **how)
     assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)

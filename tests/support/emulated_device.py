@@ -86,7 +86,7 @@ class Device:
         reads = {"mask": mask, "offsets": offsets}
         self.call("list_entries", reads, {"columns": columns}, **where)
 
-    def gather_hidden(self, known, eps, offsets, columns, *wanted, values=None):
+    def spmm_hidden(self, known, eps, offsets, columns, *wanted, values=None):
         """What is wanted of hidden, and of keys and packed as entries."""
         (count, width, vocabulary), capacity = self.shape, len(columns)
         out = {}
@@ -96,7 +96,7 @@ class Device:
             out["keys"] = torch.full((capacity,), vocabulary, dtype=torch.int32)
             out["packed"] = torch.full((capacity,), UNTOUCHED)
         reads = {**known, "offsets": offsets, "columns": columns, "values": values}
-        self.call("gather_hidden", reads, dict(out), eps=eps, capacity=capacity)
+        self.call("spmm_hidden", reads, dict(out), eps=eps, capacity=capacity)
         return out
 
     def sort(self, keys, packed):
@@ -120,9 +120,9 @@ class Device:
         self.call("column_starts", reads, {"starts": starts}, of_problem=False, **sizes)
         return out["sorted_keys"], out["sorted_packed"], starts
 
-    def gather_weight(self, starts, packed, weight, bias=None, adds=False):
+    def spmm_weight(self, starts, packed, weight, bias=None, adds=False):
         self.call(
-            "gather_weight",
+            "spmm_weight",
             {"starts": starts, "packed": packed},
             {"grad_weight": weight, "grad_bias": bias},
             reads_outputs=adds or bias is not None,

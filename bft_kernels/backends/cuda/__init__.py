@@ -2,7 +2,7 @@
 
 The engine is ``common.on_device``, chunked over the vendor's GEMM or tiled in registers;
 ``kernels`` lists what it is given. The modules follow a call: ``rows`` (chunked) or ``inputs``,
-``forward`` and ``certificate`` (tiled), then ``gather`` (the sampled gradient) or ``recompute``
+``forward`` and ``certificate`` (tiled), then ``spmm`` (the sampled gradient) or ``recompute``
 (the exact one). ``weights`` makes token and sequence weights from losses. All of them reach the
 kernels through ``native._cuda``.
 """

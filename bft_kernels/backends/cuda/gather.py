@@ -31,7 +31,7 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     places = columns.numel() if wants_entries else 0
     keys = torch.full((places,), inputs.shape[1], dtype=torch.int32, device=device)
     entries = torch.empty(places, dtype=torch.int64, device=device)
-    _cuda.gather_hidden(
+    _cuda.spmm_hidden(
         problem=operands_of(inputs),
         lse_ptr=ptr(known.lse),
         nll_ptr=ptr(known.nll),
@@ -52,10 +52,10 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
     for first in range(0, places, step):
         part = slice(first, min(first + step, places))
-        _gather_weight(inputs, keys[part], entries[part], into, adds or first > 0)
+        _spmm_weight(inputs, keys[part], entries[part], into, adds or first > 0)
 
 
-def _gather_weight(
+def _spmm_weight(
     inputs: Inputs, keys: Tensor, entries: Tensor, into: Gradients, adds: bool
 ) -> None:
     places, vocabulary, device = keys.numel(), inputs.shape[1], keys.device
@@ -81,7 +81,7 @@ def _gather_weight(
         starts_ptr=out(starts),
         stream=stream(),
     )
-    _cuda.gather_weight(
+    _cuda.spmm_weight(
         problem=operands_of(inputs),
         starts_ptr=ptr(starts),
         packed_ptr=ptr(sorted_entries),

@@ -26,7 +26,7 @@ from bft_kernels.results import Gradients, Saved
 
 
 @triton.jit(do_not_specialize=["capacity"])
-def _gather_hidden_kernel(
+def _spmm_hidden_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     bias_ptr,  # [V]
@@ -122,7 +122,7 @@ def _gather_hidden_kernel(
 
 
 @triton.jit(do_not_specialize=["few"])
-def _gather_weight_kernel(
+def _spmm_weight_kernel(
     hidden_ptr,  # [N, D]
     starts_ptr,  # [V + 1] int64, first entry of each column among the sorted
     rows_ptr,  # [E] int32, sorted by column
@@ -196,15 +196,15 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
     """
     wants_entries = into.weight is not None or into.bias is not None
-    listed = _gather_hidden(inputs, known, saved, into.hidden, wants_entries)
+    listed = _spmm_hidden(inputs, known, saved, into.hidden, wants_entries)
     # As many at a time as the budget sorts.
     step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
     for first in range(0, listed.keys.numel(), step):
         part = Listed(*(values[first : first + step] for values in listed))
-        _gather_weight(inputs, part, into, adds or first > 0)
+        _spmm_weight(inputs, part, into, adds or first > 0)
 
 
-def _gather_hidden(
+def _spmm_hidden(
     inputs: Inputs,
     known: KnownRows,
     saved: Saved,
@@ -224,7 +224,7 @@ def _gather_hidden(
         torch.empty(places, dtype=torch.float32, device=columns.device),
     )
     block_d = triton.next_power_of_2(width)
-    _gather_hidden_kernel[(count,)](
+    _spmm_hidden_kernel[(count,)](
         seed_ptr=inputs.call.seed,
         lse_ptr=known.lse,
         nll_ptr=known.nll,
@@ -276,7 +276,7 @@ DENSE_COLUMNS = 256
 _SORTING_BYTES = 40
 
 
-def _gather_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) -> None:
+def _spmm_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) -> None:
     _, vocabulary, width = inputs.shape
     device = listed.keys.device
     keys, order = torch.sort(listed.keys, stable=True)  # by column, then by row
@@ -294,7 +294,7 @@ def _gather_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) 
     # Most columns have few entries: many programs at once, of few warps, wait for their first rows.
     block_d = min(2048, triton.next_power_of_2(width))
     slices = triton.cdiv(width, block_d) if into.weight is not None else 1
-    _gather_weight_kernel[(vocabulary, slices)](
+    _spmm_weight_kernel[(vocabulary, slices)](
         hidden_ptr=inputs.hidden,
         starts_ptr=starts,
         rows_ptr=rows,

@@ -231,11 +231,11 @@ struct ListedEntry {
 // parts take turns, so that one barrier a batch is enough.
 template <typename T, bool Aligned, int Pieces, bool Values>
 __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
-    gather_hidden_kernel(Operands<T> in, RowValues known, Global<const int64_t> seed, float eps,
-                         Global<const int64_t> offsets, Global<const int32_t> columns,
-                         Global<const float> values, int64_t capacity, Team team,
-                         Global<int32_t> keys, Global<uint64_t> packed, Global<T> grad_hidden,
-                         Global<float> wide_hidden, bool whole) {
+    spmm_hidden_kernel(Operands<T> in, RowValues known, Global<const int64_t> seed, float eps,
+                       Global<const int64_t> offsets, Global<const int32_t> columns,
+                       Global<const float> values, int64_t capacity, Team team,
+                       Global<int32_t> keys, Global<uint64_t> packed, Global<T> grad_hidden,
+                       Global<float> wide_hidden, bool whole) {
     if (blockIdx.x >= in.row_count.template load<Cache::kReadOnly>(0)) return;
     const int64_t row = in.order.template load<Cache::kReadOnly>(blockIdx.x);
     const int64_t begin = offsets.load<Cache::kReadOnly>(row);
@@ -337,9 +337,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
 // every 32nd entry.
 template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, kBlocks<kFewPieces, Aligned>)
-    gather_weight_kernel(Operands<T> in, Global<const int64_t> starts,
-                         Global<const uint64_t> packed, Team team, Global<Out> grad_weight,
-                         int64_t stride_gv, bool whole, bool adds, Global<float> grad_bias) {
+    spmm_weight_kernel(Operands<T> in, Global<const int64_t> starts, Global<const uint64_t> packed,
+                       Team team, Global<Out> grad_weight, int64_t stride_gv, bool whole, bool adds,
+                       Global<float> grad_bias) {
     const int64_t column = blockIdx.x;
     const int64_t begin = starts.load<Cache::kReadOnly>(column);
     const int64_t end = starts.load<Cache::kReadOnly>(column + 1);
@@ -409,8 +409,8 @@ static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
     return depth % kSize<T> == 0 && rows_aligned<Out>(first, stride);
 }
 
-void gather_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
-                   const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream) {
+void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
+                 const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream) {
     if (problem.rows == 0) return;
     const int64_t depth = problem.depth;
     with_type(problem, [&](auto zero, auto aligned) {
@@ -418,9 +418,9 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
         with_pieces<T>(depth, [&](auto pieces) {
             constexpr bool kAligned = decltype(aligned)::value;
             constexpr int kPieces = decltype(pieces)::value;
-            launch(lists.values ? gather_hidden_kernel<T, kAligned, kPieces, true>
-                                : gather_hidden_kernel<T, kAligned, kPieces, false>,
-                   {"gather_hidden", static_cast<unsigned>(problem.rows), kThreads,
+            launch(lists.values ? spmm_hidden_kernel<T, kAligned, kPieces, true>
+                                : spmm_hidden_kernel<T, kAligned, kPieces, false>,
+                   {"spmm_hidden", static_cast<unsigned>(problem.rows), kThreads,
                     kRowsAndPartsBytes, stream},
                    operands_of<T>(problem),
                    RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
@@ -434,16 +434,16 @@ void gather_hidden(const Problem& problem, const KnownRows& known, const Sample&
     });
 }
 
-void gather_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
-                   const WeightGradient& into, void* stream) {
+void spmm_weight(const Problem& problem, const int64_t* starts, const uint64_t* packed,
+                 const WeightGradient& into, void* stream) {
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         const int64_t slices = into.weight.at ? ceil_div(problem.depth, kSliceD<T>) : 1;
         const dim3 grid(static_cast<unsigned>(problem.vocabulary), static_cast<unsigned>(slices));
         with_output<T>(into.weight, [&](auto* out) {
             using Out = std::remove_pointer_t<decltype(out)>;
-            launch(gather_weight_kernel<T, Out, decltype(aligned)::value>,
-                   {"gather_weight", grid, kThreads, kRowsBytes, stream}, operands_of<T>(problem),
+            launch(spmm_weight_kernel<T, Out, decltype(aligned)::value>,
+                   {"spmm_weight", grid, kThreads, kRowsBytes, stream}, operands_of<T>(problem),
                    starts, packed, team_for<T>(problem.depth), out, into.stride,
                    rows_whole<T, Out>(out, into.stride, problem.depth), into.adds, into.bias);
         });
