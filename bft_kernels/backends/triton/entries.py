@@ -15,7 +15,7 @@ from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
-from bft_kernels.backends.triton.sweep import row_arguments
+from bft_kernels.backends.triton.softmax import row_arguments
 
 
 @triton.jit

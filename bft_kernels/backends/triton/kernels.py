@@ -8,8 +8,8 @@ from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.triton.entries import list_rows
 from bft_kernels.backends.triton.forward import run_tiles
 from bft_kernels.backends.triton.recompute import recompute
+from bft_kernels.backends.triton.softmax import certificate_rows, gradient_rows, softmax_rows
 from bft_kernels.backends.triton.spmm import spmm
-from bft_kernels.backends.triton.sweep import certificate_rows, gradient_rows, softmax_rows
 from bft_kernels.backends.triton.weights import weigh
 
 __all__ = [

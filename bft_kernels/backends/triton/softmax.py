@@ -56,7 +56,7 @@ def _floor_of(
 
 
 @triton.jit(do_not_specialize=["first_row"])
-def _sweep_rows_kernel(
+def _softmax_rows_kernel(
     logits_ptr,  # [n, V], raw products
     bias_ptr,  # [V]
     target_ptr,  # [N]
@@ -313,7 +313,7 @@ def softmax_rows(
     """
     settings = rows.settings
     capped = settings.softcap is not None and popular is not None
-    _sweep_rows_kernel[(rows.logits.shape[0],)](
+    _softmax_rows_kernel[(rows.logits.shape[0],)](
         order_ptr=rows.order,
         count_ptr=rows.count,
         seed_ptr=seed,
