@@ -118,7 +118,7 @@ def balanced_weights(
     N: int,
     S: int,
     window: int,
-    floor: float,
+    delta: float,
     gamma: float,
     full_windows: bool,
     geometric: bool,

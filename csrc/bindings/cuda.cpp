@@ -589,7 +589,7 @@ void define_weights(py::module_& module) {
         "(of labels without by_sequence), and by num_items [1] float32. Room to work in: before "
         "[N + 1], sequence [N] and ended [tiles] int32, values [N] and lowest [N] float32.",
         [](Address loss, Address labelled, Address cu_seqlens, int64_t n, int64_t s, int64_t window,
-           float floor, double gamma, bool full_windows, bool geometric, bool confidence,
+           float delta, double gamma, bool full_windows, bool geometric, bool confidence,
            bool ratio, bool flat, bool by_sequence, bool counts, Address num_items, Address before,
            Address sequence, Address values, Address lowest, Address ended, Address coefficient,
            Address token_weight, Address window_confidence, Address sequence_weight,
@@ -597,13 +597,13 @@ void define_weights(py::module_& module) {
             check_range("N", n, 0, kMaxRows);
             check_range("S", s, 0, kMaxRows);
             check_range("window", window, 1, std::numeric_limits<int64_t>::max());
-            check_number("floor", floor, 0, kLargest);
+            check_number("delta", delta, 0, kLargest);
             check_number("gamma", static_cast<float>(gamma), kSmallest, kLargest);
             const int64_t tiles = (n + kWeightTile - 1) / kWeightTile;
             const Documents documents{floats("loss_ptr", loss, n),
                                       checked_pointer<bool>("labelled_ptr", labelled, n),
                                       longs("cu_seqlens_ptr", cu_seqlens, s + 1), n, s};
-            const WeightScheme scheme{window,    floor,      gamma, full_windows,
+            const WeightScheme scheme{window,    delta,      gamma, full_windows,
                                       geometric, confidence, ratio, flat};
             const WeightScratch scratch{
                 checked_pointer<int>("before_ptr", before, n + 1),
@@ -620,7 +620,7 @@ void define_weights(py::module_& module) {
                              weights, stream_of(stream));
         },
         arg("loss_ptr"), arg("labelled_ptr"), arg("cu_seqlens_ptr"), arg("N"), arg("S"),
-        arg("window"), arg("floor"), arg("gamma"), arg("full_windows"), arg("geometric"),
+        arg("window"), arg("delta"), arg("gamma"), arg("full_windows"), arg("geometric"),
         arg("confidence"), arg("ratio"), arg("flat"), arg("by_sequence"), arg("counts"),
         arg("num_items_ptr") = 0, arg("before_ptr"), arg("sequence_ptr"), arg("values_ptr"),
         arg("lowest_ptr"), arg("ended_ptr"), arg("coefficient_ptr"), arg("token_weight_ptr"),

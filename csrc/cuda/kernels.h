@@ -269,7 +269,7 @@ struct Documents {
 
 struct WeightScheme {
     int64_t window;  // in labelled tokens
-    float floor;     // added to the denominator of a ratio
+    float delta;     // added to the denominator of a ratio
     double gamma;
     bool full_windows;  // windows of full length only; else clipped around their token
     bool geometric;     // windows average logarithms, and documents take gamma

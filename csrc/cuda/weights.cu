@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads)
             token = confidence_of(in.loss.load<Cache::kReadOnly>(position));
         }
         if (scheme.ratio) {
-            token /= local + scheme.floor;
+            token /= local + scheme.delta;
             if (token > 1) token = 1;  // keeps a NaN
         }
         last = slot + 1 == stop;

@@ -300,8 +300,8 @@ def test_arguments_are_checked(emulated):
     pointers = {f"{name}_ptr": 16 for name in (*names, "sequence_confidence", "sums")}
     flags = ["full_windows", "geometric", "confidence", "ratio", "flat", "by_sequence", "counts"]
     good = pointers | dict.fromkeys(flags, False) | {"N": 4, "S": 2, "window": 3, "stream": 0}
-    good |= {"floor": 1e-8, "gamma": 1.0}
-    wrong = {"N": -1, "S": 2**31, "window": 0, "floor": math.nan, "gamma": 0.0}
+    good |= {"delta": 1e-8, "gamma": 1.0}
+    wrong = {"N": -1, "S": 2**31, "window": 0, "delta": math.nan, "gamma": 0.0}
     wrong |= dict.fromkeys(pointers, 0) | {"num_items_ptr": 2}
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):

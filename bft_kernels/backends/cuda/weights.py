@@ -47,7 +47,7 @@ def _run(
         N=count,
         S=sequences,
         window=settings.window,
-        floor=DELTA,
+        delta=DELTA,
         gamma=settings.gamma,
         full_windows=scheme.startswith("bft-v1"),
         geometric=scheme == "bft-v1-code",

@@ -129,7 +129,7 @@ def _window_kernel(
     N,
     S,
     window,
-    floor,
+    delta,
     BLOCK: tl.constexpr,
     FULL_WINDOWS: tl.constexpr,
     GEOMETRIC: tl.constexpr,
@@ -163,7 +163,7 @@ def _window_kernel(
     if CONFIDENCE or RATIO:
         token = _confidence(tl.load(nll_ptr + position, mask=inside, other=0.0))
     if RATIO:
-        token = tl.div_rn(token, local + floor)
+        token = tl.div_rn(token, local + delta)
         token = tl.where(token > 1.0, 1.0, token)  # keeps a NaN
     tl.store(window_confidence_ptr + position, local, mask=mask)
     tl.store(token_weight_ptr + position, tl.where(inside, token, 0.0), mask=mask)
@@ -368,7 +368,7 @@ def _make_windows(
         lowest_ptr=lowest,
         ended_ptr=ended,
         window=min(settings.window, 2 * count + 2),  # as good as any longer one, and int32
-        floor=DELTA,
+        delta=DELTA,
         BLOCK=TILE,
         FULL_WINDOWS=scheme.startswith("bft-v1"),
         CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
