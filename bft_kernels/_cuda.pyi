@@ -38,12 +38,12 @@ def linear_nll_forward(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     seed_ptr: int = 0,
-    floor_ptr: int = 0,
+    lse_bound_ptr: int = 0,
     mask_ptr: int = 0,
     eps: float = 1.0,
     stream: int,
 ) -> None: ...
-def target_floor(*, problem: Problem, floor_ptr: int, stream: int) -> None: ...
+def target_bound(*, problem: Problem, lse_bound_ptr: int, stream: int) -> None: ...
 def logit_gradient(
     *,
     problem: Problem,

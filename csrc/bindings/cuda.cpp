@@ -174,7 +174,7 @@ void define_forward(py::module_& module) {
         "[R, ceil(V / 32)] also a bit for each entry that may be kept. Addresses of 0: not wanted.",
         [](const Problem& problem, int64_t first_row, int64_t rows, int count, int split_columns,
            Address sums, Address loss, Address nll, Address lse, Address lse_low, Address entropy,
-           Address correct, float label_smoothing, float z_loss, Address seed, Address floor,
+           Address correct, float label_smoothing, float z_loss, Address seed, Address lse_bound,
            Address mask, float eps, Address stream) {
             const int64_t n = problem.rows;
             const RowRange range = row_range(problem, first_row, rows);
@@ -184,8 +184,8 @@ void define_forward(py::module_& module) {
             if (sampled) check_eps(eps);
             const int64_t words = words_of(problem.vocabulary);
             const Candidates candidates{
-                longs("seed_ptr", seed, sampled), floats("floor_ptr", floor, sampled ? n : 0),
-                sampled ? eps : 1.0f,
+                longs("seed_ptr", seed, sampled),
+                floats("lse_bound_ptr", lse_bound, sampled ? n : 0), sampled ? eps : 1.0f,
                 checked_pointer<uint32_t>("mask_ptr", mask, sampled ? rows * words : 0)};
             const RowResults results = row_results(n, loss, nll, lse, lse_low, entropy, correct);
             linear_nll_forward(problem, range, parts,
@@ -195,15 +195,16 @@ void define_forward(py::module_& module) {
         arg("problem"), arg("first_row"), arg("rows"), arg("splits"), arg("split_columns"),
         arg("sums_ptr"), arg("loss_ptr"), arg("nll_ptr"), arg("lse_ptr"), arg("lse_low_ptr") = 0,
         arg("entropy_ptr") = 0, arg("correct_ptr") = 0, arg("label_smoothing") = 0.0f,
-        arg("z_loss") = 0.0f, arg("seed_ptr") = 0, arg("floor_ptr") = 0, arg("mask_ptr") = 0,
+        arg("z_loss") = 0.0f, arg("seed_ptr") = 0, arg("lse_bound_ptr") = 0, arg("mask_ptr") = 0,
         arg("eps") = 1.0f);
     launches(
-        module, "target_floor",
-        "floor [N] float32, where rows take part: a lower bound of lse, from the target.",
-        [](const Problem& problem, Address floor, Address stream) {
-            target_floor(problem, floats("floor_ptr", floor, problem.rows), stream_of(stream));
+        module, "target_bound",
+        "lse_bound [N] float32, where rows take part: a lower bound of lse, from the target.",
+        [](const Problem& problem, Address lse_bound, Address stream) {
+            target_bound(problem, floats("lse_bound_ptr", lse_bound, problem.rows),
+                         stream_of(stream));
         },
-        arg("problem"), arg("floor_ptr"));
+        arg("problem"), arg("lse_bound_ptr"));
 }
 
 void define_certificate(py::module_& module) {

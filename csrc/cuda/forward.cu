@@ -33,7 +33,7 @@ struct RowNotes {
     Shared<int> target{kStagesBytes, kTileN};  // -1 for one that is not in the vocabulary
     Shared<uint32_t> multiplier{kStagesBytes + 4 * kTileN, kTileN};  // of the draws
     Shared<uint32_t> offset{kStagesBytes + 8 * kTileN, kTileN};
-    Shared<float> floor{kStagesBytes + 12 * kTileN, kTileN};
+    Shared<float> lse_bound{kStagesBytes + 12 * kTileN, kTileN};
     Shared<float> before{kStagesBytes + 16 * kTileN, kWarpColumns * kTileN};
 };
 constexpr uint32_t kForwardShared = kStagesBytes + 16 * kTileN + 4 * kWarpColumns * kTileN;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
         if constexpr (Emit) {
             const float earlier = __logf(sum_lanes<kLanes>(state.total[i]));
             const float bound =
-                fmaxf(finite_or(before, 0.0f) + earlier, notes.floor.load(z.row(i)));
+                fmaxf(finite_or(before, 0.0f) + earlier, notes.lse_bound.load(z.row(i)));
             factor = overrated(reference, bound) * pass.overrating;
         }
         // 0 * exp2(fall) where nothing came yet, whatever the fall from 0 is.
@@ -248,7 +248,7 @@ __device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
 template <typename T, bool Aligned, bool Emit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
-                              Global<const int64_t> seed, Global<const float> floor,
+                              Global<const int64_t> seed, Global<const float> lse_bound,
                               Global<uint32_t> mask) {
     const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;
     const Program own = swizzle(blockIdx.x, row_blocks, pass.splits, pass.group);
@@ -273,14 +273,14 @@ __global__ void __launch_bounds__(kThreads, 1)
             if constexpr (Emit) {
                 const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
                 key = row_key(drawn, static_cast<uint64_t>(position));
-                least = floor.load<Cache::kReadOnly>(position);
+                least = lse_bound.load<Cache::kReadOnly>(position);
             }
         }
         notes.target.store(row, target);
         if constexpr (Emit) {
             notes.multiplier.store(row, key.multiplier);
             notes.offset.store(row, key.offset);
-            notes.floor.store(row, least);
+            notes.lse_bound.store(row, least);
         }
         for (int w = 0; w < kWarpColumns; ++w) notes.before.store(w * kTileN + row, -infinity());
     }
@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(kThreads)
 // A warp owns a row, and its lanes neighbouring elements. No shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    target_floor_kernel(Operands<T> in, Global<float> floor) {
+    target_bound_kernel(Operands<T> in, Global<float> lse_bound) {
     const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     if (at >= in.row_count.load(0)) return;
     const int64_t row = in.order.load(at);
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads)
     float z = total - 1e-5f * (size + fabsf(bias)) + bias;
     if (transform.softcap > 0) z = transform.cap(z) - 1e-5f * transform.softcap;
     z *= transform.inverse_temperature;
-    floor.store(row, z - 1e-5f * fabsf(z));
+    lse_bound.store(row, z - 1e-5f * fabsf(z));
 }
 
 // Waves of blocks that a launch is cut into, at least: the last one leaves few processors idle.
@@ -407,7 +407,8 @@ static void run_tiles(const Problem& problem, const Pass& pass, float* sums,
     const int64_t blocks = ceil_div(pass.range.count, kTileN) * pass.splits;
     launch(linear_nll_forward_kernel<T, Aligned, Emit>,
            {"linear_nll_forward", static_cast<unsigned>(blocks), kThreads, kForwardShared, stream},
-           operands_of<T>(problem), pass, sums, candidates.seed, candidates.floor, candidates.mask);
+           operands_of<T>(problem), pass, sums, candidates.seed, candidates.lse_bound,
+           candidates.mask);
 }
 
 void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
@@ -437,13 +438,13 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
            problem.order, problem.row_count, outputs_of(results));
 }
 
-void target_floor(const Problem& problem, float* floor, void* stream) {
+void target_bound(const Problem& problem, float* lse_bound, void* stream) {
     if (problem.rows == 0) return;
     const auto blocks = static_cast<unsigned>(ceil_div(problem.rows, kWarps));
     with_type(problem, [&](auto zero, auto) {
         using T = decltype(zero);
-        launch(target_floor_kernel<T>, {"target_floor", blocks, kThreads, 0, stream},
-               operands_of<T>(problem), floor);
+        launch(target_bound_kernel<T>, {"target_bound", blocks, kThreads, 0, stream},
+               operands_of<T>(problem), lse_bound);
     });
 }
 

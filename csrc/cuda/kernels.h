@@ -48,8 +48,8 @@ struct RowRange {
 
 // For gradient="sampled": which entries may be kept.
 struct Candidates {
-    const int64_t* seed;  // [1]
-    const float* floor;   // [N], a lower bound of each row's lse; minus infinity is one
+    const int64_t* seed;     // [1]
+    const float* lse_bound;  // [N], a lower bound of each row's lse; minus infinity is one
     float eps;
     uint32_t* mask;  // [R, ceil(V / 32)]: bits, lowest first; null where none are wanted
 };
@@ -76,8 +76,8 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
                         const Candidates& candidates, LossKind kind, const RowResults& results,
                         void* stream);
 
-// floor [N], where rows take part: the target's logit, less what rounding can make of it.
-void target_floor(const Problem& problem, float* floor, void* stream);
+// lse_bound [N], where rows take part: the target's logit, less what rounding can make of it.
+void target_bound(const Problem& problem, float* lse_bound, void* stream);
 
 // certificate.cu: the error certificate of the sampled gradient, in a pass of its own once lse is
 // known.

@@ -23,7 +23,7 @@ def run_forward(
     *,
     seed=None,
     eps=2**-7,
-    floor=None,
+    lse_bound=None,
     processors=1,
     part=None,
     one_split=False,
@@ -41,7 +41,7 @@ def run_forward(
     out = {name: new(count) for name in ("loss", "nll", "lse", "lse_low", "entropy")}
     out["correct"] = new(count, dtype=torch.bool)
     mask = new(count, -(-vocabulary // 32), dtype=torch.int32)
-    floor = new(count) if floor is None else floor
+    lse_bound = new(count) if lse_bound is None else lse_bound
     part = part or max(count, 1)
     splits, columns = cuda.forward_splits(part, vocabulary, processors)
     if one_split:
@@ -51,16 +51,16 @@ def run_forward(
     numbers |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
     reads = {}
     if seed is not None:
-        if bool(floor.isnan().all()):
-            device.call("target_floor", {}, {"floor": floor})
-        reads = {"seed": torch.tensor([seed]), "floor": floor}
+        if bool(lse_bound.isnan().all()):
+            device.call("target_bound", {}, {"lse_bound": lse_bound})
+        reads = {"seed": torch.tensor([seed]), "lse_bound": lse_bound}
         numbers["eps"] = eps
     for first in range(0, count, part):
         if seed is not None:
             writes["mask"] = mask[first:]
         rows = min(part, count - first)
         device.call("linear_nll_forward", reads, writes, first_row=first, rows=rows, **numbers)
-    return out | {"mask": mask, "rows": device.rows, "floor": floor}
+    return out | {"mask": mask, "rows": device.rows, "lse_bound": lse_bound}
 
 
 def bits_of(mask, vocabulary):
@@ -127,7 +127,7 @@ def test_results(emulated, dtype, shape, transform, seed):
 def test_no_rows_and_none_labelled(emulated, dtype):
     assert run_forward(emulated, draw_problem(0, 8, 40, dtype=dtype), seed=1)["nll"].shape == (0,)
     got = run_forward(emulated, draw_problem(9, 8, 40, dtype=dtype, ignored=2.0), seed=1)
-    assert all(bool(got[name].isnan().all()) for name in ("loss", "nll", "lse", "floor"))
+    assert all(bool(got[name].isnan().all()) for name in ("loss", "nll", "lse", "lse_bound"))
     assert bool((got["mask"] == 0x55).all())
 
 
@@ -155,15 +155,15 @@ def test_bits_cover_the_kept_set(emulated, dtype, transform, seed):
     expected, own = specified_sample(p, seed, eps, **how), p.of_labelled()
     lse = reference.token_stats(*own.args, bias=own.bias, **how)["lse"]
     for got in split, whole:
-        assert bool((got["floor"][labelled].double() <= lse).all())
+        assert bool((got["lse_bound"][labelled].double() <= lse).all())
         bits = bits_of(got["mask"][: len(positions)], vocabulary)
         assert not bool((expected.kept & ~bits).any())
-    # The first of five tiles has no bound but the floor; what came before bounds the others.
+    # The first of five tiles has no bound but the lse_bound; what came before bounds the others.
     assert int(bits[:, 128:].sum()) < 5 * int(expected.kept[:, 128:].sum())
-    # With a floor that is lse itself hardly more than what is kept is let through.
+    # With a lse_bound that is lse itself hardly more than what is kept is let through.
     tight = torch.zeros(rows)
     tight[labelled] = lse.float()
-    again = run_forward(emulated, p, seed=seed, eps=eps, floor=tight, **how)
+    again = run_forward(emulated, p, seed=seed, eps=eps, lse_bound=tight, **how)
     bits = bits_of(again["mask"][: len(positions)], vocabulary)
     assert not bool((expected.kept & ~bits).any())
     assert int(bits.sum()) <= 1.02 * int(expected.kept.sum()) + 3
@@ -180,7 +180,7 @@ def test_bits_of_hostile_logits(emulated, kind, seed):
     }[kind]
     target = torch.tensor([0, 150, 299])
     p = Problem(torch.ones(3, 1), z[:, None], target)
-    got = run_forward(emulated, p, seed=seed, eps=eps, floor=torch.full((3,), -math.inf))
+    got = run_forward(emulated, p, seed=seed, eps=eps, lse_bound=torch.full((3,), -math.inf))
     kept = specified_sample(p, seed, eps).kept
     assert not bool((kept & ~bits_of(got["mask"], vocabulary)).any())
 

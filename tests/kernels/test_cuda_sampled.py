@@ -318,8 +318,8 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
     sample = Sample(p, seed, 2**-7, **how)
     device = Device(emulated, p, order_seed=seed, **how)
     counts = torch.zeros(count, dtype=torch.int64)
-    floor = torch.full((count,), math.nan)
-    device.call("target_floor", {}, {"floor": floor})
+    lse_bound = torch.full((count,), math.nan)
+    device.call("target_bound", {}, {"lse_bound": lse_bound})
     splits, columns_each = emulated.forward_splits(16, vocabulary, 2)
     known = {name: torch.full((count,), math.nan) for name in ("loss", "nll", "lse")}
     masks = []
@@ -328,7 +328,7 @@ def test_from_bits_to_gradients(emulated, dtype, transform, seed):
         sums = torch.full((emulated.FORWARD_SUMS, splits, len(mask)), math.nan)
         device.call(
             "linear_nll_forward",
-            {"seed": sample.known["seed"], "floor": floor},
+            {"seed": sample.known["seed"], "lse_bound": lse_bound},
             {"mask": mask, "sums": sums, **known},
             first_row=first,
             rows=len(mask),

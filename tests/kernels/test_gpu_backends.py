@@ -133,15 +133,15 @@ def test_floors_are_below_lse_and_near_it(engine, options, scale):
     operands = [p.hidden.detach(), p.weight.detach(), None if p.bias is None else p.bias.detach()]
     call = call_of(p, max_buffer_bytes=2**20, **SAMPLED)
     inputs = engine.module("kernels").make_inputs(call)
-    find_floors = engine.module("forward").find_floors
+    find_bounds = engine.module("forward").find_bounds
     logits = torch.nn.functional.linear(*operands)
     lse = logits.logsumexp(1)
     labelled = p.target != -100
-    floors = find_floors(inputs)[labelled]
-    assert (floors <= lse[labelled]).all()
+    lse_bounds = find_bounds(inputs)[labelled]
+    assert (lse_bounds <= lse[labelled]).all()
     named = p.target[labelled].unique()
     close_to = logits[labelled][:, named].logsumexp(1)
-    assert (floors >= close_to - 1e-3 - 1e-4 * close_to.abs()).all()
+    assert (lse_bounds >= close_to - 1e-3 - 1e-4 * close_to.abs()).all()
     assert named.numel() < 100 < labelled.sum()  # some columns are not named, and some repeatedly
 
 

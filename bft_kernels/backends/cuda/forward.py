@@ -25,14 +25,14 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
     """
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     if call.saved == "entries":
-        floors = find_floors(inputs)
+        lse_bounds = find_bounds(inputs)
         words = -(-vocabulary // 32)
         step = TILE * max(1, call.buffer_bytes // (4 * words) // TILE)
         size = min(step, count), words
         mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
         for first in range(0, count, step):
             part = mask[: min(step, count - first)]
-            _forward(inputs, results, first, part.shape[0], floors, part)
+            _forward(inputs, results, first, part.shape[0], lse_bounds, part)
             _list_candidates(inputs, part, first, results)
     else:
         _forward(inputs, results, 0, count)
@@ -45,7 +45,7 @@ def _forward(
     results: dict[str, Tensor],
     first_row: int,
     rows: int,
-    floors: Tensor | None = None,
+    lse_bounds: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
     """One pass over the logits of the rows ``first_row`` to ``first_row + rows``.
@@ -54,7 +54,7 @@ def _forward(
         inputs: of the call.
         results: ``[N]`` by the names of ``Forward``, or ``[0]``.
         first_row, rows: among those that take part, of which there may be fewer.
-        floors: ``[N]`` float32, lower bounds of lse, for a mask.
+        lse_bounds: ``[N]`` float32, lower bounds of lse, for a mask.
         mask: ``[rows, ceil(V / 32)]`` int32, where bits of the entries that may be kept go.
     """
     settings, device = inputs.settings, inputs.hidden.device
@@ -76,18 +76,18 @@ def _forward(
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
         seed_ptr=ptr(None if mask is None else inputs.call.seed),
-        floor_ptr=ptr(floors),
+        lse_bound_ptr=ptr(lse_bounds),
         mask_ptr=out(mask),
         eps=settings.eps,
         stream=stream(),
     )
 
 
-def find_floors(inputs: Inputs) -> Tensor:
+def find_bounds(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
-    floors = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
-    _cuda.target_floor(problem=operands_of(inputs), floor_ptr=out(floors), stream=stream())
-    return raise_bounds(floors, inputs)
+    lse_bounds = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
+    _cuda.target_bound(problem=operands_of(inputs), lse_bound_ptr=out(lse_bounds), stream=stream())
+    return raise_bounds(lse_bounds, inputs)
 
 
 def _list_candidates(

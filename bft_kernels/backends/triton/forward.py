@@ -29,8 +29,8 @@ from bft_kernels.backends.triton.device import (
     token_loss,
 )
 from bft_kernels.backends.triton.entries import list_candidates
-from bft_kernels.backends.triton.floor import find_floors
 from bft_kernels.backends.triton.inputs import arguments_of, splits_of
+from bft_kernels.backends.triton.lse_bound import find_bounds
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
 MAXIMUM = tl.constexpr(0)  # of z
@@ -80,7 +80,7 @@ def _linear_nll_forward_kernel(
     order_ptr,  # [N], labelled rows first
     count_ptr,  # [1]
     seed_ptr,  # []
-    floor_ptr,  # [N], a lower bound of lse
+    lse_bound_ptr,  # [N], a lower bound of lse
     sums_ptr,  # [SUMS, SPLITS, R]
     mask_ptr,  # [R, WORDS], entries that may be kept
     first_row,  # of the R rows of this launch, among the labelled
@@ -127,7 +127,7 @@ def _linear_nll_forward_kernel(
     at_sum = sums_ptr + split * rows + local
     plane = splits * rows
     if EMIT:
-        floor = tl.load(floor_ptr + row, mask=mask_n, other=0.0)
+        lse_bound = tl.load(lse_bound_ptr + row, mask=mask_n, other=0.0)
         multiplier, offset = row_key(tl.load(seed_ptr), row)
 
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
@@ -173,7 +173,7 @@ def _linear_nll_forward_kernel(
         if EMIT:
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
-            bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), floor)
+            bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
             overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) * (65536.0 / eps)
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
@@ -318,7 +318,7 @@ class TiledForward:
 
     inputs: Inputs
     seed: Tensor | None  # [], for masks
-    floors: Tensor | None  # [N], for masks
+    lse_bounds: Tensor | None  # [N], for masks
     results: dict[str, Tensor]  # [N] each; see _combine_kernel
 
     def run(self, first_row: int, rows: int, mask: Tensor | None) -> None:
@@ -337,7 +337,7 @@ class TiledForward:
         smoothing = call.settings.label_smoothing > 0
         _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
             seed_ptr=self.seed,
-            floor_ptr=self.floors,
+            lse_bound_ptr=self.lse_bounds,
             sums_ptr=sums,
             mask_ptr=mask,
             first_row=first_row,
@@ -387,7 +387,7 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     per_row = {name: results[name] for name in ROW_RESULTS}
     if call.saved == "entries":
-        tiled = TiledForward(inputs, call.seed, find_floors(inputs), per_row)
+        tiled = TiledForward(inputs, call.seed, find_bounds(inputs), per_row)
         words = triton.cdiv(vocabulary, 32)
         step = tile_for(call, inputs.hidden, inputs.weight).block_n
         step *= max(1, call.buffer_bytes // (4 * words) // step)

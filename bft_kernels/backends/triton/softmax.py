@@ -21,7 +21,7 @@ from bft_kernels.backends.triton.device import (
 
 
 @triton.jit
-def _floor_of(
+def _lse_bound_of(
     logits,  # of a row
     bias_ptr,
     popular_ptr,
@@ -49,10 +49,10 @@ def _floor_of(
     own = tl.load(logits + own_column)
     own = transform(own, own_bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
     m = tl.max(z, axis=0)
-    floor = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
+    lse_bound = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
     # A logit that is not finite is the business of the rows and columns that have it.
-    floor = tl.where(tl.abs(floor) < float("inf"), tl.maximum(floor, own), own)
-    return floor - 1e-5 * tl.abs(floor) - 1e-5
+    lse_bound = tl.where(tl.abs(lse_bound) < float("inf"), tl.maximum(lse_bound, own), own)
+    return lse_bound - 1e-5 * tl.abs(lse_bound) - 1e-5
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -101,7 +101,7 @@ def _softmax_rows_kernel(
     logits = logits_ptr + local * V
     if POPULAR > 0:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
-        floor = _floor_of(
+        lse_bound = _lse_bound_of(
             logits,
             bias_ptr,
             popular_ptr,
@@ -131,7 +131,7 @@ def _softmax_rows_kernel(
         z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
         z = tl.where(mask, z, float("-inf"))
         if POPULAR > 0:
-            bound = tl.exp(tl.minimum(z - floor, 80.0))
+            bound = tl.exp(tl.minimum(z - lse_bound, 80.0))
             place = multiplier * column.to(tl.uint32) + offset
             keep = may_be_below(place, bound, 65536.0 / eps)
             shifted_bits = keep.to(tl.int32) << (offs % 32)

@@ -14,14 +14,14 @@ from bft_kernels.backends.triton.inputs import arguments_of
 
 
 @triton.jit
-def _floor_kernel(
+def _lse_bound_kernel(
     hidden_ptr,  # [N, D]
     weight_ptr,  # [V, D]
     bias_ptr,  # [V]
     target_ptr,  # [N]
     order_ptr,  # [N]
     count_ptr,  # [1]
-    floor_ptr,  # [N]
+    lse_bound_ptr,  # [N]
     V,
     stride_hn,
     stride_wv,
@@ -57,13 +57,15 @@ def _floor_kernel(
     z = transform(total - 1e-5 * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
     if HAS_CAP:
         z -= 1e-5 * softcap * inverse_temperature
-    tl.store(floor_ptr + row, z - 1e-5 * tl.abs(z))
+    tl.store(lse_bound_ptr + row, z - 1e-5 * tl.abs(z))
 
 
-def find_floors(inputs: Inputs) -> Tensor:
+def find_bounds(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for labelled rows: lower bounds of lse."""
     count, vocabulary, width = inputs.shape
-    floors = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
+    lse_bounds = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))
-    _floor_kernel[(count,)](floor_ptr=floors, V=vocabulary, BLOCK_D=block, **arguments_of(inputs))
-    return raise_bounds(floors, inputs)
+    _lse_bound_kernel[(count,)](
+        lse_bound_ptr=lse_bounds, V=vocabulary, BLOCK_D=block, **arguments_of(inputs)
+    )
+    return raise_bounds(lse_bounds, inputs)
