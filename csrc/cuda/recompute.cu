@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const float u = draw<float>(key, column0 + static_cast<uint32_t>(z.step(j)));
                 dz = sampled_dz(p, u, kind.eps);
             } else {
-                dz = fmaf(p, f.share, -f.even);
+                dz = fmaf(p, f.probability, -f.even);
             }
             if (z.step(j) == target) dz = f.own;
             const float slope = in.transform.slope(z.at(i, j));

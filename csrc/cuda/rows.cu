@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
         for (int i = 0; i < kLaneColumns; ++i) {
             if (!span.known(i)) continue;
-            float dz = fmaf(normal_exp(span.z[i] - f.lse), f.share, -f.even);
+            float dz = fmaf(normal_exp(span.z[i] - f.lse), f.probability, -f.even);
             if (span.column(i) == target) dz = f.own;
             const float slope = in.transform.slope(span.z[i]);
             to.store(span.column(i), from_float<T>(dz * slope * f.upstream));

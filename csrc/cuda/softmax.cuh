@@ -56,9 +56,10 @@ __device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, co
     }
 }
 
-// dz = share * p - even away from the target, and own there; the sampled gradient has own alone.
+// dz = probability * p - even away from the target, and own there; the sampled gradient has own
+// alone.
 struct Factors {
-    float lse, correction, share, even, own, upstream;
+    float lse, correction, probability, even, own, upstream;
 };
 __device__ __forceinline__ Factors factors_of(const RowValues& known, LossKind kind, bool sampled,
                                               int64_t row, float vocabulary) {
@@ -69,10 +70,10 @@ __device__ __forceinline__ Factors factors_of(const RowValues& known, LossKind k
     const float nll = known.nll.load(row), smoothing = kind.label_smoothing;
     f.own = expm1f(-nll);
     if (!sampled) {
-        f.share = 1 + 2 * kind.z_loss * f.lse;
+        f.probability = 1 + 2 * kind.z_loss * f.lse;
         f.even = smoothing / vocabulary;
-        f.own = (1 - smoothing) * f.own - f.even + (f.share - 1 + smoothing) * expf(-nll);
-        f.share *= f.correction;
+        f.own = (1 - smoothing) * f.own - f.even + (f.probability - 1 + smoothing) * expf(-nll);
+        f.probability *= f.correction;
     }
     return f;
 }

@@ -243,16 +243,16 @@ __global__ void __launch_bounds__(kThreads)
     if (known && in.labelled.load<Cache::kReadOnly>(position)) {
         const int sequence = sequences.load<Cache::kReadOnly>(position);
         if (sequence < in.count) {
-            float share = 1;
+            float token_scale = 1;
             if (normalizer.by_sequence) {
                 const int labels = before.load<Cache::kReadOnly>(in.bound(sequence + 1)) -
                                    before.load<Cache::kReadOnly>(in.bound(sequence));
-                share /= static_cast<float>(max(labels, 1));
+                token_scale /= static_cast<float>(max(labels, 1));
             }
-            share /= static_cast<float>(max(items, 1));
-            if (num_items) share /= num_items.load<Cache::kReadOnly>(0);
-            coefficient = share * (token_weight.load<Cache::kReadOnly>(position) *
-                                   sequence_weight.load<Cache::kReadOnly>(sequence));
+            token_scale /= static_cast<float>(max(items, 1));
+            if (num_items) token_scale /= num_items.load<Cache::kReadOnly>(0);
+            coefficient = token_scale * (token_weight.load<Cache::kReadOnly>(position) *
+                                         sequence_weight.load<Cache::kReadOnly>(sequence));
         }
         // Where a weight is 0 an infinite loss must not turn the sum into NaN.
         if (coefficient != 0) weighted = coefficient * in.loss.load<Cache::kReadOnly>(position);

@@ -1,6 +1,6 @@
 """``bft_kernels._cuda``: how tensors reach it.
 
-A launch is a call like ``_cuda.target_bound(problem=..., lse_bound_ptr=out(lse_bound), stream=stream())``.
+A launch is a call like ``_cuda.squared_norms(problem=..., norms_ptr=out(norms), stream=stream())``.
 Its arguments are declared in ``bft_kernels/_cuda.pyi``, where the type checker finds them. A tensor
 must have a name that outlives the call: an address keeps nothing alive.
 """

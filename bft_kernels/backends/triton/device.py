@@ -221,12 +221,12 @@ def token_loss(
 
 @triton.jit
 def exact_factors(lse, nll, V, label_smoothing, z_loss):
-    """``dz = share * p - even`` away from the target, and ``own`` there."""
-    share = 1.0 + 2.0 * z_loss * lse
+    """``dz = probability * p - even`` away from the target, and ``own`` there."""
+    probability = 1.0 + 2.0 * z_loss * lse
     even = label_smoothing / V
     own = (1.0 - label_smoothing) * expm1_down(-nll) - even
-    own += (share - 1.0 + label_smoothing) * tl.exp(-nll)
-    return share, even, own
+    own += (probability - 1.0 + label_smoothing) * tl.exp(-nll)
+    return probability, even, own
 
 
 @triton.jit

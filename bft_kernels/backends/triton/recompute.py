@@ -119,8 +119,8 @@ def _logit_gradient_kernel(
     else:
         if HAS_LOW:
             p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-        share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
-        dz = tl.where(at_target, own[:, None], p * share[:, None] - even)
+        probability, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+        dz = tl.where(at_target, own[:, None], p * probability[:, None] - even)
     dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
     tl.store(
         dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],

@@ -265,7 +265,7 @@ def _gradient_rows_kernel(
     nll = tl.load(nll_ptr + row)
     coefficient = tl.load(coefficient_ptr + row)
     rest = tl.exp(-tl.load(lse_low_ptr + row))
-    share, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+    probability, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < V
@@ -274,7 +274,7 @@ def _gradient_rows_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
         z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-        dz = tl.where(column == target, own, tl.exp(z - lse) * rest * share - even)
+        dz = tl.where(column == target, own, tl.exp(z - lse) * rest * probability - even)
         dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * coefficient
         # Narrow values are written over logits of this block, or of one before it: all threads
         # must have read theirs.

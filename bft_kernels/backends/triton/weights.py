@@ -254,9 +254,9 @@ def _weigh_kernel(
         tl.store(sequence_weight_ptr + own, weight, mask=own < S)
         tl.store(sequence_confidence_ptr + own, lowest, mask=own < S)
     else:
-        share = tl.full((BLOCK,), 1.0, tl.float32)
+        token_scale = tl.full((BLOCK,), 1.0, tl.float32)
         if BY_SEQUENCE:
-            share = tl.div_rn(share, tl.maximum(labels, 1).to(tl.float32))
+            token_scale = tl.div_rn(token_scale, tl.maximum(labels, 1).to(tl.float32))
         if COUNTS:
             if BY_SEQUENCE:
                 found = tl.zeros((CHUNK,), tl.int32)
@@ -266,12 +266,12 @@ def _weigh_kernel(
                 count = tl.sum(found, axis=0)
             else:
                 count = tl.load(before_ptr + N)
-            share = tl.div_rn(share, tl.maximum(count, 1).to(tl.float32))
+            token_scale = tl.div_rn(token_scale, tl.maximum(count, 1).to(tl.float32))
         if HAS_ITEMS:
-            share = tl.div_rn(share, tl.load(num_items_ptr).to(tl.float32))
+            token_scale = tl.div_rn(token_scale, tl.load(num_items_ptr).to(tl.float32))
         labelled = tl.load(labelled_ptr + position, mask=mask, other=0) != 0
         token = tl.load(token_weight_ptr + position, mask=mask, other=0.0)
-        coefficient = tl.where(labelled & known, share * (token * weight), 0.0)
+        coefficient = tl.where(labelled & known, token_scale * (token * weight), 0.0)
         tl.store(coefficient_ptr + position, coefficient, mask=mask)
         # Where a weight is 0 an infinite loss must not turn the sum into NaN.
         nll = tl.load(nll_ptr + position, mask=mask & (coefficient != 0), other=0.0)
