@@ -73,7 +73,7 @@ def hidden_gradient(
     stride_dy: int,
     sums_ptr: int = 0,
     grad_hidden_ptr: int,
-    wide: bool = False,
+    is_float32: bool = False,
     scale_ptr: int = 0,
     stream: int,
 ) -> None: ...
@@ -86,7 +86,7 @@ def weight_gradient(
     stride_dy: int,
     grad_weight_ptr: int,
     stride_gv: int,
-    wide: bool = False,
+    is_float32: bool = False,
     adds: bool,
     scale_ptr: int = 0,
     stream: int,
@@ -195,7 +195,7 @@ def spmm_hidden(
     keys_ptr: int = 0,
     packed_ptr: int = 0,
     grad_hidden_ptr: int = 0,
-    wide: bool = False,
+    is_float32: bool = False,
     stream: int,
 ) -> None: ...
 def spmm_weight(
@@ -205,7 +205,7 @@ def spmm_weight(
     packed_ptr: int,
     grad_weight_ptr: int = 0,
     stride_gv: int = 0,
-    wide: bool = False,
+    is_float32: bool = False,
     adds: bool = False,
     grad_bias_ptr: int = 0,
     stream: int,

@@ -203,11 +203,11 @@ def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:
         if not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]:
             return False
         floats.append(bias)
-    wide, device = hidden.dtype == torch.float64, hidden.device
+    is_float64, device = hidden.dtype == torch.float64, hidden.device
     for x in floats:
         if x.layout != torch.strided or x.device != device or x.dtype not in FLOAT_DTYPES:
             return False
-        if (x.dtype == torch.float64) != wide:
+        if (x.dtype == torch.float64) != is_float64:
             return False
     if hidden.dim() < 1 or weight.dim() != 2 or target.dtype != torch.int64:
         return False

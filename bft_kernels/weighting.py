@@ -141,8 +141,8 @@ def weigh(
     if name == "bft-v1-code":
         # A mean of logarithms is exact to its last digit only; its exponential needs it exact to
         # some absolute error, so the sum is float64 (where the device has it).
-        wide = torch.float32 if confidence.device.type == "mps" else torch.float64
-        values = confidence.to(wide).log() if nll is None else -nll.to(wide)
+        acc_dtype = torch.float32 if confidence.device.type == "mps" else torch.float64
+        values = confidence.to(acc_dtype).log() if nll is None else -nll.to(acc_dtype)
         local = (window_sums(values, start, length, window) / length).exp().to(confidence.dtype)
     else:
         local = window_sums(confidence, start, length, window) / length

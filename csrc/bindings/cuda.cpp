@@ -49,9 +49,9 @@ int64_t* longs(const char* name, Address address, int64_t elements = 0) {
     return checked_pointer<int64_t>(name, address, elements);
 }
 
-// An array of the operands' type, or, if wide, of float32.
-Output output(const char* name, Address address, int64_t elements, Type type, bool wide) {
-    if (wide || type == Type::kFloat32) return {floats(name, address, elements), true};
+// An array of the operands' type, or, if is_float32, of float32.
+Output output(const char* name, Address address, int64_t elements, Type type, bool is_float32) {
+    if (is_float32 || type == Type::kFloat32) return {floats(name, address, elements), true};
     return {checked_pointer<uint16_t>(name, address, elements), false};
 }
 
@@ -288,34 +288,36 @@ void define_gradients(py::module_& module) {
         "Blocks come in order: all but the last write sums [N, D] float32, all but the first add "
         "what is there.",
         [](const Problem& problem, int first_column, int columns, Address dy, int64_t stride_dy,
-           Address sums, Address grad_hidden, bool wide, Address scale, Address stream) {
+           Address sums, Address grad_hidden, bool is_float32, Address scale, Address stream) {
             const auto block =
                 gradient_block(problem, first_column, columns, dy, stride_dy, problem.depth);
             const int64_t elements = problem.rows * problem.depth;
             const bool whole = columns == problem.vocabulary;
-            hidden_gradient(problem, block, floats("sums_ptr", sums, whole ? 0 : elements),
-                            output("grad_hidden_ptr", grad_hidden, elements, problem.type, wide),
-                            floats("scale_ptr", scale), stream_of(stream));
+            hidden_gradient(
+                problem, block, floats("sums_ptr", sums, whole ? 0 : elements),
+                output("grad_hidden_ptr", grad_hidden, elements, problem.type, is_float32),
+                floats("scale_ptr", scale), stream_of(stream));
         },
         arg("problem"), arg("first_column"), arg("columns"), arg("dy_ptr"), arg("stride_dy"),
-        arg("sums_ptr") = 0, arg("grad_hidden_ptr"), arg("wide") = false, arg("scale_ptr") = 0);
+        arg("sums_ptr") = 0, arg("grad_hidden_ptr"), arg("is_float32") = false,
+        arg("scale_ptr") = 0);
     launches(
         module, "weight_gradient",
         "dy.T @ H over scale [1] into the block's rows of grad_weight [V, D], of the operands' "
         "type or float32; with adds to what is there.",
         [](const Problem& problem, int first_column, int columns, Address dy, int64_t stride_dy,
-           Address grad_weight, int64_t stride_gv, bool wide, bool adds, Address scale,
+           Address grad_weight, int64_t stride_gv, bool is_float32, bool adds, Address scale,
            Address stream) {
             const auto block =
                 gradient_block(problem, first_column, columns, dy, stride_dy, problem.depth);
             check_range("stride_gv", stride_gv, problem.depth, kMaxStride);
             const int64_t rows = problem.vocabulary;
             weight_gradient(problem, block,
-                            output("grad_weight_ptr", grad_weight, rows, problem.type, wide),
+                            output("grad_weight_ptr", grad_weight, rows, problem.type, is_float32),
                             stride_gv, adds, floats("scale_ptr", scale), stream_of(stream));
         },
         arg("problem"), arg("first_column"), arg("columns"), arg("dy_ptr"), arg("stride_dy"),
-        arg("grad_weight_ptr"), arg("stride_gv"), arg("wide") = false, arg("adds"),
+        arg("grad_weight_ptr"), arg("stride_gv"), arg("is_float32") = false, arg("adds"),
         arg("scale_ptr") = 0);
 }
 
@@ -406,7 +408,7 @@ void define_gathers(py::module_& module) {
         "row and float32 value, where an entry is kept. Addresses of 0: not wanted.",
         [](const Problem& problem, Address lse, Address nll, Address grad, Address seed, float eps,
            Address offsets, Address columns, Address values, int64_t capacity, Address keys,
-           Address packed, Address grad_hidden, bool wide, Address stream) {
+           Address packed, Address grad_hidden, bool is_float32, Address stream) {
             const int64_t n = problem.rows;
             check_range("D", problem.depth, 1, kMaxGathered);
             check_eps(eps);
@@ -417,30 +419,32 @@ void define_gathers(py::module_& module) {
                 checked_pointer<uint64_t>("packed_ptr", packed, keys == 0 ? 0 : capacity)};
             spmm_hidden(problem, known, {longs("seed_ptr", seed, n > 0), eps},
                         lists(problem.rows, offsets, columns, values, capacity), kept,
-                        output("grad_hidden_ptr", grad_hidden, 0, problem.type, wide),
+                        output("grad_hidden_ptr", grad_hidden, 0, problem.type, is_float32),
                         stream_of(stream));
         },
         arg("problem"), arg("lse_ptr"), arg("nll_ptr"), arg("grad_ptr"), arg("seed_ptr"),
         arg("eps"), arg("offsets_ptr"), arg("columns_ptr"), arg("values_ptr") = 0, arg("capacity"),
         arg("keys_ptr") = 0, arg("packed_ptr") = 0, arg("grad_hidden_ptr") = 0,
-        arg("wide") = false);
+        arg("is_float32") = false);
     launches(
         module, "spmm_weight",
-        "grad_weight [V, D] of sorted entries, of the operands' type or with wide of float32: "
+        "grad_weight [V, D] of sorted entries, of the operands' type or with is_float32 of "
+        "float32: "
         "written, or with adds added to. grad_bias [V] float32 is added to. Addresses of 0: not "
         "wanted.",
         [](const Problem& problem, Address starts, Address packed, Address grad_weight,
-           int64_t stride_gv, bool wide, bool adds, Address grad_bias, Address stream) {
+           int64_t stride_gv, bool is_float32, bool adds, Address grad_bias, Address stream) {
             check_range("D", problem.depth, 1, kMaxGathered);
             if (grad_weight != 0) check_range("stride_gv", stride_gv, problem.depth, kMaxStride);
             spmm_weight(problem, longs("starts_ptr", starts, problem.vocabulary + 1),
                         checked_pointer<uint64_t>("packed_ptr", packed, 0),
-                        {output("grad_weight_ptr", grad_weight, 0, problem.type, wide), stride_gv,
-                         adds, floats("grad_bias_ptr", grad_bias)},
+                        {output("grad_weight_ptr", grad_weight, 0, problem.type, is_float32),
+                         stride_gv, adds, floats("grad_bias_ptr", grad_bias)},
                         stream_of(stream));
         },
         arg("problem"), arg("starts_ptr"), arg("packed_ptr"), arg("grad_weight_ptr") = 0,
-        arg("stride_gv") = 0, arg("wide") = false, arg("adds") = false, arg("grad_bias_ptr") = 0);
+        arg("stride_gv") = 0, arg("is_float32") = false, arg("adds") = false,
+        arg("grad_bias_ptr") = 0);
 }
 
 // --- rows.cu -------------------------------------------------------------------------------------

@@ -28,10 +28,10 @@ struct Problem {
     float temperature;
 };
 
-// Where a gradient goes: of the operands' type, or, if wide, float32.
+// Where a gradient goes: of the operands' type, or, if is_float32, float32.
 struct Output {
     void* at;
-    bool wide;
+    bool is_float32;
 };
 
 // How the vocabulary is shared out among blocks.

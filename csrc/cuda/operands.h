@@ -64,7 +64,7 @@ void with_type(const Problem& problem, Run run) {
 // run(T* or float*): the gradient's place, by its type.
 template <typename T, typename Run>
 void with_output(const Output& output, Run run) {
-    if (output.wide) {
+    if (output.is_float32) {
         run(static_cast<float*>(output.at));
     } else {
         run(static_cast<T*>(output.at));

@@ -426,10 +426,10 @@ void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& s
                    RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
                    sample.eps, lists.offsets, lists.columns, lists.values, lists.capacity,
                    team_for<T>(depth), kept.keys, kept.packed,
-                   grad_hidden.wide ? nullptr : static_cast<T*>(grad_hidden.at),
-                   grad_hidden.wide ? static_cast<float*>(grad_hidden.at) : nullptr,
-                   grad_hidden.wide ? rows_whole<T, float>(grad_hidden.at, depth, depth)
-                                    : rows_whole<T, T>(grad_hidden.at, depth, depth));
+                   grad_hidden.is_float32 ? nullptr : static_cast<T*>(grad_hidden.at),
+                   grad_hidden.is_float32 ? static_cast<float*>(grad_hidden.at) : nullptr,
+                   grad_hidden.is_float32 ? rows_whole<T, float>(grad_hidden.at, depth, depth)
+                                          : rows_whole<T, T>(grad_hidden.at, depth, depth));
         });
     });
 }

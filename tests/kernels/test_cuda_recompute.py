@@ -70,7 +70,7 @@ def run_backward(
             {"dy": dy, **scales},
             {"sums": sums, "grad_hidden": grad_hidden},
             reads_outputs=first > 0,  # to add to them
-            wide=wide,
+            is_float32=wide,
             **block,
         )
         device.call(
@@ -80,7 +80,7 @@ def run_backward(
             reads_outputs=adds,
             stride_gv=grad_weight.stride(0),
             adds=adds,
-            wide=wide,
+            is_float32=wide,
             **block,
         )
     padding = grad_weight[:, width:]

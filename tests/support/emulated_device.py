@@ -127,7 +127,7 @@ class Device:
             {"grad_weight": weight, "grad_bias": bias},
             reads_outputs=adds or bias is not None,
             stride_gv=0 if weight is None else weight.stride(0),
-            wide=weight is not None and weight.dtype != self.hidden.dtype,
+            is_float32=weight is not None and weight.dtype != self.hidden.dtype,
             adds=adds,
         )
 

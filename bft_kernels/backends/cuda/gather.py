@@ -45,7 +45,7 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
         keys_ptr=out(keys),
         packed_ptr=out(entries),
         grad_hidden_ptr=out(into.hidden),
-        wide=into.hidden is not None and into.hidden.dtype == torch.float32,
+        is_float32=into.hidden is not None and into.hidden.dtype == torch.float32,
         stream=stream(),
     )
     # As many at a time as the budget sorts.
@@ -87,7 +87,7 @@ def _spmm_weight(
         packed_ptr=ptr(sorted_entries),
         grad_weight_ptr=out(into.weight),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
-        wide=into.weight is not None and into.weight.dtype == torch.float32,
+        is_float32=into.weight is not None and into.weight.dtype == torch.float32,
         adds=adds,
         grad_bias_ptr=out(into.bias),
         stream=stream(),

@@ -77,7 +77,7 @@ def recompute(
                 stride_dy=step,
                 sums_ptr=out(sums),
                 grad_hidden_ptr=out(into.hidden),
-                wide=into.hidden.dtype == torch.float32,
+                is_float32=into.hidden.dtype == torch.float32,
                 scale_ptr=ptr(scale),
                 stream=stream(),
             )
@@ -90,7 +90,7 @@ def recompute(
                 stride_dy=step,
                 grad_weight_ptr=out(into.weight),
                 stride_gv=into.weight.stride(0),
-                wide=into.weight.dtype == torch.float32,
+                is_float32=into.weight.dtype == torch.float32,
                 adds=adds,
                 scale_ptr=ptr(scale),
                 stream=stream(),
