@@ -46,6 +46,7 @@ lint: $(TOOLS)  ## look for mistakes
 	$(BIN)/ruff check
 	$(BIN)/codespell
 	$(BIN)/python .ci/file_sizes.py
+	$(BIN)/python .ci/words.py
 
 format: $(TOOLS)  ## format Python, C++ and CUDA in place
 	$(BIN)/ruff format

@@ -16,9 +16,9 @@ from bft_kernels.backends.torch import backward
 from tests.support.problems import draw_problem, error_of
 
 try:
-    from bft_kernels.backends.triton import gather
+    from bft_kernels.backends.triton import spmm
 except ImportError:
-    gather = None  # type: ignore[assignment]
+    spmm = None  # type: ignore[assignment]
 
 # Float32 does the same arithmetic as torch, in another order: half as much again is chance. Narrow
 # types round their logits in torch and do not here, so here they must be better.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from bft_kernels.backends.cuda.forward import run_tiles
-from bft_kernels.backends.cuda.gather import spmm
 from bft_kernels.backends.cuda.inputs import make_inputs
 from bft_kernels.backends.cuda.native import _cuda
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.rows import certificate_rows, gradient_rows, list_rows, softmax_rows
+from bft_kernels.backends.cuda.spmm import spmm
 from bft_kernels.backends.cuda.weights import weigh
 
 __all__ = [
