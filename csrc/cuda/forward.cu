@@ -384,10 +384,10 @@ __global__ void __launch_bounds__(kThreads)
     if (lane_id() != 0) return;
     const float bias = in.bias ? in.bias.load(label) : 0.0f;
     const Transform& transform = in.transform;
-    float z = total - 1e-5f * (size + fabsf(bias)) + bias;
-    if (transform.softcap > 0) z = transform.cap(z) - 1e-5f * transform.softcap;
+    float z = total - kRounding * (size + fabsf(bias)) + bias;
+    if (transform.softcap > 0) z = transform.cap(z) - kRounding * transform.softcap;
     z *= transform.inverse_temperature;
-    lse_bound.store(row, z - 1e-5f * fabsf(z));
+    lse_bound.store(row, z - kRounding * fabsf(z));
 }
 
 // Waves of blocks that a launch is cut into, at least: the last one leaves few processors idle.

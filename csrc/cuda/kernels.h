@@ -176,7 +176,7 @@ void sort_entries(const int32_t* keys, const uint64_t* packed, int64_t entries, 
 void column_starts(const int32_t* sorted_keys, int64_t entries, int64_t vocabulary, int64_t* starts,
                    void* stream);
 
-// gather.cu: the sampled gradient from its lists.
+// spmm.cu: the sampled gradient from its lists.
 
 // The widest rows that the gathers take: a thread keeps its part of their sums in registers.
 constexpr int kMaxGathered = 16384;

@@ -7,6 +7,8 @@
 namespace bft::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
+// What rounding can make of a product, as a part of its terms' sizes, and of a bound of lse.
+constexpr float kRounding = 1e-5f;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000); }
@@ -70,7 +72,7 @@ __device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
 // By what an entry's exp(z - reference) is multiplied before its draw is compared with it, but for
 // 2^16 / eps: lse is at least `bound`, and what rounding can make of it is allowed for.
 __device__ __forceinline__ float overrated(float reference, float bound) {
-    return normal_exp(reference - bound + 1e-3f + 1e-5f * fabsf(bound));
+    return normal_exp(reference - bound + 1e-3f + kRounding * fabsf(bound));
 }
 
 // A word of the mask, of the 32 columns from `first` on: the target's bit is set, bits past the

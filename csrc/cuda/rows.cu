@@ -145,7 +145,7 @@ __device__ __forceinline__ float lower_bound(const BufferRows& in, float own,
     float bound = finite_or(whole.maximum, 0.0f) + logf(whole.total);
     // A logit that is not finite is the business of the rows and columns that have it.
     bound = fabsf(bound) < infinity() ? fmaxf(bound, own) : own;
-    return bound - 1e-5f * fabsf(bound) - 1e-5f;
+    return bound - kRounding * fabsf(bound) - kRounding;
 }
 
 // For the mask: which entries may be kept.

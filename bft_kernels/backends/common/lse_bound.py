@@ -14,6 +14,10 @@ from bft_kernels.backends.common.gemm import Gemm, squared_norms
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import DeviceRows
 
+# What rounding can make of a float32 product, as a part of the sum of its terms' sizes; and of a
+# bound of lse, as a part of it.
+ROUNDING = 1e-5
+
 # How many of the batch's targets lend their columns. 2048 would let through a tenth less.
 POPULAR = 1024
 
@@ -50,7 +54,6 @@ def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
     gemm = Gemm(weight, inputs.call.operand, torch.float32, max(1, few))
     # The vendor's GEMM is not the tiles': by what either can be wrong, as a part of |h| |w|.
     # Float32 is never TF32 here; see `precision`.
-    unit = 1e-5
     longest = squared_norms(weight, torch.float32, inputs.call.buffer_bytes).max().sqrt()
     found = torch.empty(count, dtype=torch.float32, device=columns.device)
     step = max(1, inputs.call.buffer_bytes // (16 * max(few, width)))
@@ -63,7 +66,7 @@ def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
         if settings.softcap is not None:
             z.div_(settings.softcap).tanh_().mul_(settings.softcap)
         z.masked_fill_(repeated, -torch.inf)
-        margin = unit * longest * torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        margin = ROUNDING * longest * torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
         found[first : first + step] = (z / settings.temperature).logsumexp(1)
         found[first : first + step] -= margin / settings.temperature
-    return found - 1e-5 * found.abs() - 1e-5
+    return found - ROUNDING * found.abs() - ROUNDING

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bft_kernels import _cpu
 from bft_kernels.backends.common.gemm import squared_norms
+from bft_kernels.backends.common.lse_bound import ROUNDING
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import recompute
@@ -93,16 +94,16 @@ def bounds_of(operands: Operands, targets: Tensor, bias: Tensor | None, problem:
         a = number * block
         part = targets[a : a + block]
         product = operands.take(a, a + part.numel()) * operands.columns_at(part)
-        y = product.sum(dim=1) - 1e-5 * product.abs_().sum(dim=1)
+        y = product.sum(dim=1) - ROUNDING * product.abs_().sum(dim=1)
         if bias is not None:
-            y += bias[part] - 1e-6 * bias[part].abs()
+            y += bias[part] - ROUNDING * bias[part].abs()
         if settings.softcap is not None:
-            y = settings.softcap * torch.tanh(y / settings.softcap) - 1e-5 * settings.softcap
+            y = settings.softcap * torch.tanh(y / settings.softcap) - ROUNDING * settings.softcap
         bound[a : a + block] = y / settings.temperature
 
     parts = -(-targets.numel() // block)
     team.run(team.Blocks(parts, 1, reach=1), find, operands.plan.team)
-    return bound.sub_(1e-5 * bound.abs())
+    return bound.sub_(ROUNDING * bound.abs())
 
 
 def finish_unit(

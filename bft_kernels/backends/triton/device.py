@@ -9,10 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bft_kernels.backends.common import lse_bound
 from bft_kernels.backends.triton.configs import interpreted
 
 INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
+ROUNDING = tl.constexpr(lse_bound.ROUNDING)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
 from bft_kernels.backends.triton.device import (
     LOG2E,
+    ROUNDING,
     finite_or,
     logit_tile,
     may_be_below,
@@ -174,7 +175,9 @@ def _linear_nll_forward_kernel(
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
-            overrated = tl.exp(reference - bound + 1e-3 + 1e-5 * tl.abs(bound)) * (65536.0 / eps)
+            overrated = tl.exp(reference - bound + 1e-3 + ROUNDING * tl.abs(bound)) * (
+                65536.0 / eps
+            )
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
         # The base grows, but for that of 0 which stands for -inf: then the total is 0.

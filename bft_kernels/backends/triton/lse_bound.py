@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.lse_bound import raise_bounds
-from bft_kernels.backends.triton.device import transform
+from bft_kernels.backends.triton.device import ROUNDING, transform
 from bft_kernels.backends.triton.inputs import arguments_of
 
 
@@ -54,10 +54,10 @@ def _lse_bound_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + target).to(tl.float32)
         size += tl.abs(bias)
-    z = transform(total - 1e-5 * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    z = transform(total - ROUNDING * size, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
     if HAS_CAP:
-        z -= 1e-5 * softcap * inverse_temperature
-    tl.store(lse_bound_ptr + row, z - 1e-5 * tl.abs(z))
+        z -= ROUNDING * softcap * inverse_temperature
+    tl.store(lse_bound_ptr + row, z - ROUNDING * tl.abs(z))
 
 
 def find_bounds(inputs: Inputs) -> Tensor:

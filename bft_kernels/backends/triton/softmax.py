@@ -10,6 +10,7 @@ from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.configs import at_most_registers, loop_stages, triton_dtype
 from bft_kernels.backends.triton.device import (
+    ROUNDING,
     exact_factors,
     finite_or,
     may_be_below,
@@ -52,7 +53,7 @@ def _lse_bound_of(
     lse_bound = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
     # A logit that is not finite is the business of the rows and columns that have it.
     lse_bound = tl.where(tl.abs(lse_bound) < float("inf"), tl.maximum(lse_bound, own), own)
-    return lse_bound - 1e-5 * tl.abs(lse_bound) - 1e-5
+    return lse_bound - ROUNDING * tl.abs(lse_bound) - ROUNDING
 
 
 @triton.jit(do_not_specialize=["first_row"])
