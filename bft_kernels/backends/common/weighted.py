@@ -14,7 +14,7 @@ from torch import Tensor
 from bft_kernels.backends.common.gemm import Gemm
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.problem import Problem, storage
-from bft_kernels.results import Documents, WeightedLoss
+from bft_kernels.results import BalancedLoss, Documents, WeightedLoss
 from bft_kernels.settings import Settings
 from bft_kernels.weighting import Weights, local_weights, weighted_losses
 
@@ -179,3 +179,35 @@ class WeightedSums:
             sequence_weight=of_sequences[0],
             sequence_confidence=of_sequences[1],
         )
+
+
+# loss [N], labelled [N], cu_seqlens [S + 1], num_items [], settings, and what to divide by: by
+# "sequence" or "token", or None where coefficients are the weights. The loss is not added up yet.
+WeightKernels = Callable[
+    [Tensor, Tensor, Tensor, Tensor | None, Settings, str | None], BalancedLoss
+]
+
+
+def balanced_loss_by(
+    run: WeightKernels,
+    loss: Tensor,  # [N] float32, 0 where ignored
+    labelled: Tensor,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1] over the N positions
+    num_items: Tensor | None,  # []
+    settings: Settings,
+) -> BalancedLoss:
+    """:func:`bft_kernels.weighting.balanced_loss` by a backend's kernels, in float32."""
+    made = run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
+    return made._replace(loss=made.loss.sum())
+
+
+def weigh_by(
+    run: WeightKernels,
+    nll: Tensor,  # [N]
+    labelled: Tensor | None,  # [N] bool
+    cu_seqlens: Tensor,  # [S + 1]
+    settings: Settings,
+) -> Weights:
+    """:func:`bft_kernels.weighting.balance` by a backend's kernels, in float32."""
+    labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
+    return Weights(*run(nll, labelled, cu_seqlens, None, settings, None)[1:])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.weighted import balanced_loss_by, weigh_by
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import LOCAL_SCHEMES, Settings
-from bft_kernels.weighting import DELTA, Weights
+from bft_kernels.weighting import DELTA
 
 
 def _run(
@@ -73,20 +76,5 @@ def _run(
     return BalancedLoss(loss=sums, **results)
 
 
-def balanced_loss(
-    loss: Tensor,  # [N] float32, 0 where ignored
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [S + 1] over the N positions
-    num_items: Tensor | None,  # []
-    settings: Settings,
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    made = _run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
-    return made._replace(loss=made.loss.sum())
-
-
-def weigh(nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings) -> Weights:
-    """See :func:`bft_kernels.weighting.balance`, in float32."""
-    labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
-    made = _run(nll, labelled, cu_seqlens, None, settings, None)
-    return Weights(*made[1:])
+balanced_loss = partial(balanced_loss_by, _run)
+weigh = partial(weigh_by, _run)

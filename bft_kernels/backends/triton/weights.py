@@ -9,15 +9,18 @@ and nothing depends on the order in which programs run.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from bft_kernels.backends.common.weighted import balanced_loss_by, weigh_by
 from bft_kernels.backends.triton.configs import interpreted
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import LOCAL_SCHEMES, Settings
-from bft_kernels.weighting import DELTA, Weights
+from bft_kernels.weighting import DELTA
 
 # Positions of a program in the first kernel, labels it counts at a time, and positions (or
 # documents) of a program in the others. In the interpreter, so few that tests have many programs.
@@ -379,20 +382,5 @@ def _make_windows(
     return token_weight, window_confidence, lowest, ended
 
 
-def balanced_loss(
-    loss: Tensor,  # [N] float32, 0 where ignored
-    labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor,  # [S + 1] over the N positions
-    num_items: Tensor | None,  # []
-    settings: Settings,
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`, in float32."""
-    made = _run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
-    return made._replace(loss=made.loss.sum())
-
-
-def weigh(nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings) -> Weights:
-    """See :func:`bft_kernels.weighting.balance`, in float32."""
-    labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
-    made = _run(nll, labelled, cu_seqlens, None, settings, None)
-    return Weights(*made[1:])
+balanced_loss = partial(balanced_loss_by, _run)
+weigh = partial(weigh_by, _run)
