@@ -218,7 +218,7 @@ struct PieceSums {
 // A listed entry; its column is -1 where there is none.
 struct ListedEntry {
     int column;
-    float value;  // upstream * dy, where the list has values
+    float value;  // dy for unit upstream gradient, where the list has values
 };
 
 // dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
@@ -265,17 +265,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     const auto entry_at = [&](int64_t at) {
         if (at >= end) return ListedEntry{-1, 0};
         const float unit = Values ? values.load<Cache::kReadOnly>(at) : 0.0f;
-        return ListedEntry{columns.load<Cache::kReadOnly>(at), unit * upstream};
+        return ListedEntry{columns.load<Cache::kReadOnly>(at), unit};
     };
     const auto fetch = [&](int stage, ListedEntry entry) {
-#pragma unroll
+#pragma unroll(Values ? 2 : kRows)  // all four spill 8 bytes on sm_100
         for (int k = 0; k < kRows; ++k) {
             const int64_t other = __shfl_sync(kAllLanes, entry.column, k);
             const auto from = in.weight + (other >= 0 ? other * in.stride_wv : 0);
             rows.fetch(stage, k, from, in.depth, other >= 0);
         }
     };
-    // upstream * dy of a lane's entry, by the final lse.
+    // dy of a lane's entry, by the final lse.
     const auto decide = [&](int stage, int column) {
         float dots[kRows] = {};
 #pragma unroll
@@ -303,11 +303,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         if (column < 0) return 0.0f;
         if (in.bias) y += in.bias.template load<Cache::kReadOnly>(column);
         const float z = in.transform.logit(y);
-        return entries.dz(z, column) * in.transform.slope(z) * upstream;
+        return entries.dz(z, column) * in.transform.slope(z);
     };
     const auto use = [&](int stage, int64_t at, ListedEntry entry) {
-        float value = entry.value;
-        if constexpr (!Values) value = decide(stage, entry.column);
+        const float unit = Values ? entry.value : decide(stage, entry.column);
+        const float value = unit != 0 ? unit * upstream : 0.0f;  // upstream may be infinite
         if (keys && value != 0 && team.thread() < kRows) {
             keys.store(at, entry.column);
             packed.store(at, static_cast<uint64_t>(row) << 32 | __float_as_uint(value));

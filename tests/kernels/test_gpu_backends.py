@@ -164,6 +164,20 @@ def test_nothing_is_written_outside_a_buffer(engine, how, shape, guarded):
     engine.gradients(draw_problem(*shape, bias=True, dtype=torch.float32), **how)
 
 
+def test_an_infinite_upstream_gradient_stays_in_its_row(engine, guarded):
+    p = draw_problem(9, 12, 60, ignored=0.0, dtype=torch.float32, scale=3.0)
+    how, found = sampled_options(p), []
+    for backend, device in ((engine.backend, engine.device), ("torch", "cpu")):
+        own = p.copy(device=device)
+        upstream = torch.linspace(0.5, 2, 9, device=device)
+        upstream[3] = math.inf
+        nll = linear_nll(*own.args, backend=backend, **how)
+        nll.backward(upstream)
+        found.append([grad.cpu() for grad in own.grads().values() if grad is not None])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 @pytest.mark.parametrize("frozen", [(), ("weight",)], ids=["trained head", "frozen head"])
 def test_a_weighted_loss_writes_nothing_outside_a_buffer(engine, frozen, guarded):
     p = draw_problem(24, 12, 150, dtype=torch.bfloat16, frozen=frozen).copy(device=engine.device)

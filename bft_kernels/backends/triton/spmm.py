@@ -91,9 +91,9 @@ def _spmm_hidden_kernel(
         )
         w = w.to(OPERAND).to(tl.float32)
         if HAS_VALUES:
-            value = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0) * upstream
+            unit = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0)
         else:
-            value, slope = entry_dz(
+            unit, slope = entry_dz(
                 tl.sum(w * h[None, :], axis=1),
                 bias_ptr,
                 column,
@@ -109,14 +109,15 @@ def _spmm_hidden_kernel(
                 HAS_BIAS,
                 HAS_CAP,
             )
-            value *= slope * upstream
+            unit *= slope
+        value = unit * upstream
+        kept = (unit != 0) & (value != 0)  # an infinite upstream would make NaN of nothing
         if WANTS_ENTRIES:
-            kept = value != 0
             tl.store(keys_ptr + offs_k, column, mask=kept)
             tl.store(rows_ptr + offs_k, row.to(tl.int32), mask=kept)
             tl.store(values_ptr + offs_k, value, mask=kept)
         if WANTS_HIDDEN:
-            sums += tl.where((value != 0)[:, None], w * value[:, None], 0.0)
+            sums += tl.where(kept[:, None], w * value[:, None], 0.0)
     if WANTS_HIDDEN:
         tl.store(grad_hidden_ptr + row * D + offs_d, tl.sum(sums, axis=0), mask=mask_d)
 
