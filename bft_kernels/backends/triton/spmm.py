@@ -110,8 +110,9 @@ def _spmm_hidden_kernel(
                 HAS_CAP,
             )
             unit *= slope
-        value = unit * upstream
-        kept = (unit != 0) & (value != 0)  # an infinite upstream would make NaN of nothing
+        # An infinite upstream would make NaN of what is not kept.
+        value = tl.where(unit != 0, unit * upstream, 0.0)
+        kept = value != 0
         if WANTS_ENTRIES:
             tl.store(keys_ptr + offs_k, column, mask=kept)
             tl.store(rows_ptr + offs_k, row.to(tl.int32), mask=kept)
