@@ -109,7 +109,8 @@ class DeviceRows:
     @staticmethod
     def chosen(among: Tensor) -> DeviceRows:
         """The rows where ``among [N]`` is true, in the place of the labelled."""
-        through, places = among.cumsum(0), torch.arange(among.numel(), device=among.device)
+        through = among.cumsum(0)
+        places = torch.arange(among.numel(), dtype=torch.int64, device=among.device)
         # The k-th row is the first that more than k rows are through with.
         order = torch.searchsorted(through, places, right=True).clamp_(max=max(0, len(places) - 1))
         count = through[-1:] if len(places) else places.new_zeros(1)
