@@ -92,6 +92,7 @@ def _spmm_hidden_kernel(
         w = w.to(OPERAND).to(tl.float32)
         if HAS_VALUES:
             unit = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0)
+            factor = upstream
         else:
             unit, slope = entry_dz(
                 tl.sum(w * h[None, :], axis=1),
@@ -109,9 +110,9 @@ def _spmm_hidden_kernel(
                 HAS_BIAS,
                 HAS_CAP,
             )
-            unit *= slope
+            factor = slope * upstream
         # An infinite upstream would make NaN of what is not kept.
-        value = tl.where(unit != 0, unit * upstream, 0.0)
+        value = tl.where(unit != 0, unit * factor, 0.0)
         kept = value != 0
         if WANTS_ENTRIES:
             tl.store(keys_ptr + offs_k, column, mask=kept)
