@@ -58,7 +58,7 @@ class Settings:
     )
     temperature: float = _option(1.0, check_positive, "divides the logits")
     label_smoothing: float = _option(
-        0.0, check_number, "part of the label that goes to all of the vocabulary", low=0.0, high=1.0
+        0.0, check_number, "part of the label that is spread over the vocabulary", low=0.0, high=1.0
     )
     z_loss: float = _option(0.0, check_number, "factor of `lse**2`", low=0.0)
     reduction: str = _option(
@@ -85,7 +85,7 @@ class Settings:
         "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
     )
     max_buffer_bytes: int | None = _option(
-        None, check_int, "budget of the blocks of logits; the default goes by the device", low=1
+        None, check_int, "budget of the blocks of logits; the default depends on the device", low=1
     )
     check: bool | None = _option(
         None, check_bool, "`True` checks all values, `False` none, `None` those on the CPU"
