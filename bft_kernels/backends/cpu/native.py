@@ -57,7 +57,7 @@ class KnownRows(NamedTuple):
     lse: Tensor
     lse_low: Tensor
     nll: Tensor
-    upstream: Tensor  # float32, as the others
+    upstream: Tensor  # float32, like lse
 
     def part(self, first: int, stop: int) -> KnownRows:
         """Rows ``first:stop``."""
