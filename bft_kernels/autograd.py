@@ -69,7 +69,7 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         upstream = torch.where(target != ctx.ignore_index, grad, 0)
         grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
         return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
-    kept = ctx.saved_tensors  # which may be looked at once
+    kept = ctx.saved_tensors  # may be read only once
     tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:])
     weight, bias = tensors[1], tensors[3]
     rest = (*ctx.rest[:-3], *wanted)
@@ -93,11 +93,11 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
 
 
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
-    """``weight.grad``, where adding to it here is what autograd would do with a returned gradient.
+    """``weight.grad``, if autograd would add a returned gradient to it; otherwise ``None``.
 
-    That saves the second ``[V, D]`` tensor of gradient accumulation. It is not the same for a
-    non-leaf, under ``torch.autograd.grad`` (which must leave ``.grad`` alone), with hooks that
-    want to see the gradient, or while tracing.
+    Adding to it here saves the second ``[V, D]`` tensor of gradient accumulation. It would not be
+    the same for a non-leaf, under ``torch.autograd.grad`` (which must leave ``.grad`` alone), with
+    hooks that want to see the gradient, or while tracing.
     """
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
@@ -154,8 +154,10 @@ def _balanced_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
 
 
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` in ``dtype``; in place unless the graph is kept, or ``factor`` is a
-    batch of factors (``is_grads_batched``).
+    """``gradient * factor`` in ``dtype``.
+
+    It works in place, unless the graph is kept or ``factor`` is a batch of factors
+    (``is_grads_batched``).
     """
     functorch = torch._C._functorch
     batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)
@@ -165,7 +167,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         _scale_on_host(gradient, factor)
     elif scale_ := offered("scale_", "auto", traits_of(gradient)):
         scale_(gradient, factor)
-    else:  # one kernel: a vector of one makes the product float32, rounded once
+    else:  # one kernel: with a vector of one element the product is float32 and is rounded once
         torch.mul(gradient, factor.view(1), out=gradient)
     return gradient.to(dtype)
 

@@ -1,4 +1,4 @@
-"""Argument checks. Each error names the argument, what came and what was expected."""
+"""Argument checks. Each error names the argument, the value that came and what was expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
-    """Raises unless ``value`` is a tensor of ``shape`` (``None``: any size), dtype and device."""
+    """Raises unless ``value`` is a tensor of this shape (``None``: any size), dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     matches = value.dim() == len(shape)
@@ -36,7 +36,7 @@ def check_tensor(
 
 
 def check_type(name: str, value: object, kind: type, what: str) -> None:
-    """Raises unless ``value`` is a ``kind``, which is ``what`` the message expects."""
+    """Raises unless ``value`` is a ``kind``. The message calls that kind ``what``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
 
@@ -48,7 +48,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises unless ``low <= value <= high`` and finite."""
+    """Raises unless ``value`` is finite and ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
     if not (low <= value <= high and value < math.inf):  # isinf cannot be traced
@@ -57,14 +57,14 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
 
 
 def check_positive(name: str, value: object, high: float = math.inf) -> None:
-    """Raises unless ``0 < value <= high`` and finite."""
+    """Raises unless ``value`` is finite and ``0 < value <= high``."""
     check_number(name, value, 0, high)
     if value == 0:
         raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
 def check_int(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
-    """Raises unless ``value`` is an int of at least ``low`` that 64 bits (or ``high``) hold."""
+    """Raises unless ``value`` is an int from ``low`` to ``high`` (by default what 64 bits hold)."""
     # A tuple of types: torch 2.8 does not trace a union of them.
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
@@ -81,7 +81,10 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
-    """``[S + 1]``, from 0 to ``total``, never falling. Values are looked at on a CPU only."""
+    """Raises unless ``cu_seqlens [S + 1]`` goes from 0 to ``total`` and never falls.
+
+    Values are looked at on a CPU only.
+    """
     check_boundaries(cu_seqlens, device)
     assert isinstance(cu_seqlens, Tensor)
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -89,10 +92,10 @@ def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> No
 
 
 def check_boundaries(cu_seqlens: object, device: torch.device) -> None:
-    """Type, shape and device of ``cu_seqlens [S + 1]``.
+    """Checks type, shape and device of ``cu_seqlens [S + 1]``.
 
-    The boundaries may lie on the CPU while the tokens are on an accelerator: that lets the
-    engines see where documents end without waiting for the device.
+    The boundaries may lie on the CPU while the tokens are on an accelerator. Then the engines see
+    where documents end without waiting for the device.
     """
     check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32, torch.int64))
     assert isinstance(cu_seqlens, Tensor)
@@ -105,7 +108,7 @@ def check_boundaries(cu_seqlens: object, device: torch.device) -> None:
 
 
 def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
-    """From 0 to ``total``, never falling. Waits for the device."""
+    """Raises unless the boundaries go from 0 to ``total`` and never fall. Waits for the device."""
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0:
         raise ValueError(f"cu_seqlens: starts at {first}, expected 0")
@@ -122,9 +125,9 @@ def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
 
 
 def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
-    """A count, at least 0, and 0 only in a call without labels.
+    """Raises unless ``num_items`` is at least 0, and 0 only in a call without labels.
 
-    Labels on a device are looked at if it may be waited for.
+    Labels on a device are looked at only if ``wait`` allows waiting for it.
     """
     check_number("num_items", float(num_items), 0)
     visible = wait or labelled.device.type == "cpu"
@@ -138,8 +141,8 @@ def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
 def check_capture(device: torch.device, got: str, expected: str) -> None:
     """What needs the host, or its memory, raises while a CUDA graph is captured on ``device``.
 
-    A replay repeats what the device did: not the host's work, and a copy from the host's memory
-    reads it again, whoever has it by then. Compiled code is captured later, in the ops.
+    A replay repeats the device's work but not the host's. A captured copy from the host's memory
+    reads that memory again, whoever owns it by then. Compiled code is captured later, in the ops.
     """
     if device.type != "cuda" or torch.compiler.is_compiling():
         return
@@ -148,7 +151,7 @@ def check_capture(device: torch.device, got: str, expected: str) -> None:
 
 
 def check_waiting(device: torch.device, check: object) -> None:
-    """``check=True`` waits for the device, which a capture cannot."""
+    """Refuses ``check=True`` in a capture: it waits for the device, and a capture cannot wait."""
     if check and device.type == "cuda":
         check_capture(device, "check: got True", "None or False: checks of values wait for the GPU")
 
@@ -156,7 +159,8 @@ def check_waiting(device: torch.device, check: object) -> None:
 def check_finite(name: str, value: Tensor, *, rows: Tensor | None = None) -> None:
     """Raises where ``value`` holds a NaN or an infinity. Waits for the device.
 
-    ``rows``: a mask ``[N]`` of the rows of ``value [N, D]`` that are looked at; ``None``: all.
+    ``rows`` is a mask ``[N]`` of the rows of ``value [N, D]`` that are looked at; ``None`` looks at
+    all.
     """
     wrong = ~torch.isfinite(value)
     if rows is not None:
@@ -170,7 +174,7 @@ def check_bias(bias: Tensor) -> None:
 
 
 def check_confidence(confidence: Tensor) -> None:
-    """Raises unless ``confidence [n]`` lies in 0 to 1. Waits for the device."""
+    """Raises unless ``confidence [n]`` lies between 0 and 1. Waits for the device."""
     wrong = ~((confidence >= 0) & (confidence <= 1))
     _raise_at("confidence", confidence, wrong, "probabilities, 0 to 1")
 

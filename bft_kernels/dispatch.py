@@ -1,12 +1,12 @@
-"""Which backend runs a call.
+"""The choice of the backend that runs a call.
 
-A backend says why it cannot take some inputs; ``auto`` takes the first that has no reason and says
-so once in the log. A forced backend that cannot raises with its reasons: nothing falls back
-silently.
+A backend says why it cannot take some inputs. ``auto`` takes the first backend that has no such
+reason, and says so once in the log. If a forced backend cannot run, the call raises an error with
+the backend's reasons. Nothing falls back silently.
 
-What an installation lacks shows in a call only: a C compiler for Triton, code for this GPU, a
-driver that is new enough, shared memory. Before its first call on a GPU a backend makes a small one
-(``try_out`` of its engine), whose error is a reason as good as any; ``auto`` warns of it once.
+Only a call shows what an installation lacks: a C compiler for Triton, code for this GPU, a driver
+that is new enough, shared memory. So a backend makes a small call before its first one on a GPU
+(``try_out`` of its engine). The error of that call is a reason, too; ``auto`` warns of it once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BACKENDS = ("cpu", "triton", "cuda", "torch")
 
 
 class Engine(Protocol):
-    """What a backend's ``engine`` offers."""
+    """The functions that a backend's ``engine`` offers."""
 
     def linear_nll(self, problem: Problem) -> Forward: ...
 
@@ -58,7 +58,7 @@ class Engine(Protocol):
 
 @functools.cache
 def backend_package(name: str) -> Any:
-    """What says whether a backend applies; see :mod:`bft_kernels.backends`.
+    """The package that says whether a backend applies; see :mod:`bft_kernels.backends`.
 
     Raises:
         ValueError: an unknown name.
@@ -84,8 +84,8 @@ def why_not(
 
     Args:
         name: of the backend.
-        hidden, weight: what it is asked to take.
-        operand: the type its products' operands are rounded to, where that is not theirs.
+        hidden, weight: the tensors that it is asked to take.
+        operand: the type to which its products' operands are rounded, if that is not their own.
 
     Raises:
         ValueError: an unknown name.
@@ -98,7 +98,7 @@ def why_not(
 
 
 def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> list[str]:
-    """What its small call on a GPU raised; without ``operand`` any product will do."""
+    """What the backend's small call on a GPU raised; without ``operand`` it tries any product."""
     if device.type != "cuda":
         return []
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -107,7 +107,8 @@ def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> 
     return [failure] if failure else []
 
 
-# Of errors that say nothing about a backend: memory that others have, a setting of the process.
+# Parts of errors that say nothing about a backend: others have the memory, or the process has a
+# setting.
 _PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory", "CUBLAS_WORKSPACE_CONFIG")
 
 
@@ -119,7 +120,7 @@ def try_out(name: str, device: torch.device, operand: torch.dtype | None) -> str
         with own_settings(x), torch.no_grad():
             getattr(engine(name), "try_out", lambda *_: None)(device, operand)
     except torch.OutOfMemoryError:
-        raise  # is no property of the backend
+        raise  # this is no property of the backend
     except Exception as error:
         if any(passing in str(error) for passing in _PASSING):
             raise

@@ -1,7 +1,7 @@
 """Documents in a batch: their boundaries, and where their labelled tokens lie.
 
-A document is what the weights call a sequence. Boundaries are ``cu_seqlens [S + 1]``, cumulative
-lengths over all flattened positions, from 0 to their number; documents may be empty.
+The weights call a document a sequence. The boundaries are ``cu_seqlens [S + 1]``: cumulative
+lengths over all flattened positions, from 0 to the number of positions. Documents may be empty.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def shift_labels(
 ) -> Tensor:
     """Aligns next-token labels with hidden states: ``target[b, t] = labels[b, t + 1]``.
 
-    The last position of each row has nothing to predict and is ignored, and so is the last
-    position of each document when ``cu_seqlens`` is given: a document's first token is never
+    The last position of each row has nothing to predict and is ignored. With ``cu_seqlens`` the
+    last position of each document is ignored too, so that a document's first token is never
     predicted from the document before it.
 
     Args:
@@ -80,7 +80,9 @@ def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
 
 
 def cu_seqlens_from_attention_mask(attention_mask: Tensor) -> Tensor:
-    """Document boundaries from a mask: 1 or the document's number (1, 2, ...), 0 for padding.
+    """Document boundaries from a mask.
+
+    The mask is 0 for padding. Elsewhere it is 1, or the document's number (1, 2, ...).
 
     Args:
         attention_mask: ``[B, T]``, int or bool.
@@ -108,7 +110,7 @@ def _cu_seqlens_from_starts(starts: Tensor) -> Tensor:
 
 
 class Layout(NamedTuple):
-    """Where labelled tokens go when gaps of prompt and padding are closed up."""
+    """Where labelled tokens go when the gaps of prompt and padding are closed."""
 
     labelled: Tensor  # [N] bool
     slot: Tensor  # [N] int64, place among the labelled tokens; meaningless where ignored
@@ -116,13 +118,13 @@ class Layout(NamedTuple):
     cu_labelled: Tensor  # [S + 1] int64 over the labelled tokens
 
     def compact(self, values: Tensor) -> Tensor:
-        """``[N] -> [N]``: labelled tokens first, in order; behind them zeros."""
+        """``[N] -> [N]``: the labelled tokens come first, in order, and zeros follow them."""
         count = values.numel()
         slot = torch.where(self.labelled, self.slot, count)
         return values.new_zeros(count + 1).scatter(0, slot, values)[:count]
 
     def spread(self, compacted: Tensor) -> Tensor:
-        """The inverse of :meth:`compact`, 0 where ignored."""
+        """The inverse of :meth:`compact`; ignored positions get 0."""
         if compacted.numel() == 0:
             return compacted.new_zeros(self.slot.shape)
         slot = self.slot.clamp(0, compacted.numel() - 1)
@@ -145,11 +147,11 @@ def token_scales(
     num_items: Tensor | None,  # []
     dtype: torch.dtype,
 ) -> Tensor:  # [N]
-    """What multiplies each token's weight and loss; 0 where ignored.
+    """The factor of each token's weight and loss; 0 where ignored.
 
-    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, over the
-    number of documents with labels; without, 1 over the number of labels. ``num_items`` is that
-    number where it is not this batch's.
+    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, divided by
+    the number of documents with labels. Without, it is 1 divided by the number of labels.
+    ``num_items`` takes the place of this batch's number of documents or labels.
     """
     if cu_seqlens is not None:
         layout = labelled_layout(labelled, cu_seqlens)

@@ -1,11 +1,11 @@
 """The public functions: per-token loss, reduced cross-entropy and the balanced loss.
 
-All take ``hidden [..., D]``, ``weight [V, D]`` and ``target [...]``, already aligned (the shift of
-next-token prediction is the caller's; see :func:`bft_kernels.weighting.shift_labels`). Logits exist
-only in blocks of ``max_buffer_bytes``; sums over ``V`` and ``N`` and the gradients of blocks are
-accumulated in float32, whatever the inputs (float64 inputs stay float64). Products of float32 are
-float32, whatever :func:`torch.set_float32_matmul_precision` and ``fp32_precision`` allow others;
-autocast makes them narrow.
+All take ``hidden [..., D]``, ``weight [V, D]`` and ``target [...]``, already aligned: the caller
+shifts the labels for next-token prediction (see :func:`bft_kernels.weighting.shift_labels`). Logits
+exist only in blocks of ``max_buffer_bytes``. Sums over ``V`` and ``N`` and the gradients of blocks
+are accumulated in float32, whatever the inputs (float64 inputs stay float64). Products of float32
+are float32, whatever :func:`torch.set_float32_matmul_precision` and ``fp32_precision`` allow other
+code. Autocast makes them narrow.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def linear_nll(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
-    Differentiable for any upstream gradient in ``hidden``, ``weight`` and ``bias``.
+    It is differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream gradient.
 
     Args:
         hidden: ``[..., D]`` bfloat16, float16, float32 or float64.
-        weight: ``[V, D]``, same device. May have another dtype, except that float64 is not mixed.
+        weight: ``[V, D]``, same device. Its dtype may differ, but float64 is not mixed with others.
         target: ``[...]`` int64, ``0 <= target < V`` or ``ignore_index``.
         bias: ``[V]``. Entries of ``-inf`` mask columns of the vocabulary.
         ignore_index: tokens with this target cost nothing, give 0 and get no gradient.
@@ -64,16 +64,17 @@ def linear_nll(
         temperature: divides the logits.
         gradient: ``"exact"``, or ``"sampled"``: an unbiased sparse estimate made in the forward
             pass (see :func:`bft_kernels.reference.sampled_gradient`).
-        eps: ``sampled`` keeps entries of ``p >= eps`` for certain and others with probability
-            ``p / eps``; at most ``1 / eps`` a token are expected.
-        seed: of the sample: an int64, or an int64 tensor ``[]`` on the device. ``None`` draws one
-            from torch's generator of that device.
+        eps: ``sampled`` always keeps entries with ``p >= eps``, and others with probability
+            ``p / eps``. At most ``1 / eps`` entries a token are expected.
+        seed: the seed of the sample: an int64, or an int64 tensor ``[]`` on the device. ``None``
+            draws one from torch's generator of that device.
         backend: ``"auto"`` or a backend's name, see :func:`bft_kernels.info`.
-        max_buffer_bytes: budget of the blocks; 64 MiB on a CPU, 528 MiB on a GPU by default.
+        max_buffer_bytes: budget of the blocks. The default is 64 MiB on a CPU and 528 MiB on a GPU,
+            or 2 GiB on a GPU with more than 40 GiB.
         check: ``True`` checks all values: targets, boundaries, and that labelled rows of
-            ``hidden``, ``weight`` and ``bias`` are finite (waits for a GPU). ``False`` checks none,
-            ``None`` what lies on the CPU of targets and boundaries. ``num_items`` is checked
-            wherever it can be without waiting.
+            ``hidden``, ``weight`` and ``bias`` are finite (it waits for a GPU). ``False`` checks
+            none. ``None`` checks those targets and boundaries that lie on the CPU. ``num_items`` is
+            checked wherever that takes no waiting.
         return_stats: also return :class:`TokenStats`.
         hidden_variance: with ``sampled``, also fill that statistic.
 
@@ -82,8 +83,9 @@ def linear_nll(
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it.
-        RuntimeError: the forced backend cannot run this; ``create_graph=True`` in the backward; a
-            call inside a transform of ``torch.func``; or an argument with a forward-mode tangent.
+        RuntimeError: the forced backend cannot run this; the backward has ``create_graph=True``;
+            the call is inside a transform of ``torch.func``; or an argument has a forward-mode
+            tangent.
     """
     settings = Settings(
         ignore_index=ignore_index,
@@ -133,12 +135,12 @@ def linear_cross_entropy(
     held until the backward.
 
     Args:
-        reduction: ``"none"``, ``"sum"``, or ``"mean"``: divided by the number of labelled tokens,
-            also with ``token_weight`` (so that ``token_weight=c`` is DFT).
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the number of labelled
+            tokens, also with ``token_weight`` (so that ``token_weight=c`` is DFT).
         label_smoothing: 0 to 1; ``gradient="exact"`` only.
         z_loss: factor of ``lse**2`` (PaLM, arXiv 2204.02311); ``gradient="exact"`` only.
-        token_weight: target's shape, multiplies the whole token loss. A constant: for a gradient
-            in the weights use ``reduction="none"`` and multiply.
+        token_weight: has target's shape and multiplies the whole token loss. It is a constant: if
+            you need a gradient in the weights, use ``reduction="none"`` and multiply.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -218,13 +220,14 @@ def balanced_linear_cross_entropy(
             ``f(confidence, cu_seqlens) -> (token_weight, sequence_weight)`` sees labelled tokens.
         cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, ignored ones included.
             Without it each row of a 2-D ``target`` is one document, and a 1-D ``target`` is one.
-            It may lie on the CPU with tensors on a GPU: then documents that fit the budget get
-            their exact gradient in the forward pass (3G) there as well, but no CUDA graph takes it.
+            It may lie on the CPU while the tensors lie on a GPU. Then documents that fit the budget
+            get their exact gradient in the forward pass (3G) on the GPU as well, but no CUDA graph
+            can capture the call.
         normalize: ``"sequence"`` or ``"token"``.
-        num_items: what to divide by: the number of documents (or labelled tokens) of the whole
+        num_items: the number to divide by: the documents (or labelled tokens) of the whole
             optimizer step, over its micro-batches and ranks. ``None`` counts this call's. 0 says
-            that the step has no labels: the loss is 0, and a label in the call is an error (on a
-            GPU it is looked for with ``check=True`` only; without, the loss is not finite).
+            that the step has no labels: the loss is 0, and a label in the call is an error. On a
+            GPU only ``check=True`` looks for such a label; otherwise the loss is not finite.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -296,7 +299,7 @@ def _balanced_loss(
 
 
 def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor | None:
-    """``[S + 1]`` int64, where it was given; ``None`` where documents are rows of ``shape``."""
+    """``[S + 1]`` int64 if it was given; ``None`` if the documents are the rows of ``shape``."""
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, problem.hidden.device)
         check = problem.settings.check
@@ -313,7 +316,7 @@ def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Siz
 
 
 def _documents_of(boundaries: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor:
-    """``[S + 1]`` int64 beside the tokens; made there, unless the caller's lie elsewhere."""
+    """``[S + 1]`` int64 beside the tokens; they are made there unless the caller gave them."""
     device = problem.hidden.device
     if boundaries is not None:
         return boundaries_beside(boundaries, device)
@@ -342,12 +345,12 @@ def _items_of(num_items: int | float | Tensor, problem: Problem) -> Tensor:
 
 
 def _check_token_weight(token_weight: object, problem: Problem, shape: torch.Size) -> None:
-    """A constant beside each token.
+    """The weight of each token must be a constant.
 
     Raises:
-        TypeError: not a tensor of floats.
-        ValueError: another shape or device, one that requires a gradient, or not finite.
-        RuntimeError: one with a tangent.
+        TypeError: it is not a tensor of floats.
+        ValueError: it has another shape or device, requires a gradient, or is not finite.
+        RuntimeError: it has a tangent.
     """
     check_tensor("token_weight", token_weight, shape, FLOAT_DTYPES, problem.hidden.device)
     assert isinstance(token_weight, Tensor)

@@ -1,4 +1,4 @@
-"""What this installation consists of and what it can run."""
+"""What this installation consists of, and what it can run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def info() -> dict[str, Any]:
     """Versions, devices, compiled extensions, and each backend's reasons not to run, by device.
 
     Returns:
-        A dictionary of ``versions``, ``devices``, ``extensions`` and ``backends``;
-        ``backends[name][device]`` lists reasons and is empty where the backend runs: on the
-        current GPU found out by a small call, on others as far as their properties tell. Those are
-        not used, so that no memory is taken on them.
+        A dictionary of ``versions``, ``devices``, ``extensions`` and ``backends``.
+        ``backends[name][device]`` lists reasons, and is empty where the backend runs. On the
+        current GPU a small call finds that out. Other GPUs are not used, so that no memory is taken
+        on them; there only their properties tell.
     """
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -33,7 +33,7 @@ def info() -> dict[str, Any]:
         "versions": {
             "bft-kernels": __version__,  # of this code, installed or not
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with what it was built for, which metadata may leave out
+            "torch": torch.__version__,  # says "+cpu" etc., which metadata may leave out
             **{name: _version(name) for name in _PACKAGES},
         },
         "devices": devices,

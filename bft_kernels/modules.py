@@ -1,4 +1,4 @@
-"""``nn.Module`` twins of the public functions: settings at construction, tensors at the call."""
+"""``nn.Module`` twins of the public functions: they take settings first, tensors at the call."""
 
 from __future__ import annotations
 

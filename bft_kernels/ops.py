@@ -1,17 +1,18 @@
-"""Schemas and fakes of the custom ops; the implementations are the backends' (see ``dispatch``).
+"""Schemas and fakes of the custom ops. The backends implement them (see ``dispatch``).
 
-Three forward ops rest on the backends:
+Three forward ops call the backends:
 
 ``bft_kernels::linear_nll``
-    per-token losses and statistics, and what its backward needs;
+    gives per-token losses and statistics, and what its backward needs;
 ``bft_kernels::weighted_loss``
-    a weighted sum of token losses whose weights are known, or become known, inside a block of
-    logits: it makes the gradients in the same pass, for 3G instead of 4G;
+    gives a weighted sum of token losses. The weights are known, or become known inside a block of
+    logits, so that it makes the gradients in the same pass, for 3G instead of 4G;
 ``bft_kernels::balanced_loss``
-    a weighted sum of token losses that are there, with the weights made from them.
+    gives a weighted sum of token losses that exist already, and makes the weights from them.
 
-Backends are chosen inside the implementations, where the tensors are real, so that tracing sees one
-opaque op whatever will run it. What is no tensor travels as ``Problem.arguments`` puts it together.
+A backend is chosen inside the implementation, where the tensors are real. So tracing sees one
+opaque op, whichever backend will run it. ``Problem.arguments`` puts together all arguments that are
+not tensors.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _fields(record: type) -> str:
 
 
 def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
-    """From an op's arguments: those of ``_TENSORS``, and those of ``Problem.arguments``."""
+    """A problem from an op's arguments: ``_TENSORS`` and the rest, ``Problem.arguments``."""
     hidden, weight, target, bias, seed = tensors
     return Problem(hidden, weight, target, bias, seed, *problems.split(rest))
 
@@ -79,7 +80,7 @@ def _check(problem: Problem) -> None:
 
 @torch.library.custom_op("bft_kernels::documents", mutates_args=())
 def documents(cu_seqlens: Tensor, total: int) -> Tensor:
-    """``cu_seqlens`` as int64, its values checked: an op, so that compiled code checks them too."""
+    """``cu_seqlens`` as int64, with checked values. As an op, compiled code checks them too."""
     check_waiting(cu_seqlens.device, True)
     check_boundary_values(cu_seqlens, total)
     return cu_seqlens.to(torch.int64, copy=True)
@@ -92,7 +93,7 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 
 @torch.library.custom_op("bft_kernels::num_items", mutates_args=())
 def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
-    """``items []`` beside ``labelled [N]``, its value checked: an op, as :func:`documents` is."""
+    """``items []`` beside ``labelled [N]``, with a checked value; an op like :func:`documents`."""
     device = labelled.device
     check_waiting(device, wait)
     if items.device != device:
@@ -130,7 +131,7 @@ def linear_nll_op(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def linear_nll(problem: Problem) -> Forward:
-    """The loss of each token, with what its backward needs, if any."""
+    """The loss of each token, and what its backward needs, if there is one."""
     p = problem
     return Forward(*linear_nll_op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments()))
 
@@ -235,14 +236,14 @@ def weighted_loss_op(
 
 def weighted_loss(
     problem: Problem,
-    token_scale: Tensor,  # [N], what multiplies each token's weight
+    token_scale: Tensor,  # [N], the factor of each token's weight
     cu_seqlens: Tensor | None = None,  # [S + 1] int64; None for weights local to a token
     bounds: Tensor | None = None,
 ) -> WeightedLoss:
-    """The weighted sum, its gradients made along with it.
+    """The weighted sum, and the gradients that are made along with it.
 
-    ``cu_seqlens`` lies beside the tokens. ``bounds`` are the same on the CPU; ``None`` beside
-    tokens on an accelerator says that documents are equally long.
+    ``cu_seqlens`` lies beside the tokens. ``bounds`` are the same on the CPU. If the tokens are on
+    an accelerator and ``bounds`` is ``None``, all documents are equally long.
     """
     p = problem
     tensors = p.hidden, p.weight, p.target, p.bias, None

@@ -1,8 +1,8 @@
-"""What the caller allows torch's matrix products, kept from the products of a loss.
+"""Settings of the process that make matrix products less exact do not reach a loss's products.
 
-TF32 and bfloat16 inside float32 products and float16 sums are settings of the whole process. A loss
-promises float32, and draws again in its backward what it drew in its forward: it takes its products
-in a narrow type only where it is asked to, by autocast or by the tensors' own type.
+A process can allow TF32 and bfloat16 inside float32 products, and float16 sums. A loss promises
+float32, and its backward must draw again what its forward drew. So a loss takes its products in a
+narrow type only if autocast or the tensors' own type asks for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = ("none", "ieee")  # values of `fp32_precision` that leave float32 as it
 
 
 def own_settings(x: Tensor) -> AbstractContextManager[object]:
-    """The device of ``x``, no autocast, and products as exact as their type."""
+    """Sets the device of ``x``, no autocast, and products that are as exact as their type."""
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return _exact
     stack = contextlib.ExitStack()
@@ -34,10 +34,10 @@ def own_settings(x: Tensor) -> AbstractContextManager[object]:
 
 
 class _Exact:
-    """Clears the settings for the first of the threads that are inside, restores for the last.
+    """Clears the settings when a first thread enters, and restores them when the last one leaves.
 
-    Autograd runs the backward of each device in a thread of its own; settings saved by each would
-    be restored in the order in which they end.
+    Autograd runs the backward of each device in its own thread. If each thread saved the settings,
+    they would be restored in the order in which the threads end.
     """
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ _exact = _Exact()
 
 
 def _sum_in_float32() -> list[Undo]:
-    """float16 operands: with sums in float16 torch refuses a float32 result."""
+    """For float16 operands: if their sums are in float16, torch refuses a float32 result."""
     matmul = torch.backends.cuda.matmul
     if not matmul.allow_fp16_accumulation:
         return []
@@ -73,7 +73,7 @@ def _sum_in_float32() -> list[Undo]:
 
 
 def _multiply_in_float32() -> list[Undo]:
-    """float32 operands. Steps that bring back what was there, in the order to take them in."""
+    """For float32 operands. Returns the steps that bring back the old settings, in their order."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         return _highest()
     backends: Any = torch.backends
@@ -81,11 +81,11 @@ def _multiply_in_float32() -> list[Undo]:
     before = places[0][0].fp32_precision, places[1][0].fp32_precision
     if before[0] in _PLAIN and before[1] in _PLAIN:
         return []
-    # What was set by its old name is cleared by it too: the profiler reads the old name, and torch
-    # raises where the two disagree.
+    # A setting made by its old name is cleared by that name too: the profiler reads the old name,
+    # and torch raises where the two disagree.
     undo = _highest()
     for (place, above), value in zip(places, before, strict=True):
-        # What was inherited is not set, so that it goes on following.
+        # An inherited value is not set here, so that it still follows the one above.
         own = "none" if value == above.fp32_precision else value
         undo.append(functools.partial(_set_precision, place, own))
         place.fp32_precision = "ieee"
@@ -97,7 +97,7 @@ def _set_precision(place: Any, value: str) -> None:
 
 
 def _highest() -> list[Undo]:
-    """Sets :func:`torch.set_float32_matmul_precision`, if it was what set the precision."""
+    """Sets ``torch.set_float32_matmul_precision`` to highest, if the precision was set by it."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set by its new name only

@@ -1,4 +1,4 @@
-"""One call of the loss: made and checked once, and handed on by every layer."""
+"""One call of the loss: it is made and checked once, and every layer hands it on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 CPU_BUFFER_BYTES = 64 * 2**20
 # 512 MiB of logits, and a bit for each.
 ACCELERATOR_BUFFER_BYTES = 528 * 2**20
-# Of a device with more than LARGE_MEMORY_BYTES in all, whatever of it is free: the exact ``dW``
-# goes through float32 memory once a chunk, and a larger budget makes fewer chunks.
+# The default of a device with more than LARGE_MEMORY_BYTES in all, however much of it is free. The
+# exact ``dW`` goes through float32 memory once a chunk, and a larger budget makes fewer chunks.
 LARGE_ACCELERATOR_BUFFER_BYTES = 2 * 2**30
 LARGE_MEMORY_BYTES = 40 * 2**30
 
@@ -29,7 +29,7 @@ _DEFAULTS = Settings()
 
 @dataclass(frozen=True)
 class Problem:
-    """The tensors of a call, flattened, its settings, and what they ask for."""
+    """The flattened tensors of a call, its settings, and the gradients that it needs."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -48,7 +48,7 @@ class Problem:
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        """float64 stays float64 throughout; everything narrower is accumulated in float32."""
+        """The type of sums: float64 for float64, float32 for everything narrower."""
         return torch.float64 if self.hidden.dtype == torch.float64 else torch.float32
 
     @property
@@ -60,9 +60,10 @@ class Problem:
     def saved(self) -> str:
         """What the forward keeps for the backward.
 
-        ``none``: nothing, no gradient is wanted. ``recompute``: lse to twice the precision, logits
-        are computed again (exact, 4G). ``unit``: ``dH`` for unit upstream gradient (exact with a
-        frozen head, 2G). ``entries``: the sparse sample of ``dy`` (sampled, 1G).
+        ``none``: it keeps nothing, since no gradient is wanted. ``recompute``: it keeps lse to
+        twice the precision, and the logits are computed again (exact, 4G). ``unit``: it keeps
+        ``dH`` for unit upstream gradient (exact with a frozen head, 2G). ``entries``: it keeps the
+        sparse sample of ``dy`` (sampled, 1G).
         """
         if not any(self.wanted):
             return "none"
@@ -92,29 +93,29 @@ class Problem:
 
     @property
     def labelled(self) -> Tensor:
-        """``[N]`` bool."""
+        """``[N]`` bool: which tokens are not ignored."""
         return self.target != self.settings.ignore_index
 
     def arguments(self) -> list[Any]:
-        """What is no tensor, in the order of :data:`SCHEMA`."""
+        """All arguments that are not tensors, in the order of :data:`SCHEMA`."""
         if torch.compiler.is_compiling():  # a getter of attributes cannot be traced
             return [getattr(self.settings, x) for x in NAMES] + [self.operand, *self.wanted]
         return [*values_of(self.settings), self.operand, *self.wanted]
 
 
-# The part of the ops' schemas that carries what is no tensor.
+# The part of the ops' schemas for arguments that are not tensors.
 SCHEMA = (
     f"{SETTINGS_SCHEMA}, ScalarType operand, bool want_hidden, bool want_weight, bool want_bias"
 )
 
 
 def split(arguments: tuple[Any, ...]) -> tuple[Settings, torch.dtype, Wanted]:
-    """What :meth:`Problem.arguments` put together."""
+    """Takes apart what :meth:`Problem.arguments` put together."""
     return Settings(*arguments[:-4]), arguments[-4], Wanted(*arguments[-3:])
 
 
 class Traits(NamedTuple):
-    """What the choice of a backend depends on of a tensor."""
+    """The traits of a tensor on which the choice of a backend depends."""
 
     device: torch.device
     dtype: torch.dtype
@@ -123,7 +124,7 @@ class Traits(NamedTuple):
 
 
 def traits_of(x: Tensor) -> Traits:
-    """Of a tensor; of a matrix also how its rows lie."""
+    """The traits of a tensor. Those of a matrix also say how its rows lie."""
     strides = None
     if x.layout == torch.strided and x.dim() == 2:
         (count, width), (rows, columns) = x.shape, x.stride()
@@ -133,17 +134,17 @@ def traits_of(x: Tensor) -> Traits:
 
 
 def storage(dtype: torch.dtype) -> torch.dtype:
-    """The type a gradient of ``dtype`` is kept in until its upstream gradient is known.
+    """The type in which a gradient of ``dtype`` is kept until its upstream gradient is known.
 
-    float16 has too little range below 1: a loss scale can only arrive with the backward, too late
-    for values that have already become 0.
+    float16 has too little range below 1. A loss scale can only arrive with the backward, which is
+    too late for values that have already become 0.
     """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 @functools.cache
 def default_buffer_bytes(device: torch.device) -> int:
-    """64 MiB on a CPU; on an accelerator 528 MiB, or 2 GiB where it has more than 40 GiB."""
+    """64 MiB on a CPU; on an accelerator 528 MiB, or 2 GiB if it has more than 40 GiB."""
     if device.type == "cpu":
         return CPU_BUFFER_BYTES
     if device.type == "cuda":
@@ -161,7 +162,7 @@ def make_problem(
     seed: int | Tensor | None,
     settings: Settings,
 ) -> Problem:
-    """Checks everything that needs no values, and flattens.
+    """Checks everything that can be checked without values, and flattens the tensors.
 
     Raises:
         TypeError, ValueError, RuntimeError: the message names the argument.
@@ -193,7 +194,7 @@ def make_problem(
 
 
 def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:
-    """Whether the tensors are what they should be; :func:`check_core` says what is wrong."""
+    """Whether the tensors are as they should be; :func:`check_core` says what is wrong."""
     if not (
         isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)
     ):
@@ -216,7 +217,7 @@ def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:
 
 
 def check_core(hidden: object, weight: object, target: object, bias: object) -> None:
-    """Types, shapes, dtypes and devices of the core op's tensors."""
+    """Checks types, shapes, dtypes and devices of the core op's tensors."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden: got {type(hidden).__name__}, expected a torch.Tensor")
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
@@ -248,7 +249,7 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
 
 
 def check_derivatives(**tensors: object) -> None:
-    """Only reverse mode differentiates the ops: anything else would lose a derivative silently.
+    """Refuses all but reverse mode: any other mode would lose a derivative silently.
 
     Raises:
         RuntimeError: the call is inside a transform of ``torch.func``, or one of ``tensors``
@@ -278,7 +279,7 @@ def check_derivatives(**tensors: object) -> None:
 
 
 def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Every target is a column of the vocabulary or ``ignore_index``. Waits for the device."""
+    """Raises unless every target is a column or ``ignore_index``. Waits for the device."""
     wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
     if bool(wrong.any()):
         position = int(wrong.flatten().nonzero()[0])
@@ -289,7 +290,7 @@ def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def _operand(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The type the operands of products are rounded to, as autocast would."""
+    """The type to which the operands of products are rounded, as autocast would round them."""
     device = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     available = device != "meta"  # torch 2.8 does not trace torch.amp.is_autocast_available

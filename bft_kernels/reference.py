@@ -1,8 +1,8 @@
 """The specification: the core op, the weights, both gradients, the sampling hash, in plain PyTorch.
 
-Everything here is written to be read, runs in any floating dtype (float64 is the truth the tests
-compare with), holds the full ``[N, V]`` logits and loops over sequences in Python. Nothing else in
-the package repeats these formulas, and nothing here imports the fast code.
+This code is written to be read. It runs in any floating dtype, and the tests compare with float64
+as the truth. It holds the full ``[N, V]`` logits and loops over sequences in Python. Nothing else
+in the package repeats these formulas, and nothing here imports the fast code.
 
 Notation: ``N`` tokens, ``D`` hidden size, ``V`` vocabulary size, ``y = hidden @ weight.T + bias``,
 ``z = softcap(y) / temperature``, ``p = softmax(z)``, ``nll = logsumexp(z) - z[target]``,
@@ -55,7 +55,7 @@ def linear_nll(
 ) -> Tensor:  # [N], 0 where ignored
     """``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2`` with ``a = label_smoothing``.
 
-    Differentiable through autograd: its derivative is what ``gradient="exact"`` must return.
+    Autograd differentiates it, and ``gradient="exact"`` must return that derivative.
     """
     labelled = target != ignore_index
     z = logits(hidden[labelled], weight, bias, softcap, temperature)
@@ -96,8 +96,9 @@ def token_stats(
 def window_means(values: Sequence[float], window: int, scheme: str) -> list[float]:
     """Mean of the window that belongs to each token of one sequence.
 
-    ``bft``: centred, ``[t - g//2, t + g - g//2 - 1]``, clipped at the ends. ``bft-v1``: only full
-    windows; a sequence shorter than ``g`` is one window. Windows are listed by their first token.
+    The windows of ``bft`` are centred, ``[t - g//2, t + g - g//2 - 1]``, and clipped at the ends.
+    ``bft-v1`` has only full windows, listed by their first token; a sequence shorter than ``g`` is
+    one window.
     """
     count = len(values)
     if scheme == "bft":
@@ -225,8 +226,8 @@ def row_key(seed: int, row: int) -> tuple[int, int]:
 def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
     """``u [len(rows), len(columns)]``, float32 in (0, 1]: the draw of entry (row, column).
 
-    The definition every backend reproduces bit for bit. Unsigned arithmetic, modulo 2^64 for the
-    row's key and modulo 2^32 for the entry::
+    Every backend reproduces this definition bit for bit. The arithmetic is unsigned, modulo 2^64
+    for the row's key and modulo 2^32 for the entry::
 
         mix64(z): z ^= z >> 30; z *= 0xBF58476D1CE4E5B9; z ^= z >> 27; z *= 0x94D049BB133111EB;
                   z ^= z >> 31
@@ -236,10 +237,10 @@ def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
         u = (float32(x >> 8) + 0.5) * 2^-24                 float32, round to nearest even
 
     ``seed`` is the two's complement of an int64, ``row`` the position in the flattened input,
-    ``column`` the vocabulary index. The row's key is a multiplier *and* an offset: with an offset
-    (or an exclusive or) alone, rows whose keys lie within ``V`` of each other would draw shifted
-    copies of each other, which happens to hundreds of pairs in a batch of 2048 rows.
-    Columns are multiplied modulo 2^32 in int64, so they must lie below 2^31.
+    ``column`` the vocabulary index. The row's key is a multiplier *and* an offset. With only an
+    offset (or an exclusive or), rows whose keys lie within ``V`` of each other would draw shifted
+    copies of each other. In a batch of 2048 rows that happens to hundreds of pairs. Columns are
+    multiplied modulo 2^32 in int64, so they must lie below 2^31.
     """
     draws = []
     for row in rows:
@@ -258,7 +259,7 @@ def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
 class SampledGradient:
     """The sampled gradient for unit upstream gradient, and its certificate.
 
-    ``dy`` is with respect to the raw logits ``y``: it contains the softcap's slope and the
+    ``dy`` is the gradient in the raw logits ``y``, so it contains the softcap's slope and the
     temperature. ``variance_i = sum_{v != target} p (eps - p)^+ slope^2``.
     """
 
@@ -283,9 +284,9 @@ def sampled_gradient(
     """Poisson sampling of the columns of ``p - onehot(target)`` with a Horvitz-Thompson estimate.
 
     The target entry is kept exactly. Every other entry is kept if ``u * eps < p``, that is with
-    probability ``pi = min(1, p / eps)``, and then carries ``p / pi = max(p, eps)``. Because ``u``
-    has 24 bits, the probability is a multiple of 2^-24: the expectation of an entry differs from
-    ``p`` by at most ``eps * 2^-24`` (the values of ``u`` above a half are ``2^-23`` apart).
+    probability ``pi = min(1, p / eps)``. A kept entry has the value ``p / pi = max(p, eps)``. ``u``
+    has 24 bits, so the probability is a multiple of 2^-24, and the expectation of an entry differs
+    from ``p`` by at most ``eps * 2^-24`` (the values of ``u`` above a half are ``2^-23`` apart).
     """
     z = logits(hidden, weight, bias, softcap, temperature)
     p = torch.softmax(z, dim=-1)

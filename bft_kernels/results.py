@@ -1,6 +1,7 @@
-"""What the ops return and pass on. ``acc`` is float32, or float64 for float64 inputs.
+"""The records that the ops return and pass on.
 
-Tensors that were not asked for have size 0 in their first dimension.
+``acc`` is float32, or float64 for float64 inputs. A tensor that nobody asked for has size 0 in its
+first dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ class Forward(NamedTuple):
     loss: Tensor  # [N] acc, the only differentiable one
     nll: Tensor  # [N] acc
     lse: Tensor  # [N] acc
-    lse_low: Tensor  # [N] acc, what rounding took from lse; for a recomputing backward
+    lse_low: Tensor  # [N] acc, the part of lse that rounding cut off; for a recomputing backward
     entropy: Tensor  # [N] acc
     correct: Tensor  # [N] bool
     variance: Tensor  # [N] acc
@@ -30,7 +31,7 @@ class Forward(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What ``linear_nll``'s backward reads of its forward."""
+    """The results of ``linear_nll``'s forward that its backward reads."""
 
     nll: Tensor
     lse: Tensor
@@ -49,7 +50,7 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """``None`` where not wanted. The bias's is acc, the others have their input's type."""
+    """``None`` if not wanted. The bias's gradient is acc, the others have their input's type."""
 
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
@@ -57,10 +58,10 @@ class Gradients(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """Where documents begin and end, for who plans on the host and computes on a device."""
+    """Where documents begin and end, for code that plans on the host and computes on a device."""
 
     cu_seqlens: Tensor  # [S + 1] int64, beside the tokens
-    bounds: list[int]  # the same on the host, which did not ask the device
+    bounds: list[int]  # the same on the host, known without asking the device
 
 
 class WeightedLoss(NamedTuple):
@@ -85,7 +86,7 @@ class BalancedLoss(NamedTuple):
     """Results of ``balanced_loss``; the weights are 0 where ignored and without labels."""
 
     loss: Tensor  # [] acc, the only differentiable one
-    coefficient: Tensor  # [N] acc, what multiplies each token's loss
+    coefficient: Tensor  # [N] acc, the factor of each token's loss
     token_weight: Tensor  # [N] acc
     window_confidence: Tensor  # [N] acc
     sequence_weight: Tensor  # [S] acc

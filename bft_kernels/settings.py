@@ -51,14 +51,14 @@ class Settings:
     """
 
     ignore_index: int = _option(
-        -100, check_int, "target of tokens that cost nothing and get no gradient", low=-(2**63)
+        -100, check_int, "tokens with this target cost nothing and get no gradient", low=-(2**63)
     )
     softcap: float | None = _option(
         None, check_positive, "`y -> softcap * tanh(y / softcap)`, before the temperature"
     )
     temperature: float = _option(1.0, check_positive, "divides the logits")
     label_smoothing: float = _option(
-        0.0, check_number, "share of the label spread over the vocabulary", low=0.0, high=1.0
+        0.0, check_number, "part of the label that is spread over the vocabulary", low=0.0, high=1.0
     )
     z_loss: float = _option(0.0, check_number, "factor of `lse**2`", low=0.0)
     reduction: str = _option(
@@ -66,7 +66,7 @@ class Settings:
         choices=("none", "mean", "sum"),
     )  # fmt: skip
     scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
-        "bft", check_scheme, "the weighting: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`"
+        "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`"
     )
     window: int = _option(256, check_int, "length of a window in labelled tokens", low=1)
     gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`")
@@ -79,15 +79,17 @@ class Settings:
         choices=("exact", "sampled"),
     )  # fmt: skip
     eps: float = _option(
-        2**-12, check_positive, "`sampled` keeps entries of `p >= eps` for certain", high=1.0
+        2**-12, check_positive, "`sampled` always keeps an entry with `p >= eps`", high=1.0
     )
     backend: str = _option(
         "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
     )
     max_buffer_bytes: int | None = _option(
-        None, check_int, "budget of the blocks of logits; by the device if not given", low=1
+        None, check_int, "budget of the blocks of logits; the default depends on the device", low=1
     )
-    check: bool | None = _option(None, check_bool, "check values: all, none, or those on the CPU")
+    check: bool | None = _option(
+        None, check_bool, "`True` checks all values, `False` none, `None` those on the CPU"
+    )
     return_stats: bool = _option(False, check_bool, "also return statistics of each token")
     hidden_variance: bool = _option(
         False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"

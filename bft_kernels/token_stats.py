@@ -1,4 +1,4 @@
-"""What is known of each token beside its loss, in the shape that the caller gave."""
+"""The statistics of each token beside its loss, in the shape that the caller gave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 
 
 class TokenStats(NamedTuple):
-    """Detached statistics in the shape of ``target``; 0 or False where ignored."""
+    """Detached statistics in the shape of ``target``; ignored tokens have 0 or False."""
 
     nll: Tensor  # float32
     lse: Tensor  # float32
@@ -26,7 +26,7 @@ class TokenStats(NamedTuple):
 
 
 class BalancedTokenStats(NamedTuple):
-    """:class:`TokenStats` and the weights. Per-sequence fields are 0 for one without labels."""
+    """:class:`TokenStats` and the weights. A sequence without labels has 0 in its fields."""
 
     nll: Tensor
     lse: Tensor
@@ -42,7 +42,7 @@ class BalancedTokenStats(NamedTuple):
 
 
 def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.Size) -> TokenStats:
-    """Of a call's results, in the ``shape`` of its target."""
+    """The statistics from a call's results, in the ``shape`` of its target."""
 
     def shaped(values: Tensor) -> Tensor:
         return values.detach().view(shape)
@@ -65,7 +65,7 @@ def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.S
 def balanced_stats(
     stats: TokenStats, weights: BalancedLoss | WeightedLoss, shape: torch.Size
 ) -> BalancedTokenStats:
-    """The same with the weights."""
+    """The same statistics with the weights."""
     return BalancedTokenStats(
         *stats,
         window_confidence=weights.window_confidence.view(shape),

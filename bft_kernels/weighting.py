@@ -1,8 +1,8 @@
 """Token and sequence weights over packed documents (Balanced Fine-Tuning, arXiv 2511.21075).
 
-Tensor code only: no Python loop over documents and no host synchronisation. Documents are given by
-``cu_seqlens [S + 1]``, the cumulative lengths, and may be empty. All weights are constants to
-autograd.
+This is tensor code only: it has no Python loop over documents and no host synchronisation.
+``cu_seqlens [S + 1]``, the cumulative lengths, say where documents lie; documents may be empty.
+Autograd takes all weights as constants.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
     "token_weights",
 ]
 
-# What ``bft`` adds to the denominator of a token weight.
+# ``bft`` adds this to the denominator of a token weight.
 DELTA = 1e-8
 
 
@@ -74,11 +74,10 @@ def token_weights(
     =============== ========================= =================================== =============
 
     ``C`` is the window's mean. ``bft``'s window of token ``t`` is ``[t - g//2, t + g - g//2 - 1]``,
-    clipped to its sequence.
-    ``bft-v1*`` use full windows only, each reported at its first token (the last tokens report the
-    last full window); a sequence shorter than ``g`` is one window. The released code takes a
-    geometric mean where the paper's text says arithmetic; both are kept. ``sft`` and ``dft`` report
-    the ``bft`` windows.
+    clipped to its sequence. ``bft-v1*`` use full windows only, and a sequence shorter than ``g`` is
+    one window. Each window is reported at its first token; the last tokens report the last full
+    window. The released code takes a geometric mean, but the paper's text says arithmetic; both are
+    kept. ``sft`` and ``dft`` report the ``bft`` windows.
 
     Args:
         confidence: ``[n]`` float32 or float64, ``c = exp(-nll)`` of the labelled tokens only.
@@ -92,8 +91,8 @@ def token_weights(
         TypeError, ValueError: an argument is out of its domain; the message names it. The values of
             ``cu_seqlens`` are checked on the CPU only.
 
-    Window sums keep a relative accuracy of 1e-6 in float32, for tiny confidences too: see
-    :func:`window_sums`.
+    Window sums keep a relative accuracy of 1e-6 in float32, also for tiny confidences (see
+    :func:`window_sums`).
     """
     check_tensor("confidence", confidence, (None,), (torch.float32, torch.float64))
     check_cu_seqlens(cu_seqlens, confidence.numel(), confidence.device)
@@ -119,7 +118,7 @@ def weigh(
 ) -> TokenWeights:
     """:func:`token_weights` without its checks, and with room for padding behind the last token.
 
-    ``nll`` says what a confidence too small for its type was.
+    ``nll`` still has the value of a confidence that is too small for its type.
     """
     confidence = confidence.detach()  # no_grad leaves a tangent of forward mode
     count = confidence.numel()
@@ -139,8 +138,8 @@ def weigh(
         start = torch.maximum(position - window // 2, first)
         length = torch.minimum(position + (window - window // 2), stop) - start
     if name == "bft-v1-code":
-        # A mean of logarithms is exact to its last digit only; its exponential needs it exact to
-        # some absolute error, so the sum is float64 (where the device has it).
+        # A mean of logarithms has a relative error, but its exponential needs a small absolute
+        # error. So the sum is float64, where the device has it.
         acc_dtype = torch.float32 if confidence.device.type == "mps" else torch.float64
         values = confidence.to(acc_dtype).log() if nll is None else -nll.to(acc_dtype)
         local = (window_sums(values, start, length, window) / length).exp().to(confidence.dtype)
@@ -175,8 +174,10 @@ def weigh(
 def _call_scheme(
     scheme: SchemeFunction, confidence: Tensor, cu_seqlens: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A callable's weights. It sees the tokens of the sequences, not the padding behind them,
-    which takes one wait for the device where there is one.
+    """A callable's weights.
+
+    The callable sees the tokens of the sequences, not the padding behind them. To count them, the
+    host waits once for the device, if there is one.
     """
     check_capture(
         confidence.device, "scheme: got a callable", "a name: the host counts a callable's tokens"
@@ -206,13 +207,14 @@ def _from_callable(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 
 def window_sums(values: Tensor, start: Tensor, length: Tensor, window: int) -> Tensor:
-    """``out[i] = values[start[i] : start[i] + length[i]].sum()``, every ``length <= window``.
+    """``out[i] = values[start[i] : start[i] + length[i]].sum()``, for every ``length <= window``.
 
-    Sums of ``2^k`` neighbours are built by doubling, and each window is put together from one such
-    block per set bit of its length. A value takes part in at most ``2 log2(window)`` additions, all
-    of one sign, so the relative error is at most that many units in the last place: under 1e-6 in
-    float32 for a window of 256, however long the document and however small the values. Differences
-    of prefix sums have no such bound: next to a confident passage they lose tiny sums altogether.
+    Sums of ``2^k`` neighbours are built by doubling. Each window is put together from one such
+    block per set bit of its length. A value takes part in at most ``2 log2(window)`` additions, and
+    all values have one sign, so the relative error is at most that many units in the last place.
+    For a window of 256 that is under 1e-6 in float32, however long the document and however small
+    the values. Differences of prefix sums have no such bound: next to a confident passage they lose
+    tiny sums altogether.
 
     Args:
         values: ``[n]``, of one sign.
@@ -286,7 +288,7 @@ def local_weights(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
 
 
 def weighted_losses(loss: Tensor, coefficient: Tensor) -> Tensor:
-    """``[N]``: where a weight is 0 an infinite loss must not turn the product into NaN."""
+    """``loss * coefficient [N]``, and 0 where the coefficient is 0, even for an infinite loss."""
     return torch.where(coefficient != 0, loss * coefficient, 0)
 
 

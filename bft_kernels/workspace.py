@@ -1,7 +1,7 @@
-"""Memory for logits that wait, kept from one call to the next.
+"""Memory for logits that wait. It is kept from one call to the next.
 
-The system clears each page of fresh memory before its first use, which for 200 MiB takes as long as
-a quarter of a product. One block is kept for the process, as large as the largest call needed.
+The system clears each page of fresh memory before its first use. For 200 MiB that takes as long as
+a quarter of a product. The process keeps one block, as large as the largest call needed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_kept: list[Tensor] = []  # one at most, but for calls that run side by side
+_kept: list[Tensor] = []  # at most one, except while calls run side by side
 
 
 def borrow(count: int) -> Tensor:
-    """``count`` floats or more, of any values; nobody else has them until they are given back."""
+    """``count`` floats or more, of any values. Nobody else uses them until they are given back."""
     space = _kept.pop() if _kept else torch.empty(0, dtype=torch.float32, device="cpu")
     if space.numel() >= count:
         return space
@@ -23,7 +23,7 @@ def borrow(count: int) -> Tensor:
 
 
 def give_back(space: Tensor) -> None:
-    """Keeps what was borrowed for the next call, if nothing else is kept."""
+    """Keeps a borrowed block for the next call, if no other is kept."""
     if not _kept:
         _kept.append(space)
 
@@ -31,7 +31,7 @@ def give_back(space: Tensor) -> None:
 def empty_cache() -> None:
     """Frees the memory that the ``cpu`` backend keeps between calls.
 
-    The exact weighted loss keeps its buffer of logits, ``max_buffer_bytes`` at most, as
-    ``torch.cuda`` keeps freed memory. The next call that needs one makes a new one.
+    The exact weighted loss keeps its buffer of logits (at most ``max_buffer_bytes``), just as
+    ``torch.cuda`` keeps freed memory. The next call that needs a buffer makes a new one.
     """
     _kept.clear()

@@ -1,8 +1,8 @@
-"""The chunked engine: GEMMs into a buffer of logits, and a backend's kernels over its rows.
+"""The chunked engine: GEMMs fill a buffer of logits, and a backend's kernels pass over its rows.
 
-Where a token's gradient is wanted right after its loss, its logits may stay: the exact weighted
-loss then takes three products instead of four, and ``dH`` for a frozen head two instead of three.
-Chunks of rows fit the byte budget.
+If a token's gradient is wanted right after its loss, its logits can stay in the buffer. The exact
+weighted loss then takes three products instead of four, and ``dH`` for a frozen head two instead of
+three. Chunks of rows fit the byte budget.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bft_kernels.results import Documents, Forward, WeightedLoss
 class RowKernels(Protocol):
     """What a backend supplies: passes over the rows of a buffer of raw logits ``[n, V]``.
 
-    Rows are numbered as ``rows`` lists them; ``first`` is the buffer's.
+    Rows are numbered as ``rows`` lists them; ``first`` is the number of the buffer's first row.
     """
 
     @property
@@ -35,19 +35,19 @@ class RowKernels(Protocol):
 
     @property
     def results(self) -> dict[str, Tensor]:
-        """By the names of ``row_results``."""
+        """The results of rows, by the names of ``row_results``."""
 
     def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
-        """Online softmax: fills in the results and, if they are wanted, sample and certificate.
+        """Takes the online softmax; fills in results and, if wanted, sample and certificate.
 
-        ``gradient`` says that :meth:`gradient` follows, ``collect=False`` that nothing else is
-        wanted: the results are known.
+        ``gradient`` says that :meth:`gradient` follows. ``collect=False`` says that the results are
+        already known and are not wanted again.
         """
 
     def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
         """``coefficient [n] * dy``, ``[n, V]`` in the memory of ``logits``, after their forward.
 
-        ``None``: for unit upstream gradient. In the type of GEMMs, or in that of the logits.
+        ``None`` stands for unit upstream gradient. The type is that of GEMMs, or of the logits.
         """
 
     def packed(self, unit: Tensor) -> Forward:
@@ -59,7 +59,7 @@ class RowKernels(Protocol):
 
 
 def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
     kernels = make(problem)
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
     gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
@@ -85,13 +85,13 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
 def weighted_loss(
     make: Callable[[Problem], RowKernels],
     problem: Problem,
-    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient, made in the pass of the logits (3G).
 
-    Documents whose rows fit one chunk get their weights while their logits are still there. A
-    longer one takes two passes: losses first, then gradients from new logits (4G).
+    Documents whose rows fit one chunk get their weights while their logits are still in the buffer.
+    A longer document takes two passes: losses first, then gradients from new logits (4G).
     """
     kernels = make(problem)
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
@@ -132,7 +132,7 @@ def weighted_loss(
 
 
 def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | None:
-    """What a float16 ``dy`` is multiplied by; see :func:`scale_for`. ``upstream=None`` is 1."""
+    """The factor of a float16 ``dy``; see :func:`scale_for`. ``upstream=None`` is 1."""
     operand = gemm_dtype(problem.operand, problem.acc_dtype, problem.hidden.device.type)
     if operand != torch.float16:
         return None
@@ -145,25 +145,25 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
 
 # Elementwise passes of the torch backend run over tiles of about this many logits. On a CPU a tile
 # and its scratch stay in the second-level cache or near it between passes. On a GPU a tile fills
-# the device, and its 35 launches are paid by many rows.
+# the device, and many rows share the cost of its 35 launches.
 TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
 
 
-# A GPU's products take so many rows a tile, filled or not: chunks of many rows are a multiple.
+# A tile of a GPU's product has this many rows, filled or not. So large chunks are a multiple of it.
 PRODUCT_ROWS, MANY_ROWS = 128, 512
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Blocks of whole rows of logits: ``[chunk_rows, V]``, swept in tiles of ``tile_rows``."""
+    """Blocks of whole rows of logits: ``[chunk_rows, V]``, taken in tiles of ``tile_rows``."""
 
     chunk_rows: int
     tile_rows: int
-    weight_rows: int  # rows of ``weight`` widened at a time; V where nothing is widened
+    weight_rows: int  # rows of ``weight`` that are widened at a time; V if nothing is widened
 
 
 def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
-    """Rows of a chunk; ``scratch`` is how many temporaries of a tile the kernels hold."""
+    """The plan of a call; ``scratch`` is how many temporaries of a tile the kernels hold."""
     (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
     on_cpu = problem.hidden.device.type == "cpu"
     return plan_rows(
@@ -194,7 +194,7 @@ def plan_rows(
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
         itemsize: bytes of an accumulator element.
-        budget: bytes for everything together. At least one row is always taken, whatever it is.
+        budget: bytes for everything together. At least one row is taken, however small it is.
         widen: whether blocks of ``weight`` are copied to another type first (a quarter of the
             budget).
         scratch: how many tile-sized temporaries the softmax holds.
@@ -216,13 +216,13 @@ def plan_rows(
     return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
 
 
-# The vendor's GEMM and a pass over its result are faster than a product whose tiles never leave
-# registers, if so many rows are multiplied at a time; see docs/dev/gpu-model.md.
+# If this many rows are multiplied at a time, the vendor's GEMM and a pass over its result are
+# faster than a product whose tiles never leave registers; see docs/dev/gpu-model.md.
 CHUNK_ROWS = 256
 
 
 def takes_chunks(rows: int, vocabulary: int, budget: int) -> bool:
-    """Whether kernels on a device should be given logits in a buffer, chunk by chunk.
+    """Whether kernels on a device should get their logits in a buffer, chunk by chunk.
 
     A logit takes 4 bytes, and for the sampled gradient a bit.
     """

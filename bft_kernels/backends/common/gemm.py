@@ -1,7 +1,7 @@
 """GEMMs in blocks, accumulated in float32 (float64 for float64) whatever the inputs.
 
-On a CPU half-precision operands are widened block by block, because its half-precision products are
-slow and round their output; on an accelerator they stay narrow and the product's output is wide.
+On a CPU, half-precision products are slow and round their output, so half-precision operands are
+widened block by block. On an accelerator they stay narrow, and the product's output is wide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def gemm_dtype(operand: torch.dtype, acc_dtype: torch.dtype, device_type: str) -
 
 
 def as_operand(x: Tensor, operand: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
-    """``x`` rounded to ``operand`` and stored in the product's type. No copy where none is due."""
+    """``x`` rounded to ``operand`` and stored in the product's type; a copy only if needed."""
     return x.to(operand).to(gemm_dtype(operand, acc_dtype, x.device.type))
 
 
@@ -37,9 +37,10 @@ def multiply(a: Tensor, b: Tensor, acc_dtype: torch.dtype, out: Tensor | None = 
     return torch.mm(a, b, out_dtype=acc_dtype, out=out)
 
 
-# Before torch 2.10 addmm wants what it adds to in the type of the operands.
+# Before torch 2.10, addmm adds only to a tensor of the operands' type.
 _ADDS_WIDE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
-# Where a product is made before it is added: small enough for the second-level cache of a GPU.
+# A product that is made before it is added has at most this many elements, which fit the
+# second-level cache of a GPU.
 _PRODUCT_ELEMENTS = 2**22
 
 
@@ -48,7 +49,7 @@ def add_product(
 ) -> None:
     """``out += a @ b``, times a ``factor []`` that is known on the device only.
 
-    Without ``adds`` it is ``out = a @ b``, and what ``out`` holds is not looked at.
+    Without ``adds`` it is ``out = a @ b``, whatever ``out`` holds.
     """
     if not adds:
         multiply(a, b, out.dtype, out=out)
@@ -68,11 +69,11 @@ def add_product(
 def scale_for(upstream: Tensor, lse: Tensor, temperature: float, z_loss: float) -> Tensor:
     """``[]`` float32: the power of two that brings a bound of ``|dy|`` to between 128 and 256.
 
-    float16 has no room for gradients that are small because a loss is a mean: they are multiplied
-    by this before they are rounded, and their products divided. The host does not learn it.
+    The gradients of a mean are too small for float16. So they are multiplied by this power before
+    they are rounded, and their products are divided by it. The host does not learn it.
 
     Args:
-        upstream: ``[n]``, what multiplies the gradient of each row's loss.
+        upstream: ``[n]``, the factor of the gradient of each row's loss.
         lse: ``[n]``; not looked at without ``z_loss``.
     """
     if upstream.numel() == 0:
@@ -91,9 +92,9 @@ class Gemm:
 
     Args:
         weight: ``[V, D]``.
-        operand: the type products are rounded to.
+        operand: the type to which the operands of products are rounded.
         acc_dtype: float32 or float64.
-        block: rows of ``weight`` converted at a time, where it has to be converted.
+        block: rows of ``weight`` that are converted at a time, if it has to be converted.
     """
 
     def __init__(
@@ -147,8 +148,9 @@ class Gemm:
         *,
         adds: bool = True,
     ) -> None:
-        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, ``out`` in acc_dtype;
-        times ``factor []``. See :func:`add_product`.
+        """``out [V, D] += dy.T @ hidden`` for ``dy [n, V]``, times ``factor []``.
+
+        ``out`` is in acc_dtype. See :func:`add_product`.
         """
         for first, stop in self._blocks_of(dy):
             part = dy[:, first:stop].to(hidden.dtype)

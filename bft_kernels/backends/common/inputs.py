@@ -12,7 +12,7 @@ from bft_kernels.settings import Settings
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
-    """``x [n, D]`` with ``stride(1) == 1``; a copy if it is not so."""
+    """``x [n, D]`` with ``stride(1) == 1``; it is copied if it has another stride."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
     return x.contiguous()
@@ -20,7 +20,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operands of one call; each row of ``hidden`` and ``weight`` lies together."""
+    """The operands of one call. Each row of ``hidden`` and ``weight`` is contiguous."""
 
     call: Problem
     hidden: Tensor  # [N, D]

@@ -22,10 +22,10 @@ from bft_kernels.weighting import Weights
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Raw products in a buffer, and the rows that they are of.
+    """Raw products in a buffer, and the rows to which they belong.
 
-    The rows are those of ``order`` from ``first_row`` on, of which ``count`` count, or rows as they
-    come.
+    With ``order`` the rows are those of ``order`` from ``first_row`` on, and only the first
+    ``count`` of ``order`` are labelled. Without it they are the rows as they come.
     """
 
     logits: Tensor  # [n, V] float32, a row contiguous
@@ -33,12 +33,12 @@ class LogitRows:
     bias: Tensor | None  # [V], in the kernels' ROW_BIAS
     settings: Settings
     first_row: int = 0  # the place of the buffer's first row among all
-    order: Tensor | None = None  # [N] int64, positions of the rows; as they come without it
-    count: Tensor | None = None  # [1] int64, how many of order count
+    order: Tensor | None = None  # [N] int64, positions of the rows
+    count: Tensor | None = None  # [1] int64, how many of order are labelled
 
 
 class RowFunctions(Protocol):
-    """Passes over rows of logits, as a backend supplies them: functions of a module."""
+    """Passes over rows of logits. A backend supplies them as functions of a module."""
 
     ROW_BIAS: torch.dtype | None  # the only type of a bias that they take; None for any
 
@@ -51,11 +51,11 @@ class RowFunctions(Protocol):
         popular: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Online softmax: losses and statistics, and the bits of what may be kept.
+        """Online softmax: losses and statistics, and a bit for each entry that may be kept.
 
         Args:
-            rows: of the buffer.
-            results: ``[N]`` each by the names of ``ROW_RESULTS``, or ``[0]`` where not wanted.
+            rows: the rows of the buffer.
+            results: vectors by the names of ``ROW_RESULTS``: ``[N]``, or ``[0]`` if not wanted.
             seed: ``[]`` int64, for ``mask``.
             popular: ``[K]`` int64, for ``mask``: ascending columns that bound lse from below; K is
                 a power of two.
@@ -65,16 +65,18 @@ class RowFunctions(Protocol):
     def certificate_rows(
         self, rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]
     ) -> None:
-        """``variance`` and, with ``norms [V]`` of the rows of ``weight``, squared,
-        ``hidden_variance``, from ``lse``.
+        """Fills in ``variance`` from ``lse``, and ``hidden_variance`` too if ``norms`` is given.
+
+        ``norms [V]`` are the squared norms of the rows of ``weight``.
         """
 
     def list_rows(
         self, rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]
     ) -> None:
-        """Appends what ``lse`` and ``nll`` keep of the set bits to ``columns`` and ``values``.
+        """Appends the entries whose bit is set and that ``lse`` and ``nll`` keep to the lists.
 
-        Rows that end past their room have no list; ``counts`` and ``offsets`` tell of them too.
+        The lists are ``columns`` and ``values``. Rows that end past their room have no list, but
+        ``counts`` and ``offsets`` include them.
         """
 
     def gradient_rows(
@@ -86,13 +88,13 @@ class RowFunctions(Protocol):
         nll: Tensor,  # [N]
         coefficient: Tensor,  # [N] float32
     ) -> None:
-        """``coefficient * dy`` takes the place of the logits, in the type of ``dy``.
+        """Writes ``coefficient * dy`` in the place of the logits, in the type of ``dy``.
 
         The rows are taken as they come, from the first one on.
         """
 
     def gathers(self, width: int) -> bool:
-        """Whether the backward takes lists of entries, for rows as wide as this."""
+        """Whether the backward takes lists of entries for rows of this width."""
 
     def weigh(
         self, nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings, /
@@ -101,7 +103,7 @@ class RowFunctions(Protocol):
 
 
 class GradientRows:
-    """Rows whose logits become gradients: those of the input, in their order.
+    """Rows whose logits become gradients. They are the rows of the input, in their order.
 
     See :class:`bft_kernels.backends.common.chunked.RowKernels`.
     """
@@ -116,7 +118,7 @@ class GradientRows:
         self.results = row_results(problem, self.rows.size)
 
     def forward(self, logits: Tensor, first: int, *, gradient: bool, collect: bool = True) -> None:
-        """Losses and statistics of the rows, whose logits stay in the buffer."""
+        """Losses and statistics of the rows. Their logits stay in the buffer."""
         if collect:
             rows = LogitRows(logits, self.targets, self.bias, self.problem.settings, first)
             self.kernels.softmax_rows(rows, self.results)
@@ -142,8 +144,10 @@ class GradientRows:
 
 
 class ForwardRows:
-    """Labelled rows first; the last chunks are computed even where their rows are ignored: how many
-    do not count is known on the device only.
+    """Rows of a forward, labelled ones first.
+
+    The last chunks are computed even if all their rows are ignored, since only the device knows how
+    many rows are ignored.
 
     See :class:`bft_kernels.backends.common.chunked.RowKernels`.
     """
@@ -182,11 +186,11 @@ class ForwardRows:
             kernels.certificate_rows(rows, self.norms, results)
 
     def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
-        """These rows have none."""
+        """These rows have no gradient."""
         raise NotImplementedError
 
     def packed(self, unit: Tensor) -> Forward:
-        """The results, which lie where they belong."""
+        """The results, which already lie in their places."""
         return packed(self.problem, self.results, unit)
 
 
@@ -200,10 +204,10 @@ def row_bias(kernels: RowFunctions, problem: Problem) -> Tensor | None:
 def forward_results(
     kernels: RowFunctions, problem: Problem, *, with_values: bool
 ) -> dict[str, Tensor]:
-    """Where a forward's results go, by position: zeros where rows are ignored.
+    """The tensors for a forward's results, by position; ignored rows have zeros.
 
-    Besides those of ``row_results`` the lists, in room for what is expected, or in none where the
-    backward takes none: rows without room are computed again.
+    They are those of ``row_results`` and the lists. The lists have room for the expected entries,
+    or no room if the backward takes no lists. Rows without room are computed again.
     """
     count, vocabulary, width = problem.shape
     sampled, room = problem.saved == "entries", 0
@@ -214,8 +218,9 @@ def forward_results(
 
 
 def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict[str, Tensor]:
-    """``counts [rows]`` and ``offsets [rows + 1]``, zeros, and room for the kept entries'
-    ``columns`` and ``values``.
+    """The lists of entries: ``counts [rows]`` and ``offsets [rows + 1]``, which hold zeros.
+
+    ``columns`` and ``values`` are room for the kept entries.
     """
     new, zeros = problem.hidden.new_empty, problem.hidden.new_zeros
     return {
@@ -227,8 +232,8 @@ def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict
 
 
 def packed(problem: Problem, results: dict[str, Tensor], unit: Tensor) -> Forward:
-    """What :func:`forward_results` made room for."""
-    if problem.saved == "unit":  # it was for the gradient that is there
+    """The results for which :func:`forward_results` made room."""
+    if problem.saved == "unit":  # the gradient, which needed it, is made
         results = {**results, "lse_low": unit.new_empty(0, dtype=torch.float32)}
     return Forward(
         **{name: results[name] for name in Forward._fields if name in results},

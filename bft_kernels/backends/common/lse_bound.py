@@ -1,8 +1,8 @@
-"""A bound of lse that is there before the first logit.
+"""A bound of lse that is known before the first logit.
 
-Every split of the vocabulary tests its entries against it until its own sum is larger. Without one
-the splits of 8192 tokens let through 16 times the entries that are kept (Qwen2.5, ``eps`` 2^-12);
-with it twice as many.
+Every split of the vocabulary tests its entries against the bound until its own sum is larger.
+Without a bound, the splits of 8192 tokens let through 16 times as many entries as are kept
+(Qwen2.5, ``eps`` 2^-12). With it they let through twice as many.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ POPULAR = 1024
 
 
 def popular_columns(target: Tensor, rows: DeviceRows, vocabulary: int, few: int) -> Tensor:
-    """``[few]`` int64, ascending, some repeated: targets of labelled rows at even distances.
+    """``[few]`` int64: targets of labelled rows at even distances, ascending, some repeated.
 
-    What tokens of the batch are labelled with, others are likely to be labelled with too.
+    A label of some tokens of the batch is likely for other tokens too.
     """
     places = torch.arange(few, dtype=torch.int64, device=target.device)
     sample = places * rows.count // max(1, few)
@@ -34,26 +34,26 @@ def popular_columns(target: Tensor, rows: DeviceRows, vocabulary: int, few: int)
 
 
 def raise_bounds(bounds: Tensor, inputs: Inputs) -> Tensor:
-    """``bounds [N]``, or where it is higher the sum over the batch's own targets."""
+    """The larger of ``bounds [N]`` and the sum over the batch's own targets."""
     if bounds.numel() == 0:
         return bounds
     few = min(POPULAR, bounds.numel())
     columns = popular_columns(inputs.target, inputs.rows, inputs.shape[1], few)
     popular = _sums_over(inputs, columns)
-    # A logit that is not finite is the business of the rows and columns that have it.
+    # A logit that is not finite must affect only the rows and columns that have it.
     return torch.where(popular.isfinite(), torch.maximum(bounds, popular), bounds)
 
 
 def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
-    """``[N]``: a lower bound of the logsumexp over ``columns [K]``, repeated ones counted once."""
+    """``[N]``: a lower bound of the logsumexp over ``columns [K]``; repeats are counted once."""
     settings, (count, _, width) = inputs.settings, inputs.shape
     few = columns.numel()
     weight = inputs.weight[columns]
     bias = None if inputs.bias is None else inputs.bias[columns].float()
     repeated = torch.nn.functional.pad(columns[1:] == columns[:-1], (1, 0))[:few]
     gemm = Gemm(weight, inputs.call.operand, torch.float32, max(1, few))
-    # The vendor's GEMM is not the tiles': by what either can be wrong, as a part of |h| |w|.
-    # Float32 is never TF32 here; see `precision`.
+    # The vendor's GEMM rounds in another way than the tiles do. This is the largest error of
+    # either, as a part of |h| |w|. Float32 is never TF32 here; see `precision`.
     longest = squared_norms(weight, torch.float32, inputs.call.buffer_bytes).max().sqrt()
     found = torch.empty(count, dtype=torch.float32, device=columns.device)
     step = max(1, inputs.call.buffer_bytes // (16 * max(few, width)))

@@ -1,8 +1,8 @@
 """The engine of backends whose kernels run on a device: in chunks of logits, or in tiles.
 
-Chunks of logits come from the vendor's GEMM and lie in a buffer (``chunked``), where the byte
-budget has room for them. Tiles of logits never leave the kernel that makes them: they take the
-least memory, and are computed again for the gradient. The host never waits for the device.
+If the byte budget has room for chunks of logits, the vendor's GEMM makes them in a buffer
+(``chunked``). Tiles of logits never leave the kernel that makes them. They take the least memory
+and are computed again for the gradient. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bft_kernels.weighting import Weights, local_weights, weighted_losses
 class Kernels(RowFunctions, Protocol):
     """What a backend supplies: a module of functions, none of which waits for the device."""
 
-    # Whether weighted losses and frozen heads, too, take tiles where chunks have no room; else
+    # Whether weighted losses and frozen heads take tiles, too, where chunks have no room. Otherwise
     # they take chunks of fewer rows.
     TILES_GRADIENTS: bool
 
@@ -42,10 +42,10 @@ class Kernels(RowFunctions, Protocol):
         """The operands as the kernels below take them."""
 
     def written(self, dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
-        """The type in which gradients of ``dtype`` are written, of products of ``operand``."""
+        """The type in which gradients of ``dtype`` are written if products are of ``operand``."""
 
     def run_tiles(self, inputs: Inputs, results: dict[str, Tensor]) -> None:
-        """The forward in tiles: fills in what :func:`forward_results` made room for."""
+        """The forward in tiles. It fills in the tensors of :func:`forward_results`."""
 
     def recompute(
         self, inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
@@ -53,11 +53,11 @@ class Kernels(RowFunctions, Protocol):
         """Writes or adds the gradients of the rows that ``inputs.rows`` lists, in tiles.
 
         Args:
-            inputs: of the call, or of some of its rows.
-            known: of all rows.
+            inputs: the inputs of the call, or of some of its rows.
+            known: the known values of all rows.
             seed: ``[]``, for the sampled gradient; None for the exact one.
-            into: in the types of :meth:`written`; None where not wanted. Rows of ``dH`` are
-                written, ``db`` is added to.
+            into: the gradients, in the types of :meth:`written`; None where not wanted. Rows of
+                ``dH`` are written; ``db`` is added to.
             adds: whether ``dW`` is added to; otherwise it is written.
         """
 
@@ -66,12 +66,12 @@ class Kernels(RowFunctions, Protocol):
     ) -> None:
         """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
 
-        Rows without a list are left alone. For the arguments see :meth:`recompute`.
+        Rows without a list do not change. For the arguments see :meth:`recompute`.
         """
 
 
 def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
     wants_unit = problem.saved == "unit"
     if _in_chunks(kernels, problem, gradients=wants_unit):
         rows = GradientRows if wants_unit else ForwardRows
@@ -92,7 +92,7 @@ def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
 def weighted_loss(
     kernels: Kernels,
     problem: Problem,
-    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient: 3G in chunks, 4G in tiles."""
@@ -137,7 +137,7 @@ def linear_nll_backward(
     saved: Saved,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
-    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    """The wanted gradients of ``sum(grad * loss)``."""
     inputs, wanted = kernels.make_inputs(problem), problem.wanted
     types = problem.hidden.dtype, problem.weight.dtype
     own = grad_weight if wanted.weight else None
@@ -171,9 +171,9 @@ def _sampled(
     into: Gradients,
     adds: bool,
 ) -> None:
-    """The gradients of the listed entries, to which the rows whose entries found no room are added.
+    """The gradients of the listed entries, and then of the rows whose entries found no room.
 
-    ``adds``: whether ``dW`` is added to from the start.
+    ``adds`` says that ``dW`` is added to from the start.
     """
     room = saved.csr_columns.numel()
     if room:
@@ -185,14 +185,14 @@ def _sampled(
 
 
 def _in_chunks(kernels: Kernels, problem: Problem, *, gradients: bool) -> bool:
-    """Whether logits lie in a buffer; ``gradients``: they become gradients there."""
+    """Whether logits lie in a buffer. ``gradients`` says that they become gradients there."""
     if gradients and not kernels.TILES_GRADIENTS:
         return True
     return takes_chunks(*problem.shape[:2], problem.buffer_bytes)
 
 
 def _known(results: dict[str, Tensor], grad: Tensor) -> KnownRows:
-    """What a recomputing backward needs of a forward's results, with ``grad [N]``."""
+    """The values that a recomputing backward needs: a forward's results and ``grad [N]``."""
     return KnownRows(results["lse"], results["lse_low"], results["nll"], grad)
 
 
@@ -203,7 +203,7 @@ def _places(
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
 ) -> Gradients:
-    """Where gradients of these types go. ``dH`` and ``db`` are zeros, ``dW`` is not filled."""
+    """Tensors for gradients of these types. ``dH`` and ``db`` are zeros, ``dW`` is not filled."""
     (count, vocabulary, width), hidden = problem.shape, problem.hidden
     into = Gradients(None, None, None)
     if wanted.hidden:

@@ -1,4 +1,4 @@
-"""Which rows of the input take part: those that carry a label; and what is known of each."""
+"""The rows of the input that carry a label, and the values that are known of each."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def count_is_known(device_type: str) -> bool:
 class LabelledRows:
     """The rows that carry a label.
 
-    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator their number is
-    not known without waiting for the device: there they stay, as rows of zeros whose results are
-    masked.
+    On a CPU ignored rows are dropped, so they cost nothing. On an accelerator the host would have
+    to wait for the device to learn their number. There they stay, as rows of zeros whose results
+    are masked.
 
     Attributes:
         size: rows that are computed.
-        labelled, ignored: ``[N]`` bool; the latter where rows are masked.
-        copies: whether :meth:`take` copies rows, where it could otherwise give a view.
+        labelled, ignored: ``[N]`` bool; ``ignored`` exists only if rows are masked.
+        copies: whether :meth:`take` copies rows; otherwise it gives a view.
     """
 
     def __init__(self, target: Tensor, ignore_index: int) -> None:
@@ -41,7 +41,7 @@ class LabelledRows:
                 self.index = index
         self.size = target.numel() if self.index is None else self.index.numel()
         self.total = target.numel()
-        self.copies = self.masked or self.index is not None  # whether take() does
+        self.copies = self.masked or self.index is not None  # whether take() copies
 
     def positions(self, first: int, stop: int) -> Tensor:
         """Positions in the flattened input, int64."""
@@ -55,18 +55,18 @@ class LabelledRows:
         return self.labelled[first:stop] if index is None else self.labelled[index[first:stop]]
 
     def take(self, values: Tensor, first: int, stop: int) -> Tensor:
-        """``values[rows[first:stop]]`` of ``values [N, ...]``, zeros in place of ignored rows."""
+        """``values[rows[first:stop]]`` of ``values [N, ...]``; ignored rows become zeros."""
         if self.index is not None:
             return values[self.index[first:stop]]
         part = values[first:stop]
         return part.masked_fill(self._ignored(part, first, stop), 0) if self.masked else part
 
     def _ignored(self, values: Tensor, first: int, stop: int) -> Tensor:
-        """The mask of what belongs to ignored rows of ``values [stop - first, ...]``."""
+        """The mask of the ignored rows of ``values [stop - first, ...]``."""
         return self.ignored[first:stop].view(-1, *[1] * (values.dim() - 1))
 
     def spread(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``[size, ...] -> [N, ...]``, zeros where ignored; in place where both are the same."""
+        """``[size, ...] -> [N, ...]``, with zeros for ignored rows; in place if both are equal."""
         values = values if dtype is None else values.to(dtype)
         if self.index is not None:
             full = values.new_zeros(self.total, *values.shape[1:])
@@ -78,9 +78,9 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """Labelled rows, in order, and how many there are: known on the device only.
+    """The labelled rows, in order, and their number. Only the device knows both.
 
-    A host that counts them would wait for the device. So labelled rows are listed first, their
+    A host that counted them would wait for the device. So labelled rows are listed first, their
     number stays on the device, and programs whose rows lie past it return at once.
     """
 
@@ -103,32 +103,33 @@ class DeviceRows:
         return DeviceRows.chosen(target != ignore_index)
 
     def spread(self, values: Tensor) -> Tensor:
-        """``values [N]`` by labelled row, of which the first ``count`` count, by position."""
+        """Values of labelled rows (the first ``count`` of ``values [N]``), put at positions."""
         return self.mask(values[(self.through - 1).clamp_(min=0)])
 
     @staticmethod
     def chosen(among: Tensor) -> DeviceRows:
-        """The rows where ``among [N]`` is true, in the place of the labelled."""
+        """The rows where ``among [N]`` is true, instead of the labelled ones."""
         through = among.cumsum(0)
         places = torch.arange(among.numel(), dtype=torch.int64, device=among.device)
-        # The k-th row is the first that more than k rows are through with.
+        # Row k is at the first position up to which there are more than k such rows.
         order = torch.searchsorted(through, places, right=True).clamp_(max=max(0, len(places) - 1))
         count = through[-1:] if len(places) else places.new_zeros(1)
         return DeviceRows(order, count, among, through)
 
     def mask(self, values: Tensor) -> Tensor:
-        """``values [N, ...]``, 0 where ignored."""
+        """``values [N, ...]``, with 0 for ignored rows."""
         ignored = (~self.labelled).view(-1, *[1] * (values.dim() - 1))
         return values.masked_fill(ignored, 0)
 
 
-# What every forward writes for a row, by the names of `Forward`.
+# The results that every forward writes for a row, by the names of `Forward`.
 ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
 def row_results(problem: Problem, size: int, *, filled: bool = False) -> dict[str, Tensor]:
-    """Vectors ``[size]`` by the names of :data:`ROW_RESULTS` and of the certificate; ``[0]`` where
-    not wanted. They hold zeros if ``filled``, or anything.
+    """Vectors by the names of :data:`ROW_RESULTS` and of the certificate.
+
+    They are ``[size]``, or ``[0]`` if not wanted. They hold zeros if ``filled``, else anything.
     """
     make = problem.hidden.new_zeros if filled else problem.hidden.new_empty
     acc, settings = problem.acc_dtype, problem.settings
@@ -148,7 +149,7 @@ def row_results(problem: Problem, size: int, *, filled: bool = False) -> dict[st
 
 
 class KnownRows(NamedTuple):
-    """What a recomputing backward knows of each row, ``[N]`` float32 each."""
+    """The values of each row that a recomputing backward knows, ``[N]`` float32 each."""
 
     lse: Tensor
     lse_low: Tensor  # or [0]

@@ -1,4 +1,4 @@
-"""What keeps kernels of our own from tensors, on any backend."""
+"""Reasons why our own kernels cannot take some tensors, on any backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bft_kernels.problem import Traits
 def why_not_tensors(
     hidden: Traits, weight: Traits, takes: str, runs_on: Callable[[Traits], bool]
 ) -> list[str]:
-    """Reasons why kernels cannot take these tensors; ``takes`` says what they want instead."""
+    """Reasons why kernels cannot take these tensors; ``takes`` says what they take instead."""
     reasons = []
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not runs_on(tensor):
@@ -25,7 +25,7 @@ def why_not_tensors(
 
 
 def why_not_capability(tensor: Traits) -> list[str]:
-    """Whether an NVIDIA GPU is too old."""
+    """The reason, if an NVIDIA GPU is too old."""
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability < (8, 0):
         return [f"the device has compute capability {capability}, it takes (8, 0) on"]

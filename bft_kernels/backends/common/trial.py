@@ -1,4 +1,4 @@
-"""A small call, made before the first one on a GPU; see ``dispatch``."""
+"""A small call that is made before the first one on a GPU; see ``dispatch``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from bft_kernels.backends.common.gemm import add_product, multiply
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:
-    """Raises what keeps the products from ``device``, of operands in 16 bits: torch before 2.8 on
-    NVIDIA and before 2.10 on AMD does not have them with a float32 result.
+    """Raises an error if ``device`` cannot run the products of 16-bit operands.
+
+    Torch has these products with a float32 result from 2.8 on for NVIDIA, and from 2.10 on for AMD.
     """
     if operand is None or operand.itemsize != 2:
         return

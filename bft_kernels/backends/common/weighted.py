@@ -1,6 +1,6 @@
-"""What a weighted loss adds up, piece by piece: the loss, its gradients, weights and statistics.
+"""The sums of a weighted loss, piece by piece: the loss, its gradients, weights and statistics.
 
-A piece is some documents whose rows are taken together.
+A piece is a group of documents whose rows are taken together.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Piece(NamedTuple):
 
     first: int
     stop: int
-    # Of its documents, from 0, beside the rows; None for weights local to a token.
+    # Boundaries of its documents, from 0, beside the rows; None for weights local to a token.
     cu_seqlens: Tensor | None = None  # [s + 1]
-    documents: slice = slice(0)  # which of RowDocuments they are
+    documents: slice = slice(0)  # its documents among those of RowDocuments
 
 
 class RowDocuments(NamedTuple):
-    """Documents over the rows that are computed; on a CPU those that have any."""
+    """Documents over the rows that are computed; on a CPU only documents that have rows."""
 
     cu_seqlens: Tensor  # [s + 1] int64
     bounds: list[int]  # the same on the host
@@ -50,9 +50,9 @@ def in_rows(rows: LabelledRows, documents: Documents) -> RowDocuments:
 
 
 def pieces(rows: LabelledRows, documents: RowDocuments | None, chunk: int) -> Iterator[Piece]:
-    """Pieces that fit the chunk, but for documents that do not.
+    """Pieces that fit the chunk. A document that does not fit is a piece by itself.
 
-    Weights local to a token need no documents: any rows go together.
+    Weights local to a token need no documents, so any rows can go together.
     """
     if documents is None:
         for first in range(0, rows.size, chunk):
@@ -94,8 +94,8 @@ class WeightedSums:
         self.grad_hidden = zeros(
             (rows.size if wanted.hidden else 0, width), dtype=storage(problem.hidden.dtype)
         )
-        # In the type of sums; [0, D] if it is not wanted. Not filled: the first product is stored,
-        # not added.
+        # It has the type of sums, and is [0, D] if it is not wanted. It is not filled, because the
+        # first product is stored, not added.
         self.grad_weight = empty((vocabulary if wanted.weight else 0, width), dtype=acc)
         self.added = False  # whether grad_weight holds gradients
         self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
@@ -144,7 +144,7 @@ class WeightedSums:
         gemm: Gemm,
         scale: Tensor | None,  # []
     ) -> None:
-        """Adds what the rows ``first:stop`` give to the gradients."""
+        """Adds the part of the rows ``first:stop`` to the gradients."""
         wanted, factor = self.problem.wanted, None if scale is None else 1 / scale
         if wanted.hidden:
             product = gemm.hidden_gradient(dy)

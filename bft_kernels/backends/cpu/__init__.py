@@ -1,10 +1,10 @@
 """The fast path on a CPU: a GEMM on a cache-sized block, then online softmax over it in C++.
 
-While a block of logits is in cache, ``csrc/cpu`` takes from it everything the forward needs (see
-``csrc/cpu/online_softmax.h``) and looks at no logit twice. Only the exact weighted loss keeps
+While a block of logits is in cache, ``csrc/cpu`` takes from it everything that the forward needs
+(see ``csrc/cpu/online_softmax.h``), and looks at no logit twice. Only the exact weighted loss keeps
 logits, under the byte budget and in the memory of ``dW`` (see ``weighted.py``). GEMMs are
-``torch.mm``. Threads are those of torch's own OpenMP runtime, and take blocks by themselves (see
-``team.py``).
+``torch.mm``. The threads are those of torch's own OpenMP runtime, and each takes blocks by itself
+(see ``team.py``).
 """
 
 from __future__ import annotations

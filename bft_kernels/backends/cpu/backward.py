@@ -31,7 +31,7 @@ def linear_nll_backward(
     saved: Saved,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
-    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    """The wanted gradients of ``sum(grad * loss)``."""
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).float()
@@ -59,14 +59,14 @@ def recompute(
     operands: Operands,
     known: KnownRows,
     bias: Tensor | None,  # [V] float32
-    grad_weight: Tensor | None = None,  # [V, D], stored to, or added to
+    grad_weight: Tensor | None = None,  # [V, D], written or added to
     *,
     add: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``dH [n, D]`` and ``db [V]`` in float32, from logits computed again.
 
-    All rows go through a block of the vocabulary before the next but one: each block of ``dW`` is
-    accumulated in float32 while it is in cache, and written once.
+    All rows go through a block of the vocabulary before the next block but one begins. So each
+    block of ``dW`` is accumulated in float32 while it is in cache, and is written once.
     """
     _, vocabulary, width = problem.shape
     count, wanted = operands.rows.size, problem.wanted
@@ -120,13 +120,13 @@ def write_gradient(
     """Overwrites a block of raw products with ``upstream * dy``.
 
     Args:
-        block: what is overwritten.
-        rows: the block's.
+        block: the block that is overwritten.
+        rows: the known values of the block's rows.
         bias: ``[V]`` float32.
-        settings: the call's.
+        settings: the settings of the call.
         vocabulary: ``V``.
-        kept: ``[rows * columns]``, the block's logits where :meth:`_cpu.OnlineSoftmax.add` kept
-            them; then the block may hold anything.
+        kept: ``[rows * columns]``, the block's logits if :meth:`_cpu.OnlineSoftmax.add` kept them.
+            Then the block may hold anything.
     """
     _cpu.gradient_block(
         block=block.arguments(),

@@ -1,4 +1,4 @@
-"""What the backend offers."""
+"""The functions that the backend offers."""
 
 from __future__ import annotations
 

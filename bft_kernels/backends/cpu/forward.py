@@ -26,12 +26,12 @@ from bft_kernels.backends.cpu.native import (
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Forward
 
-# Of the targets' rows of weight, which are gathered.
+# How many of the targets' rows of weight are gathered at a time.
 _ROWS_AT_A_TIME = 64
 
 
 def linear_nll(problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and what ``problem.saved`` asks for."""
+    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     wants_unit = problem.saved == "unit"
     blocks = plan(problem, rows, products=2 if wants_unit else 1, trains_weight=False)
@@ -54,7 +54,7 @@ def linear_nll(problem: Problem) -> Forward:
         lse_bound=lse_bound,
         norms=norms,
     )
-    # With smoothing dy has a second part, which cannot ride on the sum of the first.
+    # With smoothing dy has a second part, which cannot be taken along in the sum of the first.
     unit = wants_unit and not problem.settings.label_smoothing
     width = problem.shape[2]
     sums = torch.zeros(rows.size if unit else 0, width, dtype=torch.float32, device="cpu")
@@ -83,9 +83,9 @@ def linear_nll(problem: Problem) -> Forward:
 
 
 def bounds_of(operands: Operands, targets: Tensor, bias: Tensor | None, problem: Problem) -> Tensor:
-    """A lower bound of each row's ``lse``: its target's logit, less what rounding can make of it.
+    """A lower bound of each row's ``lse``: its target's logit, minus the largest rounding error.
 
-    Until the softmax arrives at a confident token's target, this keeps the other entries out.
+    For a confident token this keeps the other entries out until the softmax reaches the target.
     """
     bound = torch.empty(targets.numel(), dtype=torch.float32, device="cpu")
     block, settings = _ROWS_AT_A_TIME, problem.settings

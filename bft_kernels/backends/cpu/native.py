@@ -19,7 +19,7 @@ from bft_kernels.settings import Settings
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 for ``None``."""
+    """The address of the first element; 0 for ``None``."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -30,14 +30,14 @@ def has_rows(tensor: Tensor) -> bool:
 
 
 def matrix(tensor: Tensor) -> tuple[int, str, int, int, int]:
-    """A matrix of contiguous rows as ``_cpu`` takes it. ``tensor`` must outlive the call."""
+    """A matrix of contiguous rows, as ``_cpu`` takes it. ``tensor`` must outlive the call."""
     assert has_rows(tensor)
     name = str(tensor.dtype).removeprefix("torch.")
     return tensor.data_ptr(), name, *tensor.shape, tensor.stride(0)
 
 
 def threads() -> int:
-    """As many as torch's own operators use."""
+    """The number of threads: as many as torch's own operators use."""
     return torch.get_num_threads()
 
 
@@ -51,13 +51,13 @@ def transform(bias: Tensor | None, settings: Settings) -> dict[str, Any]:
 
 
 class KnownRows(NamedTuple):
-    """What the gradient of a row needs beside its logits; ``[n]`` each, of labelled rows."""
+    """The values that a row's gradient needs beside its logits; ``[n]`` each, of labelled rows."""
 
     targets: Tensor  # int64
     lse: Tensor
     lse_low: Tensor
     nll: Tensor
-    upstream: Tensor  # float32, as the others
+    upstream: Tensor  # float32, like lse
 
     def part(self, first: int, stop: int) -> KnownRows:
         """Rows ``first:stop``."""
@@ -70,10 +70,10 @@ class Block(NamedTuple):
     first_row: int
     first_column: int
     logits: Tensor  # [rows, columns], contiguous rows
-    operand: Tensor  # [rows, D], what was multiplied
-    columns: Tensor  # [columns, D], by what
-    threads: int  # that work on it
-    worker: int = 0  # who computes it, where blocks are computed at the same time
+    operand: Tensor  # [rows, D], the left factor of the product
+    columns: Tensor  # [columns, D], the right factor
+    threads: int  # how many threads work on it
+    worker: int = 0  # the worker that computes it, if blocks are computed at the same time
 
     @property
     def stop_row(self) -> int:
@@ -112,11 +112,11 @@ def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: 
 
 
 class _Widened:
-    """A block of ``weight`` in float32, for all threads that come for it."""
+    """A block of ``weight`` in float32, for all threads that need it."""
 
     def __init__(self, columns: int, width: int) -> None:
         self.values = torch.empty(columns, width, dtype=torch.float32, device="cpu")
-        self.holds = (0, 0)  # which columns
+        self.holds = (0, 0)  # the columns that it holds
         self.lock = threading.Lock()
 
     def take(self, part: Tensor, columns: tuple[int, int], operand: torch.dtype) -> Tensor:
@@ -156,7 +156,7 @@ class Operands:
     def columns(self, step: int, first: int, stop: int) -> Tensor:
         """Rows of ``weight``, ``[stop - first, D]``, the plan's columns or fewer.
 
-        Where they are widened, step ``step + CPU_REACH`` overwrites them, or the next if the plan
+        If they are widened, step ``step + CPU_REACH`` overwrites them, or the next step if the plan
         has no team.
         """
         part = self.weight[first:stop]
@@ -172,10 +172,11 @@ class Operands:
 def each_block(
     operands: Operands, visit: Callable[[Block], None], *, in_turn: bool = False
 ) -> None:
-    """``visit`` every product, each in a buffer of its worker that is used again.
+    """Calls ``visit`` for every product. It lies in a buffer that its worker uses again.
 
-    Parts of the rows are computed at the same time if the plan has a team; each meets the blocks of
-    the vocabulary in their order, and each block meets the parts in theirs if they are ``in_turn``.
+    If the plan has a team, parts of the rows are computed at the same time. Each part takes the
+    blocks of the vocabulary in their order. If they are ``in_turn``, the parts also go through each
+    block in their order.
     """
     plan, count = operands.plan, operands.rows.size
     vocabulary = operands.weight.shape[0]
@@ -214,7 +215,7 @@ def make_softmax(
     lse_bound: Tensor | None = None,  # [n], likewise
     norms: Tensor | None = None,  # [V], for hidden_variance
 ) -> _cpu.OnlineSoftmax:
-    """The state of a forward, to which so many workers add blocks at once.
+    """The state of a forward, to which ``workers`` workers add blocks at once.
 
     The tensors must outlive it.
     """
@@ -238,7 +239,7 @@ def make_softmax(
 
 
 def finish(softmax: _cpu.OnlineSoftmax, count: int, problem: Problem) -> dict[str, Tensor]:
-    """Results of its rows, ``[count]`` each; empty where not wanted."""
+    """The results of its rows, ``[count]`` each; empty if not wanted."""
     wanted = {
         "loss": True,
         "nll": True,

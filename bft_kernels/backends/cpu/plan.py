@@ -1,4 +1,4 @@
-"""The ``cpu`` backend's block sizes, from the byte budget and the caches; see ``chunked``."""
+"""The ``cpu`` backend's block sizes. They follow from the byte budget and the caches."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# How many columns of the vocabulary are best for the vendor's GEMM, measured at widths from 576
+# This many columns of the vocabulary are best for the vendor's GEMM, as measured at widths from 576
 # to 4096; see docs/dev/cpu.md.
 CPU_BLOCK_COLUMNS = 512
 
 
 def cpu_block_bytes(threads: int) -> int:
-    """What a block of logits of the ``cpu`` backend may take of the caches.
+    """The bytes of the caches that a block of logits may take.
 
-    It is written by the product and read by the softmax, row by row by the same thread: the
-    second-level caches of all threads together.
+    The product writes the block and the softmax reads it, and each row belongs to the same thread
+    in both. So it may take the second-level caches of all threads together.
     """
     return max(2, threads) * cpu_cache_bytes()
 
 
 def cpu_cache_bytes() -> int:
-    """One core's second-level cache, as the system tells its size, or 1 MiB."""
+    """The size of one core's second-level cache, if the system tells it, or 1 MiB."""
     try:
         one = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on this system
@@ -29,13 +29,13 @@ def cpu_cache_bytes() -> int:
     return one if one > 0 else 2**20
 
 
-# Threads that take blocks by themselves want so many rows in each: with fewer the product is slow,
-# since each reads the whole block of ``weight``.
+# Threads that take blocks by themselves need this many rows in each. With fewer rows the product is
+# slow, since each thread reads the whole block of ``weight``.
 CPU_TEAM_ROWS = 128
-# How many blocks of the vocabulary they are at work on at the same time, at most.
+# They work on at most this many blocks of the vocabulary at the same time.
 CPU_REACH = 2
 
-# The sampled ``dW`` gathers rows of ``hidden`` in slices of at least so many of its columns: 512
+# The sampled ``dW`` gathers rows of ``hidden`` in slices of at least this many of its columns: 512
 # bytes of float32, eight lines of a cache.
 CPU_SLICE = 128
 
@@ -45,12 +45,12 @@ def plan_cpu_slice(rows: int, width: int, element_bytes: int, cache: int) -> int
 
     Args:
         rows, width: ``N`` and ``D``.
-        element_bytes: of ``hidden``.
-        cache: bytes of one core's second level; see :func:`cpu_cache_bytes`.
+        element_bytes: bytes of an element of ``hidden``.
+        cache: bytes of one core's second-level cache; see :func:`cpu_cache_bytes`.
 
     Returns:
-        ``D`` where all rows are half of the cache, or where no slice would fit; else the columns of
-        which all rows fit, at least :data:`CPU_SLICE`.
+        ``D`` if all rows take at most half of the cache, or if no slice would fit. Otherwise as
+        many columns as fit with all rows, at least :data:`CPU_SLICE`.
     """
     if rows * width * element_bytes <= cache // 2:
         return width
@@ -59,17 +59,17 @@ def plan_cpu_slice(rows: int, width: int, element_bytes: int, cache: int) -> int
 
 
 # A pass over ``dW`` and two over ``weight``, 16 V D bytes at 10 GB/s, take as long as the product
-# of about so many rows, 2 V D flops each at 160 GFLOPS.
+# of about this many rows, 2 V D flops each at 160 GFLOPS.
 CPU_PASS_ROWS = 128
 
-# The batch is cut into pieces at documents so many rows apart at least.
+# The batch is cut into pieces at documents that are at least this many rows apart.
 PIECE_STEP = 32
 
 
 def _stretch(room: int, rows: int) -> int:
-    """How many times more columns a block of ``rows`` has than one of ``room`` rows.
+    """How many times as many columns a block of ``rows`` has as a block of ``room`` rows.
 
-    Up to 8: two passes of the softmax over 4096 floats stay in a first-level cache.
+    This is at most 8: two passes of the softmax over 4096 floats stay in a first-level cache.
     """
     return max(1, min(8, room // max(1, rows)))
 
@@ -80,8 +80,8 @@ class CpuPlan:
 
     rows: int
     columns: int
-    whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
-    team: int = 1  # blocks that are computed at the same time, by a thread each; 1: by all threads
+    whole: bool  # whether the operand's rows are copied all at once, if they have to be copied
+    team: int = 1  # threads that each compute a block at the same time; 1: all share each block
 
 
 def plan_cpu_blocks(
@@ -100,13 +100,13 @@ def plan_cpu_blocks(
     """Block sizes for passes over all rows, vocabulary blocks outside and row blocks inside.
 
     A block of ``weight`` should stay in cache over all rows, and a block of logits from its product
-    to its softmax. Both want few columns; the products' speed and, with a gradient, the passes over
-    ``dH`` want many. Where all rows make one block, it takes as many columns as the cache has room
-    for, unless columns are copied.
+    to its softmax. Both favour few columns. The products' speed and, with a gradient, the passes
+    over ``dH`` favour many. If all rows make one block, it takes as many columns as the cache has
+    room for, unless columns are copied.
 
-    Threads take blocks by themselves where there are :data:`CPU_TEAM_ROWS` rows for each. Their
-    blocks are as large together as one that they would share, and there are two for each thread
-    where the rows suffice, so that others go on when the system puts a thread aside.
+    Threads take blocks by themselves if there are :data:`CPU_TEAM_ROWS` rows for each. Together
+    their blocks are as large as one that they would share. If there are enough rows, each thread
+    has two blocks, so that the others can go on when the system puts a thread aside.
 
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
@@ -115,8 +115,8 @@ def plan_cpu_blocks(
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
         narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
-        block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
-        threads: that may take blocks by themselves.
+        block_bytes: bytes of the caches for one product; see :func:`cpu_block_bytes`.
+        threads: how many threads may take blocks by themselves.
     """
     elements = budget // 4
     team = cpu_team(rows, threads)
@@ -151,12 +151,12 @@ def plan_cpu_blocks(
 
 
 def cpu_team(rows: int, threads: int) -> int:
-    """How many threads take parts of so many rows by themselves; 1 where all share each."""
+    """How many threads take parts of ``rows`` rows by themselves; 1 if all share each part."""
     return threads if rows >= threads * CPU_TEAM_ROWS else 1
 
 
 def cpu_part(rows: int, room: int, team: int) -> int:
-    """Rows of a block, of which one has ``room``: even parts, two or more for each of a team."""
+    """Rows of a block that has room for ``room``. Parts are even, and a team has two for each."""
     if team > 1:
         parts = max(-(-rows // room), min(2 * team, rows // CPU_TEAM_ROWS))
         room = -(-rows // parts)
@@ -165,19 +165,21 @@ def cpu_part(rows: int, room: int, team: int) -> int:
 
 @dataclass(frozen=True)
 class CpuWeightedPlan:
-    """Blocks of the weighted loss, and of how many rows the logits outlive their softmax."""
+    """Blocks of the weighted loss, and how many rows keep their logits after their softmax."""
 
-    rows: int  # for which a block has room; one that waits in the gradient has in_gradient if more
-    columns: int  # of a block that is swept
-    group: int  # how many of them make a block of the gradient, which goes through two products
+    # Rows for which a block has room. A block that waits in the gradient has in_gradient, if that
+    # is more.
+    rows: int
+    columns: int  # columns of a block in the first pass, for the softmax
+    group: int  # how many such blocks make one of the gradient, which goes through two products
     in_gradient: int  # rows whose logits wait where ``dW`` will be written, once a call
     in_buffer: int  # rows whose logits wait in a buffer, once a piece of the batch
-    whole: bool  # whether the operand's rows are copied all at once, where they have to be copied
-    copies: bool  # whether columns are copied, so that there are no more of them in any block
+    whole: bool  # whether the operand's rows are copied all at once, if they have to be copied
+    copies: bool  # whether columns are copied; then no block has more columns than this
     team: int = 1  # see CpuPlan
 
     def columns_of(self, rows: int) -> int:
-        """Columns of a block that is swept, of a piece of so many rows."""
+        """Columns of a block in the first pass over a piece of ``rows`` rows."""
         return self.columns * (1 if self.copies else _stretch(self.team * self.rows, rows))
 
 
@@ -193,10 +195,10 @@ def plan_cpu_weighted(
     block_bytes: int = 2 * 2**20,
     threads: int = 1,
 ) -> CpuWeightedPlan:
-    """Where logits wait for the weights of their tokens.
+    """Plans where logits wait for the weights of their tokens.
 
-    ``dW`` is a float32 ``[V, D]`` that nothing is written to before the weights are known: a block
-    of its rows has room for the same block of columns of ``D`` rows of logits. The rest of the
+    ``dW`` is a float32 ``[V, D]`` to which nothing is written before the weights are known. A block
+    of its rows has room for the same block of columns, for ``D`` rows of logits. The rest of the
     budget holds whole rows.
 
     Args:
@@ -205,8 +207,8 @@ def plan_cpu_weighted(
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         trains_weight: whether there is a ``dW``.
-        block_bytes: of the caches, for one product; see :func:`cpu_block_bytes`.
-        threads: that may take blocks by themselves.
+        block_bytes: bytes of the caches for one product; see :func:`cpu_block_bytes`.
+        threads: how many threads may take blocks by themselves.
     """
     in_gradient = min(rows, width) if trains_weight else 0
     elements = budget // 4
@@ -233,7 +235,7 @@ def plan_cpu_weighted(
     widened = int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)  # of a column
     if in_gradient:  # a block of them is read before dW is written
         block_columns = min(block_columns, elements // 2 // in_gradient)
-    if in_gradient > blocks.rows:  # beside what the threads have
+    if in_gradient > blocks.rows:  # it comes beside the threads' own blocks
         own = team * blocks.rows if team > 1 else 0
         block_columns = min(
             block_columns, (elements - 2 * width * copies * own) // (in_gradient + own + widened)
@@ -251,14 +253,14 @@ def plan_cpu_weighted(
 
 
 def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:
-    """Which documents to take together, so that the least time is lost.
+    """Chooses which documents to take together, so that the least time is lost.
 
-    A piece costs the rows whose logits cannot wait, which are computed again, and each piece but
-    the first ``CPU_PASS_ROWS``. The first has the room in ``dW`` too.
+    A piece costs the rows whose logits cannot wait, since they are computed again. Each piece but
+    the first also costs ``CPU_PASS_ROWS`` rows. The first piece has the room in ``dW`` too.
 
     Args:
         bounds: where documents begin and end, in rows; ascending, from 0.
-        plan: of the call.
+        plan: the plan of the call.
 
     Returns:
         Places in ``bounds`` where pieces begin and end: from 0 to its last.
@@ -273,12 +275,13 @@ def plan_cpu_pieces(bounds: Sequence[int], plan: CpuWeightedPlan) -> list[int]:
             places.append(place)
     places.append(len(bounds) - 1)
     first_room = plan.in_gradient + plan.in_buffer
-    cost, before = [0], [0]  # of the best pieces up to each place; where the last of them begins
+    # For each place: the cost of the best pieces up to it, and where the last of them begins.
+    cost, before = [0], [0]
     for i, place in enumerate(places[1:], start=1):
         best, begin = max(0, bounds[place] - first_room), 0
         for j in range(i - 1, 0, -1):
             again = max(0, bounds[place] - bounds[places[j]] - plan.in_buffer)
-            if again >= best:  # and ever more, the further back a piece begins
+            if again >= best:  # a piece that begins further back costs even more
                 break
             if cost[j] + CPU_PASS_ROWS + again < best:
                 best, begin = cost[j] + CPU_PASS_ROWS + again, j

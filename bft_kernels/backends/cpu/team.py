@@ -1,9 +1,9 @@
-"""Blocks shared out among threads that do not wait for each other.
+"""Blocks are shared out among threads that do not wait for each other.
 
-A loop of GEMMs and softmaxes, each on all threads, has them meet after every few milliseconds. One
-that the system has put aside, because others use its core, holds up all; those that wait spin and
-use up the time that they are given. Here the threads meet once: each takes the next block that may
-be taken, with products and loops of one thread.
+If all threads work on each GEMM and each softmax of a loop, they meet every few milliseconds. When
+the system puts a thread aside, because others use its core, that thread holds up all. The threads
+that wait spin, and so use up the time that they are given. Here the threads meet only once. Each
+takes the next block that may be taken, with products and loops of one thread.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from bft_kernels import _cpu
 
 
 class Blocks:
-    """Which block comes next, of parts of the rows times steps through the vocabulary.
+    """Tells which block comes next. A block is a part of the rows and a step of the vocabulary.
 
     A part's steps are taken in their order, one at a time. No part is ``reach`` steps or more ahead
-    of another, so that what the steps share is needed for so many of them only. What is computed
-    does not depend on who computes it, nor when.
+    of another, so that data which the parts of a step share is needed for ``reach`` steps only. The
+    results do not depend on which thread computes a block, or when.
 
     Args:
-        parts, steps: how many.
+        parts, steps: the number of parts and of steps.
         reach: see above.
-        in_turn: whether the parts go through each step one after the other: for sums over rows.
+        in_turn: whether the parts go through each step one after the other, for sums over rows.
     """
 
     def __init__(self, parts: int, steps: int, reach: int, *, in_turn: bool = False) -> None:
         self.parts, self.steps = parts, steps
         self.reach, self.in_turn = reach, in_turn
-        self._step = [0] * parts  # of each part: its next, or the one that is taken
+        self._step = [0] * parts  # for each part its next step, or the step that is taken
         self._idle = set(range(parts if steps else 0))
         self._ended = False
         self._changed = threading.Condition()
 
     def take(self) -> tuple[int, int] | None:
-        """A part and its step, which nobody else gets before it is done; waits for one if need be.
+        """A part and its step. Nobody else gets that part before the step is done.
 
-        ``None`` where there is none left to take: all are done, or will be by those who have them.
+        Waits for one if need be. ``None`` says that there is none left to take: all blocks are
+        done, or are with threads that will finish them.
         """
         with self._changed:
             while self._idle and not self._ended:
@@ -61,7 +62,7 @@ class Blocks:
         return self.in_turn and part > 0 and self._step[part - 1] == self._step[part]
 
     def done(self, part: int) -> None:
-        """Says that the step of ``part`` that was taken is done."""
+        """Says that the step of ``part`` that a thread took is done."""
         with self._changed:
             self._step[part] += 1
             if self._step[part] < self.steps:
@@ -69,7 +70,7 @@ class Blocks:
             self._changed.notify_all()
 
     def end(self) -> None:
-        """Lets nobody take any more."""
+        """Gives out no more blocks."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -78,10 +79,11 @@ class Blocks:
 def run(blocks: Blocks, compute: Callable[[int, int, int], None], threads: int) -> None:
     """Calls ``compute(worker, part, step)`` for every block, on up to ``threads`` threads.
 
-    One thread is the caller's, whose products and loops may have more.
+    With ``threads=1`` the caller's thread computes all blocks, and its products and loops may use
+    more threads.
 
     Raises:
-        BaseException: what a call raised first; blocks that nobody has taken by then are left out.
+        BaseException: the first error of a call. Blocks that nobody has taken by then are left out.
     """
     if threads == 1:
         with torch.inference_mode():
@@ -91,7 +93,7 @@ def run(blocks: Blocks, compute: Callable[[int, int, int], None], threads: int) 
         return
 
     def work(worker: int) -> None:
-        # Threads have modes of their own; what is computed here has no gradient.
+        # Each thread has its own mode, and nothing that is computed here needs a gradient.
         try:
             with torch.inference_mode():
                 while taken := blocks.take():

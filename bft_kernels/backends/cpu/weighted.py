@@ -1,8 +1,8 @@
 """A weighted sum of token losses and its gradients, in two passes over blocks of the vocabulary.
 
-The first pass gives the losses, hence the weights; the second turns logits into gradients. Logits
-wait in between where there is room for them, which costs three products (3G), or are computed again
-(4G).
+The first pass gives the losses, and from them come the weights. The second pass turns logits into
+gradients. In between, logits wait if there is room for them, which costs three products (3G).
+Otherwise they are computed again (4G).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from bft_kernels.weighting import balance
 
 def weighted_loss(
     problem: Problem,
-    token_scale: Tensor,  # [N], what multiplies each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
@@ -82,7 +82,7 @@ def weighted_loss(
 def _pieces(
     rows: LabelledRows, documents: RowDocuments | None, plan: CpuWeightedPlan
 ) -> Iterator[Piece]:
-    """Documents that are taken together; any rows, for weights local to a token."""
+    """Documents that are taken together. If weights are local to a token, any rows go together."""
     if documents is None:
         bounds = [*range(0, rows.size, PIECE_STEP), rows.size]
     else:
@@ -99,15 +99,16 @@ def _pieces(
 class _Waiting:
     """The logits of the first rows of a piece, between their softmax and their gradient.
 
-    Columns of the vocabulary lie one after the other in the memory of ``dW`` and in a buffer, in
-    blocks as they were swept; of each block first the rows in ``dW``, ``D`` at most, then others.
+    They wait in the memory of ``dW`` and in a buffer, in the blocks of columns that the first pass
+    took, one after the other. In each block the first rows, at most ``D``, are in ``dW``, and the
+    next ones in the buffer.
     """
 
     def __init__(self, in_gradient: int, in_buffer: int, grad_weight: Tensor, buffer: Tensor):
         self.in_gradient, self.rows = in_gradient, in_gradient + in_buffer
         width = grad_weight.shape[1]
         self.places = (
-            # first and last row, the memory, floats of it for a column of the vocabulary
+            # first and last row, the memory, and its floats for each column of the vocabulary
             (0, in_gradient, grad_weight.view(-1), width),
             (in_gradient, self.rows, buffer, in_buffer),
         )
@@ -115,7 +116,7 @@ class _Waiting:
     def parts(
         self, first: int, stop: int, columns: tuple[int, int]
     ) -> Iterator[tuple[int, int, Tensor | None]]:
-        """Rows ``first:stop`` of a block by where they wait: their bounds, and the place."""
+        """Rows ``first:stop`` of a block, by the place where they wait: their bounds and place."""
         width = columns[1] - columns[0]
         for begin, end, memory, per_column in self.places:
             a, b = max(first, begin), min(stop, end)
@@ -127,18 +128,18 @@ class _Waiting:
 
 
 class _Task(NamedTuple):
-    """A block of a piece, and who computes it with how many threads."""
+    """A block of a piece, the worker that computes it, and with how many threads."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
-    step: int  # of the columns
+    step: int  # the step of the columns
     space: Tensor  # [rows, columns], for logits or their gradient
     worker: int
     threads: int
 
 
 class _Engine:
-    """Takes pieces of the batch; each logit is looked at while its block is in cache."""
+    """Takes pieces of the batch. Each logit is looked at while its block is in cache."""
 
     def __init__(
         self, problem: Problem, rows: LabelledRows, plan: CpuWeightedPlan, sums: WeightedSums
@@ -150,7 +151,7 @@ class _Engine:
         self.operands = Operands(problem, rows, blocks)
         self.targets = rows.take(problem.target, 0, rows.size).contiguous()
         self.buffer: Tensor | None = None  # borrowed from the first piece on
-        # Of each worker a block, and a larger one for the rows that wait in dW if they need it.
+        # Each worker has a block, and there is a larger one if the rows that wait in dW need it.
         self.own_block = plan.rows * block_columns
         self.larger = plan.in_gradient * block_columns if plan.in_gradient > plan.rows else 0
         size = self.own_block * plan.team + self.larger if plan.team > 1 else 0
@@ -172,19 +173,21 @@ class _Engine:
         return _Waiting(in_gradient, in_buffer, self.sums.grad_weight, self.buffer)
 
     def _rows_in_gradient(self, count: int) -> int:
-        """How many of the first piece's rows wait in ``dW``: they are one part, see :meth:`_parts`.
+        """How many of the first piece's rows wait in ``dW``. They are one part, see :meth:`_parts`.
 
-        A few give up their place, and are computed again, where the part would be too large.
+        If the part would be too large by a few rows, these give up their place and are computed
+        again.
         """
         rows, members = min(count, self.plan.in_gradient), cpu_team(count, self.plan.team)
         most = _largest_part(count, members)
         return most if most < rows <= most + count // 8 else rows
 
     def _parts(self, count: int, least: int, width: int) -> tuple[int, list[tuple[int, int]]]:
-        """The team for a piece of ``count`` rows, and its parts: even parts of the rows that wait,
-        the first of ``least`` rows or more, and of others.
+        """The team for a piece of ``count`` rows, and its parts.
 
-        All threads share each block where one part were too large for a single one's time or block.
+        The rows that wait have even parts, the first of ``least`` rows or more; the others have
+        even parts, too. If one part is too large for a single thread's time or block, all threads
+        share each block.
         """
         assert self.waiting is not None
         waiting, members = self.waiting.rows, cpu_team(count, self.plan.team)
@@ -210,7 +213,7 @@ class _Engine:
         *,
         in_turn: bool = False,
     ) -> None:
-        """All parts of a piece against ``width`` columns at a time; see :meth:`_parts`."""
+        """Computes all parts of a piece, ``width`` columns at a time; see :meth:`_parts`."""
         members, parts = self._parts(count, least, width)
         steps = list(_steps(0, self.problem.weight.shape[0], width))
 
@@ -235,7 +238,7 @@ class _Engine:
         return self.operands.take(first + rows[0], first + rows[1])
 
     def find_losses(self, piece: Piece) -> None:
-        """Losses of the rows of a piece; logits wait as far as there is room."""
+        """Finds the losses of the rows of a piece. Logits wait as far as there is room."""
         first, stop = piece.first, piece.stop
         softmax = make_softmax(self.problem, self.targets[first:stop], self.bias, self.plan.team)
         self.waiting = self._wait(first, stop)
@@ -301,7 +304,7 @@ class _Engine:
             if wanted.bias:
                 sums.grad_bias[slice(*columns)] += dy.sum(dim=0)
 
-        # The first part holds all that waits in dW, which is then written there.
+        # The first part holds all rows that wait in dW, since dW is then written there.
         least, block_columns = self.waiting.in_gradient, self.columns * self.plan.group
         self._run(stop - first, least, block_columns, compute, in_turn=True)
         if wanted.hidden and not direct:
@@ -309,18 +312,18 @@ class _Engine:
         self.waiting, sums.added = None, True
 
     def end(self) -> None:
-        """Gives back what was borrowed."""
+        """Gives back the borrowed buffer."""
         if self.buffer is not None:
             workspace.give_back(self.buffer)
 
 
 def _largest_part(count: int, members: int) -> int:
-    """Rows that one of a team may have to itself while others wait for it, of ``count`` in all."""
+    """The most of ``count`` rows that one of ``members`` threads may take while others wait."""
     return int(1.125 * count / members)
 
 
 def _even(count: int, most: int) -> int:
-    """The size of the fewest even parts of ``count`` that are no larger than ``most``."""
+    """The size of even parts of ``count``: as few parts as possible, none larger than ``most``."""
     return max(1, -(-count // max(1, -(-count // most))))
 
 

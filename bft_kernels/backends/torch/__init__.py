@@ -1,7 +1,8 @@
 """The backend that always works: plain PyTorch in blocks under the byte budget, on any device.
 
-On an accelerator ``gradient="sampled"`` reads counts back to the host: of kept entries, once a
-tile, and of the parts that its backward sorts. The balanced loss copies boundaries to the device.
+On an accelerator ``gradient="sampled"`` reads counts back to the host: the number of kept entries,
+once a tile, and the sizes of the parts that its backward sorts. The balanced loss copies boundaries
+to the device.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def linear_nll_backward(
     saved: Saved,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
-    """Gradients of ``sum(grad * loss)`` by what is wanted."""
+    """The wanted gradients of ``sum(grad * loss)``."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).to(problem.acc_dtype)
     if not problem.wanted.weight:
@@ -38,10 +38,10 @@ def linear_nll_backward(
 def _recompute(
     problem: Problem, grad: Tensor, saved: Saved, rows: LabelledRows, grad_weight: Tensor | None
 ) -> Gradients:
-    """Vocabulary blocks outside, row blocks inside: ``dW`` is written once, block by block.
+    """Gradients from recomputed logits. Vocabulary blocks are outside, row blocks inside.
 
-    Only ``dH`` is accumulated over blocks, in float32: ``N x D``, where a row-wise order would need
-    a float32 ``V x D``.
+    So ``dW`` is written once, block by block. Only ``dH`` is accumulated over blocks, in a float32
+    ``N x D``. A row-wise order would need a float32 ``V x D``.
     """
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc, (_, vocabulary, width) = problem.acc_dtype, problem.shape
@@ -101,7 +101,7 @@ def _logit_gradient(
     slope = None if settings.softcap is None else torch.empty_like(y)
     transform_logits(y, bias, settings, slope)
     probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, settings)
-    # The rest of lse is one factor of the row, so it rides on the last product.
+    # The rest of lse is one factor of the row, so the last product includes it.
     rest = torch.exp(-lse_low)
     at_target = at_target / rest
     y.sub_(lse[:, None]).exp_()
@@ -123,7 +123,7 @@ def _from_entries(
 ) -> Gradients:
     """``dH`` gathers rows of ``weight``; ``dW`` gathers rows of ``hidden``, grouped by column.
 
-    Grouping makes every row of ``dW`` the work of one group, written once and in row order.
+    Each group makes one row of ``dW``, so every row is written once, and in order.
     """
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     count, vocabulary, _ = problem.shape
@@ -162,8 +162,8 @@ def _by_column(
     Sorting all at once would hold two to three times the bytes of the entries themselves.
 
     Yields:
-        The columns ``first:stop`` of the part; its entries, int64, by column and then by row; the
-        first of them of each column.
+        The columns ``first:stop`` of the part; its entries, int64, by column and then by row; and
+        for each column the first of them.
     """
     counts = torch.bincount(columns, minlength=vocabulary)
     ends = counts.cumsum(0)
@@ -190,9 +190,9 @@ def add_weighted_rows(
 
     ``index`` may be int32 while there are fewer than 2^31 entries.
 
-    Sums run in the type of ``value``, in the order of the entries, so they are the same from run to
-    run. A table of that type is read in place, by blocks of groups; another one is converted in
-    slices of its columns. Temporaries fit the budget.
+    Sums are in the type of ``value`` and in the order of the entries, so they are the same from run
+    to run. A table of that type is read in place, by blocks of groups. A table of another type is
+    converted in slices of its columns. Temporaries fit the budget.
     """
     bag = torch.nn.functional.embedding_bag
     if index.numel() >= 2**31:  # offsets have the type of the index
@@ -221,7 +221,7 @@ def add_weighted_rows(
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Blocks of the vocabulary: ``[rows, columns]`` logits of every row against few columns."""
+    """Blocks of the vocabulary: ``[rows, columns]`` logits, many rows against few columns."""
 
     rows: int
     columns: int
@@ -240,15 +240,15 @@ def plan_columns(
     """Block sizes for the recomputing backward, whose ``lse`` is known.
 
     A block costs ``(1 + scratch) * rows * columns`` logits, a widened block of ``weight``, one of
-    ``dW`` and, with ``copies``, one of ``hidden``. All rows against a few columns is best for the
-    products, as long as the block keeps some hundreds of columns; beyond that rows are split too.
+    ``dW`` and, with ``copies``, one of ``hidden``. Products are fastest with all rows against a few
+    columns, as long as the block keeps some hundreds of columns. If it cannot, rows are split too.
     """
     elements = max(1, budget // itemsize)
     copied = width if copies else 0
     block_rows, wanted = 0, min(vocabulary, 512)
     while True:
         block_rows = (elements - 2 * width * wanted) // ((1 + scratch) * wanted + copied)
-        # A block of one row against many columns is no product: as many rows as columns.
+        # One row against many columns is no GEMM, so a block has as many rows as columns.
         if block_rows >= min(rows, wanted) or wanted == 1:
             break
         wanted //= 2

@@ -1,4 +1,4 @@
-"""What the backend offers: the chunked engine with kernels in plain PyTorch."""
+"""The backend's engine: the chunked engine with kernels in plain PyTorch."""
 
 from __future__ import annotations
 

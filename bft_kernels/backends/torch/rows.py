@@ -1,4 +1,4 @@
-"""The chunked engine's passes over rows of logits, in plain PyTorch, a tile that fits a cache."""
+"""The chunked engine's passes over rows of logits, in plain PyTorch, by tiles that fit a cache."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TorchRows:
     def __init__(self, problem: Problem) -> None:
         self.problem, self.settings = problem, problem.settings
         self.sampled = problem.saved == "entries"
-        if self.sampled:  # as many as are kept, in the backward too
+        if self.sampled:  # the host must know how many entries are kept, in the backward too
             check_capture(
                 problem.hidden.device,
                 "gradient: got 'sampled' with backend='torch'",
@@ -68,7 +68,7 @@ class TorchRows:
         self.entries.join()
 
     def _collect(self, first: int, stop: int, tile: Softmax, nll: Tensor) -> None:
-        """Fills in what a tile of rows ``first:stop`` gives. Some of it overwrites the logits."""
+        """Fills in the results of a tile of rows ``first:stop``. This may overwrite the logits."""
         results, part = self.results, slice(first, stop)
         results["nll"][part] = nll
         results["loss"][part] = token_loss(tile, nll, self.settings)
@@ -108,7 +108,7 @@ class TorchRows:
         self.entries.add(kept.sum(dim=1), column.to(torch.int32), value)
 
     def _certify(self, part: slice, tile: Softmax) -> None:
-        """``sum_{v != target} p (eps - p)^+ slope^2``, and with ``|W_v|^2`` if asked."""
+        """``sum_{v != target} p (eps - p)^+ slope^2``, and if wanted the same with ``|W_v|^2``."""
         p = tile.probability
         term = torch.sub(self.settings.eps, p, out=tile.shifted).clamp_(min=0).mul_(p)
         if tile.slope is not None:
@@ -120,7 +120,7 @@ class TorchRows:
             self.results["hidden_variance"][part] = term @ self.norms / square
 
     def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
-        """What :meth:`forward` left in place of the logits, weighted."""
+        """The gradient that :meth:`forward` left in place of the logits, weighted."""
         return logits if coefficient is None else logits.mul_(coefficient[:, None])
 
     def packed(self, unit: Tensor) -> Forward:
@@ -142,19 +142,19 @@ class TorchRows:
 
 
 class Entries:
-    """The sampled entries, tile by tile; their number is not known before."""
+    """The sampled entries, tile by tile. Their number is not known beforehand."""
 
     def __init__(self) -> None:
         self.parts: tuple[list[Tensor], ...] = ([], [], [])  # counts by row, columns, values
         self.joined = 0  # parts that are joined
 
     def add(self, *parts: Tensor) -> None:
-        """Of the next rows."""
+        """Adds the counts, columns and values of the next rows."""
         for known, part in zip(self.parts, parts, strict=True):
             known.append(part)
 
     def join(self) -> None:
-        """Joins the parts since the last call, so that few small ones lie about (see Scratch)."""
+        """Joins the parts since the last call, so that few small ones remain (see Scratch)."""
         if len(self.parts[0]) == self.joined:
             return
         for known in self.parts:
@@ -162,7 +162,7 @@ class Entries:
         self.joined += 1
 
     def packed(self, problem: Problem, rows: LabelledRows) -> dict[str, Tensor]:
-        """By the names of ``Forward``."""
+        """The lists, by the names of ``Forward``."""
         hidden = problem.hidden
         counts, columns, values = (
             torch.cat([hidden.new_empty(0, dtype=dtype), *known])

@@ -1,6 +1,6 @@
 """The counter-based draws of ``gradient="sampled"``, in wrapping int32 and int64 tensor arithmetic.
 
-The definition is :func:`bft_kernels.reference.uniforms`; this is the same function, bit for bit,
+:func:`bft_kernels.reference.uniforms` is the definition. This is the same function, bit for bit,
 with in-place passes over a tile.
 """
 
@@ -45,8 +45,8 @@ def scaled_uniforms(
         multiplier, offset: int32 ``[n]`` from :func:`row_keys`.
         columns: int32 ``[V]``.
         scale: ``eps``, or 1 for the draws themselves. Scaling ``u`` by ``2^-24`` first is exact, so
-            both are folded into one factor.
-        scratch: ``[2, n, V]`` int32 to work in; the result lies in it.
+            both become one factor.
+        scratch: ``[2, n, V]`` int32 of working memory; the result lies in it.
     """
     if scratch is None:
         scratch = columns.new_empty(2, multiplier.numel(), columns.numel())

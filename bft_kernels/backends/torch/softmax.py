@@ -1,4 +1,4 @@
-"""Softmax of a tile of complete rows of logits: statistics, and what the gradient needs."""
+"""Softmax of a tile of complete rows of logits, with statistics and the gradient's factors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from bft_kernels.settings import Settings
 class Scratch:
     """The buffers of a tile, ``[rows, V]`` each, for all tiles of a call.
 
-    Allocated anew for every tile they would leave holes between the small results that outlive it:
-    on a CPU the process then grows by most of ``N x V`` although no more than a tile is alive.
+    If they were allocated for every tile, they would leave holes between the small results that
+    outlive it. On a CPU the process would then grow by most of ``N x V``, although no more than a
+    tile is alive.
     """
 
     exponential: Tensor
@@ -49,7 +50,7 @@ class Softmax:
 
     @property
     def probability(self) -> Tensor:
-        """``[n, V]``, in place of ``exponential``, which is gone after the first call."""
+        """``[n, V]``. The first call overwrites ``exponential`` with it."""
         if not self.normalized:
             self.exponential.div_(self.total[:, None])
             self.normalized = True
@@ -68,10 +69,10 @@ class Softmax:
 
     @property
     def lse_low(self) -> Tensor:
-        """What rounding took from :attr:`lse`, by Knuth's exact sum.
+        """The part of :attr:`lse` that rounding cut off, by Knuth's exact sum.
 
-        ``exp(z - lse)`` recomputed without it is off by one common factor in the whole row, up to
-        half a unit in the last place of ``lse``: where all logits are large, or the rows of
+        Without it, a recomputed ``exp(z - lse)`` is off by one common factor in the whole row, up
+        to half a unit in the last place of ``lse``. If all logits are large, or the rows of
         ``weight`` have a large mean, that is the largest error of the gradient.
         """
         lse = self.lse
@@ -80,8 +81,8 @@ class Softmax:
 
     @property
     def entropy(self) -> Tensor:
-        # Relative to the maximum, so that large common offsets of the logits cancel exactly.
-        # Nothing reads the shifted logits after this, so those of -inf can go: 0 * -inf is not 0.
+        # It is taken relative to the maximum, so that large common offsets of the logits cancel
+        # exactly. 0 * -inf is not 0, so logits of -inf are clamped; nothing reads them after this.
         self.shifted.clamp_(min=torch.finfo(self.shifted.dtype).min)
         mean = torch.bmm(self.exponential[:, None], self.shifted[:, :, None]).flatten() / self.total
         return (self.log_total - mean).clamp_min_(0)
@@ -95,7 +96,7 @@ class Softmax:
 def transform_logits(
     y: Tensor, bias: Tensor | None, settings: Settings, slope: Tensor | None
 ) -> None:
-    """Makes ``z`` of ``y`` in place, and of ``slope`` the softcap's slope if both are there."""
+    """Turns ``y`` into ``z`` in place, and fills ``slope``, if given, with the softcap's slope."""
     if bias is not None:
         y += bias
     scale = 1.0 / settings.temperature
@@ -111,7 +112,7 @@ def transform_logits(
 def softmax_tile(
     y: Tensor, target: Tensor, bias: Tensor | None, settings: Settings, scratch: Scratch
 ) -> Softmax:
-    """Softmax of raw logits ``y [n, V]``, which it overwrites."""
+    """The softmax of raw logits ``y [n, V]``. It overwrites them."""
     count = y.shape[0]
     slope = None if scratch.slope is None else scratch.slope[:count]
     transform_logits(y, bias, settings, slope)
@@ -133,7 +134,7 @@ def token_loss(tile: Softmax, nll: Tensor, settings: Settings) -> Tensor:
 
 
 def write_unit_gradient(tile: Softmax, nll: Tensor, settings: Settings) -> None:
-    """Overwrites ``tile.shifted`` with ``dy``, the gradient of the token loss by the raw logits."""
+    """Overwrites ``tile.shifted`` with ``dy``, the token loss's gradient in the raw logits."""
     probability, at_target, uniform = gradient_factors(
         tile.lse, nll, tile.shifted.shape[1], settings
     )
