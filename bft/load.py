@@ -64,7 +64,7 @@ def _on_hub(name: str) -> Path:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
     except RepositoryNotFoundError as error:
         raise PretrainedError(
-            f"model: the hub shows no {name!r} (misspelt, or only for who is logged in: "
+            f"model: the hub shows no {name!r} (misspelt, or only for users who are logged in: "
             f"`hf auth login`), and there is no such folder; expected {_NAMES}"
         ) from error
     except Exception as error:  # whichever HTTP library the hub's client is built on
