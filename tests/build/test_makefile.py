@@ -1,4 +1,4 @@
-"""What ``make`` compiles: CUDA takes minutes; it is compiled where there is a GPU, and for the slow tests."""
+"""What ``make`` compiles: CUDA takes minutes, and only a GPU and the slow tests need it."""
 
 import os
 import re
