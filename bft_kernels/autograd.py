@@ -123,7 +123,7 @@ def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
     problem = ops.as_problem(tensors, inputs[_OF_WEIGHTED + _TENSORS :])
     ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], problem.bias)]
-    ctx.made = problem.wanted
+    ctx.made, ctx.backend = problem.wanted, problem.settings.backend
 
 
 def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
     if grad is None:
         return _gradients(ctx, _OF_WEIGHTED, None, None, None)
     scaled = [
-        _scale(gradient, grad, dtype) if made and needed else None
+        _scale(gradient, grad, dtype, ctx.backend) if made and needed else None
         for gradient, dtype, made, needed in zip(
             ctx.saved_tensors, ctx.dtypes, ctx.made, _needed(ctx, _OF_WEIGHTED), strict=True
         )
@@ -153,7 +153,7 @@ def _balanced_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
     return (own, *(None,) * ctx.others)
 
 
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """``gradient * factor`` in ``dtype``.
 
     It works in place, unless the graph is kept or ``factor`` is a batch of factors
@@ -165,7 +165,7 @@ def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (gradient.to(factor.dtype) * factor).to(dtype)
     if gradient.device.type == "cpu":
         _scale_on_host(gradient, factor)
-    elif scale_ := offered("scale_", "auto", traits_of(gradient)):
+    elif scale_ := offered("scale_", backend, traits_of(gradient)):
         scale_(gradient, factor)
     else:  # one kernel: with a vector of one element the product is float32 and is rounded once
         torch.mul(gradient, factor.view(1), out=gradient)

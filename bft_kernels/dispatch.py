@@ -101,10 +101,16 @@ def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> 
     """What the backend's small call on a GPU raised; without ``operand`` it tries any product."""
     if device.type != "cuda":
         return []
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    call = name, device, operand
+    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if capturing and call not in _tried:
         return []  # code cannot be loaded now; the call itself will say so
-    failure = try_out(name, device, operand)
+    failure = try_out(*call)
+    _tried.add(call)
     return [failure] if failure else []
+
+
+_tried: set[tuple[str, torch.device, torch.dtype | None]] = set()
 
 
 # Parts of errors that say nothing about a backend: others have the memory, or the process has a
@@ -163,12 +169,18 @@ def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> E
     raise RuntimeError(f"backend: got {name!r}, which cannot run here ({text})")
 
 
-@functools.cache
 def offered(function: str, name: str, x: Traits) -> Any:
     """A function of the first engine that may run on ``x``; ``None`` if it does not offer it.
 
     The losses or gradients are there already, so no backend is refused here.
     """
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _offered.__wrapped__(function, name, x)  # nothing is tried now, see `_why_tried`
+    return _offered(function, name, x)
+
+
+@functools.cache
+def _offered(function: str, name: str, x: Traits) -> Any:
     for backend in _candidates(name, x.device.type):
         if not backend_package(backend).why_not(x, x) and not _why_tried(backend, x.device, None):
             return getattr(engine(backend), function, None)

@@ -62,7 +62,10 @@ def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
 
 def _engine(problem: Problem) -> Engine:
     hidden, weight = traits_of(problem.hidden), traits_of(problem.weight)
-    return select(problem.settings.backend, hidden, weight, problem.operand)
+    how = problem.settings.backend, hidden, weight, problem.operand
+    if hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return select.__wrapped__(*how)  # nothing is tried now, so the choice is not remembered
+    return select(*how)
 
 
 def _check(problem: Problem) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ LARGE_ACCELERATOR_BUFFER_BYTES = 2 * 2**30
 LARGE_MEMORY_BYTES = 40 * 2**30
 
 
-_DEFAULTS = Settings()
+_DEFAULTS = values_of(Settings())
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def make_problem(
     check_derivatives(hidden=hidden, weight=weight, bias=bias)
     if not _fit(hidden, weight, target, bias):
         check_core(hidden, weight, target, bias)
-    if torch.compiler.is_compiling() or settings != _DEFAULTS:
+    # By identity: a value of another type may equal the default.
+    if torch.compiler.is_compiling() or not all(map(is_, values_of(settings), _DEFAULTS)):
         check_settings(settings)
     if settings.check:
         check_waiting(hidden.device, settings.check)

@@ -67,7 +67,7 @@ def one_thread(request):
 def nothing_chosen():
     """No backend was chosen before the test, where a fixture changes what may run."""
     dispatch.select.cache_clear()
-    dispatch.offered.cache_clear()
+    dispatch._offered.cache_clear()
 
 
 @pytest.fixture

@@ -106,6 +106,10 @@ CORE = [
     wrong_type("check", "yes", "bool"),
     wrong_type("return_stats", 1, "bool"),
     wrong("hidden_variance", True, "sampled"),
+    # Values that equal the default, of another type.
+    wrong_type("temperature", True, "number"),
+    wrong_type("ignore_index", -100.0, "int"),
+    wrong_type("check", 0, "bool"),
 ]
 REDUCED = [
     wrong("reduction", "median", "'none', 'mean', 'sum'"),
@@ -124,6 +128,7 @@ BALANCED = [
     wrong_type("scheme", 3, "callable"),
     wrong("window", 0, "at least 1"),
     wrong_type("window", 2.5, "int"),
+    wrong_type("window", 256.0, "int"),
     wrong("gamma", 0.0, "above 0"),
     wrong("normalize", "batch", "'sequence', 'token'"),
     wrong("num_items", 0, f"0 with {N} labelled", "the whole step"),

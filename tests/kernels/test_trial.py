@@ -8,16 +8,18 @@ import functools
 import importlib
 import importlib.util
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bft_kernels import dispatch, info, linear_nll
+from bft_kernels import dispatch, info, linear_nll, ops
 from bft_kernels.backends.common import trial as products
 from bft_kernels.backends.cuda import native
 from bft_kernels.backends.torch import engine
 from bft_kernels.problem import Traits
+from bft_kernels.settings import Settings
 from tests.support.problems import draw_problem
 
 CPU = torch.device("cpu")
@@ -34,6 +36,7 @@ def fresh(monkeypatch):
     for name in ("try_out", "_warn", "_announce"):
         function = getattr(dispatch, name).__wrapped__
         monkeypatch.setattr(dispatch, name, functools.cache(function))
+    monkeypatch.setattr(dispatch, "_tried", set())
 
 
 def tried(name, operand=torch.bfloat16):
@@ -178,6 +181,19 @@ def test_what_is_tried_is_the_type_of_the_products(on_any_device, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         linear_nll(*p.args, backend="torch")
     assert trials.made == [("torch", torch.bfloat16)]
+
+
+def test_a_choice_made_while_a_graph_is_captured_is_not_remembered(on_any_device, monkeypatch):
+    monkeypatch.setattr(dispatch, "try_out", Trials(cpu=RuntimeError("no image")))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    probe = Traits(torch.device("cuda", 0), torch.bfloat16)
+    monkeypatch.setattr(ops, "traits_of", lambda tensor: probe)
+    problem = SimpleNamespace(hidden=None, weight=None, operand=probe.dtype, settings=Settings())
+    for capturing, name in ((True, "cpu"), (False, "torch"), (True, "torch")):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        expected = dispatch.engine(name)
+        assert ops._engine(problem) is expected
+        assert dispatch.offered("linear_nll", "auto", probe) is expected.linear_nll
 
 
 def test_a_call_is_made_once(monkeypatch):
