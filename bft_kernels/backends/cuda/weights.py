@@ -1,4 +1,4 @@
-"""Token and sequence weights, what multiplies each token's loss, and the loss, in four launches."""
+"""Token and sequence weights, each token's coefficient, and the loss, in four launches."""
 
 from __future__ import annotations
 

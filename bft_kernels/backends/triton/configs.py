@@ -1,4 +1,4 @@
-"""Tile sizes, and what else is decided before a launch.
+"""Tile sizes and the other choices that are made before a launch.
 
 Every entry of ``SHIPPED`` is compiled and judged without a GPU by ``python -m benchmarks static``.
 """
@@ -21,7 +21,7 @@ def interpreted() -> bool:
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of logits and how it is computed."""
+    """The shape of a tile of logits, and the warps and stages that compute it."""
 
     block_n: int
     block_v: int  # a multiple of 64
@@ -125,13 +125,13 @@ def target() -> tuple[str, int | str]:
 
 
 def at_most_registers(limit: int | None) -> dict[str, int]:
-    """An option of a launch: the registers a thread may have. AMD's compiler takes none."""
+    """The launch option that bounds the registers of a thread; AMD's compiler has none."""
     return {} if limit is None or target()[0] != "cuda" else {"maxnreg": limit}
 
 
 def loop_stages() -> int:
-    """Blocks of a loop without a product that are on their way at a time. AMD's processors have no
-    copies to shared memory that go on by themselves.
+    """How many blocks a loop without a product loads ahead; one on AMD's processors, which have no
+    asynchronous copies to shared memory.
     """
     return 3 if target()[0] == "cuda" else 1
 
@@ -156,7 +156,7 @@ def _shipped(operand: torch.dtype, *stored: torch.dtype) -> Tiles:
 
 
 def _widest(*dtypes: torch.dtype) -> int:
-    """Bytes of an element of the widest of them."""
+    """Bytes per element of the widest type."""
     return max(dtype.itemsize for dtype in dtypes)
 
 
@@ -210,6 +210,6 @@ def processors(x: Tensor) -> int:
 
 
 def splits_for(row_blocks: int, tiles: int, x: Tensor) -> int:
-    """Into how many parts the vocabulary is cut: enough for four waves, and no more than tiles."""
+    """The number of parts of the vocabulary: enough for four waves, and at most one a tile."""
     wanted = -(-4 * processors(x) // max(1, row_blocks))
     return max(1, min(wanted, tiles))

@@ -247,7 +247,7 @@ def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Te
 def _where(
     mask: Tensor, target: Tensor, order: Tensor | None, count: Tensor | None, first_row: int
 ) -> dict[str, object]:
-    """What all kernels over the bits of rows take."""
+    """The arguments that all kernels over the bits of rows take."""
     words = mask.shape[1]
     return {
         "mask_ptr": mask,

@@ -1,4 +1,4 @@
-"""A gradient made in the forward, times its upstream gradient: in place, or not at all."""
+"""Multiplies a gradient that was made in the forward by its upstream gradient, in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small call, made before the first one on a GPU; see ``dispatch``."""
+"""The small call that is made before the first one on a GPU; see ``dispatch``."""
 
 from __future__ import annotations
 

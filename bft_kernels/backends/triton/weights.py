@@ -1,4 +1,4 @@
-"""Token and sequence weights, what multiplies each token's loss, and the loss, in three launches.
+"""Token and sequence weights, each token's coefficient, and the loss, in three launches.
 
 ``_close_gaps_kernel`` numbers the labelled positions and lists what windows average without gaps.
 ``_window_kernel`` makes the windows, the token weights and, tile by tile, the lowest window of each
@@ -289,7 +289,7 @@ def _run(
     settings: Settings,
     normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
-    """See :func:`bft_kernels.settings.balanced_loss`; the loss is not added up: ``[TILES]``."""
+    """See :func:`bft_kernels.weighting.balanced_loss`; the loss is not added up: ``[TILES]``."""
     count, sequences = loss.numel(), cu_seqlens.numel() - 1
     tiles = triton.cdiv(count, TILE)
     shared, values = _close_gaps(loss, labelled, cu_seqlens, settings)
