@@ -220,7 +220,7 @@ FOUND = {
         ("certificate", TENSOR_CORE, halves),
         ("certificate", COPY, whole_vectors),
     ),
-    "spmm": (30, ("", r"LDGSTS\.E\.BYPASS\.128", whole_vectors)),
+    "spmm": (50, ("", r"LDGSTS\.E\.BYPASS\.128", whole_vectors)),
     "rows": (8, ("softmax_rows_kernelILb1", r"VOTE\.ANY ", bool)),
     "weights": (5, ("close_gaps", r"LDG\.E\.128", whole_vectors)),
 }
