@@ -220,7 +220,10 @@ FOUND = {
         ("certificate", TENSOR_CORE, halves),
         ("certificate", COPY, whole_vectors),
     ),
-    "spmm": (50, ("", r"LDGSTS\.E\.BYPASS\.128", whole_vectors)),
+    "spmm": (
+        50,  # the first flag is that of whole vectors, in spmm_hidden the last one of values
+        ("", r"LDGSTS\.E\.BYPASS\.128", lambda name: re.findall(r"Lb([01])E", name)[0] == "1"),
+    ),
     "rows": (8, ("softmax_rows_kernelILb1", r"VOTE\.ANY ", bool)),
     "weights": (5, ("close_gaps", r"LDG\.E\.128", whole_vectors)),
 }
