@@ -15,7 +15,7 @@ from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
-from bft_kernels.backends.triton.softmax import row_arguments
+from bft_kernels.backends.triton.softmax import logit_arguments
 
 
 @triton.jit
@@ -228,9 +228,9 @@ def list_candidates(
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
     """Appends what is kept of the set bits of ``mask [R, WORDS]`` to ``columns`` and ``values``."""
     counts, columns = results["counts"], results["columns"]
-    arguments = row_arguments(rows)
-    del arguments["BLOCK"], arguments["num_warps"]  # of passes over logits
-    shared = arguments | _where(mask, rows.target, rows.order, rows.count, rows.first_row)
+    shared = logit_arguments(rows) | _where(
+        mask, rows.target, rows.order, rows.count, rows.first_row
+    )
     shared |= {"seed_ptr": seed, "eps": rows.settings.eps}
     shared |= {"lse_ptr": results["lse"], "nll_ptr": results["nll"]}
     _thin_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)

@@ -283,21 +283,25 @@ def _gradient_rows_kernel(
         tl.store(dy_ptr + row * stride_dn + column, dy.to(OPERAND), mask=mask)
 
 
-def row_arguments(rows: LogitRows) -> dict[str, object]:
-    """What kernels over rows of logits take."""
-    vocabulary, settings = rows.logits.shape[1], rows.settings
+def logit_arguments(rows: LogitRows) -> dict[str, object]:
+    """The arguments of kernels that read logits from the buffer."""
+    settings = rows.settings
     return {
         "logits_ptr": rows.logits,
         "bias_ptr": rows.bias,
         "target_ptr": rows.target,
-        "V": vocabulary,
+        "V": rows.logits.shape[1],
         "inverse_temperature": 1.0 / settings.temperature,
         "softcap": settings.softcap or 1.0,
-        "BLOCK": max(32, min(2048, triton.next_power_of_2(vocabulary))),
         "HAS_BIAS": rows.bias is not None,
         "HAS_CAP": settings.softcap is not None,
-        "num_warps": 8,
     }
+
+
+def row_arguments(rows: LogitRows) -> dict[str, object]:
+    """The arguments of kernels that pass over whole rows of logits."""
+    block = max(32, min(2048, triton.next_power_of_2(rows.logits.shape[1])))
+    return logit_arguments(rows) | {"BLOCK": block, "num_warps": 8}
 
 
 def softmax_rows(
