@@ -102,8 +102,7 @@ def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> 
     if device.type != "cuda":
         return []
     call = name, device, operand
-    capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    if capturing and call not in _tried:
+    if call not in _tried and captures(device):
         return []  # code cannot be loaded now; the call itself will say so
     failure = try_out(*call)
     _tried.add(call)
@@ -145,6 +144,18 @@ def _candidates(name: str, device: str) -> tuple[str, ...]:
     return tuple(backend for backend, devices in places.items() if device in devices)
 
 
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured, if ``device`` is a GPU.
+
+    Then nothing is tried (see :func:`_why_tried`), so a choice must not be remembered.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.is_initialized()
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
 @functools.cache
 def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> Engine:
     """The engine to run. For the arguments see :func:`why_not`.
@@ -174,9 +185,8 @@ def offered(function: str, name: str, x: Traits) -> Any:
 
     The losses or gradients are there already, so no backend is refused here.
     """
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _offered.__wrapped__(function, name, x)  # nothing is tried now, see `_why_tried`
-    return _offered(function, name, x)
+    choose = _offered.__wrapped__ if captures(x.device) else _offered
+    return choose(function, name, x)
 
 
 @functools.cache

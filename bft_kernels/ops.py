@@ -32,7 +32,7 @@ from bft_kernels.checks import (
     check_items,
     check_waiting,
 )
-from bft_kernels.dispatch import Engine, offered, select
+from bft_kernels.dispatch import Engine, captures, offered, select
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, check_values, storage, traits_of
@@ -62,10 +62,10 @@ def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
 
 def _engine(problem: Problem) -> Engine:
     hidden, weight = traits_of(problem.hidden), traits_of(problem.weight)
-    how = problem.settings.backend, hidden, weight, problem.operand
-    if hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return select.__wrapped__(*how)  # nothing is tried now, so the choice is not remembered
-    return select(*how)
+    # The device's type is asked here, too: a call on a CPU does without looking at dispatch.
+    now = hidden.device.type == "cuda" and captures(hidden.device)
+    choose = select.__wrapped__ if now else select
+    return choose(problem.settings.backend, hidden, weight, problem.operand)
 
 
 def _check(problem: Problem) -> None:
