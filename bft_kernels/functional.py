@@ -275,11 +275,14 @@ def balanced_linear_cross_entropy(
     if in_forward and (local or (on_host and isinstance(scheme, str))):
         by_sequence = documents if normalize == "sequence" else None
         scale = token_scales(problem.labelled, by_sequence, items, problem.acc_dtype)
-        apart = boundaries is not None and boundaries.device != documents.device
-        result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
-        loss, weights = result.loss, result
         if local:
+            result = ops.weighted_loss(problem, scale)
             weights = _balanced_loss(problem, result.nll, documents, items, settings)
+        else:
+            apart = boundaries is not None and boundaries.device != documents.device
+            result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
+            weights = result
+        loss = result.loss
     else:
         result = ops.linear_nll(problem)
         weights = _balanced_loss(problem, result.loss, documents, items, settings)

@@ -44,7 +44,7 @@ from bft_kernels.results import (
     Saved,
     WeightedLoss,
 )
-from bft_kernels.settings import LOCAL_SCHEMES, NAMES, Settings
+from bft_kernels.settings import NAMES, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
@@ -229,7 +229,7 @@ def weighted_loss_op(
     """See :func:`weighted_loss`."""
     problem = as_problem(rest[:5], rest[5:])
     documents = None
-    if cu_seqlens is not None and problem.settings.scheme not in LOCAL_SCHEMES:
+    if cu_seqlens is not None:
         documents = _documents_on_host(cu_seqlens, bounds, problem.hidden)
     _check(problem)
     backend = _engine(problem)
@@ -279,11 +279,7 @@ def _(
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc_dtype, (count, vocabulary, width) = problem.acc_dtype, problem.shape
     statistics = count if problem.statistics else 0
-    weighs = (
-        problem.statistics
-        and cu_seqlens is not None
-        and problem.settings.scheme not in LOCAL_SCHEMES
-    )
+    weighs = problem.statistics and cu_seqlens is not None
     sequences = cu_seqlens.shape[0] - 1 if weighs and cu_seqlens is not None else 0
 
     def vector(size: int, dtype: torch.dtype = acc_dtype) -> Tensor:
