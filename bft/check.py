@@ -5,8 +5,6 @@ own logits and once without them, and told in one table: loss, gradients, weight
 a saved model that is loaded again.
 """
 
-from __future__ import annotations
-
 import inspect
 import tempfile
 from collections.abc import Iterable

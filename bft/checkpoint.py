@@ -4,8 +4,6 @@ A folder appears under its final name only when it is complete. A resumable one 
 is as it was written, and only by the run that wrote it.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

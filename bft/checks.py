@@ -1,7 +1,5 @@
 """Checks of settings. Each error names the setting, what came and what was expected."""
 
-from __future__ import annotations
-
 import math
 
 

@@ -1,7 +1,5 @@
 """The ``bft`` command: ``train``, ``eval``, ``check``, ``data``, ``demo`` and ``info``."""
 
-from __future__ import annotations
-
 import dis
 import json
 import logging

@@ -4,15 +4,13 @@ What a file holds is told in :mod:`bft.records`; what a record becomes, and whic
 carry a label, in :mod:`bft.encode`.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -166,7 +164,7 @@ class Collator:
     pad_token_id: int
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Collator:
+    def of(cls, tokenizer: Any) -> Self:
         """The tokenizer's pad token, or its end token: the mask hides either."""
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(next(i for i in ids if i is not None))

@@ -6,13 +6,11 @@ shift by one is the loss's work, as everywhere in Hugging Face. A tokenizer with
 prompt + completion + end-of-sequence, which needs the prompt/completion form.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 
@@ -42,7 +40,7 @@ class Example:
     labels: list[int]
     where: str = field(default="record", compare=False)  # its record's, for error messages
 
-    def cut(self, length: int) -> Example:
+    def cut(self, length: int) -> Self:
         """The first `length` tokens."""
         return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
 

@@ -9,8 +9,6 @@ No tensor of [B, T, V] is made: the loss comes from `linear_nll` on answer posit
 from a few gathered rows of the head.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

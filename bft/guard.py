@@ -10,8 +10,6 @@ checkpointing runs parts of the model again there. Who calls ``model.model.forwa
 ``model.model``, or runs the layers one by one, is not seen.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -50,7 +48,7 @@ class Guard:
     def __init__(self, model: nn.Module | None, patch: Patch, part: str) -> None:
         self.model, self.patch, self.part = model, patch, part
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         if id(self.model) not in memo:  # the copy of a part alone is no patched model's
             return Guard(None, self.patch, self.part)
         return Guard(memo[id(self.model)], copy.deepcopy(self.patch, memo), self.part)

@@ -5,8 +5,6 @@ The logits are ``softcap(hidden @ weight.T + bias) / temperature``. Neither half
 the model does after its head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast

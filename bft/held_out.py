@@ -1,7 +1,5 @@
 """The evaluations of a run: on held-out records, before, between and after its steps."""
 
-from __future__ import annotations
-
 import math
 
 from bft.encode import Record

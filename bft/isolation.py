@@ -7,8 +7,6 @@ without gradients: as it is, and with other tokens in the earlier documents of e
 states of the later document must not notice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

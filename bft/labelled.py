@@ -1,7 +1,5 @@
 """One labelled call of a patched model: its body, its head, the loss; see :mod:`bft.patch`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,7 +23,7 @@ _LABELS = ("labels", "shift_labels", "targets")
 _PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
 
 
-def labelled_call(model: Any, state: State, own: Callable[..., Any], call: dict[str, Any]) -> Any:
+def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
     """The output, with the loss and without logits, of a call by names of arguments.
 
     ``own`` is the model's own forward.
@@ -69,7 +67,7 @@ def labelled_call(model: Any, state: State, own: Callable[..., Any], call: dict[
     return output if as_dict else output.to_tuple()
 
 
-def _read_measured(model: Any, state: State, output: Any, stand_in: StandIn) -> None:
+def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -> None:
     """What the answers of a measuring stand-in became: the logits' transform, the labels' shift."""
     name = type(model).__name__
     if state.transform is None:
@@ -108,7 +106,7 @@ def _check_apart(
         seen.add(kind)
 
 
-def _tell_of_logits(model: Any, state: State) -> None:
+def _tell_of_logits(model: Any, state: "State") -> None:
     """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
     if model.training or torch.is_grad_enabled() or state.logits_missed:
         return
@@ -140,7 +138,7 @@ def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
 
 
 def _call_head(
-    state: State,
+    state: "State",
     head: nn.Module,
     hidden: Tensor,  # [B, T, D]
     target: Tensor,  # [B, T]

@@ -4,8 +4,6 @@ What does not fit would be an index out of range: an error without a name on a C
 that ends the process.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

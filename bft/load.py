@@ -1,7 +1,5 @@
 """A model and its tokenizer, by name; with LoRA adapters where a run asks for them."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

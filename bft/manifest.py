@@ -4,8 +4,6 @@ The manifest itself ends with a checksum of the rest. All are CRC-32: it tells d
 and reads 3 GB a second where SHA-256 reads 1.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from pathlib import Path

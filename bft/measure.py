@@ -5,8 +5,6 @@ What they become in the model's output tells what it does to its logits (:func:`
 and its own loss of them whether it shifts its labels (:func:`read_shift`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +27,7 @@ def run_body(
     *,
     measure: bool = False,
     labels_on: torch.device | None = None,
-) -> tuple[Any, StandIn]:
+) -> tuple[Any, "StandIn"]:
     """A model's ``own`` forward with a stand-in for its head: its output, and the stand-in.
 
     Args:

@@ -1,7 +1,5 @@
 """Throughput, memory and the run's log."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

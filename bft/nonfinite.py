@@ -1,7 +1,5 @@
 """Losses and gradients that are no numbers: the step is not taken, and its records are named."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence
@@ -39,7 +37,7 @@ def what_is_not_finite(accelerator: Any, values: dict[str, float]) -> str | None
     return None
 
 
-def leave_out(run: Run, step: int, wrong: str) -> None:
+def leave_out(run: "Run", step: int, wrong: str) -> None:
     """Warns that the update of this step is left out, and of which records it was.
 
     Raises:
@@ -52,7 +50,7 @@ def leave_out(run: Run, step: int, wrong: str) -> None:
         logger.warning("%s. This step's update is left out", message)
 
 
-def suspects(run: Run, step: int) -> str:
+def suspects(run: "Run", step: int) -> str:
     """Names those of a step's records whose own loss is not finite; all where none is.
 
     torch's random state is left as it was.

@@ -1,7 +1,5 @@
 """Files that come inside Python packages, and where what is made of them is kept."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 from pathlib import Path

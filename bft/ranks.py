@@ -1,7 +1,5 @@
 """The processes of a run: how they are started, and how they come to one decision."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -9,8 +9,6 @@ has to write them. `NaN` and `Infinity`, which are no JSON but what Python write
 that are ignored.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from collections.abc import Mapping

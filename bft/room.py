@@ -1,7 +1,5 @@
 """Room on the disk for what a run will write: asked for, and set aside, before its first step."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

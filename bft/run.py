@@ -1,7 +1,5 @@
 """A run, and what it leaves in its folder: checkpoints on the way, the model at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

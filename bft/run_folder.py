@@ -4,8 +4,6 @@ The lock is the operating system's, on an open file: it ends with the process th
 that ends.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import logging

@@ -4,8 +4,6 @@ A checkpoint holds it, and ``--resume`` compares: the optimizer and the schedule
 checkpoint, so that another learning rate, say, would be written down and not be used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -1,12 +1,10 @@
 """Ctrl-C and SIGTERM: the run finishes its step and saves a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from bft.ranks import largest
 
@@ -31,7 +29,7 @@ class StopRequest:
         self.number = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have

@@ -1,7 +1,5 @@
 """The training loop, top to bottom: records, model, data, optimizer, steps, the written model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Flags and a YAML file -> a checked configuration, or a SettingError before anything is run."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

@@ -13,8 +13,6 @@ folder. The cache is accepted only after its logits and its tokenizer have been 
 source's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util

@@ -1,7 +1,5 @@
 """``bft demo``: a pretrained model learns biomedical answers, and is measured before and after."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -20,8 +20,6 @@ or a child of a held-out one, and so does validation for the test's. Everything 
 SHA-256 of the seed and the term's id: same seed, same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
