@@ -51,9 +51,9 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The module that the model calls for its logits, and the linear layer in it: mostly the same.
+    """The module that the model calls for its logits, and the linear layer in it.
 
-    PEFT's ``modules_to_save`` wraps the head and calls a trained copy of it.
+    They differ where PEFT's ``modules_to_save`` wraps the head and calls a trained copy of it.
 
     Raises:
         UnsupportedModel: there is none, or it is more than a linear layer.
@@ -119,9 +119,8 @@ def verify_linear(
 ) -> None:
     """Raises UnsupportedModel unless ``own`` is ``hidden @ weight.T + bias`` on these rows."""
     expected, got = own(rows), nn.functional.linear(rows, weight, bias)
-    # Two ways to the same product may round differently: in a narrow type by a unit in the last
-    # place of the largest logit; in a wide one, where the order of the sum shows, half the digits
-    # are left.
+    # Two ways to one product may round differently: in a narrow type by a unit in the last place of
+    # the largest logit. In a wide one the order of the sum shows, and half the digits are left.
     eps = torch.finfo(got.dtype).eps
     allowed = (eps if eps > 1e-4 else eps**0.5) * expected.abs().amax()
     if expected.shape != got.shape or bool(((expected - got).abs() > allowed).any()):

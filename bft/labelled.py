@@ -1,7 +1,7 @@
 """One labelled call of a patched model: its body, its head, the loss; see :mod:`bft.patch`."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bft.guard import watch
 from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
-from bft.isolation import check_documents_apart, kind_of
+from bft.isolation import check_documents_apart
 from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
@@ -24,10 +24,7 @@ _PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
 
 
 def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """The output, with the loss and without logits, of a call by names of arguments.
-
-    ``own`` is the model's own forward.
-    """
+    """The output of a call, with the loss and without logits; ``own`` is the model's forward."""
     given = {name: call.get(name) for name in _PLACEMENT}
     target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
     num_items = _num_items(state.loss, call)
@@ -42,7 +39,15 @@ def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dic
 
     if cu_seqlens is not None and state.apart is not None:
         explicit = given["cu_seqlens"] is not None or given["cu_seq_lens_q"] is not None
-        _check_apart(model, own, state.apart, call, target, cu_seqlens, explicit)
+        check_documents_apart(
+            model,
+            lambda call: run_body(model, own, call)[1].hidden_for(target),
+            call,
+            target,
+            cu_seqlens,
+            explicit=explicit,
+            seen=state.apart,
+        )
     output, stand_in = run_body(
         model,
         own,
@@ -84,28 +89,6 @@ def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -
     state.shift = read_shift(own, state.transform, stand_in.vocabulary, name)
 
 
-def _check_apart(
-    model: Any,
-    own: Callable[..., Any],
-    seen: set[str],
-    call: dict[str, Any],
-    target: Tensor,
-    cu_seqlens: Tensor,
-    explicit: bool,
-) -> None:
-    """Tries once for each kind of packed call whether its documents see each other."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    kind = kind_of(call, target, cu_seqlens, attention, given=explicit)
-    if kind in seen:
-        return
-
-    def run(call: Mapping[str, Any]) -> Tensor:
-        return run_body(model, own, call)[1].hidden_for(target)
-
-    if check_documents_apart(model, run, call, target, cu_seqlens):
-        seen.add(kind)
-
-
 def _tell_of_logits(model: Any, state: "State") -> None:
     """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
     if model.training or torch.is_grad_enabled() or state.logits_missed:
@@ -125,8 +108,7 @@ def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
     num_items, tokens = call.pop("num_items", None), call.pop("num_items_in_batch", None)
     if num_items is not None:
         return num_items
-    # Trainer passes it unasked: dividing a sum over documents by it would scale the loss down by
-    # the length of a document, without a sign of it.
+    # Trainer passes it unasked. A sum over documents would be scaled down by a document's length.
     normalize = getattr(loss, "normalize", "token")
     if tokens is not None and normalize != "token":
         raise ValueError(

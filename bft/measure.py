@@ -35,11 +35,10 @@ def run_body(
         own: its own forward, or what stood in its place before the patch.
         call: the forward's arguments, without labels.
         measure: whether the stand-in's answer is :func:`probe`; else there are no positions.
-        labels_on: pass :func:`probe_labels` on this device, so that the output has a loss of them.
+        labels_on: the device on which the forward gets :func:`probe_labels`, if it does.
 
     Raises:
-        UnsupportedModel: the forward fails on those labels and not without them, or it is not the
-            class's own and fails.
+        UnsupportedModel: the forward fails on those labels only, or is not the class's own.
     """
     outer, head = find_head(model)
     stand_in = StandIn(outer, head, measure)
@@ -83,12 +82,11 @@ def _succeeds(own: Callable[..., Any], call: Mapping[str, Any]) -> bool:
 class StandIn(nn.Module):
     """Takes the head's place in the model's own forward and keeps the hidden states it is given.
 
-    Its answer stands for logits: none at all (no positions), or numbers that tell what the model
-    does to them. Those are float64 whatever the model computes in, so that a scale is read off to
-    full precision.
+    Its answer stands for logits: no positions at all, or :func:`probe` in float64, whatever the
+    model computes in, so that a scale is read off to full precision.
     """
 
-    answer: Tensor  # what a measuring one gave
+    answer: Tensor  # of a measuring one
 
     def __init__(self, outer: nn.Module, head: Any, measure: bool) -> None:
         super().__init__()
@@ -128,8 +126,8 @@ class StandIn(nn.Module):
         return hidden
 
 
-# Where a softcap is still a straight line in float64, and no less than float16 has; and where it is
-# flat, and no more than float16 has.
+# A softcap is still a straight line at the first in float64, and flat at the second; float16 has
+# both.
 _TINY, _HUGE = 2.0**-24, 2.0**14
 
 
@@ -145,14 +143,14 @@ def probe(vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def read_transform(sent: Tensor, logits: Any, name: str) -> LogitTransform:
-    """The transform that made ``logits`` of what the stand-in sent, :func:`probe`.
+    """The transform that made ``logits`` of :func:`probe`, which the stand-in sent.
 
-    Any chain of softcaps' and scales' forms comes out: ``cap * tanh(s * y / cap)`` is a softcap of
-    ``cap / s`` with temperature ``1 / s``.
+    A softcap may be scaled: ``cap * tanh(s * y / cap)`` has a softcap of ``cap / s`` and a
+    temperature of ``1 / s``.
 
     Raises:
-        UnsupportedModel: the logits are not one such function of each entry, the same everywhere;
-            the message says what was seen.
+        UnsupportedModel: the logits are not one such function of each entry; the message says what
+            was seen.
     """
     if not isinstance(logits, Tensor) or logits.shape != sent.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -178,7 +176,7 @@ def read_transform(sent: Tensor, logits: Any, name: str) -> LogitTransform:
 
 
 def probe_labels(vocabulary: int, device: torch.device) -> Tensor:
-    """``[1, 5]``: one label, at the last row of :func:`probe`, where that has a low logit."""
+    """``[1, 5]``: one label, at the last row of :func:`probe`, of a low logit."""
     labels = torch.full((1, 5), -100, dtype=torch.int64, device=device)
     labels[0, 4] = max(vocabulary - 1 - vocabulary % 2, 0)
     return labels
@@ -188,8 +186,7 @@ def probe_labels(vocabulary: int, device: torch.device) -> Tensor:
 def read_shift(loss: Tensor, transform: LogitTransform, vocabulary: int, name: str) -> bool:
     """Whether the model shifts its labels, from its own loss of :func:`probe_labels`.
 
-    A model that does predicts the label from the row before, all of whose logits are equal; one
-    that does not, from the label's own row.
+    If it does, it predicts the label from the row before, whose logits are all equal.
 
     Raises:
         UnsupportedModel: the loss is neither of the two cross-entropies.
