@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from bft.checks import check_int
+from bft.config import check_int
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
 

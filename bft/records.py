@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bft.checks import check_int
+from bft.config import check_int
 from bft.encode import DataError, Record
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
