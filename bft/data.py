@@ -1,8 +1,4 @@
-"""Encodes records and makes batches of them.
-
-What a file holds is told in :mod:`bft.records`; what a record becomes, and which of its tokens
-carry a label, in :mod:`bft.encode`.
-"""
+"""Makes data sets of the records that :mod:`bft.encode` encodes, and batches of those."""
 
 import itertools
 import logging
@@ -22,8 +18,6 @@ from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
 
 logger = logging.getLogger(__name__)
-
-# --- data set ------------------------------------------------------------------------------------
 
 
 class AnswerDataset(Dataset[Example]):
@@ -46,7 +40,14 @@ class AnswerDataset(Dataset[Example]):
         self.examples: list[Example] = []
         self.truncated = self.dropped = self.answers_lost = 0
         for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
-            self._add(encode(record, tokenizer), max_length)
+            whole = encode(record, tokenizer)
+            example = whole if max_length is None else whole.cut(max_length)
+            if example.labelled:
+                self.examples.append(example)
+                self.truncated += len(example.input_ids) < len(whole.input_ids)
+            else:
+                self.dropped += 1
+                self.answers_lost += whole.labelled > 0
         if not self.examples:
             raise DataError(
                 f"no record keeps a label ({self.dropped} dropped, {self.answers_lost} of them "
@@ -60,18 +61,6 @@ class AnswerDataset(Dataset[Example]):
             )
         if self.truncated:
             logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
-
-    def _add(self, example: Example, max_length: int | None) -> None:
-        had_labels = example.labelled > 0
-        if max_length is not None and len(example.input_ids) > max_length:
-            example = example.cut(max_length)
-            if example.labelled:
-                self.truncated += 1
-        if example.labelled:
-            self.examples.append(example)
-        else:
-            self.dropped += 1
-            self.answers_lost += had_labels
 
     @property
     def lengths(self) -> list[int]:
@@ -88,11 +77,10 @@ class AnswerDataset(Dataset[Example]):
 class StepBatches(Sampler[list[int]]):
     """The micro-batches of one rank, for the optimizer steps `first` to `steps` of a run.
 
-    The run reads one endless stream: a permutation of the records, which depends on (seed, epoch)
-    only, then the next epoch's. Step s takes its own `batch_size * accumulation * ranks` records of
-    it, whatever was read before, so a resumed run goes on exactly where it stopped and no record is
-    left out at an epoch's end. The same documents make a step however they are cut in micro-batches
-    and ranks; with `lengths`, documents of like length share a micro-batch, which saves padding.
+    The run reads one endless stream: a permutation of the records for each epoch. Step s takes its
+    own `batch_size * accumulation * ranks` records of it, whatever was read before, so that a
+    resumed run goes on where it stopped. The same documents make a step however they are cut in
+    micro-batches and ranks; with `lengths`, those of like length share a micro-batch.
     """
 
     def __init__(
@@ -152,9 +140,6 @@ def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:
     order = list(range(size))
     random.Random(f"{seed}:{epoch}").shuffle(order)
     return order
-
-
-# --- batches -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """Held-out evaluation: loss and confidence of the answers' tokens, and whether the answer is right.
 
-"Right" is constrained exact match. A record may carry an `answer`, the text that its completion
-starts with. The model decodes greedily, but only along the answers of the task (a trie of tokens),
-and must arrive at the record's own. No decoding is needed to know: greedy search reaches the gold
-answer if and only if at every node of the gold path where the trie branches the gold token has the
-largest logit among the node's children, and all those logits come from one teacher-forced pass.
-No tensor of [B, T, V] is made: the loss comes from `linear_nll` on answer positions, the branches
-from a few gathered rows of the head.
+"Right" is constrained exact match. A record may carry an `answer`, with which its completion
+starts. Greedy search along the answers of the task (a trie of tokens) must arrive at the record's
+own. It does if and only if the gold token has the largest logit among its siblings wherever the
+trie branches on the gold path. Those logits come from one teacher-forced pass, without a tensor of
+[B, T, V]: from a few gathered rows of the head.
 """
 
 import dataclasses
@@ -82,9 +80,11 @@ def evaluate(
     """Evaluates `model` on `records`, in batches of about `batch_tokens` tokens.
 
     The possible answers are those of `records` and of `train`; the majority baseline predicts the
-    most frequent one of `train`, or of `records` where that is None. Module modes are restored.
-    Raises DataError for an `answer` that its completion does not start with, in text or in tokens,
-    for two answers of which one starts the other, and for a record that the model cannot take.
+    most frequent one of `train`, or of `records` where that is None.
+
+    Raises:
+        DataError: an `answer` does not start its completion, in text or in tokens; it starts
+            another answer; or the model cannot take a record.
     """
     started = time.perf_counter()
     known = _answers(records if train is None else train)
@@ -148,12 +148,8 @@ def _item(
 
 def _last_run(labels: Sequence[int]) -> int:
     """Where the last stretch of labels begins: the last answer."""
-    start = len(labels)
-    while start > 0 and labels[start - 1] == IGNORE:
-        start -= 1
-    while start > 0 and labels[start - 1] != IGNORE:
-        start -= 1
-    return start
+    pairs = enumerate(itertools.pairwise([IGNORE, *labels]))
+    return max((i for i, (before, label) in pairs if before == IGNORE != label), default=0)
 
 
 def _paths(record: Record, tokenizer: Any, choices: Sequence[str]) -> dict[str, list[int]]:
@@ -239,9 +235,9 @@ def _score(
 class _Measure:
     """Stands in for the loss of a fused head: there hidden states and the head's weight meet."""
 
-    items: Sequence[_Item] = ()  # of the rows of the next batch
-    sums: Mapping[str, float] = {}
-    right: Sequence[bool] = ()
+    items: Sequence[_Item]  # of the rows of the next batch
+    sums: Mapping[str, float]
+    right: Sequence[bool]
 
     def __call__(
         self,

@@ -1,15 +1,12 @@
 """Whether a model can take the records that a tokenizer made for it.
 
-What does not fit would be an index out of range: an error without a name on a CPU, and on a GPU one
-that ends the process.
+Otherwise an index would be out of range, which on a GPU ends the process.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from bft.data import Collator
 from bft.encode import DataError, Example
@@ -61,12 +58,11 @@ def _rows(model: Any) -> int:
     return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
 
 
-@dataclass(frozen=True)
-class PositionTable:
+class PositionTable(NamedTuple):
     """The parameter or buffer that a model looks its positions up in."""
 
-    name: str
     positions: int
+    name: str
 
 
 def position_table(model: Any) -> PositionTable | None:
@@ -78,19 +74,12 @@ def position_table(model: Any) -> PositionTable | None:
     if not isinstance(wanted, int):
         return None
     found = []
-    for name, module in model.named_modules():
-        tables = dict(module.named_parameters(recurse=False)) | dict(
-            module.named_buffers(recurse=False)
-        )
-        for key, table in tables.items():
-            path = f"{name}.{key}".lstrip(".")
-            if (
-                _POSITION_TABLE.search(path)
-                and table.dim() == 2
-                and wanted <= table.shape[0] <= wanted + _MAX_OFFSET
-            ):
-                # Roberta counts from the row behind the padding's.
-                padding = module.padding_idx if isinstance(module, nn.Embedding) else None
-                skipped = 0 if padding is None else padding + 1
-                found.append(PositionTable(path, min(wanted, table.shape[0] - skipped)))
-    return min(found, key=lambda table: table.positions, default=None)
+    for path, table in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not _POSITION_TABLE.search(path) or table.dim() != 2:
+            continue
+        if wanted <= table.shape[0] <= wanted + _MAX_OFFSET:
+            # Roberta counts from the row behind the padding's.
+            padding = getattr(model.get_submodule(path.rpartition(".")[0]), "padding_idx", None)
+            skipped = 0 if padding is None else padding + 1
+            found.append(PositionTable(min(wanted, table.shape[0] - skipped), path))
+    return min(found, default=None)

@@ -24,13 +24,14 @@ EVERYWHERE = ("all-linear",)
 
 
 def pretrained(name_or_path: str | Path) -> Path:
-    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template), or a hub id.
 
-    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
-    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name")
-    that the hub knows; where the hub does not answer, the folder of an earlier download is.
-    Raises PretrainedError (package missing, conversion not faithful, hub out of reach) or
-    SettingError (unknown name).
+    A built-in name (see `SOURCES`) is converted into the cache on its first use. Where the hub does
+    not answer for its id ("owner/name"), the folder of an earlier download is returned.
+
+    Raises:
+        PretrainedError: a package is missing, a conversion not faithful, or the hub out of reach.
+        SettingError: the name is unknown.
     """
     name = str(name_or_path)
     if name in SOURCES:
@@ -130,21 +131,20 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
 def add_adapters(
     model: Any, rank: int, alpha: float | None = None, targets: tuple[str, ...] = EVERYWHERE
 ) -> Any:
-    """The model with adapters of this rank; its own parameters are frozen.
+    """The model with adapters of this rank, and LoRA's scale ``alpha``; the rest is frozen.
 
-    ``alpha`` is LoRA's scale, twice the rank if not given.
-    Raises SettingError naming the modules that exist if a target is none of them.
+    Raises:
+        SettingError: a target is no module, or of a kind that PEFT has no adapter for.
     """
     from peft import LoraConfig, get_peft_model
 
-    everywhere = targets == EVERYWHERE
-    if not everywhere:
+    if targets != EVERYWHERE:
         _check_targets(model, targets)
     scale: Any = 2 * rank if alpha is None else alpha
     lora = LoraConfig(
         r=rank,
         lora_alpha=scale,
-        target_modules="all-linear" if everywhere else list(targets),
+        target_modules="all-linear" if targets == EVERYWHERE else list(targets),
         task_type="CAUSAL_LM",
     )
     model.enable_input_require_grads()
