@@ -4,10 +4,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-
-from torch import nn
 
 from bft.checkpoint import checkpoint_folders
 from bft.config import SettingError, TrainConfig
@@ -29,7 +26,7 @@ def check_room(run: Run, first: int) -> None:
 
 def _check(run: Run, first: int) -> None:
     config = run.config
-    model, checkpoint = _model_bytes(run), checkpoint_bytes(run.model)
+    model, checkpoint = _sizes(run)
     needed = _needed(config, first, run.steps, model, checkpoint)
     disk = shutil.disk_usage(config.output_dir)
     free = disk.free + (bytes_of_old_run(config.output_dir) if config.overwrite else 0)
@@ -51,10 +48,10 @@ def set_aside(run: Run, first: int) -> None:
 
     That is the first checkpoint, or the model: with either, nothing that was trained is lost.
     """
-    size = _model_bytes(run)
+    size, checkpoint = _sizes(run)
     if run.config.save_every is not None and first < run.steps:
         tensors = len(list(run.model.parameters()))
-        size = max(size, checkpoint_bytes(run.model) + tensors * _PER_TENSOR + _SMALL_FILES)
+        size = max(size, checkpoint + tensors * _PER_TENSOR + _SMALL_FILES)
     on_main(run.accelerator, lambda: _allocate(run.config.output_dir / ROOM, size))
 
 
@@ -79,26 +76,18 @@ def _allocate(path: Path, size: int) -> None:
         )
 
 
-def _model_bytes(run: Run) -> int:
-    """The folder of the model: weights, tokenizer, and some KiB of configuration."""
+def _sizes(run: Run) -> tuple[int, int]:
+    """Bytes of the written model with its tokenizer, and of a resumable checkpoint.
+
+    That has AdamW's two moments of what is trained. With LoRA both have the base and the adapter.
+    """
+    weights = moments = 0
+    for parameter in run.model.parameters():  # tied ones once
+        weights += parameter.nbytes
+        moments += 2 * parameter.nbytes * parameter.requires_grad
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)  # slow ones are small
-    size = len(tokenizer.to_str()) if tokenizer is not None else 0
-    return model_bytes(run.model) + size + _SMALL_FILES
-
-
-def model_bytes(model: nn.Module) -> int:
-    """What the written model takes, tied parameters once; with LoRA the base and the adapter."""
-    return _bytes(model.parameters())
-
-
-def checkpoint_bytes(model: nn.Module) -> int:
-    """What a resumable checkpoint takes: the model, and AdamW's two moments of what is trained."""
-    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    return model_bytes(model) + 2 * _bytes(trained)
-
-
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    text = len(tokenizer.to_str()) if tokenizer is not None else 0
+    return weights + text + _SMALL_FILES, weights + moments
 
 
 def _needed(config: TrainConfig, first: int, steps: int, model: int, checkpoint: int) -> int:

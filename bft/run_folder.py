@@ -1,7 +1,6 @@
 """The output folder of a run: it belongs to one run at a time, and an older run's is not mixed in.
 
-The lock is the operating system's, on an open file: it ends with the process that holds it, however
-that ends.
+The lock is the operating system's, on an open file: it ends with its process.
 """
 
 import dataclasses
@@ -157,19 +156,20 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _check_resumable(folder: Path) -> None:
-    if checkpoint_folders(folder):
-        return
-    others = " and give --overwrite" if _remains(folder) else ""
-    raise SettingError(
-        f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} to "
-        "start at the first step"
-    )
+    if not checkpoint_folders(folder):
+        others = " and give --overwrite" if _remains(folder) else ""
+        raise SettingError(
+            f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} "
+            "to start at the first step"
+        )
 
 
 def _check_free(config: TrainConfig) -> None:
     folder, remains = config.output_dir, _remains(config.output_dir)
     names = [str(path.relative_to(folder)) for path in remains]
-    if not set(names) - {CONFIG, METRICS, EVENTS} and not _took_a_step(folder):
+    log = folder / METRICS
+    stepped = log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
+    if not stepped and set(names) <= {CONFIG, METRICS, EVENTS}:
         return  # of a start that failed, or this start's own settings
     if MODEL in names and METRICS not in names:
         raise SettingError(
@@ -189,12 +189,6 @@ def _check_free(config: TrainConfig) -> None:
                     f"{name}: {used} is part of the run in {folder} that --overwrite would remove; "
                     "give another output folder"
                 )
-
-
-def _took_a_step(folder: Path) -> bool:
-    """Whether the log of a run in the folder has a line of a step."""
-    log = folder / METRICS
-    return log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
 
 
 def _remains(folder: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """What makes two starts one run: every setting that its numbers depend on, its data and its model.
 
-A checkpoint holds it, and ``--resume`` compares: the optimizer and the schedule come out of the
-checkpoint, so that another learning rate, say, would be written down and not be used.
+A checkpoint holds it, and ``--resume`` compares. Otherwise another learning rate, say, would be
+written down and not be used.
 """
 
 import dataclasses
@@ -45,9 +45,7 @@ def identity(
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """One phrase for each name whose values differ. A setting that is newer than the checkpoint
-    had its default.
-    """
+    """One phrase for each name whose values differ. A newer setting had its default."""
     return [
         f"{name}: saved {json.dumps(old)}, given {json.dumps(new)}"
         for name, new in given.items()
@@ -56,10 +54,7 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
-    """A digest of the tokens and labels that are trained on: the same for a file that was moved.
-
-    The records, the tokenizer and its chat template have all gone into them.
-    """
+    """A digest of the tokens and labels that are trained on, wherever their file is."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())

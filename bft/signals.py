@@ -22,7 +22,7 @@ class Stopped(RuntimeError):
 class StopRequest:
     """Within it the first SIGINT or SIGTERM is remembered; a second one does what it did before.
 
-    Python calls handlers in the main thread only; in any other one this does nothing.
+    It does nothing outside of the main thread, in which alone Python calls handlers.
     """
 
     def __init__(self) -> None:
