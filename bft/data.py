@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from bft.config import check_int
@@ -20,7 +19,7 @@ from bft.loss import IGNORE
 logger = logging.getLogger(__name__)
 
 
-class AnswerDataset(Dataset[Example]):
+class AnswerDataset:
     """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
 
     `truncated` and `dropped` (of which `answers_lost` to the cut) are counts.
@@ -74,7 +73,7 @@ class AnswerDataset(Dataset[Example]):
         return self.examples[index]
 
 
-class StepBatches(Sampler[list[int]]):
+class StepBatches:
     """The micro-batches of one rank, for the optimizer steps `first` to `steps` of a run.
 
     The run reads one endless stream: a permutation of the records for each epoch. Step s takes its

@@ -22,7 +22,9 @@ def check_fits(examples: Iterable[Example], model: Any, tokenizer: Any) -> None:
 
     Rotary, relative and sinusoidal positions go on for ever; a table of positions has an end.
     """
-    tokens = _rows(model)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    # Tokens that the model can both read and write.
+    tokens = min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
     pad = Collator.of(tokenizer).pad_token_id
     if pad >= tokens:
         raise DataError(
@@ -50,12 +52,6 @@ _WAY_OUT = (
     "use the tokenizer that the model was trained with, or first resize the model: "
     "model.resize_token_embeddings(len(tokenizer)), and save both"
 )
-
-
-def _rows(model: Any) -> int:
-    """Tokens that the model can both read and write."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
 
 
 class PositionTable(NamedTuple):

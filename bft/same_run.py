@@ -10,8 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bft.config import TrainConfig, plain
 from bft.encode import Example
@@ -72,16 +71,8 @@ def digest_model(model: nn.Module) -> str:
         if "lora_" not in name:
             name = name.replace(".base_layer", "")
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(_sample(parameter).numpy().tobytes())
+            values = parameter.detach().flatten()
+            count = min(64, len(values))
+            places = [place * (len(values) - 1) // max(1, count - 1) for place in range(count)]
+            digest.update(values[places].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    values = parameter.detach().flatten()
-    count = min(64, values.numel())
-    places = (
-        torch.arange(count, dtype=torch.int64, device=values.device)
-        * (values.numel() - 1)
-        // max(1, count - 1)
-    )
-    return values[places].double().cpu()

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bft.checkpoint import load_progress
@@ -48,15 +47,13 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Fine-tunes as ``config`` says; see the module's parts for the details.
-
-    The files are read once, at the start. The model is written before it is evaluated.
+    """Fine-tunes as ``config`` says. The model is written before it is evaluated.
 
     Raises:
         FolderInUse, SettingError: the output folder belongs to another run, or has no room.
         CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
         NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
-        WriteError: a checkpoint or the model could not be written; what is left says the message.
+        WriteError: a checkpoint or the model could not be written; the message says what is left.
         Stopped: by SIGINT or SIGTERM, after a step and with a checkpoint.
     """
     accelerator = start_accelerator(config)
@@ -193,18 +190,9 @@ def take_steps(
 def micro_batches(run: Run, first: int) -> Iterator[list[dict[str, Tensor]]]:
     """The micro-batches of each step after ``first``, where the model is."""
     run.batches.start(first, run.steps)
-    # The loader draws a seed when it starts. From torch's own generator, whose state may just have
-    # been restored, that would make a resumed run another one.
-    loader = iter(
-        DataLoader(
-            run.dataset,
-            batch_sampler=run.batches,
-            collate_fn=run.collate,
-            generator=torch.Generator(),
-        )
-    )
+    parts = ([run.dataset[record] for record in part] for part in run.batches)
     for _ in range(first, run.steps):
-        batches = [next(loader) for _ in range(run.config.accumulation)]
+        batches = [run.collate(next(parts)) for _ in range(run.config.accumulation)]
         yield send_to_device(batches, run.accelerator.device, non_blocking=True)
 
 
@@ -214,10 +202,7 @@ def training_step(
     loss: HeadLoss,
     micro_batches: list[dict[str, Tensor]],
 ) -> dict[str, float]:
-    """Gradients of one optimizer step: those of the one big batch, however it is cut.
-
-    The loss divides by the documents (or tokens) of all micro-batches on all ranks, counted first.
-    """
+    """Gradients of one optimizer step: those of the one big batch, however it is cut."""
     batches = [aligned(batch) for batch in micro_batches]
     items = torch.stack([loss.count_items(*batch["targets"]) for batch in batches]).sum()
     num_items = accelerator.reduce(items, reduction="sum").clamp_min(1)
@@ -232,10 +217,7 @@ def training_step(
 
 
 def update(run: Run, step: int, values: dict[str, float]) -> bool:
-    """The optimizer's step; False if it was left out because a number is not finite.
-
-    Such a step counts all the same: its documents are used up and the schedule moves on.
-    """
+    """The optimizer's step; False if it was left out because a number is not finite."""
     accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
     if wrong is None:
         run.optimizer.step()
