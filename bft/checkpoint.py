@@ -1,7 +1,7 @@
 """Checkpoints: resumable ones while a run lasts, a plain Hugging Face folder at its end.
 
-A folder appears under its final name only when it is complete. A resumable one is read only if it
-is as it was written, and only by the run that wrote it.
+A folder gets its final name when it is complete. A resumable one is read only if it is as it was
+written, and only by the run that wrote it.
 """
 
 import logging
@@ -86,18 +86,16 @@ def save_progress(
 ) -> Path:
     """Saves model, optimizer, schedule and random states after ``step`` steps.
 
-    ``identity`` is what :func:`load_progress` knows the run by. Keeps the ``keep`` newest
-    checkpoints up to this one.
+    ``identity`` is what :func:`load_progress` knows the run by. The ``keep`` newest checkpoints up
+    to this one are kept. Raises WriteError.
     """
     folder = output_dir / CHECKPOINTS / f"step-{step:07d}"
 
     def complete(scratch: Path) -> None:
         ranks = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
-        for wanted in ("*model*", *ranks):
-            if not any(scratch.glob(wanted)):
-                raise WriteError(
-                    f"{folder}: {wanted} is gone from it; does another run write there?"
-                )
+        gone = [name for name in ("*model*", *ranks) if not any(scratch.glob(name))]
+        if gone:
+            raise WriteError(f"{folder}: {gone[0]} is gone from it; does another run write there?")
         write_manifest(scratch, step, identity or {})
 
     with _appearing(folder, accelerator) as scratch:
@@ -159,12 +157,10 @@ def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None
         return None
     facts, damage = _inspect(found[-1])
     if damage is not None:
-        older = next((path for path in reversed(found[:-1]) if _inspect(path)[1] is None), None)
-        newer = found if older is None else found[found.index(older) + 1 :]
-        way_out = f"remove {', '.join(path.name for path in newer)} to " + (
-            "start anew without --resume" if older is None else f"resume from {older.name}"
-        )
-        raise CheckpointError(f"{found[-1]} is damaged: {damage}; {way_out}")
+        whole = [place for place, path in enumerate(found) if _inspect(path)[1] is None]
+        newer = ", ".join(path.name for path in found[whole[-1] + 1 if whole else 0 :])
+        then = f"resume from {found[whole[-1]].name}" if whole else "start anew without --resume"
+        raise CheckpointError(f"{found[-1]} is damaged: {damage}; remove {newer} to {then}")
     different = differences(facts["identity"], identity) if identity is not None else []
     if different:
         raise AnotherRun(
@@ -184,12 +180,10 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
 def _check_random_states(accelerator: Any, folder: Path) -> None:
     """Accelerate goes on without the random states that it cannot restore."""
     path = folder / f"random_states_{accelerator.process_index}.pkl"
-    try:
-        states = load(path)  # no pickled code
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: resume with the number of processes of the saved run"
-        ) from None
+    if not path.exists():
+        processes = "resume with the number of processes of the saved run"
+        raise CheckpointError(f"{path} is missing: {processes}")
+    states = load(path)  # no pickled code
     if not torch.equal(torch.get_rng_state(), states["torch_manual_seed"]):
         raise CheckpointError(f"{path}: torch's random state was not restored from it")
     if torch.cuda.is_available():
@@ -207,8 +201,8 @@ def _check_random_states(accelerator: Any, folder: Path) -> None:
 def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Writes safetensors, configuration and tokenizer, as ``from_pretrained`` loads them.
 
-    A LoRA model is written twice: merged into its base here, and its adapter alone in ``adapter``.
-    The model itself stays as it is, so that the run can still be saved where this fails.
+    A LoRA model is written merged into its base, and its adapter alone in ``adapter``. The model
+    stays as it is, so that the run can still be saved where this raises WriteError.
     """
     state = accelerator.get_state_dict(model)
     plain = accelerator.unwrap_model(model)
@@ -216,7 +210,7 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
     def write(scratch: Path) -> None:
         if hasattr(plain, "get_base_model"):
             plain.save_pretrained(scratch / "adapter", state_dict=state)
-            save_merged(plain, state, scratch)
+            _save_merged(plain, state, scratch)
         else:
             plain.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
@@ -226,37 +220,35 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
 
 
 def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
-    """Writes what a LoRA model has learned, and nothing of its base."""
+    """Writes what a LoRA model has learned, and nothing of its base. Raises WriteError."""
     state = accelerator.get_state_dict(model)
     with _appearing(folder, accelerator) as scratch:
         plain = accelerator.unwrap_model(model)
         on_main(accelerator, lambda: plain.save_pretrained(scratch, state_dict=state))
 
 
-def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes the base of a PEFT model with its adapters added to its weights.
 
-    Where the adapted embedding is tied to the head, only the embedding has learned: the two are
-    written as two tensors, and the configuration says so.
+    Where the adapted embedding is tied to the head, the two are written as two tensors: only the
+    embedding has learned.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
-    layers: dict[str, Any] = {
-        name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers = [(name, m) for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     merged = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in state.items()
         if ".lora_" not in name
     }
-    for name, layer in layers.items():
+    for name, layer in layers:
         weight = merged[f"{name}.weight"]
         for adapter in layer.active_adapters:
             weight = (weight + layer.get_delta_weight(adapter).to(weight.device)).to(weight.dtype)
         merged[f"{name}.weight"] = weight.cpu()
     head = getattr(base.get_output_embeddings(), "weight", None)
-    split = any(layer.get_base_layer().weight is head for layer in layers.values())
+    split = any(layer.get_base_layer().weight is head for _, layer in layers)
     configs = [base.config, base.config.get_text_config()]
     tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
     if tied:

@@ -38,12 +38,12 @@ class FolderInUse(RuntimeError):
 
 @contextmanager
 def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
-    """The run's output folder is made, and locked, within the block.
+    """Within it the run's output folder is there, and locked.
 
     Raises:
         FolderInUse: another run goes on in it.
-        SettingError: it cannot be made; it holds an older run and the configuration neither resumes
-            nor replaces it; or there is nothing to resume.
+        SettingError: it cannot be made; it holds an older run that is neither resumed nor replaced;
+            or there is nothing to resume.
     """
     with ExitStack() as stack:
 
@@ -125,9 +125,8 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+b", buffering=0)  # what is not written is known at once
     except OSError as error:
-        raise SettingError(
-            f"output_dir: got {folder}, expected a folder to write in ({error.strerror})"
-        ) from None
+        wanted = f"a folder to write in ({error.strerror})"
+        raise SettingError(f"output_dir: got {folder}, expected {wanted}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -139,11 +138,8 @@ def _lock(folder: Path) -> Iterator[None]:
                 "another folder"
             ) from None
         except OSError as error:
-            logger.warning(
-                "%s: its file system has no locks (%s): do not start a second run in this folder",
-                folder,
-                error.strerror,
-            )
+            why = f"its file system has no locks ({error.strerror})"
+            logger.warning("%s: %s: do not start a second run in this folder", folder, why)
         try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -193,12 +189,8 @@ def _check_free(config: TrainConfig) -> None:
 
 def _remains(folder: Path) -> list[Path]:
     """What of a run the folder holds, unfinished copies included."""
-    found = [
-        path
-        for path in (folder / CHECKPOINTS).glob("*")
-        if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
-    ]
+    steps = sorted((folder / CHECKPOINTS).glob("*"))
+    found = [path for path in steps if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
     cut_short = [f".{name}.partial" for name in (MODEL, ADAPTER, METRICS)] + [f".{MODEL}.previous"]
-    names = [name for name in (*whole, *cut_short) if (folder / name).exists()]
-    return sorted(found) + [folder / name for name in names]
+    return found + [path for name in (*whole, *cut_short) if (path := folder / name).exists()]
