@@ -137,8 +137,6 @@ class _Trial:
         """Of each labelled token of the batch, by the fused loss, ``[N]``."""
         return self._nll(self.batch)
 
-    # --- the rows --------------------------------------------------------------------------------
-
     def _weighted(self) -> Iterable[Finding]:
         """The weighted loss, beside the reference formula on the model's own logits.
 
@@ -188,8 +186,6 @@ class _Trial:
         except UnsupportedModel as error:
             yield Finding(name, str(error).partition(":")[2].strip(), "the same nll", "refused")
 
-    # --- the model -------------------------------------------------------------------------------
-
     def _own_loss(self) -> Tensor | None:
         """The model's own loss of the batch; None if it computes none."""
         taken = inspect.signature(causal_lm(self.model).forward).parameters.values()
@@ -213,8 +209,6 @@ class _Trial:
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad()
         return found
-
-    # --- comparing -------------------------------------------------------------------------------
 
     def _close(self, what: str, got: float, want: float) -> Finding:
         error = abs(got - want) / max(abs(want), 1e-30)

@@ -78,9 +78,6 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
         raise
 
 
-# --- resumable -----------------------------------------------------------------------------------
-
-
 def save_progress(
     accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any] | None = None
 ) -> Path:
@@ -193,9 +190,6 @@ def _check_random_states(accelerator: Any, folder: Path) -> None:
             logger.warning(
                 "%s was saved with other GPUs: dropout draws anew from here on", folder.name
             )
-
-
-# --- the model -----------------------------------------------------------------------------------
 
 
 def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -123,9 +123,6 @@ def _answers(records: Iterable[Record]) -> Counter[str]:
     return Counter(r.extra["answer"] for r in records if isinstance(r.extra.get("answer"), str))
 
 
-# --- the trie ------------------------------------------------------------------------------------
-
-
 def _item(
     record: Record, tokenizer: Any, choices: Sequence[str], max_length: int | None
 ) -> _Item | None:
@@ -205,9 +202,6 @@ def gold_branches(
         if len(children) > 1:
             yield Branch(start + depth - 1, children, children.index(token))
         alive = [path for path in alive if path[depth] == token]
-
-
-# --- the model -----------------------------------------------------------------------------------
 
 
 def _score(

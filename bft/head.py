@@ -31,9 +31,6 @@ class LogitTransform(NamedTuple):
         return capped / self.temperature
 
 
-# --- finding the head ----------------------------------------------------------------------------
-
-
 def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT, DDP, FSDP, DeepSpeed and ``torch.compile`` wrappers."""
     # Wrappers first: most of them forward unknown attributes to what they wrap.

@@ -86,9 +86,6 @@ def _own_forward(model: nn.Module) -> Callable[..., Any]:
     return type(model).forward.__get__(model) if shadowing is None else shadowing
 
 
-# --- public functions ----------------------------------------------------------------------------
-
-
 def patch_model(
     model: Model,
     loss: LossFunction,

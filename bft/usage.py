@@ -69,9 +69,6 @@ def in_flags(message: str, config_type: type[Any]) -> str:
     return re.sub("|".join(patterns), lambda found: f"--{found[0].replace('_', '-')}", message)
 
 
-# --- the YAML file -------------------------------------------------------------------------------
-
-
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The value of ``--config``, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -137,9 +134,6 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
     if not isinstance(value, bool):
         raise SettingError(f"{where}: {name!r}: got {node.value!r}, expected true or false")
     return [flag if value else f"--no-{flag[2:]}"]
-
-
-# --- what a configuration cannot see -------------------------------------------------------------
 
 
 def _check_paths(config: Any) -> None:
