@@ -230,7 +230,7 @@ def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
-    layers = [(name, m) for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
+    layers: Any = [(name, m) for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     merged = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in state.items()

@@ -89,18 +89,15 @@ def evaluate(
     started = time.perf_counter()
     known = _answers(records if train is None else train)
     choices = sorted({*known, *_answers(records)})
-    items: list[_Item] = []
-    for record in tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False):
-        item = _item(record, tokenizer, choices, max_length)
-        if item is not None:
-            items.append(item)
+    bar = tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False)
+    found = [_item(record, tokenizer, choices, max_length) for record in bar]
+    items = [item for item in found if item is not None]
     if not items:
         raise DataError(f"no record of {len(records)} keeps a label (max_length={max_length})")
     check_fits([item.example for item in items], model, tokenizer)
-    total, right = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
+    total, hits = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
     nll = total["nll"] / total["tokens"]
     seen = Counter(item.answer for item in items if item.answer is not None)
-    hits = Counter(item.answer for item, ok in zip(items, right, strict=True) if ok)
     # Ties go to the first in the alphabet, so that the baseline does not depend on file order.
     majority = min(known, key=lambda a: (-known[a], a)) if known and seen else None
     return Evaluation(
@@ -206,32 +203,27 @@ def gold_branches(
 
 def _score(
     model: Any, collate: Collator, items: Sequence[_Item], batch_tokens: int, progress: bool
-) -> tuple[Counter[str], list[bool]]:
-    """Sums over all labelled tokens, and for each item whether every branch went the gold way."""
-    total: Counter[str] = Counter()
-    right = [True] * len(items)
+) -> tuple[Counter[str], Counter[str | None]]:
+    """Sums over all labelled tokens, and how often each answer was arrived at."""
     device = next(model.parameters()).device
     measure = _Measure()
     bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
     with bar, evaluation_mode(model), use_loss(model, measure), torch.no_grad():
-        for rows in _batches(items, batch_tokens):
-            measure.items = [items[row] for row in rows]
+        for measure.items in _batches(items, batch_tokens):
             batch = collate([item.example for item in measure.items])
             model(**aligned(send_to_device(batch, device)))
-            total.update(measure.sums)
-            for row, value in zip(rows, measure.right, strict=True):
-                right[row] = value
-            bar.update(len(rows))
-            bar.set_postfix(nll=f"{total['nll'] / total['tokens']:.3f}")
-    return total, right
+            bar.update(len(measure.items))
+            bar.set_postfix(nll=f"{measure.total['nll'] / measure.total['tokens']:.3f}")
+    return measure.total, measure.hits
 
 
 class _Measure:
     """Stands in for the loss of a fused head: there hidden states and the head's weight meet."""
 
-    items: Sequence[_Item]  # of the rows of the next batch
-    sums: Mapping[str, float]
-    right: Sequence[bool]
+    def __init__(self) -> None:
+        self.items: Sequence[_Item] = ()  # of the rows of the next batch
+        self.total: Counter[str] = Counter()
+        self.hits: Counter[str | None] = Counter()
 
     def __call__(
         self,
@@ -251,13 +243,15 @@ class _Measure:
             temperature=head.temperature,
             return_stats=True,
         )
-        self.sums = {
+        sums: dict[str, Any] = {
             "nll": nll.double().sum().item(),
             "confidence": stats.confidence.double().sum().item(),
             "correct": int(stats.correct.sum().item()),
             "tokens": nll.numel(),
         }
-        self.right = right_answers(hidden, head, [item.branches for item in self.items])
+        self.total.update(sums)
+        won = right_answers(hidden, head, [item.branches for item in self.items])
+        self.hits.update(item.answer for item, ok in zip(self.items, won, strict=True) if ok)
         return nll.sum(), None
 
 
@@ -278,10 +272,10 @@ def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
     return int(logits.argmax())
 
 
-def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length: the largest batch comes first, and padding is little."""
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].example.input_ids))
+def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
+    """By falling length: the largest batch comes first, and padding is little."""
+    order = sorted(items, key=lambda item: -len(item.example.input_ids))
     while order:
-        size = max(1, batch_tokens // len(items[order[0]].example.input_ids))
+        size = max(1, batch_tokens // len(order[0].example.input_ids))
         yield order[:size]
         order = order[size:]
