@@ -131,14 +131,11 @@ class _Trial:
         yield told("logits after unpatching", got_bits, "the same bits", same)
 
     def nll(self) -> Tensor:
-        """Of each labelled token of the batch, by the fused loss, ``[N]``."""
+        """The fused loss's nll ``[N]`` of each labelled token of the batch."""
         return self._nll(self.batch)
 
     def _weighted(self) -> Iterable[Finding]:
-        """The weighted loss, beside the reference formula on the model's own logits.
-
-        The weights are constants of the gradients, whatever the tokens' probabilities do.
-        """
+        """The weighted loss, beside the reference formula on the model's own logits."""
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
         batch = aligned(self.batch)
         got = self._with_gradients(fused_loss(self.model, batch, loss)[0])

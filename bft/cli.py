@@ -101,14 +101,10 @@ def _data(config: DataConfig) -> None:
 
 
 def _usage(arguments: Sequence[str]) -> int:
-    text = """usage: bft COMMAND [--config FILE.yaml] [flags]
+    listed = "\n".join(f"  {name:8}{config.__doc__}" for name, (config, _) in COMMANDS.items())
+    text = f"""usage: bft COMMAND [--config FILE.yaml] [flags]
 
-  demo    fine-tune a small model on biomedical questions and measure what that bought
-  train   fine-tune a Hugging Face causal LM with BFT, DFT or SFT
-  eval    evaluate a model on held-out records
-  check   compare the fused loss with a model's own, on your model and records
-  data    build the demo's question set
-  info    versions, devices, backends, and why a backend does not run
+{listed}
 
 bft COMMAND --help lists a command's flags; a YAML file holds the same names.
 bft --version names the versions of bft-kernels and torch.

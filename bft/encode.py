@@ -112,7 +112,7 @@ def _encode_plain(record: Record, tokenizer: Any) -> Example:
 
 
 def _encode_marked(record: Record, tokenizer: Any) -> Example:
-    """The template marks its assistant turns with {% generation %}: take its word for it."""
+    """Labels what the template puts into {% generation %} blocks."""
     encoded = _apply_template(
         record, record.messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -131,7 +131,7 @@ def _encode_marked(record: Record, tokenizer: Any) -> Example:
 
 
 def _template(record: Record, tokenizer: Any) -> str:
-    """The template's text: a tokenizer may have several, as one for tools."""
+    """The template's text. A tokenizer may have several, such as one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     try:
@@ -154,7 +154,7 @@ def _marks_answers(template: str) -> bool:
 
 
 def _check_template_writes(record: Record, tokenizer: Any) -> None:
-    """Raises where the template leaves out a record's tools, or what a turn calls of them."""
+    """Raises DataError if the template leaves out a record's tools or the calls of them."""
     silent = tuple({k: v for k, v in m.items() if k != "tool_calls"} for m in record.messages)
     for key, without in (
         ("tools", replace(record, tools=())),

@@ -31,7 +31,7 @@ from bft_kernels import linear_nll
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over labelled tokens, in nats; what concerns answers is None where there are none."""
+    """Means over labelled tokens, in nats. Fields about answers are None where there are none."""
 
     examples: int
     dropped: int  # nothing (or not the whole `answer`) left after `max_length`
@@ -273,7 +273,7 @@ def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
 
 
 def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
-    """By falling length: the largest batch comes first, and padding is little."""
+    """Items of like length, the longest first, so that there is little padding."""
     order = sorted(items, key=lambda item: -len(item.example.input_ids))
     while order:
         size = max(1, batch_tokens // len(order[0].example.input_ids))

@@ -73,7 +73,7 @@ def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dic
 
 
 def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -> None:
-    """What the answers of a measuring stand-in became: the logits' transform, the labels' shift."""
+    """Learns the logits' transform and the labels' shift from what a stand-in's answer became."""
     name = type(model).__name__
     if state.transform is None:
         state.transform = read_transform(stand_in.answer, output.logits, name)
@@ -90,7 +90,7 @@ def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -
 
 
 def _tell_of_logits(model: Any, state: "State") -> None:
-    """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
+    """Warns once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
     if model.training or torch.is_grad_enabled() or state.logits_missed:
         return
     if not isinstance(state.loss, HeadLoss):  # an evaluation of our own, for a while
@@ -104,7 +104,7 @@ def _tell_of_logits(model: Any, state: "State") -> None:
 
 
 def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
-    """What the loss divides by, taken out of the arguments of a call."""
+    """Takes what the loss divides by out of the arguments of a call."""
     num_items, tokens = call.pop("num_items", None), call.pop("num_items_in_batch", None)
     if num_items is not None:
         return num_items

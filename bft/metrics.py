@@ -48,7 +48,7 @@ class StepMeter:
         )
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Over all ranks: the step's weighted loss, counts, and means over labels (nll in nats)."""
+        """The step's weighted loss, counts, and means over labels (nll in nats), of all ranks."""
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         loss, tokens, labelled, nll, confidence, correct = sums
         seconds = time.perf_counter() - self.started
@@ -148,7 +148,7 @@ class MetricLog:
             self.track(numbers, step)
 
     def _append(self, lines: bytes) -> None:
-        """All of the lines, or none."""
+        """Writes all of the lines, or none."""
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:

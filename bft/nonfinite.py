@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: the step is not taken, and its records are named."""
+"""Losses and gradients that are not finite: the step is not taken, and its records are named."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ _NAMED = 8  # records, in a message
 
 
 class NonFinite(RuntimeError):
-    """The run's numbers are no longer numbers."""
+    """A number of the run is infinite or NaN."""
 
 
 def what_is_not_finite(accelerator: Any, values: dict[str, float]) -> str | None:

@@ -19,7 +19,7 @@ def cache_root() -> Path:
 def packaged_file(distribution: str, file: str, *, install: str) -> Path:
     """A data file of an installed package, found without importing it.
 
-    Raises PretrainedError with the command to run when the package or the file is missing.
+    Raises PretrainedError, with the command to run, if the package or the file is missing.
     """
     try:
         path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))

@@ -203,7 +203,7 @@ def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _check_characters(value: Any, where: str, name: str) -> None:
-    """Raises for half a character: JSON can write a lone surrogate, no tokenizer can read it."""
+    """Raises DataError for a lone surrogate, which JSON can write and no tokenizer can read."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_characters(key, where, name)

@@ -107,6 +107,6 @@ def _kept(run: Run) -> str:
 
 
 def how_to_go_on(run: Run, checkpoint: Path) -> str:
-    """In words, from a checkpoint of the run."""
+    """Says how to go on from a checkpoint of the run."""
     config = run.config.output_dir / CONFIG
     return f"bft train --config {config} --resume goes on from {checkpoint.name}"

@@ -188,7 +188,7 @@ def _check_free(config: TrainConfig) -> None:
 
 
 def _remains(folder: Path) -> list[Path]:
-    """What of a run the folder holds, unfinished copies included."""
+    """The files and folders of a run that the folder holds, also unfinished ones."""
     steps = sorted((folder / CHECKPOINTS).glob("*"))
     found = [path for path in steps if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
