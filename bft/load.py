@@ -156,16 +156,13 @@ def add_adapters(
 
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
-    paths = [path for path, _ in model.named_modules() if path]
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            ends = {
-                path.rpartition(".")[2]
-                for path, module in model.named_modules()
-                if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-                and module is not model.get_output_embeddings()
-            }
+        if not any(f".{path}".endswith(f".{target}") for path in modules if path):
+            layers = (nn.Linear, nn.Embedding, Conv1D)
+            known = [p for p, m in modules.items() if isinstance(m, layers) and m is not head]
+            ends = sorted({path.rpartition(".")[2] for path in known})
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
-                f"expected all-linear alone, or some of {', '.join(sorted(ends))}"
+                f"expected all-linear alone, or some of {', '.join(ends)}"
             )

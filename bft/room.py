@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from bft.checkpoint import checkpoint_folders
-from bft.config import SettingError, TrainConfig
+from bft.config import SettingError
 from bft.ranks import on_main
 from bft.run import Run
 from bft.run_folder import ROOM, bytes_of_old_run
@@ -27,7 +27,14 @@ def check_room(run: Run, first: int) -> None:
 def _check(run: Run, first: int) -> None:
     config = run.config
     model, checkpoint = _sizes(run)
-    needed = _needed(config, first, run.steps, model, checkpoint)
+    needed = model
+    if config.save_every is not None and first < run.steps:
+        # Old files go when new ones are whole.
+        there = len(checkpoint_folders(config.output_dir)) if config.resume else 0
+        saves = -(-run.steps // config.save_every) - first // config.save_every
+        while_saving = min(there + saves, config.keep_checkpoints + 1) - there
+        at_the_end = min(there + saves, config.keep_checkpoints) - there
+        needed = max(while_saving * checkpoint, at_the_end * checkpoint + model)
     disk = shutil.disk_usage(config.output_dir)
     free = disk.free + (bytes_of_old_run(config.output_dir) if config.overwrite else 0)
     if free >= needed or disk.total == 0:  # some network file systems do not tell
@@ -88,15 +95,3 @@ def _sizes(run: Run) -> tuple[int, int]:
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)  # slow ones are small
     text = len(tokenizer.to_str()) if tokenizer is not None else 0
     return weights + text + _SMALL_FILES, weights + moments
-
-
-def _needed(config: TrainConfig, first: int, steps: int, model: int, checkpoint: int) -> int:
-    """The most that is written beside what is there: old files go when new ones are whole."""
-    every, keep = config.save_every, config.keep_checkpoints
-    if every is None or first == steps:
-        return model
-    there = len(checkpoint_folders(config.output_dir)) if config.resume else 0
-    saves = -(-steps // every) - first // every
-    while_saving = min(there + saves, keep + 1) - there
-    at_the_end = min(there + saves, keep) - there
-    return max(while_saving * checkpoint, at_the_end * checkpoint + model)

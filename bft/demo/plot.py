@@ -42,17 +42,13 @@ def _training_curves(axes: Any, history: list[dict[str, Any]], scheme: str) -> N
 def _accuracy_bars(axes: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
     answers = sorted(after["per_answer"], key=lambda name: after["per_answer"][name]["examples"])
     for offset, row, label in ((-0.2, before, "pretrained"), (0.2, after, "fine-tuned")):
-        shares = [_share(row["per_answer"].get(name)) for name in answers]
+        counts = [row["per_answer"].get(name, {"correct": 0, "examples": 1}) for name in answers]
+        shares = [count["correct"] / max(1, count["examples"]) for count in counts]
         places = [index + offset for index in range(len(answers))]
-        text = f"{label}: {row['accuracy']:.2f}"
-        axes.barh(places, shares, height=0.4, label=text)
+        axes.barh(places, shares, height=0.4, label=f"{label}: {row['accuracy']:.2f}")
     names = [f"{name.rstrip('.')} ({after['per_answer'][name]['examples']})" for name in answers]
     axes.set_yticks(range(len(answers)), names, fontsize=7)
     axes.axvline(after["majority_accuracy"], color="grey", linestyle=":", label="commonest answer")
     axes.set_xlim(0, 1)
     axes.set_xlabel("held-out questions right")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, 1.1), ncol=3, frameon=False)
-
-
-def _share(counts: dict[str, int] | None) -> float:
-    return counts["correct"] / counts["examples"] if counts and counts["examples"] else 0.0
