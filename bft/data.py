@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 class AnswerDataset:
     """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
 
-    `truncated` and `dropped` (of which `answers_lost` to the cut) are counts.
-    Raises DataError when a record cannot be encoded or none keeps a label.
+    `truncated` and `dropped` (of which `answers_lost` to the cut) are counts. Raises DataError if a
+    record cannot be encoded or none keeps a label.
     """
 
     def __init__(
@@ -61,11 +61,6 @@ class AnswerDataset:
         if self.truncated:
             logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(example.input_ids) for example in self.examples]
-
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -93,18 +88,15 @@ class StepBatches:
         seed: int = 0,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
-        for name, value in (counts | {"ranks": ranks}).items():
-            check_int(name, value, 1)
+        check_int("size", size, 1)
+        check_int("batch_size", batch_size, 1)
+        check_int("accumulation", accumulation, 1)
+        check_int("ranks", ranks, 1)
         check_int("rank", rank, 0, ranks - 1)
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.rank, self.ranks, self.seed, self.lengths = rank, ranks, seed, lengths
+        self.step_size = batch_size * accumulation * ranks  # records
         self.first, self.steps = 0, self.steps_in(1)
-
-    @property
-    def step_size(self) -> int:
-        """Records of one optimizer step, over all micro-batches and ranks."""
-        return self.batch_size * self.accumulation * self.ranks
 
     def steps_in(self, epochs: float) -> int:
         """The smallest number of steps that reads `epochs` times as many records as there are."""

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bft.head import UnsupportedModel
-from bft.loss import IGNORE, is_distributed
+from bft.loss import IGNORE, Targets, is_distributed
 from bft_kernels.weighting import cu_seqlens_from_position_ids
 
 Run = Callable[[Mapping[str, Any]], Tensor]
@@ -26,24 +26,20 @@ def check_documents_apart(
     model: Any,
     run: Run,
     call: Mapping[str, Any],
-    target: Tensor,  # [B, T]
-    cu_seqlens: Tensor,  # [S + 1]
+    targets: Targets,
     *,
     explicit: bool,
     seen: set[str],
 ) -> None:
     """Raises UnsupportedModel if a document's hidden states depend on the documents before it.
 
-    Args:
-        model: the model, whose modes are ``eval()`` meanwhile.
-        run: ``call -> hidden [B, T, D]``, the states that reach the head.
-        call: the arguments of the model's forward, without labels.
-        target: ``[B, T]`` int64.
-        cu_seqlens: ``[S + 1]``, the boundaries that the loss goes by.
-        explicit: whether they were given, and not read off ``position_ids``.
-        seen: kinds of calls that need no trial any more. This one is added if the batch could tell:
-            some row holds a labelled document behind another one.
+    ``run`` maps a ``call``, the arguments of the model's forward without labels, to the states
+    ``[B, T, D]`` that reach the head. ``explicit`` says that ``cu_seqlens`` was given, and not read
+    off ``position_ids``. ``seen`` are kinds of calls that need no trial any more. This one is added
+    if the batch could tell: some row holds a labelled document behind another one.
     """
+    target, cu_seqlens = targets
+    assert cu_seqlens is not None
     kind = _kind_of(model, call, target, cu_seqlens, explicit)
     if kind in seen:
         return

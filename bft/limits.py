@@ -18,10 +18,7 @@ _MAX_OFFSET = 8
 
 
 def check_fits(examples: Iterable[Example], model: Any, tokenizer: Any) -> None:
-    """Raises DataError for the first example that has a token or a position unknown to `model`.
-
-    Rotary, relative and sinusoidal positions go on for ever; a table of positions has an end.
-    """
+    """Raises DataError for the first example that has a token or a position unknown to `model`."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     # Tokens that the model can both read and write.
     tokens = min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
@@ -62,10 +59,7 @@ class PositionTable(NamedTuple):
 
 
 def position_table(model: Any) -> PositionTable | None:
-    """The model's table of positions; None where positions are computed.
-
-    It is what is called so and has about as many rows as the configuration has positions.
-    """
+    """The model's table of positions, by its name and size; None where positions are computed."""
     wanted = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(wanted, int):
         return None

@@ -103,14 +103,10 @@ class HeadLoss:
         return value, stats
 
     def count_items(self, target: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What this loss divides by: documents that hold a label, or labelled tokens.
+        """What this loss divides by, int64 on ``target``'s device.
 
-        Args:
-            target: ``[B, T]`` int64, as :func:`batch_targets` returns it.
-            cu_seqlens: ``[S + 1]``; ``None``: a row is a document.
-
-        Returns:
-            A 0-dimensional int64 tensor on ``target``'s device.
+        That is the number of documents that hold a label, or of labelled tokens. The arguments are
+        what :func:`batch_targets` returns.
         """
         labelled = target != IGNORE
         if self.normalize == "token":

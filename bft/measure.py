@@ -1,8 +1,7 @@
 """What a model does between its head and its loss, measured instead of looked up.
 
 :class:`StandIn` takes the head's place in the model's own forward and answers with known numbers.
-What they become in the model's output tells what it does to its logits (:func:`read_transform`),
-and its own loss of them whether it shifts its labels (:func:`read_shift`).
+The model's output then tells what it does to its logits, and its loss whether it shifts its labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,12 +29,9 @@ def run_body(
 ) -> tuple[Any, "StandIn"]:
     """A model's ``own`` forward with a stand-in for its head: its output, and the stand-in.
 
-    Args:
-        model: the model, whose head is found.
-        own: its own forward, or what stood in its place before the patch.
-        call: the forward's arguments, without labels.
-        measure: whether the stand-in's answer is :func:`probe`; else there are no positions.
-        labels_on: the device on which the forward gets :func:`probe_labels`, if it does.
+    ``call`` has the forward's arguments without labels. With ``measure`` the stand-in's answer is
+    :func:`probe`, else it has no positions. The forward gets :func:`probe_labels` if ``labels_on``
+    is their device.
 
     Raises:
         UnsupportedModel: the forward fails on those labels only, or is not the class's own.

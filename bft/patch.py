@@ -207,10 +207,8 @@ def fused_loss(
 
 
 def last_stats(model: nn.Module) -> Any:
-    """The statistics of a patched model's last labelled call, or ``None``.
-
-    They are no field of the output: DDP, FSDP and accelerate rebuild outputs of known fields.
-    """
+    """The statistics of a patched model's last labelled call, or ``None``."""
+    # No field of the output: DDP, FSDP and accelerate rebuild outputs of known fields.
     state = causal_lm(model).__dict__.get(_STATE)
     return None if state is None else state.stats
 

@@ -122,7 +122,7 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         seed=config.seed,
-        lengths=None if config.packing else dataset.lengths,
+        lengths=None if config.packing else [len(e.input_ids) for e in dataset.examples],
     )
     steps = config.steps or batches.steps_in(config.epochs or 1.0)
     known_by = on_main(
