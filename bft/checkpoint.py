@@ -44,10 +44,6 @@ class WriteError(RuntimeError):
     """A checkpoint or model that could not be written, as on a full disk."""
 
 
-# safetensors and torch.save have their own for a full disk.
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-
-
 @contextmanager
 def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     """A scratch folder that becomes ``folder`` when the block ends without an error."""
@@ -73,13 +69,15 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     except BaseException as error:  # what is not whole must not fill the disk
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, WRITE_ERRORS) and not isinstance(error, WriteError):
+        # safetensors and torch.save have their own errors for a full disk.
+        refused = isinstance(error, OSError | SafetensorError | RuntimeError)
+        if refused and not isinstance(error, WriteError):
             raise WriteError(f"{folder} could not be written: {first_line(error)}") from error
         raise
 
 
 def save_progress(
-    accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any] | None = None
+    accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any]
 ) -> Path:
     """Saves model, optimizer, schedule and random states after ``step`` steps.
 
@@ -93,7 +91,7 @@ def save_progress(
         gone = [name for name in ("*model*", *ranks) if not any(scratch.glob(name))]
         if gone:
             raise WriteError(f"{folder}: {gone[0]} is gone from it; does another run write there?")
-        write_manifest(scratch, step, identity or {})
+        write_manifest(scratch, step, identity)
 
     with _appearing(folder, accelerator) as scratch:
         accelerator.save_state(str(scratch))
@@ -108,9 +106,7 @@ def save_progress(
     return folder
 
 
-def load_progress(
-    accelerator: Any, output_dir: Path, identity: dict[str, Any] | None = None
-) -> int:
+def load_progress(accelerator: Any, output_dir: Path, identity: dict[str, Any]) -> int:
     """Restores the newest checkpoint of the run; returns its step, 0 if there is none.
 
     Raises:
@@ -147,7 +143,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None:
+def _resumable(output_dir: Path, identity: dict[str, Any]) -> Path | None:
     """The newest checkpoint, if it is whole and of this run."""
     found = checkpoint_folders(output_dir)
     if not found:
@@ -158,8 +154,7 @@ def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None
         newer = ", ".join(path.name for path in found[whole[-1] + 1 if whole else 0 :])
         then = f"resume from {found[whole[-1]].name}" if whole else "start anew without --resume"
         raise CheckpointError(f"{found[-1]} is damaged: {damage}; remove {newer} to {then}")
-    different = differences(facts["identity"], identity) if identity is not None else []
-    if different:
+    if different := differences(facts["identity"], identity):
         raise AnotherRun(
             f"{found[-1]} is of a run with other settings: {'; '.join(different)}. Resume with the "
             "saved ones, or start a new run in another folder or with --overwrite"

@@ -8,8 +8,6 @@ from typing import Any, Self
 
 from bft.ranks import largest
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 
 class Stopped(RuntimeError):
     """The run was asked to stop; the message says where it goes on."""
@@ -31,7 +29,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have
                     self._before[number] = signal.signal(number, self._remember)
         return self
