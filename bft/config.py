@@ -134,8 +134,7 @@ class TrainConfig(LossOptions, _Files):
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`; it is an error if there is none, or if a
-    setting that the numbers depend on is another one."""
+    """Go on from the newest checkpoint in `output_dir`, with the settings of its run."""
     overwrite: bool = False
     """Remove the older run that `output_dir` holds: its checkpoints, model, metrics.jsonl,
     config.yaml and TensorBoard events."""

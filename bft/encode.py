@@ -113,9 +113,8 @@ def _encode_plain(record: Record, tokenizer: Any) -> Example:
 
 def _encode_marked(record: Record, tokenizer: Any) -> Example:
     """Labels what the template puts into {% generation %} blocks."""
-    encoded = _apply_template(
-        record, record.messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True
-    )
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _apply_template(record, tokenizer, **options)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     special = set(tokenizer.all_special_ids)
     for i in range(1, len(ids)):  # some templates put the turn's end outside of the mark
@@ -206,25 +205,19 @@ def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, 
 
 
 def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
-    return str(
-        _apply_template(
-            record, record.messages[:stop], tokenizer, tokenize=False, add_generation_prompt=prompt
-        )
-    )
+    options = {"tokenize": False, "add_generation_prompt": prompt}
+    return str(_apply_template(record, tokenizer, stop, **options))
 
 
-def _apply_template(
-    record: Record, messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: Any
-) -> Any:
+def _apply_template(record: Record, tokenizer: Any, stop: int | None = None, **options: Any) -> Any:
     if record.tools:
         options["tools"] = list(record.tools)
     try:
-        return tokenizer.apply_chat_template(list(messages), **options)
+        return tokenizer.apply_chat_template(list(record.messages[:stop]), **options)
     except Exception as error:  # templates raise whatever they like about roles and their order
         roles = [message["role"] for message in record.messages]
-        raise DataError(
-            f"{record.where}: the chat template refused the roles {roles}: {error}"
-        ) from error
+        refused = f"the chat template refused the roles {roles}: {error}"
+        raise DataError(f"{record.where}: {refused}") from error
 
 
 def _turn_length(piece: list[int], tokenizer: Any) -> int:

@@ -55,10 +55,9 @@ def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
     Raises:
         UnsupportedModel: there is none, or it is more than a linear layer.
     """
-    name = type(model).__name__
+    name, outer = type(model).__name__, model.get_output_embeddings()
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder, expected a causal LM")
-    outer = model.get_output_embeddings()
     if not isinstance(outer, nn.Module) or isinstance(outer, nn.Embedding):
         raise UnsupportedModel(
             f"model: {name} has no output embedding of its own, a module that it calls on hidden "
@@ -121,24 +120,19 @@ def verify_linear(
     eps = torch.finfo(got.dtype).eps
     allowed = (eps if eps > 1e-4 else eps**0.5) * expected.abs().amax()
     if expected.shape != got.shape or bool(((expected - got).abs() > allowed).any()):
-        raise UnsupportedModel(
-            f"head: its own forward differs from hidden @ weight.T + bias. {EXPRESSIBLE}"
-        )
+        differs = "its own forward differs from hidden @ weight.T + bias"
+        raise UnsupportedModel(f"head: {differs}. {EXPRESSIBLE}")
 
 
 @contextmanager
 def in_place_of(model: nn.Module, head: nn.Module, stand_in: nn.Module) -> Iterator[None]:
     """Within it every submodule of ``model`` that is ``head`` is ``stand_in`` instead."""
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is head
-    ]
+    children = [module._modules for module in model.modules()]
+    places = [(of, name) for of in children for name, child in of.items() if child is head]
     try:
-        for parent, name in places:
-            parent._modules[name] = stand_in
+        for of, name in places:
+            of[name] = stand_in
         yield
     finally:
-        for parent, name in places:
-            parent._modules[name] = head
+        for of, name in places:
+            of[name] = head

@@ -30,18 +30,18 @@ def check_fits(examples: Iterable[Example], model: Any, tokenizer: Any) -> None:
         )
     table = position_table(model)
     for example in examples:
-        largest = max(example.input_ids)
+        largest, length = max(example.input_ids), len(example.input_ids)
         if largest >= tokens:
+            token = tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"{example.where}: token {tokenizer.convert_ids_to_tokens(largest)!r} has the id "
-                f"{largest}, expected ids below {tokens}, the rows of the model's embedding; "
-                f"{_WAY_OUT}"
+                f"{example.where}: token {token!r} has the id {largest}, expected ids below "
+                f"{tokens}, the rows of the model's embedding; {_WAY_OUT}"
             )
-        if table is not None and len(example.input_ids) > table.positions:
+        if table is not None and length > table.positions:
+            ends = f"the model's table of positions ({table.name}) ends at {table.positions}"
             raise DataError(
-                f"{example.where}: {len(example.input_ids)} tokens, and the model's table of "
-                f"positions ({table.name}) ends at {table.positions}; expected max_length to be at "
-                f"most {table.positions}"
+                f"{example.where}: {length} tokens, and {ends}; expected max_length to be at most "
+                f"{table.positions}"
             )
 
 

@@ -43,9 +43,8 @@ def pretrained(name_or_path: str | Path) -> Path:
         adapter = (path / "adapter_config.json").is_file()
         whole = path / "model" if (path / "model").is_dir() else path.parent if adapter else None
         hint = f"; the model of that run is {whole}" if whole else ""
-        raise SettingError(
-            f"model: expected a checkpoint folder with a config.json, got {path}{hint}"
-        )
+        wanted = "a checkpoint folder with a config.json"
+        raise SettingError(f"model: expected {wanted}, got {path}{hint}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _on_hub(name)
     raise SettingError(f"model: expected {_NAMES}, got {name!r}")
@@ -59,23 +58,22 @@ def _on_hub(name: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    cause: Exception
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+        return Path(name)
     except RepositoryNotFoundError as error:
-        raise PretrainedError(
-            f"model: the hub shows no {name!r} (misspelt, or only for users who are logged in: "
-            f"`hf auth login`), and there is no such folder; expected {_NAMES}"
-        ) from error
+        login = "misspelt, or only for users who are logged in: `hf auth login`"
+        cause, why = error, f"the hub shows no {name!r} ({login})"
     except Exception as error:  # whichever HTTP library the hub's client is built on
         downloaded = try_to_load_from_cache(name, "config.json")
         if isinstance(downloaded, str):
             logger.warning("%s: the hub does not answer, so an earlier download is used", name)
             return Path(downloaded).parent
-        raise PretrainedError(
-            f"model: the hub does not answer for {name!r} ({first_line(error)}), and there is no "
-            f"such folder; expected {_NAMES}"
-        ) from error
-    return Path(name)
+        cause, why = error, f"the hub does not answer for {name!r} ({first_line(error)})"
+    raise PretrainedError(
+        f"model: {why}, and there is no such folder; expected {_NAMES}"
+    ) from cause
 
 
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
@@ -95,26 +93,20 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             "language model with its weights, configuration and tokenizer"
         ) from error
     model, loaded = both
-    # transformers warns, and goes on with random numbers in their place.
+    # transformers goes on with random numbers for missing weights, and an empty tokenizer.
     missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise PretrainedError(
-            f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
-            "expected all of them"
-        )
-    # Types of 8 bits and fewer have neither.
-    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
-    if place := first_broken([p for _, p in wide]):
-        raise PretrainedError(
-            f"model: {folder} holds an infinity or NaN in {wide[place - 1][0]}, expected finite "
-            "weights"
-        )
-    # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
-    if files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
-        raise PretrainedError(
-            f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
-        )
+    # Types of 8 bits and fewer have no infinity and no NaN.
+    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
+    wrong = None
+    if missing:
+        wrong = f"no weights for {len(missing)} parameters ({missing[0]}, ...), expected all"
+    elif place := first_broken([p for _, p in wide]):
+        wrong = f"an infinity or NaN in {wide[place - 1][0]}, expected finite weights"
+    elif files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
+        wrong = f"no tokenizer, expected one of {', '.join(sorted(files))}"
+    if wrong is not None:
+        raise PretrainedError(f"model: {folder} holds {wrong}")
     return model, tokenizer
 
 

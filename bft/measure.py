@@ -109,9 +109,9 @@ class StandIn(nn.Module):
 
     def hidden_for(self, target: Tensor) -> Tensor:
         """The hidden states ``[B, T, D]`` of ``target [B, T]``; raises if there are none."""
-        if len(self.received) != 1:
+        if (times := len(self.received)) != 1:
             raise UnsupportedModel(
-                f"model: its forward called its head {len(self.received)} times, expected once"
+                f"model: its forward called its head {times} times, expected once"
             )
         hidden = self.received[0]
         if hidden.shape[:-1] != target.shape:
