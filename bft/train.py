@@ -27,9 +27,8 @@ from bft.optimizer import clip, make_optimizer
 from bft.patch import last_stats, patch_model
 from bft.ranks import end, on_main, start_accelerator
 from bft.records import read_jsonl
-from bft.room import check_room, set_aside
 from bft.run import Run, how_to_go_on, save, write_model
-from bft.run_folder import check_log, claimed, start_log
+from bft.run_folder import check_log, check_room, claimed, set_aside, start_log
 from bft.same_run import identity
 from bft.signals import Stopped, StopRequest
 
