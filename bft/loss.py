@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,17 +31,12 @@ class Head:
     temperature: float = 1.0
 
 
-class LossFunction(Protocol):
-    """What a fused head calls. The second result is kept as the statistics of the call."""
-
-    def __call__(
-        self,
-        hidden: Tensor,  # [B, T, D]
-        head: Head,
-        target: Tensor,  # [B, T] int64, aligned with hidden
-        cu_seqlens: Tensor | None,  # [S + 1] over the B * T positions; None: a row is a document
-        num_items: int | Tensor | None,
-    ) -> tuple[Tensor, Any]: ...
+# What a fused head calls, with positional arguments: hidden [B, T, D], head, target [B, T] int64
+# aligned with hidden, cu_seqlens [S + 1] over the B * T positions (None: a row is a document) and
+# num_items. It returns the loss, and what is kept as the statistics of the call.
+LossFunction = Callable[
+    [Tensor, Head, Tensor, Tensor | None, int | Tensor | None], tuple[Tensor, Any]
+]
 
 
 @dataclass(frozen=True)
