@@ -126,10 +126,7 @@ def _kind_of(
     positions = call.get("position_ids")
     if explicit and isinstance(positions, Tensor) and positions.dim() == 2:
         shown = cu_seqlens_from_position_ids(positions.expand(target.shape))
-        same = shown.shape == cu_seqlens.shape and torch.equal(
-            shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)
-        )
-        if not same:
+        if not torch.equal(shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)):
             parts.append("boundaries beside position_ids")
     return ", ".join(parts)
 

