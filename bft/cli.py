@@ -15,8 +15,6 @@ from rich.table import Column, Table
 from bft.config import CheckConfig, DataConfig, DemoConfig, EvalConfig, InfoConfig, TrainConfig
 from bft.usage import in_flags, parse
 
-logger = logging.getLogger(__name__)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status (see `_usage`)."""
