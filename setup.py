@@ -1,6 +1,6 @@
-"""Declares the extension modules; metadata is in pyproject.toml, compiling in csrc/ninja_build.py.
+"""Declares the extension modules, without torch; csrc/ninja_build.py compiles them.
 
-BFT_BUILD chooses, and torch is needed for none of it:
+BFT_BUILD chooses:
 
     auto (default)  what this machine can compile, with the reason for what it leaves out
     cpu             bft_kernels._cpu, or an error
@@ -24,7 +24,6 @@ MODE = os.environ.get("BFT_BUILD") or "auto"
 if MODE not in MODULES:
     raise SystemExit(f"BFT_BUILD: got {MODE!r}, expected one of {', '.join(MODULES)}")
 
-
 _ON_CUDA = (
     f"bft_kernels._cuda: nvcc compiles for {len(CUDA_ARCHITECTURES)} kinds of GPU, which takes "
     "minutes. TORCH_CUDA_ARCH_LIST=9.0 compiles for one; without a GPU, BFT_BUILD=cpu leaves it out"
@@ -43,9 +42,8 @@ class BuildExt(NinjaBuildExt):
                 self.build_extension(ext)
             except CompileError as error:
                 if MODE != "auto":
-                    raise CompileError(
-                        f"BFT_BUILD={MODE} cannot build {ext.name}: {error}"
-                    ) from None
+                    message = f"BFT_BUILD={MODE} cannot build {ext.name}: {error}"
+                    raise CompileError(message) from None
                 print(f"BFT_BUILD=auto leaves out {ext.name}: {error}", file=sys.stderr)
                 self.extensions.remove(ext)
                 # An older build of it in the source tree would be imported in its place.

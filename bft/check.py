@@ -1,11 +1,8 @@
 """``bft check``: is what the fused loss computes what this model computes, on this batch?
 
-Everything that a run stands on is tried on the user's own model and records, once with the model's
-own logits and once without them, and told in one table: loss, gradients, weights, padding, packing,
-a saved model that is loaded again.
+What a run stands on is tried on the user's own model and records, with the model's logits and
+without: loss, gradients, weights, padding, packing, a saved model that is loaded again.
 """
-
-from __future__ import annotations
 
 import inspect
 import tempfile
@@ -18,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from bft.checkpoint import save_model
@@ -46,9 +43,7 @@ class Finding:
     what: str
     got: str
     expected: str
-    # "ok", "refused" (training would say so, too), "not compared" (the model has nothing to compare
-    # with), "WRONG"
-    verdict: str
+    verdict: str  # "ok", "WRONG", "refused" (as by training) or "not compared" (with nothing)
     limit: float | None = None  # relative error up to which it is ok
 
 
@@ -72,11 +67,11 @@ def check(config: CheckConfig) -> list[Finding]:
     records = read_jsonl(config.file, limit=config.limit)
     dataset = AnswerDataset(records, tokenizer, max_length=config.max_length)
     check_fits(dataset.examples, model, tokenizer)
-    trial = _Trial(model, dataset.examples, Collator.of(tokenizer), device, config)
+    trial = _Trial(model, tokenizer, dataset.examples, device, config)
     with evaluation_mode(model):
         findings = list(trial.run())
         if not any(finding.what == "patch" for finding in findings):
-            findings += _saved(trial, tokenizer)
+            findings += _saved(trial)
     _show(config, findings)
     return findings
 
@@ -87,14 +82,14 @@ class _Trial:
     def __init__(
         self,
         model: Any,
+        tokenizer: Any,
         examples: list[Example],
-        collate: Collator,
         device: torch.device,
         config: CheckConfig,
     ) -> None:
-        self.model, self.examples, self.config, self.device = model, examples, config, device
-        self.collate = collate
-        self.batch = send_to_device(collate(examples), device)
+        self.model, self.tokenizer, self.examples = model, tokenizer, examples
+        self.device, self.config = device, config
+        self.batch = self._padded(examples)
         narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
         self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
 
@@ -104,7 +99,7 @@ class _Trial:
         tokens = sum(len(example.input_ids) for example in self.examples)
         yield told("records", f"{len(self.examples)}, {labelled} of {tokens} tokens labelled", "")
         own = self._own_loss()
-        want = None if own is None else (own.item(), self._gradients(own))
+        want = None if own is None else self._with_gradients(own)
         with torch.no_grad():
             logits = self._logits()
         try:
@@ -120,14 +115,13 @@ class _Trial:
         yield told("labels", shift, "as in its own loss")
         transform = f"softcap {softcap}, temperature {temperature:g}"
         yield told("logits", transform, "a transform of the op")
-        got = fused.item(), self._gradients(fused)
+        got = self._with_gradients(fused)
         unpatch_model(self.model)
-        name = "loss, beside the model's own"
         if want is None:
-            yield Finding(name, "the model returns no loss for labels", "a loss", "not compared")
+            name, seen = "loss, beside the model's own", "the model returns no loss for labels"
+            yield Finding(name, seen, "a loss", "not compared")
         else:
-            yield self._close(name, got[0], want[0])
-            yield self._same_gradients("gradients, beside the model's own", got[1], want[1])
+            yield from self._same("", "beside the model's own", got, want)
         yield from self._weighted()
         yield from self._looks_ahead()
         yield from self._rows_alone()
@@ -137,20 +131,14 @@ class _Trial:
         yield told("logits after unpatching", got_bits, "the same bits", same)
 
     def nll(self) -> Tensor:
-        """Of each labelled token of the batch, by the fused loss, ``[N]``."""
+        """The fused loss's nll ``[N]`` of each labelled token of the batch."""
         return self._nll(self.batch)
 
-    # --- the rows --------------------------------------------------------------------------------
-
     def _weighted(self) -> Iterable[Finding]:
-        """The weighted loss, beside the reference formula on the model's own logits.
-
-        The weights are constants of the gradients, whatever the tokens' probabilities do.
-        """
+        """The weighted loss, beside the reference formula on the model's own logits."""
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
         batch = aligned(self.batch)
-        fused = fused_loss(self.model, batch, loss)[0]
-        got = fused.item(), self._gradients(fused)
+        got = self._with_gradients(fused_loss(self.model, batch, loss)[0])
         target = batch["targets"].target
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
@@ -159,11 +147,8 @@ class _Trial:
         coefficients = reference.token_coefficients(
             torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window
         )
-        formula = (coefficients * nll).sum()
-        want = formula.item(), self._gradients(formula)
-        beside = "beside the formula on its logits"
-        yield self._close(f"{loss.scheme} loss, {beside}", got[0], want[0])
-        yield self._same_gradients(f"{loss.scheme} gradients, {beside}", got[1], want[1])
+        want = self._with_gradients((coefficients * nll).sum())
+        yield from self._same(f"{loss.scheme} ", "beside the formula on its logits", got, want)
 
     def _looks_ahead(self) -> Iterable[Finding]:
         """Whether a hidden state knows the tokens that it is to predict."""
@@ -181,7 +166,7 @@ class _Trial:
 
     def _rows_alone(self) -> Iterable[Finding]:
         """Documents padded, and packed into one row, beside each document by itself."""
-        alone = [self._nll(send_to_device(self.collate([e]), self.device)) for e in self.examples]
+        alone = [self._nll(self._padded([example])) for example in self.examples]
         yield self._close_all("padded rows, beside each by itself", self.nll(), torch.cat(alone))
         name = "packed rows, beside each by itself"
         times = 2 if len(alone) == 1 else 1  # one document has none before it to see
@@ -191,7 +176,9 @@ class _Trial:
         except UnsupportedModel as error:
             yield Finding(name, str(error).partition(":")[2].strip(), "the same nll", "refused")
 
-    # --- the model -------------------------------------------------------------------------------
+    def _padded(self, examples: list[Example]) -> Batch:
+        batch: Batch = send_to_device(Collator.of(self.tokenizer)(examples), self.device)
+        return batch
 
     def _own_loss(self) -> Tensor | None:
         """The model's own loss of the batch; None if it computes none."""
@@ -210,59 +197,56 @@ class _Trial:
             stats = fused_loss(self.model, known, SFT)[1]
         return stats.nll[known["targets"].target != IGNORE]
 
-    def _gradients(self, loss: Tensor) -> dict[str, Tensor]:
+    def _with_gradients(self, loss: Tensor) -> tuple[float, Batch]:
+        """The value of a loss, and its gradients by the names of the parameters."""
         self.model.zero_grad()
         loss.backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.zero_grad()
-        return found
-
-    # --- comparing -------------------------------------------------------------------------------
-
-    def _close(self, what: str, got: float, want: float) -> Finding:
-        error = abs(got - want) / max(abs(want), 1e-30)
-        limit, how = self.loss_error, f"{got:.6f}, error {error:.1e}"
-        return told(what, how, f"{want:.6f}", error <= limit, limit)
+        return loss.item(), found
 
     def _close_all(self, what: str, got: Tensor, want: Tensor) -> Finding:
         error = float((got - want).abs().amax() / want.abs().amax().clamp_min(1e-30))
         limit, how = self.loss_error, f"largest error of a token {error:.1e}"
         return told(what, how, "the same nll", error <= limit, limit)
 
-    def _same_gradients(
-        self, what: str, got: dict[str, Tensor], want: dict[str, Tensor]
-    ) -> Finding:
-        if got.keys() != want.keys():
-            odd = min(got.keys() ^ want.keys())
-            return told(what, f"{odd} has one gradient of two", "both", False)
+    def _same(
+        self, scheme: str, beside: str, got: tuple[float, Batch], want: tuple[float, Batch]
+    ) -> Iterable[Finding]:
+        """A loss and its gradients, beside those of another way to it."""
+        error = abs(got[0] - want[0]) / max(abs(want[0]), 1e-30)
+        limit, how = self.loss_error, f"{got[0]:.6f}, error {error:.1e}"
+        yield told(f"{scheme}loss, {beside}", how, f"{want[0]:.6f}", error <= limit, limit)
+        what, (given, wanted) = f"{scheme}gradients, {beside}", (got[1], want[1])
+        if given.keys() != wanted.keys():
+            odd = min(given.keys() ^ wanted.keys())
+            yield told(what, f"{odd} has one gradient of two", "both", False)
+            return
         # Some gradients are nothing but rounding (a bias of keys): those need another measure.
-        floor = 1e-3 * max(float(value.norm()) for value in want.values())
-        errors = {
-            name: float((got[name] - value).norm()) / max(float(value.norm()), floor)
-            for name, value in want.items()
-        }
-        worst = max(errors, key=errors.__getitem__)
-        limit, how = self.gradient_error, f"largest error {errors[worst]:.1e} ({worst})"
-        return told(what, how, "the same", errors[worst] <= limit, limit)
+        floor = 1e-3 * max(float(value.norm()) for value in wanted.values())
+        error, worst = max(
+            (float((given[name] - value).norm()) / max(float(value.norm()), floor), name)
+            for name, value in wanted.items()
+        )
+        limit, how = self.gradient_error, f"largest error {error:.1e} ({worst})"
+        yield told(what, how, "the same", error <= limit, limit)
 
 
-def _saved(trial: _Trial, tokenizer: Any) -> Iterable[Finding]:
+def _saved(trial: _Trial) -> Iterable[Finding]:
     """The model as a run writes it, loaded again: with all parameters trained, and with LoRA."""
-    accelerator = Accelerator(cpu=trial.device.type == "cpu")
-    yield _reloaded(accelerator, trial, trial.model, tokenizer, "saved and loaded again")
+    yield _reloaded(trial, "saved and loaded again")
     trial.model = add_adapters(trial.model, rank=4).eval()
     for name, parameter in trial.model.named_parameters():
         if "lora_B" in name:  # zero until it is trained
             nn.init.normal_(parameter, std=0.02)
-    yield _reloaded(
-        accelerator, trial, trial.model, tokenizer, "LoRA merged, saved and loaded again"
-    )
+    yield _reloaded(trial, "LoRA merged, saved and loaded again")
 
 
-def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what: str) -> Finding:
-    want = trial.nll()
+def _reloaded(trial: _Trial, what: str) -> Finding:
+    want, model = trial.nll(), trial.model
     with tempfile.TemporaryDirectory() as folder:
-        save_model(accelerator, model, tokenizer, Path(folder) / "model")
+        accelerator = Accelerator(cpu=trial.device.type == "cpu")
+        save_model(accelerator, model, trial.tokenizer, Path(folder) / "model")
         loaded, _ = load_pretrained(Path(folder) / "model", next(model.parameters()).dtype)
     trial.model = loaded.to(trial.device).eval()
     try:
@@ -272,9 +256,9 @@ def _reloaded(accelerator: Any, trial: _Trial, model: Any, tokenizer: Any, what:
 
 
 def _show(config: CheckConfig, findings: list[Finding]) -> None:
-    table = Table(title=f"{config.model} on {config.file}")
-    for column in ("checked", "got", "limit", "expected", ""):
-        table.add_column(column, overflow="fold")
+    names = ("checked", "got", "limit", "expected", "")
+    columns = [Column(name, overflow="fold") for name in names]
+    table = Table(*columns, title=f"{config.model} on {config.file}")
     for finding in findings:
         got = finding.got.partition(";")[0]  # the file has it whole
         limit = "" if finding.limit is None else f"{finding.limit:.0e}"

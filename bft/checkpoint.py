@@ -1,10 +1,8 @@
 """Checkpoints: resumable ones while a run lasts, a plain Hugging Face folder at its end.
 
-A folder appears under its final name only when it is complete. A resumable one is read only if it
-is as it was written, and only by the run that wrote it.
+A folder gets its final name when it is complete. A resumable one is read only if it is as it was
+written, and only by the run that wrote it.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -46,10 +44,6 @@ class WriteError(RuntimeError):
     """A checkpoint or model that could not be written, as on a full disk."""
 
 
-# safetensors and torch.save have their own for a full disk.
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-
-
 @contextmanager
 def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     """A scratch folder that becomes ``folder`` when the block ends without an error."""
@@ -75,32 +69,29 @@ def _appearing(folder: Path, accelerator: Any) -> Iterator[Path]:
     except BaseException as error:  # what is not whole must not fill the disk
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
-        if isinstance(error, WRITE_ERRORS) and not isinstance(error, WriteError):
+        # safetensors and torch.save have their own errors for a full disk.
+        refused = isinstance(error, OSError | SafetensorError | RuntimeError)
+        if refused and not isinstance(error, WriteError):
             raise WriteError(f"{folder} could not be written: {first_line(error)}") from error
         raise
 
 
-# --- resumable -----------------------------------------------------------------------------------
-
-
 def save_progress(
-    accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any] | None = None
+    accelerator: Any, output_dir: Path, step: int, keep: int, identity: dict[str, Any]
 ) -> Path:
     """Saves model, optimizer, schedule and random states after ``step`` steps.
 
-    ``identity`` is what :func:`load_progress` knows the run by. Keeps the ``keep`` newest
-    checkpoints up to this one.
+    ``identity`` is what :func:`load_progress` knows the run by. The ``keep`` newest checkpoints up
+    to this one are kept. Raises WriteError.
     """
     folder = output_dir / CHECKPOINTS / f"step-{step:07d}"
 
     def complete(scratch: Path) -> None:
         ranks = [f"random_states_{rank}.pkl" for rank in range(accelerator.num_processes)]
-        for wanted in ("*model*", *ranks):
-            if not any(scratch.glob(wanted)):
-                raise WriteError(
-                    f"{folder}: {wanted} is gone from it; does another run write there?"
-                )
-        write_manifest(scratch, step, identity or {})
+        gone = [name for name in ("*model*", *ranks) if not any(scratch.glob(name))]
+        if gone:
+            raise WriteError(f"{folder}: {gone[0]} is gone from it; does another run write there?")
+        write_manifest(scratch, step, identity)
 
     with _appearing(folder, accelerator) as scratch:
         accelerator.save_state(str(scratch))
@@ -115,9 +106,7 @@ def save_progress(
     return folder
 
 
-def load_progress(
-    accelerator: Any, output_dir: Path, identity: dict[str, Any] | None = None
-) -> int:
+def load_progress(accelerator: Any, output_dir: Path, identity: dict[str, Any]) -> int:
     """Restores the newest checkpoint of the run; returns its step, 0 if there is none.
 
     Raises:
@@ -154,21 +143,18 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _resumable(output_dir: Path, identity: dict[str, Any] | None) -> Path | None:
+def _resumable(output_dir: Path, identity: dict[str, Any]) -> Path | None:
     """The newest checkpoint, if it is whole and of this run."""
     found = checkpoint_folders(output_dir)
     if not found:
         return None
     facts, damage = _inspect(found[-1])
     if damage is not None:
-        older = next((path for path in reversed(found[:-1]) if _inspect(path)[1] is None), None)
-        newer = found if older is None else found[found.index(older) + 1 :]
-        way_out = f"remove {', '.join(path.name for path in newer)} to " + (
-            "start anew without --resume" if older is None else f"resume from {older.name}"
-        )
-        raise CheckpointError(f"{found[-1]} is damaged: {damage}; {way_out}")
-    different = differences(facts["identity"], identity) if identity is not None else []
-    if different:
+        whole = [place for place, path in enumerate(found) if _inspect(path)[1] is None]
+        newer = ", ".join(path.name for path in found[whole[-1] + 1 if whole else 0 :])
+        then = f"resume from {found[whole[-1]].name}" if whole else "start anew without --resume"
+        raise CheckpointError(f"{found[-1]} is damaged: {damage}; remove {newer} to {then}")
+    if different := differences(facts["identity"], identity):
         raise AnotherRun(
             f"{found[-1]} is of a run with other settings: {'; '.join(different)}. Resume with the "
             "saved ones, or start a new run in another folder or with --overwrite"
@@ -186,12 +172,10 @@ def _inspect(folder: Path) -> tuple[dict[str, Any], str | None]:
 def _check_random_states(accelerator: Any, folder: Path) -> None:
     """Accelerate goes on without the random states that it cannot restore."""
     path = folder / f"random_states_{accelerator.process_index}.pkl"
-    try:
-        states = load(path)  # no pickled code
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing: resume with the number of processes of the saved run"
-        ) from None
+    if not path.exists():
+        processes = "resume with the number of processes of the saved run"
+        raise CheckpointError(f"{path} is missing: {processes}")
+    states = load(path)  # no pickled code
     if not torch.equal(torch.get_rng_state(), states["torch_manual_seed"]):
         raise CheckpointError(f"{path}: torch's random state was not restored from it")
     if torch.cuda.is_available():
@@ -203,14 +187,11 @@ def _check_random_states(accelerator: Any, folder: Path) -> None:
             )
 
 
-# --- the model -----------------------------------------------------------------------------------
-
-
 def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Writes safetensors, configuration and tokenizer, as ``from_pretrained`` loads them.
 
-    A LoRA model is written twice: merged into its base here, and its adapter alone in ``adapter``.
-    The model itself stays as it is, so that the run can still be saved where this fails.
+    A LoRA model is written merged into its base, and its adapter alone in ``adapter``. The model
+    stays as it is, so that the run can still be saved where this raises WriteError.
     """
     state = accelerator.get_state_dict(model)
     plain = accelerator.unwrap_model(model)
@@ -218,7 +199,7 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
     def write(scratch: Path) -> None:
         if hasattr(plain, "get_base_model"):
             plain.save_pretrained(scratch / "adapter", state_dict=state)
-            save_merged(plain, state, scratch)
+            _save_merged(plain, state, scratch)
         else:
             plain.save_pretrained(scratch, state_dict=state)
         tokenizer.save_pretrained(scratch)
@@ -228,37 +209,35 @@ def save_model(accelerator: Any, model: nn.Module, tokenizer: Any, folder: Path)
 
 
 def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
-    """Writes what a LoRA model has learned, and nothing of its base."""
+    """Writes what a LoRA model has learned, and nothing of its base. Raises WriteError."""
     state = accelerator.get_state_dict(model)
     with _appearing(folder, accelerator) as scratch:
         plain = accelerator.unwrap_model(model)
         on_main(accelerator, lambda: plain.save_pretrained(scratch, state_dict=state))
 
 
-def save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes the base of a PEFT model with its adapters added to its weights.
 
-    Where the adapted embedding is tied to the head, only the embedding has learned: the two are
-    written as two tensors, and the configuration says so.
+    Where the adapted embedding is tied to the head, the two are written as two tensors: only the
+    embedding has learned.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
-    layers: dict[str, Any] = {
-        name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    layers: Any = [(name, m) for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)]
     merged = {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): value
         for name, value in state.items()
         if ".lora_" not in name
     }
-    for name, layer in layers.items():
+    for name, layer in layers:
         weight = merged[f"{name}.weight"]
         for adapter in layer.active_adapters:
             weight = (weight + layer.get_delta_weight(adapter).to(weight.device)).to(weight.dtype)
         merged[f"{name}.weight"] = weight.cpu()
     head = getattr(base.get_output_embeddings(), "weight", None)
-    split = any(layer.get_base_layer().weight is head for layer in layers.values())
+    split = any(layer.get_base_layer().weight is head for _, layer in layers)
     configs = [base.config, base.config.get_text_config()]
     tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
     if tied:

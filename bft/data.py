@@ -1,10 +1,4 @@
-"""Encodes records and makes batches of them.
-
-What a file holds is told in :mod:`bft.records`; what a record becomes, and which of its tokens
-carry a label, in :mod:`bft.encode`.
-"""
-
-from __future__ import annotations
+"""Makes data sets of the records that :mod:`bft.encode` encodes, and batches of those."""
 
 import itertools
 import logging
@@ -12,27 +6,24 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
-from bft.checks import check_int
+from bft.config import check_int
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
 
 logger = logging.getLogger(__name__)
 
-# --- data set ------------------------------------------------------------------------------------
 
-
-class AnswerDataset(Dataset[Example]):
+class AnswerDataset:
     """Encoded records, cut to `max_length` tokens; those left without a label are dropped.
 
-    `truncated` and `dropped` (of which `answers_lost` to the cut) are counts.
-    Raises DataError when a record cannot be encoded or none keeps a label.
+    `truncated` and `dropped` (of which `answers_lost` to the cut) are counts. Raises DataError if a
+    record cannot be encoded or none keeps a label.
     """
 
     def __init__(
@@ -48,7 +39,14 @@ class AnswerDataset(Dataset[Example]):
         self.examples: list[Example] = []
         self.truncated = self.dropped = self.answers_lost = 0
         for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
-            self._add(encode(record, tokenizer), max_length)
+            whole = encode(record, tokenizer)
+            example = whole if max_length is None else whole.cut(max_length)
+            if example.labelled:
+                self.examples.append(example)
+                self.truncated += len(example.input_ids) < len(whole.input_ids)
+            else:
+                self.dropped += 1
+                self.answers_lost += whole.labelled > 0
         if not self.examples:
             raise DataError(
                 f"no record keeps a label ({self.dropped} dropped, {self.answers_lost} of them "
@@ -63,23 +61,6 @@ class AnswerDataset(Dataset[Example]):
         if self.truncated:
             logger.warning("max_length=%s shortens %d records", max_length, self.truncated)
 
-    def _add(self, example: Example, max_length: int | None) -> None:
-        had_labels = example.labelled > 0
-        if max_length is not None and len(example.input_ids) > max_length:
-            example = example.cut(max_length)
-            if example.labelled:
-                self.truncated += 1
-        if example.labelled:
-            self.examples.append(example)
-        else:
-            self.dropped += 1
-            self.answers_lost += had_labels
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(example.input_ids) for example in self.examples]
-
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -87,14 +68,13 @@ class AnswerDataset(Dataset[Example]):
         return self.examples[index]
 
 
-class StepBatches(Sampler[list[int]]):
+class StepBatches:
     """The micro-batches of one rank, for the optimizer steps `first` to `steps` of a run.
 
-    The run reads one endless stream: a permutation of the records, which depends on (seed, epoch)
-    only, then the next epoch's. Step s takes its own `batch_size * accumulation * ranks` records of
-    it, whatever was read before, so a resumed run goes on exactly where it stopped and no record is
-    left out at an epoch's end. The same documents make a step however they are cut in micro-batches
-    and ranks; with `lengths`, documents of like length share a micro-batch, which saves padding.
+    The run reads one endless stream: a permutation of the records for each epoch. Step s takes its
+    own `batch_size * accumulation * ranks` records of it, whatever was read before, so that a
+    resumed run goes on where it stopped. The same documents make a step however they are cut in
+    micro-batches and ranks; with `lengths`, those of like length share a micro-batch.
     """
 
     def __init__(
@@ -108,18 +88,15 @@ class StepBatches(Sampler[list[int]]):
         seed: int = 0,
         lengths: Sequence[int] | None = None,
     ) -> None:
-        counts = {"size": size, "batch_size": batch_size, "accumulation": accumulation}
-        for name, value in (counts | {"ranks": ranks}).items():
-            check_int(name, value, 1)
+        check_int("size", size, 1)
+        check_int("batch_size", batch_size, 1)
+        check_int("accumulation", accumulation, 1)
+        check_int("ranks", ranks, 1)
         check_int("rank", rank, 0, ranks - 1)
         self.size, self.batch_size, self.accumulation = size, batch_size, accumulation
         self.rank, self.ranks, self.seed, self.lengths = rank, ranks, seed, lengths
+        self.step_size = batch_size * accumulation * ranks  # records
         self.first, self.steps = 0, self.steps_in(1)
-
-    @property
-    def step_size(self) -> int:
-        """Records of one optimizer step, over all micro-batches and ranks."""
-        return self.batch_size * self.accumulation * self.ranks
 
     def steps_in(self, epochs: float) -> int:
         """The smallest number of steps that reads `epochs` times as many records as there are."""
@@ -156,9 +133,6 @@ def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:
     return order
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Collator:
     """Right-padded batches: `input_ids`, `attention_mask`, `labels`, each [B, T] int64."""
@@ -166,7 +140,7 @@ class Collator:
     pad_token_id: int
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Collator:
+    def of(cls, tokenizer: Any) -> Self:
         """The tokenizer's pad token, or its end token: the mask hides either."""
         ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return cls(next(i for i in ids if i is not None))

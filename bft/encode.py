@@ -1,18 +1,15 @@
 """A record's text -> token ids in which only the answers carry labels.
 
-The text is rendered by the tokenizer's own chat template. What carries a label is every assistant
-turn, its turn-end token included, and nothing else; `labels[t]` belongs to `input_ids[t]`, so the
-shift by one is the loss's work, as everywhere in Hugging Face. A tokenizer without a template gets
-prompt + completion + end-of-sequence, which needs the prompt/completion form.
+The tokenizer's own chat template renders the text. Every assistant turn carries labels, its
+turn-end token included; `labels[t]` belongs to `input_ids[t]`, and the loss shifts. A tokenizer
+without a template gets prompt + completion + end-of-sequence.
 """
-
-from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 
@@ -42,7 +39,7 @@ class Example:
     labels: list[int]
     where: str = field(default="record", compare=False)  # its record's, for error messages
 
-    def cut(self, length: int) -> Example:
+    def cut(self, length: int) -> Self:
         """The first `length` tokens."""
         return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
 
@@ -82,18 +79,16 @@ def prompt_text(record: Record, tokenizer: Any) -> str:
 def split_tokens(tokenizer: Any, text: str, cuts: Sequence[int], where: str) -> list[list[int]]:
     """Tokenises `text` and cuts the ids at the character offsets `cuts`: len(cuts) + 1 lists.
 
-    A tokenizer may merge characters across a cut. Then the pieces are tokenised one by one, which
-    is what a model meets when it continues a prompt, and must decode to the same text.
+    A tokenizer may merge characters across a cut. Then the pieces are tokenised one by one, as a
+    model meets them when it continues a prompt.
+
+    Raises:
+        DataError: such pieces do not decode to the same text.
     """
     whole = _ids(tokenizer, text)
-    lengths = []
-    for cut in cuts:
-        before = _ids(tokenizer, text[:cut])
-        if whole[: len(before)] != before:
-            break
-        lengths.append(len(before))
-    else:
-        edges = [0, *lengths, len(whole)]
+    starts = [_ids(tokenizer, text[:cut]) for cut in cuts]
+    if all(whole[: len(start)] == start for start in starts):
+        edges = [0, *map(len, starts), len(whole)]
         return [whole[a:b] for a, b in itertools.pairwise(edges)]
     offsets = [0, *cuts, len(text)]
     pieces = [_ids(tokenizer, text[a:b]) for a, b in itertools.pairwise(offsets)]
@@ -117,10 +112,9 @@ def _encode_plain(record: Record, tokenizer: Any) -> Example:
 
 
 def _encode_marked(record: Record, tokenizer: Any) -> Example:
-    """The template marks its assistant turns with {% generation %}: take its word for it."""
-    encoded = _apply_template(
-        record, record.messages, tokenizer, return_dict=True, return_assistant_tokens_mask=True
-    )
+    """Labels what the template puts into {% generation %} blocks."""
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _apply_template(record, tokenizer, **options)
     ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     special = set(tokenizer.all_special_ids)
     for i in range(1, len(ids)):  # some templates put the turn's end outside of the mark
@@ -136,7 +130,7 @@ def _encode_marked(record: Record, tokenizer: Any) -> Example:
 
 
 def _template(record: Record, tokenizer: Any) -> str:
-    """The template's text: a tokenizer may have several, as one for tools."""
+    """The template's text. A tokenizer may have several, such as one for tools."""
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     try:
@@ -159,10 +153,11 @@ def _marks_answers(template: str) -> bool:
 
 
 def _check_template_writes(record: Record, tokenizer: Any) -> None:
-    """Raises where the template leaves out a record's tools, or what a turn calls of them."""
+    """Raises DataError if the template leaves out a record's tools or the calls of them."""
+    silent = tuple({k: v for k, v in m.items() if k != "tool_calls"} for m in record.messages)
     for key, without in (
         ("tools", replace(record, tools=())),
-        ("tool_calls", replace(record, messages=_without(record.messages, "tool_calls"))),
+        ("tool_calls", replace(record, messages=silent)),
     ):
         if without == record:
             continue
@@ -178,10 +173,6 @@ def _check_template_writes(record: Record, tokenizer: Any) -> None:
             )
 
 
-def _without(messages: Sequence[Mapping[str, Any]], key: str) -> tuple[Mapping[str, Any], ...]:
-    return tuple({k: v for k, v in message.items() if k != key} for message in messages)
-
-
 def _pair(record: Record) -> tuple[str, str]:
     if record.pair is None:
         raise DataError(
@@ -194,8 +185,7 @@ def _pair(record: Record) -> tuple[str, str]:
 def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat and the character span of each assistant turn in it.
 
-    A span is what rendering one more message adds to the generation prompt, so it holds for any
-    template that only ever appends. One that rewrites earlier turns is refused.
+    A span is what one more message adds to the generation prompt. So a template may only append.
     """
     text = _render(record, tokenizer, len(record.messages))
     spans = []
@@ -215,32 +205,23 @@ def _answer_spans(record: Record, tokenizer: Any) -> tuple[str, list[tuple[int, 
 
 
 def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) -> str:
-    return str(
-        _apply_template(
-            record, record.messages[:stop], tokenizer, tokenize=False, add_generation_prompt=prompt
-        )
-    )
+    options = {"tokenize": False, "add_generation_prompt": prompt}
+    return str(_apply_template(record, tokenizer, stop, **options))
 
 
-def _apply_template(
-    record: Record, messages: Sequence[Mapping[str, Any]], tokenizer: Any, **options: Any
-) -> Any:
+def _apply_template(record: Record, tokenizer: Any, stop: int | None = None, **options: Any) -> Any:
     if record.tools:
         options["tools"] = list(record.tools)
     try:
-        return tokenizer.apply_chat_template(list(messages), **options)
+        return tokenizer.apply_chat_template(list(record.messages[:stop]), **options)
     except Exception as error:  # templates raise whatever they like about roles and their order
         roles = [message["role"] for message in record.messages]
-        raise DataError(
-            f"{record.where}: the chat template refused the roles {roles}: {error}"
-        ) from error
+        refused = f"the chat template refused the roles {roles}: {error}"
+        raise DataError(f"{record.where}: {refused}") from error
 
 
 def _turn_length(piece: list[int], tokenizer: Any) -> int:
-    """Length of an answer up to and including its turn-end token.
-
-    Generation stops there; the line break that many templates write after it is not the answer's.
-    """
+    """Length of an answer with its turn-end token, without a line break that follows."""
     special = set(tokenizer.all_special_ids)
     for length in range(len(piece), 0, -1):
         if piece[length - 1] in special:

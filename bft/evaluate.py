@@ -1,15 +1,11 @@
 """Held-out evaluation: loss and confidence of the answers' tokens, and whether the answer is right.
 
-"Right" is constrained exact match. A record may carry an `answer`, the text that its completion
-starts with. The model decodes greedily, but only along the answers of the task (a trie of tokens),
-and must arrive at the record's own. No decoding is needed to know: greedy search reaches the gold
-answer if and only if at every node of the gold path where the trie branches the gold token has the
-largest logit among the node's children, and all those logits come from one teacher-forced pass.
-No tensor of [B, T, V] is made: the loss comes from `linear_nll` on answer positions, the branches
-from a few gathered rows of the head.
+"Right" is constrained exact match. A record may carry an `answer`, with which its completion
+starts. Greedy search along the answers of the task (a trie of tokens) must arrive at the record's
+own. It does if and only if the gold token has the largest logit among its siblings wherever the
+trie branches on the gold path. Those logits come from one teacher-forced pass, without a tensor of
+[B, T, V]: from a few gathered rows of the head.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -35,7 +31,7 @@ from bft_kernels import linear_nll
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over labelled tokens, in nats; what concerns answers is None where there are none."""
+    """Means over labelled tokens, in nats. Fields about answers are None where there are none."""
 
     examples: int
     dropped: int  # nothing (or not the whole `answer`) left after `max_length`
@@ -84,25 +80,24 @@ def evaluate(
     """Evaluates `model` on `records`, in batches of about `batch_tokens` tokens.
 
     The possible answers are those of `records` and of `train`; the majority baseline predicts the
-    most frequent one of `train`, or of `records` where that is None. Module modes are restored.
-    Raises DataError for an `answer` that its completion does not start with, in text or in tokens,
-    for two answers of which one starts the other, and for a record that the model cannot take.
+    most frequent one of `train`, or of `records` where that is None.
+
+    Raises:
+        DataError: an `answer` does not start its completion, in text or in tokens; it starts
+            another answer; or the model cannot take a record.
     """
     started = time.perf_counter()
     known = _answers(records if train is None else train)
     choices = sorted({*known, *_answers(records)})
-    items: list[_Item] = []
-    for record in tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False):
-        item = _item(record, tokenizer, choices, max_length)
-        if item is not None:
-            items.append(item)
+    bar = tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False)
+    found = [_item(record, tokenizer, choices, max_length) for record in bar]
+    items = [item for item in found if item is not None]
     if not items:
         raise DataError(f"no record of {len(records)} keeps a label (max_length={max_length})")
     check_fits([item.example for item in items], model, tokenizer)
-    total, right = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
+    total, hits = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
     nll = total["nll"] / total["tokens"]
     seen = Counter(item.answer for item in items if item.answer is not None)
-    hits = Counter(item.answer for item, ok in zip(items, right, strict=True) if ok)
     # Ties go to the first in the alphabet, so that the baseline does not depend on file order.
     majority = min(known, key=lambda a: (-known[a], a)) if known and seen else None
     return Evaluation(
@@ -123,9 +118,6 @@ def evaluate(
 
 def _answers(records: Iterable[Record]) -> Counter[str]:
     return Counter(r.extra["answer"] for r in records if isinstance(r.extra.get("answer"), str))
-
-
-# --- the trie ------------------------------------------------------------------------------------
 
 
 def _item(
@@ -150,12 +142,8 @@ def _item(
 
 def _last_run(labels: Sequence[int]) -> int:
     """Where the last stretch of labels begins: the last answer."""
-    start = len(labels)
-    while start > 0 and labels[start - 1] == IGNORE:
-        start -= 1
-    while start > 0 and labels[start - 1] != IGNORE:
-        start -= 1
-    return start
+    pairs = enumerate(itertools.pairwise([IGNORE, *labels]))
+    return max((i for i, (before, label) in pairs if before == IGNORE != label), default=0)
 
 
 def _paths(record: Record, tokenizer: Any, choices: Sequence[str]) -> dict[str, list[int]]:
@@ -213,37 +201,29 @@ def gold_branches(
         alive = [path for path in alive if path[depth] == token]
 
 
-# --- the model -----------------------------------------------------------------------------------
-
-
 def _score(
     model: Any, collate: Collator, items: Sequence[_Item], batch_tokens: int, progress: bool
-) -> tuple[Counter[str], list[bool]]:
-    """Sums over all labelled tokens, and for each item whether every branch went the gold way."""
-    total: Counter[str] = Counter()
-    right = [True] * len(items)
+) -> tuple[Counter[str], Counter[str | None]]:
+    """Sums over all labelled tokens, and how often each answer was arrived at."""
     device = next(model.parameters()).device
     measure = _Measure()
     bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
     with bar, evaluation_mode(model), use_loss(model, measure), torch.no_grad():
-        for rows in _batches(items, batch_tokens):
-            measure.items = [items[row] for row in rows]
+        for measure.items in _batches(items, batch_tokens):
             batch = collate([item.example for item in measure.items])
             model(**aligned(send_to_device(batch, device)))
-            total.update(measure.sums)
-            for row, value in zip(rows, measure.right, strict=True):
-                right[row] = value
-            bar.update(len(rows))
-            bar.set_postfix(nll=f"{total['nll'] / total['tokens']:.3f}")
-    return total, right
+            bar.update(len(measure.items))
+            bar.set_postfix(nll=f"{measure.total['nll'] / measure.total['tokens']:.3f}")
+    return measure.total, measure.hits
 
 
 class _Measure:
     """Stands in for the loss of a fused head: there hidden states and the head's weight meet."""
 
-    items: Sequence[_Item] = ()  # of the rows of the next batch
-    sums: Mapping[str, float] = {}
-    right: Sequence[bool] = ()
+    def __init__(self) -> None:
+        self.items: Sequence[_Item] = ()  # of the rows of the next batch
+        self.total: Counter[str] = Counter()
+        self.hits: Counter[str | None] = Counter()
 
     def __call__(
         self,
@@ -263,13 +243,15 @@ class _Measure:
             temperature=head.temperature,
             return_stats=True,
         )
-        self.sums = {
+        sums: dict[str, Any] = {
             "nll": nll.double().sum().item(),
             "confidence": stats.confidence.double().sum().item(),
             "correct": int(stats.correct.sum().item()),
             "tokens": nll.numel(),
         }
-        self.right = right_answers(hidden, head, [item.branches for item in self.items])
+        self.total.update(sums)
+        won = right_answers(hidden, head, [item.branches for item in self.items])
+        self.hits.update(item.answer for item, ok in zip(self.items, won, strict=True) if ok)
         return nll.sum(), None
 
 
@@ -290,10 +272,10 @@ def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
     return int(logits.argmax())
 
 
-def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by falling length: the largest batch comes first, and padding is little."""
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].example.input_ids))
+def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
+    """Items of like length, the longest first, so that there is little padding."""
+    order = sorted(items, key=lambda item: -len(item.example.input_ids))
     while order:
-        size = max(1, batch_tokens // len(items[order[0]].example.input_ids))
+        size = max(1, batch_tokens // len(order[0].example.input_ids))
         yield order[:size]
         order = order[size:]

@@ -1,24 +1,23 @@
 """A training step that goes past a patched model raises.
 
-A trainer may take the labels out of a batch, put a ``forward`` of its own in place of the patched
-one, or run a model's body and head itself. Training then goes on with another loss than the one
-that was asked for, and no number shows it. So while a model trains (``training``, gradients
-enabled), its body and its head raise when they run outside of the patched forward.
+A trainer may take the labels out of a batch, replace the patched ``forward``, or run a model's body
+and head itself. It would then train with another loss, and no number would show it. So the body and
+the head of a model that trains (``training``, gradients enabled) raise outside of the patched
+forward.
 
 ``no_grad``, ``eval()`` and ``generate()`` are left alone, and so is a backward pass: activation
-checkpointing runs parts of the model again there. Who calls ``model.model.forward`` instead of
-``model.model``, or runs the layers one by one, is not seen.
+checkpointing runs parts of the model again there. Not seen is a call of ``model.model.forward``
+instead of ``model.model``, or of one layer after the other.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from bft.patch import State
 
 WAYS_OUT = (
     "unpatch_model(model) leaves the loss to the caller; fused_loss(model, batch, loss)[0], "
@@ -31,40 +30,28 @@ class Bypassed(RuntimeError):
     """A patched model is trained, but not with the loss that it was patched with."""
 
 
-class Patch(Protocol):
-    """What the guard asks of the state of a patched model."""
-
-    depth: int  # patched calls that are running
-    allow_unlabelled: bool
-    guards: Sequence[RemovableHandle]  # of the head that is guarded, and of the body
-    guarded: nn.Module | None
-
-    @property
-    def function(self) -> Any:
-        """The ``__func__`` of the patched forward."""
-
-
 class Guard:
     """A forward pre-hook of a model's body or head. An object, so that it is copied and pickled."""
 
-    def __init__(self, model: nn.Module | None, patch: Patch, part: str) -> None:
-        self.model, self.patch, self.part = model, patch, part
+    def __init__(self, model: nn.Module | None, state: "State", part: str) -> None:
+        self.model, self.state, self.part = model, state, part
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Guard":
         if id(self.model) not in memo:  # the copy of a part alone is no patched model's
-            return Guard(None, self.patch, self.part)
-        return Guard(memo[id(self.model)], copy.deepcopy(self.patch, memo), self.part)
+            return Guard(None, self.state, self.part)
+        return Guard(memo[id(self.model)], copy.deepcopy(self.state, memo), self.part)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.model is None or self.patch.depth or self.patch.allow_unlabelled:
+        state = self.state
+        if self.model is None or state.depth or state.allow_unlabelled or not trains(module):
             return
-        if not trains(module):
-            return
-        name = type(self.model).__name__
+        now = self.model.__dict__.get("forward")
+        patched = getattr(now, "__func__", None) is state.function
         raise Bypassed(
-            f"model: the {self.part} of the patched {name} was run in training outside of its "
-            f"patched forward, so the fused loss is not what trains it"
-            f"{_replacement(self.model, self.patch)}. {WAYS_OUT}"
+            f"model: the {self.part} of the patched {type(self.model).__name__} was run in "
+            "training outside of its patched forward, so the fused loss is not what trains it"
+            f"{'' if patched else f': {describe(now)} took its place after patch_model'}. "
+            f"{WAYS_OUT}"
         )
 
 
@@ -73,9 +60,9 @@ def trains(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
 
-def check_labelled(model: nn.Module, patch: Patch) -> None:
+def check_labelled(model: nn.Module, state: "State") -> None:
     """Raises Bypassed if a call without labels, now, would train a model past its patch."""
-    if not patch.allow_unlabelled and trains(model):
+    if not state.allow_unlabelled and trains(model):
         raise Bypassed(
             f"labels: got none in a training call of the patched {type(model).__name__}, expected "
             "labels or shift_labels (label_smoothing_factor and compute_loss_func of a Trainer "
@@ -83,34 +70,23 @@ def check_labelled(model: nn.Module, patch: Patch) -> None:
         )
 
 
-def watch(model: Any, patch: Patch, head: nn.Module) -> None:
-    """Hooks that raise where the model's body or its ``head`` trains outside of the patch.
-
-    Older ones are removed.
-    """
-    unwatch(patch)
+def watch(model: Any, state: "State", head: nn.Module) -> None:
+    """Puts guards on the model's body and its ``head``, in place of older ones."""
+    unwatch(state)
     body = getattr(model, "base_model", model)
     if body is model and hasattr(model, "get_decoder"):
         body = model.get_decoder()
     parts = [("head", head)]
     if isinstance(body, nn.Module) and body is not model:
         parts.append(("body", body))
-    patch.guards = [m.register_forward_pre_hook(Guard(model, patch, part)) for part, m in parts]
-    patch.guarded = head
+    state.guards = [m.register_forward_pre_hook(Guard(model, state, part)) for part, m in parts]
+    state.guarded = head
 
 
-def unwatch(patch: Patch) -> None:
+def unwatch(state: "State") -> None:
     """Undoes :func:`watch`."""
-    for handle in patch.guards:
+    for handle in state.guards:
         handle.remove()
-
-
-def _replacement(model: nn.Module, patch: Patch) -> str:
-    """Which function stands where the patched forward was, if one does."""
-    now = model.__dict__.get("forward")
-    if getattr(now, "__func__", None) is patch.function:
-        return ""
-    return f": {describe(now)} took its place after patch_model"
 
 
 def describe(forward: Any) -> str:

@@ -5,8 +5,6 @@ The logits are ``softcap(hidden @ weight.T + bias) / temperature``. Neither half
 the model does after its head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
@@ -33,9 +31,6 @@ class LogitTransform(NamedTuple):
         return capped / self.temperature
 
 
-# --- finding the head ----------------------------------------------------------------------------
-
-
 def causal_lm(model: nn.Module) -> Any:
     """The Hugging Face model inside PEFT, DDP, FSDP, DeepSpeed and ``torch.compile`` wrappers."""
     # Wrappers first: most of them forward unknown attributes to what they wrap.
@@ -53,17 +48,16 @@ def causal_lm(model: nn.Module) -> Any:
 
 
 def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
-    """The module that the model calls for its logits, and the linear layer in it: mostly the same.
+    """The module that the model calls for its logits, and the linear layer in it.
 
-    PEFT's ``modules_to_save`` wraps the head and calls a trained copy of it.
+    They differ where PEFT's ``modules_to_save`` wraps the head and calls a trained copy of it.
 
     Raises:
         UnsupportedModel: there is none, or it is more than a linear layer.
     """
-    name = type(model).__name__
+    name, outer = type(model).__name__, model.get_output_embeddings()
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"model: {name} is an encoder-decoder, expected a causal LM")
-    outer = model.get_output_embeddings()
     if not isinstance(outer, nn.Module) or isinstance(outer, nn.Embedding):
         raise UnsupportedModel(
             f"model: {name} has no output embedding of its own, a module that it calls on hidden "
@@ -121,30 +115,24 @@ def verify_linear(
 ) -> None:
     """Raises UnsupportedModel unless ``own`` is ``hidden @ weight.T + bias`` on these rows."""
     expected, got = own(rows), nn.functional.linear(rows, weight, bias)
-    # Two ways to the same product may round differently: in a narrow type by a unit in the last
-    # place of the largest logit; in a wide one, where the order of the sum shows, half the digits
-    # are left.
+    # Two ways to one product may round differently: in a narrow type by a unit in the last place of
+    # the largest logit. In a wide one the order of the sum shows, and half the digits are left.
     eps = torch.finfo(got.dtype).eps
     allowed = (eps if eps > 1e-4 else eps**0.5) * expected.abs().amax()
     if expected.shape != got.shape or bool(((expected - got).abs() > allowed).any()):
-        raise UnsupportedModel(
-            f"head: its own forward differs from hidden @ weight.T + bias. {EXPRESSIBLE}"
-        )
+        differs = "its own forward differs from hidden @ weight.T + bias"
+        raise UnsupportedModel(f"head: {differs}. {EXPRESSIBLE}")
 
 
 @contextmanager
 def in_place_of(model: nn.Module, head: nn.Module, stand_in: nn.Module) -> Iterator[None]:
     """Within it every submodule of ``model`` that is ``head`` is ``stand_in`` instead."""
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is head
-    ]
+    children = [module._modules for module in model.modules()]
+    places = [(of, name) for of in children for name, child in of.items() if child is head]
     try:
-        for parent, name in places:
-            parent._modules[name] = stand_in
+        for of, name in places:
+            of[name] = stand_in
         yield
     finally:
-        for parent, name in places:
-            parent._modules[name] = head
+        for of, name in places:
+            of[name] = head

@@ -1,7 +1,5 @@
 """The evaluations of a run: on held-out records, before, between and after its steps."""
 
-from __future__ import annotations
-
 import math
 
 from bft.encode import Record
@@ -12,13 +10,12 @@ from bft.run import Run
 
 
 class Evaluator:
-    """Held-out evaluation at a step. Every rank evaluates all records, so shards stay in step."""
+    """Evaluates at a step, on every rank all records, so that shards stay in step."""
 
     def __init__(
         self, run: Run, held_out: list[Record], trained_on: list[Record], log: MetricLog
     ) -> None:
         self.held_out, self.log, self.training = held_out, log, run
-        # For the baseline of the commonest answer.
         self.answered = [record for record in trained_on if "answer" in record.extra]
 
     def run(self, step: int) -> None:

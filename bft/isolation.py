@@ -1,13 +1,10 @@
 """Whether documents that share a row see each other, found out by trying.
 
-The loss keeps packed documents apart. Whether the model's layers do depends on the model, on its
-attention and on what the batch holds: many ignore ``position_ids`` that restart, and no layer is
-told of a ``cu_seqlens`` that only the loss reads. So the first packed batch of its kind is run
-without gradients: as it is, and with other tokens in the earlier documents of each row. The hidden
-states of the later document must not notice.
+The loss keeps packed documents apart. Whether the layers do depends on the model, its attention and
+the batch: many ignore ``position_ids`` that restart, and none knows a ``cu_seqlens`` that only the
+loss reads. So the first packed batch of its kind is run twice without gradients, the second time
+with other tokens in the earlier documents. The later document's hidden states must not change.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bft.head import UnsupportedModel
-from bft.loss import IGNORE, is_distributed
+from bft.loss import IGNORE, Targets, is_distributed
 from bft_kernels.weighting import cu_seqlens_from_position_ids
 
 Run = Callable[[Mapping[str, Any]], Tensor]
@@ -26,50 +23,53 @@ Run = Callable[[Mapping[str, Any]], Tensor]
 
 @torch.no_grad()
 def check_documents_apart(
-    model: nn.Module,
+    model: Any,
     run: Run,
     call: Mapping[str, Any],
-    target: Tensor,  # [B, T]
-    cu_seqlens: Tensor,  # [S + 1]
-) -> bool:
+    targets: Targets,
+    *,
+    explicit: bool,
+    seen: set[str],
+) -> None:
     """Raises UnsupportedModel if a document's hidden states depend on the documents before it.
 
-    Args:
-        model: the model, whose modes are ``eval()`` meanwhile.
-        run: ``call -> hidden [B, T, D]``, the states that reach the head.
-        call: the arguments of the model's forward, without labels.
-        target: ``[B, T]`` int64.
-        cu_seqlens: ``[S + 1]``, the boundaries that the loss goes by.
-
-    Returns:
-        Whether the batch could tell: some row holds a labelled document behind another one.
+    ``run`` maps a ``call``, the arguments of the model's forward without labels, to the states
+    ``[B, T, D]`` that reach the head. ``explicit`` says that ``cu_seqlens`` was given, and not read
+    off ``position_ids``. ``seen`` are kinds of calls that need no trial any more. This one is added
+    if the batch could tell: some row holds a labelled document behind another one.
     """
+    target, cu_seqlens = targets
+    assert cu_seqlens is not None
+    kind = _kind_of(model, call, target, cu_seqlens, explicit)
+    if kind in seen:
+        return
     earlier, judged, later = _split(call, target, cu_seqlens)
     changed = other_tokens(call, earlier)
     if not _most_of_ranks(model, float(changed is not None and bool(judged.any()))):
-        return False
+        return
     with evaluation_mode(model):
         own = run(call)[judged]  # [n, D]
         noise = _change(model, own, run({**call, **(other_tokens(call, later) or {})})[judged])
         change = _change(model, own, run({**call, **(changed or {})})[judged])
-    # Mostly there is no noise, and no change is allowed. But the rows of a product may be grouped
-    # otherwise (a mixture's experts), and then round otherwise: as later tokens show, on which
-    # nothing depends but in a model that looks both ways.
+    # Mostly there is no noise, and no change is allowed. But a mixture's experts may group rows
+    # otherwise, and then round otherwise. Later tokens show how much: nothing else depends on them,
+    # except in a model that looks both ways.
     eps = torch.finfo(own.dtype).eps
     if change > min(max(8 * noise, eps / 4, 1e-6), max(4 * eps, 1e-5)):
         raise UnsupportedModel(
             f"model: packed documents see each other in {type(model).__name__}: other tokens in a "
             f"row's earlier documents change the hidden states of a later one by {change:.1e} of "
-            f"their size; expected no change. {_why(call)}"
+            f"their size; expected no change. {_way_out(call)}"
         )
-    return True
+    seen.add(kind)
 
 
 def _split(
     call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row's last labelled document: what stands before it, its first half, and the rest
-    of the row; each ``[B, T]``. Padding that a mask hides is in none of them.
+    """What stands before each row's last labelled document, its first half, and the rest.
+
+    Each is ``[B, T]``. Padding that a mask hides is in none of them.
     """
     places = torch.arange(target.numel(), dtype=torch.int64, device=target.device)
     bounds = cu_seqlens.to(target.device, torch.int64)
@@ -108,33 +108,25 @@ def other_tokens(call: Mapping[str, Any], where: Tensor) -> dict[str, Tensor] | 
     return {"input_ids": torch.where(where, torch.where(ids == low, high, low), ids)}
 
 
-def kind_of(
-    call: Mapping[str, Any],
-    target: Tensor,
-    cu_seqlens: Tensor,
-    attention: str | None,
-    *,
-    given: bool,
+def _kind_of(
+    model: Any, call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor, explicit: bool
 ) -> str:
     """What decides whether documents see each other, besides the model: one trial for each.
 
-    Which arguments there are, their dimensions and types, what switches say, whether there is one
-    row (flash attention looks at ``position_ids`` only then), and whether the boundaries are those
-    that ``position_ids`` show, as they are unless ``cu_seqlens`` was ``given`` beside them.
+    That is the attention, the arguments with their dimensions and types, what switches say, whether
+    there is one row (flash attention looks at ``position_ids`` only then), and whether the
+    boundaries are those that ``position_ids`` show.
     """
-    parts = [str(attention)]
+    parts = [str(getattr(model.config, "_attn_implementation", None))]
     for name, value in sorted(call.items()):
         if isinstance(value, Tensor):
             parts.append(f"{name} {value.dim()} {value.dtype} {value.shape[:1] == (1,)}")
         elif value is not None:
             parts.append(f"{name} {value if isinstance(value, bool | str) else type(value)}")
     positions = call.get("position_ids")
-    if given and isinstance(positions, Tensor) and positions.dim() == 2:
+    if explicit and isinstance(positions, Tensor) and positions.dim() == 2:
         shown = cu_seqlens_from_position_ids(positions.expand(target.shape))
-        same = shown.shape == cu_seqlens.shape and torch.equal(
-            shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)
-        )
-        if not same:
+        if not torch.equal(shown.to(cu_seqlens.device, torch.int64), cu_seqlens.to(torch.int64)):
             parts.append("boundaries beside position_ids")
     return ", ".join(parts)
 
@@ -152,27 +144,28 @@ def _most_of_ranks(model: nn.Module, here: float) -> float:
     return float(value)
 
 
-def _why(call: Mapping[str, Any]) -> str:
-    pad = "Give each document a row of its own (bft train: without --packing)"
+def _way_out(call: Mapping[str, Any]) -> str:
     if call.get("attention_mask") is not None:
-        return (
-            f"{pad}, or leave attention_mask out: transformers reads document boundaries from "
-            "position_ids only where no mask is given."
+        other = (
+            "leave attention_mask out: transformers reads document boundaries from position_ids "
+            "only where no mask is given"
         )
-    if call.get("position_ids") is None:
-        return (
-            f"{pad}, or pass position_ids that restart with each document: what was passed "
-            "reaches the loss and not this model's attention."
+    elif call.get("position_ids") is None:
+        other = (
+            "pass position_ids that restart with each document: what was passed reaches the loss "
+            "and not this model's attention"
         )
-    return (
-        f"{pad}, or choose an attention implementation that keeps documents apart: with this one "
-        "position_ids that restart do not."
-    )
+    else:
+        other = (
+            "choose an attention implementation that keeps documents apart: with this one "
+            "position_ids that restart do not"
+        )
+    return f"Give each document a row of its own (bft train: without --packing), or {other}."
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """`eval()` for the while; each module gets its own mode back, frozen parts included."""
+    """Within it the model is in ``eval()``; then each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,5 @@
 """One labelled call of a patched model: its body, its head, the loss; see :mod:`bft.patch`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,8 +9,8 @@ from torch import Tensor, nn
 
 from bft.guard import watch
 from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
-from bft.isolation import check_documents_apart, kind_of
-from bft.loss import IGNORE, Head, HeadLoss, LossFunction, batch_targets
+from bft.isolation import check_documents_apart
+from bft.loss import IGNORE, Head, HeadLoss, LossFunction, Targets, batch_targets
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
 if TYPE_CHECKING:
@@ -25,13 +23,10 @@ _LABELS = ("labels", "shift_labels", "targets")
 _PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
 
 
-def labelled_call(model: Any, state: State, own: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """The output, with the loss and without logits, of a call by names of arguments.
-
-    ``own`` is the model's own forward.
-    """
+def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
+    """The output of a call, with the loss and without logits; ``own`` is the model's forward."""
     given = {name: call.get(name) for name in _PLACEMENT}
-    target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
+    targets = batch_targets(given, shift=state.shift is not False)
     num_items = _num_items(state.loss, call)
     call = {k: v for k, v in call.items() if k not in _LABELS}
     if "cu_seqlens" not in state.parameters:
@@ -42,35 +37,40 @@ def labelled_call(model: Any, state: State, own: Callable[..., Any], call: dict[
     if as_dict is None:
         as_dict = getattr(model.config, "return_dict", True)
 
-    if cu_seqlens is not None and state.apart is not None:
+    if targets.cu_seqlens is not None and state.apart is not None:
+
+        def run(call: Mapping[str, Any]) -> Tensor:
+            return run_body(model, own, call)[1].hidden_for(targets.target)
+
         explicit = given["cu_seqlens"] is not None or given["cu_seq_lens_q"] is not None
-        _check_apart(model, own, state.apart, call, target, cu_seqlens, explicit)
+        check_documents_apart(model, run, call, targets, explicit=explicit, seen=state.apart)
+    asks_for_loss = state.shift is None and "labels" in state.parameters
     output, stand_in = run_body(
         model,
         own,
         call,
         measure=state.transform is None or state.shift is None,
-        labels_on=target.device if state.shift is None and "labels" in state.parameters else None,
+        labels_on=targets.target.device if asks_for_loss else None,
     )
-    hidden = stand_in.hidden_for(target)
+    hidden = stand_in.hidden_for(targets.target)
     if stand_in.measure:
         _read_measured(model, state, output, stand_in)
-        target, cu_seqlens = batch_targets(given, shift=state.shift is not False)
+        targets = batch_targets(given, shift=state.shift is not False)
 
     outer, head = find_head(model)
     if outer is not state.guarded:  # the vocabulary was resized, say
         watch(model, state, outer)
-    loss = _call_head(state, head, hidden, target, cu_seqlens, num_items)
+    loss = _call_head(state, head, hidden, targets, num_items)
     auxiliary = _router_loss(model, output)
     if auxiliary is not None:
-        loss = loss + _share(state.loss, target, cu_seqlens, num_items) * auxiliary.to(loss.device)
+        loss = loss + _share(state.loss, targets, num_items) * auxiliary.to(loss.device)
     _tell_of_logits(model, state)
     output = type(output)(**{**output, "loss": loss, "logits": None})
     return output if as_dict else output.to_tuple()
 
 
-def _read_measured(model: Any, state: State, output: Any, stand_in: StandIn) -> None:
-    """What the answers of a measuring stand-in became: the logits' transform, the labels' shift."""
+def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -> None:
+    """Learns the logits' transform and the labels' shift from what a stand-in's answer became."""
     name = type(model).__name__
     if state.transform is None:
         state.transform = read_transform(stand_in.answer, output.logits, name)
@@ -86,30 +86,8 @@ def _read_measured(model: Any, state: State, output: Any, stand_in: StandIn) -> 
     state.shift = read_shift(own, state.transform, stand_in.vocabulary, name)
 
 
-def _check_apart(
-    model: Any,
-    own: Callable[..., Any],
-    seen: set[str],
-    call: dict[str, Any],
-    target: Tensor,
-    cu_seqlens: Tensor,
-    explicit: bool,
-) -> None:
-    """Tries once for each kind of packed call whether its documents see each other."""
-    attention = getattr(model.config, "_attn_implementation", None)
-    kind = kind_of(call, target, cu_seqlens, attention, given=explicit)
-    if kind in seen:
-        return
-
-    def run(call: Mapping[str, Any]) -> Tensor:
-        return run_body(model, own, call)[1].hidden_for(target)
-
-    if check_documents_apart(model, run, call, target, cu_seqlens):
-        seen.add(kind)
-
-
-def _tell_of_logits(model: Any, state: State) -> None:
-    """Says once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
+def _tell_of_logits(model: Any, state: "State") -> None:
+    """Warns once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
     if model.training or torch.is_grad_enabled() or state.logits_missed:
         return
     if not isinstance(state.loss, HeadLoss):  # an evaluation of our own, for a while
@@ -123,12 +101,11 @@ def _tell_of_logits(model: Any, state: State) -> None:
 
 
 def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
-    """What the loss divides by, taken out of the arguments of a call."""
+    """Takes what the loss divides by out of the arguments of a call."""
     num_items, tokens = call.pop("num_items", None), call.pop("num_items_in_batch", None)
     if num_items is not None:
         return num_items
-    # Trainer passes it unasked: dividing a sum over documents by it would scale the loss down by
-    # the length of a document, without a sign of it.
+    # Trainer passes it unasked. A sum over documents would be scaled down by a document's length.
     normalize = getattr(loss, "normalize", "token")
     if tokens is not None and normalize != "token":
         raise ValueError(
@@ -140,11 +117,10 @@ def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
 
 
 def _call_head(
-    state: State,
+    state: "State",
     head: nn.Module,
     hidden: Tensor,  # [B, T, D]
-    target: Tensor,  # [B, T]
-    cu_seqlens: Tensor | None,
+    targets: Targets,
     num_items: int | Tensor | None,
 ) -> Tensor:
     """The loss, as the value of a call of ``head``: with its hooks, and its weight gathered."""
@@ -156,15 +132,14 @@ def _call_head(
 
     def forward(hidden: Tensor) -> Tensor:
         weight, bias = check_weight(head)
-        labels = target.to(hidden.device)
+        labels = targets.target.to(hidden.device)
         if state.verify:  # on labelled positions: padding may hold anything
             rows = hidden.detach()[labels != IGNORE][:2]
             if len(rows):
                 verify_linear(own, rows, weight, bias)
                 state.verify = False
-        loss, state.stats = state.loss(
-            hidden, Head(weight, bias, softcap, temperature), labels, cu_seqlens, num_items
-        )
+        parts = Head(weight, bias, softcap, temperature)
+        loss, state.stats = state.loss(hidden, parts, labels, targets.cu_seqlens, num_items)
         return loss
 
     shadowed = name in head.__dict__
@@ -195,12 +170,10 @@ def _router_loss(model: Any, output: Any) -> Tensor | None:
     )
 
 
-def _share(
-    loss: LossFunction, target: Tensor, cu_seqlens: Tensor | None, num_items: int | Tensor | None
-) -> Tensor | float:
+def _share(loss: Any, targets: Targets, num_items: int | Tensor | None) -> Tensor | float:
     """This call's part of the optimizer step: the auxiliary losses of all parts then average."""
     count = getattr(loss, "count_items", None)
     if num_items is None or count is None:
         return 1.0
     items = num_items.clamp_min(1) if isinstance(num_items, Tensor) else max(num_items, 1)
-    return count(target, cu_seqlens) / items
+    return count(*targets) / items

@@ -1,17 +1,12 @@
 """Whether a model can take the records that a tokenizer made for it.
 
-What does not fit would be an index out of range: an error without a name on a CPU, and on a GPU one
-that ends the process.
+Otherwise an index would be out of range, which on a GPU ends the process.
 """
 
-from __future__ import annotations
-
+import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import Any, NamedTuple
 
 from bft.data import Collator
 from bft.encode import DataError, Example
@@ -23,11 +18,10 @@ _MAX_OFFSET = 8
 
 
 def check_fits(examples: Iterable[Example], model: Any, tokenizer: Any) -> None:
-    """Raises DataError for the first example that has a token or a position unknown to `model`.
-
-    Rotary, relative and sinusoidal positions go on for ever; a table of positions has an end.
-    """
-    tokens = _rows(model)
+    """Raises DataError for the first example that has a token or a position unknown to `model`."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    # Tokens that the model can both read and write.
+    tokens = min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
     pad = Collator.of(tokenizer).pad_token_id
     if pad >= tokens:
         raise DataError(
@@ -36,18 +30,18 @@ def check_fits(examples: Iterable[Example], model: Any, tokenizer: Any) -> None:
         )
     table = position_table(model)
     for example in examples:
-        largest = max(example.input_ids)
+        largest, length = max(example.input_ids), len(example.input_ids)
         if largest >= tokens:
+            token = tokenizer.convert_ids_to_tokens(largest)
             raise DataError(
-                f"{example.where}: token {tokenizer.convert_ids_to_tokens(largest)!r} has the id "
-                f"{largest}, expected ids below {tokens}, the rows of the model's embedding; "
-                f"{_WAY_OUT}"
+                f"{example.where}: token {token!r} has the id {largest}, expected ids below "
+                f"{tokens}, the rows of the model's embedding; {_WAY_OUT}"
             )
-        if table is not None and len(example.input_ids) > table.positions:
+        if table is not None and length > table.positions:
+            ends = f"the model's table of positions ({table.name}) ends at {table.positions}"
             raise DataError(
-                f"{example.where}: {len(example.input_ids)} tokens, and the model's table of "
-                f"positions ({table.name}) ends at {table.positions}; expected max_length to be at "
-                f"most {table.positions}"
+                f"{example.where}: {length} tokens, and {ends}; expected max_length to be at most "
+                f"{table.positions}"
             )
 
 
@@ -57,42 +51,25 @@ _WAY_OUT = (
 )
 
 
-def _rows(model: Any) -> int:
-    """Tokens that the model can both read and write."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
-
-
-@dataclass(frozen=True)
-class PositionTable:
+class PositionTable(NamedTuple):
     """The parameter or buffer that a model looks its positions up in."""
 
-    name: str
     positions: int
+    name: str
 
 
 def position_table(model: Any) -> PositionTable | None:
-    """The model's table of positions; None where positions are computed.
-
-    It is what is called so and has about as many rows as the configuration has positions.
-    """
+    """The model's table of positions, by its name and size; None where positions are computed."""
     wanted = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(wanted, int):
         return None
     found = []
-    for name, module in model.named_modules():
-        tables = dict(module.named_parameters(recurse=False)) | dict(
-            module.named_buffers(recurse=False)
-        )
-        for key, table in tables.items():
-            path = f"{name}.{key}".lstrip(".")
-            if (
-                _POSITION_TABLE.search(path)
-                and table.dim() == 2
-                and wanted <= table.shape[0] <= wanted + _MAX_OFFSET
-            ):
-                # Roberta counts from the row behind the padding's.
-                padding = module.padding_idx if isinstance(module, nn.Embedding) else None
-                skipped = 0 if padding is None else padding + 1
-                found.append(PositionTable(path, min(wanted, table.shape[0] - skipped)))
-    return min(found, key=lambda table: table.positions, default=None)
+    for path, table in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if not _POSITION_TABLE.search(path) or table.dim() != 2:
+            continue
+        if wanted <= table.shape[0] <= wanted + _MAX_OFFSET:
+            # Roberta counts from the row behind the padding's.
+            padding = getattr(model.get_submodule(path.rpartition(".")[0]), "padding_idx", None)
+            skipped = 0 if padding is None else padding + 1
+            found.append(PositionTable(min(wanted, table.shape[0] - skipped), path))
+    return min(found, default=None)

@@ -1,7 +1,5 @@
 """A model and its tokenizer, by name; with LoRA adapters where a run asks for them."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re
@@ -26,13 +24,14 @@ EVERYWHERE = ("all-linear",)
 
 
 def pretrained(name_or_path: str | Path) -> Path:
-    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template).
+    """The folder of a loadable checkpoint (safetensors, tokenizer, chat template), or a hub id.
 
-    A built-in name (see `SOURCES`) is converted into the cache on its first use, which takes under
-    a minute; a folder with a `config.json` is returned as it is, and so is a hub id ("owner/name")
-    that the hub knows; where the hub does not answer, the folder of an earlier download is.
-    Raises PretrainedError (package missing, conversion not faithful, hub out of reach) or
-    SettingError (unknown name).
+    A built-in name (see `SOURCES`) is converted into the cache on its first use. Where the hub does
+    not answer for its id ("owner/name"), the folder of an earlier download is returned.
+
+    Raises:
+        PretrainedError: a package is missing, a conversion not faithful, or the hub out of reach.
+        SettingError: the name is unknown.
     """
     name = str(name_or_path)
     if name in SOURCES:
@@ -44,9 +43,8 @@ def pretrained(name_or_path: str | Path) -> Path:
         adapter = (path / "adapter_config.json").is_file()
         whole = path / "model" if (path / "model").is_dir() else path.parent if adapter else None
         hint = f"; the model of that run is {whole}" if whole else ""
-        raise SettingError(
-            f"model: expected a checkpoint folder with a config.json, got {path}{hint}"
-        )
+        wanted = "a checkpoint folder with a config.json"
+        raise SettingError(f"model: expected {wanted}, got {path}{hint}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         return _on_hub(name)
     raise SettingError(f"model: expected {_NAMES}, got {name!r}")
@@ -60,23 +58,22 @@ def _on_hub(name: str) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    cause: Exception
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+        return Path(name)
     except RepositoryNotFoundError as error:
-        raise PretrainedError(
-            f"model: the hub shows no {name!r} (misspelt, or only for users who are logged in: "
-            f"`hf auth login`), and there is no such folder; expected {_NAMES}"
-        ) from error
+        login = "misspelt, or only for users who are logged in: `hf auth login`"
+        cause, why = error, f"the hub shows no {name!r} ({login})"
     except Exception as error:  # whichever HTTP library the hub's client is built on
         downloaded = try_to_load_from_cache(name, "config.json")
         if isinstance(downloaded, str):
             logger.warning("%s: the hub does not answer, so an earlier download is used", name)
             return Path(downloaded).parent
-        raise PretrainedError(
-            f"model: the hub does not answer for {name!r} ({first_line(error)}), and there is no "
-            f"such folder; expected {_NAMES}"
-        ) from error
-    return Path(name)
+        cause, why = error, f"the hub does not answer for {name!r} ({first_line(error)})"
+    raise PretrainedError(
+        f"model: {why}, and there is no such folder; expected {_NAMES}"
+    ) from cause
 
 
 def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
@@ -96,26 +93,20 @@ def load_pretrained(name_or_path: str | Path, dtype: Any) -> tuple[Any, Any]:
             "language model with its weights, configuration and tokenizer"
         ) from error
     model, loaded = both
-    # transformers warns, and goes on with random numbers in their place.
+    # transformers goes on with random numbers for missing weights, and an empty tokenizer.
     missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise PretrainedError(
-            f"model: {folder} holds no weights for {len(missing)} parameters ({missing[0]}, ...), "
-            "expected all of them"
-        )
-    # Types of 8 bits and fewer have neither.
-    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
-    if place := first_broken([p for _, p in wide]):
-        raise PretrainedError(
-            f"model: {folder} holds an infinity or NaN in {wide[place - 1][0]}, expected finite "
-            "weights"
-        )
-    # transformers makes an empty one where there is none.
     files = set(getattr(tokenizer, "vocab_files_names", {}).values())
-    if files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
-        raise PretrainedError(
-            f"model: {folder} holds no tokenizer, expected one of {', '.join(sorted(files))}"
-        )
+    # Types of 8 bits and fewer have no infinity and no NaN.
+    wide = [(k, p) for k, p in model.named_parameters() if p.dtype.itemsize > 1]
+    wrong = None
+    if missing:
+        wrong = f"no weights for {len(missing)} parameters ({missing[0]}, ...), expected all"
+    elif place := first_broken([p for _, p in wide]):
+        wrong = f"an infinity or NaN in {wide[place - 1][0]}, expected finite weights"
+    elif files and os.path.isdir(folder) and not files.intersection(os.listdir(folder)):
+        wrong = f"no tokenizer, expected one of {', '.join(sorted(files))}"
+    if wrong is not None:
+        raise PretrainedError(f"model: {folder} holds {wrong}")
     return model, tokenizer
 
 
@@ -132,21 +123,20 @@ def load_model(config: TrainConfig) -> tuple[Any, Any]:
 def add_adapters(
     model: Any, rank: int, alpha: float | None = None, targets: tuple[str, ...] = EVERYWHERE
 ) -> Any:
-    """The model with adapters of this rank; its own parameters are frozen.
+    """The model with adapters of this rank, and LoRA's scale ``alpha``; the rest is frozen.
 
-    ``alpha`` is LoRA's scale, twice the rank if not given.
-    Raises SettingError naming the modules that exist if a target is none of them.
+    Raises:
+        SettingError: a target is no module, or of a kind that PEFT has no adapter for.
     """
     from peft import LoraConfig, get_peft_model
 
-    everywhere = targets == EVERYWHERE
-    if not everywhere:
+    if targets != EVERYWHERE:
         _check_targets(model, targets)
     scale: Any = 2 * rank if alpha is None else alpha
     lora = LoraConfig(
         r=rank,
         lora_alpha=scale,
-        target_modules="all-linear" if everywhere else list(targets),
+        target_modules="all-linear" if targets == EVERYWHERE else list(targets),
         task_type="CAUSAL_LM",
     )
     model.enable_input_require_grads()
@@ -158,16 +148,13 @@ def add_adapters(
 
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
-    paths = [path for path, _ in model.named_modules() if path]
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
     for target in targets:
-        if not any(path == target or path.endswith(f".{target}") for path in paths):
-            ends = {
-                path.rpartition(".")[2]
-                for path, module in model.named_modules()
-                if isinstance(module, nn.Linear | nn.Embedding | Conv1D)
-                and module is not model.get_output_embeddings()
-            }
+        if not any(f".{path}".endswith(f".{target}") for path in modules if path):
+            layers = (nn.Linear, nn.Embedding, Conv1D)
+            known = [p for p, m in modules.items() if isinstance(m, layers) and m is not head]
+            ends = sorted({path.rpartition(".")[2] for path in known})
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
-                f"expected all-linear alone, or some of {', '.join(sorted(ends))}"
+                f"expected all-linear alone, or some of {', '.join(ends)}"
             )

@@ -1,9 +1,5 @@
 """The training loss: its settings, its targets, its normaliser. Nothing here knows Hugging Face.
 
-:class:`HeadLoss` maps the hidden states that a language model hands to its last layer to a scalar,
-through the fused op: no ``[N, V]`` logits. :func:`batch_targets` aligns a batch's labels with those
-hidden states. :func:`undo_rank_mean` belongs to data parallelism.
-
 Notation: ``B`` rows of ``T`` positions, hidden size ``D``, vocabulary size ``V``, ``S`` documents.
 """
 
@@ -12,14 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft.checks import check_int
-from bft.config import LossOptions
+from bft.config import LossOptions, check_int
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
@@ -36,27 +31,23 @@ class Head:
     temperature: float = 1.0
 
 
-class LossFunction(Protocol):
-    """What a fused head calls. The second result is kept as the statistics of the call."""
-
-    def __call__(
-        self,
-        hidden: Tensor,  # [B, T, D]
-        head: Head,
-        target: Tensor,  # [B, T] int64, aligned with hidden
-        cu_seqlens: Tensor | None,  # [S + 1] over the B * T positions; None: a row is a document
-        num_items: int | Tensor | None,
-    ) -> tuple[Tensor, Any]: ...
+# What a fused head calls, with positional arguments: hidden [B, T, D], head, target [B, T] int64
+# aligned with hidden, cu_seqlens [S + 1] over the B * T positions (None: a row is a document) and
+# num_items. It returns the loss, and what is kept as the statistics of the call.
+LossFunction = Callable[
+    [Tensor, Head, Tensor, Tensor | None, int | Tensor | None], tuple[Tensor, Any]
+]
 
 
 @dataclass(frozen=True)
 class HeadLoss:
     """The balanced loss of a fused head. See ``bft_kernels.balanced_linear_cross_entropy``.
 
-    ``seed`` only matters to ``gradient="sampled"``. ``None`` draws a new one from torch's CPU
-    generator at every call, so micro-batches differ, ``torch.manual_seed`` makes a run repeatable
-    and a checkpoint of torch's generator resumes it. A number gives every call the same draws: for
-    tests. Ranks differ in both cases.
+    ``seed`` only matters to ``gradient="sampled"``. ``None`` draws one from torch's CPU generator
+    at every call, which ``torch.manual_seed`` makes repeatable and a checkpoint resumes. A number
+    gives every call the same draws, for tests. Ranks differ in both cases.
+
+    Raises what ``bft_kernels.BalancedLinearCrossEntropyLoss`` does for an option that cannot be.
     """
 
     scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LossOptions.scheme
@@ -87,9 +78,8 @@ class HeadLoss:
     ) -> tuple[Tensor, Any]:
         """The loss, a scalar in float32 (float64 for float64 inputs), and its token statistics.
 
-        ``num_items`` is the optimizer step's number of documents or labelled tokens over every
-        micro-batch and rank (:meth:`count_items` counts one micro-batch's); ``None``: this call's.
-        A step without labels has 0, and a loss of 0.
+        ``num_items`` is the sum of :meth:`count_items` over the optimizer step's micro-batches and
+        ranks; ``None``: this call's. A step without labels has 0, and a loss of 0.
         """
         seed = draw_seed(self.seed) if self.gradient == "sampled" else None
         value, stats = balanced_linear_cross_entropy(
@@ -108,15 +98,10 @@ class HeadLoss:
         return value, stats
 
     def count_items(self, target: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The number that this loss divides by: documents that hold a label, or labelled tokens.
+        """What this loss divides by, int64 on ``target``'s device.
 
-        Args:
-            target: ``[B, T]`` int64, as :func:`batch_targets` returns it.
-            cu_seqlens: ``[S + 1]``; ``None``: a row is a document.
-
-        Returns:
-            A 0-dimensional int64 tensor on ``target``'s device, to be summed over micro-batches and
-            ranks and given back as ``num_items``.
+        That is the number of documents that hold a label, or of labelled tokens. The arguments are
+        what :func:`batch_targets` returns.
         """
         labelled = target != IGNORE
         if self.normalize == "token":
@@ -124,9 +109,8 @@ class HeadLoss:
         if cu_seqlens is None:
             return labelled.any(-1).sum()
         before = torch.nn.functional.pad(labelled.flatten().cumsum(0), (1, 0))
-        return (
-            before[cu_seqlens.to(before.device, torch.int64, non_blocking=True)].diff() > 0
-        ).sum()
+        edges = cu_seqlens.to(before.device, torch.int64, non_blocking=True)
+        return (before[edges].diff() > 0).sum()
 
 
 def _check_backend(name: str) -> None:
@@ -141,13 +125,13 @@ def _check_backend(name: str) -> None:
 def draw_seed(seed: int | None = None) -> int:
     """A seed in ``[0, 2**31)`` that no two ranks share, even where their generators agree.
 
-    The CPU's generator, whatever device the model is on: reading a device's would wait for it.
+    It is the CPU's generator's, whatever device the model is on: a device's would be waited for.
     """
     if seed is None:
         seed = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
     rank = dist.get_rank() if is_distributed() else 0
-    # An odd stride keeps seeds of different ranks apart modulo 2**31; the sampling hash is
-    # required to behave as independent over seeds, so nothing more is needed here.
+    # An odd stride keeps seeds of different ranks apart modulo 2**31, and the sampling hash is
+    # independent over seeds.
     return (seed + rank * 0x9E3779B1) % 2**31
 
 
@@ -166,23 +150,21 @@ def is_labelled(batch: Mapping[str, Any]) -> bool:
 def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     """Targets aligned with the hidden states, and document boundaries, of a batch.
 
-    ``targets`` that the batch holds were made before (:func:`aligned`) and are handed on.
-
     Boundaries come from the first of these that the batch holds: ``cu_seqlens``, ``cu_seq_lens_q``
     (flash attention's), ``position_ids`` that restart. Without any, each row is one document.
     ``labels`` are shifted: ``target[b, t] = labels[b, t + 1]``, and the last position of a document
-    is ignored, so that no document's first token is predicted from the document before it.
-    ``shift_labels`` are taken as they are, and with ``shift=False`` so are ``labels``: masked
-    models, and the decoders of Bart and its kin, expect them aligned already.
+    is ignored, so that no document is predicted from the one before it. ``shift_labels`` are taken
+    as they are, and with ``shift=False`` so are ``labels``, as masked models expect them.
+    ``targets``, made before by :func:`aligned`, are handed on.
 
     Args:
         batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
             ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
+        shift: whether ``labels`` are shifted.
 
     Raises:
         TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
-            several dimensions per token (multimodal rotary positions) without ``cu_seqlens``: they
-            do not say where a document starts.
+            several dimensions per token (multimodal rotary positions) without ``cu_seqlens``.
     """
     if not is_labelled(batch):
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
@@ -214,10 +196,7 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
 
 
 def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch for a patched model with ``targets`` in place of ``labels``.
-
-    Whether the model's own loss shifts its labels then makes no difference.
-    """
+    """The batch with ``targets`` in place of ``labels``, so that no model shifts them."""
     rest = {name: value for name, value in batch.items() if name != "labels"}
     return rest | {"targets": batch_targets(batch)}
 
@@ -225,12 +204,11 @@ def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
 def undo_rank_mean(loss: Tensor) -> Tensor:
     """``loss * world_size``: makes data parallelism add up ranks instead of averaging them.
 
-    With ``num_items`` the loss is this rank's part of one global sum, divided once by the global
-    count. DDP and FSDP then average gradients over ranks, which would divide again. Call
-    ``backward`` on this function's result, and report ``loss`` itself, summed over ranks.
+    With ``num_items`` the loss is this rank's part of a sum, divided once by the global count. DDP
+    and FSDP average gradients over ranks, which would divide again. Call ``backward`` on this
+    function's result, and report ``loss`` itself, summed over ranks.
 
-    ``accelerator.backward`` divides too, by its ``gradient_accumulation_steps``: leave that at 1
-    where ``num_items`` counts all micro-batches.
+    ``accelerator.backward`` divides too: leave its ``gradient_accumulation_steps`` at 1.
     """
     return loss * (dist.get_world_size() if is_distributed() else 1)
 

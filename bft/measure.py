@@ -1,11 +1,8 @@
 """What a model does between its head and its loss, measured instead of looked up.
 
 :class:`StandIn` takes the head's place in the model's own forward and answers with known numbers.
-What they become in the model's output tells what it does to its logits (:func:`read_transform`),
-and its own loss of them whether it shifts its labels (:func:`read_shift`).
+The model's output then tells what it does to its logits, and its loss whether it shifts its labels.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,25 +26,19 @@ def run_body(
     *,
     measure: bool = False,
     labels_on: torch.device | None = None,
-) -> tuple[Any, StandIn]:
+) -> tuple[Any, "StandIn"]:
     """A model's ``own`` forward with a stand-in for its head: its output, and the stand-in.
 
-    Args:
-        model: the model, whose head is found.
-        own: its own forward, or what stood in its place before the patch.
-        call: the forward's arguments, without labels.
-        measure: whether the stand-in's answer is :func:`probe`; else there are no positions.
-        labels_on: pass :func:`probe_labels` on this device, so that the output has a loss of them.
+    ``call`` has the forward's arguments without labels. With ``measure`` the stand-in's answer is
+    :func:`probe`, else it has no positions. The forward gets :func:`probe_labels` if ``labels_on``
+    is their device.
 
     Raises:
-        UnsupportedModel: the forward fails on those labels and not without them, or it is not the
-            class's own and fails.
+        UnsupportedModel: the forward fails on those labels only, or is not the class's own.
     """
     outer, head = find_head(model)
     stand_in = StandIn(outer, head, measure)
-    labels = {}
-    if labels_on is not None:
-        labels["labels"] = probe_labels(stand_in.vocabulary, labels_on)
+    labels = {"labels": probe_labels(stand_in.vocabulary, labels_on)} if labels_on else {}
     with in_place_of(model, outer, stand_in):
         try:
             return own(**call, **labels, return_dict=True), stand_in
@@ -85,12 +76,11 @@ def _succeeds(own: Callable[..., Any], call: Mapping[str, Any]) -> bool:
 class StandIn(nn.Module):
     """Takes the head's place in the model's own forward and keeps the hidden states it is given.
 
-    Its answer stands for logits: none at all (no positions), or numbers that tell what the model
-    does to them. Those are float64 whatever the model computes in, so that a scale is read off to
-    full precision.
+    Its answer stands for logits: no positions at all, or :func:`probe` in float64, whatever the
+    model computes in, so that a scale is read off to full precision.
     """
 
-    answer: Tensor  # what a measuring one gave
+    answer: Tensor  # of a measuring one
 
     def __init__(self, outer: nn.Module, head: Any, measure: bool) -> None:
         super().__init__()
@@ -117,9 +107,9 @@ class StandIn(nn.Module):
 
     def hidden_for(self, target: Tensor) -> Tensor:
         """The hidden states ``[B, T, D]`` of ``target [B, T]``; raises if there are none."""
-        if len(self.received) != 1:
+        if (times := len(self.received)) != 1:
             raise UnsupportedModel(
-                f"model: its forward called its head {len(self.received)} times, expected once"
+                f"model: its forward called its head {times} times, expected once"
             )
         hidden = self.received[0]
         if hidden.shape[:-1] != target.shape:
@@ -130,8 +120,8 @@ class StandIn(nn.Module):
         return hidden
 
 
-# Where a softcap is still a straight line in float64, and no less than float16 has; and where it is
-# flat, and no more than float16 has.
+# A softcap is still a straight line at the first in float64, and flat at the second; float16 has
+# both.
 _TINY, _HUGE = 2.0**-24, 2.0**14
 
 
@@ -147,14 +137,14 @@ def probe(vocabulary: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def read_transform(sent: Tensor, logits: Any, name: str) -> LogitTransform:
-    """The transform that made ``logits`` of what the stand-in sent, :func:`probe`.
+    """The transform that made ``logits`` of :func:`probe`, which the stand-in sent.
 
-    Any chain of softcaps' and scales' forms comes out: ``cap * tanh(s * y / cap)`` is a softcap of
-    ``cap / s`` with temperature ``1 / s``.
+    A softcap may be scaled: ``cap * tanh(s * y / cap)`` has a softcap of ``cap / s`` and a
+    temperature of ``1 / s``.
 
     Raises:
-        UnsupportedModel: the logits are not one such function of each entry, the same everywhere;
-            the message says what was seen.
+        UnsupportedModel: the logits are not one such function of each entry; the message says what
+            was seen.
     """
     if not isinstance(logits, Tensor) or logits.shape != sent.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -180,7 +170,7 @@ def read_transform(sent: Tensor, logits: Any, name: str) -> LogitTransform:
 
 
 def probe_labels(vocabulary: int, device: torch.device) -> Tensor:
-    """``[1, 5]``: one label, at the last row of :func:`probe`, where that has a low logit."""
+    """``[1, 5]``: one label, at the last row of :func:`probe`, of a low logit."""
     labels = torch.full((1, 5), -100, dtype=torch.int64, device=device)
     labels[0, 4] = max(vocabulary - 1 - vocabulary % 2, 0)
     return labels
@@ -190,8 +180,7 @@ def probe_labels(vocabulary: int, device: torch.device) -> Tensor:
 def read_shift(loss: Tensor, transform: LogitTransform, vocabulary: int, name: str) -> bool:
     """Whether the model shifts its labels, from its own loss of :func:`probe_labels`.
 
-    A model that does predicts the label from the row before, all of whose logits are equal; one
-    that does not, from the label's own row.
+    If it does, it predicts the label from the row before, whose logits are all equal.
 
     Raises:
         UnsupportedModel: the loss is neither of the two cross-entropies.

@@ -1,7 +1,5 @@
 """Throughput, memory and the run's log."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math
@@ -43,26 +41,14 @@ class StepMeter:
 
     def add(self, loss: torch.Tensor, target: torch.Tensor, stats: BalancedTokenStats) -> None:
         """One micro-batch: its part of the step's loss, its ``target [B, T]``, its statistics."""
-        parts = (
-            loss.detach(),
-            target.numel(),
-            (target != IGNORE).sum(),
-            stats.nll.sum(),
-            stats.confidence.sum(),
-            stats.correct.sum(),
-        )
+        of_labels = (target != IGNORE, stats.nll, stats.confidence, stats.correct)
+        parts = (loss.detach(), target.numel(), *(values.sum() for values in of_labels))
         self.sums += torch.stack(
             [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
         )
 
     def read(self, accelerator: Any) -> dict[str, float]:
-        """Means and totals over all ranks.
-
-        Returns:
-            ``loss`` (the weighted loss of the step), ``tokens`` and ``labelled`` (counts), ``nll``
-            (nats a label), ``confidence`` and ``token_accuracy`` (means over labels), ``seconds``,
-            ``tokens_per_second`` and ``peak_gib``.
-        """
+        """The step's weighted loss, counts, and means over labels (nll in nats), of all ranks."""
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         loss, tokens, labelled, nll, confidence, correct = sums
         seconds = time.perf_counter() - self.started
@@ -95,7 +81,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error of the disk, as a full one's, does not say which file it is about: this does."""
+    """Within it an error of the disk says which file it is about, as a full disk's does not."""
     try:
         yield
     except OSError as error:
@@ -104,7 +90,7 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says first; a library's advice may go on for long."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
@@ -120,8 +106,8 @@ def write_json(path: Path, value: Any) -> None:
 class MetricLog:
     """``metrics.jsonl``: one JSON object a line, written line by line; null where not finite.
 
-    A resumed run drops the lines past the step it resumes from, and goes on. Lines that a full disk
-    does not take wait in memory, and go with the next that it takes.
+    A resumed run drops the lines past its first step. Lines that a full disk does not take wait in
+    memory, and go with the next that it takes.
     """
 
     def __init__(
@@ -153,17 +139,16 @@ class MetricLog:
             self.waiting.append(to_json(row) + "\n")
             try:
                 self._append("".join(self.waiting).encode())
+                self.waiting.clear()
             except OSError as error:
                 if len(self.waiting) == 1:
                     logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
-            else:
-                self.waiting.clear()
         if self.track is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.track({f"{kind}/{name}": value for name, value in numbers.items()}, step)
+            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            self.track(numbers, step)
 
     def _append(self, lines: bytes) -> None:
-        """All of the lines, or none."""
+        """Writes all of the lines, or none."""
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
             try:

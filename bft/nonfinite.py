@@ -1,12 +1,9 @@
-"""Losses and gradients that are no numbers: the step is not taken, and its records are named."""
-
-from __future__ import annotations
+"""Losses and gradients that are not finite: the step is not taken, and its records are named."""
 
 import logging
 import math
 from collections.abc import Sequence
 from copy import copy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +23,7 @@ _NAMED = 8  # records, in a message
 
 
 class NonFinite(RuntimeError):
-    """The run's numbers are no longer numbers."""
+    """A number of the run is infinite or NaN."""
 
 
 def what_is_not_finite(accelerator: Any, values: dict[str, float]) -> str | None:
@@ -39,24 +36,26 @@ def what_is_not_finite(accelerator: Any, values: dict[str, float]) -> str | None
     return None
 
 
-def leave_out(run: Run, step: int, wrong: str) -> None:
+def leave_out(run: "Run", step: int, wrong: str) -> None:
     """Warns that the update of this step is left out, and of which records it was.
 
     Raises:
         NonFinite: the configuration has the run stop instead.
     """
-    message = f"step {step + 1}: {wrong}; {suspects(run, step)}"
+    message = f"step {step + 1}: {wrong}; {_suspects(run, step)}"
     if run.config.on_nonfinite == "stop":
-        raise NonFinite(f"{message}. No model is written; {_ways_out(run.config.output_dir)}")
+        found = checkpoint_folders(run.config.output_dir)
+        again = f"--resume (from {found[-1].name}) with" if found else "start again with"
+        raise NonFinite(
+            f"{message}. No model is written; {again} --on-nonfinite skip, or start anew with a "
+            "lower --learning-rate"
+        )
     if run.accelerator.is_main_process:
         logger.warning("%s. This step's update is left out", message)
 
 
-def suspects(run: Run, step: int) -> str:
-    """Names those of a step's records whose own loss is not finite; all where none is.
-
-    torch's random state is left as it was.
-    """
+def _suspects(run: "Run", step: int) -> str:
+    """Names the step's records whose own loss is not finite, or all; keeps torch's random state."""
     batches, device = copy(run.batches), run.accelerator.device
     batches.start(step, step + 1)
     records = [run.dataset[record] for batch in batches for record in batch]  # every rank's as many
@@ -72,13 +71,6 @@ def suspects(run: Run, step: int) -> str:
     return f"{len(named)} of {len(everyone)} records: {', '.join(named[:_NAMED])}{more}"
 
 
-def _ways_out(output_dir: Path) -> str:
-    """What can be done about numbers that are not finite."""
-    found = checkpoint_folders(output_dir)
-    again = f"--resume (from {found[-1].name}) with" if found else "start again with"
-    return f"{again} --on-nonfinite skip, or start anew with a lower --learning-rate"
-
-
 def broken_parameter(accelerator: Any, model: nn.Module) -> str | None:
     """The name of a trained parameter that holds an infinity or NaN on any rank."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -87,7 +79,7 @@ def broken_parameter(accelerator: Any, model: nn.Module) -> str | None:
 
 
 def first_broken(parameters: Sequence[nn.Parameter]) -> int:
-    """Which is the first that holds an infinity or NaN (of a sharded one, here), from 1; or 0."""
+    """Counts from 1 to the first that holds an infinity or NaN (here, if sharded); 0: none does."""
     whole = [torch.isfinite(getattr(p, "to_local", p.detach)()).all() for p in parameters]
     if not whole:
         return 0

@@ -1,7 +1,5 @@
 """AdamW, its learning rate's schedule, and the clipping of gradients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

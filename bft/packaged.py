@@ -1,7 +1,5 @@
 """Files that come inside Python packages, and where what is made of them is kept."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 from pathlib import Path
@@ -21,15 +19,14 @@ def cache_root() -> Path:
 def packaged_file(distribution: str, file: str, *, install: str) -> Path:
     """A data file of an installed package, found without importing it.
 
-    Raises PretrainedError with the command to run when the package or the file is missing.
+    Raises PretrainedError, with the command to run, if the package or the file is missing.
     """
     try:
-        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
+        package = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise PretrainedError(
-            f"the package {distribution!r} is not installed; run: {install}"
-        ) from None
+        what = f"the package {distribution!r} is not installed"
+        raise PretrainedError(f"{what}; run: {install}") from None
+    path = Path(str(package.locate_file(file)))
     if not path.is_file():
-        version = importlib.metadata.version(distribution)
-        raise PretrainedError(f"{distribution} {version} holds no {file}; run: {install}")
+        raise PretrainedError(f"{distribution} {package.version} holds no {file}; run: {install}")
     return path

@@ -1,17 +1,14 @@
 """A fused head for any Hugging Face causal LM: ``model(..., labels=...)`` without its logits.
 
-No code here knows a model. A patched model runs its own ``forward`` with a stand-in where its
-output embedding (the head) belongs. The stand-in keeps the hidden states it is given, so whatever
-the model does between its body and its head still happens. The real head is then *called* on them
-with a ``forward`` that computes the loss from its weight. Its hooks run around that call: sharded
-training (FSDP, DeepSpeed) and offloading gather the weight there.
+No code here knows a model. A patched model runs its own ``forward`` with a stand-in for its output
+embedding (the head), which keeps the hidden states that it is given. The head itself is then
+*called* on them with a ``forward`` that computes the loss from its weight. Its hooks run around
+that call: sharded training (FSDP, DeepSpeed) and offloading gather the weight there.
 
-What the model does to its logits afterwards (softcap, scale) is measured instead of looked up: on
-the first labelled call the stand-in answers with known numbers, and what becomes of them in the
-model's output tells the transform. It must be one that the op knows, the same over the whole
-vocabulary, or the call is refused. The model's own loss of those numbers tells whether it shifts
-its labels. So nothing is computed twice, no dummy input is needed, and no rank of a sharded model
-does more than the others. Only packed rows cost more, once: see :mod:`bft.isolation`.
+What the model does to its logits (softcap, scale), and whether it shifts its labels, is measured on
+the first labelled call: see :mod:`bft.measure`. So nothing is computed twice, and no rank of a
+sharded model does more than the others. Only packed rows cost more, once: see
+:mod:`bft.isolation`.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ _APART: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 @dataclass
 class State:
-    """What a patched model carries. What in it refers to the model, copies and pickles rebind."""
+    """What a patched model carries. Copies and pickles rebind what refers to the model."""
 
     loss: LossFunction
     transform: LogitTransform | None
@@ -63,8 +60,8 @@ class State:
 class _Forward:
     """A patched model's forward: an object, which deepcopy and pickle tie to the copy.
 
-    It passes for a bound method: accelerate wraps ``__func__``, and binds that again when it
-    unwraps. No ``__wrapped__``: whoever unwraps through it would step past the patch.
+    It passes for a bound method, since accelerate wraps ``__func__`` and binds it again. It has no
+    ``__wrapped__``: whoever unwraps through it would step past the patch.
     """
 
     @property
@@ -89,9 +86,6 @@ def _own_forward(model: nn.Module) -> Callable[..., Any]:
     return type(model).forward.__get__(model) if shadowing is None else shadowing
 
 
-# --- public functions ----------------------------------------------------------------------------
-
-
 def patch_model(
     model: Model,
     loss: LossFunction,
@@ -104,25 +98,21 @@ def patch_model(
     """Makes ``model(..., labels=...)`` compute ``loss`` with the fused op, in place.
 
     The output then has ``loss`` and ``logits=None``, in ``train()`` and ``eval()`` alike.
-    ``generate()`` and calls without labels are the model's own, but while it trains (``train()``
-    mode, gradients enabled) whatever passes by the loss raises: see :mod:`bft.guard`.
+    ``generate()`` and calls without labels are the model's own, but a training step that goes past
+    the loss raises: see :mod:`bft.guard`.
 
-    ``labels`` are aligned as the model's own loss aligns them, shifted or not. ``shift_labels``,
-    ``cu_seqlens`` and ``position_ids`` that restart are honoured; see
-    :func:`bft.loss.batch_targets`. ``num_items`` is
-    what the loss divides by (documents or labelled tokens, as its ``normalize`` says).
-    ``num_items_in_batch`` is Hugging Face's number of labelled tokens, and is refused by a loss
-    that divides by documents.
-    A router's auxiliary loss, where the model returns one, is added with the model's coefficient.
-    ``use_cache`` is off with labels unless asked for: a cache costs memory, and with one
-    transformers lets packed documents attend to each other.
+    ``labels`` are aligned as the model's own loss aligns them, shifted or not; ``shift_labels``,
+    ``cu_seqlens`` and restarting ``position_ids`` are honoured (:func:`bft.loss.batch_targets`).
+    The loss divides by ``num_items`` (documents or labelled tokens, as its ``normalize`` says), or
+    by Hugging Face's ``num_items_in_batch``, which counts tokens. A router's auxiliary loss is
+    added with the model's coefficient. ``use_cache`` is off with labels unless asked for: a cache
+    costs memory, and with one transformers lets packed documents attend to each other.
 
     Args:
         model: a ``PreTrainedModel``, or one inside PEFT, DDP, FSDP or ``torch.compile`` wrappers.
         loss: usually a :class:`bft.loss.HeadLoss`.
         transform: what the model does to its logits; ``None``: measured on the first labelled call.
-        shift: whether ``labels[t + 1]`` is what position ``t`` predicts; ``None``: measured on that
-            call, too.
+        shift: whether position ``t`` predicts ``labels[t + 1]``; ``None``: measured then, too.
         verify: check on that call that the head is ``hidden @ weight.T + bias``, at two labels, and
             on the first packed one that documents do not see each other. With all three given, and
             with every later call, ``torch.compile`` sees one graph.
@@ -137,6 +127,7 @@ def patch_model(
             unknown alignment, packed documents that see each other.
         TypeError: ``loss`` cannot be called.
         RuntimeError: the model is patched already.
+        ValueError: in a call, ``num_items_in_batch`` for a loss that divides by documents.
     """
     if not callable(loss):
         raise TypeError(f"loss: got {type(loss).__name__}, expected a callable such as a HeadLoss")
@@ -173,10 +164,11 @@ def unpatch_model(model: Model) -> Model:
     state = inner.__dict__.get(_STATE)
     if state is None:
         return model
-    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.function:
+    now = inner.__dict__.get("forward")
+    if getattr(now, "__func__", None) is not state.function:
         raise RuntimeError(
-            f"model: its forward was wrapped after patch_model, by "
-            f"{describe(inner.__dict__.get('forward'))}; unwrap that first"
+            f"model: its forward was wrapped after patch_model, by {describe(now)}; "
+            "unwrap that first"
         )
     del inner.__dict__[_STATE], inner.__dict__["forward"]
     if state.shadowing is not None:
@@ -215,10 +207,8 @@ def fused_loss(
 
 
 def last_stats(model: nn.Module) -> Any:
-    """The statistics of a patched model's last labelled call, or ``None``.
-
-    Not a field of the output: DDP, FSDP and accelerate rebuild outputs of the fields they know.
-    """
+    """The statistics of a patched model's last labelled call, or ``None``."""
+    # No field of the output: DDP, FSDP and accelerate rebuild outputs of known fields.
     state = causal_lm(model).__dict__.get(_STATE)
     return None if state is None else state.stats
 

@@ -1,7 +1,5 @@
 """The processes of a run: how they are started, and how they come to one decision."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
@@ -23,8 +21,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         RuntimeError: a launcher started several processes that accelerate does not join.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    # torchrun does not tell accelerate that it is to use CPUs: each process would be a run of
-    # its own, a rank 0 that writes into the folder of the others.
+    # torchrun does not tell accelerate to use CPUs: each process would be a run of its own.
     on_cpus = "LOCAL_RANK" in os.environ and launched > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=on_cpus,
@@ -42,19 +39,16 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 def end(accelerator: Accelerator) -> None:
     """Closes the trackers and parts the processes, after work that all of them did."""
-    # Gloo's threads free the tensors of the last call when they come to it, and need Python's lock
-    # for that. Its destructor waits for them with that lock in its hand: on a busy machine a run in
-    # seven never ended. While this thread sleeps the lock is free.
+    # Gloo's threads need Python's lock to free the last call's tensors, and its destructor waits
+    # for them while it holds that lock: one run in seven never ended on a busy machine. While this
+    # thread sleeps the lock is free.
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         time.sleep(0.5)
     accelerator.end_training()
 
 
 def on_main(accelerator: Any, function: Callable[[], Value]) -> Value:
-    """What ``function`` returns on the main rank, on every rank; its error is every rank's, too.
-
-    So no rank waits for one that has given up.
-    """
+    """What ``function`` returns or raises on the main rank, on every rank: none waits for ever."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:

@@ -9,15 +9,13 @@ has to write them. `NaN` and `Infinity`, which are no JSON but what Python write
 that are ignored.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bft.checks import check_int
+from bft.config import check_int
 from bft.encode import DataError, Record
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
@@ -28,17 +26,15 @@ _ALIASES = {"human": "user", "prompter": "user"} | dict.fromkeys(
 )
 
 # How files begin that are no JSONL, and what turns them into it.
-_FOREIGN = {
-    b"\xff\xfe\x00\x00": "UTF-32 text; run: iconv -f UTF-32 -t UTF-8",
-    b"\x00\x00\xfe\xff": "UTF-32 text; run: iconv -f UTF-32 -t UTF-8",
-    b"\xff\xfe": "UTF-16 text; run: iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "UTF-16 text; run: iconv -f UTF-16 -t UTF-8",
-    b"\x1f\x8b": "compressed by gzip; run: gunzip",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; run: unzstd",
-    b"BZh": "compressed by bzip2; run: bunzip2",
-    b"\xfd7zXZ": "compressed by xz; run: unxz",
-    b"PK\x03\x04": "a zip archive; run: unzip",
-    b"PAR1": "a Parquet file; write it as JSONL, as with pandas' to_json(orient='records', "
+_FOREIGN: dict[tuple[bytes, ...], str] = {
+    (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"): "UTF-32 text; run: iconv -f UTF-32 -t UTF-8",
+    (b"\xff\xfe", b"\xfe\xff"): "UTF-16 text; run: iconv -f UTF-16 -t UTF-8",
+    (b"\x1f\x8b",): "compressed by gzip; run: gunzip",
+    (b"\x28\xb5\x2f\xfd",): "compressed by zstd; run: unzstd",
+    (b"BZh",): "compressed by bzip2; run: bunzip2",
+    (b"\xfd7zXZ",): "compressed by xz; run: unxz",
+    (b"PK\x03\x04",): "a zip archive; run: unzip",
+    (b"PAR1",): "a Parquet file; write it as JSONL, as with pandas' to_json(orient='records', "
     "lines=True)",
 }
 
@@ -56,31 +52,28 @@ def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
     records: list[Record] = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if limit is not None and len(records) >= limit:
+            if len(records) == limit:
                 break
             where = f"{path}:{number}"
             text = _decode(line, where)
-            if not text.strip():
-                continue
             try:
-                records.append(make_record(_parse(text, where), where))
+                if text.strip():
+                    records.append(make_record(_parse(text, where), where))
             except RecursionError as error:
-                raise DataError(
-                    f"{where}: brackets nested too deep to be read; {_EXPECTED}"
-                ) from error
+                deep = "brackets nested too deep to be read"
+                raise DataError(f"{where}: {deep}; {_EXPECTED}") from error
     if not records:
         raise DataError(f"{path}: no records; expected one JSON object a line")
     return records
 
 
 def _decode(line: bytes, where: str) -> str:
-    for start, kind in _FOREIGN.items():
-        if line.startswith(start):
+    for starts, kind in _FOREIGN.items():
+        if line.startswith(starts):
             raise DataError(f"{where}: {kind}; {_EXPECTED}")
     if b"\0" in line:
-        raise DataError(
-            f"{where}: holds NUL bytes, as UTF-16 text and files half written do; {_EXPECTED}"
-        )
+        seen = "NUL bytes, as UTF-16 text and files half written do"
+        raise DataError(f"{where}: holds {seen}; {_EXPECTED}")
     try:
         # Files that were joined may have a mark in front of any line.
         return line.decode("utf-8-sig")
@@ -92,13 +85,11 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text.rstrip(), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        hint = ""
+        what = f"{where}: not valid JSON ({error.msg}, column {error.pos + 1})"
+        what += "; expected one object a line"
         if text.strip() in ("[", "{"):
-            hint = "; a file that is one JSON array becomes JSONL by: jq -c '.[]'"
-        raise DataError(
-            f"{where}: not valid JSON ({error.msg}, column {error.pos + 1}); "
-            f"expected one object a line{hint}"
-        ) from error
+            what += "; a file that is one JSON array becomes JSONL by: jq -c '.[]'"
+        raise DataError(what) from error
     except ValueError as error:  # a key twice, or Python's limit on the digits of an integer
         raise DataError(f"{where}: {error}") from error
 
@@ -120,9 +111,8 @@ def make_record(row: Any, where: str = "record") -> Record:
     if "messages" not in row:
         return _pair_record(row, where)
     if "completion" in row:  # a prompt alone is one of the other keys
-        raise DataError(
-            f"{where}: expected either 'messages' or 'prompt' and 'completion', got both"
-        )
+        either = "either 'messages' or 'prompt' and 'completion'"
+        raise DataError(f"{where}: expected {either}, got both")
     extra = {key: value for key, value in row.items() if key not in ("messages", "tools")}
     _check_characters(extra.get("answer"), where, "answer")
     messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
@@ -138,9 +128,8 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
         )
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
-            hint = ""
-            if isinstance(row[key], list):
-                hint = "; turns of a chat go into one list, under 'messages'"
+            turns = isinstance(row[key], list)
+            hint = "; turns of a chat go into one list, under 'messages'" if turns else ""
             raise DataError(f"{where}: {key!r}: expected a string, got {_kind(row[key])}{hint}")
     if not row["completion"].strip():
         raise DataError(f"{where}: 'completion': expected text to learn, got an empty string")
@@ -185,8 +174,7 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
             f"got {_kind(calls)} in a {role!r} turn"
         )
     if not isinstance(content, str) and not (calls and content is None):
-        parts = isinstance(content, list)
-        hint = "; join the parts into one text" if parts else ""
+        hint = "; join the parts into one text" if isinstance(content, list) else ""
         raise DataError(f"{where}: '{name}.content': expected a string, got {_kind(content)}{hint}")
     if role == "assistant" and not calls and not str(content).strip():
         raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
@@ -205,7 +193,7 @@ def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
 
 
 def _check_characters(value: Any, where: str, name: str) -> None:
-    """Raises for half a character: JSON can write a lone surrogate, no tokenizer can read it."""
+    """Raises DataError for a lone surrogate, which JSON can write and no tokenizer can read."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_characters(key, where, name)

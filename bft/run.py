@@ -1,7 +1,5 @@
 """A run, and what it leaves in its folder: checkpoints on the way, the model at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +37,14 @@ class Run:
 
 
 def save(run: Run, step: int) -> Path:
-    """A checkpoint after ``step`` steps."""
+    """A checkpoint after ``step`` steps.
+
+    Raises:
+        NonFinite: the model is broken.
+        WriteError: the checkpoint could not be written; the message names the last one.
+    """
     config, accelerator = run.config, run.accelerator
-    check_parameters(run)
-    _use_room(run)
+    _before_writing(run)
     try:
         return save_progress(
             accelerator, config.output_dir, step, config.keep_checkpoints, run.identity
@@ -54,12 +56,16 @@ def save(run: Run, step: int) -> Path:
 
 
 def write_model(run: Run) -> Path:
-    """Writes the trained model; where it cannot be written, what it can be had from later."""
+    """Writes the trained model; where it cannot be written, what it can be had from later.
+
+    Raises:
+        NonFinite: the model is broken.
+        WriteError: the model could not be written; the message says what was.
+    """
     folder = run.config.output_dir / MODEL
-    check_parameters(run)
+    _before_writing(run)
     # Mixed precision has wrapped the model's forward.
     unpatch_model(run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False))
-    _use_room(run)
     try:
         save_model(run.accelerator, run.model, run.tokenizer, folder)
     except WriteError as error:
@@ -67,7 +73,14 @@ def write_model(run: Run) -> Path:
     return folder
 
 
-def _use_room(run: Run) -> None:
+def _before_writing(run: Run) -> None:
+    """Frees the room that was set aside. Raises NonFinite for a broken model: it is not saved."""
+    name = broken_parameter(run.accelerator, run.model)
+    if name is not None:
+        raise NonFinite(
+            f"{name} is not finite any more; nothing is saved of it. "
+            "Start anew with a lower learning rate"
+        )
     on_main(run.accelerator, lambda: give_room(run.config.output_dir))
 
 
@@ -77,36 +90,23 @@ def _kept(run: Run) -> str:
     Without a checkpoint of the last step one is tried, and with LoRA then the adapter alone.
     """
     last = f"step-{run.steps:07d}"
-    if last not in [path.name for path in checkpoint_folders(run.config.output_dir)]:
-        try:
+    try:
+        if last not in [path.name for path in checkpoint_folders(run.config.output_dir)]:
             save(run, run.steps)
-        except WriteError as error:
-            return f"{error}; {_adapter_kept(run)}"
-    return f"it is kept in the checkpoint {last}: make room, and --resume writes it"
-
-
-def _adapter_kept(run: Run) -> str:
+        return f"it is kept in the checkpoint {last}: make room, and --resume writes it"
+    except WriteError as error:
+        lost = str(error)
     if run.config.lora_rank == 0:
-        return "every parameter was trained, so that nothing smaller would keep the work"
+        return f"{lost}; every parameter was trained, so that nothing smaller would keep the work"
     folder = run.config.output_dir / ADAPTER
     try:
         save_adapter(run.accelerator, run.model, folder)
     except WriteError as error:
-        return str(error)
-    return f"the trained adapter alone is kept in {folder}, as PEFT loads it"
+        return f"{lost}; {error}"
+    return f"{lost}; the trained adapter alone is kept in {folder}, as PEFT loads it"
 
 
 def how_to_go_on(run: Run, checkpoint: Path) -> str:
-    """In words, from a checkpoint of the run."""
+    """Says how to go on from a checkpoint of the run."""
     config = run.config.output_dir / CONFIG
     return f"bft train --config {config} --resume goes on from {checkpoint.name}"
-
-
-def check_parameters(run: Run) -> None:
-    """Raises NonFinite rather than let a broken model be saved."""
-    name = broken_parameter(run.accelerator, run.model)
-    if name is not None:
-        raise NonFinite(
-            f"{name} is not finite any more; nothing is saved of it. "
-            "Start anew with a lower learning rate"
-        )

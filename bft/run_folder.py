@@ -1,12 +1,10 @@
-"""The output folder of a run: it belongs to one run at a time, and an older run's is not mixed in.
+"""The output folder of a run: it belongs to one run, has room for it, and holds no older one.
 
-The lock is the operating system's, on an open file: it ends with the process that holds it, however
-that ends.
+The lock is the operating system's, on an open file: it ends with its process.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import errno
 import fcntl
 import logging
 import os
@@ -15,12 +13,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, WriteError, checkpoint_folders
 from bft.config import SettingError, TrainConfig, plain
 from bft.metrics import MetricLog, naming
 from bft.ranks import largest, on_main
+
+if TYPE_CHECKING:
+    from bft.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,10 @@ METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 EVENTS = "tensorboard"
 LOCK = ".lock"
-ROOM = ".room"  # set aside for what is written next, see bft.room
+ROOM = ".room"  # set aside for what is written next
+_MIB = 2**20
+_SMALL_FILES = 2**16  # configuration, random states, manifest
+_PER_TENSOR = 2**12  # of a parameter's name and padding in the files of model and optimizer
 
 
 class FolderInUse(RuntimeError):
@@ -41,12 +45,12 @@ class FolderInUse(RuntimeError):
 
 @contextmanager
 def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
-    """The run's output folder is made, and locked, within the block.
+    """Within it the run's output folder is there, and locked.
 
     Raises:
         FolderInUse: another run goes on in it.
-        SettingError: it cannot be made; it holds an older run and the configuration neither resumes
-            nor replaces it; or there is nothing to resume.
+        SettingError: it cannot be made; it holds an older run that is neither resumed nor replaced;
+            or there is nothing to resume.
     """
     with ExitStack() as stack:
 
@@ -99,6 +103,84 @@ def check_log(accelerator: Any, log: MetricLog, model_dir: Path) -> None:
         )
 
 
+def check_room(run: "Run", first: int) -> None:
+    """Raises SettingError if the model and checkpoints of the steps after ``first`` do not fit."""
+    on_main(run.accelerator, lambda: _check_disk(run, first))
+
+
+def _check_disk(run: "Run", first: int) -> None:
+    config = run.config
+    model, checkpoint = _sizes(run)
+    needed = model
+    if config.save_every is not None and first < run.steps:
+        # Old files go when new ones are whole.
+        there = len(checkpoint_folders(config.output_dir)) if config.resume else 0
+        saves = -(-run.steps // config.save_every) - first // config.save_every
+        while_saving = min(there + saves, config.keep_checkpoints + 1) - there
+        at_the_end = min(there + saves, config.keep_checkpoints) - there
+        needed = max(while_saving * checkpoint, at_the_end * checkpoint + model)
+    disk = shutil.disk_usage(config.output_dir)
+    free = disk.free + (bytes_of_old_run(config.output_dir) if config.overwrite else 0)
+    if free >= needed or disk.total == 0:  # some network file systems do not tell
+        return
+    what = f"the model, {model / _MIB:,.1f} MiB"
+    way_out = "make room, or give a folder on another disk"
+    if config.save_every is not None:
+        what += f", and checkpoints of {checkpoint / _MIB:,.1f} MiB each"
+        way_out += ", a lower keep_checkpoints, or no save_every"
+    raise SettingError(
+        f"output_dir: {config.output_dir} has {free / _MIB:,.1f} MiB free, and the run needs "
+        f"{needed / _MIB:,.1f} MiB ({what}); {way_out}"
+    )
+
+
+def set_aside(run: "Run", first: int) -> None:
+    """Takes the room for what is written next, so that no other program can until then.
+
+    That is the first checkpoint, or the model: with either, nothing that was trained is lost.
+    """
+    size, checkpoint = _sizes(run)
+    if run.config.save_every is not None and first < run.steps:
+        tensors = len(list(run.model.parameters()))
+        size = max(size, checkpoint + tensors * _PER_TENSOR + _SMALL_FILES)
+    on_main(run.accelerator, lambda: _allocate(run.config.output_dir / ROOM, size))
+
+
+def _allocate(path: Path, size: int) -> None:
+    allocate = getattr(os, "posix_fallocate", None)  # macOS has none
+    try:
+        if allocate is None:
+            raise OSError(errno.EOPNOTSUPP, "posix_fallocate is missing")
+        with path.open("wb") as file:
+            allocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SettingError(
+                f"output_dir: {path.parent} has no room for what the run writes first, "
+                f"{size / _MIB:,.1f} MiB ({error.strerror}); make room, or give another folder"
+            ) from None
+        logger.warning(
+            "%s: no room can be set aside there (%s): the model is lost if others fill the disk",
+            path.parent,
+            error.strerror,
+        )
+
+
+def _sizes(run: "Run") -> tuple[int, int]:
+    """Bytes of the written model with its tokenizer, and of a resumable checkpoint.
+
+    That has AdamW's two moments of what is trained. With LoRA both have the base and the adapter.
+    """
+    weights = moments = 0
+    for parameter in run.model.parameters():  # tied ones once
+        weights += parameter.nbytes
+        moments += 2 * parameter.nbytes * parameter.requires_grad
+    tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)  # slow ones are small
+    text = len(tokenizer.to_str()) if tokenizer is not None else 0
+    return weights + text + _SMALL_FILES, weights + moments
+
+
 def give_room(folder: Path) -> None:
     """Frees what was set aside, for what is written now."""
     (folder / ROOM).unlink(missing_ok=True)
@@ -128,9 +210,8 @@ def _lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+b", buffering=0)  # what is not written is known at once
     except OSError as error:
-        raise SettingError(
-            f"output_dir: got {folder}, expected a folder to write in ({error.strerror})"
-        ) from None
+        wanted = f"a folder to write in ({error.strerror})"
+        raise SettingError(f"output_dir: got {folder}, expected {wanted}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,11 +223,8 @@ def _lock(folder: Path) -> Iterator[None]:
                 "another folder"
             ) from None
         except OSError as error:
-            logger.warning(
-                "%s: its file system has no locks (%s): do not start a second run in this folder",
-                folder,
-                error.strerror,
-            )
+            why = f"its file system has no locks ({error.strerror})"
+            logger.warning("%s: %s: do not start a second run in this folder", folder, why)
         try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -159,19 +237,20 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _check_resumable(folder: Path) -> None:
-    if checkpoint_folders(folder):
-        return
-    others = " and give --overwrite" if _remains(folder) else ""
-    raise SettingError(
-        f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} to "
-        "start at the first step"
-    )
+    if not checkpoint_folders(folder):
+        others = " and give --overwrite" if _remains(folder) else ""
+        raise SettingError(
+            f"resume: there is no checkpoint in {folder / CHECKPOINTS}; leave --resume out{others} "
+            "to start at the first step"
+        )
 
 
 def _check_free(config: TrainConfig) -> None:
     folder, remains = config.output_dir, _remains(config.output_dir)
     names = [str(path.relative_to(folder)) for path in remains]
-    if not set(names) - {CONFIG, METRICS, EVENTS} and not _took_a_step(folder):
+    log = folder / METRICS
+    stepped = log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
+    if not stepped and set(names) <= {CONFIG, METRICS, EVENTS}:
         return  # of a start that failed, or this start's own settings
     if MODEL in names and METRICS not in names:
         raise SettingError(
@@ -193,20 +272,10 @@ def _check_free(config: TrainConfig) -> None:
                 )
 
 
-def _took_a_step(folder: Path) -> bool:
-    """Whether the log of a run in the folder has a line of a step."""
-    log = folder / METRICS
-    return log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
-
-
 def _remains(folder: Path) -> list[Path]:
-    """What of a run the folder holds, unfinished copies included."""
-    found = [
-        path
-        for path in (folder / CHECKPOINTS).glob("*")
-        if STEP_FOLDER.fullmatch(path.name) and path.is_dir()
-    ]
+    """The files and folders of a run that the folder holds, also unfinished ones."""
+    steps = sorted((folder / CHECKPOINTS).glob("*"))
+    found = [path for path in steps if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
     whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
     cut_short = [f".{name}.partial" for name in (MODEL, ADAPTER, METRICS)] + [f".{MODEL}.previous"]
-    names = [name for name in (*whole, *cut_short) if (folder / name).exists()]
-    return sorted(found) + [folder / name for name in names]
+    return found + [path for name in (*whole, *cut_short) if (path := folder / name).exists()]

@@ -1,10 +1,8 @@
 """What makes two starts one run: every setting that its numbers depend on, its data and its model.
 
-A checkpoint holds it, and ``--resume`` compares: the optimizer and the schedule come out of the
-checkpoint, so that another learning rate, say, would be written down and not be used.
+A checkpoint holds it, and ``--resume`` compares. Otherwise another learning rate, say, would be
+written down and not be used.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -12,8 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bft.config import TrainConfig, plain
 from bft.encode import Example
@@ -47,9 +44,7 @@ def identity(
 
 
 def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """One phrase for each name whose values differ. A setting that is newer than the checkpoint
-    had its default.
-    """
+    """One phrase for each name whose values differ. A newer setting had its default."""
     return [
         f"{name}: saved {json.dumps(old)}, given {json.dumps(new)}"
         for name, new in given.items()
@@ -58,10 +53,7 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
-    """A digest of the tokens and labels that are trained on: the same for a file that was moved.
-
-    The records, the tokenizer and its chat template have all gone into them.
-    """
+    """A digest of the tokens and labels that are trained on, wherever their file is."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.input_ids, example.labels]).encode())
@@ -79,16 +71,8 @@ def digest_model(model: nn.Module) -> str:
         if "lora_" not in name:
             name = name.replace(".base_layer", "")
             digest.update(f"{name} {tuple(parameter.shape)}".encode())
-            digest.update(_sample(parameter).numpy().tobytes())
+            values = parameter.detach().flatten()
+            count = min(64, len(values))
+            places = [place * (len(values) - 1) // max(1, count - 1) for place in range(count)]
+            digest.update(values[places].double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _sample(parameter: Tensor) -> Tensor:
-    values = parameter.detach().flatten()
-    count = min(64, values.numel())
-    places = (
-        torch.arange(count, dtype=torch.int64, device=values.device)
-        * (values.numel() - 1)
-        // max(1, count - 1)
-    )
-    return values[places].double().cpu()

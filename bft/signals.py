@@ -1,16 +1,12 @@
 """Ctrl-C and SIGTERM: the run finishes its step and saves a checkpoint."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from bft.ranks import largest
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(RuntimeError):
@@ -24,16 +20,16 @@ class Stopped(RuntimeError):
 class StopRequest:
     """Within it the first SIGINT or SIGTERM is remembered; a second one does what it did before.
 
-    Python calls handlers in the main thread only; in any other one this does nothing.
+    It does nothing outside of the main thread, in which alone Python calls handlers.
     """
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as a shell's background jobs have
                     self._before[number] = signal.signal(number, self._remember)
         return self

@@ -1,7 +1,5 @@
 """The training loop, top to bottom: records, model, data, optimizer, steps, the written model."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from bft.checkpoint import load_progress
@@ -30,9 +27,8 @@ from bft.optimizer import clip, make_optimizer
 from bft.patch import last_stats, patch_model
 from bft.ranks import end, on_main, start_accelerator
 from bft.records import read_jsonl
-from bft.room import check_room, set_aside
 from bft.run import Run, how_to_go_on, save, write_model
-from bft.run_folder import check_log, claimed, start_log
+from bft.run_folder import check_log, check_room, claimed, set_aside, start_log
 from bft.same_run import identity
 from bft.signals import Stopped, StopRequest
 
@@ -50,15 +46,13 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Fine-tunes as ``config`` says; see the module's parts for the details.
-
-    The files are read once, at the start. The model is written before it is evaluated.
+    """Fine-tunes as ``config`` says. The model is written before it is evaluated.
 
     Raises:
         FolderInUse, SettingError: the output folder belongs to another run, or has no room.
         CheckpointError: the checkpoint to resume from is damaged, or of a run with other settings.
         NonFinite: a loss or gradient is not finite (``on_nonfinite="stop"``).
-        WriteError: a checkpoint or the model could not be written; what is left says the message.
+        WriteError: a checkpoint or the model could not be written; the message says what is left.
         Stopped: by SIGINT or SIGTERM, after a step and with a checkpoint.
     """
     accelerator = start_accelerator(config)
@@ -127,7 +121,7 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
         seed=config.seed,
-        lengths=None if config.packing else dataset.lengths,
+        lengths=None if config.packing else [len(e.input_ids) for e in dataset.examples],
     )
     steps = config.steps or batches.steps_in(config.epochs or 1.0)
     known_by = on_main(
@@ -195,18 +189,9 @@ def take_steps(
 def micro_batches(run: Run, first: int) -> Iterator[list[dict[str, Tensor]]]:
     """The micro-batches of each step after ``first``, where the model is."""
     run.batches.start(first, run.steps)
-    # The loader draws a seed when it starts. From torch's own generator, whose state may just have
-    # been restored, that would make a resumed run another one.
-    loader = iter(
-        DataLoader(
-            run.dataset,
-            batch_sampler=run.batches,
-            collate_fn=run.collate,
-            generator=torch.Generator(),
-        )
-    )
+    parts = ([run.dataset[record] for record in part] for part in run.batches)
     for _ in range(first, run.steps):
-        batches = [next(loader) for _ in range(run.config.accumulation)]
+        batches = [run.collate(next(parts)) for _ in range(run.config.accumulation)]
         yield send_to_device(batches, run.accelerator.device, non_blocking=True)
 
 
@@ -216,10 +201,7 @@ def training_step(
     loss: HeadLoss,
     micro_batches: list[dict[str, Tensor]],
 ) -> dict[str, float]:
-    """Gradients of one optimizer step: those of the one big batch, however it is cut.
-
-    The loss divides by the documents (or tokens) of all micro-batches on all ranks, counted first.
-    """
+    """Gradients of one optimizer step: those of the one big batch, however it is cut."""
     batches = [aligned(batch) for batch in micro_batches]
     items = torch.stack([loss.count_items(*batch["targets"]) for batch in batches]).sum()
     num_items = accelerator.reduce(items, reduction="sum").clamp_min(1)
@@ -234,10 +216,7 @@ def training_step(
 
 
 def update(run: Run, step: int, values: dict[str, float]) -> bool:
-    """The optimizer's step; False if it was left out because a number is not finite.
-
-    Such a step counts all the same: its documents are used up and the schedule moves on.
-    """
+    """The optimizer's step; False if it was left out because a number is not finite."""
     accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
     if wrong is None:
         run.optimizer.step()

@@ -1,7 +1,5 @@
 """Flags and a YAML file -> a checked configuration, or a SettingError before anything is run."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib
@@ -25,50 +23,44 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
         SettingError: a setting, or the YAML file.
         SystemExit: help was asked for (0), or tyro has told what it cannot read (2).
     """
-    file, typed = _split(arguments)
-    flags = typed if file is None else [*_left(yaml_flags(file, config_type), typed), *typed]
+    file, flags = _split(arguments)
+    typed = {flag.partition("=")[0] for flag in flags}
+    if "--lr" in typed and hasattr(config_type, "learning_rate"):
+        raise SettingError("--lr: there is no such flag; it is --learning-rate here")
+    if file is not None:
+        gone = {_INSTEAD[flag] for flag in typed & _INSTEAD.keys()}
+        of_file = yaml_flags(file, config_type)
+        flags = [flag for flag in of_file if flag.partition("=")[0] not in gone] + flags
     # tyro would tell what our checks say in a form of its own, without the option's name.
     unchecked = type(
         config_type.__name__,
         (config_type,),
         {"__post_init__": lambda self: None, "__doc__": config_type.__doc__},
     )
-    _check_names(typed, config_type)
     values = vars(tyro.cli(unchecked, args=flags, prog=prog))
     try:
         config = config_type(**values)
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
-    _check_typed(config, typed)
-    check_paths(config)
+    for name, (other, allowed) in ONLY_WITH.items():  # a file may hold them, for other runs
+        if f"--{name}" in typed and getattr(config, other) not in allowed:
+            raise SettingError(
+                f"{name}: got {getattr(config, name)}, which {other}={getattr(config, other)} "
+                f"ignores; expected it with {other}={' or '.join(allowed)}"
+            )
+    _check_paths(config)
     return config
 
 
-# What other trainers call a setting.
-_ELSEWHERE = {"--lr": "learning_rate"}
-
-
-def _check_names(typed: Sequence[str], config_type: type[Any]) -> None:
-    """Names the flag that another's stands for; tyro suggests what looks alike only."""
-    known = {field.name for field in dataclasses.fields(config_type)}
-    for flag in (flag.partition("=")[0] for flag in typed):
-        if _ELSEWHERE.get(flag) in known:
-            name = _ELSEWHERE[flag].replace("_", "-")
-            raise SettingError(f"{flag}: there is no such flag; it is --{name} here")
-
-
-def _left(of_file: Sequence[str], typed: Sequence[str]) -> list[str]:
-    """The flags of a file that typed ones leave: epochs override steps, and steps epochs."""
-    names = {flag.partition("=")[0] for flag in typed}
-    gone = {"--steps"} if "--epochs" in names else {"--epochs"} if "--steps" in names else set()
-    return [flag for flag in of_file if flag.partition("=")[0] not in gone]
+# A typed flag, and the one of a file that it overrides beside its own.
+_INSTEAD = {"--epochs": "--steps", "--steps": "--epochs"}
 
 
 def in_flags(message: str, config_type: type[Any]) -> str:
-    """A message about settings, with their names as they are typed: ``lora_rank`` is --lora-rank.
+    """A message with the names of settings as they are typed: ``lora_rank`` is --lora-rank.
 
-    A word is a name if it starts the message and a colon follows, if it stands before an equals
-    sign, or if an underscore makes it no word of English.
+    A word is a name if it starts the message before a colon, stands before an equals sign, or has
+    an underscore.
     """
     names = [field.name for field in dataclasses.fields(config_type)]
     long = [name for name in names if "_" in name]
@@ -77,11 +69,8 @@ def in_flags(message: str, config_type: type[Any]) -> str:
     return re.sub("|".join(patterns), lambda found: f"--{found[0].replace('_', '-')}", message)
 
 
-# --- the YAML file -------------------------------------------------------------------------------
-
-
 def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The value of ``--config``, and the other arguments: these come later and override it."""
+    """The value of ``--config``, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", nargs="?", const="")
     found, rest = parser.parse_known_args(arguments)
@@ -91,7 +80,7 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
-    """A YAML file as command-line flags: one parser checks types and choices of both.
+    """A YAML file as command-line flags, so that one parser checks both.
 
     A value is the text that stands there, as if it were typed: ``no`` and ``2e-5`` need no quotes.
 
@@ -114,25 +103,19 @@ def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
         kind = "nothing" if root is None else root.id
         raise SettingError(f"--config: {path} holds {kind}, expected a mapping: name: value")
     flags: list[str] = []
-    seen: set[str] = set()
+    types, seen = typing.get_type_hints(config_type), set()
     for key, value in root.value:
         where = f"--config: {path}:{key.start_mark.line + 1}"
-        name = _setting(key.value, config_type, where)
+        name = str(key.value).replace("-", "_")
+        if name not in types:
+            close = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(types)}"
+            raise SettingError(f"{where}: there is no setting {key.value!r}; {hint}")
         if name in seen:
             raise SettingError(f"{where}: {key.value!r} comes twice, expected it once")
         seen.add(name)
-        flags += _flag(name, value, typing.get_type_hints(config_type)[name] is bool, loader, where)
+        flags += _flag(name, value, types[name] is bool, loader, where)
     return flags
-
-
-def _setting(key: Any, config_type: type[Any], where: str) -> str:
-    names = [field.name for field in dataclasses.fields(config_type)]
-    name = str(key).replace("-", "_")
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
-        raise SettingError(f"{where}: there is no setting {key!r}{hint}")
-    return name
 
 
 def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> list[str]:
@@ -152,32 +135,12 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
     return [flag if value else f"--no-{flag[2:]}"]
 
 
-# --- what a configuration cannot see -------------------------------------------------------------
-
-
-def _check_typed(config: Any, typed: Sequence[str]) -> None:
-    """Refuses an option that does nothing. A file may hold it, for runs with other flags."""
-    for name, (other, values) in ONLY_WITH.items():
-        given = any(flag == f"--{name}" or flag.startswith(f"--{name}=") for flag in typed)
-        if given and getattr(config, other) not in values:
-            raise SettingError(
-                f"{name}: got {getattr(config, name)}, which {other}={getattr(config, other)} "
-                f"ignores; expected it with {other}={' or '.join(values)}"
-            )
-
-
-_READ = ("train_file", "eval_file", "file")
-
-
-def check_paths(config: Any) -> None:
+def _check_paths(config: Any) -> None:
     """Raises SettingError for a file or folder that a run could not read or write at its end."""
-    for field in dataclasses.fields(config):
-        name, path = field.name, getattr(config, field.name)
-        if not isinstance(path, Path):
-            continue
-        if name in _READ:
+    for name, path in vars(config).items():
+        if isinstance(path, Path) and name in ("train_file", "eval_file", "file"):
             _check_read(name, path)
-        else:
+        elif isinstance(path, Path):
             _check_written(name, path, folder=name == "output_dir")
 
 

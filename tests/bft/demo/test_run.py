@@ -1,8 +1,7 @@
 """The demo's training run and its figure."""
 
 from bft.config import DemoConfig
-from bft.demo.plot import plot_run
-from bft.demo.run import training
+from bft.demo.run import plot_run, training
 from bft.train import TrainResult
 
 
