@@ -1,26 +1,24 @@
 """The README check passes what works, and fails on whatever a reader would stumble over."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-CHECK = Path(__file__).parents[1] / "readme_check.py"
+from tests.readme_check import main
 
 
-def check(folder, text):
-    document = folder / "README.md"
-    document.write_text(text)
-    return subprocess.run(
-        [sys.executable, str(CHECK), str(document)], capture_output=True, text=True
-    )
+@pytest.fixture
+def check(tmp_path, capfd):
+    """Status and output for a document."""
+
+    def run(text):
+        document = tmp_path / "README.md"
+        document.write_text(text)
+        return main([str(document)]), capfd.readouterr().out
+
+    return run
 
 
-def test_passes_blocks_in_order_and_in_one_folder(tmp_path):
-    done = check(
-        tmp_path,
-        """
+def test_passes_blocks_in_order_and_in_one_folder(check):
+    text = """
 ```python
 open("made_here", "w").write("x")
 ```
@@ -37,18 +35,15 @@ NAME=value make test
 ```text
 $ anything
 ```
-""",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("readme: 3 passed, 0 failed, 0 skipped\n")
+"""
+    status, out = check(text)
+    assert status == 0, out
+    assert out.endswith("readme: 3 passed, 0 failed, 0 skipped\n")
 
 
-def test_skips_a_block_with_a_reason_and_says_it(tmp_path):
-    done = check(tmp_path, "<!-- no-run: needs two GPUs -->\n\n```bash\ntorchrun x\n```\n")
-    assert done.returncode == 0
-    assert done.stdout == (
-        "README.md:3: skipped: needs two GPUs\nreadme: 0 passed, 0 failed, 1 skipped\n"
-    )
+def test_skips_a_block_with_a_reason_and_says_it(check):
+    out = "README.md:3: skipped: needs two GPUs\nreadme: 0 passed, 0 failed, 1 skipped\n"
+    assert check("<!-- no-run: needs two GPUs -->\n\n```bash\ntorchrun x\n```\n") == (0, out)
 
 
 @pytest.mark.parametrize(
@@ -70,19 +65,16 @@ def test_skips_a_block_with_a_reason_and_says_it(tmp_path):
         ("```python\nprint()", "not closed"),
     ],
 )
-def test_fails(tmp_path, text, message):
-    done = check(tmp_path, text)
-    assert done.returncode == 1, done.stdout
-    assert message in done.stdout
-    assert "1 failed" in done.stdout
+def test_fails(check, text, message):
+    status, out = check(text)
+    assert status == 1, out
+    assert message in out
+    assert "1 failed" in out
 
 
-def test_a_reason_covers_one_block_only(tmp_path):
+def test_what_a_comment_says_is_of_one_block_and_each_of_its_commands(check):
     text = "<!-- no-run: why -->\n```python\n1 / 0\n```\n```python\n1 / 0\n```\n"
-    assert "0 passed, 1 failed, 1 skipped" in check(tmp_path, text).stdout
-
-
-def test_flags_are_given_to_each_command_of_one_block(tmp_path):
+    assert "0 passed, 1 failed, 1 skipped" in check(text)[1]
     echo = 'python -c \'import sys; sys.exit(sys.argv[1:] != ["--steps", "1"])\''
     text = f"<!-- run-with: --steps 1 -->\n```bash\n{echo}\n{echo}\n```\n```bash\n{echo}\n```\n"
-    assert "1 passed, 1 failed, 0 skipped" in check(tmp_path, text).stdout
+    assert "1 passed, 1 failed, 0 skipped" in check(text)[1]
