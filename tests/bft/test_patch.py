@@ -7,15 +7,15 @@ import accelerate
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from bft.head import LogitTransform, UnsupportedModel
 from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
+from tests.support.allocations import measure_allocations
+from tests.support.batches import SFT
 from tests.support.models import tiny
 from tests.support.problems import OLD_COMPILER
 
@@ -23,6 +23,7 @@ V, D, LENGTH = 61, 16, 12
 # Models round parts of their bodies to float32 whatever they are given, so that a difference in the
 # last place of float64 can come out as one of float32.
 RELATIVE = 1e-6
+ONE_GRAPH = pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8 breaks the graph at the head")
 
 DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TIED = {"tie_word_embeddings": True}
@@ -183,20 +184,6 @@ def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
     close(by_token(**batch, num_items_in_batch=tokens).loss, want)
 
 
-def test_a_loss_that_cannot_be_called_is_refused():
-    with pytest.raises(TypeError, match=r"^loss: got int, expected a callable"):
-        patch_model(build("llama"), 3)
-
-
-def test_shift_labels_are_honoured():
-    model, batch = patch_model(build("llama"), BFT), rows()
-    target = nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
-    want = model(**batch).loss
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    close(model(**inputs, shift_labels=target).loss, want)
-    close(model(**batch, shift_labels=target).loss, want)
-
-
 def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
     model, batch = patch_model(build("llama"), BFT), rows()
     batch["labels"].fill_(IGNORE)
@@ -210,11 +197,10 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     model, batch = build("mixtral"), rows()
-    loss = HeadLoss(scheme="sft", normalize="token")
     want = model(**batch, output_router_logits=True)
     expected = gradients(model, want.loss)
-    patch_model(model, loss)
-    items = loss.count_items(batch_targets(batch)[0])
+    patch_model(model, SFT)
+    items = SFT.count_items(batch_targets(batch)[0])
     # The same micro-batch twice: the step's auxiliary loss is their mean, not their sum.
     times = 2 if accumulate else 1
     parts = [
@@ -229,31 +215,20 @@ def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
 
 
 def test_the_logits_never_exist():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for value in tree_leaves(result):
-                if isinstance(value, Tensor):
-                    self.size = max(self.size, value.numel())
-            return result
-
     model, batch = tiny("LlamaForCausalLM", vocab_size=997), rows(3)
     labels = int((batch_targets(batch)[0] != IGNORE).sum())
     assert labels > D  # the logits are larger than the head's weight
-    with Largest() as fused:
-        patch_model(model, HeadLoss(max_buffer_bytes=1000))(**batch).loss.backward()
-    assert fused.size < labels * 997
-    with Largest() as own:
-        unpatch_model(model)(**batch).loss.backward()
-    assert own.size >= labels * 997
+    logits = labels * 997 * torch.float32.itemsize
+    patch_model(model, HeadLoss(max_buffer_bytes=1000))
+    assert measure_allocations(lambda: model(**batch).loss.backward()).largest < logits
+    unpatch_model(model)
+    assert measure_allocations(lambda: model(**batch).loss.backward()).largest >= logits
 
 
 # --- around the model ----------------------------------------------------------------------------
 
 
-def test_hooks_of_the_head_run_once_around_the_loss():
+def test_hooks_of_the_head_run_once_around_the_loss_and_may_change_it():
     model, seen = build("llama"), []
 
     def spy(hidden, head, *rest):
@@ -268,10 +243,6 @@ def test_hooks_of_the_head_run_once_around_the_loss():
         seen.clear()
         model(**rows()).loss.backward()
         assert seen == ["before", "loss", "after", "backward"]
-
-
-def test_the_loss_is_what_the_heads_hooks_return():
-    model = patch_model(build("llama"), BFT)
     want = model(**rows()).loss
     model.lm_head.register_forward_hook(lambda _, __, loss: 2 * loss)
     close(model(**rows()).loss, 2 * want)
@@ -335,10 +306,9 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 def test_autocast():
     model, batch = build("llama").float(), rows()
-    loss = HeadLoss(scheme="sft", normalize="token")
     with torch.autocast("cpu", torch.bfloat16):
         want = model(**batch).loss
-        got = patch_model(model, loss)(**batch).loss
+        got = patch_model(model, SFT)(**batch).loss
     assert got.dtype == torch.float32
     # Ours accumulates logits in float32, the model's own are rounded to bfloat16.
     torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
@@ -437,25 +407,21 @@ def test_tuples_positional_arguments_and_other_outputs():
     assert output.past_key_values is not None
 
 
-def test_a_transform_may_be_given():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ONE_GRAPH)])
+def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
     model, batch = build("cohere"), rows()
     want = eager(model, batch, BFT)
-    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), verify=False)
-    close(model(**batch).loss, want)
-
-
-@pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8 breaks the graph at the head")
-def test_torch_compile_takes_it_in_one_graph():
-    model, batch = build("cohere"), rows()
-    want = eager(model, batch, BFT)
+    expected = gradients(model, want)
     patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    loss = compiled(**batch).loss
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    loss = call(**batch).loss
     close(loss, want)
-    assert_same(gradients(model, loss), gradients(model, eager(model, batch, BFT)))
+    assert_same(gradients(model, loss), expected)
 
 
 def test_wrong_calls_are_refused():
+    with pytest.raises(TypeError, match=r"^loss: got int, expected a callable"):
+        patch_model(build("llama"), 3)
     model, batch = patch_model(build("llama"), BFT), rows()
     with pytest.raises(RuntimeError, match="already patched"):
         patch_model(model, BFT)
