@@ -53,29 +53,25 @@ def build(name):
     return model
 
 
-def batch():
-    return rows(ignored=3)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*NOT_SHIFTED, *SHIFTED])
 @torch.no_grad()
 def test_the_loss_is_the_models_own_or_is_refused(name, dtype):
-    model = build(name).to(dtype)
-    want = model(**batch()).loss.float()
+    model, batch = build(name).to(dtype), rows(ignored=3)
+    want = model(**batch).loss.float()
     patch_model(model, SFT)
     if name == "ProphetNetForCausalLM":  # its loss wants the logits of all its streams
         with pytest.raises(UnsupportedModel, match="shift="):
-            model(**batch())
+            model(**batch)
         return
-    got = model(**batch()).loss
+    got = model(**batch).loss
     assert model._fused_head.shift is (name in SHIFTED)
     torch.testing.assert_close(got, want, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=0)
     # Aligned labels mean the same to all of them.
-    target = batch()["labels"]
-    model(input_ids=batch()["input_ids"], shift_labels=target)
+    target = batch["labels"]
+    model(input_ids=batch["input_ids"], shift_labels=target)
     nll = last_stats(model).nll
-    logits = unpatch_model(model)(input_ids=batch()["input_ids"], use_cache=False).logits
+    logits = unpatch_model(model)(input_ids=batch["input_ids"], use_cache=False).logits
     kept = target != IGNORE
     torch.testing.assert_close(
         nll[kept].mean(),
@@ -104,30 +100,30 @@ class Own(hf.LlamaForCausalLM):
     ids=["another loss", "a forward that fails"],
 )
 def test_an_alignment_that_cannot_be_measured_is_asked_for(own, message):
-    kind = type("Own", (Own,), {"own": staticmethod(own)})
+    kind, batch = type("Own", (Own,), {"own": staticmethod(own)}), rows()
     config = tiny_config("LlamaConfig")
     with pytest.raises(UnsupportedModel, match=message):
-        patch_model(kind(config), SFT)(**batch())
+        patch_model(kind(config), SFT)(**batch)
     for shift in (True, False):
         model = patch_model(kind(config), SFT, shift=shift)
-        model(**batch())
-        last = batch()["labels"][:, -1:] if not shift else torch.full((2, 1), IGNORE)
+        model(**batch)
+        last = batch["labels"][:, -1:] if not shift else torch.full((2, 1), IGNORE)
         assert torch.equal(last_stats(model).nll[:, -1:] == 0, last == IGNORE)
 
 
 def test_a_failing_forward_shows_its_own_error():
-    model = patch_model(build("LlamaForCausalLM"), SFT)
+    model, batch = patch_model(build("LlamaForCausalLM"), SFT), rows()
     with pytest.raises(IndexError, match="index out of range"):
-        model(**{k: v + 61 for k, v in batch().items()})
+        model(**{k: v + 61 for k, v in batch.items()})
 
 
 @pytest.mark.parametrize("name", ["BartForCausalLM", "LlamaForCausalLM"])
 def test_training_predicts_the_next_token_whatever_the_models_own_loss(name):
-    model = build(name)
-    logits = model(input_ids=batch()["input_ids"], use_cache=False).logits
+    model, batch = build(name), rows(ignored=3)
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     want = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch()["labels"][:, 1:].flatten()
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     )
     patch_model(model.train(), SFT)
-    values = training_step(Accelerator(cpu=True), model, SFT, [batch()])
+    values = training_step(Accelerator(cpu=True), model, SFT, [batch])
     assert values["nll"] == pytest.approx(want.item(), rel=1e-5)

@@ -114,10 +114,9 @@ def test_a_model_that_the_op_cannot_express_is_wrong(checked, monkeypatch):
 
 @pytest.mark.parametrize("kind", [Lossless, Unlabelled])
 def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(checked, monkeypatch, kind):
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
-        patch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
-        status, verdicts = checked("llama")
+    monkeypatch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
+    status, verdicts = checked("llama")
     assert status == 0
     assert verdicts.pop(LOSS) == "not compared"
     assert GRADIENTS not in verdicts
@@ -127,28 +126,24 @@ def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(checked,
 
 def loads(kind):
     """In the place of ``from_pretrained``."""
-    return lambda folder, **_: (
-        kind(tiny_config("LlamaConfig", vocab_size=400)),
-        {"missing_keys": ()},
-    )
+    config = tiny_config("LlamaConfig", vocab_size=400)
+    return lambda folder, **_: (kind(config), {"missing_keys": ()})
 
 
-def too_large(self, *args, **kwargs):
-    value, stats = CALL(self, *args, **kwargs)
-    return value * 1.01, stats
+def faulty(change):
+    """A loss of ``change(value, scheme)``."""
+
+    def call(self, *args, **kwargs):
+        value, stats = CALL(self, *args, **kwargs)
+        return change(value, self.scheme), stats
+
+    return call
 
 
-def of_half_the_gradient(self, *args, **kwargs):
-    value, stats = CALL(self, *args, **kwargs)
-    return (value + value.detach()) / 2, stats
-
-
-def of_moving_weights(self, *args, **kwargs):
+def of_moving_weights(value, scheme):
     """The right value, and a gradient that goes through the weights, too."""
-    value, stats = CALL(self, *args, **kwargs)
-    if self.scheme != "sft":
-        value = value + (value * value - (value * value).detach()) / 2
-    return value, stats
+    square = value * value
+    return value if scheme == "sft" else value + (square - square.detach()) / 2
 
 
 def with_other_weights(accelerator, model, tokenizer, folder):
@@ -160,20 +155,21 @@ def with_other_weights(accelerator, model, tokenizer, folder):
 
 
 CALL, SAVE = HeadLoss.__call__, module.save_model
+CALLED, BOTH_GRADIENTS = (HeadLoss, "__call__"), {GRADIENTS, WEIGHTED_GRADIENTS}
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "fault", "wrong"),
+    ("where", "fault", "wrong"),
     [
-        (HeadLoss, "__call__", too_large, {LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}),
-        (HeadLoss, "__call__", of_half_the_gradient, {GRADIENTS, WEIGHTED_GRADIENTS}),
-        (HeadLoss, "__call__", of_moving_weights, {WEIGHTED_GRADIENTS}),
-        (module, "save_model", with_other_weights, {SAVED, LORA}),
+        (CALLED, faulty(lambda value, _: value * 1.01), {LOSS, WEIGHTED} | BOTH_GRADIENTS),
+        (CALLED, faulty(lambda value, _: (value + value.detach()) / 2), BOTH_GRADIENTS),
+        (CALLED, faulty(of_moving_weights), {WEIGHTED_GRADIENTS}),
+        ((module, "save_model"), with_other_weights, {SAVED, LORA}),
     ],
     ids=["loss", "gradient", "weighted gradient", "saved model"],
 )
-def test_what_is_broken_is_found(checked, monkeypatch, where, name, fault, wrong):
-    monkeypatch.setattr(where, name, fault)
+def test_what_is_broken_is_found(checked, monkeypatch, where, fault, wrong):
+    monkeypatch.setattr(*where, fault)
     status, verdicts = checked("llama")
     assert status == 1
     assert {row for row, verdict in verdicts.items() if verdict == "WRONG"} == wrong
