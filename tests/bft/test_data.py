@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, shuffled
@@ -362,12 +361,3 @@ def test_bad_splits_are_refused():
             StepBatches(**counts)
     with pytest.raises(ValueError, match="rank: got 2, expected at most 1"):
         StepBatches(4, batch_size=1, rank=2, ranks=2)
-
-
-def test_torch_loads_it(tokenizer):
-    dataset = AnswerDataset([make_record(chat("a", "b" * n)) for n in range(1, 8)], tokenizer)
-    batches = StepBatches(len(dataset), batch_size=3)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=Collator.of(tokenizer))
-    shapes = [tuple(batch["input_ids"].shape) for batch in loader]
-    assert len(shapes) == 3
-    assert all(rows == 3 for rows, _ in shapes)

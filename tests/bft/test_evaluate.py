@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bft.data import Collator
 from bft.encode import DataError, encode, prompt_text
 from bft.evaluate import evaluate, gold_branches, right_answers
 from bft.loss import IGNORE, Head
@@ -118,24 +117,6 @@ def test_batches_do_not_matter(tokenizer):
     assert one.per_answer == all_.per_answer
     assert one.nll == pytest.approx(all_.nll, rel=1e-5)
     assert (one.tokens, one.token_accuracy) == (all_.tokens, all_.token_accuracy)
-
-
-def test_training_raises_accuracy(tokenizer):
-    model = tiny_model(tokenizer)
-    records = questions(12)
-    before = evaluate(model, tokenizer, records, progress=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    batch = Collator.of(tokenizer)([encode(record, tokenizer) for record in records])
-    for _ in range(60):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = evaluate(model, tokenizer, records, progress=False)
-    assert before.accuracy is not None
-    assert before.accuracy < 0.6
-    assert after.accuracy == 1.0
-    assert after.nll < 0.5 * before.nll
-    assert after.confidence > before.confidence
 
 
 def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer):

