@@ -80,7 +80,7 @@ def blocks(document: Path) -> Iterator[Block]:
                 yield Block(number, language, text, said.get("no-run"), said.get("run-with", ""))
             said = {}
         elif line.strip() and said:
-            raise SnippetError(f"line {number}: expected a block after the {', '.join(said)} comment")
+            raise SnippetError(f"line {number}: expected a block after {', '.join(said)}")
 
 
 def commands(block: Block) -> list[str]:

@@ -53,11 +53,8 @@ def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path):
     resumed = MetricLog(path, enabled=True, resumed_step=2)
     resumed.write("train", 3, {"loss": 9.0})
     assert [row["step"] for row in resumed.of("train")] == [1, 2, 3]
-    assert [row["loss"] for row in MetricLog(path, enabled=True, resumed_step=3).rows] == [
-        1,
-        0.5,
-        9,
-    ]
+    rows = MetricLog(path, enabled=True, resumed_step=3).rows
+    assert [row["loss"] for row in rows] == [1, 0.5, 9]
 
 
 def test_log_is_json_where_numbers_are_none(tmp_path):

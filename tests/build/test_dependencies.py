@@ -1,6 +1,7 @@
-"""pyproject.toml declares what is imported where it is imported, and nothing else; one version."""
+"""What is imported is declared or documented, and nothing else is declared; one version."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import bft_kernels.reference
 from bft_kernels import __version__, info
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,16 @@ NOT_IMPORTED = {
     "ruff": "a command",
     "tensorboard": "accelerate writes its events with it",
 }
+# What a document tells of the kernels: `bft` stands on it, so that their inside can change.
+DOCUMENTED = {
+    "bft_kernels": {*bft_kernels.__all__, "__version__", "reference"},
+    "bft_kernels.weighting": {
+        "token_weights",
+        "shift_labels",
+        "cu_seqlens_from_position_ids",
+        "cu_seqlens_from_attention_mask",
+    },
+}
 # Measured against where they are installed, which is the user's choice.
 PEERS = {"cut_cross_entropy", "liger_kernel", "quack", "verl"}
 
@@ -58,13 +70,13 @@ def declared(extra):
     return found
 
 
-def modules(path):
-    """The first part of every module that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(source):
+    """Every ``(module, name)`` that a file imports; a name of None is the module itself."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.partition(".")[0]
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +92,9 @@ def imported():
             path = ROOT / place
             for file in {path} if path.is_file() else set(path.rglob("*.py")) - seen:
                 seen.add(file)
-                for module in set(modules(file)) - sys.stdlib_module_names - ours - PEERS:
+                text = file.read_text(encoding="utf-8")
+                modules = {module.partition(".")[0] for module, _ in imports(text)}
+                for module in modules - sys.stdlib_module_names - ours - PEERS:
                     name = name_of(providers.get(module, [module])[0])
                     found[extra][name] = str(file.relative_to(ROOT))
     return found
@@ -90,6 +104,30 @@ def imported():
 def test_what_is_imported_is_declared(imported, extra):
     known = declared(extra)
     assert {name: file for name, file in imported[extra].items() if name not in known} == {}
+
+
+def undocumented(source):
+    """What of `bft_kernels` a file imports by a name that no document tells."""
+    for module, name in imports(source):
+        known = {None} if module == "bft_kernels" else set()
+        if module.startswith("bft_kernels") and name not in known | DOCUMENTED.get(module, set()):
+            yield f"{module}.{name}" if name else module
+
+
+def test_nothing_undocumented_is_imported():
+    source = (
+        "from bft_kernels import linear_nll, dispatch\n"
+        "from bft_kernels.checks import check_int\n"
+        "def f():\n    import bft_kernels.call, bft_kernels\n"
+    )
+    wrong = {"bft_kernels.dispatch", "bft_kernels.checks.check_int", "bft_kernels.call"}
+    assert set(undocumented(source)) == wrong
+    files = sorted((ROOT / "bft").rglob("*.py"))
+    assert len(files) > 20
+    found = {file.name: list(undocumented(file.read_text(encoding="utf-8"))) for file in files}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    for module, names in DOCUMENTED.items():
+        assert names <= set(dir(importlib.import_module(module)))
 
 
 @pytest.mark.parametrize("extra", FILES)
