@@ -3,6 +3,7 @@
 import json
 import math
 import operator
+from functools import partial
 
 import pytest
 import torch
@@ -44,17 +45,16 @@ def tiny_model(tokenizer, kind="llama"):
     return model.eval()
 
 
+def question(prompt, answer, end, where=""):
+    row = {"prompt": prompt, "completion": f"{answer}{end}", "answer": answer}
+    return make_record(row, where)
+
+
 def questions(number=60):
+    places = [(i, ANSWERS[i % len(ANSWERS)]) for i in range(number)]
     return [
-        make_record(
-            {
-                "prompt": f"What does item {i * 37 % 101} affect?",
-                "completion": f"{ANSWERS[i % len(ANSWERS)]} It is number {i}.",
-                "answer": ANSWERS[i % len(ANSWERS)],
-            },
-            f"q:{i}",
-        )
-        for i in range(number)
+        question(f"What does item {i * 37 % 101} affect?", answer, f" It is number {i}.", f"q:{i}")
+        for i, answer in places
     ]
 
 
@@ -110,10 +110,8 @@ def test_numbers_are_those_of_the_models_own_logits_and_of_greedy_search(tokeniz
 
 def test_batches_do_not_matter(tokenizer):
     model = tiny_model(tokenizer)
-    one, all_ = (
-        evaluate(model, tokenizer, questions(20), batch_tokens=size, progress=False)
-        for size in (1, 10**6)
-    )
+    run = partial(evaluate, model, tokenizer, questions(20), progress=False)
+    one, all_ = run(batch_tokens=1), run(batch_tokens=10**6)
     assert one.per_answer == all_.per_answer
     assert one.nll == pytest.approx(all_.nll, rel=1e-5)
     assert (one.tokens, one.token_accuracy) == (all_.tokens, all_.token_accuracy)
@@ -167,10 +165,7 @@ def test_without_a_chat_template(tokenizer):
     tokenizer.chat_template = None
     model = tiny_model(tokenizer)
     answers = [" yes" if i % 2 else " no" for i in range(20)]
-    records = [
-        make_record({"prompt": f"item {i}?", "completion": f"{answer}, so", "answer": answer})
-        for i, answer in enumerate(answers)
-    ]
+    records = [question(f"item {i}?", answer, ", so") for i, answer in enumerate(answers)]
     result = evaluate(model, tokenizer, records, progress=False)
     paths = {answer: tokenizer(answer).input_ids for answer in answers}
     prompts = [tokenizer(record.messages[0]["content"]).input_ids for record in records]
@@ -192,9 +187,9 @@ def test_the_model_is_left_as_it_was(tokenizer):
 def test_long_records_are_cut_as_in_training(tokenizer):
     model = tiny_model(tokenizer)
     short = questions(1)[0]
-    pair = {**short.extra, "prompt": short.messages[0]["content"]}
-    long = make_record({**pair, "completion": short.messages[1]["content"] + " and" * 200})
-    lost = make_record({**pair, "prompt": "so " * 100, "completion": pair["answer"]})
+    prompt, answer = short.messages[0]["content"], short.extra["answer"]
+    long = question(prompt, answer, " It is number 0." + " and" * 200)
+    lost = question("so " * 100, answer, "")
     limit = len(encode(short, tokenizer).input_ids)
     result = evaluate(
         model, tokenizer, [short, long, lost], train=questions(), max_length=limit, progress=False
