@@ -72,7 +72,12 @@ def answers(example, tokenizer):
 )
 def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, template, end):
     tokenizer.chat_template = template or tokenizer.chat_template
-    example = encode(make_record({"messages": CHAT}), tokenizer)
+    record = make_record({"messages": CHAT})
+    example = encode(record, tokenizer)
+    if template != PLAIN:  # where a token spans the end of the prompt
+        prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
+        assert example.input_ids[: len(prompt)] == prompt  # what generation sees
+        assert example.labels[len(prompt) - 1] == IGNORE != example.labels[len(prompt)]
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(example.input_ids) == whole
     space = " " if template == PLAIN else ""  # after "Answer:", so part of what the model writes
@@ -80,22 +85,11 @@ def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, templ
     assert answers(example, tokenizer) == expected
 
 
-def test_tokens_are_those_that_generation_sees(tokenizer):
-    record = make_record({"messages": CHAT})
-    example = encode(record, tokenizer)
-    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
-    assert example.input_ids[: len(prompt)] == prompt
-    assert example.labels[len(prompt)] != IGNORE
-    assert example.labels[len(prompt) - 1] == IGNORE
-
-
 def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer):
-    pair = {"prompt": "And the eye?", "completion": "It affects the eye.", "id": 7}
-    record = make_record(pair)
+    record = make_record({"prompt": "And the eye?", "completion": "It affects it.", "id": 7})
     assert record.extra == {"id": 7}
-    assert encode(record, tokenizer) == encode(
-        make_record(chat("And the eye?", "It affects the eye.")), tokenizer
-    )
+    turns = make_record(chat("And the eye?", "It affects it."))
+    assert encode(record, tokenizer) == encode(turns, tokenizer)
 
 
 def test_without_a_template_the_pair_is_joined_and_ended(tokenizer):
@@ -160,24 +154,19 @@ def test_a_template_that_rewrites_history_takes_one_turn(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "start",
+    "other",
     [
-        "{# answers go into {% generation %} #}",
-        "{# {%- generation -%} {% endgeneration %} #}",
-        "{% set unused = '{% generation %}' %}",
+        lambda own: "{# answers go into {% generation %} #}" + own,
+        lambda own: "{# {%- generation -%} {% endgeneration %} #}" + own,
+        lambda own: "{% set unused = '{% generation %}' %}" + own,
+        lambda own: {"default": own, "tool_use": MARKED},
     ],
+    ids=["in a comment", "in a comment, whole", "in a string", "in another template"],
 )
-def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer, start):
+def test_a_mark_elsewhere_is_none(tokenizer, other):
     record = make_record({"messages": CHAT})
     expected = encode(record, tokenizer)
-    tokenizer.chat_template = start + tokenizer.chat_template
-    assert encode(record, tokenizer) == expected
-
-
-def test_of_several_templates_the_default_counts(tokenizer):
-    record = make_record({"messages": CHAT})
-    expected = encode(record, tokenizer)
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": MARKED}
+    tokenizer.chat_template = other(tokenizer.chat_template)
     assert encode(record, tokenizer) == expected
 
 
@@ -264,11 +253,6 @@ def test_cuts_are_counted_and_lost_answers_dropped(tokenizer, caplog):
         AnswerDataset(records, tokenizer, max_length=1)
 
 
-def test_a_label_on_the_first_token_does_not_count():
-    assert Example([1, 2], [1, IGNORE]).labelled == 0
-    assert Example([1, 2], [1, 2]).labelled == 1
-
-
 # --- batches -------------------------------------------------------------------------------------
 
 EXAMPLES = [
@@ -276,6 +260,10 @@ EXAMPLES = [
     Example([8], [8]),
     Example([9, 10, 11, 12], [IGNORE, IGNORE, IGNORE, 12]),
 ]
+
+
+def test_a_label_on_the_first_token_does_not_count():
+    assert [example.labelled for example in EXAMPLES] == [2, 0, 1]
 
 
 def test_padding():

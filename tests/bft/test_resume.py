@@ -17,7 +17,7 @@ from bft.checkpoint import CheckpointError
 from bft.config import TrainConfig
 from bft.same_run import MAY_CHANGE, differences
 from bft.train import train
-from tests.support.runs import checkpoints, unevaluated
+from tests.support.runs import assert_same_weights, checkpoints, unevaluated
 
 
 def numbers(result):
@@ -45,12 +45,11 @@ def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_
         config = replace(config, model=str(model))
     config = replace(config, batch_size=2, accumulation=2, save_every=2, keep_checkpoints=9)
     whole = train(config)
-    weights = load_file(whole.model_dir / "model.safetensors")
+    kept = shutil.copytree(whole.model_dir, tmp_path / "whole")
     go_back(config.output_dir, 2)
     result = train(replace(config, resume=True, eval_every=1))
     assert numbers(result) == numbers(whole)
-    for name, value in load_file(result.model_dir / "model.safetensors").items():
-        assert torch.equal(value, weights[name]), name
+    assert_same_weights(result.model_dir, kept)
     assert [row["step"] for row in result.evaluations] == [0, 2, 3, 4, 5, 6]
     assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
 

@@ -1,8 +1,13 @@
 """What tests of runs ask of a run's folder, and how they start one on two processes."""
 
 import json
+import resource
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+
+import torch
+from safetensors.torch import load_file
 
 
 def unevaluated(config, **changed):
@@ -13,6 +18,23 @@ def unevaluated(config, **changed):
 def checkpoints(output_dir):
     """Names of a run's checkpoints."""
     return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def assert_same_weights(folder, other):
+    """Two models, or two adapters, are the same to the last bit."""
+    pair = [load_file(next(place.glob("*.safetensors"))) for place in (folder, other)]
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+@contextmanager
+def files_up_to(size):
+    """The system writes no file of more bytes, as if its disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def strict_json(text):
