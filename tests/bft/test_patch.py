@@ -184,10 +184,11 @@ def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
     close(by_token(**batch, num_items_in_batch=tokens).loss, want)
 
 
-def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients(num_items):
     model, batch = patch_model(build("llama"), BFT), rows()
     batch["labels"].fill_(IGNORE)
-    loss = model(**batch).loss
+    loss = model(**batch, num_items=num_items).loss
     assert loss.item() == 0
     grads = gradients(model, loss)
     assert len(grads) == len(list(model.parameters()))

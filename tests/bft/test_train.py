@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bft import held_out as held_out_module
 from bft import loss as loss_module
 from bft import train as train_module
+from bft.config import Scheme
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.evaluate import evaluate
 from bft.head import UnsupportedModel
@@ -50,7 +52,7 @@ def test_learns_and_saves_a_model_that_loads(config, precision):
     assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
 
 
-@pytest.mark.parametrize("scheme", ["bft", "dft"])
+@pytest.mark.parametrize("scheme", get_args(Scheme))
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_splits_of_a_step_give_one_gradient(
     fresh_accelerator, model_dir, data_file, scheme, normalize
