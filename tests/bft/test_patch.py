@@ -15,7 +15,7 @@ from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
 from tests.support.allocations import measure_allocations
-from tests.support.batches import SFT
+from tests.support.batches import SFT, assert_gradients, gradients_of
 from tests.support.models import tiny
 from tests.support.problems import OLD_COMPILER
 
@@ -94,22 +94,6 @@ def eager(model, batch, loss):
     )
 
 
-def gradients(model, *losses):
-    model.zero_grad()
-    for loss in losses:
-        loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    # Some gradients are zero but for rounding (a bias of keys): those need another measure.
-    small = 1e-3 * max(float(value.norm()) for value in want.values())
-    for name, value in want.items():
-        error = float((got[name] - value).norm() / value.norm().clamp_min(small))
-        assert error < RELATIVE, f"{name}: relative error {error:.1e}"
-
-
 def close(got, want):
     torch.testing.assert_close(got, want, rtol=RELATIVE, atol=0)
 
@@ -120,11 +104,11 @@ BFT = HeadLoss(window=4)
 def assert_fused(model, batch, loss=BFT, patch=None):
     """A model, patched now, has the loss and gradients of its own logits; returns these."""
     want = eager(model, batch, loss)
-    expected = gradients(model, want)
+    expected = gradients_of(model, want)
     output = patch_model(model, patch or loss)(**batch)
     assert output.logits is None
     close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    assert_gradients(gradients_of(model, output.loss), expected)
     return want, expected
 
 
@@ -166,12 +150,12 @@ def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     items = loss.count_items(*batch_targets(packed))
     assert int(items) == (3 if normalize == "sequence" else sum(n - 2 for n in lengths))
     whole = model(**right).loss
-    expected = gradients(model, whole)
+    expected = gradients_of(model, whole)
     for batches in ([packed], [left], documents, [left, right]):
         times = len(batches) if batches == [left, right] else 1
         parts = [model(**b, num_items=items * times).loss for b in batches]
         close(sum(parts), whole)
-        assert_same(gradients(model, *parts), expected)
+        assert_gradients(gradients_of(model, *parts), expected)
 
 
 def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
@@ -190,7 +174,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients(num_items):
     batch["labels"].fill_(IGNORE)
     loss = model(**batch, num_items=num_items).loss
     assert loss.item() == 0
-    grads = gradients(model, loss)
+    grads = gradients_of(model, loss)
     assert len(grads) == len(list(model.parameters()))
     assert not any(g.any() for g in grads.values())
 
@@ -199,7 +183,7 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients(num_items):
 def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     model, batch = build("mixtral"), rows()
     want = model(**batch, output_router_logits=True)
-    expected = gradients(model, want.loss)
+    expected = gradients_of(model, want.loss)
     patch_model(model, SFT)
     items = SFT.count_items(batch_targets(batch)[0])
     # The same micro-batch twice: the step's auxiliary loss is their mean, not their sum.
@@ -209,7 +193,7 @@ def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     ]
     assert parts[0].aux_loss is not None
     close(sum(p.loss for p in parts).float(), want.loss)
-    assert_same(gradients(model, *[p.loss for p in parts]), expected)
+    assert_gradients(gradients_of(model, *[p.loss for p in parts]), expected)
     without = model(**batch)
     assert without.aux_loss is None
     assert without.loss < parts[0].loss * times
@@ -297,12 +281,12 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model, batch = patch_model(build("llama"), BFT), rows()
     want = model(**batch).loss
-    expected = gradients(model, want)
+    expected = gradients_of(model, want)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     loss = model(**batch).loss
     close(loss, want)
-    assert_same(gradients(model, loss), expected)
+    assert_gradients(gradients_of(model, loss), expected)
 
 
 def test_autocast():
@@ -313,7 +297,7 @@ def test_autocast():
     assert got.dtype == torch.float32
     # Ours accumulates logits in float32, the model's own are rounded to bfloat16.
     torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
-    assert all(g.isfinite().all() for g in gradients(model, got).values())
+    assert all(g.isfinite().all() for g in gradients_of(model, got).values())
 
 
 # --- patching and unpatching ---------------------------------------------------------------------
@@ -412,12 +396,12 @@ def test_tuples_positional_arguments_and_other_outputs():
 def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
     model, batch = build("cohere"), rows()
     want = eager(model, batch, BFT)
-    expected = gradients(model, want)
+    expected = gradients_of(model, want)
     patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
     call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     loss = call(**batch).loss
     close(loss, want)
-    assert_same(gradients(model, loss), expected)
+    assert_gradients(gradients_of(model, loss), expected)
 
 
 def test_wrong_calls_are_refused():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -102,40 +101,12 @@ def test_outside_of_the_main_thread_and_where_ignored_signals_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@contextmanager
-def started(command, **options):
-    """A process, which a failing test does not wait for."""
-    with subprocess.Popen(command, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def wait_for_lines(path, count, process):
     end = time.monotonic() + 120
     while not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_process_of_its_own_stops_and_resumes(config, flags):
-    config = unevaluated(config, steps=20_000)
-    command = [sys.executable, "-m", "bft", "train", *flags(config)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with started(command, **pipes) as process:
-        wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
-    assert process.returncode == 143, error
-    assert "Traceback" not in error
-    last = error.strip().splitlines()[-1]
-    assert last.startswith("bft train: stopped by SIGTERM after step ")
-    (name,) = checkpoints(config.output_dir)
-    assert last.endswith(f"--resume goes on from {name}")
-    assert int(name.removeprefix("step-")) >= 2
 
 
 def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
@@ -154,11 +125,14 @@ def test_one_of_two_ranks_stops_both(config, flags, tmp_path):
     command = on_two_processes(*flags(config))
     command[5:5] = ["--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
-    with started(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
-        wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
-        pid = int((config.output_dir / ".lock").read_text().split()[1])
-        os.kill(pid, signal.SIGTERM)  # rank 0 alone
-        process.wait(timeout=120)
+    with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:
+        try:
+            wait_for_lines(config.output_dir / "metrics.jsonl", 2, process)
+            pid = int((config.output_dir / ".lock").read_text().split()[1])
+            os.kill(pid, signal.SIGTERM)  # rank 0 alone
+            process.wait(timeout=120)
+        finally:
+            process.kill()
     logs = sorted((tmp_path / "logs").rglob("stderr.log"))
     assert len(logs) == 2
     for log in logs:
