@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -105,20 +106,17 @@ def data_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def small_run(model_dir, data_file):
+    """A configuration without a folder."""
+    files = {"train_file": data_file, "eval_file": data_file, "model": str(model_dir)}
+    steps = {"window": 6, "steps": 6, "batch_size": 4, "learning_rate": 3e-3}
+    return TrainConfig(**files, **steps, eval_limit=6, tensorboard=False)
+
+
 @pytest.fixture
-def config(model_dir, data_file, tmp_path, fresh_accelerator):
-    return TrainConfig(
-        train_file=data_file,
-        eval_file=data_file,
-        output_dir=tmp_path / "run",
-        model=str(model_dir),
-        window=6,
-        steps=6,
-        batch_size=4,
-        learning_rate=3e-3,
-        eval_limit=6,
-        tensorboard=False,
-    )
+def config(small_run, tmp_path, fresh_accelerator):
+    return replace(small_run, output_dir=tmp_path / "run")
 
 
 @pytest.fixture

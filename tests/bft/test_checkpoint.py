@@ -18,7 +18,7 @@ from bft import run as run_module
 from bft import train as train_module
 from bft.checkpoint import CheckpointError, WriteError
 from bft.cli import main
-from bft.config import SettingError, TrainConfig
+from bft.config import SettingError
 from bft.train import train
 from tests.support.runs import assert_same_weights, checkpoints, files_up_to, metrics, unevaluated
 
@@ -48,17 +48,9 @@ def one_bit(path):
 
 
 @pytest.fixture(scope="module")
-def three_checkpoints(model_dir, data_file, tmp_path_factory):
-    config = TrainConfig(
-        train_file=data_file,
-        output_dir=tmp_path_factory.mktemp("run"),
-        model=str(model_dir),
-        steps=3,
-        batch_size=4,
-        save_every=1,
-        keep_checkpoints=3,
-        tensorboard=False,
-    )
+def three_checkpoints(small_run, tmp_path_factory):
+    config = replace(small_run, output_dir=tmp_path_factory.mktemp("run"))
+    config = unevaluated(config, steps=3, save_every=1, keep_checkpoints=3)
     train(config)
     return replace(config, resume=True)
 

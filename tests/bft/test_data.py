@@ -301,10 +301,6 @@ def test_order_depends_on_seed_and_epoch_only_on_every_machine():
     assert shuffled(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
 
 
-def stream(size, epochs, seed):
-    return [i for epoch in range(epochs) for i in shuffled(size, seed, epoch)]
-
-
 @given(
     size=st.integers(1, 23),
     batch_size=st.integers(1, 5),
@@ -316,15 +312,16 @@ def stream(size, epochs, seed):
 def test_steps_take_the_stream_however_it_is_split(
     size, batch_size, accumulation, ranks, steps, first
 ):
-    counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks, "seed": 3}
+    counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks}
     per_rank = []
     for rank in range(ranks):
-        batches = StepBatches(size, rank=rank, **counts)
+        batches = StepBatches(size, rank=rank, seed=3, **counts)
         batches.start(first, steps)
         per_rank.append(list(batches))
         assert len(batches) == len(per_rank[-1])
     width = batch_size * accumulation * ranks
-    wanted = stream(size, steps * width // size + 2, 3)[: steps * width]
+    epochs = range(steps * width // size + 2)
+    wanted = [i for epoch in epochs for i in shuffled(size, 3, epoch)]
     for step in range(first, steps):
         seen = [
             index

@@ -37,16 +37,16 @@ def test_a_signal_stops_after_its_step_and_resumes(config, before_call, flags, c
     whole = train(replace(config, output_dir=config.output_dir / "whole", eval_every=3))
     config = replace(config, output_dir=config.output_dir / "stopped", eval_every=3)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    before_call(train_module, "training_step", 3, kill(number))
+    before_call(train_module, "training_step", 2, kill(number))
     assert main(["train", *flags(config)]) == 128 + number
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     error = capfd.readouterr().err
     name = signal.Signals(number).name
     assert f"{name}: stopping as soon as nothing is lost; once more to stop at once" in error
-    assert checkpoints(config.output_dir) == ["step-0000003"]
+    assert checkpoints(config.output_dir) == ["step-0000002"]
     assert error.strip().splitlines()[-1] == (
-        f"bft train: stopped by {name} after step 3 of 6; bft train --config "
-        f"{config.output_dir}/config.yaml --resume goes on from step-0000003"
+        f"bft train: stopped by {name} after step 2 of 6; bft train --config "
+        f"{config.output_dir}/config.yaml --resume goes on from step-0000002"
     )
     assert "Traceback" not in error
     result = train(replace(config, resume=True))

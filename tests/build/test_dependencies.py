@@ -65,9 +65,9 @@ def declared(extra):
     found = {name_of(requirement) for requirement in EXTRAS[""]}
     for requirement in EXTRAS[extra]:
         inner = re.match(r"bft-kernels\[(.*)\]", requirement)
-        found |= set().union(*map(declared, inner[1].split(","))) if inner else set()
-        found |= set() if inner else {name_of(requirement)}
-    return found
+        extras = inner[1].split(",") if inner else []
+        found |= {name_of(requirement)}.union(*map(declared, extras))
+    return found - {"bft-kernels"}
 
 
 def imports(source):
