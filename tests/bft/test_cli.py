@@ -3,8 +3,6 @@
 import errno
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from bft.cli import COMMANDS, main
 from bft.config import InfoConfig
 from bft.demo.pretrained import SOURCES, Source
 from bft_kernels import __version__
+from tests.support.runs import run_python
 
 
 @pytest.fixture
@@ -236,7 +235,6 @@ def test_help_does_without_torch(flags):
     """It takes a second to be imported."""
     code = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\n"
     code += f"from bft.cli import main\nmain({flags})"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "--config" in done.stdout or "--train-file" in done.stdout
-    assert done.stdout.endswith("False\n")
+    out = run_python("-c", code).stdout
+    assert "--config" in out or "--train-file" in out
+    assert out.endswith("False\n")

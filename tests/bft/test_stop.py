@@ -16,7 +16,7 @@ from bft.cli import main
 from bft.held_out import Evaluator
 from bft.signals import Stopped, StopRequest
 from bft.train import train
-from tests.support.runs import checkpoints, on_two_processes, unevaluated
+from tests.support.runs import checkpoints, on_two_processes, run_python, unevaluated
 
 
 @pytest.fixture(autouse=True)
@@ -112,17 +112,16 @@ def wait_for_lines(path, count, process):
 def test_ctrl_c_while_the_command_starts_is_one_line(tmp_path):
     code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     (tmp_path / "tyro.py").write_text(code)  # as if it came while this is imported
-    command = [sys.executable, "-m", "bft", "train", "--help"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert (done.returncode, done.stderr) == (130, "bft: stopped\n")
+    path = f"{tmp_path}{os.pathsep}{os.getcwd()}"
+    done = run_python("-m", "bft", "train", "--help", status=130, PYTHONPATH=path)
+    assert done.stderr == "bft: stopped\n"
 
 
 @pytest.mark.slow
 def test_one_of_two_ranks_stops_both(config, flags, tmp_path):
     """The launcher is not told to use CPUs: its ranks find each other, and are one run."""
     config = unevaluated(config, steps=20_000, batch_size=2)
-    command = on_two_processes(*flags(config))
+    command = [sys.executable, *on_two_processes(*flags(config))]
     command[5:5] = ["--redirects=3", f"--log-dir={tmp_path / 'logs'}"]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}) as process:

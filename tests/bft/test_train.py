@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -30,7 +29,7 @@ from bft.patch import patch_model
 from bft.records import read_jsonl
 from bft.train import train, training_step
 from tests.support.batches import assert_gradients, gradients_of
-from tests.support.runs import metrics, on_two_processes, unevaluated
+from tests.support.runs import metrics, on_two_processes, run_python, unevaluated
 
 
 def parameters(folder):
@@ -131,18 +130,10 @@ def test_two_processes_train_like_one(config, flags, normalize):
     config = unevaluated(config, steps=4, normalize=normalize, max_grad_norm=0.0)
     alone = train(replace(config, output_dir=config.output_dir / "one"))
     halves = replace(config, batch_size=2, output_dir=config.output_dir / "two")
-    done = subprocess.run(
-        on_two_processes(*flags(halves)),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(
-        parameters(alone.model_dir), parameters(halves.output_dir / "model"), atol=2e-6, rtol=0
-    )
+    how = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run_python(*on_two_processes(*flags(halves)), **how)
+    ours = parameters(halves.output_dir / "model")
+    assert_close(ours, parameters(alone.model_dir), atol=2e-6, rtol=0)
     rows = metrics(halves.output_dir)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone.history])
 

@@ -5,7 +5,6 @@ import importlib
 import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 import bft_kernels.reference
 from bft_kernels import __version__, info
+from tests.support.runs import run_python
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -182,10 +182,5 @@ except RuntimeError:
     print("without numpy")
 """
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "without numpy\n", done.stderr
+    done = run_python("-W", "ignore", "-c", code, PYTHONPATH=path)
+    assert done.stdout == "without numpy\n"

