@@ -4,6 +4,7 @@ import errno
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,25 +144,18 @@ def test_a_full_disk_is_one_line(data, model, told):
     assert told("eval", *flags) == (1, "bft eval: /dev/full: No space left on device")
 
 
-def raises(error):
-    def command(config):
-        raise error
-
-    return command
-
-
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (raises(PermissionError(errno.EACCES, "No", "a/b")), "a/b: No"),
-        (raises(OSError(errno.EROFS, "Read-only file system", "a")), "a: Read-only file system"),
-        (raises(OSError(errno.ENOSPC, "No space left on device")), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), "a: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (lambda _: save_file({"a": torch.zeros(2)}, "no/such"), ".*No such file or directory.*"),
     ],
     ids=["with a file", "read-only", "without a file", "safetensors"],
 )
 def test_what_the_system_refuses_is_one_line(monkeypatch, told, command, says):
-    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, command))
+    monkeypatch.setitem(COMMANDS, "info", (InfoConfig, Mock(side_effect=command)))
     status, line = told("info")
     assert status == 1
     assert re.fullmatch(f"bft info: {says}", line)
