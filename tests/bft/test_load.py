@@ -17,17 +17,18 @@ from bft.packaged import PretrainedError
 from tests.support.models import tiny
 
 
-def test_a_checkpoint_folder_passes_through(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    assert pretrained(tmp_path) == tmp_path
-    assert pretrained(str(tmp_path)) == tmp_path
-
-
-def test_an_adapter_alone_is_refused_with_where_the_model_is(tmp_path):
+def test_a_folder_is_a_checkpoint_or_says_where_one_is(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json, got [^;]*$"):
+        pretrained(tmp_path)
+    (tmp_path / "model").mkdir()  # as in the folder of a run
+    with pytest.raises(ValueError, match=f"the model of that run is {tmp_path}/model$"):
+        pretrained(tmp_path)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").touch()
     with pytest.raises(SettingError, match=rf"; the model of that run is {tmp_path}$"):
         pretrained(tmp_path / "adapter")
+    (tmp_path / "config.json").write_text("{}")
+    assert pretrained(tmp_path) == pretrained(str(tmp_path)) == tmp_path
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -102,14 +103,6 @@ def test_an_unknown_name_lists_what_there_is(name):
     with pytest.raises(ValueError, match=r"smollm2-135m.*checkpoint folder or a hub id") as error:
         pretrained(name)
     assert repr(name) in str(error.value)
-
-
-def test_a_folder_without_a_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"config\.json, got [^;]*$"):
-        pretrained(tmp_path)
-    (tmp_path / "model").mkdir()  # as in the folder of a run
-    with pytest.raises(ValueError, match=f"the model of that run is {tmp_path}/model$"):
-        pretrained(tmp_path)
 
 
 # --- records -------------------------------------------------------------------------------------

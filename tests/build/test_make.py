@@ -1,8 +1,8 @@
 """What ``make`` compiles, what of the project its checks refuse, and how it runs the documents."""
 
-import importlib.util
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +12,8 @@ import pytest
 from tests.readme_check import main
 
 ROOT = Path(__file__).parents[2]
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f".ci/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-too_large, wrong_words = script("file_sizes").too_large, script("words").wrong_words
+too_large = runpy.run_path(str(ROOT / ".ci/file_sizes.py"))["too_large"]
+wrong_words = runpy.run_path(str(ROOT / ".ci/words.py"))["wrong_words"]
 
 
 # --- lint ----------------------------------------------------------------------------------------

@@ -58,12 +58,12 @@ def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
             pretrained(name)
         assert source.install in str(error.value)
         assert source.licence in str(error.value)
-    with pytest.raises(PretrainedError, match="run: pip install it"):
-        packaged_file("nothing", "a/b", install="pip install it")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_package_or_file_of_it_is_named():
+    with pytest.raises(PretrainedError, match="run: pip install it"):
+        packaged_file("nothing", "a/b", install="pip install it")
     with pytest.raises(PretrainedError, match="holds no torch/nothing"):
         packaged_file("torch", "torch/nothing", install="pip install torch")
 
