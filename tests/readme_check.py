@@ -138,17 +138,16 @@ def outcome(block: Block, folder: Path) -> str:
     """Run one block's program or commands; say how it went."""
     if block.no_run is not None:
         return f"skipped: {block.no_run}"
-    python = block.language == "python"
-    for command in [f"line_{block.line}.py"] if python else commands(block):
+    lines = commands(block)
+    if block.language == "python":
+        lines = [f"python line_{block.line}.py"]
+        (folder / f"line_{block.line}.py").write_text(block.text, encoding="utf-8")
+    for command in lines:
+        command = f"{command} {block.flags}".rstrip()
         try:
-            if python:
-                (folder / command).write_text(block.text, encoding="utf-8")
-                run([sys.executable, command], folder)
-            else:
-                command = f"{command} {block.flags}".rstrip()
-                run_command(command, folder)
-        except subprocess.SubprocessError as error:  # its status, or that it took too long
-            return f"failed: {command}\n{error}\n{getattr(error, 'stdout', '')}"
+            run_command(command, folder)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            return f"failed: {command}\n{error}\n{error.stdout}"
         except (SnippetError, ValueError) as error:
             return f"failed: {command}\n{error}"
     return "passed"
