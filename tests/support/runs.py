@@ -19,7 +19,7 @@ def unevaluated(config, **changed):
 
 def checkpoints(output_dir):
     """Names of a run's checkpoints."""
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (output_dir / "checkpoints").glob("*"))
 
 
 def assert_same_weights(folder, other):
