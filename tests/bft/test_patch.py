@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from unittest.mock import Mock
 
 import accelerate
 import peft
@@ -335,10 +336,7 @@ def test_a_forward_of_the_instance_comes_back():
 
 
 def test_a_failing_loss_leaves_the_head_as_it_was():
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    model = patch_model(build("llama"), fail)
+    model = patch_model(build("llama"), Mock(side_effect=RuntimeError("out of memory")))
     before = dict(model.lm_head.__dict__)
     with pytest.raises(RuntimeError, match="out of memory"):
         model(**rows())

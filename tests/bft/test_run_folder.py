@@ -68,16 +68,11 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(config):
         train(config)
 
 
-def test_a_start_that_failed_leaves_the_folder_free(config, monkeypatch):
+def test_a_start_that_failed_leaves_the_folder_free(config, before_call):
     """It took no step, so that there is nothing to lose."""
-
-    def fails(*_):
-        raise ValueError("backend: got a wrong one")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "take_steps", fails)
-        with pytest.raises(ValueError, match="a wrong one"):
-            train(replace(config, tensorboard=True))
+    before_call(train_module, "take_steps", 1, MemoryError)
+    with pytest.raises(MemoryError):
+        train(replace(config, tensorboard=True))
     assert (config.output_dir / "tensorboard").exists()
     (config.output_dir / "notes.txt").write_text("mine")
     result = train(replace(config, steps=1))

@@ -8,6 +8,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -153,9 +154,7 @@ def test_packages_of_data_are_asked_for_by_the_same_versions():
 
 
 def test_the_version_is_written_once_and_needs_no_installation(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     assert "version" not in PROJECT
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
     monkeypatch.setattr(importlib.metadata, "version", missing)

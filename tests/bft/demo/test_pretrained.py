@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,9 +49,7 @@ def test_every_source_has_its_licence_and_its_command():
 
 
 def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     for name, source in SOURCES.items():

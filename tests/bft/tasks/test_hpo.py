@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from itertools import combinations, permutations
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -203,12 +204,8 @@ def test_other_files_stay_and_a_failure_leaves_the_old_ones(tmp_path, monkeypatc
     folder.mkdir()
     (folder / "mine.txt").write_text("kept")
     (folder / "test.jsonl").write_text("old")
-
-    def full_disk(*args, **kwargs):
-        raise OSError("disk full")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
+        patch.setattr(Path, "write_text", Mock(side_effect=OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             hpo.build(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["mine.txt", "test.jsonl"]
