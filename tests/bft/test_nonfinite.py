@@ -77,16 +77,13 @@ def test_skipped_steps_are_counted_and_change_nothing(one_bad_record, caplog, tm
     assert first == second
 
 
-def test_a_gradient_that_overflows_stops_the_run(config, monkeypatch):
+def test_a_gradient_that_overflows_stops_the_run(config, before_call):
     """The loss is finite, the gradient is not: no record is to blame, so all are named."""
-    original = train_module.training_step
 
-    def overflows(accelerator, model, *rest):
-        values = original(accelerator, model, *rest)
+    def overflows(accelerator, model, *_):
         next(model.parameters()).grad.mul_(1e38).mul_(1e38)
-        return values
 
-    monkeypatch.setattr(train_module, "training_step", overflows)
+    before_call(train_module, "clip", 1, overflows)
     with pytest.raises(NonFinite, match=r"step 1: the norm of the gradient is (nan|inf); 4 of 4 r"):
         train(config)
 
@@ -135,11 +132,11 @@ def test_the_first_of_no_parameters_is_none():
     assert first_broken([good, bad, bad]) == 2
 
 
-def test_no_checkpoint_is_made_of_a_broken_model(config, monkeypatch):
-    def breaks(optimizer, *arguments):
+def test_no_checkpoint_is_made_of_a_broken_model(config, before_call):
+    def breaks(optimizer, *_):
         torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.inf)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    before_call(torch.optim.AdamW, "step", 1, breaks)
     with pytest.raises(NonFinite, match=r"embed_tokens.weight is not finite any more; nothing is"):
         train(replace(config, save_every=1))
     assert checkpoints(config.output_dir) == []
