@@ -47,7 +47,7 @@ class Block:
     language: str
     text: str
     no_run: str | None  # why it is not to be run
-    flags: str = ""  # for each of its commands
+    flags: str  # for each of its commands
 
 
 def blocks(document: Path) -> Iterator[Block]:
@@ -63,8 +63,8 @@ def blocks(document: Path) -> Iterator[Block]:
         comment = COMMENT.search(line)
         if comment:
             if not comment[2]:
-                missing = {"no-run": "reason", "run-with": "flags"}[comment[1]]
-                raise SnippetError(f"{document.name}:{number}: {comment[1]} gives no {missing}")
+                what = "reason" if comment[1] == "no-run" else "flags"
+                raise SnippetError(f"line {number}: {comment[1]} gives no {what}")
             said[comment[1]] = comment[2]
         elif fence:
             body = []
@@ -73,16 +73,14 @@ def blocks(document: Path) -> Iterator[Block]:
                     break
                 body.append(inner)
             else:
-                raise SnippetError(f"{document.name}:{number}: the fence is not closed")
+                raise SnippetError(f"line {number}: the fence is not closed")
             language = fence["language"].lower()
             if language in LANGUAGES:
                 text = dedent("\n".join(body))
                 yield Block(number, language, text, said.get("no-run"), said.get("run-with", ""))
             said = {}
         elif line.strip() and said:
-            raise SnippetError(
-                f"{document.name}:{number}: expected a block after the {next(iter(said))} comment"
-            )
+            raise SnippetError(f"line {number}: expected a block after {', '.join(said)}")
 
 
 def commands(block: Block) -> list[str]:
@@ -112,31 +110,22 @@ def programs(command: str) -> list[list[str]]:
 def run(arguments: list[str], folder: Path) -> None:
     """Run in ``folder``, with this interpreter's programs first on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "MPLBACKEND": "Agg"}
-    try:
-        subprocess.run(
-            arguments,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        raise SnippetError(f"exit status {error.returncode}\n{error.stdout}") from None
-    except subprocess.TimeoutExpired:
-        raise SnippetError(f"still running after {TIMEOUT_S} s") from None
+    subprocess.run(
+        arguments,
+        cwd=folder,
+        env={**os.environ, "PATH": path, "MPLBACKEND": "Agg"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
 
 
 def run_command(command: str, folder: Path) -> None:
     """Run one command line, or refuse it."""
-    try:
-        called = programs(command)
-    except ValueError as error:
-        raise SnippetError(str(error)) from None
+    called = programs(command)
     if [words[0] for words in called] == ["make"]:
         run(["make", "-n", *called[0][1:]], ROOT)
     elif {words[0] for words in called} <= set(PROGRAMS) and not re.search(r"[$]\(|`", command):
@@ -145,37 +134,33 @@ def run_command(command: str, folder: Path) -> None:
         raise SnippetError(f"only {', '.join(PROGRAMS)} and make are run: give a no-run reason")
 
 
-def run_block(block: Block, folder: Path) -> None:
-    """Run one block's program or commands."""
+def outcome(block: Block, folder: Path) -> str:
+    """Run one block's program or commands; say how it went."""
+    if block.no_run is not None:
+        return f"skipped: {block.no_run}"
+    lines = commands(block)
     if block.language == "python":
-        script = folder / f"line_{block.line}.py"
-        script.write_text(block.text, encoding="utf-8")
-        run([sys.executable, script.name], folder)
-        return
-    for command in commands(block):
+        lines = [f"python line_{block.line}.py"]
+        (folder / f"line_{block.line}.py").write_text(block.text, encoding="utf-8")
+    for command in lines:
         command = f"{command} {block.flags}".rstrip()
         try:
             run_command(command, folder)
-        except SnippetError as error:
-            raise SnippetError(f"{command}\n{error}") from None
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            return f"failed: {command}\n{error}\n{error.stdout}"
+        except (SnippetError, ValueError) as error:
+            return f"failed: {command}\n{error}"
+    return "passed"
 
 
-def check(document: Path) -> Counter[str]:
-    """Run a document's blocks, print how each went, and count the outcomes."""
-    outcomes: Counter[str] = Counter()
+def check(document: Path) -> Iterator[tuple[str, str]]:
+    """Run a document's blocks; say of each where it is and how it went."""
     with tempfile.TemporaryDirectory() as folder:
-        for block in blocks(document):
-            if block.no_run is not None:
-                outcome, detail = "skipped", f": {block.no_run}"
-            else:
-                try:
-                    run_block(block, Path(folder))
-                    outcome, detail = "passed", ""
-                except SnippetError as error:
-                    outcome, detail = "failed", f": {error}"
-            print(f"{document.name}:{block.line}: {outcome}{detail}", flush=True)
-            outcomes[outcome] += 1
-    return outcomes
+        try:
+            for block in blocks(document):
+                yield f"{document.name}:{block.line}", outcome(block, Path(folder))
+        except SnippetError as error:
+            yield document.name, f"failed: {error}"
 
 
 def main(arguments: list[str]) -> int:
@@ -183,12 +168,10 @@ def main(arguments: list[str]) -> int:
     documents = [Path(argument) for argument in arguments]
     outcomes: Counter[str] = Counter()
     for document in documents or [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]:
-        try:
-            outcomes += check(document)
-        except SnippetError as error:
-            print(error)
-            outcomes["failed"] += 1
-    counts = (f"{outcomes[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        for where, went in check(document):
+            print(f"{where}: {went}", flush=True)
+            outcomes[went.partition(":")[0]] += 1
+    counts = (f"{outcomes[went]} {went}" for went in ("passed", "failed", "skipped"))
     print("readme:", ", ".join(counts))
     return 1 if outcomes["failed"] else 0
 

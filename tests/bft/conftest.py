@@ -2,10 +2,11 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bft.config import TrainConfig
@@ -26,18 +27,13 @@ CHATML = (
 
 def bpe_tokenizer():
     """Byte-level BPE of 400 tokens with a chat template of the ChatML kind."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXT, trainer)
+    backend = ByteLevelBPETokenizer()
+    options = {"vocab_size": 400, "min_frequency": 0, "special_tokens": SPECIAL}
+    backend.train_from_iterator(TEXT, **options, show_progress=False)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|pad|>"
+        tokenizer_object=Tokenizer.from_str(backend.to_str()),
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
     )
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     fast.chat_template = CHATML
@@ -105,20 +101,17 @@ def data_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def small_run(model_dir, data_file):
+    """A configuration without a folder."""
+    files = {"train_file": data_file, "eval_file": data_file, "model": str(model_dir)}
+    steps = {"window": 6, "steps": 6, "batch_size": 4, "learning_rate": 3e-3}
+    return TrainConfig(**files, **steps, eval_limit=6, tensorboard=False)
+
+
 @pytest.fixture
-def config(model_dir, data_file, tmp_path, fresh_accelerator):
-    return TrainConfig(
-        train_file=data_file,
-        eval_file=data_file,
-        output_dir=tmp_path / "run",
-        model=str(model_dir),
-        window=6,
-        steps=6,
-        batch_size=4,
-        learning_rate=3e-3,
-        eval_limit=6,
-        tensorboard=False,
-    )
+def config(small_run, tmp_path, fresh_accelerator):
+    return replace(small_run, output_dir=tmp_path / "run")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import transformers as hf
 from bft import check as module
 from bft.cli import main
 from bft.loss import HeadLoss
-from tests.support.models import tiny, tiny_config
+from tests.support.models import tiny_config
 
 
 class Shifted(hf.LlamaForCausalLM):
@@ -42,22 +42,13 @@ class Unlabelled(hf.LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, position_ids, **options)
 
 
-MODELS = {
-    "llama": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-    "falcon": ("FalconForCausalLM", {}),
-    "bert": ("BertLMHeadModel", {}),
-}
-
-
 @pytest.fixture
-def checked(tmp_path, tokenizer, data_file, fresh_accelerator):
+def checked(tmp_path, checkpoint_of, data_file, fresh_accelerator):
     """Saves a model, runs the command on it, returns its status and each row's verdict."""
 
-    def run(name, *flags):
-        folder, output = tmp_path / name, tmp_path / "table.json"
-        kind, settings = MODELS[name]
-        tiny(kind, vocab_size=400, num_hidden_layers=1, **settings).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    def run(*flags, kind="LlamaForCausalLM"):
+        folder = checkpoint_of(tmp_path / kind, kind, num_hidden_layers=1, tie_word_embeddings=True)
+        output = tmp_path / "table.json"
         where = ["--model", str(folder), "--file", str(data_file), "--output", str(output)]
         status = main(["check", *where, "--window", "4", *flags])
         rows = json.loads(output.read_text())
@@ -77,7 +68,7 @@ WEIGHTED_GRADIENTS = "bft gradients, beside the formula on its logits"
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_all_is_well(checked, dtype, capsys):
-    status, verdicts = checked("llama", "--dtype", dtype)
+    status, verdicts = checked("--dtype", dtype)
     assert status == 0
     assert set(verdicts.values()) == {"ok"}
     rows = {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}
@@ -90,14 +81,14 @@ def test_all_is_well(checked, dtype, capsys):
 
 @pytest.mark.parametrize("flags", [(), ("--limit", "1")], ids=["four", "one"])
 def test_a_model_that_cannot_pack_is_told_so(checked, flags):
-    status, verdicts = checked("falcon", *flags)
+    status, verdicts = checked(*flags, kind="FalconForCausalLM")
     assert status == 0  # training would refuse it, too
     assert verdicts.pop(PACKED) == "refused"
     assert set(verdicts.values()) == {"ok"}
 
 
 def test_a_model_that_sees_its_answers_is_wrong(checked):
-    status, verdicts = checked("bert")
+    status, verdicts = checked(kind="BertLMHeadModel")
     assert status == 1
     assert [name for name, verdict in verdicts.items() if verdict == "WRONG"] == [
         "later tokens seen by earlier positions"
@@ -106,7 +97,7 @@ def test_a_model_that_sees_its_answers_is_wrong(checked):
 
 def test_a_model_that_the_op_cannot_express_is_wrong(checked, monkeypatch):
     monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(Shifted))
-    status, verdicts = checked("llama")
+    status, verdicts = checked()
     assert status == 1
     assert verdicts["patch"] == "WRONG"
     assert LOSS not in verdicts
@@ -114,10 +105,9 @@ def test_a_model_that_the_op_cannot_express_is_wrong(checked, monkeypatch):
 
 @pytest.mark.parametrize("kind", [Lossless, Unlabelled])
 def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(checked, monkeypatch, kind):
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
-        patch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
-        status, verdicts = checked("llama")
+    monkeypatch.setattr(module, "_saved", lambda *_: [])  # would load another kind of model
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", loads(kind))
+    status, verdicts = checked()
     assert status == 0
     assert verdicts.pop(LOSS) == "not compared"
     assert GRADIENTS not in verdicts
@@ -127,28 +117,24 @@ def test_a_model_without_a_loss_of_its_own_is_compared_with_the_formula(checked,
 
 def loads(kind):
     """In the place of ``from_pretrained``."""
-    return lambda folder, **_: (
-        kind(tiny_config("LlamaConfig", vocab_size=400)),
-        {"missing_keys": ()},
-    )
+    config = tiny_config("LlamaConfig", vocab_size=400)
+    return lambda folder, **_: (kind(config), {"missing_keys": ()})
 
 
-def too_large(self, *args, **kwargs):
-    value, stats = CALL(self, *args, **kwargs)
-    return value * 1.01, stats
+def faulty(change):
+    """A loss of ``change(value, scheme)``."""
+
+    def call(self, *args, **kwargs):
+        value, stats = CALL(self, *args, **kwargs)
+        return change(value, self.scheme), stats
+
+    return call
 
 
-def of_half_the_gradient(self, *args, **kwargs):
-    value, stats = CALL(self, *args, **kwargs)
-    return (value + value.detach()) / 2, stats
-
-
-def of_moving_weights(self, *args, **kwargs):
+def of_moving_weights(value, scheme):
     """The right value, and a gradient that goes through the weights, too."""
-    value, stats = CALL(self, *args, **kwargs)
-    if self.scheme != "sft":
-        value = value + (value * value - (value * value).detach()) / 2
-    return value, stats
+    square = value * value
+    return value if scheme == "sft" else value + (square - square.detach()) / 2
 
 
 def with_other_weights(accelerator, model, tokenizer, folder):
@@ -160,20 +146,21 @@ def with_other_weights(accelerator, model, tokenizer, folder):
 
 
 CALL, SAVE = HeadLoss.__call__, module.save_model
+CALLED, BOTH_GRADIENTS = (HeadLoss, "__call__"), {GRADIENTS, WEIGHTED_GRADIENTS}
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "fault", "wrong"),
+    ("where", "fault", "wrong"),
     [
-        (HeadLoss, "__call__", too_large, {LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}),
-        (HeadLoss, "__call__", of_half_the_gradient, {GRADIENTS, WEIGHTED_GRADIENTS}),
-        (HeadLoss, "__call__", of_moving_weights, {WEIGHTED_GRADIENTS}),
-        (module, "save_model", with_other_weights, {SAVED, LORA}),
+        (CALLED, faulty(lambda value, _: value * 1.01), {LOSS, WEIGHTED} | BOTH_GRADIENTS),
+        (CALLED, faulty(lambda value, _: (value + value.detach()) / 2), BOTH_GRADIENTS),
+        (CALLED, faulty(of_moving_weights), {WEIGHTED_GRADIENTS}),
+        ((module, "save_model"), with_other_weights, {SAVED, LORA}),
     ],
     ids=["loss", "gradient", "weighted gradient", "saved model"],
 )
-def test_what_is_broken_is_found(checked, monkeypatch, where, name, fault, wrong):
-    monkeypatch.setattr(where, name, fault)
-    status, verdicts = checked("llama")
+def test_what_is_broken_is_found(checked, monkeypatch, where, fault, wrong):
+    monkeypatch.setattr(*where, fault)
+    status, verdicts = checked()
     assert status == 1
     assert {row for row, verdict in verdicts.items() if verdict == "WRONG"} == wrong

@@ -3,14 +3,14 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
@@ -18,9 +18,9 @@ from bft import run as run_module
 from bft import train as train_module
 from bft.checkpoint import CheckpointError, WriteError
 from bft.cli import main
-from bft.config import SettingError, TrainConfig
+from bft.config import SettingError
 from bft.train import train
-from tests.support.runs import checkpoints, metrics, unevaluated
+from tests.support.runs import assert_same_weights, checkpoints, files_up_to, metrics, unevaluated
 
 # --- damage --------------------------------------------------------------------------------------
 
@@ -48,17 +48,9 @@ def one_bit(path):
 
 
 @pytest.fixture(scope="module")
-def three_checkpoints(model_dir, data_file, tmp_path_factory):
-    config = TrainConfig(
-        train_file=data_file,
-        output_dir=tmp_path_factory.mktemp("run"),
-        model=str(model_dir),
-        steps=3,
-        batch_size=4,
-        save_every=1,
-        keep_checkpoints=3,
-        tensorboard=False,
-    )
+def three_checkpoints(small_run, tmp_path_factory):
+    config = replace(small_run, output_dir=tmp_path_factory.mktemp("run"))
+    config = unevaluated(config, steps=3, save_every=1, keep_checkpoints=3)
     train(config)
     return replace(config, resume=True)
 
@@ -140,24 +132,20 @@ def full_disk(monkeypatch):
 
     With ``stays=True`` it writes none from there on.
     """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ExitStack() as until_the_end:
 
-    def fills(name, stays=False):
-        original = getattr(run_module, name)
+        def fills(name, stays=False):
+            original = getattr(run_module, name)
 
-        def limited(*arguments):
-            monkeypatch.setattr(run_module, name, original)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-            try:
-                return original(*arguments)
-            finally:
-                if not stays:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            def limited(*arguments):
+                monkeypatch.setattr(run_module, name, original)
+                with ExitStack() as call:
+                    (until_the_end if stays else call).enter_context(files_up_to(20_000))
+                    return original(*arguments)
 
-        monkeypatch.setattr(run_module, name, limited)
+            monkeypatch.setattr(run_module, name, limited)
 
-    yield fills
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        yield fills
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -171,9 +159,7 @@ def test_a_model_that_cannot_be_written_is_kept(config, full_disk, save_every, l
     assert not list(config.output_dir.glob("*model*"))
     result = train(replace(config, resume=True))
     assert result.evaluations[-1]["nll"] == whole.evaluations[-1]["nll"]
-    expected = load_file(whole.model_dir / "model.safetensors")
-    for name, value in load_file(result.model_dir / "model.safetensors").items():
-        assert torch.equal(value, expected[name]), name
+    assert_same_weights(result.model_dir, whole.model_dir)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -191,10 +177,7 @@ def test_a_disk_that_stays_full_keeps_the_smallest(config, full_disk, lora_rank)
         assert "nothing smaller would keep the work" in str(error.value)
     else:
         assert f"the trained adapter alone is kept in {adapter}" in str(error.value)
-        expected = load_file(whole.model_dir / "adapter" / "adapter_model.safetensors")
-        found = load_file(adapter / "adapter_model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert_same_weights(adapter, whole.model_dir / "adapter")
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
@@ -204,9 +187,8 @@ def test_a_run_that_does_not_fit_is_refused_before_its_first_step(
 ):
     """The room that is asked for is what the run writes: the model and two checkpoints."""
     model = checkpoint_of(config.output_dir.with_name("larger"), hidden_size=128)
-    config = unevaluated(
-        config, model=str(model), steps=4, save_every=save_every, lora_rank=lora_rank
-    )
+    config = unevaluated(config, steps=4, save_every=save_every, lora_rank=lora_rank)
+    config = replace(config, model=str(model))
     train(config)
     files = [p for end in ("*.safetensors", "optimizer.bin") for p in config.output_dir.rglob(end)]
     written = sum(path.stat().st_size for path in files)
@@ -248,8 +230,8 @@ def test_a_disk_that_others_fill_during_the_run_takes_the_model(
     """The model; with checkpoints the first of them, from which the model can be had later."""
     for name in ("take_steps", "write_model"):
         before_call(train_module, name, 1, lambda *_: fill(small_disk))
-    config = replace(config, output_dir=small_disk / "run", lora_rank=lora_rank)
-    config = replace(config, save_every=save_every)
+    how = {"save_every": save_every, "lora_rank": lora_rank}
+    config = replace(config, output_dir=small_disk / "run", **how)
     if save_every is None:
         result = train(config)
     else:
@@ -281,17 +263,16 @@ def _last(capsys):
     return str(capsys.readouterr().err.splitlines()[-1])
 
 
-def test_room_is_set_aside_while_a_run_goes_on(config, monkeypatch):
+def test_room_is_set_aside_while_a_run_goes_on(config, before_call):
     room, seen = config.output_dir / ".room", []
 
     def killed(*_):
         seen.append(room.stat().st_blocks * 512)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "take_steps", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    before_call(train_module, "take_steps", 1, killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
     assert not room.exists()
     room.write_bytes(bytes(100))  # of a run that nothing could end in order
     result = train(replace(config, overwrite=True))
@@ -302,17 +283,10 @@ def test_room_is_set_aside_while_a_run_goes_on(config, monkeypatch):
 
 def test_a_disk_without_room_to_set_aside_is_named(config, monkeypatch, caplog):
     """A quota, which no free space tells of; a file system that sets nothing aside."""
-
-    def fails(number):
-        def allocate(*_):
-            raise OSError(number, os.strerror(number))
-
-        return allocate
-
-    monkeypatch.setattr(os, "posix_fallocate", fails(errno.EDQUOT))
+    errors = [OSError(number, os.strerror(number)) for number in (errno.EDQUOT, errno.EOPNOTSUPP)]
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=errors))
     with pytest.raises(SettingError, match=r"no room for what the run writes first, .* MiB \(Disk"):
         train(config)
-    monkeypatch.setattr(os, "posix_fallocate", fails(errno.EOPNOTSUPP))
     assert train(replace(config, overwrite=True)).model_dir.exists()
     assert "no room can be set aside" in caplog.text
 

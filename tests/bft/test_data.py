@@ -8,7 +8,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed, shuffled
@@ -73,7 +72,12 @@ def answers(example, tokenizer):
 )
 def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, template, end):
     tokenizer.chat_template = template or tokenizer.chat_template
-    example = encode(make_record({"messages": CHAT}), tokenizer)
+    record = make_record({"messages": CHAT})
+    example = encode(record, tokenizer)
+    if template != PLAIN:  # where a token spans the end of the prompt
+        prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
+        assert example.input_ids[: len(prompt)] == prompt  # what generation sees
+        assert example.labels[len(prompt) - 1] == IGNORE != example.labels[len(prompt)]
     whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert tokenizer.decode(example.input_ids) == whole
     space = " " if template == PLAIN else ""  # after "Answer:", so part of what the model writes
@@ -81,22 +85,11 @@ def test_every_answer_is_labelled_with_its_end_and_nothing_else(tokenizer, templ
     assert answers(example, tokenizer) == expected
 
 
-def test_tokens_are_those_that_generation_sees(tokenizer):
-    record = make_record({"messages": CHAT})
-    example = encode(record, tokenizer)
-    prompt = tokenizer(prompt_text(record, tokenizer), add_special_tokens=False).input_ids
-    assert example.input_ids[: len(prompt)] == prompt
-    assert example.labels[len(prompt)] != IGNORE
-    assert example.labels[len(prompt) - 1] == IGNORE
-
-
 def test_prompt_and_completion_are_a_chat_of_two_turns(tokenizer):
-    pair = {"prompt": "And the eye?", "completion": "It affects the eye.", "id": 7}
-    record = make_record(pair)
+    record = make_record({"prompt": "And the eye?", "completion": "It affects it.", "id": 7})
     assert record.extra == {"id": 7}
-    assert encode(record, tokenizer) == encode(
-        make_record(chat("And the eye?", "It affects the eye.")), tokenizer
-    )
+    turns = make_record(chat("And the eye?", "It affects it."))
+    assert encode(record, tokenizer) == encode(turns, tokenizer)
 
 
 def test_without_a_template_the_pair_is_joined_and_ended(tokenizer):
@@ -161,24 +154,19 @@ def test_a_template_that_rewrites_history_takes_one_turn(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "start",
+    "other",
     [
-        "{# answers go into {% generation %} #}",
-        "{# {%- generation -%} {% endgeneration %} #}",
-        "{% set unused = '{% generation %}' %}",
+        lambda own: "{# answers go into {% generation %} #}" + own,
+        lambda own: "{# {%- generation -%} {% endgeneration %} #}" + own,
+        lambda own: "{% set unused = '{% generation %}' %}" + own,
+        lambda own: {"default": own, "tool_use": MARKED},
     ],
+    ids=["in a comment", "in a comment, whole", "in a string", "in another template"],
 )
-def test_a_mark_in_a_comment_or_a_string_is_none(tokenizer, start):
+def test_a_mark_elsewhere_is_none(tokenizer, other):
     record = make_record({"messages": CHAT})
     expected = encode(record, tokenizer)
-    tokenizer.chat_template = start + tokenizer.chat_template
-    assert encode(record, tokenizer) == expected
-
-
-def test_of_several_templates_the_default_counts(tokenizer):
-    record = make_record({"messages": CHAT})
-    expected = encode(record, tokenizer)
-    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": MARKED}
+    tokenizer.chat_template = other(tokenizer.chat_template)
     assert encode(record, tokenizer) == expected
 
 
@@ -265,11 +253,6 @@ def test_cuts_are_counted_and_lost_answers_dropped(tokenizer, caplog):
         AnswerDataset(records, tokenizer, max_length=1)
 
 
-def test_a_label_on_the_first_token_does_not_count():
-    assert Example([1, 2], [1, IGNORE]).labelled == 0
-    assert Example([1, 2], [1, 2]).labelled == 1
-
-
 # --- batches -------------------------------------------------------------------------------------
 
 EXAMPLES = [
@@ -279,17 +262,19 @@ EXAMPLES = [
 ]
 
 
+def test_a_label_on_the_first_token_does_not_count():
+    assert [example.labelled for example in EXAMPLES] == [2, 0, 1]
+
+
 def test_padding():
     batch = Collator(99)(EXAMPLES)
-    assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(
-        ["input_ids", "attention_mask", "labels"], torch.int64
-    )
-    for row, example in enumerate(EXAMPLES):
-        size = len(example.input_ids)
-        gap = 4 - size
-        assert batch["input_ids"][row].tolist() == example.input_ids + [99] * gap
-        assert batch["attention_mask"][row].tolist() == [1] * size + [0] * gap
-        assert batch["labels"][row].tolist() == example.labels + [IGNORE] * gap
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    none = IGNORE
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 99], [8, 99, 99, 99], [9, 10, 11, 12]],
+        "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
+        "labels": [[none, 6, 7, none], [8, none, none, none], [none, none, none, 12]],
+    }
 
 
 def test_the_pad_token_may_be_missing(tokenizer):
@@ -316,10 +301,6 @@ def test_order_depends_on_seed_and_epoch_only_on_every_machine():
     assert shuffled(8, 0, 0) == [5, 0, 3, 6, 4, 7, 2, 1]
 
 
-def stream(size, epochs, seed):
-    return [i for epoch in range(epochs) for i in shuffled(size, seed, epoch)]
-
-
 @given(
     size=st.integers(1, 23),
     batch_size=st.integers(1, 5),
@@ -331,15 +312,16 @@ def stream(size, epochs, seed):
 def test_steps_take_the_stream_however_it_is_split(
     size, batch_size, accumulation, ranks, steps, first
 ):
-    counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks, "seed": 3}
+    counts = {"batch_size": batch_size, "accumulation": accumulation, "ranks": ranks}
     per_rank = []
     for rank in range(ranks):
-        batches = StepBatches(size, rank=rank, **counts)
+        batches = StepBatches(size, rank=rank, seed=3, **counts)
         batches.start(first, steps)
         per_rank.append(list(batches))
         assert len(batches) == len(per_rank[-1])
     width = batch_size * accumulation * ranks
-    wanted = stream(size, steps * width // size + 2, 3)[: steps * width]
+    epochs = range(steps * width // size + 2)
+    wanted = [i for epoch in epochs for i in shuffled(size, 3, epoch)]
     for step in range(first, steps):
         seen = [
             index
@@ -362,12 +344,3 @@ def test_bad_splits_are_refused():
             StepBatches(**counts)
     with pytest.raises(ValueError, match="rank: got 2, expected at most 1"):
         StepBatches(4, batch_size=1, rank=2, ranks=2)
-
-
-def test_torch_loads_it(tokenizer):
-    dataset = AnswerDataset([make_record(chat("a", "b" * n)) for n in range(1, 8)], tokenizer)
-    batches = StepBatches(len(dataset), batch_size=3)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=Collator.of(tokenizer))
-    shapes = [tuple(batch["input_ids"].shape) for batch in loader]
-    assert len(shapes) == 3
-    assert all(rows == 3 for rows, _ in shapes)

@@ -3,19 +3,21 @@
 import json
 import math
 import operator
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bft.data import Collator
+from bft import evaluate as module
 from bft.encode import DataError, encode, prompt_text
-from bft.evaluate import evaluate, gold_branches, right_answers
+from bft.evaluate import gold_branches, right_answers
 from bft.loss import IGNORE, Head
 from bft.records import make_record
 from tests.support.models import tiny
 
+evaluate = partial(module.evaluate, progress=False)
 ANSWERS = [
     "It affects the eye.",
     "It affects the ear.",
@@ -45,17 +47,21 @@ def tiny_model(tokenizer, kind="llama"):
     return model.eval()
 
 
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+def question(prompt, answer, end, where=""):
+    row = {"prompt": prompt, "completion": f"{answer}{end}", "answer": answer}
+    return make_record(row, where)
+
+
 def questions(number=60):
+    places = [(i, ANSWERS[i % len(ANSWERS)]) for i in range(number)]
     return [
-        make_record(
-            {
-                "prompt": f"What does item {i * 37 % 101} affect?",
-                "completion": f"{ANSWERS[i % len(ANSWERS)]} It is number {i}.",
-                "answer": ANSWERS[i % len(ANSWERS)],
-            },
-            f"q:{i}",
-        )
-        for i in range(number)
+        question(f"What does item {i * 37 % 101} affect?", answer, f" It is number {i}.", f"q:{i}")
+        for i, answer in places
     ]
 
 
@@ -86,7 +92,7 @@ def greedy_along_answers(model, tokenizer, record):
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_those_of_the_models_own_logits_and_of_greedy_search(tokenizer, kind):
     model, records = tiny_model(tokenizer, kind), questions()
-    result = evaluate(model, tokenizer, records, progress=False)
+    result = evaluate(model, tokenizer, records)
     right = [greedy_along_answers(model, tokenizer, r) == r.extra["answer"] for r in records]
     assert 0.05 < sum(right) / len(right) < 0.95  # else this shows nothing
     assert result.accuracy == sum(right) / len(right)
@@ -107,122 +113,87 @@ def test_numbers_are_those_of_the_models_own_logits_and_of_greedy_search(tokeniz
     assert result.perplexity == pytest.approx(math.exp(each.mean().item()), rel=1e-5)
     assert result.confidence == pytest.approx((-each).exp().mean().item(), rel=1e-5)
     assert result.token_accuracy == torch.cat(correct).double().mean().item()
+    one_by_one = evaluate(model, tokenizer, records, batch_tokens=1)
+    assert one_by_one.per_answer == result.per_answer
+    assert one_by_one.nll == pytest.approx(result.nll, rel=1e-5)
+    assert one_by_one.token_accuracy == result.token_accuracy
 
 
-def test_batches_do_not_matter(tokenizer):
-    model = tiny_model(tokenizer)
-    one, all_ = (
-        evaluate(model, tokenizer, questions(20), batch_tokens=size, progress=False)
-        for size in (1, 10**6)
-    )
-    assert one.per_answer == all_.per_answer
-    assert one.nll == pytest.approx(all_.nll, rel=1e-5)
-    assert (one.tokens, one.token_accuracy) == (all_.tokens, all_.token_accuracy)
-
-
-def test_training_raises_accuracy(tokenizer):
-    model = tiny_model(tokenizer)
-    records = questions(12)
-    before = evaluate(model, tokenizer, records, progress=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    batch = Collator.of(tokenizer)([encode(record, tokenizer) for record in records])
-    for _ in range(60):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = evaluate(model, tokenizer, records, progress=False)
-    assert before.accuracy is not None
-    assert before.accuracy < 0.6
-    assert after.accuracy == 1.0
-    assert after.nll < 0.5 * before.nll
-    assert after.confidence > before.confidence
-
-
-def test_the_baseline_is_the_training_sets_commonest_answer(tokenizer):
-    model = tiny_model(tokenizer)
+def test_the_baseline_is_the_training_sets_commonest_answer(model, tokenizer):
     records = questions(8)  # two of the first two answers, one of the others
     train = [r for r in questions(60) if r.extra["answer"] != "yes"]
     train += [r for r in train if r.extra["answer"] == "The heart."]
-    result = evaluate(model, tokenizer, records, train=train, progress=False)
+    result = evaluate(model, tokenizer, records, train=train)
     assert (result.majority_answer, result.majority_accuracy) == ("The heart.", 1 / 8)
-    own = evaluate(model, tokenizer, records, progress=False)
+    own = evaluate(model, tokenizer, records)
     assert (own.majority_answer, own.majority_accuracy) == (ANSWERS[1], 2 / 8)  # a tie
 
 
-def test_answers_of_the_training_set_are_possible_too(tokenizer):
-    model = tiny_model(tokenizer)
+def test_answers_of_the_training_set_are_possible_too(model, tokenizer):
     one = [r for r in questions(60) if r.extra["answer"] == "The heart."]
-    assert evaluate(model, tokenizer, one, progress=False).accuracy == 1.0  # no other way to go
-    result = evaluate(model, tokenizer, one, train=questions(), progress=False)
+    assert evaluate(model, tokenizer, one).accuracy == 1.0  # no other way to go
+    result = evaluate(model, tokenizer, one, train=questions())
     expected = [greedy_along_answers(model, tokenizer, record) == "The heart." for record in one]
     assert result.accuracy == sum(expected) / len(expected)
 
 
-def test_records_without_answers_only_have_a_loss(tokenizer):
+def test_records_without_answers_only_have_a_loss(model, tokenizer):
     chat = [{"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")]
     records = [make_record({"messages": chat})]
-    result = evaluate(tiny_model(tokenizer), tokenizer, records, progress=False)
+    result = evaluate(model, tokenizer, records)
     assert result.tokens == 2 * len(tokenizer("assistant<|end|>").input_ids)
     assert (result.accuracy, result.majority_accuracy, result.majority_answer) == (None, None, None)
     assert result.per_answer == {}
     assert json.loads(json.dumps(result.to_dict()))["examples"] == 1
 
 
-def test_the_answer_is_that_of_the_last_turn(tokenizer):
+def test_the_answer_is_that_of_the_last_turn(model, tokenizer):
     first = questions(1)[0].messages
     rows = []
     for answer in ANSWERS[:2]:
         turn = {"role": "assistant", "content": answer + " So."}
         rows.append({"messages": [*first, first[0], turn], "answer": answer})
-    model = tiny_model(tokenizer)
-    result = evaluate(model, tokenizer, [make_record(row) for row in rows], progress=False)
+    result = evaluate(model, tokenizer, [make_record(row) for row in rows])
     prompt = tokenizer(prompt_text(make_record(rows[0]), tokenizer)).input_ids
     winner = greedy(model, prompt, {a: tokenizer(a).input_ids for a in ANSWERS[:2]})
     assert result.per_answer[winner]["correct"] == 1
     assert result.accuracy == 0.5
 
 
-def test_without_a_chat_template(tokenizer):
+def test_without_a_chat_template(model, tokenizer):
     tokenizer.chat_template = None
-    model = tiny_model(tokenizer)
     answers = [" yes" if i % 2 else " no" for i in range(20)]
-    records = [
-        make_record({"prompt": f"item {i}?", "completion": f"{answer}, so", "answer": answer})
-        for i, answer in enumerate(answers)
-    ]
-    result = evaluate(model, tokenizer, records, progress=False)
+    records = [question(f"item {i}?", answer, ", so") for i, answer in enumerate(answers)]
+    result = evaluate(model, tokenizer, records)
     paths = {answer: tokenizer(answer).input_ids for answer in answers}
     prompts = [tokenizer(record.messages[0]["content"]).input_ids for record in records]
     found = [greedy(model, prompt, paths) for prompt in prompts]
     assert result.accuracy == sum(map(operator.eq, found, answers)) / 20
 
 
-def test_the_model_is_left_as_it_was(tokenizer):
-    model = tiny_model(tokenizer).train()
-    model.model.layers[0].eval()  # a frozen part
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    model.train().model.layers[0].eval()  # a frozen part
     forward = model.forward
     modes = {name: m.training for name, m in model.named_modules()}
-    evaluate(model, tokenizer, questions(3), progress=False)
+    evaluate(model, tokenizer, questions(3))
     assert {name: m.training for name, m in model.named_modules()} == modes
     assert all(p.grad is None for p in model.parameters())
     assert model.forward == forward
 
 
-def test_long_records_are_cut_as_in_training(tokenizer):
-    model = tiny_model(tokenizer)
+def test_long_records_are_cut_as_in_training(model, tokenizer):
     short = questions(1)[0]
-    pair = {**short.extra, "prompt": short.messages[0]["content"]}
-    long = make_record({**pair, "completion": short.messages[1]["content"] + " and" * 200})
-    lost = make_record({**pair, "prompt": "so " * 100, "completion": pair["answer"]})
+    prompt, answer = short.messages[0]["content"], short.extra["answer"]
+    long = question(prompt, answer, " It is number 0." + " and" * 200)
+    lost = question("so " * 100, answer, "")
     limit = len(encode(short, tokenizer).input_ids)
-    result = evaluate(
-        model, tokenizer, [short, long, lost], train=questions(), max_length=limit, progress=False
-    )
+    evaluated = [short, long, lost]
+    result = evaluate(model, tokenizer, evaluated, train=questions(), max_length=limit)
     assert (result.examples, result.dropped) == (2, 1)
     # The long one has a label where the short one has the line break after its end.
     assert result.tokens == 2 * encode(short, tokenizer).labelled + 1
     with pytest.raises(DataError, match="keeps a label"):
-        evaluate(model, tokenizer, [lost], max_length=limit, progress=False)
+        evaluate(model, tokenizer, [lost], max_length=limit)
 
 
 @pytest.mark.parametrize(
@@ -234,29 +205,15 @@ def test_long_records_are_cut_as_in_training(tokenizer):
         (["yes", "yes no"], "yes no", "'yes' starts 'yes no'"),
     ],
 )
-def test_a_bad_answer_is_named(tokenizer, answers, completion, says):
+def test_a_bad_answer_is_named(model, tokenizer, answers, completion, says):
     records = [
         make_record({"prompt": "a", "completion": completion, "answer": answer}, f"x:{i}")
         for i, answer in enumerate(answers)
     ]
     with pytest.raises(DataError) as error:
-        evaluate(tiny_model(tokenizer), tokenizer, records, progress=False)
+        evaluate(model, tokenizer, records)
     assert str(error.value).startswith("x:0: ")
     assert says in str(error.value)
-
-
-# --- the trie alone ------------------------------------------------------------------------------
-
-
-def test_branches_of_a_known_trie():
-    paths = [[1, 2, 9], [1, 3, 4, 9], [1, 3, 5, 9], [1, 3, 5, 8]]
-    branches = list(gold_branches([1, 3, 5, 9], paths, start=10))
-    assert [(b.position, b.children, b.gold) for b in branches] == [
-        (10, (2, 3), 1),
-        (11, (4, 5), 1),
-        (12, (8, 9), 1),
-    ]
-    assert list(gold_branches([1, 2], [[1, 2]], start=3)) == []
 
 
 @given(

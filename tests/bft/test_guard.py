@@ -49,11 +49,14 @@ def test_body_and_head_do_not_train_outside_of_the_patch(name):
     model, batch = patch_model(tiny(name), SFT), rows()
     with pytest.raises(Bypassed, match=r"^model: the body of the patched .* outside .*unpatch"):
         own_loss(model, **batch)
-    hidden = torch.zeros(1, 2, 16)
     with pytest.raises(Bypassed, match=r"^model: the head of the patched"):
-        model.get_output_embeddings()(hidden)
+        model.get_output_embeddings()(torch.zeros(1, 2, 16))
     with pytest.raises(Bypassed, match=r"^labels: got none in a training call.*fused_loss"):
         model(input_ids=batch["input_ids"])
+    with pytest.raises(ValueError, match="labels: got shape"):
+        model(input_ids=batch["input_ids"], labels=batch["labels"][:, :-1])
+    with pytest.raises(Bypassed):  # a call that failed does not open the way past
+        own_loss(model, **batch)
 
     model(**batch).loss.backward()  # the patched call is none of these
     with torch.no_grad():
@@ -72,14 +75,6 @@ def test_training_past_the_patch_may_be_allowed():
     own_loss(model, **batch).backward()
     model(input_ids=batch["input_ids"]).logits.sum().backward()
     assert model(**batch).logits is None
-
-
-def test_a_failed_call_does_not_open_the_way_past():
-    model, batch = patch_model(llama(), SFT), rows()
-    with pytest.raises(ValueError, match="labels: got shape"):
-        model(input_ids=batch["input_ids"], labels=batch["labels"][:, :-1])
-    with pytest.raises(Bypassed):
-        own_loss(model, **batch)
 
 
 def test_fused_loss_and_generation_need_no_labels_in_the_model():
@@ -133,12 +128,17 @@ def once(folder):
     return {"output_dir": str(folder), "use_cpu": True, "max_steps": 1, **quiet}
 
 
-def trainer(model, folder, loss=None, **settings):
-    arguments = hf.TrainingArguments(**once(folder), **settings)
-    data = [{k: v[0] for k, v in rows().items()}] * 2
-    return hf.Trainer(
-        model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=loss
-    )
+@pytest.fixture
+def trainer(tmp_path):
+    """A Trainer of a patched model."""
+
+    def make(loss=None, **settings):
+        arguments = hf.TrainingArguments(**once(tmp_path), **settings)
+        data = [{k: v[0] for k, v in rows().items()}] * 2
+        sets = {"train_dataset": data, "eval_dataset": data}
+        return hf.Trainer(patch_model(llama(), SFT), arguments, compute_loss_func=loss, **sets)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -146,55 +146,56 @@ def trainer(model, folder, loss=None, **settings):
     [{"label_smoothing_factor": 0.1}, {"loss": lambda *a, **k: a[0].logits.sum()}],
     ids=["label_smoothing_factor", "compute_loss_func"],
 )
-def test_a_trainer_that_takes_the_labels_out_raises(settings, tmp_path):
+def test_a_trainer_that_takes_the_labels_out_raises(settings, trainer):
     with pytest.raises(Bypassed, match="label_smoothing_factor and compute_loss_func"):
-        trainer(patch_model(llama(), SFT), tmp_path, **settings).train()
+        trainer(**settings).train()
 
 
-def test_a_trainer_that_passes_labels_trains(tmp_path):
-    model = patch_model(llama(), SFT)
-    before = model.lm_head.weight.detach().clone()
-    trainer(model, tmp_path).train()
-    assert not torch.equal(model.lm_head.weight, before)
-    assert last_stats(model) is not None
-
-
-def test_an_evaluation_says_that_there_are_no_logits(tmp_path, caplog):
-    made = trainer(patch_model(llama(), SFT), tmp_path)
+def test_a_trainer_that_passes_labels_trains_and_is_told_that_there_are_no_logits(trainer, caplog):
+    made = trainer()
+    before = made.model.lm_head.weight.detach().clone()
+    made.train()
+    assert not torch.equal(made.model.lm_head.weight, before)
+    assert last_stats(made.model) is not None
     made.evaluate()
     with caplog.at_level(logging.WARNING):
         made.predict(made.eval_dataset)
-    told = [record.getMessage() for record in caplog.records if "logits" in record.getMessage()]
-    assert len(told) == 1
-    assert "compute_metrics" in told[0]
-    assert "unpatch_model" in told[0]
+    (told,) = [record.getMessage() for record in caplog.records if "logits" in record.getMessage()]
+    assert "compute_metrics" in told
+    assert "unpatch_model" in told
 
 
-def sft_trainer(model, tokenizer, folder, trainer=trl.SFTTrainer, **settings):
-    text = [{"text": "What does the heart do? It pumps the blood."}] * 4
-    return trainer(
-        model,
-        trl.SFTConfig(**once(folder), bf16=False, max_length=32, **settings),
-        train_dataset=datasets.Dataset.from_list(text),
-        processing_class=tokenizer,
-    )
+@pytest.fixture
+def sft_trainer(tokenizer, tmp_path):
+    """TRL's trainer of a model, with ``patched`` a patched one."""
+
+    def make(patched=False, kind=trl.SFTTrainer, **settings):
+        model = llama(vocab_size=len(tokenizer))
+        text = [{"text": "What does the heart do? It pumps the blood."}] * 4
+        return kind(
+            patch_model(model, SFT) if patched else model,
+            trl.SFTConfig(**once(tmp_path), bf16=False, max_length=32, **settings),
+            train_dataset=datasets.Dataset.from_list(text),
+            processing_class=tokenizer,
+        )
+
+    return make
 
 
 @pytest.mark.parametrize("settings", [{}, {"loss_type": "dft"}], ids=["nll", "dft"])
-def test_sft_trainer_does_not_go_past_the_patch(settings, tokenizer, tmp_path):
-    model = patch_model(llama(vocab_size=len(tokenizer)), SFT)
+def test_sft_trainer_does_not_go_past_the_patch(settings, sft_trainer):
     with pytest.raises(Bypassed, match=r"trl\..*took its place after patch_model"):
-        sft_trainer(model, tokenizer, tmp_path, **settings).train()
+        sft_trainer(patched=True, **settings).train()
 
 
-def test_a_patch_over_sft_trainers_forward_is_refused(tokenizer, tmp_path):
-    made = sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path)
+def test_a_patch_over_sft_trainers_forward_is_refused(sft_trainer):
+    made = sft_trainer()
     patch_model(made.model, SFT)
     with pytest.raises(UnsupportedModel, match=r"trl\..*took the place of forward before"):
         made.train()
 
 
-def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer, tmp_path):
+def test_sft_trainer_trains_with_a_loss_of_compute_loss(sft_trainer):
     """What the messages advise."""
 
     class Fused(trl.SFTTrainer):
@@ -202,11 +203,9 @@ def test_sft_trainer_trains_with_a_loss_of_compute_loss(tokenizer, tmp_path):
             loss = fused_loss(model, inputs, SFT)[0]
             return (loss, None) if return_outputs else loss
 
-    made = sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path, trainer=Fused)
-    expected = (
-        sft_trainer(llama(vocab_size=len(tokenizer)), tokenizer, tmp_path).train().training_loss
-    )
-    assert made.train().training_loss == pytest.approx(expected, rel=1e-5)
+    expected = sft_trainer().train().training_loss
+    got = sft_trainer(kind=Fused).train().training_loss
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 # --- copies --------------------------------------------------------------------------------------

@@ -42,36 +42,25 @@ def test_no_target_crosses_a_document(key):
     assert cu_seqlens.tolist() == boundaries.tolist()
 
 
-def test_cu_seqlens_come_first_and_position_ids_may_have_one_row():
-    batch = {"labels": torch.tensor(ROWS), "position_ids": torch.arange(4)[None]}
-    assert batch_targets(batch)[1].tolist() == [0, 4, 8, 12]
-    assert batch_targets(batch | {"cu_seqlens": torch.tensor([0, 12])})[1].tolist() == [0, 12]
-
-
-def test_shift_labels_are_taken_as_they_are():
+def test_what_comes_first():
+    """Shifted labels, as they are; cu_seqlens, beside position_ids that may have one row."""
     rows = torch.tensor(ROWS)
     target, _ = batch_targets({"shift_labels": rows, "labels": torch.zeros_like(rows)})
     assert target is rows
+    batch = {"labels": torch.tensor(ROWS), "position_ids": torch.arange(4)[None]}
+    assert batch_targets(batch)[1].tolist() == [0, 4, 8, 12]
+    assert batch_targets(batch | {"cu_seqlens": torch.tensor([0, 12])})[1].tolist() == [0, 12]
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"position_ids": torch.arange(4)[None]}, r"position_ids: got shape \(1, 4\), expected"),
-        (
-            {"position_ids": torch.zeros(3, 2, 3)},
-            r"got shape \(3, 2, 3\).*cu_seqlens",
-        ),
+        ({"position_ids": torch.zeros(3, 2, 3)}, r"got shape \(3, 2, 3\).*cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens: ends at 5, expected .* 6"),
         ({"labels": None, "shift_labels": None}, "the batch holds neither labels nor shift_labels"),
-        (
-            {"labels": torch.zeros(6).long(), "shift_labels": None},
-            r"labels: got \(6,\) torch",
-        ),
-        (
-            {"shift_labels": torch.zeros(2, 3)},
-            r"shift_labels: got \(2, 3\) torch.float",
-        ),
+        ({"labels": torch.zeros(6).long(), "shift_labels": None}, r"labels: got \(6,\) torch"),
+        ({"shift_labels": torch.zeros(2, 3)}, r"shift_labels: got \(2, 3\) torch.float"),
     ],
 )
 @pytest.mark.parametrize("key", ["labels", "shift_labels"])
@@ -93,51 +82,18 @@ def test_items_are_labelled_documents_or_labelled_tokens():
     assert int(HeadLoss().count_items(nothing, torch.tensor([0]))) == 0
 
 
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
-@pytest.mark.parametrize("scheme", ["sft", "dft", "bft", "bft-v1", "bft-v1-code"])
-def test_parts_of_a_step_add_up(scheme, normalize):
-    hidden, head, target = problem()
-    loss = HeadLoss(scheme=scheme, window=3, normalize=normalize)
-    whole, _ = loss(hidden, head, target)
-    items = loss.count_items(target)
-    rows = zip(hidden.split(1), target.split(1), strict=True)
-    parts = [loss(h, head, t, num_items=items)[0] for h, t in rows]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
-
-
 def test_equals_the_reference_over_packed_documents():
     hidden, head, target = problem()
     cu_seqlens = torch.tensor([0, 3, 3, 14, 24])
     got, stats = HeadLoss(window=4)(hidden, head, target, cu_seqlens)
-    want = reference.balanced_linear_cross_entropy(
-        hidden.flatten(0, 1),
-        head.weight,
-        target.flatten(),
-        cu_seqlens,
-        bias=head.bias,
-        softcap=head.softcap,
-        temperature=head.temperature,
-        window=4,
-    )
+    args = (hidden.flatten(0, 1), head.weight, target.flatten(), cu_seqlens)
+    options = {"softcap": head.softcap, "temperature": head.temperature, "window": 4}
+    want = reference.balanced_linear_cross_entropy(*args, bias=head.bias, **options)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     assert stats.token_weight.shape == target.shape
-    for a, b in zip(
-        torch.autograd.grad(got, [hidden, head.weight]),
-        torch.autograd.grad(want, [hidden, head.weight]),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
-def test_a_step_without_labels_is_zero_and_has_gradients(num_items):
-    hidden, head, target = problem()
-    value, _ = HeadLoss()(hidden, head, torch.full_like(target, IGNORE), num_items=num_items)
-    value.backward()
-    assert value.item() == 0
-    for leaf in (hidden, head.weight):
-        assert leaf.grad is not None
-        assert not leaf.grad.any()
+    leaves = [hidden, head.weight]
+    grads, expected = torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves)
+    torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("num_items", [0, torch.tensor(0)])
@@ -159,7 +115,7 @@ def test_settings_are_frozen_and_checked():
         HeadLoss(normalize="row")
 
 
-def test_sampled_draws_anew_unless_seeded():
+def test_sampled_draws_anew_unless_seeded_and_exact_draws_nothing():
     hidden, head, target = problem()
 
     def gradient(loss):
@@ -173,12 +129,8 @@ def test_sampled_draws_anew_unless_seeded():
     assert not torch.equal(first, second)
     fixed = dataclasses.replace(sampled, seed=3)
     assert torch.equal(gradient(fixed), gradient(fixed))
-
-
-def test_exact_leaves_the_generator_alone():
-    hidden, head, target = problem()
     before = torch.get_rng_state()
-    HeadLoss()(hidden, head, target)
+    gradient(HeadLoss())
     assert torch.equal(torch.get_rng_state(), before)
 
 

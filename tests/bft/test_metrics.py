@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 
 from bft.metrics import MetricLog, StepMeter, peak_memory_bytes
 from bft_kernels import balanced_linear_cross_entropy
+from tests.support.runs import files_up_to
 
 
 def test_meter_takes_means_over_micro_batches():
@@ -53,11 +53,8 @@ def test_log_drops_what_comes_after_the_step_it_resumes_from(tmp_path):
     resumed = MetricLog(path, enabled=True, resumed_step=2)
     resumed.write("train", 3, {"loss": 9.0})
     assert [row["step"] for row in resumed.of("train")] == [1, 2, 3]
-    assert [row["loss"] for row in MetricLog(path, enabled=True, resumed_step=3).rows] == [
-        1,
-        0.5,
-        9,
-    ]
+    rows = MetricLog(path, enabled=True, resumed_step=3).rows
+    assert [row["loss"] for row in rows] == [1, 0.5, 9]
 
 
 def test_log_is_json_where_numbers_are_none(tmp_path):
@@ -80,14 +77,10 @@ def test_lines_that_a_full_disk_does_not_take_wait(tmp_path, caplog):
     log = MetricLog(path, enabled=True)
     log.write("train", 1, {"loss": 1.0})
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))  # in a line's middle
-    try:
+    with files_up_to(len(before) + 5):  # in a line's middle
         for step in (2, 3):
             log.write("train", step, {"loss": 1.0 / step})
             assert path.read_bytes() == before
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(log.waiting) == 2
     assert caplog.text.count("wait in memory") == 1
     log.write("train", 4, {"loss": 0.25})

@@ -13,7 +13,7 @@ from bft import train as train_module
 from bft.cli import main
 from bft.nonfinite import NonFinite, broken_parameter, first_broken
 from bft.train import train
-from tests.support.runs import metrics, strict_json
+from tests.support.runs import checkpoints, metrics, strict_json
 
 
 @pytest.fixture
@@ -47,15 +47,12 @@ def test_the_record_is_named_and_the_checkpoint_before_is_kept(one_bad_record):
     config = replace(one_bad_record, save_every=1, keep_checkpoints=1, seed=1)
     with pytest.raises(NonFinite) as stop:
         train(config)
-    step = int(str(stop.value).split()[1].rstrip(":"))
+    said = str(stop.value)
+    step = int(said.split()[1].rstrip(":"))
     assert step > 1
-    assert f"step {step}: the loss is nan; 1 of 4 records: {config.train_file}:14. No model" in str(
-        stop.value
-    )
-    assert f"--resume (from step-{step - 1:07d}) with --on-nonfinite skip" in str(stop.value)
-    assert [p.name for p in (config.output_dir / "checkpoints").iterdir()] == [
-        f"step-{step - 1:07d}"
-    ]
+    assert f"step {step}: the loss is nan; 1 of 4 records: {config.train_file}:14. No model" in said
+    assert f"--resume (from step-{step - 1:07d}) with --on-nonfinite skip" in said
+    assert checkpoints(config.output_dir) == [f"step-{step - 1:07d}"]
     result = train(replace(config, resume=True, on_nonfinite="skip"))
     assert [row["step"] for row in result.history if row["skipped"]] == [step]
 
@@ -76,24 +73,18 @@ def test_skipped_steps_are_counted_and_change_nothing(one_bad_record, caplog, tm
     rates = [row["learning_rate"] for row in train(clean).history]
     assert [row["learning_rate"] for row in result.history] == rates
     again = train(replace(config, output_dir=tmp_path / "again"))
-    assert [row["nll"] for row in again.history if not row["skipped"]] == [
-        row["nll"] for row in result.history if not row["skipped"]
-    ]
+    first, second = ([x["nll"] for x in run.history if not x["skipped"]] for run in (result, again))
+    assert first == second
 
 
-def test_a_gradient_that_overflows_stops_the_run(config, monkeypatch):
+def test_a_gradient_that_overflows_stops_the_run(config, before_call):
     """The loss is finite, the gradient is not: no record is to blame, so all are named."""
-    original = train_module.training_step
 
-    def overflows(accelerator, model, *rest):
-        values = original(accelerator, model, *rest)
+    def overflows(accelerator, model, *_):
         next(model.parameters()).grad.mul_(1e38).mul_(1e38)
-        return values
 
-    monkeypatch.setattr(train_module, "training_step", overflows)
-    with pytest.raises(
-        NonFinite, match=r"step 1: the norm of the gradient is (nan|inf); 4 of 4 rec"
-    ):
+    before_call(train_module, "clip", 1, overflows)
+    with pytest.raises(NonFinite, match=r"step 1: the norm of the gradient is (nan|inf); 4 of 4 r"):
         train(config)
 
 
@@ -141,11 +132,11 @@ def test_the_first_of_no_parameters_is_none():
     assert first_broken([good, bad, bad]) == 2
 
 
-def test_no_checkpoint_is_made_of_a_broken_model(config, monkeypatch):
-    def breaks(optimizer, *arguments):
+def test_no_checkpoint_is_made_of_a_broken_model(config, before_call):
+    def breaks(optimizer, *_):
         torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.inf)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    before_call(torch.optim.AdamW, "step", 1, breaks)
     with pytest.raises(NonFinite, match=r"embed_tokens.weight is not finite any more; nothing is"):
         train(replace(config, save_every=1))
-    assert not list((config.output_dir / "checkpoints").glob("*"))
+    assert checkpoints(config.output_dir) == []

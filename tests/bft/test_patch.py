@@ -2,20 +2,21 @@
 
 import dataclasses
 import inspect
+from unittest.mock import Mock
 
 import accelerate
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from bft.head import LogitTransform, UnsupportedModel
 from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from bft_kernels import reference
+from tests.support.allocations import measure_allocations
+from tests.support.batches import SFT, assert_gradients, gradients_of
 from tests.support.models import tiny
 from tests.support.problems import OLD_COMPILER
 
@@ -23,6 +24,7 @@ V, D, LENGTH = 61, 16, 12
 # Models round parts of their bodies to float32 whatever they are given, so that a difference in the
 # last place of float64 can come out as one of float32.
 RELATIVE = 1e-6
+ONE_GRAPH = pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8 breaks the graph at the head")
 
 DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 TIED = {"tie_word_embeddings": True}
@@ -93,22 +95,6 @@ def eager(model, batch, loss):
     )
 
 
-def gradients(model, *losses):
-    model.zero_grad()
-    for loss in losses:
-        loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    # Some gradients are zero but for rounding (a bias of keys): those need another measure.
-    small = 1e-3 * max(float(value.norm()) for value in want.values())
-    for name, value in want.items():
-        error = float((got[name] - value).norm() / value.norm().clamp_min(small))
-        assert error < RELATIVE, f"{name}: relative error {error:.1e}"
-
-
 def close(got, want):
     torch.testing.assert_close(got, want, rtol=RELATIVE, atol=0)
 
@@ -119,11 +105,11 @@ BFT = HeadLoss(window=4)
 def assert_fused(model, batch, loss=BFT, patch=None):
     """A model, patched now, has the loss and gradients of its own logits; returns these."""
     want = eager(model, batch, loss)
-    expected = gradients(model, want)
+    expected = gradients_of(model, want)
     output = patch_model(model, patch or loss)(**batch)
     assert output.logits is None
     close(output.loss, want)
-    assert_same(gradients(model, output.loss), expected)
+    assert_gradients(gradients_of(model, output.loss), expected)
     return want, expected
 
 
@@ -165,12 +151,12 @@ def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     items = loss.count_items(*batch_targets(packed))
     assert int(items) == (3 if normalize == "sequence" else sum(n - 2 for n in lengths))
     whole = model(**right).loss
-    expected = gradients(model, whole)
+    expected = gradients_of(model, whole)
     for batches in ([packed], [left], documents, [left, right]):
         times = len(batches) if batches == [left, right] else 1
         parts = [model(**b, num_items=items * times).loss for b in batches]
         close(sum(parts), whole)
-        assert_same(gradients(model, *parts), expected)
+        assert_gradients(gradients_of(model, *parts), expected)
 
 
 def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
@@ -183,26 +169,13 @@ def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
     close(by_token(**batch, num_items_in_batch=tokens).loss, want)
 
 
-def test_a_loss_that_cannot_be_called_is_refused():
-    with pytest.raises(TypeError, match=r"^loss: got int, expected a callable"):
-        patch_model(build("llama"), 3)
-
-
-def test_shift_labels_are_honoured():
-    model, batch = patch_model(build("llama"), BFT), rows()
-    target = nn.functional.pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
-    want = model(**batch).loss
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    close(model(**inputs, shift_labels=target).loss, want)
-    close(model(**batch, shift_labels=target).loss, want)
-
-
-def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients(num_items):
     model, batch = patch_model(build("llama"), BFT), rows()
     batch["labels"].fill_(IGNORE)
-    loss = model(**batch).loss
+    loss = model(**batch, num_items=num_items).loss
     assert loss.item() == 0
-    grads = gradients(model, loss)
+    grads = gradients_of(model, loss)
     assert len(grads) == len(list(model.parameters()))
     assert not any(g.any() for g in grads.values())
 
@@ -210,11 +183,10 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     model, batch = build("mixtral"), rows()
-    loss = HeadLoss(scheme="sft", normalize="token")
     want = model(**batch, output_router_logits=True)
-    expected = gradients(model, want.loss)
-    patch_model(model, loss)
-    items = loss.count_items(batch_targets(batch)[0])
+    expected = gradients_of(model, want.loss)
+    patch_model(model, SFT)
+    items = SFT.count_items(batch_targets(batch)[0])
     # The same micro-batch twice: the step's auxiliary loss is their mean, not their sum.
     times = 2 if accumulate else 1
     parts = [
@@ -222,38 +194,27 @@ def test_a_routers_loss_is_added_with_the_models_coefficient(accumulate):
     ]
     assert parts[0].aux_loss is not None
     close(sum(p.loss for p in parts).float(), want.loss)
-    assert_same(gradients(model, *[p.loss for p in parts]), expected)
+    assert_gradients(gradients_of(model, *[p.loss for p in parts]), expected)
     without = model(**batch)
     assert without.aux_loss is None
     assert without.loss < parts[0].loss * times
 
 
 def test_the_logits_never_exist():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for value in tree_leaves(result):
-                if isinstance(value, Tensor):
-                    self.size = max(self.size, value.numel())
-            return result
-
     model, batch = tiny("LlamaForCausalLM", vocab_size=997), rows(3)
     labels = int((batch_targets(batch)[0] != IGNORE).sum())
     assert labels > D  # the logits are larger than the head's weight
-    with Largest() as fused:
-        patch_model(model, HeadLoss(max_buffer_bytes=1000))(**batch).loss.backward()
-    assert fused.size < labels * 997
-    with Largest() as own:
-        unpatch_model(model)(**batch).loss.backward()
-    assert own.size >= labels * 997
+    logits = labels * 997 * torch.float32.itemsize
+    patch_model(model, HeadLoss(max_buffer_bytes=1000))
+    assert measure_allocations(lambda: model(**batch).loss.backward()).largest < logits
+    unpatch_model(model)
+    assert measure_allocations(lambda: model(**batch).loss.backward()).largest >= logits
 
 
 # --- around the model ----------------------------------------------------------------------------
 
 
-def test_hooks_of_the_head_run_once_around_the_loss():
+def test_hooks_of_the_head_run_once_around_the_loss_and_may_change_it():
     model, seen = build("llama"), []
 
     def spy(hidden, head, *rest):
@@ -268,10 +229,6 @@ def test_hooks_of_the_head_run_once_around_the_loss():
         seen.clear()
         model(**rows()).loss.backward()
         assert seen == ["before", "loss", "after", "backward"]
-
-
-def test_the_loss_is_what_the_heads_hooks_return():
-    model = patch_model(build("llama"), BFT)
     want = model(**rows()).loss
     model.lm_head.register_forward_hook(lambda _, __, loss: 2 * loss)
     close(model(**rows()).loss, 2 * want)
@@ -325,24 +282,23 @@ def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
 def test_gradient_checkpointing_changes_nothing(reentrant):
     model, batch = patch_model(build("llama"), BFT), rows()
     want = model(**batch).loss
-    expected = gradients(model, want)
+    expected = gradients_of(model, want)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     loss = model(**batch).loss
     close(loss, want)
-    assert_same(gradients(model, loss), expected)
+    assert_gradients(gradients_of(model, loss), expected)
 
 
 def test_autocast():
     model, batch = build("llama").float(), rows()
-    loss = HeadLoss(scheme="sft", normalize="token")
     with torch.autocast("cpu", torch.bfloat16):
         want = model(**batch).loss
-        got = patch_model(model, loss)(**batch).loss
+        got = patch_model(model, SFT)(**batch).loss
     assert got.dtype == torch.float32
     # Ours accumulates logits in float32, the model's own are rounded to bfloat16.
     torch.testing.assert_close(got, want, rtol=1e-2, atol=0)
-    assert all(g.isfinite().all() for g in gradients(model, got).values())
+    assert all(g.isfinite().all() for g in gradients_of(model, got).values())
 
 
 # --- patching and unpatching ---------------------------------------------------------------------
@@ -380,10 +336,7 @@ def test_a_forward_of_the_instance_comes_back():
 
 
 def test_a_failing_loss_leaves_the_head_as_it_was():
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    model = patch_model(build("llama"), fail)
+    model = patch_model(build("llama"), Mock(side_effect=RuntimeError("out of memory")))
     before = dict(model.lm_head.__dict__)
     with pytest.raises(RuntimeError, match="out of memory"):
         model(**rows())
@@ -437,25 +390,21 @@ def test_tuples_positional_arguments_and_other_outputs():
     assert output.past_key_values is not None
 
 
-def test_a_transform_may_be_given():
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ONE_GRAPH)])
+def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
     model, batch = build("cohere"), rows()
     want = eager(model, batch, BFT)
-    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), verify=False)
-    close(model(**batch).loss, want)
-
-
-@pytest.mark.skipif(OLD_COMPILER, reason="torch 2.8 breaks the graph at the head")
-def test_torch_compile_takes_it_in_one_graph():
-    model, batch = build("cohere"), rows()
-    want = eager(model, batch, BFT)
+    expected = gradients_of(model, want)
     patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    loss = compiled(**batch).loss
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    loss = call(**batch).loss
     close(loss, want)
-    assert_same(gradients(model, loss), gradients(model, eager(model, batch, BFT)))
+    assert_gradients(gradients_of(model, loss), expected)
 
 
 def test_wrong_calls_are_refused():
+    with pytest.raises(TypeError, match=r"^loss: got int, expected a callable"):
+        patch_model(build("llama"), 3)
     model, batch = patch_model(build("llama"), BFT), rows()
     with pytest.raises(RuntimeError, match="already patched"):
         patch_model(model, BFT)

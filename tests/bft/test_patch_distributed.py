@@ -11,6 +11,7 @@ import torch.multiprocessing
 from bft.head import UnsupportedModel
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.patch import patch_model
+from tests.support.batches import assert_gradients, gradients_of
 from tests.support.models import tiny
 
 LOSS = HeadLoss(window=4)
@@ -121,9 +122,7 @@ def test_two_processes_are_one(kind, results):
     total, grads = torch.load(results / kind)
     model = patch_model(build(), LOSS)
     assert total == pytest.approx(step(model, batch(), 1), rel=1e-6)
-    for name, parameter in model.named_parameters():
-        error = (grads[name] - parameter.grad).norm() / parameter.grad.norm()
-        assert error < 1e-6, f"{name}: relative error {error:.1e}"
+    assert_gradients(grads, gradients_of(model))
 
 
 @pytest.mark.slow

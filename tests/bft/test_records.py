@@ -13,6 +13,11 @@ from tests.support.batches import chat
 ROW = '{"prompt": "a", "completion": "b"}'
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.jsonl"
+
+
 def refused(path):
     with pytest.raises(DataError) as error:
         read_jsonl(path)
@@ -22,8 +27,7 @@ def refused(path):
 # --- what is read --------------------------------------------------------------------------------
 
 
-def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path):
-    path = tmp_path / "a.jsonl"
+def test_reads_lines_skips_blanks_and_stops_at_the_limit(path):
     rows = [chat("a", str(i), answer="x") for i in range(3)]
     path.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert [r.messages[1]["content"] for r in read_jsonl(path)] == ["0", "1", "2"]
@@ -42,8 +46,7 @@ def test_reads_lines_skips_blanks_and_stops_at_the_limit(tmp_path):
     ],
     ids=["one mark", "joined files", "Windows line ends"],
 )
-def test_marks_and_line_ends_of_other_systems(tmp_path, data):
-    path = tmp_path / "a.jsonl"
+def test_marks_and_line_ends_of_other_systems(path, data):
     path.write_bytes(data)
     assert [record.pair for record in read_jsonl(path)] == [("a", "b")] * 2
 
@@ -55,8 +58,7 @@ def test_a_prompt_beside_messages_is_one_of_the_other_keys():
     assert record.pair is None
 
 
-def test_numbers_that_are_no_json_are_read_where_they_are_ignored(tmp_path):
-    path = tmp_path / "a.jsonl"
+def test_numbers_that_are_no_json_are_read_where_they_are_ignored(path):
     path.write_text('{"prompt": "a", "completion": "b", "score": NaN, "top": Infinity}\n')
     assert read_jsonl(path)[0].extra["top"] == float("inf")
 
@@ -85,8 +87,7 @@ def test_keys_without_a_value_are_not_there_for_the_template():
         (b"{\n" + ROW[1:].encode(), "becomes JSONL by: jq -c '.[]'"),
     ],
 )
-def test_a_file_that_is_no_jsonl_is_told_what_it_is(tmp_path, data, says):
-    path = tmp_path / "a.jsonl"
+def test_a_file_that_is_no_jsonl_is_told_what_it_is(path, data, says):
     path.write_bytes(data)
     text = refused(path)
     assert f"{path}:" in text
@@ -136,8 +137,7 @@ CALL = '{"role": "assistant", "content": null, "tool_calls": '
         (json.dumps(chat("a", "b", tools="[]")), "'tools': expected a list of objects, got str"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, says):
-    path = tmp_path / "bad.jsonl"
+def test_a_bad_line_is_named(path, line, says):
     path.write_text(f"{ROW}\n{line}\n", encoding="utf-8")
     text = refused(path)
     assert text.startswith(f"{path}:2: ")

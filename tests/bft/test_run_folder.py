@@ -1,8 +1,7 @@
 """A folder belongs to one run at a time, and an older run in it is neither mixed in nor lost."""
 
+import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,31 +41,38 @@ def used(config):
 # --- an older run --------------------------------------------------------------------------------
 
 
-def test_an_older_run_is_not_mixed_in(used):
+def test_what_is_refused_leaves_the_older_run_as_it_was(used, tmp_path):
     before = contents(used.output_dir)
-    with pytest.raises(SettingError, match="holds an older run") as refusal:
-        train(replace(used, steps=2))
-    for word in ("step-0000004", "model", "metrics.jsonl", "--resume", "--overwrite"):
-        assert word in str(refusal.value)
-    assert contents(used.output_dir) == before
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{")
+    remains = "holds an older run .*step-0000004, .*model, metrics.jsonl.*--resume.*--overwrite"
+    part = r"model: .* is part of the run in .* would remove"
+    for changed, error, says in (
+        ({"steps": 2}, SettingError, remains),
+        ({"train_file": broken, "overwrite": True}, DataError, "not valid JSON"),
+        ({"model": str(used.output_dir / "model"), "overwrite": True}, SettingError, part),
+    ):
+        with pytest.raises(error, match=says):
+            train(replace(used, **changed))
+        assert contents(used.output_dir) == before
 
 
-def test_resume_is_no_way_out_where_there_is_no_checkpoint(config):
-    train(replace(config, steps=1))
+def test_without_a_checkpoint_there_is_nothing_to_resume(config):
+    with pytest.raises(SettingError, match=r"there is no checkpoint in .*; leave --resume out to"):
+        train(replace(config, resume=True))
+    config = unevaluated(config, steps=1)
+    train(config)
+    with pytest.raises(SettingError, match="leave --resume out and give --overwrite to start"):
+        train(replace(config, resume=True))
     with pytest.raises(SettingError, match=r"older run \(.*\); --overwrite removes it, or"):
-        train(replace(config, steps=1))
+        train(config)
 
 
-def test_a_start_that_failed_leaves_the_folder_free(config, monkeypatch):
+def test_a_start_that_failed_leaves_the_folder_free(config, before_call):
     """It took no step, so that there is nothing to lose."""
-
-    def fails(*_):
-        raise ValueError("backend: got a wrong one")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "take_steps", fails)
-        with pytest.raises(ValueError, match="a wrong one"):
-            train(replace(config, tensorboard=True))
+    before_call(train_module, "take_steps", 1, MemoryError)
+    with pytest.raises(MemoryError):
+        train(replace(config, tensorboard=True))
     assert (config.output_dir / "tensorboard").exists()
     (config.output_dir / "notes.txt").write_text("mine")
     result = train(replace(config, steps=1))
@@ -78,9 +84,6 @@ def test_a_start_that_failed_leaves_the_folder_free(config, monkeypatch):
 def test_what_the_folder_refuses_is_a_wrong_flag(used, capsys, flags):
     assert main(["train", *flags(used)]) == 2
     assert capsys.readouterr().err.startswith("bft train: --output-dir: ")
-    empty = replace(used, resume=True, output_dir=used.output_dir / "empty")
-    assert main(["train", *flags(empty)]) == 2
-    assert "--resume: there is no checkpoint" in capsys.readouterr().err
     assert main(["train", *flags(replace(used, resume=True, seed=7))]) == 2
     assert "seed: saved 0, given 7" in capsys.readouterr().err
 
@@ -95,23 +98,8 @@ def test_overwrite_removes_the_older_run_and_nothing_else(used):
     assert {name.split("/")[1] for name in names if "step-" in name} == {"step-0000001"}
     assert len(metrics(used.output_dir)) == 1
     assert result.model_dir.is_dir()
-
-
-def test_the_older_run_is_there_until_the_new_one_can_start(used, tmp_path):
-    before = contents(used.output_dir)
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("{")
-    with pytest.raises(DataError):
-        train(replace(used, train_file=broken, overwrite=True))
-    assert contents(used.output_dir) == before
-
-
-def test_overwrite_does_not_remove_what_the_run_starts_from(used):
-    before = contents(used.output_dir)
-    own = str(used.output_dir / "model")
-    with pytest.raises(SettingError, match=r"model: .* is part of the run in .* would remove"):
-        train(replace(used, model=own, overwrite=True))
-    assert contents(used.output_dir) == before
+    settings = yaml.safe_load((used.output_dir / "config.yaml").read_text())
+    assert settings["overwrite"] is False  # how a start found its folder is no setting of the run
 
 
 def test_a_model_of_no_run_is_left_alone(config):
@@ -130,14 +118,6 @@ def test_other_files_are_no_run(config):
     assert train(replace(config, steps=1)).steps == 1
 
 
-def test_the_written_configuration_starts_another_run(used, tmp_path):
-    """How a start found its folder is no setting of the run."""
-    for changed in ({"resume": True}, {"overwrite": True}):
-        train(replace(used, **changed))
-        settings = yaml.safe_load((used.output_dir / "config.yaml").read_text())
-        assert settings["resume"] is settings["overwrite"] is False
-
-
 @pytest.mark.parametrize("name", ["run", "run/deeper"])
 def test_a_file_where_the_folder_should_be_is_named(config, tmp_path, name):
     (tmp_path / "run").write_text("a file")
@@ -147,39 +127,19 @@ def test_a_file_where_the_folder_should_be_is_named(config, tmp_path, name):
 
 # --- two runs at once ----------------------------------------------------------------------------
 
-HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a")
-fcntl.flock(file, fcntl.LOCK_EX)
-print("process 1 on elsewhere", file=file, flush=True)
-print("held", flush=True)
-time.sleep(60)
-"""
 
-
-def test_the_second_run_ends_with_status_2(config, capsys, flags):
-    config.output_dir.mkdir(parents=True)
-    command = [sys.executable, "-c", HOLD, str(config.output_dir / ".lock")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
-        assert main(["train", *flags(config)]) == 2
-        error = capsys.readouterr().err
-        assert f"--output-dir: {config.output_dir} is in use by process 1 on elsewhere" in error
-        assert "Traceback" not in error
-        assert contents(config.output_dir) == {}
-        first.kill()  # without a chance to clean up
-    assert train(config).steps == 6
-
-
-def test_a_run_holds_its_folder_until_it_ends(config):
-    accelerator = Accelerator(cpu=True)
-    with claimed(accelerator, config):
+def test_a_run_holds_its_folder_until_it_ends(config, capsys, flags):
+    with claimed(Accelerator(cpu=True), config):
         for other in (config, replace(config, overwrite=True), replace(config, resume=True)):
             with pytest.raises(FolderInUse, match=r"in use by process \d+ on \S+; wait"):
                 train(other)
-    with claimed(accelerator, config):
-        pass
+        assert main(["train", *flags(config)]) == 2
+        error = capsys.readouterr().err
+        assert f"--output-dir: {config.output_dir} is in use by process {os.getpid()} on" in error
+        assert "Traceback" not in error
+        assert contents(config.output_dir) == {}
+    assert (config.output_dir / ".lock").exists()  # as a run leaves it that is killed
+    assert train(config).steps == 6
 
 
 def test_processes_that_do_not_find_each_other_do_not_start(config, monkeypatch):

@@ -1,14 +1,16 @@
 """Flags and YAML: what they become, and what is refused, named as it was typed."""
 
 import dataclasses
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bft.cli import COMMANDS
-from bft.config import DemoConfig, EvalConfig, SettingError, TrainConfig
+from bft.config import EvalConfig, SettingError, TrainConfig
 from bft.usage import in_flags, parse, yaml_flags
 
 
@@ -32,25 +34,16 @@ def refused(config_type, arguments):
 
 
 def test_yaml_of_a_run_reads_back(data):
-    config = TrainConfig(
-        train_file=data,
-        scheme="dft",
-        steps=3,
-        packing=True,
-        lora_rank=2,
-        lora_targets=("q_proj", "o"),
-    )
+    lora = {"lora_rank": 2, "lora_targets": ("q_proj", "o")}
+    config = TrainConfig(train_file=data, scheme="dft", steps=3, packing=True, **lora)
     assert from_yaml(data, config.to_yaml()) == config
 
 
-def test_steps_override_the_file_s_epochs_and_the_reverse(data):
+def test_flags_override_the_file(data):
     config = from_yaml(data, "steps: 3\nepochs: null", "--epochs", "2")
     assert (config.steps, config.epochs) == (None, 2.0)
     config = from_yaml(data, "steps: null\nepochs: 2", "--steps=5")
     assert (config.steps, config.epochs) == (5, None)
-
-
-def test_flags_override_the_file(data):
     text = yaml.safe_dump({"window": 8, "packing": True})
     config = from_yaml(data, text, "--window", "9", "--no-packing")
     assert (config.window, config.packing) == (9, False)
@@ -94,9 +87,9 @@ def test_a_value_is_what_stands_there(data):
     ],
 )
 def test_a_wrong_file_is_named_with_its_line(data, text, says):
-    with pytest.raises(SettingError) as error:
+    says = re.escape(f"--config: {data.parent}/config.yaml{says}")
+    with pytest.raises(SettingError, match=f"^{says}"):
         from_yaml(data, text)
-    assert str(error.value).startswith(f"--config: {data.parent / 'config.yaml'}{says}")
 
 
 def test_files_that_are_no_yaml(tmp_path):
@@ -119,30 +112,19 @@ def test_files_that_are_no_yaml(tmp_path):
     ("flags", "says"),
     [
         (["--lr", "1e-4"], "--lr: there is no such flag; it is --learning-rate here"),
-        (["--window", "0"], "--window: got 0, expected at least 1"),
-        (["--batch-size", "0"], "--batch-size: got 0, expected at least 1"),
-        (["--seed", "-1"], "--seed: got -1, expected at least 0"),
         (["--seed", str(2**32)], "--seed: got 4294967296, expected at most 4294967295"),
         (["--epochs", "0"], "--epochs: got 0.0, expected a number above 0"),
-        (["--epochs", "nan"], "--epochs: got nan, expected a finite number"),
-        (["--learning-rate", "inf"], "--learning-rate: got inf, expected a finite number"),
         (["--max-grad-norm", "nan"], "--max-grad-norm: got nan, expected a finite number"),
         (["--weight-decay", "-1"], "--weight-decay: got -1.0, expected a finite number at least"),
         (["--warmup-ratio", "1.5"], "--warmup-ratio: got 1.5, expected a finite number between 0"),
         (["--gamma", "0", "--scheme", "bft-v1-code"], "--gamma: got 0.0"),
-        (["--gamma", "nan", "--scheme", "bft-v1-code"], "--gamma: got nan"),
         (["--eps", "2", "--gradient", "sampled"], "--eps: got 2.0"),
-        (["--eps", "inf", "--gradient", "sampled"], "--eps: got inf"),
         (["--steps", "5", "--epochs", "1"], "--steps: got 5 with --epochs=1.0, expected one of"),
-        (["--steps", "0"], "--steps: got 0, expected at least 1"),
         (["--resume", "--overwrite"], "resume, overwrite: got both, expected one of them"),
-        (["--max-buffer-mib", "0"], "--max-buffer-mib: got 0, expected at least 1"),
         (["--backend", "gpu"], "--backend: got 'gpu', expected 'auto' or one of ('cpu', "),
         (["--lora-alpha", "8"], "--lora-alpha: got 8.0, which does nothing without --lora-rank"),
         (["--lora-targets", "a", "b"], "--lora-targets: got a b, which does nothing without --lo"),
         (["--lora-rank", "2", "--lora-targets"], "--lora-targets: got no name"),
-        (["--lora-rank", "-2"], "--lora-rank: got -2, expected at least 0"),
-        (["--lora-rank", "2", "--lora-alpha", "nan"], "--lora-alpha: got nan"),
         (["--eval-every", "5"], "--eval-every: got 5, which does nothing without --eval-file"),
         (["--eval-limit", "5"], "--eval-limit: got 5, which does nothing without --eval-file"),
         (["--save-every", "0"], "--save-every: got 0, expected at least 1"),
@@ -155,22 +137,15 @@ def test_a_setting_that_cannot_be_is_named_as_it_was_typed(data, flags, says):
     assert refused(TrainConfig, ["--train-file", data, *flags]).startswith(says)
 
 
-@pytest.mark.parametrize(
-    ("config_type", "flags", "says"),
-    [
-        (EvalConfig, ["--limit", "0"], "--limit: got 0, expected at least 1"),
-        (EvalConfig, ["--max-length", "1"], "--max-length: got 1, expected at least 2"),
-        (DemoConfig, ["--eval-limit", "0"], "--eval-limit: got 0, expected at least 1"),
-    ],
-)
-def test_settings_of_other_commands(data, config_type, flags, says):
-    needed = ["--model", "m", "--file", data] if config_type is EvalConfig else []
-    assert refused(config_type, [*needed, *flags]).startswith(says)
+# What makes a number count.
+NEEDED = {"lora_alpha": {"lora_rank": 2}, "gamma": {"scheme": "bft-v1-code"}}
+NEEDED |= {"eps": {"gradient": "sampled"}}
+LEAST = {"seed": 0, "lora_rank": 0, "max_length": 2}
 
 
 @pytest.mark.parametrize("config_type", [kind for kind, _ in COMMANDS.values()])
 def test_numbers_of_every_command_are_checked(config_type, tmp_path):
-    """No number of any command may be negative."""
+    """None may be below the least that makes sense, none may be negative or no number."""
     file = tmp_path / "data.jsonl"
     names = {field.name: field for field in dataclasses.fields(config_type)}
     required = {
@@ -179,10 +154,14 @@ def test_numbers_of_every_command_are_checked(config_type, tmp_path):
         if field.default is dataclasses.MISSING
     }
     for name, field in names.items():
-        if field.type.partition(" ")[0] in ("int", "float"):
-            with pytest.raises(ValueError, match=f"^{name}: "):
-                config_type(**required, **{name: -1})
-        if field.type.partition(" ")[0] == "int":
+        kind = field.type.partition(" ")[0]
+        for value in (-1, math.nan, math.inf) if kind == "float" else ():
+            with pytest.raises(ValueError, match=f"^{name}: got {value}"):
+                config_type(**required, **NEEDED.get(name, {}), **{name: value})
+        if kind == "int":
+            least = LEAST.get(name, 1)
+            with pytest.raises(ValueError, match=f"^{name}: got .*, expected at least {least}"):
+                config_type(**required, **{name: least - 1})
             with pytest.raises(TypeError, match=f"^{name}: got float, expected an int"):
                 config_type(**required, **{name: 1.5})
 

@@ -1,17 +1,20 @@
-"""pyproject.toml declares what is imported where it is imported, and nothing else; one version."""
+"""What is imported is declared or documented, and nothing else is declared; one version."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+import bft_kernels.reference
 from bft_kernels import __version__, info
+from tests.support.runs import run_python
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -39,6 +42,16 @@ NOT_IMPORTED = {
     "ruff": "a command",
     "tensorboard": "accelerate writes its events with it",
 }
+# What a document tells of the kernels: `bft` stands on it, so that their inside can change.
+DOCUMENTED = {
+    "bft_kernels": {*bft_kernels.__all__, "__version__", "reference"},
+    "bft_kernels.weighting": {
+        "token_weights",
+        "shift_labels",
+        "cu_seqlens_from_position_ids",
+        "cu_seqlens_from_attention_mask",
+    },
+}
 # Measured against where they are installed, which is the user's choice.
 PEERS = {"cut_cross_entropy", "liger_kernel", "quack", "verl"}
 
@@ -53,18 +66,18 @@ def declared(extra):
     found = {name_of(requirement) for requirement in EXTRAS[""]}
     for requirement in EXTRAS[extra]:
         inner = re.match(r"bft-kernels\[(.*)\]", requirement)
-        found |= set().union(*map(declared, inner[1].split(","))) if inner else set()
-        found |= set() if inner else {name_of(requirement)}
-    return found
+        extras = inner[1].split(",") if inner else []
+        found |= {name_of(requirement)}.union(*map(declared, extras))
+    return found - {"bft-kernels"}
 
 
-def modules(path):
-    """The first part of every module that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(source):
+    """Every ``(module, name)`` that a file imports; a name of None is the module itself."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.partition(".")[0]
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +93,9 @@ def imported():
             path = ROOT / place
             for file in {path} if path.is_file() else set(path.rglob("*.py")) - seen:
                 seen.add(file)
-                for module in set(modules(file)) - sys.stdlib_module_names - ours - PEERS:
+                text = file.read_text(encoding="utf-8")
+                modules = {module.partition(".")[0] for module, _ in imports(text)}
+                for module in modules - sys.stdlib_module_names - ours - PEERS:
                     name = name_of(providers.get(module, [module])[0])
                     found[extra][name] = str(file.relative_to(ROOT))
     return found
@@ -90,6 +105,30 @@ def imported():
 def test_what_is_imported_is_declared(imported, extra):
     known = declared(extra)
     assert {name: file for name, file in imported[extra].items() if name not in known} == {}
+
+
+def undocumented(source):
+    """What of `bft_kernels` a file imports by a name that no document tells."""
+    for module, name in imports(source):
+        known = {None} if module == "bft_kernels" else set()
+        if module.startswith("bft_kernels") and name not in known | DOCUMENTED.get(module, set()):
+            yield f"{module}.{name}" if name else module
+
+
+def test_nothing_undocumented_is_imported():
+    source = (
+        "from bft_kernels import linear_nll, dispatch\n"
+        "from bft_kernels.checks import check_int\n"
+        "def f():\n    import bft_kernels.call, bft_kernels\n"
+    )
+    wrong = {"bft_kernels.dispatch", "bft_kernels.checks.check_int", "bft_kernels.call"}
+    assert set(undocumented(source)) == wrong
+    files = sorted((ROOT / "bft").rglob("*.py"))
+    assert len(files) > 20
+    found = {file.name: list(undocumented(file.read_text(encoding="utf-8"))) for file in files}
+    assert {name: wrong for name, wrong in found.items() if wrong} == {}
+    for module, names in DOCUMENTED.items():
+        assert names <= set(dir(importlib.import_module(module)))
 
 
 @pytest.mark.parametrize("extra", FILES)
@@ -115,9 +154,7 @@ def test_packages_of_data_are_asked_for_by_the_same_versions():
 
 
 def test_the_version_is_written_once_and_needs_no_installation(monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     assert "version" not in PROJECT
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
     monkeypatch.setattr(importlib.metadata, "version", missing)
@@ -144,10 +181,5 @@ except RuntimeError:
     print("without numpy")
 """
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "without numpy\n", done.stderr
+    done = run_python("-W", "ignore", "-c", code, PYTHONPATH=path)
+    assert done.stdout == "without numpy\n"

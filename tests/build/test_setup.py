@@ -1,10 +1,10 @@
 """What BFT_BUILD builds and refuses, in a copy of the tree, where torch cannot be imported."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -56,17 +56,7 @@ def make_tool(path, script):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A tree in which BFT_BUILD=cpu has run once, with PREPROCESSOR."""
-    folder = make_tree(tmp_path_factory.mktemp("built"))
-    make_tool(folder / "c++", PREPROCESSOR)
-    done = build(folder, BFT_BUILD="cpu", CXX=str(folder / "c++"))
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def run(tree, *arguments, without=("torch",), **environment):
+def run(tree, *arguments, without=("torch",), fails=False, **environment):
     """Run Python in the tree; an environment variable of None is unset."""
     environment = {
         **os.environ,
@@ -77,35 +67,36 @@ def run(tree, *arguments, without=("torch",), **environment):
         "PYTHONPATH": os.pathsep.join(str(tree / f"without_{name}") for name in without),
         **environment,
     }
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *arguments],
         cwd=tree,
         env={name: value for name, value in environment.items() if value is not None},
         capture_output=True,
         text=True,
     )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done
 
 
-BUILD = ("setup.py", "build_ext", "--inplace")
-
-
-def build(tree, **environment):
-    return run(tree, *BUILD, **environment)
+def build(tree, **options):
+    return run(tree, "setup.py", "build_ext", "--inplace", **options)
 
 
 def modules(tree):
     return sorted(path.name.split(".")[0] for path in tree.glob("bft_kernels/*.so"))
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A tree in which BFT_BUILD=cpu has run once, with PREPROCESSOR."""
+    folder = make_tree(tmp_path_factory.mktemp("built"))
+    build(folder, BFT_BUILD="cpu", CXX=make_tool(folder / "c++", PREPROCESSOR))
+    return folder
+
+
 def test_none_builds_a_pure_wheel_with_no_tool(tree):
-    done = run(
-        tree,
-        *["setup.py", "bdist_wheel"],
-        without=("torch", "ninja", "pybind11"),
-        BFT_BUILD="none",
-        PATH="",
-    )
-    assert done.returncode == 0, done.stderr
+    without = ("torch", "ninja", "pybind11")
+    run(tree, "setup.py", "bdist_wheel", without=without, BFT_BUILD="none", PATH="")
     (wheel,) = tree.glob("dist/*.whl")
     assert wheel.name == "bft_kernels-9.8.7-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as files:
@@ -114,8 +105,7 @@ def test_none_builds_a_pure_wheel_with_no_tool(tree):
 
 
 def test_source_archive_holds_what_a_build_needs(tree):
-    done = run(tree, "setup.py", "sdist", BFT_BUILD="none")
-    assert done.returncode == 0, done.stderr
+    run(tree, "setup.py", "sdist", BFT_BUILD="none")
     (archive,) = tree.glob("dist/*.tar.gz")
     with tarfile.open(archive) as files:
         packed = {name.partition("/")[2] for name in files.getnames()}
@@ -128,19 +118,16 @@ def test_source_archive_holds_what_a_build_needs(tree):
 @pytest.mark.parametrize("without", [("torch",), ("ninja", "pybind11")])
 def test_cpu_builds_one_module_that_works(tree, without):
     """With the headers of torch, too, which is then needed, and not imported."""
-    done = run(tree, *BUILD, without=without, BFT_BUILD="cpu")
-    assert done.returncode == 0, done.stderr
+    done = build(tree, without=without, BFT_BUILD="cpu")
     assert ("torch/include" in done.stdout) == ("torch" not in without)
     assert modules(tree) == ["_cpu"]
-    done = run(
-        tree,
-        "-c",
-        "from bft_kernels import _cpu\n"
-        "ranks = []\n"
-        "_cpu.run_team(ranks.append, 1)\n"
-        "print(ranks, _cpu.instruction_set() in _cpu.instruction_sets())\n",
-    )
-    assert done.stdout == "[0] True\n", done.stderr
+    code = """
+from bft_kernels import _cpu
+ranks = []
+_cpu.run_team(ranks.append, 1)
+print(ranks, _cpu.instruction_set() in _cpu.instruction_sets())
+"""
+    assert run(tree, "-c", code).stdout == "[0] True\n"
 
 
 @needs_compiler
@@ -157,7 +144,6 @@ def test_a_second_build_compiles_only_what_changed(built, changed, rebuilt):
     if changed:
         (built / changed).touch()
     done = build(built, BFT_BUILD="cpu", CXX=str(built / "c++"))
-    assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if " -c " in line]
     assert {line.partition(" -c ")[2].split()[0] for line in commands} == rebuilt
     assert ("ninja: no work to do." in done.stdout) == (not rebuilt)
@@ -175,7 +161,6 @@ NO_CXX = "no C++ compiler {!r}: install one, or set CXX"
         ("cpu", ("ninja",), {"CXX": "false"}, "_cpu: the compiler failed"),
         ("cpu", (), {"PATH": "", "CXX": None}, f"_cpu: {NO_CXX.format('c++')}"),
         ("cpu", (), {"CXX": "no-such"}, f"_cpu: {NO_CXX.format('no-such')}"),
-        ("cuda", (), {"PATH": "", "CXX": None}, f"_cuda: {NO_CXX.format('c++')}"),
         ("cuda", (), {"CXX": "no-such"}, f"_cuda: {NO_CXX.format('no-such')}"),
         ("cuda", (), {"PATH": "", "CXX": CXX}, "_cuda: no nvcc on PATH, and CUDA_HOME is not set"),
         # It does not look beyond a wrong one.
@@ -183,37 +168,27 @@ NO_CXX = "no C++ compiler {!r}: install one, or set CXX"
     ],
 )
 def test_what_cannot_be_built_is_refused_with_its_reason(tree, mode, without, environment, says):
-    done = run(tree, *BUILD, without=("torch", *without), BFT_BUILD=mode, **environment)
-    assert done.returncode != 0
+    without = ("torch", *without)
+    done = build(tree, without=without, fails=True, BFT_BUILD=mode, **environment)
     failed = f"BFT_BUILD={mode} cannot build bft_kernels." if says.startswith("_") else ""
     assert f"{failed}{says}" in done.stderr
     assert modules(tree) == []
 
 
 @needs_compiler
-def test_auto_leaves_out_cuda_without_nvcc_and_says_so(built):
-    (built / "csrc/bindings/cuda.cpp").touch()
-    toolkit = {"CUDA_HOME": str(built / "toolkit"), "CXX": str(built / "c++")}
-    done = build(built, BFT_BUILD="auto", **toolkit)
-    assert done.returncode == 0, done.stderr
-    assert modules(built) == ["_cpu"]
-    assert "BFT_BUILD=auto leaves out bft_kernels._cuda: no nvcc in CUDA_HOME=" in done.stderr
-
-
-@needs_compiler
-def test_code_that_does_not_compile_fails_cpu_and_is_left_out_by_auto(tree):
-    (tree / "csrc/cpu/backward.cpp").write_text("#error made to fail\n")
-    stale = tree / "bft_kernels" / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    stale.touch()
+def test_what_auto_leaves_out_and_cpu_does_not(tree):
     tools = {"CXX": make_tool(tree / "c++", PREPROCESSOR), "CUDA_HOME": str(tree / "toolkit")}
+    automatic = build(tree, BFT_BUILD="auto", **tools)
+    assert modules(tree) == ["_cpu"]
+    assert "BFT_BUILD=auto leaves out bft_kernels._cuda: no nvcc in CUDA_HOME=" in automatic.stderr
 
-    forced = build(tree, BFT_BUILD="cpu", **tools)
-    assert forced.returncode != 0
+    (tree / "csrc/cpu/backward.cpp").write_text("#error made to fail\n")
+    forced = build(tree, fails=True, BFT_BUILD="cpu", **tools)
     assert "made to fail" in forced.stdout + forced.stderr
     assert "BFT_BUILD=cpu cannot build bft_kernels._cpu: the compiler failed" in forced.stderr
+    assert modules(tree) == ["_cpu"]  # of before
 
     automatic = build(tree, BFT_BUILD="auto", **tools)
-    assert automatic.returncode == 0, automatic.stderr
     assert "BFT_BUILD=auto leaves out bft_kernels._cpu: the compiler failed" in automatic.stderr
     assert modules(tree) == []
 
@@ -223,55 +198,54 @@ KNOWN = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 
 @pytest.fixture
 def architectures(monkeypatch):
-    """The -gencode targets for a TORCH_CUDA_ARCH_LIST: sm_90 for code, 90 for PTX."""
+    """The flags for a TORCH_CUDA_ARCH_LIST."""
 
-    def targets(listed, known=KNOWN):
-        if listed is None:
-            monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-        else:
+    def flags(listed, known=KNOWN):
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        if listed is not None:
             monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-        flags = ninja_build._architecture_flags("nvcc", known).split(" ")
-        assert flags[::2] == ["-gencode"] * (len(flags) // 2)
-        found = []
-        for flag in flags[1::2]:
-            arch, code = flag.removeprefix("arch=compute_").split(",code=")
-            assert code in (f"sm_{arch}", f"compute_{arch}")
-            found.append(code.removeprefix("compute_"))
-        return " ".join(found)
+        return ninja_build._architecture_flags("nvcc", known)
 
-    return targets
+    return flags
 
 
 @pytest.mark.parametrize(
-    ("listed", "targets"),
+    ("listed", "known", "targets"),  # sm_90 for code, compute_90 for PTX
     [
-        (None, "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 120"),
-        ("", "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 120"),
-        ("9.0", "sm_90"),
-        ("8.0;9.0+PTX 10.0", "sm_80 sm_90 sm_100 90"),
-        ("9.0 8.0; 9.0+PTX;", "sm_90 sm_80 90"),
-        ("8.7+PTX", "sm_87 87"),
-        ("9.0a;10.0f+PTX", "sm_90a sm_100f 100f"),
-        ("Ampere Hopper", "sm_80 sm_86 sm_90 86 90"),
-        ("Ampere+Tegra;Blackwell", "sm_87 sm_100 sm_103 sm_120 sm_121 121"),
-        ("Turing 7.0+PTX 8.0", "sm_80"),
+        (None, KNOWN, "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_120"),
+        (None, (75, 80, 86, 90), "sm_80 sm_86 sm_90 compute_90"),
+        ("", KNOWN, "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120 compute_120"),
+        ("9.0", KNOWN, "sm_90"),
+        ("8.0;9.0+PTX 10.0", KNOWN, "sm_80 sm_90 sm_100 compute_90"),
+        ("9.0 8.0; 9.0+PTX;", KNOWN, "sm_90 sm_80 compute_90"),
+        ("8.7+PTX", KNOWN, "sm_87 compute_87"),
+        ("9.0a;10.0f+PTX", KNOWN, "sm_90a sm_100f compute_100f"),
+        ("Ampere Hopper", KNOWN, "sm_80 sm_86 sm_90 compute_86 compute_90"),
+        ("Ampere+Tegra;Blackwell", KNOWN, "sm_87 sm_100 sm_103 sm_120 sm_121 compute_121"),
+        ("Turing 7.0+PTX 8.0", KNOWN, "sm_80"),
+        ("7.5 9.0", KNOWN, "sm_90"),
     ],
 )
-def test_architectures_are_those_of_torch_cuda_arch_list(architectures, listed, targets):
-    assert architectures(listed) == targets
+def test_architectures_are_those_of_torch_cuda_arch_list(
+    architectures, capsys, listed, known, targets
+):
+    codes = [(target.partition("_")[2], target) for target in targets.split()]
+    expected = " ".join(f"-gencode arch=compute_{arch},code={code}" for arch, code in codes)
+    assert architectures(listed, known) == expected
+    too_old = "TORCH_CUDA_ARCH_LIST: 7.5 is left out: kernels need 8.0\n"
+    assert (too_old in capsys.readouterr().out) == (listed == "7.5 9.0")
 
 
-def test_what_is_too_old_for_the_kernels_is_left_out_and_named(architectures, capsys):
-    assert architectures("7.5 9.0") == "sm_90"
-    assert capsys.readouterr().out == "TORCH_CUDA_ARCH_LIST: 7.5 is left out: kernels need 8.0\n"
-    with pytest.raises(CompileError, match=r"^TORCH_CUDA_ARCH_LIST=7\.5 has nothing from"):
-        architectures("7.5")
-
-
-def test_without_a_list_architectures_are_those_that_nvcc_knows(architectures):
-    assert architectures(None, (75, 80, 86, 90)) == "sm_80 sm_86 sm_90 90"
-    with pytest.raises(CompileError, match="nvcc knows none of the architectures"):
-        architectures(None, (75,))
+@pytest.mark.parametrize(
+    ("listed", "known", "says"),
+    [
+        ("7.5", KNOWN, r"^TORCH_CUDA_ARCH_LIST=7\.5 has nothing from"),
+        (None, (75,), "nvcc knows none of the architectures"),
+    ],
+)
+def test_no_architecture_is_left(architectures, listed, known, says):
+    with pytest.raises(CompileError, match=says):
+        architectures(listed, known)
 
 
 @pytest.mark.parametrize(
@@ -300,48 +274,37 @@ echo end >> log
 """
 
 
-def build_with_tool(tree, without=("torch",), **environment):
+def build_with_tool(tree, **options):
     """Build both modules with TOOL; what it wrote, a line each."""
     tool = make_tool(tree / "toolkit/bin/nvcc", TOOL)
-    environment = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), **environment}
-    done = run(tree, *BUILD, without=without, CXX=tool, **environment)
+    options = {"BFT_BUILD": "cuda", "CUDA_HOME": str(tree / "toolkit"), "CXX": tool, **options}
+    done = build(tree, **options)
     log = tree / "log"
     return done, log.read_text().splitlines() if log.exists() else []
-
-
-def most_at_once(log):
-    running = most = 0
-    for line in log:
-        running += 1 if line.startswith("start") else -1
-        most = max(most, running)
-    return most
 
 
 @pytest.mark.parametrize("without", [("torch",), ("torch", "ninja")], ids=["ninja", "no ninja"])
 @pytest.mark.parametrize(("jobs", "most", "pause"), [("1", 1, "0.03"), ("3", 3, "0.2")])
 def test_max_jobs_is_how_many_compilers_run(tree, jobs, most, pause, without):
     limit = {"MAX_JOBS": jobs, "PAUSE": pause, "TORCH_CUDA_ARCH_LIST": "9.0"}
-    done, log = build_with_tool(tree, without, **limit)
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, log = build_with_tool(tree, without=without, **limit)
     assert modules(tree) == ["_cpu", "_cuda"]
-    assert most_at_once(log) == most
+    running = itertools.accumulate(1 if line.startswith("start") else -1 for line in log)
+    assert max(running) == most
     assert not any("--threads" in line for line in log)
-    compiled = [line for line in log if "csrc/cuda/forward.cu " in line]
-    assert len(compiled) == 1
-    assert "-gencode arch=compute_90,code=sm_90 " in compiled[0]
-    assert "sm_80" not in compiled[0]
+    (compiled,) = [line for line in log if "csrc/cuda/forward.cu " in line]
+    assert "-gencode arch=compute_90,code=sm_90 " in compiled
+    assert "sm_80" not in compiled
 
 
 def test_without_pybind11_the_headers_are_those_of_torch(tree):
-    done, log = build_with_tool(tree, without=("ninja", "pybind11"), BFT_BUILD="cpu")
-    assert done.returncode == 0, done.stdout + done.stderr
+    _, log = build_with_tool(tree, without=("ninja", "pybind11"), BFT_BUILD="cpu")
     assert all("torch/include" in line for line in log if " -c " in line)
 
 
 @pytest.mark.parametrize("jobs", [None, ""])
 def test_without_max_jobs_architectures_are_compiled_side_by_side(tree, jobs):
     done, log = build_with_tool(tree, MAX_JOBS=jobs)
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kinds of GPU" in done.stderr
     assert "BFT_BUILD=cpu leaves it out" in done.stderr
     compiled = [line for line in log if ".cu " in line]
@@ -350,21 +313,20 @@ def test_without_max_jobs_architectures_are_compiled_side_by_side(tree, jobs):
 
 
 @pytest.mark.parametrize(
-    ("mode", "jobs"), [("cpu", "0"), ("cuda", "two"), ("auto", "-2"), ("auto", "1.5")]
+    ("mode", "name", "value", "says"),
+    [
+        ("cpu", "MAX_JOBS", "0", "got '0', expected a positive integer"),
+        ("cuda", "MAX_JOBS", "two", "got 'two', expected a positive integer"),
+        ("auto", "MAX_JOBS", "-2", "got '-2', expected a positive integer"),
+        ("auto", "MAX_JOBS", "1.5", "got '1.5', expected a positive integer"),
+        ("cuda", "TORCH_CUDA_ARCH_LIST", "9.0 Amper", "got 'Amper' in '9.0 Amper'"),
+        ("auto", "TORCH_CUDA_ARCH_LIST", "9.0 Amper", "got 'Amper' in '9.0 Amper'"),
+    ],
 )
-def test_max_jobs_that_is_no_positive_integer_is_refused(tree, mode, jobs):
-    done, log = build_with_tool(tree, MAX_JOBS=jobs, BFT_BUILD=mode)
-    assert done.returncode != 0
-    assert f"MAX_JOBS: got {jobs!r}, expected a positive integer" in done.stderr
-    assert log == []
-
-
-@pytest.mark.parametrize("mode", ["cuda", "auto"])
-def test_a_wrong_list_of_architectures_is_an_error_in_every_mode(tree, mode):
-    done, log = build_with_tool(tree, TORCH_CUDA_ARCH_LIST="9.0 Amper", BFT_BUILD=mode)
-    assert done.returncode != 0
-    assert "error: TORCH_CUDA_ARCH_LIST: got 'Amper' in '9.0 Amper'" in done.stderr
-    assert not any(".cu " in line for line in log)
+def test_a_wrong_variable_is_an_error_in_every_mode(tree, mode, name, value, says):
+    done, log = build_with_tool(tree, fails=True, BFT_BUILD=mode, **{name: value})
+    assert f"error: {name}: {says}" in done.stderr
+    assert not any(".cu " in line or name == "MAX_JOBS" for line in log)
 
 
 # `make test-slow` compiles for every architecture, too, where there is nvcc.
@@ -375,11 +337,10 @@ def test_a_wrong_list_of_architectures_is_an_error_in_every_mode(tree, mode):
 @pytest.mark.skipif(CXX is None or shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_builds_both_modules_for_every_architecture(tree, listed):
     done = build(tree, BFT_BUILD="cuda", TORCH_CUDA_ARCH_LIST=listed)
-    assert done.returncode == 0, done.stderr
     assert modules(tree) == ["_cpu", "_cuda"]
     compilers = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
     for arch in ninja_build.CUDA_ARCHITECTURES:
         known = f"compute_{arch}" in compilers.split() and (not listed or arch == 90)
         assert (f"code=sm_{arch} " in done.stdout) == known
-    done = run(tree, "-c", "from bft_kernels import _cuda; print(_cuda.sort_entries.__name__)")
-    assert done.stdout == "sort_entries\n", done.stderr
+    code = "from bft_kernels import _cuda; print(_cuda.sort_entries.__name__)"
+    assert run(tree, "-c", code).stdout == "sort_entries\n"

