@@ -70,10 +70,7 @@ import json
 from benchmarks.measure import compiled, rehearsal
 
 def rehearsed(target, names):
-    with compiled.rehearsing(compiled.TARGETS[target]) as launches:
-        for name in names:
-            rehearsal.CASES[name]()
-    return launches
+    return compiled.rehearsed(compiled.TARGETS[target], (rehearsal.CASES[x] for x in names))
 
 def told(launches):
     return [
@@ -124,8 +121,8 @@ def test_operands_are_told_by_their_bits():
 def test_instructions_are_seen():
     products = ("HMMA.16816.F32.BF16 R4, R8", "HGMMA.64x128x16.F32.BF16 R24", "UTCHMMA gdesc[UR4]")
     for code in (*products, "v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1]"):
-        assert compiled.multiplies_matrices(f"FFMA R4, R8, R2 ;\n{code} ;")
-    assert not compiled.multiplies_matrices("FFMA R4, R8, R2, R4 ;")
+        assert compiled.MMA.search(f"FFMA R4, R8, R2 ;\n{code} ;")
+    assert not compiled.MMA.search("FFMA R4, R8, R2, R4 ;")
     copy = "LDGSTS.E.BYPASS.LTC128B.128 [R4], [R2.64]"
     assert compiled_cuda._wide("LDG.E.128 R4, [R2]", "LDG")
     assert compiled_cuda._wide(copy, "LDG")
