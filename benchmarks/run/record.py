@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import save_recorded
-
 
 @dataclass(frozen=True)
 class Config:
@@ -47,8 +45,7 @@ def main(config: Config) -> None:
     with torch.no_grad():
         for document in documents(config.texts):
             ids = tokenizer(document, return_tensors="pt").input_ids[:, : config.longest + 1]
-            states = model.get_decoder()(input_ids=ids).last_hidden_state
-            hidden.append(states[0, :-1])
+            hidden.append(model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1])
             targets.append(ids[0, 1:])
             if sum(map(len, targets)) >= config.tokens:
                 break
@@ -56,9 +53,10 @@ def main(config: Config) -> None:
     if found < config.tokens:
         raise SystemExit(f"texts: got {found} tokens in {config.texts}, expected {config.tokens}")
     weight = model.get_output_embeddings().weight.detach()
-    inputs = torch.cat(hidden)[: config.tokens], weight, torch.cat(targets)[: config.tokens]
-    save_recorded(config.output, *inputs)
-    nll = torch.nn.functional.cross_entropy(inputs[0][:256] @ weight.T, inputs[2][:256])
+    states, target = (torch.cat(parts)[: config.tokens].clone() for parts in (hidden, targets))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save((states, weight.clone(), target), config.output)
+    nll = torch.nn.functional.cross_entropy(states[:256] @ weight.T, target[:256])
     print(f"{config.output}: N {config.tokens}, D {weight.shape[1]}, V {weight.shape[0]}")
     print(f"nll of the first tokens: {nll:.2f}")
 
