@@ -14,11 +14,10 @@ from rich.progress import track
 
 from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
 from benchmarks.measure.memory import extra_memory, keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
+from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
 from benchmarks.measure.processes import explain
 from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
-from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
 from benchmarks.shapes import (
@@ -43,7 +42,7 @@ _SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Providers, weightings and modes beside the bare GEMM 1G of the same run.
 
     Who cannot run is listed with the reason. benchmarks/README.md has the rules of measuring.
@@ -58,7 +57,6 @@ class Config:
     tokens: int | None = None
     """Rows, instead of 2048, or of the first of a shape's sizes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     providers: tuple[str, ...] = tuple(PROVIDERS)
     weightings: tuple[str, ...] = ("plain", "bft")
     """The mean (plain), weighted by confidence (dft), balanced (bft)."""
@@ -69,15 +67,9 @@ class Config:
     """Measure extra memory, each in a fresh process."""
     errors: bool = True
     """Compare gradients of 64 tokens with float64; takes 16 bytes an entry of the head."""
-    keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
     """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median,
     or if the machine is busy at the start."""
-    force: bool = False
-    """Report all the same."""
-    output: Path | None = None
-    """Append long-form CSV here."""
 
 
 def main(config: Config) -> None:
@@ -93,10 +85,9 @@ def main(config: Config) -> None:
             check_columns(config.output, COLUMNS)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    load = quiet_load(config.force)
+    facts = config.facts()
     if config.keep_memory:
         keep_memory()
-    facts = environment(config.device) | {"load": load}
     for name, source in sources.items():
         for dtype in config.dtypes:
             rows = _measure(config, name, source, dtype, asked)

@@ -6,17 +6,15 @@ import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.measure.growth import can_fit, fit, predict
 from benchmarks.measure.memory import keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
+from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
 from benchmarks.measure.timing import Timing, bare_product, step, time_turns
 from benchmarks.providers.registry import Case, cases, why_not
-from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import append
 from benchmarks.shapes import Shape, make_problem
@@ -39,7 +37,7 @@ _FITTED = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
 
     a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
@@ -55,18 +53,11 @@ class Config:
     tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
     vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
     """At least; short ones are repeated for three seconds."""
-    keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
     """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median
     on any shape, or if the machine is busy at the start."""
-    force: bool = False
-    """Report all the same."""
-    output: Path | None = None
-    """Append long-form CSV here."""
 
 
 def main(config: Config) -> None:
@@ -82,7 +73,7 @@ def main(config: Config) -> None:
     reason = why_not(case, config.device, getattr(torch, config.dtype))
     if reason:
         raise SystemExit(f"providers: got {config.provider!r}, which cannot run here: {reason}")
-    load = quiet_load(config.force)
+    facts = config.facts()
     if config.keep_memory:
         keep_memory()
     shapes = [
@@ -114,7 +105,7 @@ def main(config: Config) -> None:
     print(told)
     if config.output is not None:
         what = {"dtype": config.dtype, "memory_kept": config.keep_memory}
-        what |= environment(config.device) | {"load": load, "repeats": config.repeats}
+        what |= facts | {"repeats": config.repeats}
         pairs = zip(shapes, rows, strict=True)
         append(config.output, [case.columns | asdict(s) | what | row for s, row in pairs])
 
