@@ -17,14 +17,9 @@ _LOOK_EVERY = 0.01  # seconds between looks at a process's memory
 
 
 def attempt(
-    job: Job,
-    label: str,
-    ids: Tensor,  # [B, T]
-    *,
-    limit: int | None = None,
-    patience: float = float("inf"),
+    job: Job, label: str, ids: Tensor, *, limit: int | None = None, patience: float = float("inf")
 ) -> Outcome:
-    """Runs one step in a fresh process, which is killed where it passes the limit.
+    """Runs one step on ``ids [B, T]`` in a fresh process, which is killed at the limit.
 
     Args:
         limit: bytes: the process's resident set on a CPU, the device's allocator on a GPU.

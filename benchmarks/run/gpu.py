@@ -43,13 +43,11 @@ _BY = {
 # Compiling kernels is most of the tests' time, and goes on beside the GPU.
 _PROCESSES = 16
 # Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
-_SELECTED = {FIRST: "{0}", VALUES: "{0} and not spill"}
+_SELECTED = {"first": "{0}", "values": "{0} and not spill"}
 _REHEARSED = {
-    FIRST: "{0} and (graph and chunks-sampled or region2)",
-    VALUES: "{0} and (ties_go and not cuda or never_chosen)",
+    "first": "{0} and (graph and chunks-sampled or region2)",
+    "values": "{0} and (ties_go and not cuda or never_chosen)",
 }
-
-
 _PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.backend != "cpu")
 
 
@@ -70,17 +68,14 @@ def parse(arguments: list[str], prog: str) -> Config:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=kind)
     parser.set_defaults(**dataclasses.asdict(Config()))
     add, either = parser.add_argument, argparse.BooleanOptionalAction
-    help_ = "for everything; what does not fit is cut (%(default)s)"
-    add("--minutes", type=float, help=help_)
-    help_ = "rehearse on the CPU with tiny shapes and Triton's interpreter"
-    add("--dry-run", action=either, help=help_)
-    help_ = "instead of a folder named after the GPU; for --dry-run needed"
-    add("--output", type=Path, help=help_)
-    help_ = f"your own as module:function, or some of {', '.join(map(repr, _PROVIDERS))}"
-    add("--providers", nargs="+", help=help_)
+    add("--minutes", type=float, help="for everything; what does not fit is cut (%(default)s)")
+    add("--dry-run", action=either, help="rehearse on the CPU: tiny shapes, Triton's interpreter")
+    add("--output", type=Path, help="instead of a folder named after the GPU; --dry-run needs it")
+    names = ", ".join(map(repr, _PROVIDERS))
+    add("--providers", nargs="+", help=f"your own as module:function, or some of {names}")
     add("--tests", action=either, help="compile _cuda and run the correctness tests first (yes)")
-    given = vars(parser.parse_args(arguments))
-    return Config(**given | {"providers": tuple(given["providers"])})
+    given = Config(**vars(parser.parse_args(arguments)))
+    return dataclasses.replace(given, providers=tuple(given.providers))
 
 
 def main(config: Config) -> None:
@@ -121,21 +116,23 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
     def until(part: str) -> float:
         return folder.started + 60 * config.minutes * _BY[part]
 
-    def check(title: str, files: tuple[str, ...]) -> None:
-        backend = title.partition(" ")[0]
+    def check(title: str) -> None:
+        backend, _, which = title.partition(" ")
         missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
         if backend == "cuda" and missing:
             folder.say(f"{title}: not run, there is no bft_kernels._cuda")
             return
         # Of the first steps the order counts.
-        suite = Suite(
-            title, files, selected[files].format(backend), 1 if files == FIRST else processes
-        )
+        files, count = (FIRST, 1) if which == "first" else (VALUES, processes)
+        suite = Suite(title, files, selected[which].format(backend), count)
         run_suite(suite, folder, env, until(title))
 
     def build() -> None:
         builds[0].finish(until("build"))
         folder.look(env)
+
+    def compiling() -> None:
+        compile_ahead(folder, env, until("compiling"), shapes, cases, processes)
 
     def speed() -> None:
         measure_all(folder, env, until("speed"), shapes, cases, turns)
@@ -143,19 +140,17 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
 
     tests: dict[str, Callable[[], None]] = {
         "start of the build": lambda: builds.append(Build(folder, env)),
-        "triton first": lambda: check("triton first", FIRST),
-        "triton values": lambda: check("triton values", VALUES),
+        "triton first": lambda: check("triton first"),
+        "triton values": lambda: check("triton values"),
         "build": build,
-        "cuda first": lambda: check("cuda first", FIRST),
-        "cuda values": lambda: check("cuda values", VALUES),
+        "cuda first": lambda: check("cuda first"),
+        "cuda values": lambda: check("cuda values"),
     }
     return {
         "environment": folder.environment,
         "info": lambda: folder.look(env),
         **(tests if config.tests else {}),
-        "compiling": lambda: compile_ahead(
-            folder, env, until("compiling"), shapes, cases, processes
-        ),
+        "compiling": compiling,
         "speed": speed,
         "figures": lambda: draw_figures(folder),
     }

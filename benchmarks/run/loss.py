@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import shapes
 from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
 from benchmarks.measure.memory import extra_memory, keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
@@ -20,16 +21,7 @@ from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
-from benchmarks.shapes import (
-    TOKENS,
-    Problem,
-    Recorded,
-    Shape,
-    Source,
-    load_recorded,
-    make_problem,
-    shape_of,
-)
+from benchmarks.shapes import Problem, Recorded, Shape, Source, make_problem
 
 Row = dict[str, Any]
 _MODES = {
@@ -101,10 +93,10 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
-        load_recorded(path)
-        yield path.stem, Recorded(path, config.tokens or TOKENS)
+        shapes.load_recorded(path)
+        yield path.stem, Recorded(path, config.tokens or shapes.TOKENS)
     for name in () if config.inputs else config.shapes:
-        shape = shape_of(name)
+        shape = shapes.shape_of(name)
         yield name, replace(shape, tokens=config.tokens or shape.tokens)
 
 
