@@ -82,17 +82,13 @@ def test_a_selection_of_no_test_is_a_failure(run):
 
 def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path):
     path = tmp_path / "tests.jsonl"
-    suite_plugin.write(path, [{"test": "a", "outcome": "selected"}])
-    suite_plugin.write(
-        path, [{"test": "a", "outcome": "started"}, {"test": "b", "outcome": "failed"}]
-    )
+    for rows in (("a", "selected"),), (("a", "started"), ("b", "failed")):
+        suite_plugin.write(path, [{"test": test, "outcome": outcome} for test, outcome in rows])
     with path.open("a") as file:
         file.write('{"test": "b", "outc')  # a full disk
-    assert {name: row["outcome"] for name, row in suite_plugin.read(path).items()} == {
-        "a": "started",
-        "b": "failed",
-    }
-    assert suite_plugin.told(suite_plugin.read(path)) == "0 passed, 1 failed, 0 skipped, 1 cut"
+    found = suite_plugin.read(path)
+    assert {name: row["outcome"] for name, row in found.items()} == {"a": "started", "b": "failed"}
+    assert suite_plugin.told(found) == "0 passed, 1 failed, 0 skipped, 1 cut"
 
 
 def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
