@@ -91,7 +91,7 @@ def test_the_weightings_differ_and_windows_reach_the_loss(config):
     losses = {}
     for window in (2, 12):
         stepper = Stepper(train.Config(**config | {"window": window}).job())
-        stepper.optimizer.register_step_pre_hook(lambda *_: stepper.optimizer.zero_grad())
+        stepper.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.zero_grad())
         for label in ("eager, plain", "eager, bft", "exact, bft"):
             losses[label, window] = float(stepper.step(label, ids))
     assert losses["eager, plain", 2] == losses["eager, plain", 12]
