@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_LONGEST = 256  # targets of one document; the rest of it is left out
+
 
 @dataclass(frozen=True)
 class Config:
@@ -23,8 +25,6 @@ class Config:
     model: str = "smollm2-135m"
     """A name that `bft train --model` takes, or a folder."""
     tokens: int = 2048
-    longest: int = 256
-    """Targets of one document; the rest of it is left out."""
 
 
 def main(config: Config) -> None:
@@ -44,7 +44,7 @@ def main(config: Config) -> None:
     targets: list[Tensor] = []
     with torch.no_grad():
         for document in documents(config.texts):
-            ids = tokenizer(document, return_tensors="pt").input_ids[:, : config.longest + 1]
+            ids = tokenizer(document, return_tensors="pt").input_ids[:, : _LONGEST + 1]
             hidden.append(model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1])
             targets.append(ids[0, 1:])
             if sum(map(len, targets)) >= config.tokens:
