@@ -31,6 +31,7 @@ _MODES = {
 }
 # Of the figures those for which a terminal has room.
 _SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
+_SIDES = ("hidden", "weight")  # that have gradients
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,7 @@ def _show(rows: Sequence[Row], device: str) -> None:
         for row in (bare, *timed(same)):
             cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                expected = {
-                    f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
-                }
+                expected = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _SIDES}
                 cells.append(["  expected", *(FIGURES[name](expected) for name in _SHOWN)])
         show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):
