@@ -85,10 +85,6 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
-    return getattr(importlib.import_module(module), function)(problem)
-
-
 def find(name: str) -> Provider:
     """By its name, or one's own mean over tokens as ``module:function`` of a problem.
 
@@ -101,7 +97,10 @@ def find(name: str) -> Provider:
     if not separator:
         names = ", ".join(PROVIDERS)
         raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
-    run = functools.partial(_imported, module, function)
+
+    def run(problem: Problem, weighting: str) -> Tensor:
+        return getattr(importlib.import_module(module), function)(problem)
+
     return Provider(name, {"": run}, KEPT, KEPT, ("plain",), priority=0)
 
 

@@ -78,8 +78,6 @@ class Config(Options):
     """Tokens in a sequence."""
     window: int = 256
     """Tokens in a confidence window of bft."""
-    max_buffer_mib: int | None = None
-    """Memory of our losses' logit blocks; 64 on a CPU and 528 on a GPU if not given."""
     lora: bool = False
     """Train adapters of rank 16 on all linear layers instead of all parameters."""
     gradient_checkpointing: bool = False
@@ -116,7 +114,6 @@ class Config(Options):
             train_file=self.texts or cache_root() / "hpo" / "train.jsonl",
             model=self.model,
             window=self.window,
-            max_buffer_mib=self.max_buffer_mib,
             lora_rank=16 if self.lora else 0,
             gradient_checkpointing=self.gradient_checkpointing,
             dtype=self.dtype,
