@@ -63,11 +63,7 @@ REHEARSAL = (Shape(8, 16, 64),)
 
 
 def shape_of(text: str) -> Shape:
-    """By the name of a head, or by its sizes: rows x width x vocabulary, as in 1500x320x20000.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """By the name of a head, or by its sizes: rows x width x vocabulary; ValueError for others."""
     if text in SHAPES:
         return SHAPES[text]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
@@ -109,11 +105,7 @@ _RECORDED = (
 
 
 def load_recorded(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """``hidden [N, D]``, ``weight [V, D]`` and ``target [N]``; of values it reads the targets'.
-
-    Raises:
-        ValueError: there is no such file, or something else is in it.
-    """
+    """``hidden [N, D]``, ``weight [V, D]`` and ``target [N]``; ValueError for any other file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of several kinds, for a file that torch.save did not write

@@ -115,15 +115,7 @@ def _demangled(text: str) -> str:
 def _usage(
     target: str, function: str, code: str, registers: int, spilled: int, sizes: dict[str, int]
 ) -> Usage:
-    """What one kernel takes.
-
-    Args:
-        target: its name.
-        function: the kernel, demangled.
-        code: its machine code.
-        registers, spilled: of a thread.
-        sizes: the probe's variables.
-    """
+    """What one kernel takes: its name demangled, its code, and the probe's variables say it."""
     match = re.search(r"::(\w+)_kernel(?:<([^>]*)>)?\(", function)
     assert match, f"{function}: expected bft::cuda::NAME_kernel"
     kernel, values = match[1], match[2].split(", ") if match[2] else []

@@ -17,12 +17,8 @@ from benchmarks.shapes import Problem, Shape, Source, make_problem
 def keep_memory() -> None:
     """Has the C library keep what is freed, so that only the first run touches fresh pages.
 
-    By default glibc returns every large tensor to the system, and a step pays for mapping and
-    clearing its gradients anew: work of the system, the same whichever loss asked for them, but
-    on a virtual machine as much as a tenth of a step.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
+    By default glibc returns large tensors to the system, and a step pays for fresh pages anew
+    (docs/performance.md). RuntimeError if the C library is not glibc, or refuses.
     """
     _mallopt("keep_memory", {-1: -1, -4: 0})  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 
@@ -32,9 +28,6 @@ def return_memory() -> None:
 
     By default that bound grows with the tensors that are freed, and those below it are cut from
     larger blocks: what a step takes at its highest then differs from run to run by as much as 40%.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
     """
     _mallopt("return_memory", {-3: 2**17})  # M_MMAP_THRESHOLD of malloc.h; setting it fixes it
 

@@ -32,11 +32,7 @@ class Options:
     """Append long-form CSV here."""
 
     def facts(self) -> dict[str, Any]:
-        """Of the machine: its environment and 1-minute load average.
-
-        Raises:
-            SystemExit: others are computing, without ``force``.
-        """
+        """Environment and load average; SystemExit where others compute, without ``force``."""
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > MOST_LOAD * cores:
             most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing, or your own run"
@@ -46,11 +42,7 @@ class Options:
 
 
 def check_spread(bare: Timing, most: float, force: bool, where: str = "") -> None:
-    """That the bare GEMM took about the same time in every turn.
-
-    Raises:
-        SystemExit: it did not, without ``force``.
-    """
+    """SystemExit where the bare GEMM's time differs from turn to turn, without ``force``."""
     if bare.spread > most:
         _refuse(
             f"{where}the bare GEMM took {bare.seconds:.4f} s with a spread (interquartile range "

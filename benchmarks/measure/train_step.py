@@ -208,11 +208,7 @@ def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
 
 
 def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
-    """``[count, length]`` token ids: documents joined and cut, from the start again at their end.
-
-    Raises:
-        SystemExit: they do not fill one row.
-    """
+    """``[count, length]`` token ids: documents joined and cut, again and again; or SystemExit."""
     tokens = itertools.chain.from_iterable(documents)
     found = list(itertools.islice(tokens, count * length))
     full = len(found) // length

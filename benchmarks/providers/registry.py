@@ -86,11 +86,7 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def find(name: str) -> Provider:
-    """By its name, or one's own mean over tokens as ``module:function`` of a problem.
-
-    Raises:
-        ValueError: no such name.
-    """
+    """By its name, or one's own mean over tokens as ``module:function``; or else ValueError."""
     if name in PROVIDERS:
         return PROVIDERS[name]
     module, separator, function = name.partition(":")
@@ -105,11 +101,7 @@ def find(name: str) -> Provider:
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:
-    """Every combination, weighted compared with weighted: in the order of the tables.
-
-    Raises:
-        ValueError: a name that is none.
-    """
+    """Every combination in the tables' order, weighted beside weighted; ValueError for no name."""
     for name in names:
         find(name)
     for argument, got, known in (("weightings", weightings, WEIGHTINGS), ("modes", modes, MODES)):
@@ -122,11 +114,7 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
 
 
 def telling_cases(names: Sequence[str]) -> list[Case]:
-    """For where time is short: ours balanced in every mode, peers their mean; important first.
-
-    Raises:
-        ValueError: a name that is none.
-    """
+    """For where time is short: ours balanced in every mode, peers their mean; important first."""
     found = []
     for provider in sorted(map(find, names), key=lambda one: one.priority):
         modes = ("both", "frozen", "forward") if provider.backend else ("both",)

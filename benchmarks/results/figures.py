@@ -73,11 +73,7 @@ def colour(bar: Bar) -> str:
 
 
 def render(panels: Sequence[Panel]) -> Figure:
-    """All panels, one below the other.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """All panels, one below the other; ValueError if there are none."""
     if not panels:
         raise ValueError("panels: got none, expected some")
     titles = [

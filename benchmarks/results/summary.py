@@ -17,11 +17,7 @@ _SHOWN = [name for name in FIGURES if name not in ("Gflop/s", "GB/s")]
 
 
 def draw_figures(folder: Folder) -> None:
-    """Writes those of ``python -m benchmarks plot``, where matplotlib is installed.
-
-    Raises:
-        RuntimeError: nothing was timed.
-    """
+    """Writes those of ``plot`` where matplotlib is installed; RuntimeError if nothing was timed."""
     if find_spec("matplotlib") is None:
         folder.say(
             "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"

@@ -79,11 +79,7 @@ def parse(arguments: list[str], prog: str) -> Config:
 
 
 def main(config: Config) -> None:
-    """Tries every part.
-
-    Raises:
-        SystemExit: there is no GPU, a setting is wrong, or something failed (status 1).
-    """
+    """Tries every part; SystemExit with status 1 if something failed."""
     if not config.minutes > 0:
         raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
     folder = Folder(_path(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)

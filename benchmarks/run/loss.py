@@ -66,11 +66,7 @@ class Config(Options):
 
 
 def main(config: Config) -> None:
-    """Measures, prints and writes.
-
-    Raises:
-        SystemExit: a setting is wrong, or the machine was too noisy.
-    """
+    """Measures, prints and writes; SystemExit says what is refused."""
     try:
         asked = cases(config.providers, config.weightings, config.modes)
         sources = dict(_sources(config))

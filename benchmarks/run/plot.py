@@ -30,11 +30,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Draws and says what it wrote.
-
-    Raises:
-        SystemExit: a folder without a CSV.
-    """
+    """Draws and says what it wrote; SystemExit for a folder without a CSV."""
     if config.gain is not None:
         print(save(gain.draw(), config.gain, dpi=150))
         return
@@ -60,11 +56,7 @@ def figures_of(folder: Path) -> dict[str, list[Panel]]:
 
 
 def result_folders(given: Sequence[Path]) -> list[Path]:
-    """Those given, or all under ``benchmarks/results`` that hold a CSV.
-
-    Raises:
-        SystemExit: a folder without any.
-    """
+    """Those given, or all under ``benchmarks/results`` that hold a CSV."""
     if not given:
         return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
     for folder in given:

@@ -28,11 +28,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Records.
-
-    Raises:
-        SystemExit: the text is too short.
-    """
+    """Records; SystemExit if the text is too short."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bft.load import pretrained

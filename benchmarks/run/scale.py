@@ -62,11 +62,7 @@ class Config(Options):
 
 
 def main(config: Config) -> None:
-    """Measures, fits and prints.
-
-    Raises:
-        SystemExit: an unknown provider, or one that cannot run here, or a noisy machine.
-    """
+    """Measures, fits and prints; SystemExit says what is refused."""
     try:
         (case,) = cases([config.provider], [config.weighting], [config.mode])
     except ValueError as error:

@@ -44,11 +44,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Compiles, prints and compares.
-
-    Raises:
-        SystemExit: an unknown target, or a kernel that is not as it must be.
-    """
+    """Compiles, prints and compares; SystemExit if a kernel is not as it must be."""
     for target in config.targets:
         if target not in TARGETS:
             raise SystemExit(f"targets: got {target!r}, expected some of {', '.join(TARGETS)}")

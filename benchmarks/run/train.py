@@ -52,16 +52,8 @@ class Config(Options):
 
     A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text,
     every token labelled, each row a document. Losses take turns at one model; their times are
-    medians. Peak memory is that of one step in a fresh process. It counts all that the process
-    holds: weights, gradients, the optimizer's state, activations, logits and whatever else the loss
-    needs; on a CPU the interpreter and its libraries too (the resident set), on a GPU what torch's
-    allocator hands out. A short step goes before, so that the optimizer's state is there, as in
-    every step but a training's first. What loading the model took for a moment does not count. On a
-    CPU freed memory returns to the system, as with MALLOC_MMAP_THRESHOLD_=131072 in a run's
-    environment: otherwise the same step takes up to 40% more, or not, from run to run.
-
-    The largest batch under a limit is run, and so is the next larger one, which does not fit: one
-    sequence more below 16, about 5% more above.
+    medians. Peak memory is that of one step in a fresh process. docs/performance.md says what it
+    counts, and how the largest batch is found.
     """
 
     model: str = "smollm2-135m"
@@ -122,11 +114,7 @@ class Config(Options):
 
 
 def main(config: Config) -> None:
-    """Measures, prints, and writes if asked to.
-
-    Raises:
-        SystemExit: a setting that cannot be, too little text, or a busy machine.
-    """
+    """Measures, prints, and writes if asked to; SystemExit says what is refused."""
     facts = config.facts() | {"repeats": config.repeats}
     job = config.job()
     rows = max(config.batch * (config.repeats + 1), config.max_batch)
@@ -227,11 +215,7 @@ def _say(loss: StepLoss, batch: int, outcome: Outcome, under: str = "") -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """``"8GiB"`` as bytes.
-
-    Raises:
-        SystemExit: not a positive number and a unit.
-    """
+    """``"8GiB"`` as bytes; SystemExit if it is not a positive number and a unit."""
     try:
         value = convert_file_size_to_int(int(text) if text.isdigit() else text)
     except (ValueError, OverflowError):
