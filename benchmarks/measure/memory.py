@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import step, synchronize
 from benchmarks.providers.registry import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
@@ -79,11 +78,7 @@ def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str
 
 
 def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
-    """:func:`peak_of_step` in a fresh process, whose failure is raised."""
-    return in_fresh_process(_extra_memory, case, source, dtype, device)
-
-
-def _extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
+    """:func:`peak_of_step` of a fresh process."""
     # Libraries and thread pools are loaded before the baseline is read.
     step(case, make_problem(Shape(8, 16, 64), dtype, device))
     return peak_of_step(case, make_problem(source, dtype, device), device)

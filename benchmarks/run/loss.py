@@ -16,7 +16,7 @@ from benchmarks import shapes
 from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
 from benchmarks.measure.memory import extra_memory, keep_memory
 from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
-from benchmarks.measure.processes import explain
+from benchmarks.measure.processes import explain, in_fresh_process
 from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
@@ -139,8 +139,8 @@ def _measure(
         torch.cuda.empty_cache()  # the processes that follow need the room
     for case in _progress(running if config.memory else (), f"{name}: memory"):
         try:
-            memory = extra_memory(running[case], source, dtype, config.device)
-            rows[case]["extra_bytes"] = memory
+            job = running[case], source, dtype, config.device
+            rows[case]["extra_bytes"] = in_fresh_process(extra_memory, *job)
         except Exception as error:
             rows[case]["reason"] = f"memory not measured: {explain(error)}"
     product = where | {"provider": "1G", "status": "ok"} | rates(bare, bare, shape, dtype.itemsize)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.measure import noise
 from benchmarks.measure.errors import certificate, first_rows, relative_error, step_errors, truth
 from benchmarks.measure.memory import extra_memory
+from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import Timing, fastest_option, step, time_turns, timing
 from benchmarks.providers.provider import WEIGHTINGS
 from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
@@ -271,9 +272,13 @@ def test_the_readme_lists_every_head_and_column():
         assert f"`{column}`" in text, column
 
 
+def memory(case, shape):
+    return in_fresh_process(extra_memory, case, shape, torch.float32, "cpu")
+
+
 def test_memory_of_a_process_that_fails_is_an_error():
     with pytest.raises(KeyError, match="none such"):
-        extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
+        memory(Case("eager", option="none such"), SMALL)
 
 
 @pytest.mark.slow
@@ -281,10 +286,7 @@ def test_memory_of_eager_is_that_of_its_logits():
     shape = Shape(512, 64, 49_152)
     logits = shape.tokens * shape.vocabulary * 4
 
-    def memory(*case):
-        return extra_memory(Case(*case), shape, torch.float32, "cpu")
-
-    assert 1.9 * logits < memory("eager") < 4 * logits
-    assert memory("bft torch sampled") < logits
+    assert 1.9 * logits < memory(Case("eager"), shape) < 4 * logits
+    assert memory(Case("bft torch sampled"), shape) < logits
     # A frozen head has no gradient that could be taken for memory saved.
-    assert memory("bft cpu sampled", "bft", "frozen") > 2**20
+    assert memory(Case("bft cpu sampled", "bft", "frozen"), shape) > 2**20
