@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -65,12 +65,12 @@ def bare_product(problem: Problem, rows: int | None, columns: int | None) -> Non
 
 @dataclass(frozen=True)
 class Timing:
-    """Of repeated runs."""
+    """Of repeated runs, as columns of a row."""
 
     seconds: float  # median
     spread: float  # interquartile range over the median
-    fastest: float
-    slowest: float
+    fastest_seconds: float
+    slowest_seconds: float
     repeats: int
 
 
@@ -149,13 +149,8 @@ def rates(
     gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}
     moved = hidden + weight + (gradients[case.mode] if case else 0)
     products, eps = (case.products, find(case.provider).eps) if case else (1, None)
-    return {
+    return asdict(taken) | {
         "eps": "" if eps is None else eps,
-        "repeats": taken.repeats,
-        "seconds": taken.seconds,
-        "fastest_seconds": taken.fastest,
-        "slowest_seconds": taken.slowest,
-        "spread": taken.spread,
         "g_seconds": bare.seconds,
         "times_g": taken.seconds / bare.seconds,
         "tokens_per_second": shape.tokens / taken.seconds,

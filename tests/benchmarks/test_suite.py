@@ -104,7 +104,7 @@ def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
 def test_a_build_that_is_cut_or_fails_says_so(run, monkeypatch):
     for code, status in (("import time; time.sleep(99)", "cut"), ("1 / 0", "failed")):
         made = Build.__new__(Build)
-        made.folder, made.started, made.name = run, time.monotonic(), "cpu"
+        made.folder, made.started, made.built = run, time.monotonic(), run.path
         made.log = run.log(status)
         made.process = start([sys.executable, "-c", code], dict(os.environ), made.log)
         made.finish(time.monotonic() + (0.2 if status == "cut" else 30))
