@@ -21,7 +21,7 @@ class Build:
     rehearsal compiles ``_cpu``, and leaves it where it was built.
     """
 
-    def __init__(self, folder: Folder, env: dict[str, str]) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder, self.started = folder, time.monotonic()
         self.built = ROOT / "build" / f"gpu-{folder.device}"
         settings = {"BFT_BUILD": folder.device}
@@ -32,7 +32,7 @@ class Build:
         command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(self.built)]
         command += ["--build-lib", str(self.built / "lib")]
         self.log = folder.log("build")
-        self.process = start(command, env | settings, self.log)
+        self.process = start(command, folder.env | settings, self.log)
 
     def finish(self, until: float) -> None:
         """Waits, and notes why there is no module of this build if there is none."""

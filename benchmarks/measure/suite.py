@@ -37,11 +37,11 @@ class Suite:
     processes: int
 
 
-def run_suite(suite: Suite, folder: Folder, env: dict[str, str], until: float) -> None:
+def run_suite(suite: Suite, folder: Folder, until: float) -> None:
     """Runs pytest until a time; ``tests.jsonl`` says how each test ended."""
     folder.say(f"{suite.title}, for up to {max(0.0, until - time.monotonic()):.0f} s")
     known, shown = suite_plugin.read(folder.tests), time.monotonic()
-    shares = [_run_share(suite, folder, env, place) for place in range(suite.processes)]
+    shares = [_run_share(suite, folder, place) for place in range(suite.processes)]
     running = shares
     try:
         while running and time.monotonic() < until:
@@ -76,9 +76,7 @@ def _log(suite: Suite, folder: Folder, place: int) -> Path:
     return folder.log(f"{suite.title}-{place}".replace(" ", "-"))
 
 
-def _run_share(
-    suite: Suite, folder: Folder, env: dict[str, str], place: int
-) -> Generator[bool, None, None]:
+def _run_share(suite: Suite, folder: Folder, place: int) -> Generator[bool, None, None]:
     """Some of the tests, in one process at a time, which starts anew where it died; until closed.
 
     Yields while tests run.
@@ -87,7 +85,7 @@ def _run_share(
     command = [sys.executable, "-m", "pytest", *suite.files, "-k", suite.selected, "-v"]
     command += ["--color=no", "-p", "no:cacheprovider", "-p", suite_plugin.__name__]
     command += ["--continue-on-collection-errors"]
-    env = env | {
+    env = folder.env | {
         suite_plugin.OUTCOMES: str(folder.tests.resolve()),
         suite_plugin.SHARE: f"{place}/{suite.processes}",
         suite_plugin.PARENT: str(os.getpid()),

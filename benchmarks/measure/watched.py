@@ -52,7 +52,6 @@ class Family:
 
 def measure_all(
     folder: Folder,
-    env: dict[str, str],
     end: float,
     shapes: Sequence[Shape],
     cases: Sequence[Case],
@@ -74,17 +73,12 @@ def measure_all(
         # One that hangs must leave some time for the others of its family.
         limit = share if len(members) == 1 else share / 3
         jobs = [Job(member, shape) for shape in asked for member in members]
-        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, env, turns):
+        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, turns):
             _write(folder, asked, job, row)
 
 
 def compile_ahead(
-    folder: Folder,
-    env: dict[str, str],
-    end: float,
-    shapes: Sequence[Shape],
-    cases: Sequence[Case],
-    processes: int,
+    folder: Folder, end: float, shapes: Sequence[Shape], cases: Sequence[Case], processes: int
 ) -> None:
     """A step of each of ours, in several processes: Triton keeps what they compile on disk.
 
@@ -99,7 +93,7 @@ def compile_ahead(
 
     def run(place: int) -> None:
         family = Family(jobs[place::processes], end, max(0.0, end - time.monotonic()))
-        list(_measure(family, folder, env, 0, f"compile-{place}"))
+        list(_measure(family, folder, 0, f"compile-{place}"))
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(run, range(processes)))
@@ -160,9 +154,7 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
         folder.failure(f"{job}: {status}", detail)
 
 
-def _measure(
-    family: Family, folder: Folder, env: dict[str, str], turns: int, title: str = ""
-) -> Measured:
+def _measure(family: Family, folder: Folder, turns: int, title: str = "") -> Measured:
     """Starts processes until every job of a family has its row."""
     while family.jobs:
         left = family.end - time.monotonic()
@@ -174,7 +166,7 @@ def _measure(
         before = log.stat().st_size if log.exists() else 0
         ours, theirs = Pipe()
         code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
-        process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
+        process = start([sys.executable, "-c", code], folder.env, log, pass_fds=[theirs.fileno()])
         theirs.close()
         try:
             ours.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))

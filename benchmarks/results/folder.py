@@ -59,6 +59,15 @@ class Folder:
         return self.path / "logs" / f"{name}.txt"
 
     @property
+    def env(self) -> dict[str, str]:
+        """Of the processes: Triton's interpreter is for the rehearsal, on a CPU, only."""
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if self.device == "cpu":
+            env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return env
+
+    @property
     def tests(self) -> Path:
         """How each test ended, see :mod:`benchmarks.measure.suite_plugin`."""
         return self.path / "tests.jsonl"
@@ -101,14 +110,14 @@ class Folder:
             self.note(memory_bytes=of.total_memory, multiprocessors=of.multi_processor_count)
             self.note(capability=(of.major, of.minor))
 
-    def look(self, env: dict[str, str]) -> None:
+    def look(self) -> None:
         """Notes ``bft_kernels.info()``, which tries each backend, from a process: it may hang."""
         code = "import json; from bft_kernels import info; print(json.dumps(info()))"
         command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
         found: dict[str, Any] = {}
         try:
             how = {"capture_output": True, "text": True, "timeout": _LOOK, "check": True}
-            found = json.loads(subprocess.run(command, cwd=root, env=env, **how).stdout)
+            found = json.loads(subprocess.run(command, cwd=root, env=self.env, **how).stdout)
         except subprocess.SubprocessError as error:  # it failed, or was not done in time
             self.failure("info", f"{error}\n{error.stderr}")
         self.note(bft_kernels=found)

@@ -103,7 +103,7 @@ def main(config: Config) -> None:
 
 def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
     """What is done, in its order."""
-    env, cases = _environment(config.dry_run), telling_cases(config.providers)
+    cases = telling_cases(config.providers)
     shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
     processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
     selected = _REHEARSED if config.dry_run else _SELECTED
@@ -121,21 +121,21 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
         # Of the first steps the order counts.
         files, count = (FIRST, 1) if which == "first" else (VALUES, processes)
         suite = Suite(title, files, selected[which].format(backend), count)
-        run_suite(suite, folder, env, until(title))
+        run_suite(suite, folder, until(title))
 
     def build() -> None:
         builds[0].finish(until("build"))
-        folder.look(env)
+        folder.look()
 
     def compiling() -> None:
-        compile_ahead(folder, env, until("compiling"), shapes, cases, processes)
+        compile_ahead(folder, until("compiling"), shapes, cases, processes)
 
     def speed() -> None:
-        measure_all(folder, env, until("speed"), shapes, cases, turns)
+        measure_all(folder, until("speed"), shapes, cases, turns)
         folder.note(nvidia_smi_after=nvidia_smi())
 
     tests: dict[str, Callable[[], None]] = {
-        "start of the build": lambda: builds.append(Build(folder, env)),
+        "start of the build": lambda: builds.append(Build(folder)),
         "triton first": lambda: check("triton first"),
         "triton values": lambda: check("triton values"),
         "build": build,
@@ -144,7 +144,7 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
     }
     return {
         "environment": folder.environment,
-        "info": lambda: folder.look(env),
+        "info": folder.look,
         **(tests if config.tests else {}),
         "compiling": compiling,
         "speed": speed,
@@ -167,12 +167,3 @@ def _path(config: Config) -> Path:
             "--dry-run --output FOLDER"
         )
     return config.output or RESULTS / slug(torch.cuda.get_device_name(0))
-
-
-def _environment(dry_run: bool) -> dict[str, str]:
-    """Of the processes: Triton's interpreter is for the rehearsal only."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    if dry_run:
-        env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return env

@@ -12,7 +12,6 @@ from benchmarks.measure.build import Build
 from benchmarks.measure.processes import start
 from benchmarks.measure.suite import Suite, run_suite
 from benchmarks.results.folder import Folder
-from benchmarks.run import gpu
 
 # Tests that end in every way they can.
 OUTCOMES = """
@@ -49,8 +48,7 @@ def run_outcomes(run, seconds, selected):
     """How each test of ``OUTCOMES`` ends, in two processes."""
     file = run.path / "test_outcomes.py"
     file.write_text(OUTCOMES)
-    env = gpu._environment(dry_run=True)
-    run_suite(Suite("trial", (str(file),), selected, 2), run, env, time.monotonic() + seconds)
+    run_suite(Suite("trial", (str(file),), selected, 2), run, time.monotonic() + seconds)
     rows = suite_plugin.read(run.tests)
     return {name.rpartition("::")[2]: row["outcome"] for name, row in rows.items()}
 
@@ -97,7 +95,8 @@ def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     folder = Folder(tmp_path / "results", "cuda")
     folder.open()
-    Build(folder, {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0 10.0+PTX"})  # as images set it
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0 10.0+PTX")  # as images set it
+    Build(folder)
     assert seen[0]["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
