@@ -130,18 +130,11 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
     """Turns what a process reports into a row of the results."""
     detail, status = row.pop("detail", row.get("reason", "")), row["status"]
     shape, whole = job.shape, asked[job.shape]
-    folder.row(
-        job.case.columns
-        | asdict(shape)
-        | {
-            "shape": name_of(shape),
-            "inputs": "synthetic",
-            "scaled_down_from": "" if whole == shape else f"{whole.tokens} x {whole.vocabulary}",
-            "dtype": str(DTYPE).removeprefix("torch."),
-            "memory_kept": False,
-        }
-        | row
-    )
+    where = {"shape": name_of(shape), "inputs": "synthetic", "memory_kept": False}
+    where["dtype"] = str(DTYPE).removeprefix("torch.")
+    if whole != shape:
+        where["scaled_down_from"] = f"{whole.tokens} x {whole.vocabulary}"
+    folder.row(job.case.columns | asdict(shape) | where | row)
     if "seconds" in row:
         folder.say(f"{job}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
     # That a peer has no room is a result about it, and no failure.

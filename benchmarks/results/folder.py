@@ -46,7 +46,7 @@ class Folder:
     reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
     summarize: Callable[[Folder], None] = lambda folder: None
 
-    def open(self) -> None:
+    def __post_init__(self) -> None:
         """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
         asked, number = self.path, 1
         while self.path.exists() and any(self.path.iterdir()):

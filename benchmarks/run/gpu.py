@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 import traceback
@@ -82,12 +83,12 @@ def main(config: Config) -> None:
     """Tries every part; SystemExit with status 1 if something failed."""
     if not config.minutes > 0:
         raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
-    folder = Folder(_path(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
+    path = _path(config)
     try:
         telling_cases(config.providers)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    folder.open()
+    folder = Folder(path, "cpu" if config.dry_run else "cuda", summarize=write_summary)
     for name, part in _parts(config, folder).items():
         try:
             part()
@@ -101,13 +102,13 @@ def main(config: Config) -> None:
         raise SystemExit(1)
 
 
-def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
+def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], object]]:
     """What is done, in its order."""
     cases = telling_cases(config.providers)
     shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
     processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
     selected = _REHEARSED if config.dry_run else _SELECTED
-    builds: list[Build] = []
+    start_build = functools.cache(lambda: Build(folder))
 
     def until(part: str) -> float:
         return folder.started + 60 * config.minutes * _BY[part]
@@ -124,7 +125,7 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
         run_suite(suite, folder, until(title))
 
     def build() -> None:
-        builds[0].finish(until("build"))
+        start_build().finish(until("build"))
         folder.look()
 
     def compiling() -> None:
@@ -134,8 +135,8 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
         measure_all(folder, until("speed"), shapes, cases, turns)
         folder.note(nvidia_smi_after=nvidia_smi())
 
-    tests: dict[str, Callable[[], None]] = {
-        "start of the build": lambda: builds.append(Build(folder)),
+    tests: dict[str, Callable[[], object]] = {
+        "start of the build": start_build,
         "triton first": lambda: check("triton first"),
         "triton values": lambda: check("triton values"),
         "build": build,

@@ -106,14 +106,9 @@ def _measure(
         torch.compiler.reset()  # code for any shape, made for the second one, is slower
     problem = make_problem(source, dtype, config.device)
     shape = problem.shape
-    where: Row = {
-        "shape": name,
-        "inputs": "synthetic" if isinstance(source, Shape) else "recorded",
-        **asdict(shape),
-        "dtype": dtype_name,
-        "memory_kept": config.keep_memory,
-        "reason": "",
-    }
+    where: Row = {"shape": name, "dtype": dtype_name, "memory_kept": config.keep_memory}
+    where["inputs"] = "synthetic" if isinstance(source, Shape) else "recorded"
+    where |= asdict(shape) | {"reason": ""}
     rows: dict[Case, Row] = {}
     running: dict[Case, Case] = {}  # with the option that is the fastest here
     for case in _progress(asked, f"{name}: first runs"):

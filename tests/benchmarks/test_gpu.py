@@ -108,9 +108,7 @@ def test_what_a_kill_leaves_can_be_read(tmp_path, when):
 def test_earlier_results_stay(tmp_path):
     names = ["gpu", "gpu-2", "gpu-3"]
     for name in names:
-        folder = Folder(tmp_path / "gpu", "cpu")
-        folder.open()
-        folder.note(run=name)
+        Folder(tmp_path / "gpu", "cpu").note(run=name)
     for name in names:
         assert json.loads((tmp_path / name / "environment.json").read_text()) == {"run": name}
 

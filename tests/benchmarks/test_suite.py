@@ -93,10 +93,8 @@ def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(build, "start", lambda command, env, log: seen.append(env))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    folder = Folder(tmp_path / "results", "cuda")
-    folder.open()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0 10.0+PTX")  # as images set it
-    Build(folder)
+    Build(Folder(tmp_path / "results", "cuda"))
     assert seen[0]["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
