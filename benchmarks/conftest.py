@@ -12,8 +12,7 @@ from benchmarks.measure.noise import MOST_SPREAD
 from benchmarks.results import baseline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_KEPT = ("name", "group", "extra_info", "stats")
-_STATS = ("min", "median", "iqr", "rounds")
+_KEPT, _STATS = ("name", "group", "extra_info"), ("min", "median", "iqr", "rounds")
 # Name of the test, its ratio, and the saved one if there is any.
 _RATIOS = pytest.StashKey[list[tuple[str, float, float | None]]]()
 
@@ -46,10 +45,10 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
         "torch": torch.__version__,
     }
     output_json["commit_info"] = {"id": output_json["commit_info"].get("id")}
-    for one in output_json["benchmarks"]:
-        one["stats"] = {name: one["stats"][name] for name in _STATS}
-        for name in one.keys() - set(_KEPT):
-            del one[name]
+    output_json["benchmarks"] = [
+        {key: one[key] for key in _KEPT} | {"stats": {key: one["stats"][key] for key in _STATS}}
+        for one in output_json["benchmarks"]
+    ]
 
 
 @pytest.fixture
@@ -70,15 +69,11 @@ def check_ratio(request: pytest.FixtureRequest) -> Any:
     return check
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The ratios."""
-    ratios = config.stash[_RATIOS]
-    if not ratios:
-        return
-    terminalreporter.section("multiples of the bare GEMM (1G)")
-    width = max(len(name) for name, _, _ in ratios)
+    if ratios := config.stash[_RATIOS]:
+        terminalreporter.section("multiples of the bare GEMM (1G)")
+    width = max((len(name) for name, *_ in ratios), default=0)
     for name, ratio, stored in ratios:
         change = "no baseline" if stored is None else f"saved {stored:6.2f}  {ratio / stored:5.2f}x"
         terminalreporter.write_line(f"{name:{width}}  {ratio:6.2f}  {change}")

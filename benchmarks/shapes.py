@@ -27,39 +27,28 @@ class Shape:
         return 2 * self.tokens * self.width * self.vocabulary
 
 
-@dataclass(frozen=True)
-class Head:
-    """A model's output embedding, rows of padding included: they are multiplied like others."""
-
-    vocabulary: int
-    width: int
-    source: str  # whose config.json on Hugging Face has these two figures, unless it says otherwise
-
-
-HEADS = {
-    "smollm2-135m": Head(49_152, 576, "HuggingFaceTB/SmolLM2-135M"),
-    "smollm2-360m": Head(49_152, 960, "HuggingFaceTB/SmolLM2-360M"),
-    "smollm2-1.7b": Head(49_152, 2048, "HuggingFaceTB/SmolLM2-1.7B"),
-    "qwen2.5-0.5b": Head(151_936, 896, "Qwen/Qwen2.5-0.5B"),
-    "qwen3-0.6b": Head(151_936, 1024, "Qwen/Qwen3-0.6B"),
-    "qwen3-4b": Head(151_936, 2560, "Qwen/Qwen3-4B"),
-    "qwen3-8b": Head(151_936, 4096, "Qwen/Qwen3-8B"),
-    "llama3.2-1b": Head(128_256, 2048, "meta-llama/Llama-3.2-1B"),
-    "llama3.2-3b": Head(128_256, 3072, "meta-llama/Llama-3.2-3B"),
-    "llama3.1-8b": Head(128_256, 4096, "meta-llama/Llama-3.1-8B"),
-    "gemma3-270m": Head(262_144, 640, "google/gemma-3-270m"),
-    "gemma3-1b": Head(262_144, 1152, "google/gemma-3-1b-pt"),
-    # Its config.json leaves the vocabulary to the default of transformers' Gemma3TextConfig.
-    "gemma3-4b": Head(262_208, 2560, "google/gemma-3-4b-pt"),
-    "mistral-7b-v0.3": Head(32_768, 4096, "mistralai/Mistral-7B-v0.3"),
-    "mistral-nemo": Head(131_072, 5120, "mistralai/Mistral-Nemo-Base-2407"),
-    "gpt-oss-20b": Head(201_088, 2880, "openai/gpt-oss-20b"),
-    "deepseek-v3": Head(129_280, 7168, "deepseek-ai/DeepSeek-V3"),
-}
 TOKENS = 2048
+# The output embeddings of models (benchmarks/README.md has the source of each), rows of padding
+# included: they are multiplied like others.
 SHAPES = {
     "tiny": Shape(256, 128, 8192),
-    **{name: Shape(TOKENS, head.width, head.vocabulary) for name, head in HEADS.items()},
+    "smollm2-135m": Shape(TOKENS, 576, 49_152),
+    "smollm2-360m": Shape(TOKENS, 960, 49_152),
+    "smollm2-1.7b": Shape(TOKENS, 2048, 49_152),
+    "qwen2.5-0.5b": Shape(TOKENS, 896, 151_936),
+    "qwen3-0.6b": Shape(TOKENS, 1024, 151_936),
+    "qwen3-4b": Shape(TOKENS, 2560, 151_936),
+    "qwen3-8b": Shape(TOKENS, 4096, 151_936),
+    "llama3.2-1b": Shape(TOKENS, 2048, 128_256),
+    "llama3.2-3b": Shape(TOKENS, 3072, 128_256),
+    "llama3.1-8b": Shape(TOKENS, 4096, 128_256),
+    "gemma3-270m": Shape(TOKENS, 640, 262_144),
+    "gemma3-1b": Shape(TOKENS, 1152, 262_144),
+    "gemma3-4b": Shape(TOKENS, 2560, 262_208),
+    "mistral-7b-v0.3": Shape(TOKENS, 4096, 32_768),
+    "mistral-nemo": Shape(TOKENS, 5120, 131_072),
+    "gpt-oss-20b": Shape(TOKENS, 2880, 201_088),
+    "deepseek-v3": Shape(TOKENS, 7168, 129_280),
 }
 # What `gpu` measures, in order of importance: when time runs out, the last ones are missing.
 ON_A_GPU = (
@@ -74,11 +63,7 @@ REHEARSAL = (Shape(8, 16, 64),)
 
 
 def shape_of(text: str) -> Shape:
-    """By the name of a head, or by its sizes: rows x width x vocabulary, as in 1500x320x20000.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """By the name of a head, or by its sizes: rows x width x vocabulary; ValueError for others."""
     if text in SHAPES:
         return SHAPES[text]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
@@ -90,14 +75,14 @@ def shape_of(text: str) -> Shape:
 
 
 def name_of(shape: Shape) -> str:
-    """Of the model that has such a head; empty if none of ``HEADS`` has."""
-    sizes = shape.vocabulary, shape.width
-    return next((name for name, h in HEADS.items() if (h.vocabulary, h.width) == sizes), "")
+    """Of the model that has such a head; empty if none of ``SHAPES`` has."""
+    own = (name for name, head in SHAPES.items() if replace(head, tokens=shape.tokens) == shape)
+    return next(own, "")
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Real inputs: a file of :func:`save_recorded`, cut to so many tokens."""
+    """Real inputs: a file that :func:`load_recorded` reads, cut to so many tokens."""
 
     path: Path
     tokens: int
@@ -119,18 +104,8 @@ _RECORDED = (
 )
 
 
-def save_recorded(path: Path, hidden: Tensor, weight: Tensor, target: Tensor) -> None:
-    """Writes the file that :class:`Recorded` names: a tuple of these three, by ``torch.save``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save((hidden.clone(), weight.clone(), target.clone()), path)
-
-
 def load_recorded(path: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """``hidden [N, D]``, ``weight [V, D]`` and ``target [N]``; of values it reads the targets'.
-
-    Raises:
-        ValueError: there is no such file, or something else is in it.
-    """
+    """``hidden [N, D]``, ``weight [V, D]`` and ``target [N]``; ValueError for any other file."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of several kinds, for a file that torch.save did not write
@@ -158,6 +133,11 @@ class Problem:
     # For weights that look at documents.
     document: int = 128  # tokens of each
     window: int = 256
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As every loss takes them."""
+        return self.hidden, self.weight, self.target
 
     @property
     def shape(self) -> Shape:

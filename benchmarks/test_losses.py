@@ -24,10 +24,10 @@ ROUNDS = 7
 
 def measured() -> list[Case]:
     """Ours in every mode, peers where weighted is compared with weighted; only who runs here."""
-    quick = [name for name, provider in PROVIDERS.items() if not provider.compiles]
-    ours = [name for name in quick if PROVIDERS[name].backend]
+    quick = [one for one in PROVIDERS.values() if not one.compiles]
+    ours, peers = ([x.name for x in quick if bool(x.backend) == own] for own in (True, False))
     asked = [*cases(ours, ["plain"], ["both"]), *cases(ours, ["bft"], MODES)]
-    asked += cases([name for name in quick if name not in ours], ["bft"], ["both"])
+    asked += cases(peers, ["bft"], ["both"])
     return [case for case in asked if not why_not(case, DEVICE, DTYPE)]
 
 

@@ -21,19 +21,18 @@ class Build:
     rehearsal compiles ``_cpu``, and leaves it where it was built.
     """
 
-    def __init__(self, folder: Folder, env: dict[str, str]) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder, self.started = folder, time.monotonic()
-        self.name = "cuda" if folder.device == "cuda" else "cpu"
         self.built = ROOT / "build" / f"gpu-{folder.device}"
-        settings = {"BFT_BUILD": self.name}
+        settings = {"BFT_BUILD": folder.device}
         if folder.device == "cuda":  # images set the variable, for every GPU
             settings["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))
-        elif folder.device == "cpu":
+        else:
             settings["CXXFLAGS"] = "-O0"
         command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(self.built)]
         command += ["--build-lib", str(self.built / "lib")]
         self.log = folder.log("build")
-        self.process = start(command, env | settings, self.log)
+        self.process = start(command, folder.env | settings, self.log)
 
     def finish(self, until: float) -> None:
         """Waits, and notes why there is no module of this build if there is none."""
@@ -48,18 +47,17 @@ class Build:
         if "no nvcc" in reason:
             status = "unavailable"
         seconds = round(time.monotonic() - self.started, 1)
-        told = {"module": self.name, "status": status, "seconds": seconds, "reason": reason}
+        device = self.folder.device
+        told = {"module": device, "status": status, "seconds": seconds, "reason": reason}
         self.folder.note(build=told)
-        self.folder.say(f"build of _{self.name}: {status}")
+        self.folder.say(f"build of _{device}: {status}")
         if status == "failed":
             self.folder.failure("build", reason)
         elif status == "cut":
             self.folder.cut.append(f"build: {reason}")
-        if status in ("ok", "failed") and self.folder.device == "cuda":
-            self._install()  # it comes first: _cpu, after it, may be what failed
-
-    def _install(self) -> None:
-        for built in self.built.glob("lib/bft_kernels/_cuda*.so"):
+        # It comes first: _cpu, after it, may be what failed.
+        installs = status in ("ok", "failed") and device == "cuda"
+        for built in self.built.glob("lib/bft_kernels/_cuda*.so") if installs else ():
             target = ROOT / "bft_kernels" / built.name
             shutil.copy2(built, target.with_suffix(".new"))
             target.with_suffix(".new").replace(target)

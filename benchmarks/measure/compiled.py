@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -36,7 +37,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", 64, 131072, 64 * 1024),
 }
 # Instructions of a warp or warpgroup that multiply matrices.
-_MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA|v_mfma\w*)\b")
+MMA = re.compile(r"\b(?:UTC\w*MMA|HGMMA|HMMA|QGMMA|IMMA|v_mfma\w*)\b")
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def in_eights(registers: int) -> int:
     return -(-registers // 8) * 8
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Launch:
-    """A call of a Triton kernel, and the form of the kernel that it needs."""
+    """A call of a Triton kernel, and the form of the kernel that it needs, which tells it apart."""
 
-    run: Callable[[], Any]  # compiles
+    run: Callable[[], Any] = field(compare=False)  # compiles
     kernel: str
     switches: frozenset[str]  # constants that are on
     sizes: frozenset[tuple[str, int]]  # of tiles, and bytes of an element of each tensor
@@ -96,11 +97,6 @@ class Launch:
             and self.switches >= other.switches
             and self.sizes >= other.sizes
         )
-
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """All that tells this form from others."""
-        return self.kernel, self.switches, self.sizes, self.types
 
     @property
     def tiled(self) -> bool:
@@ -118,34 +114,24 @@ class Launch:
         return f"{8 * sizes['OPERAND']}{wide} bit"
 
 
-class _NoDevice:
+def _no_device(target: Target) -> Any:
     """A Triton driver that names a target and has nothing to launch on."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
-
-    def get_current_device(self) -> int | str:
-        return self.target.arch  # by which Triton keeps what it compiled
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget(target.backend, target.arch, target.warp),
+        get_current_device=lambda: target.arch,  # by which Triton keeps what it compiled
+        get_current_stream=lambda device=None: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+    )
 
 
-@contextmanager
-def rehearsing(target: Target) -> Iterator[list[Launch]]:
-    """Kernels that are launched inside are listed, each form once, and neither compiled nor run."""
+def rehearsed(target: Target, calls: Iterable[Callable[[], None]]) -> list[Launch]:
+    """The kernels that the calls launch, each form once; they are neither compiled nor run."""
     import triton
     from triton.runtime.jit import JITFunction
 
-    found: dict[Any, Launch] = {}
+    found: dict[Launch, None] = {}
     compile_for_launch = JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -153,17 +139,13 @@ def rehearsing(target: Target) -> Iterator[list[Launch]]:
             return compile_for_launch(self, *args, grid=grid, warmup=True, **kwargs)
 
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs  # the rest by name
-        launch = _launch(compiling, self.fn.__name__, given)
-        found.setdefault(launch.form, launch)
+        found.setdefault(_launch(compiling, self.fn.__name__, given))
 
-    triton.runtime.driver.set_active(_NoDevice(target))
-    JITFunction.run = run
-    listed: list[Launch] = []
-    try:
-        yield listed
-        listed += found.values()
-    finally:
-        JITFunction.run = compile_for_launch
+    triton.runtime.driver.set_active(_no_device(target))
+    with mock.patch.object(JITFunction, "run", run):
+        for call in calls:
+            call()
+    return list(found)
 
 
 def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> Launch:
@@ -216,16 +198,11 @@ def compile_cases(name: str, full: bool) -> list[Usage]:
     from benchmarks.measure.rehearsal import CASES, GATE
 
     target = TARGETS[name]
-    with rehearsing(target) as launches:
-        for label in GATE:
-            CASES[label]()
-    gate = {x.form: x for x in chosen(launches) if x.tiled or not target.brief}
-    usages = [usage_of(name, launch) for launch in gate.values()]
+    launches = rehearsed(target, (CASES[label] for label in GATE))
+    gate = [launch for launch in chosen(launches) if launch.tiled or not target.brief]
+    usages = [usage_of(name, launch) for launch in gate]
     if full:
-        with rehearsing(target) as launches:
-            for case in CASES.values():
-                case()
-        others = [launch for launch in launches if launch.form not in gate]
+        others = [launch for launch in rehearsed(target, CASES.values()) if launch not in gate]
         usages += [replace(usage_of(name, launch), budgeted=False) for launch in others]
     return usages
 
@@ -235,36 +212,25 @@ def usage_of(name: str, launch: Launch) -> Usage:
     compiled = launch.run()
     assert compiled.metadata.target.arch == TARGETS[name].arch, "compiled for another target before"
     if "amdgcn" in compiled.asm:
-        code = compiled.asm["amdgcn"]
-        registers, spilled = (
-            int(re.findall(rf"{what}: (\d+)", code)[-1])
-            for what in ("TotalNumVgprs", "ScratchSize")
-        )
+        code, told = compiled.asm["amdgcn"], ("TotalNumVgprs: ", "ScratchSize: ")
     else:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(compiled.asm["cubin"])
-            code = cuobjdump(cubin, "-sass", "-res-usage")
-        registers, spilled = (
-            int(re.findall(rf"{what}:(\d+)", code)[-1]) for what in ("REG", "STACK")
-        )
+            code, told = cuobjdump(cubin, "-sass", "-res-usage"), ("REG:", "STACK:")
+    registers, spilled = (int(re.findall(rf"{what}(\d+)", code)[-1]) for what in told)
     return Usage(
         target=name,
         kernel=launch.kernel,
         operands=launch.operands,
         switches=tuple(sorted(launch.switches)),
         multiplies="tt.dot" in compiled.asm["ttir"],
-        tensor_core=multiplies_matrices(code),
+        tensor_core=MMA.search(code) is not None,
         registers=registers,
         spilled=spilled,
         shared=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
     )
-
-
-def multiplies_matrices(code: str) -> bool:
-    """Whether machine code has an instruction for tensor cores."""
-    return bool(_MMA.search(code))
 
 
 def cuobjdump(cubin: Path, *flags: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.measure.compiled import Usage, cuobjdump, multiplies_matrices
+from benchmarks.measure.compiled import MMA, Usage, cuobjdump
 from csrc import ninja_build
 
 ROOT = Path(__file__).parents[2]
@@ -73,16 +73,15 @@ def compile_source(target: str, source: Path) -> list[Usage]:
         command = ["nvcc", *flags, f"-arch={target}", "-cubin", "-keep", f"-keep-dir={folder}"]
         subprocess.run([*command, "-o", cubin, probe], cwd=ROOT, check=True)
         ptx = Path(folder, "probe.ptx").read_text()
-        resources, sass = cuobjdump(cubin, "-res-usage"), cuobjdump(cubin, "-sass")
+        # Of CUB's kernels nothing is asked: their names do not begin so.
+        ours = r"(?:void )?(bft::cuda::.*?)"
+        resources = _demangled(cuobjdump(cubin, "-res-usage"))
+        used = re.findall(rf"Function {ours}:\s+REG:(\d+) STACK:(\d+)", resources)
+        sass = _demangled(cuobjdump(cubin, "-sass"))
+        code = dict(re.findall(rf"Function : {ours}\n(.*?)(?=Function : |\Z)", sass, re.DOTALL))
     sizes = {what: int(x or 0) for what, x in re.findall(r"\.u32 probe_(\w+)(?: = (\d+))?;", ptx)}
-    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", resources)
-    # Not those of CUB.
-    ours = {symbol: (int(r), int(s)) for symbol, r, s in used if symbol.startswith("_ZN3bft4cuda")}
-    plain = _demangle(list(ours))
-    parts = re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", sass, re.DOTALL)
-    code = {symbol: body for symbol, body in parts if symbol in ours}
-    assert code.keys() == ours.keys(), f"{source}: kernels without machine code"
-    return [_usage(target, plain[symbol], code[symbol], *ours[symbol], sizes) for symbol in ours]
+    assert code.keys() == {name for name, *_ in used}, f"{source}: kernels without machine code"
+    return [_usage(target, name, code[name], int(r), int(s), sizes) for name, r, s in used]
 
 
 def _probe(source: Path) -> str:
@@ -109,24 +108,14 @@ def _kernels() -> dict[str, _Kernel]:
     return found
 
 
-def _demangle(symbols: list[str]) -> dict[str, str]:
-    text = "\n".join(symbols)
-    done = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
-    return dict(zip(symbols, done.stdout.splitlines(), strict=True))
+def _demangled(text: str) -> str:
+    return subprocess.check_output(["c++filt"], input=text, text=True)
 
 
 def _usage(
     target: str, function: str, code: str, registers: int, spilled: int, sizes: dict[str, int]
 ) -> Usage:
-    """What one kernel takes.
-
-    Args:
-        target: its name.
-        function: the kernel, demangled.
-        code: its machine code.
-        registers, spilled: of a thread.
-        sizes: the probe's variables.
-    """
+    """What one kernel takes: its name demangled, its code, and the probe's variables say it."""
     match = re.search(r"::(\w+)_kernel(?:<([^>]*)>)?\(", function)
     assert match, f"{function}: expected bft::cuda::NAME_kernel"
     kernel, values = match[1], match[2].split(", ") if match[2] else []
@@ -145,7 +134,7 @@ def _usage(
         operands=TYPES.get(operand, operand),
         switches=tuple(switches),
         multiplies=known.tiled and operand in ("__nv_bfloat16", "__half"),
-        tensor_core=multiplies_matrices(code),
+        tensor_core=MMA.search(code) is not None,
         registers=registers,
         spilled=spilled,
         shared=sizes[f"shared_{kernel}"],  # none is static (csrc/cuda/device.h)

@@ -95,16 +95,8 @@ def certificate(case: Case, problem: Problem, expected: Truth) -> dict[str, floa
     provider = find(case.provider)
     if provider.eps is None or case.mode == "forward":
         return {}
-    _, stats = linear_nll(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        eps=provider.eps,
-        **SAMPLED,
-        backend=provider.backend,
-        return_stats=True,
-        hidden_variance=True,
-    )
+    how = {"eps": provider.eps, "backend": provider.backend, "hidden_variance": True}
+    _, stats = linear_nll(*problem.inputs, return_stats=True, **how, **SAMPLED)
     squared = expected.coefficient.square()
     hidden = (squared * stats.hidden_variance).sum().sqrt()
     found = {"certificate_hidden": float(hidden / expected.hidden.norm().clamp_min(1e-30))}

@@ -22,8 +22,6 @@ def can_fit(shapes: Iterable[Shape]) -> bool:
 
 def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:
     """``a`` and ``b`` that make the sum of squared relative deviations least."""
-    terms = np.array([[predict(one, 1, 0), predict(one, 0, 1)] for one in shapes])
-    terms = terms / np.array(times)[:, None]
-    scale = np.linalg.norm(terms, axis=0)  # a is in seconds an element, b a thousandth of that
-    fixed, slope = np.linalg.lstsq(terms / scale, np.ones(len(shapes)), rcond=None)[0] / scale
+    each = np.array(times) / [predict(shape, 1, 0) for shape in shapes]  # a + b N
+    slope, fixed = np.polyfit([shape.tokens for shape in shapes], each, 1, w=1 / each)
     return float(fixed), float(slope)

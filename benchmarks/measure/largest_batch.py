@@ -17,18 +17,12 @@ _LOOK_EVERY = 0.01  # seconds between looks at a process's memory
 
 
 def attempt(
-    job: Job,
-    label: str,
-    ids: Tensor,  # [B, T]
-    *,
-    limit: int | None = None,
-    patience: float = float("inf"),
+    job: Job, label: str, ids: Tensor, *, limit: int | None = None, patience: float = float("inf")
 ) -> Outcome:
-    """Runs one step in a fresh process, which is killed where it passes the limit.
+    """Runs one step on ``ids [B, T]`` in a fresh process, which is killed at the limit.
 
-    Args:
-        limit: bytes: the process's resident set on a CPU, the device's allocator on a GPU.
-        patience: seconds, from the start of the step on.
+    That is in bytes of the process's resident set on a CPU, of the device's allocator on a GPU.
+    Patience is in seconds from the start of the step on.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -75,17 +69,9 @@ def largest_batch(
 ) -> tuple[int, str]:
     """The largest batch for which ``run`` says that it fits, by doubling and then by halves.
 
-    Both it and a batch of at most :func:`next_batch` of it, which does not fit, were run.
-
-    Args:
-        limit: bytes.
-        cap: the largest batch to try.
-        run: one step with a batch of so many.
-        peaks: bytes of every completed batch so far, of smaller limits too; gets those of this
-            search.
-
-    Returns:
-        The batch, 0 if not even one fits; the smallest that did not fit, or why none was run.
+    Both it and a batch of at most :func:`next_batch` of it, which does not fit, were run; none
+    above ``cap``. ``peaks`` has the bytes of every completed batch, of smaller limits too, and gets
+    those of this search. With the batch, 0 if not even one fits, comes what did not fit.
     """
     fits = max((batch for batch, peak in peaks.items() if peak <= limit), default=0)
     fails: int | None = None

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import step, synchronize
 from benchmarks.providers.registry import Case
 from benchmarks.shapes import Problem, Shape, Source, make_problem
@@ -17,12 +16,8 @@ from benchmarks.shapes import Problem, Shape, Source, make_problem
 def keep_memory() -> None:
     """Has the C library keep what is freed, so that only the first run touches fresh pages.
 
-    By default glibc returns every large tensor to the system, and a step pays for mapping and
-    clearing its gradients anew: work of the system, the same whichever loss asked for them, but
-    on a virtual machine as much as a tenth of a step.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
+    By default glibc returns large tensors to the system, and a step pays for fresh pages anew
+    (docs/performance.md). RuntimeError if the C library is not glibc, or refuses.
     """
     _mallopt("keep_memory", {-1: -1, -4: 0})  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 
@@ -32,9 +27,6 @@ def return_memory() -> None:
 
     By default that bound grows with the tensors that are freed, and those below it are cut from
     larger blocks: what a step takes at its highest then differs from run to run by as much as 40%.
-
-    Raises:
-        RuntimeError: the C library is not glibc, or refuses.
     """
     _mallopt("return_memory", {-3: 2**17})  # M_MMAP_THRESHOLD of malloc.h; setting it fixes it
 
@@ -86,11 +78,7 @@ def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str
 
 
 def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
-    """:func:`peak_of_step` in a fresh process, whose failure is raised."""
-    return in_fresh_process(_extra_memory, case, source, dtype, device)
-
-
-def _extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
+    """:func:`peak_of_step` of a fresh process."""
     # Libraries and thread pools are loaded before the baseline is read.
     step(case, make_problem(Shape(8, 16, 64), dtype, device))
     return peak_of_step(case, make_problem(source, dtype, device), device)

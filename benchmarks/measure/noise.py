@@ -1,11 +1,17 @@
-"""What is not reported: times of a machine on which others compute."""
+"""What every command that measures is asked, and what none reports: times of a busy machine."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from benchmarks.measure.timing import Timing
+from benchmarks.results.environment import environment
 
 # Interquartile range over median of the bare GEMM above which a machine is too noisy.
 MOST_SPREAD = 0.15
@@ -13,26 +19,30 @@ MOST_SPREAD = 0.15
 MOST_LOAD = 1.5
 
 
-def quiet_load(force: bool) -> float:
-    """The 1-minute load average.
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """On what is measured, how, and where to."""
 
-    Raises:
-        SystemExit: others are computing, without ``force``.
-    """
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > MOST_LOAD * cores:
-        most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing, or your own run"
-        most += " of a moment ago still counts, for a minute"
-        _refuse(f"the load average is {load:.1f} on {cores} cores, {most}", force)
-    return load
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    keep_memory: bool = False
+    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    force: bool = False
+    """Measure and report on a busy machine too."""
+    output: Path | None = None
+    """Append long-form CSV here."""
+
+    def facts(self) -> dict[str, Any]:
+        """Environment and load average; SystemExit where others compute, without ``force``."""
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        if load > MOST_LOAD * cores:
+            most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing, or your own run"
+            most += " of a moment ago still counts, for a minute"
+            _refuse(f"the load average is {load:.1f} on {cores} cores, {most}", self.force)
+        return environment(self.device) | {"load": load}
 
 
 def check_spread(bare: Timing, most: float, force: bool, where: str = "") -> None:
-    """That the bare GEMM took about the same time in every turn.
-
-    Raises:
-        SystemExit: it did not, without ``force``.
-    """
+    """SystemExit where the bare GEMM's time differs from turn to turn, without ``force``."""
     if bare.spread > most:
         _refuse(
             f"{where}the bare GEMM took {bare.seconds:.4f} s with a spread (interquartile range "

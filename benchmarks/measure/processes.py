@@ -16,11 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def in_fresh_process(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, so that its memory goes with it.
-
-    Raises:
-        RuntimeError: the process died; what the function raises is raised here.
-    """
+    """What a function returns, or raises, in a process of its own; RuntimeError if that died."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(run, *arguments).result()
 

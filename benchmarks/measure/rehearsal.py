@@ -24,21 +24,14 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def ours(
-    operand: torch.dtype,
-    hidden_dtype: torch.dtype | None = None,
+    operand: torch.dtype,  # of the products
+    hidden_dtype: torch.dtype | None = None,  # of the tensors, where autocast rounds them
     weight_dtype: torch.dtype | None = None,
     *,
     width: int = WIDTH,
-    transformed: bool = False,
+    transformed: bool = False,  # with a bias, a softcap and smoothing
 ) -> None:
-    """Forward and backward of every mode, `dW` made anew and added to one that is there.
-
-    Args:
-        operand: of the products.
-        hidden_dtype, weight_dtype: of the tensors, where autocast rounds them to ``operand``.
-        width: ``D``.
-        transformed: with a bias, a softcap and smoothing.
-    """
+    """Forward and backward of every mode, `dW` made anew and added to one that is there."""
     from bft_kernels.backends.triton.engine import linear_nll, linear_nll_backward, weighted_loss
 
     hidden = _empty(ROWS, width, dtype=hidden_dtype or operand)

@@ -9,7 +9,7 @@ how far times that peers published lie above is told in docs/dev/gpu-model.md.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.shapes import Shape
 from bft_kernels.backends.common.chunked import plan_rows
@@ -50,7 +50,6 @@ GPUS = {
 KEPT = {2**-8: 69.0, 2**-10: 180.0, 2**-12: 446.0}
 # Columns of the sampled dW that take a dense product, and bytes that sorting moves for an entry.
 DENSE, SORT_BYTES = 256, 170
-MODES = ("forward", "frozen", "both")
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,9 @@ def seconds(works: Iterable[Work], gpu: Gpu) -> float:
 def product(
     name: str, m: int, n: int, k: int, operand: str, *, out: int = 4, adds: bool = False
 ) -> Work:
-    """``[m, k] @ [k, n]``, of which each element of operands and result is moved once.
+    """``[m, k] @ [k, n]`` with each element of operands and result moved once, added to or not.
 
-    Args:
-        name: what is made.
-        m, n, k: sizes.
-        operand: type of both factors.
-        out: bytes of an element of the result.
-        adds: whether the result is added to one that is there.
+    ``out`` is the bytes of an element of the result.
     """
     moved = ITEMSIZE[operand] * (m * k + k * n) + out * m * n * (1 + adds)
     return Work(name, 2 * m * n * k, moved, operand)
@@ -109,53 +103,50 @@ def exact(
     Logits stay float32. One pass reads them for the loss, and one puts ``dy`` into their place;
     products add to ``dW`` in float32, which is rounded at the end.
     """
-    size, width, vocabulary = ITEMSIZE[operand], shape.width, shape.vocabulary
-    works = []
+    size, launches, works = ITEMSIZE[operand], 1 if mode == "forward" else 12, []
     for i, rows in enumerate(chunks(shape, budget)):
-        logits = rows * vocabulary
-        works += [
-            product("logits", rows, vocabulary, width, operand),
-            Work("loss", bytes=4 * logits, launches=1 if mode == "forward" else 12),
-        ]
-        if mode != "forward":
-            works.append(Work("dy", bytes=(4 + size) * logits))
-            works.append(product("dH", rows, width, vocabulary, operand))
-        if mode == "both":
-            works.append(product("dW", vocabulary, width, rows, operand, adds=i > 0))
+        passes = Work("loss", bytes=4, launches=launches), Work("dy", bytes=4 + size)
+        works += _chunk(shape, rows, mode, operand, passes, out=4, adds=i > 0)
     if mode == "both":
-        works.append(Work("dW rounded", bytes=(4 + size) * vocabulary * width))
+        works.append(Work("dW rounded", bytes=(4 + size) * shape.vocabulary * shape.width))
     return works
 
 
-def recomputed(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
-    """The backward for any upstream gradient, after a forward of its own: another 1G for logits."""
-    size, tokens = ITEMSIZE[operand], shape.tokens
-    dy = product("dy", tokens, shape.vocabulary, shape.width, operand, out=size)
-    works = [*exact(shape, "forward", operand), dy]
-    works.append(product("dH", tokens, shape.width, shape.vocabulary, operand, out=size))
+def eager(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
+    """All logits at once; passes that widen them, of log_softmax, and their reverse."""
+    size = ITEMSIZE[operand]
+    loss = Work("loss", bytes=size + 4 + 8, launches=3)
+    dy = Work("dy", bytes=4 + 12 + 4 + size, launches=3)
+    return _chunk(shape, shape.tokens, mode, operand, (loss, dy), out=size)
+
+
+def _chunk(
+    shape: Shape,
+    rows: int,
+    mode: str,
+    operand: str,
+    passes: tuple[Work, Work],  # for the loss and for dy, with the bytes of one logit
+    **how: int,  # of the products that are made
+) -> list[Work]:
+    width, vocabulary = shape.width, shape.vocabulary
+    loss, dy = (replace(one, bytes=one.bytes * rows * vocabulary) for one in passes)
+    works = [product("logits", rows, vocabulary, width, operand, out=how["out"]), loss]
+    if mode != "forward":
+        works += [dy, product("dH", rows, width, vocabulary, operand, out=how["out"])]
     if mode == "both":
-        works.append(product("dW", shape.vocabulary, shape.width, tokens, operand, out=size))
+        works.append(product("dW", vocabulary, width, rows, operand, **how))
     return works
 
 
 def sampled(
     shape: Shape,
-    kept: float,
+    kept: float,  # entries a token, as in ``KEPT``
     mode: str = "both",
     operand: str = "bfloat16",
-    budget: int = ACCELERATOR_BUFFER_BYTES,
-    hits: float = 0.0,
+    budget: int = ACCELERATOR_BUFFER_BYTES,  # of logits and of one bit for each
+    hits: float = 0.0,  # share of the gathered rows that a cache gives
 ) -> list[Work]:
-    """The loss and its sampled gradient: 1G, and rows of ``weight`` and ``hidden`` gathered.
-
-    Args:
-        shape: of the call.
-        kept: entries a token, as in ``KEPT``.
-        mode: as ``exact`` has it.
-        operand: type of both factors.
-        budget: bytes of logits and of one bit for each.
-        hits: share of the gathered rows that a cache gives.
-    """
+    """The loss and its sampled gradient: 1G, and rows of ``weight`` and ``hidden`` gathered."""
     size, tokens, width = ITEMSIZE[operand], shape.tokens, shape.width
     works = exact(shape, "forward", operand, budget * 32 // 33)
     bits = tokens * shape.vocabulary / 8
@@ -171,21 +162,6 @@ def sampled(
             Work("dW", 2 * width * entries, moved, operand),
             product("dense dW", min(DENSE, shape.vocabulary), width, tokens, operand),
         ]
-    return works
-
-
-def eager(shape: Shape, mode: str = "both", operand: str = "bfloat16") -> list[Work]:
-    """All logits at once; passes that widen them, of log_softmax, and their reverse."""
-    size, tokens, logits = ITEMSIZE[operand], shape.tokens, shape.tokens * shape.vocabulary
-    works = [
-        product("logits", tokens, shape.vocabulary, shape.width, operand, out=size),
-        Work("loss", bytes=(size + 4 + 8) * logits, launches=3),
-    ]
-    if mode != "forward":
-        works.append(Work("dy", bytes=(4 + 12 + 4 + size) * logits, launches=3))
-        works.append(product("dH", tokens, shape.width, shape.vocabulary, operand, out=size))
-    if mode == "both":
-        works.append(product("dW", shape.vocabulary, shape.width, tokens, operand, out=size))
     return works
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.measure import suite_plugin
 from benchmarks.measure.processes import kill_group, start, tail
@@ -36,25 +37,24 @@ class Suite:
     processes: int
 
 
-def run_suite(suite: Suite, folder: Folder, env: dict[str, str], until: float) -> None:
+def run_suite(suite: Suite, folder: Folder, until: float) -> None:
     """Runs pytest until a time; ``tests.jsonl`` says how each test ended."""
     folder.say(f"{suite.title}, for up to {max(0.0, until - time.monotonic()):.0f} s")
-    shares = [_Share(suite, folder, env, place) for place in range(suite.processes)]
-    known, shown = set(suite_plugin.read(folder.tests)), time.monotonic()
-    reported: set[str] = set(known)
-    running = list(shares)
+    known, shown = suite_plugin.read(folder.tests), time.monotonic()
+    shares = [_run_share(suite, folder, place) for place in range(suite.processes)]
+    running = shares
     try:
         while running and time.monotonic() < until:
-            running = [share for share in running if share.goes_on()]
+            running = [share for share in running if next(share, False)]
             time.sleep(_POLL)
             if time.monotonic() > shown + _SUMMARY:
-                _report(folder, reported)
+                _report(folder)
                 folder.summarize(folder)
                 shown = time.monotonic()
     finally:
         for share in shares:
-            kill_group(share.process)
-    _report(folder, reported)
+            share.close()
+    _report(folder)
     ours = {name: row for name, row in suite_plugin.read(folder.tests).items() if name not in known}
     told = suite_plugin.told(ours)
     folder.say(f"{suite.title}: {told}")
@@ -62,59 +62,51 @@ def run_suite(suite: Suite, folder: Folder, env: dict[str, str], until: float) -
         why = "until no time was left" if running else "until its processes died too often"
         folder.cut.append(f"{suite.title}: {told}, {why}")
     elif not ours and suite.title not in folder.failed:
-        folder.failure(suite.title, f"no test was selected\n{tail(shares[0].log)}")
+        folder.failure(suite.title, f"no test was selected\n{tail(_log(suite, folder, 0))}")
 
 
-def _report(folder: Folder, reported: set[str]) -> None:
+def _report(folder: Folder) -> None:
     """Writes down the failures that are new."""
     for name, row in suite_plugin.read(folder.tests).items():
-        if row["outcome"] == "failed" and name not in reported:
-            reported.add(name)
+        if row["outcome"] == "failed" and name not in folder.failed:
             folder.failure(name, row["detail"])
 
 
-class _Share:
-    """Some of the tests, in one process at a time."""
+def _log(suite: Suite, folder: Folder, place: int) -> Path:
+    return folder.log(f"{suite.title}-{place}".replace(" ", "-"))
 
-    def __init__(self, suite: Suite, folder: Folder, env: Mapping[str, str], place: int) -> None:
-        self.suite, self.folder, self.place = suite, folder, place
-        self.log = folder.log(f"{suite.title}-{place}".replace(" ", "-"))
-        self.command = [sys.executable, "-m", "pytest", *suite.files, "-k", suite.selected, "-v"]
-        self.command += ["--color=no", "-p", "no:cacheprovider", "-p", suite_plugin.__name__]
-        self.command += ["--continue-on-collection-errors"]
-        self.env = dict(env) | {
-            suite_plugin.OUTCOMES: str(folder.tests.resolve()),
-            suite_plugin.SHARE: f"{place}/{suite.processes}",
-            suite_plugin.PARENT: str(os.getpid()),
-        }
-        self.starts = 0
-        self.start()
 
-    def start(self) -> None:
-        self.starts += 1
-        self.process = start(self.command, self.env, self.log)
+def _run_share(suite: Suite, folder: Folder, place: int) -> Generator[bool, None, None]:
+    """Some of the tests, in one process at a time, which starts anew where it died; until closed.
 
-    def goes_on(self) -> bool:
-        """Whether tests of it still run; starts another process where one died."""
-        code = self.process.poll()
-        if code is None:
-            return True
+    Yields while tests run.
+    """
+    log = _log(suite, folder, place)
+    command = [sys.executable, "-m", "pytest", *suite.files, "-k", suite.selected, "-v"]
+    command += ["--color=no", "-p", "no:cacheprovider", "-p", suite_plugin.__name__]
+    command += ["--continue-on-collection-errors"]
+    env = folder.env | {
+        suite_plugin.OUTCOMES: str(folder.tests.resolve()),
+        suite_plugin.SHARE: f"{place}/{suite.processes}",
+        suite_plugin.PARENT: str(os.getpid()),
+    }
+    for _ in range(_STARTS):
+        process = start(command, env, log)
+        try:
+            while (code := process.poll()) is None:
+                yield True
+        finally:
+            kill_group(process)
         if code in (0, 1, 5):  # passed, failed, none selected
-            return False
-        running = [
-            name
-            for name, row in suite_plugin.read(self.folder.tests).items()
-            if row["outcome"] == "started"
-            and suite_plugin.place_of(name, self.suite.processes) == self.place
+            return
+        detail = f"ended with {code}\n{tail(log)}"
+        rows = [
+            {"test": name, "outcome": "failed", "detail": f"its process {detail}"}
+            for name, row in suite_plugin.read(folder.tests).items()
+            if row["outcome"] == "started" and suite_plugin.place_of(name, suite.processes) == place
         ]
-        detail = f"its process ended with {code}\n{tail(self.log)}"
-        rows = [{"test": name, "outcome": "failed", "detail": detail} for name in running]
-        suite_plugin.write(self.folder.tests, rows)
-        died = code < 0 or code == suite_plugin.DEVICE_LOST
-        if died and self.starts < _STARTS:
-            self.start()
-            return True
-        title = self.suite.title
-        if not rows and title not in self.folder.failed:
-            self.folder.failure(title, f"pytest ended with {code}\n{tail(self.log)}")
-        return False
+        suite_plugin.write(folder.tests, rows)
+        if code > 0 and code != suite_plugin.DEVICE_LOST:  # it did not die
+            break
+    if not rows and suite.title not in folder.failed:
+        folder.failure(suite.title, f"pytest {detail}")

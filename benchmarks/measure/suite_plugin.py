@@ -6,6 +6,7 @@ ends: whenever a run is killed, the last lines say what passed and what was runn
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -34,11 +35,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     """The last line of each test; none if there is no file."""
     found: dict[str, dict[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+        with contextlib.suppress(ValueError):  # cut off by a full disk
             row = json.loads(line)
-        except ValueError:  # cut off by a full disk
-            continue
-        found[row["test"]] = row
+            found[row["test"]] = row
     return found
 
 
@@ -67,8 +66,8 @@ def place_of(name: str, count: int) -> int:
     return zlib.crc32(name.encode()) % count
 
 
-def _write(**row: Any) -> None:
-    write(Path(os.environ[OUTCOMES]), [row])
+def _write(test: str, outcome: str, **row: Any) -> None:
+    write(Path(os.environ[OUTCOMES]), [{"test": test, "outcome": outcome} | row])
 
 
 @pytest.hookimpl(trylast=True)
@@ -97,14 +96,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """A file that cannot be imported is a failure of its own."""
     if report.failed:
-        _write(test=report.nodeid, outcome="failed", seconds=0, detail=_shortened(report.longrepr))
+        _write(report.nodeid, "failed", seconds=0, detail=_shortened(report.longrepr))
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
     """Says what runs, and stops where nobody waits for it any more."""
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)
-    _write(test=nodeid, outcome="started")
+    _write(nodeid, "started")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -112,9 +111,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.passed and report.when != "call":
         return
     detail = "" if report.passed else _shortened(report.longrepr)
-    _write(
-        test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), detail=detail
-    )
+    _write(report.nodeid, report.outcome, seconds=round(report.duration, 3), detail=detail)
     if report.failed and torch.cuda.is_available():
         try:
             torch.cuda.synchronize()

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -65,12 +65,12 @@ def bare_product(problem: Problem, rows: int | None, columns: int | None) -> Non
 
 @dataclass(frozen=True)
 class Timing:
-    """Of repeated runs."""
+    """Of repeated runs, as columns of a row."""
 
     seconds: float  # median
     spread: float  # interquartile range over the median
-    fastest: float
-    slowest: float
+    fastest_seconds: float
+    slowest_seconds: float
     repeats: int
 
 
@@ -93,12 +93,8 @@ def time_turns(
 ) -> dict[Any, Timing]:
     """Times of each run, in turns so that noise hits all alike; a first turn warms up.
 
-    Args:
-        runs: by name.
-        device: cpu or cuda.
-        repeats: turns that are counted.
-        lasting: seconds; short turns are repeated until so many have passed.
-        until: of ``time.monotonic()``: then three turns are enough.
+    Short turns are repeated until ``lasting`` seconds have passed. From ``until``, of
+    ``time.monotonic()``, on three turns are enough.
     """
     samples: dict[Any, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
@@ -117,14 +113,11 @@ def time_all(
     problem: Problem, device: str, repeats: int, cases: Sequence[Case]
 ) -> tuple[Timing, dict[Case, Timing]]:
     """1G, which is the fastest of the ``BLOCKINGS`` of the bare GEMM, and each case."""
-    runs = {
-        blocking: functools.partial(bare_product, problem, *blocking)
-        for blocking in BLOCKINGS[device]
-    }
-    runs |= {case: functools.partial(step, case, problem) for case in cases}
+    partial, blockings = functools.partial, BLOCKINGS[device]
+    runs = {blocking: partial(bare_product, problem, *blocking) for blocking in blockings}
+    runs |= {case: partial(step, case, problem) for case in cases}
     times = time_turns(runs, device, repeats)
-    bare = min((times[blocking] for blocking in BLOCKINGS[device]), key=lambda one: one.seconds)
-    return bare, {case: times[case] for case in cases}
+    return min((times.pop(one) for one in blockings), key=lambda one: one.seconds), times
 
 
 def fastest_blocking(problem: Problem, device: str, repeats: int = 2) -> Blocking:
@@ -156,13 +149,8 @@ def rates(
     gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}
     moved = hidden + weight + (gradients[case.mode] if case else 0)
     products, eps = (case.products, find(case.provider).eps) if case else (1, None)
-    return {
+    return asdict(taken) | {
         "eps": "" if eps is None else eps,
-        "repeats": taken.repeats,
-        "seconds": taken.seconds,
-        "fastest_seconds": taken.fastest,
-        "slowest_seconds": taken.slowest,
-        "spread": taken.spread,
         "g_seconds": bare.seconds,
         "times_g": taken.seconds / bare.seconds,
         "tokens_per_second": shape.tokens / taken.seconds,

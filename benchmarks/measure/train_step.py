@@ -54,11 +54,10 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.parts: dict[str, float] = {}
-        self.since = 0.0
+        self.start()
 
     def start(self) -> None:
-        self.parts = {}
+        self.parts: dict[str, float] = {}
         synchronize(self.device)
         self.since = time.perf_counter()
 
@@ -102,8 +101,7 @@ class Stepper:
             self.clock.lap("head_forward")
             loss.backward()
         self.clock.lap("layers_backward")
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.clock.lap("optimizer")
@@ -113,26 +111,17 @@ class Stepper:
     def _at_head(self, loss: LossFunction | None) -> Iterator[None]:
         """The model computes ``loss`` within; ``None``: its own."""
         if loss is None:
-            hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            with self.model.get_output_embeddings().register_forward_pre_hook(
                 lambda _, inputs: self.clock.enter_head(inputs[0])
-            )
-            try:
+            ):
                 yield
-            finally:
-                hook.remove()
             return
 
-        def watched(
-            hidden: Tensor,
-            head: Head,
-            target: Tensor,
-            cu_seqlens: Tensor | None,
-            num_items: int | Tensor | None,
-        ) -> tuple[Tensor, Any]:
+        def watched(hidden: Tensor, head: Head, *targets: Any) -> tuple[Tensor, Any]:
             # What the patch measures on its first call is not measured in every step.
             self.transform = LogitTransform(head.softcap, head.temperature)
             self.clock.enter_head(hidden)
-            return loss(hidden, head, target, cu_seqlens, num_items)
+            return loss(hidden, head, *targets)
 
         known = self.transform
         patch_model(self.model, watched, transform=known, shift=True, verify=known is None)
@@ -143,43 +132,30 @@ class Stepper:
 
 
 def time_steps(
-    job: Job,
-    labels: list[str],
-    turns: Tensor,  # [turns, B, T] token ids
-    keep: bool,
+    job: Job, labels: list[str], turns: Tensor, keep: bool
 ) -> dict[str, list[dict[str, float]] | str]:
     """Seconds of the parts of each loss's steps, in turns; of a loss that fails, why.
 
-    The first turn warms up. Every loss of a turn sees the same tokens.
+    The first turn warms up. Every loss of a turn sees the same ``[turns, B, T]`` token ids.
     """
     _be_quiet()
     if keep:
         keep_memory()
-    stepper = Stepper(job)
-    results: dict[str, list[dict[str, float]] | str] = {label: [] for label in labels}
-    for turn, ids in enumerate(turns):
-        for label, samples in results.items():
-            if isinstance(samples, str):
-                continue
+    stepper, failed = Stepper(job), {}
+    samples: dict[str, list[dict[str, float]]] = {label: [] for label in labels}
+    for ids in turns:
+        for label in [label for label in labels if label not in failed]:
             try:
                 stepper.step(label, ids)
+                samples[label].append(stepper.clock.parts)
             except Exception as error:
                 stepper.optimizer.zero_grad()
-                results[label] = explain(error)
-                continue
-            if turn > 0:
-                samples.append(stepper.clock.parts)
-    return results
+                failed[label] = explain(error)
+    return {label: failed.get(label, found[1:]) for label, found in samples.items()}
 
 
-def send_peak(
-    sender: Connection,
-    job: Job,
-    label: str,
-    ids: Tensor,  # [B, T]
-    limit: int | None,
-) -> None:
-    """One step; sends ``None`` when it starts, then its :class:`Outcome`.
+def send_peak(sender: Connection, job: Job, label: str, ids: Tensor, limit: int | None) -> None:
+    """One step on ``ids [B, T]``; sends ``None`` when it starts, then its :class:`Outcome`.
 
     A short step goes before it, so that the optimizer's state is there, as in every step of a
     training but its first. What loading the model took at its highest is forgotten.
@@ -232,11 +208,7 @@ def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
 
 
 def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
-    """``[count, length]`` token ids: documents joined and cut, from the start again at their end.
-
-    Raises:
-        SystemExit: they do not fill one row.
-    """
+    """``[count, length]`` token ids: documents joined and cut, again and again; or SystemExit."""
     tokens = itertools.chain.from_iterable(documents)
     found = list(itertools.islice(tokens, count * length))
     full = len(found) // length

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +52,6 @@ class Family:
 
 def measure_all(
     folder: Folder,
-    env: dict[str, str],
     end: float,
     shapes: Sequence[Shape],
     cases: Sequence[Case],
@@ -75,17 +73,12 @@ def measure_all(
         # One that hangs must leave some time for the others of its family.
         limit = share if len(members) == 1 else share / 3
         jobs = [Job(member, shape) for shape in asked for member in members]
-        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, env, turns):
+        for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, turns):
             _write(folder, asked, job, row)
 
 
 def compile_ahead(
-    folder: Folder,
-    env: dict[str, str],
-    end: float,
-    shapes: Sequence[Shape],
-    cases: Sequence[Case],
-    processes: int,
+    folder: Folder, end: float, shapes: Sequence[Shape], cases: Sequence[Case], processes: int
 ) -> None:
     """A step of each of ours, in several processes: Triton keeps what they compile on disk.
 
@@ -100,8 +93,7 @@ def compile_ahead(
 
     def run(place: int) -> None:
         family = Family(jobs[place::processes], end, max(0.0, end - time.monotonic()))
-        for _ in _measure(family, folder, env, 0, f"compile-{place}"):
-            pass
+        list(_measure(family, folder, 0, f"compile-{place}"))
 
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(run, range(processes)))
@@ -138,34 +130,24 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
     """Turns what a process reports into a row of the results."""
     detail, status = row.pop("detail", row.get("reason", "")), row["status"]
     shape, whole = job.shape, asked[job.shape]
-    folder.row(
-        job.case.columns
-        | asdict(shape)
-        | {
-            "shape": name_of(shape),
-            "inputs": "synthetic",
-            "scaled_down_from": "" if whole == shape else f"{whole.tokens} x {whole.vocabulary}",
-            "dtype": str(DTYPE).removeprefix("torch."),
-            "memory_kept": False,
-        }
-        | row
-    )
+    where = {"shape": name_of(shape), "inputs": "synthetic", "memory_kept": False}
+    where["dtype"] = str(DTYPE).removeprefix("torch.")
+    if whole != shape:
+        where["scaled_down_from"] = f"{whole.tokens} x {whole.vocabulary}"
+    folder.row(job.case.columns | asdict(shape) | where | row)
     if "seconds" in row:
         folder.say(f"{job}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
     # That a peer has no room is a result about it, and no failure.
     no_room = status == "out of memory" and not find(job.case.provider).backend
-    if status in ("ok", "unavailable") or no_room:
-        if "seconds" not in row:
-            folder.say(f"{job}: {status}: {row['reason']}")
+    if status == "unavailable" or no_room:
+        folder.say(f"{job}: {status}: {row['reason']}")
     elif status == "cut":
         folder.cut.append(f"{job}: {row['reason']}")
-    else:
+    elif status != "ok":
         folder.failure(f"{job}: {status}", detail)
 
 
-def _measure(
-    family: Family, folder: Folder, env: dict[str, str], turns: int, title: str = ""
-) -> Measured:
+def _measure(family: Family, folder: Folder, turns: int, title: str = "") -> Measured:
     """Starts processes until every job of a family has its row."""
     while family.jobs:
         left = family.end - time.monotonic()
@@ -177,42 +159,39 @@ def _measure(
         before = log.stat().st_size if log.exists() else 0
         ours, theirs = Pipe()
         code = f"from benchmarks.measure.worker import serve; serve({theirs.fileno()})"
-        process = start([sys.executable, "-c", code], env, log, pass_fds=[theirs.fileno()])
+        process = start([sys.executable, "-c", code], folder.env, log, pass_fds=[theirs.fileno()])
         theirs.close()
         try:
             ours.send(Task(tuple(family.jobs), DTYPE, folder.device, left, turns))
-            yield from _receive(family, process, ours, log, before)
+            lives = True
+            while family.jobs and lives:
+                job = family.jobs.pop(0)
+                row, lives = _receive(family, process, ours)
+                if not lives:
+                    family.strikes.setdefault(job.case, []).append(row["status"])
+                    row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
+                yield job, row
         finally:
             kill_group(process)
             ours.close()
-        out = {case for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
-        tired = [job for job in family.jobs if job.case in out]
-        family.jobs = [job for job in family.jobs if job not in tired]
-        for job in tired:
-            cut = all(how == "cut" for how in family.strikes[job.case])
+        tired = {case: ends for case, ends in family.strikes.items() if len(ends) >= _STRIKES}
+        for job in [job for job in family.jobs if job.case in tired]:
+            family.jobs.remove(job)
+            cut = set(tired[job.case]) == {"cut"}
             what = "was not done in time" if cut else "took its process down"
             reason = f"it {what} {_STRIKES} times before"
             yield job, {"status": "cut" if cut else "failed", "reason": reason}
 
 
 def _receive(
-    family: Family, process: subprocess.Popen[bytes], connection: Connection, log: Path, before: int
-) -> Measured:
-    """Rows of one process, until it is done, dead or out of time."""
-    lives = True
-    while family.jobs and lives:
-        job = family.jobs.pop(0)
-        allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
-        lives = False
-        try:
-            if connection.poll(allowed):
-                row, lives = connection.recv()
-            else:
-                row = {"status": "cut", "reason": f"not done after {allowed:.0f} s"}
-        except (EOFError, ConnectionError):
-            process.wait()
-            row = {"status": "failed", "reason": f"its process ended with {process.returncode}"}
-        if not lives:
-            family.strikes.setdefault(job.case, []).append(row["status"])
-            row.setdefault("detail", f"{row['reason']}\n{tail(log, before)}")
-        yield job, row
+    family: Family, process: subprocess.Popen[bytes], connection: Connection
+) -> tuple[dict[str, Any], bool]:
+    """The next row, and whether the process can go on: it is not dead or out of time."""
+    allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
+    try:
+        if connection.poll(allowed):
+            return connection.recv()
+        return {"status": "cut", "reason": f"not done after {allowed:.0f} s"}, False
+    except (EOFError, ConnectionError):
+        process.wait()
+        return {"status": "failed", "reason": f"its process ended with {process.returncode}"}, False

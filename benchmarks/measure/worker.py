@@ -17,19 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.measure import timing
 from benchmarks.measure.errors import Truth, some_rows, step_errors, truth
 from benchmarks.measure.memory import peak_of_step
 from benchmarks.measure.processes import explain, first_line
-from benchmarks.measure.timing import (
-    Blocking,
-    bare_product,
-    fastest_blocking,
-    fastest_option,
-    rates,
-    step,
-    synchronize,
-    time_turns,
-)
 from benchmarks.providers.registry import Case, Provider, find, why_not
 from benchmarks.shapes import Problem, Shape, expected_entries, text_like
 
@@ -92,7 +83,7 @@ def _attempt(job: Job, task: Task, until: float) -> tuple[dict[str, Any], bool]:
     except Exception as error:
         row = {"status": "failed", "reason": explain(error), "detail": traceback.format_exc()}
     try:
-        synchronize(task.device)
+        timing.synchronize(task.device)
     except Exception:
         return row, False
     return row, True
@@ -104,11 +95,11 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     if reason := why_not(job.case, device, task.dtype):
         return {"status": "unavailable", "reason": reason}
     problem = text_like(job.shape, task.dtype, device)
-    case = fastest_option(job.case, problem, device) if task.turns else job.case
+    case = timing.fastest_option(job.case, problem, device) if task.turns else job.case
     row: dict[str, Any] = {"status": "ok", "reason": "", "options": case.option}
     started = time.perf_counter()
-    step(case, problem)
-    synchronize(device)
+    timing.step(case, problem)
+    timing.synchronize(device)
     row["first_seconds"] = time.perf_counter() - started
     if task.turns == 0:  # it was to be compiled
         return row
@@ -116,18 +107,16 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     if provider.eps is not None:
         row["entries_per_token"] = expected_entries(problem, provider.eps)
     blocking = _blocking(job.shape, task.dtype, device)
-    runs = {
-        "bare": functools.partial(bare_product, problem, *blocking),
-        "own": functools.partial(step, case, problem),
-    }
-    times = time_turns(runs, device, task.turns, until=until)
-    row |= rates(times["own"], times["bare"], job.shape, task.dtype.itemsize, case)
+    bare = functools.partial(timing.bare_product, problem, *blocking)
+    runs = {"bare": bare, "own": functools.partial(timing.step, case, problem)}
+    times = timing.time_turns(runs, device, task.turns, until=until)
+    row |= timing.rates(times["own"], times["bare"], job.shape, task.dtype.itemsize, case)
     return row | _memory(provider, case, problem, device)
 
 
 @functools.cache
-def _blocking(shape: Shape, dtype: torch.dtype, device: str) -> Blocking:
-    return fastest_blocking(text_like(shape, dtype, device), device)
+def _blocking(shape: Shape, dtype: torch.dtype, device: str) -> timing.Blocking:
+    return timing.fastest_blocking(text_like(shape, dtype, device), device)
 
 
 @functools.cache

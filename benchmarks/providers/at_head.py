@@ -16,15 +16,9 @@ from bft.loss import IGNORE, Head, LossFunction
 
 
 def _at_head(case: Case, window: int) -> LossFunction:
-    """What ``python -m benchmarks loss`` measures; rows of a batch are documents."""
+    """What ``python -m benchmarks loss`` measures; rows of a batch ``[B, T]`` are documents."""
 
-    def loss(
-        hidden: Tensor,  # [B, T, D]
-        head: Head,
-        target: Tensor,  # [B, T]
-        cu_seqlens: Tensor | None,
-        num_items: int | Tensor | None,
-    ) -> tuple[Tensor, Any]:
+    def loss(hidden: Tensor, head: Head, target: Tensor, *_: Any) -> tuple[Tensor, Any]:
         if head.bias is not None or head.softcap is not None or head.temperature != 1:
             raise UnsupportedModel(
                 "head: got one with a bias, softcap or temperature, expected hidden @ weight.T: "

@@ -1,6 +1,7 @@
-"""The losses that are compared: one function each, from a problem and a weighting to a scalar.
+"""The losses that are compared: one function each, from a problem and a weighting.
 
-A function with ``peer`` above it is all that another peer needs.
+It returns the loss, or each token's ``nll``, which is weighted then. A function with ``peer`` above
+it is all that another peer needs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def documents(problem: Problem) -> Tensor:
 
 
 def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
-    """The weighted loss from each token's ``nll [N]``; for ``plain`` a mean ``[]`` will do."""
+    """The loss ``[]`` from each token's ``nll [N]``; one that is reduced already stays as it is."""
     if nll.dtype != torch.float64:
         nll = nll.float()
-    if weighting == "plain":
+    if nll.ndim == 0 or weighting == "plain":
         return nll.mean()
     if weighting == "dft":
         return ((-nll.detach()).exp() * nll).mean()
@@ -46,28 +47,24 @@ def reduction(weighting: str) -> str:
 
 def ours(problem: Problem, weighting: str, **how: Any) -> Tensor:
     """This package's; without gradients with every statistic, as an evaluation wants them."""
-    inputs = problem.hidden, problem.weight, problem.target
     how.setdefault("return_stats", not torch.is_grad_enabled())
     if weighting == "plain":
-        result = linear_cross_entropy(*inputs, **how)
-    elif weighting == "dft":
-        result = balanced_linear_cross_entropy(*inputs, scheme="dft", normalize="token", **how)
+        result = linear_cross_entropy(*problem.inputs, **how)
     else:
-        how["cu_seqlens"] = documents(problem)
-        result = balanced_linear_cross_entropy(*inputs, scheme=weighting, **how)
+        more = {"normalize": "token"} if weighting == "dft" else {"cu_seqlens": documents(problem)}
+        result = balanced_linear_cross_entropy(*problem.inputs, scheme=weighting, **more, **how)
     return result if isinstance(result, Tensor) else result[0]
-
-
-@peer("eager", KEPT, priority=2)
-def eager(problem: Problem, weighting: str) -> Tensor:
-    """All logits at once."""
-    nll = _eager(problem.hidden, problem.weight, problem.target, reduction(weighting))
-    return weigh(nll, weighting, problem)
 
 
 def _eager(hidden: Tensor, weight: Tensor, target: Tensor, how: str) -> Tensor:
     logits = functional.linear(hidden, weight)
     return functional.cross_entropy(logits.float(), target, reduction=how)
+
+
+@peer("eager", KEPT, priority=2)
+def eager(problem: Problem, weighting: str) -> Tensor:
+    """All logits at once."""
+    return _eager(*problem.inputs, reduction(weighting))
 
 
 @functools.cache
@@ -78,30 +75,20 @@ def _compiled() -> Callable[..., Tensor]:
 @peer("compiled eager", KEPT, compiles=True, priority=4)
 def compiled(problem: Problem, weighting: str) -> Tensor:
     """Eager, compiled; its weights are not."""
-    nll = _compiled()(problem.hidden, problem.weight, problem.target, reduction(weighting))
-    return weigh(nll, weighting, problem)
+    return _compiled()(*problem.inputs, reduction(weighting))
 
 
-_CHUNKS: dict[str, dict[str, Any]] = {
-    "auto": {},
-    **{
-        f"{rows} rows": {"chunking_method": None, "batch_chunk_size": rows}
-        for rows in (256, 512, 1024)
-    },
+_CHUNKS = {
+    f"{rows} rows": {"chunking_method": None, "batch_chunk_size": rows} for rows in (256, 512, 1024)
 }
 
 
-@peer("torch chunked", KEPT, AGAIN, options=_CHUNKS, priority=2)
+@peer("torch chunked", KEPT, AGAIN, options={"auto": {}, **_CHUNKS}, priority=2)
 def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
     """PyTorch's own chunked loss (torch 2.13)."""
-    nll = functional.linear_cross_entropy(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        reduction=reduction(weighting),
-        options=torch.nn.LinearCrossEntropyOptions(**options),
-    )
-    return weigh(nll, weighting, problem)
+    chosen = torch.nn.LinearCrossEntropyOptions(**options)
+    how = {"reduction": reduction(weighting), "options": chosen}
+    return functional.linear_cross_entropy(*problem.inputs, **how)
 
 
 @peer(
@@ -113,16 +100,11 @@ def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
 )
 def cut_cross_entropy(problem: Problem, weighting: str) -> Tensor:
     """Apple's; off a GPU its implementation for torch.compile."""
-    from cut_cross_entropy import linear_cross_entropy as cce
+    from cut_cross_entropy import linear_cross_entropy
 
-    nll = cce(
-        problem.hidden,
-        problem.weight,
-        problem.target,
-        impl="cce" if problem.hidden.is_cuda else "torch_compile",
-        reduction=reduction(weighting),
-    )
-    return weigh(nll, weighting, problem)
+    implementation = "cce" if problem.hidden.is_cuda else "torch_compile"
+    how = {"impl": implementation, "reduction": reduction(weighting)}
+    return linear_cross_entropy(*problem.inputs, **how)
 
 
 @peer("liger chunked", AGAIN, installed="liger-kernel: liger_kernel.chunked_loss.fused_linear_ppo")
@@ -130,10 +112,8 @@ def liger_chunked(problem: Problem, weighting: str) -> Tensor:
     """Liger's log-probabilities in chunks of the vocabulary, in plain torch."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
-    log_probabilities = LigerFusedLinearPPOBase.chunk_forward(
-        problem.hidden[None], problem.weight, problem.target[None]
-    )[0]
-    return weigh(-log_probabilities, weighting, problem)
+    inputs = problem.hidden[None], problem.weight, problem.target[None]
+    return -LigerFusedLinearPPOBase.chunk_forward(*inputs)[0]
 
 
 @peer(
@@ -145,10 +125,7 @@ def liger_scaled(problem: Problem, weighting: str) -> Tensor:
     """Liger's scaled cross-entropy: its kernels on Hopper, elsewhere verl's formulas in torch."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    nll = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        problem.hidden, problem.weight, problem.target
-    )
-    return weigh(nll, weighting, problem)
+    return LigerFusedLinearScaledCrossEntropyFunction.apply(*problem.inputs)
 
 
 @peer(
@@ -159,11 +136,9 @@ def liger_fused(problem: Problem, weighting: str) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     how = {"use_token_scaling": True} if weighting == "dft" else {}
-    fused = LigerFusedLinearCrossEntropyLoss(
-        reduction="none" if weighting == "bft" else "mean", **how
-    )
-    nll = fused(problem.weight, problem.hidden, problem.target)
-    return weigh(nll, "plain" if weighting == "dft" else weighting, problem)
+    reduced = "none" if weighting == "bft" else "mean"
+    fused = LigerFusedLinearCrossEntropyLoss(reduction=reduced, **how)
+    return fused(problem.weight, problem.hidden, problem.target)
 
 
 @peer("trl", AGAIN, installed="trl: trl.kernels.chunked_logprob")
@@ -172,7 +147,7 @@ def trl_chunked(problem: Problem, weighting: str) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    log_probabilities = ChunkedLogProbFunction.apply(
+    return -ChunkedLogProbFunction.apply(
         problem.hidden,
         problem.weight,
         None,  # bias
@@ -183,7 +158,6 @@ def trl_chunked(problem: Problem, weighting: str) -> Tensor:
         1.0,  # scale
         (),  # no entropy, no accuracy
     )[0]
-    return weigh(-log_probabilities, weighting, problem)
 
 
 @peer("verl", AGAIN_EACH, installed="verl: verl.utils.experimental.torch_functional")
@@ -191,8 +165,7 @@ def verl_chunked(problem: Problem, weighting: str) -> Tensor:
     """The fused linear layer for PPO of verl: log-probabilities in chunks of 512 tokens."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-    log_probabilities, _ = FusedLinearForPPO()(problem.hidden, problem.weight, problem.target)
-    return weigh(-log_probabilities, weighting, problem)
+    return -FusedLinearForPPO()(*problem.inputs)[0]
 
 
 @peer(
@@ -207,5 +180,4 @@ def quack(problem: Problem, weighting: str) -> Tensor:
     """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    loss = chunked_linear_cross_entropy(problem.hidden, problem.weight, problem.target)
-    return weigh(loss, weighting, problem)
+    return chunked_linear_cross_entropy(*problem.inputs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-Run = Callable[..., Tensor]  # of a Problem and its weighting
+Run = Callable[..., Tensor]  # of a Problem and its weighting, see losses.py
 
 # plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The confidence
 # and the weights are constants to the gradient.
@@ -33,8 +33,7 @@ class Provider:
     plain: Products
     weighted: Products
     weightings: tuple[str, ...] = WEIGHTINGS
-    modes: tuple[str, ...] = MODES  # of the others ``same_as`` has the figures
-    same_as: str = ""
+    modes: tuple[str, ...] = MODES  # of the others a backend's "exact" has the figures
     distribution: str = ""  # that it is installed from
     module: str = ""  # what must be importable
     gpu_only: bool = False
@@ -42,9 +41,12 @@ class Provider:
     backend: str = ""  # of this package
     eps: float | None = None  # of a sampled gradient
     allowed: float = 0.2  # relative error that passes for rounding, sampling or filtering
-    # Where time is short: who comes first, and who shares a process.
-    priority: int = 3
-    family: str = ""
+    priority: int = 3  # who comes first where time is short
+
+    @property
+    def family(self) -> str:
+        """Providers of one share a process."""
+        return f"bft {self.backend}" if self.backend else self.name
 
     def products(self, weighting: str, mode: str) -> int:
         """In G."""
@@ -71,7 +73,7 @@ def peer(
 
     def add(run: Run) -> Run:
         ways = {key: partial(run, **how) for key, how in (options or {"": {}}).items()}
-        PEERS.append(Provider(name, ways, plain, weighted or plain, family=name, **more))
+        PEERS.append(Provider(name, ways, plain, weighted or plain, **more))
         return run
 
     return add

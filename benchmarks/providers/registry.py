@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.providers.losses import ours
+from benchmarks.providers.losses import ours, weigh
 from benchmarks.providers.provider import AGAIN, KEPT, MODES, PEERS, WEIGHTINGS, Provider
 from benchmarks.results.environment import ABSENT, version
 from benchmarks.shapes import Problem
 from bft_kernels.dispatch import why_not as backend_why_not
 
 SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,9 @@ class Case:
         """The loss ``[]``."""
         options = find(self.provider).options
         run = options[self.option or next(iter(options))]
-        if self.mode == "forward":
-            with torch.no_grad():
-                return run(problem, self.weighting)
-        return run(problem.frozen() if self.mode == "frozen" else problem, self.weighting)
+        problem = problem.frozen() if self.mode == "frozen" else problem
+        with torch.set_grad_enabled(self.mode != "forward"):
+            return weigh(run(problem, self.weighting), self.weighting, problem)
 
     def __str__(self) -> str:
         return f"{self.provider}, {self.weighting}, {self.mode}"
@@ -55,39 +53,30 @@ class Case:
 
 def _ours(backend: str) -> list[Provider]:
     """Both gradients of a backend, and what else of it is worth a row."""
-    name = f"bft {backend}"
     # An exact weighted loss whose documents do not fit the budget computes up to 1G again.
     exact = AGAIN if backend == "cuda" else KEPT
-    on_a_gpu = backend in ("triton", "cuda")
 
     def one(label: str, modes: tuple[str, ...] = ("both", "frozen"), **how: Any) -> Provider:
         eps = how.get("eps")
         return Provider(
-            f"{name} {label}",
+            f"bft {backend} {label}",
             {"": functools.partial(ours, backend=backend, **how)},
             plain=(1, 1, 1) if eps else exact,
             weighted=(1, 1, 1) if eps else exact,
             modes=modes,
-            same_as=f"{name} exact",
             backend=backend,
             eps=eps,
             allowed=0.2 if eps else 0.05,
             priority={"triton": 0, "cuda": 1}.get(backend, 2),
-            family=name,
         )
 
-    return [
-        one("exact", MODES),
-        *(
-            one(f"exact, {budget} MiB", max_buffer_bytes=budget * MIB)
-            for budget in ((16, 256) if backend == "cpu" else ())
-        ),
-        *(
-            one("sampled" if power == 12 else f"sampled 2^-{power}", eps=2.0**-power, **SAMPLED)
-            for power in ((12, 10, 8) if on_a_gpu else (12,))
-        ),
-        *([one("no statistics", ("forward",), return_stats=False)] if on_a_gpu else []),
-    ]
+    found = [one("exact", MODES), one("sampled", eps=2.0**-12, **SAMPLED)]
+    if backend == "cpu":
+        found[1:1] = [one(f"exact, {mib} MiB", max_buffer_bytes=mib * 2**20) for mib in (16, 256)]
+    if backend in ("triton", "cuda"):
+        found += [one(f"sampled 2^-{power}", eps=2.0**-power, **SAMPLED) for power in (10, 8)]
+        found.append(one("no statistics", ("forward",), return_stats=False))
+    return found
 
 
 _BACKENDS = ("cpu", "triton", "cuda", "torch")
@@ -96,32 +85,23 @@ PROVIDERS: dict[str, Provider] = {
 }
 
 
-def _imported(module: str, function: str, problem: Problem, weighting: str) -> Tensor:
-    return getattr(importlib.import_module(module), function)(problem)
-
-
 def find(name: str) -> Provider:
-    """By its name, or one's own mean over tokens as ``module:function`` of a problem.
-
-    Raises:
-        ValueError: no such name.
-    """
+    """By its name, or one's own mean over tokens as ``module:function``; or else ValueError."""
     if name in PROVIDERS:
         return PROVIDERS[name]
     module, separator, function = name.partition(":")
     if not separator:
         names = ", ".join(PROVIDERS)
         raise ValueError(f"providers: got {name!r}, expected module:function or some of {names}")
-    run = functools.partial(_imported, module, function)
-    return Provider(name, {"": run}, KEPT, KEPT, ("plain",), priority=0, family=name)
+
+    def run(problem: Problem, weighting: str) -> Tensor:
+        return getattr(importlib.import_module(module), function)(problem)
+
+    return Provider(name, {"": run}, KEPT, KEPT, ("plain",), priority=0)
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:
-    """Every combination, weighted compared with weighted: in the order of the tables.
-
-    Raises:
-        ValueError: a name that is none.
-    """
+    """Every combination in the tables' order, weighted beside weighted; ValueError for no name."""
     for name in names:
         find(name)
     for argument, got, known in (("weightings", weightings, WEIGHTINGS), ("modes", modes, MODES)):
@@ -134,11 +114,7 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
 
 
 def telling_cases(names: Sequence[str]) -> list[Case]:
-    """For where time is short: ours balanced in every mode, peers their mean; important first.
-
-    Raises:
-        ValueError: a name that is none.
-    """
+    """For where time is short: ours balanced in every mode, peers their mean; important first."""
     found = []
     for provider in sorted(map(find, names), key=lambda one: one.priority):
         modes = ("both", "frozen", "forward") if provider.backend else ("both",)
@@ -153,7 +129,7 @@ def why_not_at_all(case: Case, device: str) -> str:
     if case.weighting not in provider.weightings:
         return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
     if case.mode not in provider.modes:
-        return f"for {case.mode} see {provider.same_as}"
+        return f"for {case.mode} see {provider.family} exact"
     if provider.distribution and version(provider.distribution) == ABSENT:
         return f"{provider.distribution} is {ABSENT} (pip install {provider.distribution})"
     if provider.name == "torch chunked" and not hasattr(functional, "linear_cross_entropy"):

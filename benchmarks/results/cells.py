@@ -28,13 +28,9 @@ class Line:
 
 
 def losses(folder: str, tokens: int, models: Mapping[str, str], lines: Sequence[Line]) -> Cells:
-    """Times in multiples of 1G and MiB of extra memory: lines by models.
+    """Times in multiples of 1G and MiB of extra memory, of a folder of benchmarks/results.
 
-    Args:
-        folder: below benchmarks/results.
-        tokens: ``N``.
-        models: a shape of the CSV, and what the model is called.
-        lines: of the table.
+    The table has lines by models, which are called by what ``models`` says for their shape.
     """
     rows = measured(folder, "loss.csv", tokens)
     heading, product = [""], ["1G, seconds"]
@@ -131,11 +127,7 @@ def measured(folder: str, file: str, tokens: int) -> list[Row]:
 
 
 def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
-    """The rows that say this; a column that an older file lacks is empty.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The rows that say this, or ValueError; a column that an older file lacks is empty."""
     found = [row for row in rows if key(row, wanted) == tuple(wanted.values())]
     if not found:
         told = ", ".join(f"{column} {value!r}" for column, value in wanted.items() if value)

@@ -73,26 +73,21 @@ def colour(bar: Bar) -> str:
 
 
 def render(panels: Sequence[Panel]) -> Figure:
-    """All panels, one below the other.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """All panels, one below the other; ValueError if there are none."""
     if not panels:
         raise ValueError("panels: got none, expected some")
     titles = [
-        [short for line in panel.title.splitlines() for short in textwrap.wrap(line, _LETTERS)]
+        "\n".join(textwrap.fill(line, _LETTERS) for line in panel.title.splitlines())
         for panel in panels
     ]
-    heights = [
-        panel.height + _LINE * (1 + len(lines)) for panel, lines in zip(panels, titles, strict=True)
-    ]
+    drawn = list(zip(panels, titles, strict=True))
+    heights = [panel.height + _LINE * (2 + title.count("\n")) for panel, title in drawn]
     with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained", facecolor="white")
         # Subfigures: each has margins of its own.
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for panel, lines, part in zip(panels, titles, parts, strict=True):
-            part.suptitle("\n".join(lines), fontsize=8.5, fontweight="bold", x=0.02, ha="left")
+        for (panel, title), part in zip(drawn, parts, strict=True):
+            part.suptitle(title, fontsize=8.5, fontweight="bold", x=0.02, ha="left")
             panel.draw(part.subplots())
     return figure
 
@@ -108,19 +103,11 @@ def save(figure: Figure, path: Path, dpi: int = 200) -> Path:
 def bars(
     title: str,
     given: Sequence[Bar],
-    label: str,
-    parts: Sequence[str] = (),
-    unit: float | None = None,
+    label: str,  # of the axis
+    parts: Sequence[str] = (),  # what the values of a bar are, where it is made of several
+    unit: float | None = None,  # a value to mark with a line
 ) -> Panel:
-    """Horizontal bars, the first on top; the name and the text of each stand above it.
-
-    Args:
-        title: the panel's.
-        given: in their order.
-        label: of the axis.
-        parts: what the values of a bar are, where it is made of several.
-        unit: a value to mark with a line.
-    """
+    """Horizontal bars, the first on top; the name and the text of each stand above it."""
     rows, totals = range(len(given)), [sum(bar.values) for bar in given]
 
     def draw(axes: Any) -> None:
@@ -129,11 +116,8 @@ def bars(
             axes.set_xlim(0, max(totals))
             legend_above(axes, columns=2)
         else:
-            colours = [colour(bar) for bar in given]
-            faces = [
-                own if bar.ours else "#d9d9d9" for own, bar in zip(colours, given, strict=True)
-            ]
-            axes.barh(rows, totals, height=0.35, color=faces, edgecolor=colours)
+            faces = [colour(bar) if bar.ours else "#d9d9d9" for bar in given]
+            axes.barh(rows, totals, 0.35, color=faces, edgecolor=list(map(colour, given)))
             _scale_of(axes, totals)
         if unit is not None:
             axes.axvline(unit, color=_INK, linestyle=":", linewidth=1, zorder=0)
@@ -156,15 +140,8 @@ def _stack(axes: Any, given: Sequence[Bar], parts: Sequence[str]) -> None:
 
 def legend_above(axes: Any, columns: int, **more: Any) -> None:
     """Between the title and the axes, from the left."""
-    axes.legend(
-        fontsize=7.5,
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=columns,
-        frameon=False,
-        alignment="left",
-        **more,
-    )
+    where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "alignment": "left"}
+    axes.legend(fontsize=7.5, ncols=columns, frameon=False, **where, **more)
 
 
 def _scale_of(axes: Any, numbers: Sequence[float]) -> None:
@@ -177,18 +154,13 @@ def _scale_of(axes: Any, numbers: Sequence[float]) -> None:
 
 def _names(axes: Any, given: Sequence[Bar]) -> None:
     """Above each of several horizontal bars its name, on the left, and its text, on the right."""
+    how = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 7.5}
+    how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     for place, bar in enumerate(given):
+        how["fontweight"] = "bold" if bar.ours else "normal"
         for x, words, side in ((0, bar.label, "left"), (1, bar.text, "right")):
-            axes.annotate(
-                words,
-                (x, place - 0.22),
-                xycoords=("axes fraction", "data"),
-                ha=side,
-                va="bottom",
-                fontsize=7.5,
-                fontweight="bold" if bar.ours else "normal",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
-            ).set_in_layout(False)  # it is inside the axes, and measuring it takes long
+            text = axes.annotate(words, (x, place - 0.22), ha=side, **how)
+            text.set_in_layout(False)  # it is inside the axes, and measuring it takes long
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(given) - 0.6, -0.95)

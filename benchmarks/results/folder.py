@@ -46,7 +46,7 @@ class Folder:
     reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
     summarize: Callable[[Folder], None] = lambda folder: None
 
-    def open(self) -> None:
+    def __post_init__(self) -> None:
         """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
         asked, number = self.path, 1
         while self.path.exists() and any(self.path.iterdir()):
@@ -57,6 +57,15 @@ class Folder:
     def log(self, name: str) -> Path:
         """What a process prints."""
         return self.path / "logs" / f"{name}.txt"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of the processes: Triton's interpreter is for the rehearsal, on a CPU, only."""
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if self.device == "cpu":
+            env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return env
 
     @property
     def tests(self) -> Path:
@@ -97,28 +106,18 @@ class Folder:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.note(started=now, **self.facts, nvidia_smi=nvidia_smi())
         if self.device == "cuda":
-            properties = torch.cuda.get_device_properties(0)
-            self.note(
-                memory_bytes=properties.total_memory,
-                multiprocessors=properties.multi_processor_count,
-                capability=torch.cuda.get_device_capability(0),
-            )
+            of = torch.cuda.get_device_properties(0)
+            self.note(memory_bytes=of.total_memory, multiprocessors=of.multi_processor_count)
+            self.note(capability=(of.major, of.minor))
 
-    def look(self, env: dict[str, str]) -> None:
+    def look(self) -> None:
         """Notes ``bft_kernels.info()``, which tries each backend, from a process: it may hang."""
         code = "import json; from bft_kernels import info; print(json.dumps(info()))"
+        command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
         found: dict[str, Any] = {}
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", code],
-                cwd=Path(__file__).parents[2],
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=_LOOK,
-                check=True,
-            )
-            found = json.loads(done.stdout)
+            how = {"capture_output": True, "text": True, "timeout": _LOOK, "check": True}
+            found = json.loads(subprocess.run(command, cwd=root, env=self.env, **how).stdout)
         except subprocess.SubprocessError as error:  # it failed, or was not done in time
             self.failure("info", f"{error}\n{error.stderr}")
         self.note(bft_kernels=found)
@@ -143,11 +142,11 @@ def nvidia_smi() -> dict[str, str]:
     for identifier in identifiers:
         command = [tool, f"--query-gpu={_QUERY}", "--format=csv,noheader", f"--id={identifier}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+            told = subprocess.check_output(command, text=True, timeout=20).strip()
         except (OSError, subprocess.SubprocessError) as error:
             missing += f"{error}; "
-            continue
-        return dict(zip(_QUERY.split(","), done.stdout.strip().split(", "), strict=False))
+        else:
+            return dict(zip(_QUERY.split(","), told.split(", "), strict=False))
     return {"missing": missing}
 
 

@@ -87,4 +87,6 @@ def show(title: str, cells: Sequence[Sequence[str]], left: int = 0) -> None:
         made.add_column(column, justify="left" if text else "right", no_wrap=bool(column))
     for line in cells[1:]:
         made.add_row(*line)
-    Console().print(made)
+    # Not cut to the 80 columns that rich takes a file to have.
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(made)

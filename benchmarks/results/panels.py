@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ _SIZES = {"tokens": "N", "width": "D", "vocabulary": "V"}
 
 def loss_figures(rows: Sequence[Row]) -> Figures:
     """One a weighting and mode, and one of all that `gpu` wrote: multiples of 1G by problem."""
-    found: Figures = {}
+    found: Figures = defaultdict(list)
     for kind, same_kind in grouped(timed(rows), "weighting", "mode").items():
         for same in grouped(same_kind, *PROBLEM).values():
             given = [
@@ -40,7 +41,7 @@ def loss_figures(rows: Sequence[Row]) -> Figures:
             ]
             given.sort(key=lambda bar: bar.values)
             panel = bars(problem_title(same[-1]), given, "time, x G", unit=1.0)
-            found.setdefault("-".join(filter(None, ("loss", *kind))), []).append(panel)
+            found["-".join(filter(None, ("loss", *kind)))].append(panel)
     return found
 
 
@@ -58,24 +59,21 @@ def timed(rows: Sequence[Row]) -> list[Row]:
     found: list[Row] = []
     for row in rows:
         right = row.get("status", "ok") == "ok" and number(row, "times_g") is not None
-        if row["provider"] in _NO_LOSSES or not right:
-            continue
         if row.get("first_seconds"):
             name = f"{row['provider']}, {row['weighting']} {row['mode']}"
             row = {**row, "provider": name, "weighting": "", "mode": ""}
-        found.append(row)
+        if right and row["provider"] not in _NO_LOSSES:
+            found.append(row)
     return found
 
 
 def problem_title(row: Row) -> str:
     """The name and the sizes, and how it was measured."""
     name = f"{row['shape']}, " if row.get("shape") else ""
-    parts = [f"N {int(row['tokens']):,}", f"D {int(row['width']):,}", row["dtype"]]
-    if row.get("inputs"):
-        parts.append(f"{row['inputs']} inputs")
-    if row.get("memory_kept") == "True":
-        parts.append("memory kept")
-    return f"{name}V {int(row['vocabulary']):,}\n{', '.join(parts)}"
+    told = f"N {int(row['tokens']):,}, D {int(row['width']):,}, {row['dtype']}"
+    told += f", {row['inputs']} inputs" if row.get("inputs") else ""
+    told += ", memory kept" if row.get("memory_kept") == "True" else ""
+    return f"{name}V {int(row['vocabulary']):,}\n{told}"
 
 
 def growth_figures(rows: Sequence[Row]) -> Figures:
@@ -129,27 +127,24 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
 
 def train_figures(rows: Sequence[Row]) -> Figures:
     """``train``: a step's tokens a second; ``parts``: where its time goes; ``batch``: what fits."""
-    found: Figures = {}
+    found: Figures = defaultdict(list)
     steps = [row for row in rows if number(row, "tokens_per_second") is not None]
     for same in grouped(steps, *TRAINED, "batch").values():
         title = f"{_training(same[0])}, batch {same[0]['batch']} x {same[0]['length']} tokens"
         newest = latest(same, "loss")
-        speeds = _trained(newest, "tokens_per_second")
-        found.setdefault("train", []).append(
-            bars(f"{title}\nspeed of a step, and its peak memory", speeds, "tokens/s")
-        )
+        speeds, told = _trained(newest, "tokens_per_second"), "speed of a step, and its peak memory"
+        found["train"].append(bars(f"{title}\n{told}", speeds, "tokens/s"))
         seconds = [f"{part}_seconds" for part in PARTS]
         if parts := _trained([row for row in newest if row.get(seconds[0])], *seconds):
             names = [name.replace("_", ", ") for name in PARTS]
-            found.setdefault("parts", []).append(
-                bars(f"{title}\nwhere a step's time goes", parts, "seconds", names)
-            )
+            title += "\nwhere a step's time goes"
+            found["parts"].append(bars(title, parts, "seconds", names))
     largest = [row for row in rows if number(row, "largest_batch") is not None]
     for same in grouped(largest, *TRAINED, "limit_bytes").values():
         title = f"{_training(same[0])}, {same[0]['length']} tokens"
         title += f"\nlargest batch in {number(same[0], 'limit_bytes') / GIB:g} GiB"
         fitting = _trained(latest(same, "loss"), "largest_batch")
-        found.setdefault("batch", []).append(bars(title, fitting, "sequences"))
+        found["batch"].append(bars(title, fitting, "sequences"))
     return found
 
 

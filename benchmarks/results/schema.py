@@ -40,11 +40,7 @@ Row = Mapping[str, str]
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """A file that is there must have these columns.
-
-    Raises:
-        ValueError: it has others; rows of two kinds in one file could not be read.
-    """
+    """ValueError for a file with other columns: rows of two kinds could not be read."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:
@@ -57,11 +53,7 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows to a CSV file, and its header if the file is new.
-
-    Raises:
-        ValueError: the file has other columns.
-    """
+    """Adds rows to a CSV file, and its header if it is new; ValueError if its columns differ."""
     check_columns(path, list(rows[0]))
     fresh = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,11 +65,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def full(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of loss.csv with all its columns in their order, empty where there is nothing to say.
-
-    Raises:
-        ValueError: it says something that has no column.
-    """
+    """A row of loss.csv with all columns in their order, empty if unsaid; ValueError for others."""
     unknown = row.keys() - set(COLUMNS)
     if unknown:
         raise ValueError(f"loss.csv has no column {', '.join(sorted(unknown))}")
@@ -85,12 +73,7 @@ def full(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a CSV; none if there is no such file.
-
-    Raises:
-        ValueError: a row has more or fewer fields than the header, as after appending to a file
-            of an older form.
-    """
+    """All rows of a CSV, none if there is no such file; ValueError where fields are missing."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -105,11 +88,7 @@ def read(path: Path) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float | None:
-    """A finite figure; None where there is none or an older file lacks the column.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """A finite figure, None where there is none or no such column; ValueError for a word."""
     text = row.get(column, "")
     try:
         value = float(text) if text else math.nan

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.measure import suite_plugin
 from benchmarks.results.folder import Folder
 from benchmarks.results.loss_table import FIGURES, label, markdown, reasons, sizes, timed
+from benchmarks.results.schema import grouped
 
 Row = dict[str, Any]
 _SHOWN = [name for name in FIGURES if name not in ("Gflop/s", "GB/s")]
 
 
 def draw_figures(folder: Folder) -> None:
-    """Writes those of ``python -m benchmarks plot``, where matplotlib is installed.
-
-    Raises:
-        RuntimeError: nothing was timed.
-    """
+    """Writes those of ``plot`` where matplotlib is installed; RuntimeError if nothing was timed."""
     if find_spec("matplotlib") is None:
         folder.say(
             "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"
@@ -38,54 +36,46 @@ def draw_figures(folder: Folder) -> None:
 
 def write_summary(folder: Folder) -> None:
     """Writes summary.md from what there is by now."""
-    facts = folder.facts
-    lines = [
-        f"# {facts.get('device', folder.device)}",
-        "",
-        f"Commit `{facts.get('commit', '')}`, torch {facts.get('torch', '')}, triton "
-        f"{facts.get('triton', '')}, CUDA {facts.get('cuda', '') or 'none'}; see "
-        "[environment.json](environment.json).",
-        "",
+    facts = defaultdict(str, folder.facts)
+    blocks = [
+        f"# {facts['device'] or folder.device}",
+        f"Commit `{facts['commit']}`, torch {facts['torch']}, triton {facts['triton']}, CUDA "
+        f"{facts['cuda'] or 'none'}; see [environment.json](environment.json).",
         "## Tests",
-        "",
         f"{suite_plugin.told(suite_plugin.read(folder.tests))}; see [tests.jsonl](tests.jsonl).",
-        "",
     ]
-    shapes: dict[str, list[Row]] = {}
+    shapes: dict[str, list[Row]] = defaultdict(list)
     for row in folder.rows:
-        name = f"{row['shape']}, " if row["shape"] else ""
-        shapes.setdefault(f"{name}{sizes(row)}", []).append(row)
+        shapes[f"{row['shape']}, {sizes(row)}".removeprefix(", ")].append(row)
     for title, rows in shapes.items():
-        lines += [f"## {title}", "", *_table(rows), ""]
-    lines += [f"![Time and memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
+        blocks += [f"## {title}", *_tables(rows)]
+    blocks += [f"![Time and memory]({path.name})" for path in sorted(folder.path.glob("*.png"))]
     for title, found in {"Cut": folder.cut, "Failures": folder.failed}.items():
-        lines += ["", f"## {title}", "", *([f"- {one}" for one in found] or ["None."])]
+        blocks += [f"## {title}", "\n".join(f"- {one}" for one in found) or "None."]
     if folder.failed:
-        lines += ["", "Details: [failures.txt](failures.txt)."]
-    folder.write("summary.md", "\n".join(lines) + "\n")
+        blocks.append("Details: [failures.txt](failures.txt).")
+    folder.write("summary.md", "\n\n".join(blocks) + "\n")
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _tables(rows: list[Row]) -> list[str]:
     """Timed rows from fast to slow, then the others with their reasons."""
-    lines, ranked = [], sorted(timed(rows), key=lambda row: row["seconds"])
+    blocks, ranked = [], sorted(timed(rows), key=lambda row: row["seconds"])
     if rows[0]["scaled_down_from"]:
-        lines += [f"Scaled down from {rows[0]['scaled_down_from']}: the device has no room.", ""]
+        blocks.append(f"Scaled down from {rows[0]['scaled_down_from']}: the device has no room.")
     if ranked:
-        bare = statistics.median(row["g_seconds"] for row in ranked)
-        lines += [
-            f"1G is {1e3 * bare:.2f} ms. Relative errors are against the torch backend's exact "
-            "gradient.",
-            "",
-        ]
+        bare = 1e3 * statistics.median(row["g_seconds"] for row in ranked)
+        against = "Relative errors are against the torch backend's exact gradient."
         cells = [["", "loss", *_SHOWN, "note"]]
         for row in ranked:
             note = "" if row["status"] == "ok" else f"**{row['status']}**: "
             figures = [FIGURES[name](row) for name in _SHOWN]
             kind = f"{row['weighting']}, {row['mode']}"
             cells.append([label(row), kind, *figures, f"{note}{row['reason']}"])
-        lines += [*markdown(cells).splitlines(), ""]
+        blocks += [f"1G is {bare:.2f} ms. {against}", markdown(cells)]
     others = [row for row in rows if row["seconds"] == ""]
-    for status in dict.fromkeys(row["status"] for row in others):
-        same = [row for row in others if row["status"] == status]
-        lines += [f"- {status}: {text}" for text in reasons(same)]
-    return lines
+    missing = [
+        f"- {status}: {text}"
+        for (status,), same in grouped(others, "status").items()
+        for text in reasons(same)
+    ]
+    return [*blocks, "\n".join(missing)] if missing else blocks

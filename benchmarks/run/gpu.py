@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 import traceback
@@ -43,13 +44,11 @@ _BY = {
 # Compiling kernels is most of the tests' time, and goes on beside the GPU.
 _PROCESSES = 16
 # Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
-_SELECTED = {FIRST: "{0}", VALUES: "{0} and not spill"}
+_SELECTED = {"first": "{0}", "values": "{0} and not spill"}
 _REHEARSED = {
-    FIRST: "{0} and (graph and chunks-sampled or region2)",
-    VALUES: "{0} and (ties_go and not cuda or never_chosen)",
+    "first": "{0} and (graph and chunks-sampled or region2)",
+    "values": "{0} and (ties_go and not cuda or never_chosen)",
 }
-
-
 _PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.backend != "cpu")
 
 
@@ -70,33 +69,26 @@ def parse(arguments: list[str], prog: str) -> Config:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=kind)
     parser.set_defaults(**dataclasses.asdict(Config()))
     add, either = parser.add_argument, argparse.BooleanOptionalAction
-    help_ = "for everything; what does not fit is cut (%(default)s)"
-    add("--minutes", type=float, help=help_)
-    help_ = "rehearse on the CPU with tiny shapes and Triton's interpreter"
-    add("--dry-run", action=either, help=help_)
-    help_ = "instead of a folder named after the GPU; for --dry-run needed"
-    add("--output", type=Path, help=help_)
-    help_ = f"your own as module:function, or some of {', '.join(map(repr, _PROVIDERS))}"
-    add("--providers", nargs="+", help=help_)
+    add("--minutes", type=float, help="for everything; what does not fit is cut (%(default)s)")
+    add("--dry-run", action=either, help="rehearse on the CPU: tiny shapes, Triton's interpreter")
+    add("--output", type=Path, help="instead of a folder named after the GPU; --dry-run needs it")
+    names = ", ".join(map(repr, _PROVIDERS))
+    add("--providers", nargs="+", help=f"your own as module:function, or some of {names}")
     add("--tests", action=either, help="compile _cuda and run the correctness tests first (yes)")
-    given = vars(parser.parse_args(arguments))
-    return Config(**given | {"providers": tuple(given["providers"])})
+    given = Config(**vars(parser.parse_args(arguments)))
+    return dataclasses.replace(given, providers=tuple(given.providers))
 
 
 def main(config: Config) -> None:
-    """Tries every part.
-
-    Raises:
-        SystemExit: there is no GPU, a setting is wrong, or something failed (status 1).
-    """
+    """Tries every part; SystemExit with status 1 if something failed."""
     if not config.minutes > 0:
         raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
-    folder = Folder(_path(config), "cpu" if config.dry_run else "cuda", summarize=write_summary)
+    path = _path(config)
     try:
         telling_cases(config.providers)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    folder.open()
+    folder = Folder(path, "cpu" if config.dry_run else "cuda", summarize=write_summary)
     for name, part in _parts(config, folder).items():
         try:
             part()
@@ -110,52 +102,52 @@ def main(config: Config) -> None:
         raise SystemExit(1)
 
 
-def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], None]]:
+def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], object]]:
     """What is done, in its order."""
-    env, cases = _environment(config.dry_run), telling_cases(config.providers)
+    cases = telling_cases(config.providers)
     shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
     processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
     selected = _REHEARSED if config.dry_run else _SELECTED
-    builds: list[Build] = []
+    start_build = functools.cache(lambda: Build(folder))
 
     def until(part: str) -> float:
         return folder.started + 60 * config.minutes * _BY[part]
 
-    def check(title: str, files: tuple[str, ...]) -> None:
-        backend = title.partition(" ")[0]
+    def check(title: str) -> None:
+        backend, _, which = title.partition(" ")
         missing = not config.dry_run and importlib.util.find_spec("bft_kernels._cuda") is None
         if backend == "cuda" and missing:
             folder.say(f"{title}: not run, there is no bft_kernels._cuda")
             return
         # Of the first steps the order counts.
-        suite = Suite(
-            title, files, selected[files].format(backend), 1 if files == FIRST else processes
-        )
-        run_suite(suite, folder, env, until(title))
+        files, count = (FIRST, 1) if which == "first" else (VALUES, processes)
+        suite = Suite(title, files, selected[which].format(backend), count)
+        run_suite(suite, folder, until(title))
 
     def build() -> None:
-        builds[0].finish(until("build"))
-        folder.look(env)
+        start_build().finish(until("build"))
+        folder.look()
+
+    def compiling() -> None:
+        compile_ahead(folder, until("compiling"), shapes, cases, processes)
 
     def speed() -> None:
-        measure_all(folder, env, until("speed"), shapes, cases, turns)
+        measure_all(folder, until("speed"), shapes, cases, turns)
         folder.note(nvidia_smi_after=nvidia_smi())
 
-    tests: dict[str, Callable[[], None]] = {
-        "start of the build": lambda: builds.append(Build(folder, env)),
-        "triton first": lambda: check("triton first", FIRST),
-        "triton values": lambda: check("triton values", VALUES),
+    tests: dict[str, Callable[[], object]] = {
+        "start of the build": start_build,
+        "triton first": lambda: check("triton first"),
+        "triton values": lambda: check("triton values"),
         "build": build,
-        "cuda first": lambda: check("cuda first", FIRST),
-        "cuda values": lambda: check("cuda values", VALUES),
+        "cuda first": lambda: check("cuda first"),
+        "cuda values": lambda: check("cuda values"),
     }
     return {
         "environment": folder.environment,
-        "info": lambda: folder.look(env),
+        "info": folder.look,
         **(tests if config.tests else {}),
-        "compiling": lambda: compile_ahead(
-            folder, env, until("compiling"), shapes, cases, processes
-        ),
+        "compiling": compiling,
         "speed": speed,
         "figures": lambda: draw_figures(folder),
     }
@@ -176,12 +168,3 @@ def _path(config: Config) -> Path:
             "--dry-run --output FOLDER"
         )
     return config.output or RESULTS / slug(torch.cuda.get_device_name(0))
-
-
-def _environment(dry_run: bool) -> dict[str, str]:
-    """Of the processes: Triton's interpreter is for the rehearsal only."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    if dry_run:
-        env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return env

@@ -12,25 +12,16 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks import shapes
 from benchmarks.measure.errors import certificate, first_rows, step_errors, truth
 from benchmarks.measure.memory import extra_memory, keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
-from benchmarks.measure.processes import explain
+from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
+from benchmarks.measure.processes import explain, in_fresh_process
 from benchmarks.measure.timing import fastest_option, rates, step, time_all
 from benchmarks.providers.registry import PROVIDERS, Case, cases, why_not
-from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import FIGURES, label, reasons, show, sizes, timed
 from benchmarks.results.schema import COLUMNS, append, check_columns, full, grouped
-from benchmarks.shapes import (
-    TOKENS,
-    Problem,
-    Recorded,
-    Shape,
-    Source,
-    load_recorded,
-    make_problem,
-    shape_of,
-)
+from benchmarks.shapes import Problem, Recorded, Shape, Source, make_problem
 
 Row = dict[str, Any]
 _MODES = {
@@ -40,10 +31,11 @@ _MODES = {
 }
 # Of the figures those for which a terminal has room.
 _SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
+_SIDES = ("hidden", "weight")  # that have gradients
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Providers, weightings and modes beside the bare GEMM 1G of the same run.
 
     Who cannot run is listed with the reason. benchmarks/README.md has the rules of measuring.
@@ -58,7 +50,6 @@ class Config:
     tokens: int | None = None
     """Rows, instead of 2048, or of the first of a shape's sizes."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     providers: tuple[str, ...] = tuple(PROVIDERS)
     weightings: tuple[str, ...] = ("plain", "bft")
     """The mean (plain), weighted by confidence (dft), balanced (bft)."""
@@ -69,23 +60,13 @@ class Config:
     """Measure extra memory, each in a fresh process."""
     errors: bool = True
     """Compare gradients of 64 tokens with float64; takes 16 bytes an entry of the head."""
-    keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
     """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median,
     or if the machine is busy at the start."""
-    force: bool = False
-    """Report all the same."""
-    output: Path | None = None
-    """Append long-form CSV here."""
 
 
 def main(config: Config) -> None:
-    """Measures, prints and writes.
-
-    Raises:
-        SystemExit: a setting is wrong, or the machine was too noisy.
-    """
+    """Measures, prints and writes; SystemExit says what is refused."""
     try:
         asked = cases(config.providers, config.weightings, config.modes)
         sources = dict(_sources(config))
@@ -93,10 +74,9 @@ def main(config: Config) -> None:
             check_columns(config.output, COLUMNS)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    load = quiet_load(config.force)
+    facts = config.facts()
     if config.keep_memory:
         keep_memory()
-    facts = environment(config.device) | {"load": load}
     for name, source in sources.items():
         for dtype in config.dtypes:
             rows = _measure(config, name, source, dtype, asked)
@@ -110,10 +90,10 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
         if value is not None and value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     for path in config.inputs:
-        load_recorded(path)
-        yield path.stem, Recorded(path, config.tokens or TOKENS)
+        shapes.load_recorded(path)
+        yield path.stem, Recorded(path, config.tokens or shapes.TOKENS)
     for name in () if config.inputs else config.shapes:
-        shape = shape_of(name)
+        shape = shapes.shape_of(name)
         yield name, replace(shape, tokens=config.tokens or shape.tokens)
 
 
@@ -126,14 +106,9 @@ def _measure(
         torch.compiler.reset()  # code for any shape, made for the second one, is slower
     problem = make_problem(source, dtype, config.device)
     shape = problem.shape
-    where: Row = {
-        "shape": name,
-        "inputs": "synthetic" if isinstance(source, Shape) else "recorded",
-        **asdict(shape),
-        "dtype": dtype_name,
-        "memory_kept": config.keep_memory,
-        "reason": "",
-    }
+    where: Row = {"shape": name, "dtype": dtype_name, "memory_kept": config.keep_memory}
+    where["inputs"] = "synthetic" if isinstance(source, Shape) else "recorded"
+    where |= asdict(shape) | {"reason": ""}
     rows: dict[Case, Row] = {}
     running: dict[Case, Case] = {}  # with the option that is the fastest here
     for case in _progress(asked, f"{name}: first runs"):
@@ -159,8 +134,8 @@ def _measure(
         torch.cuda.empty_cache()  # the processes that follow need the room
     for case in _progress(running if config.memory else (), f"{name}: memory"):
         try:
-            memory = extra_memory(running[case], source, dtype, config.device)
-            rows[case]["extra_bytes"] = memory
+            job = running[case], source, dtype, config.device
+            rows[case]["extra_bytes"] = in_fresh_process(extra_memory, *job)
         except Exception as error:
             rows[case]["reason"] = f"memory not measured: {explain(error)}"
     product = where | {"provider": "1G", "status": "ok"} | rates(bare, bare, shape, dtype.itemsize)
@@ -188,9 +163,7 @@ def _show(rows: Sequence[Row], device: str) -> None:
         for row in (bare, *timed(same)):
             cells.append([label(row), *(FIGURES[name](row) for name in _SHOWN)])
             if "certificate_hidden" in row:
-                expected = {
-                    f"error_{x}": row.get(f"certificate_{x}", "") for x in ("hidden", "weight")
-                }
+                expected = {f"error_{x}": row.get(f"certificate_{x}", "") for x in _SIDES}
                 cells.append(["  expected", *(FIGURES[name](expected) for name in _SHOWN)])
         show(f"{title}\n{weighting} loss, {_MODES[mode]}", cells, left=1)
     for text in reasons(others):

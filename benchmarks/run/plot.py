@@ -9,7 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from benchmarks.results import gain
-from benchmarks.results.figures import Panel, render, save
+from benchmarks.results.figures import render, save
 from benchmarks.results.panels import growth_figures, loss_figures, train_figures
 from benchmarks.results.schema import RESULTS, read
 
@@ -30,41 +30,26 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Draws and says what it wrote.
-
-    Raises:
-        SystemExit: a folder without a CSV.
-    """
+    """Draws and says what it wrote; SystemExit for a folder without a CSV."""
     if config.gain is not None:
         print(save(gain.draw(), config.gain, dpi=150))
         return
     folders = result_folders(config.folders)
     for folder in folders:
-        to = folder
-        if config.output is not None:
-            to = config.output if len(folders) == 1 else config.output / folder.name
+        to = config.output or folder
+        if config.output is not None and len(folders) > 1:
+            to = config.output / folder.name
         to.mkdir(parents=True, exist_ok=True)
-        for name, panels in figures_of(folder).items():
-            print(save(render(panels), to / name))
-
-
-def figures_of(folder: Path) -> dict[str, list[Panel]]:
-    """The panels of each figure, by the name of its file; says which CSVs are missing."""
-    found: dict[str, list[Panel]] = {}
-    for file, draw in FILES.items():
-        if rows := read(folder / file):
-            found |= draw(rows)
-        else:
-            print(f"{folder / file}: missing or empty, its figures are left out")
-    return found
+        for file, draw in FILES.items():
+            rows = read(folder / file)
+            if not rows:
+                print(f"{folder / file}: missing or empty, its figures are left out")
+            for name, panels in draw(rows).items():
+                print(save(render(panels), to / name))
 
 
 def result_folders(given: Sequence[Path]) -> list[Path]:
-    """Those given, or all under ``benchmarks/results`` that hold a CSV.
-
-    Raises:
-        SystemExit: a folder without any.
-    """
+    """Those given, or all under ``benchmarks/results`` that hold a CSV."""
     if not given:
         return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
     for folder in given:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import save_recorded
+_LONGEST = 256  # targets of one document; the rest of it is left out
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,10 @@ class Config:
     model: str = "smollm2-135m"
     """A name that `bft train --model` takes, or a folder."""
     tokens: int = 2048
-    longest: int = 256
-    """Targets of one document; the rest of it is left out."""
 
 
 def main(config: Config) -> None:
-    """Records.
-
-    Raises:
-        SystemExit: the text is too short.
-    """
+    """Records; SystemExit if the text is too short."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bft.load import pretrained
@@ -46,9 +40,8 @@ def main(config: Config) -> None:
     targets: list[Tensor] = []
     with torch.no_grad():
         for document in documents(config.texts):
-            ids = tokenizer(document, return_tensors="pt").input_ids[:, : config.longest + 1]
-            states = model.get_decoder()(input_ids=ids).last_hidden_state
-            hidden.append(states[0, :-1])
+            ids = tokenizer(document, return_tensors="pt").input_ids[:, : _LONGEST + 1]
+            hidden.append(model.get_decoder()(input_ids=ids).last_hidden_state[0, :-1])
             targets.append(ids[0, 1:])
             if sum(map(len, targets)) >= config.tokens:
                 break
@@ -56,9 +49,10 @@ def main(config: Config) -> None:
     if found < config.tokens:
         raise SystemExit(f"texts: got {found} tokens in {config.texts}, expected {config.tokens}")
     weight = model.get_output_embeddings().weight.detach()
-    inputs = torch.cat(hidden)[: config.tokens], weight, torch.cat(targets)[: config.tokens]
-    save_recorded(config.output, *inputs)
-    nll = torch.nn.functional.cross_entropy(inputs[0][:256] @ weight.T, inputs[2][:256])
+    states, target = (torch.cat(parts)[: config.tokens].clone() for parts in (hidden, targets))
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save((states, weight.clone(), target), config.output)
+    nll = torch.nn.functional.cross_entropy(states[:256] @ weight.T, target[:256])
     print(f"{config.output}: N {config.tokens}, D {weight.shape[1]}, V {weight.shape[0]}")
     print(f"nll of the first tokens: {nll:.2f}")
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from benchmarks.measure.growth import can_fit, fit, predict
 from benchmarks.measure.memory import keep_memory
-from benchmarks.measure.noise import MOST_SPREAD, check_spread, quiet_load
-from benchmarks.measure.timing import Timing, bare_product, step, time_turns
+from benchmarks.measure.noise import MOST_SPREAD, Options, check_spread
+from benchmarks.measure.timing import bare_product, step, time_turns
 from benchmarks.providers.registry import Case, cases, why_not
-from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import append
 from benchmarks.shapes import Shape, make_problem
@@ -39,7 +38,7 @@ _FITTED = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
 
     a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
@@ -55,26 +54,15 @@ class Config:
     tokens: tuple[int, ...] = (256, 1024, 4096, 16_384)
     vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
     """At least; short ones are repeated for three seconds."""
-    keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
     max_spread: float = MOST_SPREAD
     """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median
     on any shape, or if the machine is busy at the start."""
-    force: bool = False
-    """Report all the same."""
-    output: Path | None = None
-    """Append long-form CSV here."""
 
 
 def main(config: Config) -> None:
-    """Measures, fits and prints.
-
-    Raises:
-        SystemExit: an unknown provider, or one that cannot run here, or a noisy machine.
-    """
+    """Measures, fits and prints; SystemExit says what is refused."""
     try:
         (case,) = cases([config.provider], [config.weighting], [config.mode])
     except ValueError as error:
@@ -82,41 +70,19 @@ def main(config: Config) -> None:
     reason = why_not(case, config.device, getattr(torch, config.dtype))
     if reason:
         raise SystemExit(f"providers: got {config.provider!r}, which cannot run here: {reason}")
-    load = quiet_load(config.force)
+    facts = config.facts()
     if config.keep_memory:
         keep_memory()
-    shapes = [
-        Shape(n, width, v)
-        for width in config.widths
-        for v in config.vocabularies
-        for n in config.tokens
-    ]
-    measured = [_measure(config, case, shape) for shape in shapes]
-    for shape, times in zip(shapes, measured, strict=True):
-        where = f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: "
-        check_spread(times["bare_product"], config.max_spread, config.force, where)
-    rows = [
-        asdict(shape)
-        | {
-            "seconds": times["loss"].seconds,
-            "spread": times["loss"].spread,
-            "bare_product_seconds": times["bare_product"].seconds,
-            "bare_product_spread": times["bare_product"].spread,
-            "pass_seconds": times["pass"].seconds,
-            "fitted_seconds": "",
-        }
-        for shape, times in zip(shapes, measured, strict=True)
-    ]
+    grid = itertools.product(config.widths, config.vocabularies, config.tokens)
+    shapes = [Shape(tokens, width, vocabulary) for width, vocabulary, tokens in grid]
+    rows = [_measure(config, case, shape, facts) for shape in shapes]
     told = _fit(shapes, rows) if can_fit(shapes) else _NO_FIT
     figures = _FIGURES | (_FITTED if can_fit(shapes) else {})
     cells = [list(figures), *([write(row) for write in figures.values()] for row in rows)]
     show(f"{case}, {config.dtype}, {config.device}", cells)
     print(told)
     if config.output is not None:
-        what = {"dtype": config.dtype, "memory_kept": config.keep_memory}
-        what |= environment(config.device) | {"load": load, "repeats": config.repeats}
-        pairs = zip(shapes, rows, strict=True)
-        append(config.output, [case.columns | asdict(s) | what | row for s, row in pairs])
+        append(config.output, rows)
 
 
 def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
@@ -135,13 +101,21 @@ def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _measure(config: Config, case: Case, shape: Shape) -> dict[str, Timing]:
-    """Of the loss, of the bare GEMM and of a pass over dW, interleaved."""
+def _measure(config: Config, case: Case, shape: Shape, facts: dict[str, Any]) -> dict[str, Any]:
+    """A row: of the loss, of the bare GEMM and of a pass over dW, interleaved."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
     runs: dict[str, Callable[[], object]] = {
         "loss": functools.partial(step, case, problem),
-        "bare_product": functools.partial(bare_product, problem, 1024, 512),
+        "bare": functools.partial(bare_product, problem, 1024, 512),
         "pass": functools.partial(like_gradient.mul_, 2),
     }
-    return time_turns(runs, config.device, config.repeats, lasting=_LEAST_SECONDS)
+    times = time_turns(runs, config.device, config.repeats, lasting=_LEAST_SECONDS)
+    where = f"N {shape.tokens}, D {shape.width}, V {shape.vocabulary}: "
+    check_spread(times["bare"], config.max_spread, config.force, where)
+    how = {"dtype": config.dtype, "memory_kept": config.keep_memory}
+    row = case.columns | asdict(shape) | how | facts | {"repeats": config.repeats}
+    row |= {"seconds": times["loss"].seconds, "spread": times["loss"].spread}
+    row["bare_product_seconds"] = times["bare"].seconds
+    row["bare_product_spread"] = times["bare"].spread
+    return row | {"pass_seconds": times["pass"].seconds, "fitted_seconds": ""}

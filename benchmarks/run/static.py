@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.measure import compiled_cuda
 from benchmarks.measure.compiled import TARGETS, Usage, compile_cases, in_eights
+from benchmarks.results.loss_table import show
 
 BUDGET = Path(__file__).parents[1] / "static_budget.json"
 # Registers and bytes of shared memory by kernel and target: the most of its forms.
@@ -46,11 +44,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Compiles, prints and compares.
-
-    Raises:
-        SystemExit: an unknown target, or a kernel that is not as it must be.
-    """
+    """Compiles, prints and compares; SystemExit if a kernel is not as it must be."""
     for target in config.targets:
         if target not in TARGETS:
             raise SystemExit(f"targets: got {target!r}, expected some of {', '.join(TARGETS)}")
@@ -65,17 +59,15 @@ def main(config: Config) -> None:
             targets = sorted(config.targets, key=lambda target: TARGETS[target].brief)
             jobs = [pool.submit(compile_cases, target, config.full) for target in targets]
             found += [usage for job in jobs for usage in job.result()]
-    console = Console()
-    console = console if console.is_terminal else Console(width=120)
     if found:
-        console.print(_table(most(found), config.targets))
+        _show(most(found), config.targets)
     budget: Budget = json.loads(BUDGET.read_text())
     if config.record:
         BUDGET.write_text(text_of(updated(budget, found)))
     elif wrong := complaints(found, budget):
         raise SystemExit("\n".join(wrong))
     else:
-        console.print(f"{len(found)} kernels: none spills, all within their budget")
+        print(f"{len(found)} kernels: none spills, all within their budget")
 
 
 def _of_cuda(config: Config) -> list[Usage]:
@@ -123,36 +115,28 @@ def complaints(found: Iterable[Usage], budget: Budget) -> list[str]:
     """What is not as it must be, a line each."""
     wrong = []
     for usage in found:
-        if usage.spilled:
-            wrong.append(f"{usage.name}: spills {usage.spilled} bytes, expected 0")
-        if usage.multiplies and not usage.tensor_core:
-            wrong.append(f"{usage.name}: has no tensor-core instruction")
-        if usage.narrow:
-            wrong.append(f"{usage.name}: no {usage.narrow} of 16 bytes at once")
-        if not usage.fits:
-            wrong.append(
-                f"{usage.name}: does not fit a multiprocessor, with {usage.registers} registers "
-                f"and {usage.shared} shared bytes"
-            )
-        if not usage.budgeted:
-            continue
+        registers, shared = usage.registers, usage.shared
+        takes = f"{registers} registers and {shared} shared bytes"
+        faults = {
+            f"spills {usage.spilled} bytes, expected 0": usage.spilled,
+            "has no tensor-core instruction": usage.multiplies and not usage.tensor_core,
+            f"no {usage.narrow} of 16 bytes at once": usage.narrow,
+            f"does not fit a multiprocessor, with {takes}": not usage.fits,
+        }
         allowed = budget.get(usage.key, {}).get(usage.target)
-        if allowed is None:
-            wrong.append(f"{usage.name}: has no budget; see --record")
-            continue
-        if in_eights(usage.registers) > in_eights(allowed[0]):
-            wrong.append(f"{usage.name}: {usage.registers} registers, expected {allowed[0]}")
-        if usage.shared > allowed[1]:
-            wrong.append(f"{usage.name}: {usage.shared} shared bytes, expected {allowed[1]}")
+        if usage.budgeted and allowed is None:
+            faults["has no budget; see --record"] = True
+        elif usage.budgeted:
+            more = in_eights(registers) > in_eights(allowed[0])
+            faults[f"{registers} registers, expected {allowed[0]}"] = more
+            faults[f"{shared} shared bytes, expected {allowed[1]}"] = shared > allowed[1]
+        wrong += [f"{usage.name}: {what}" for what, is_so in faults.items() if is_so]
     return wrong
 
 
-def _table(figures: Budget, targets: Iterable[str]) -> Table:
-    table = Table(title="registers of a thread, KiB of shared memory of a program")
-    table.add_column("kernel", no_wrap=True)
-    for target in targets:
-        table.add_column(target, justify="right")
+def _show(figures: Budget, targets: Iterable[str]) -> None:
+    cells = [["kernel", *targets]]
     for key, of_kernel in sorted(figures.items()):
-        cells = [of_kernel.get(target) for target in targets]
-        table.add_row(key, *(f"{x[0]}, {x[1] / 1024:.0f}" if x else "" for x in cells))
-    return table
+        taken = [of_kernel.get(target) for target in targets]
+        cells.append([key, *(f"{x[0]}, {x[1] / 1024:.0f}" if x else "" for x in taken)])
+    show("registers of a thread, KiB of shared memory of a program", cells, left=1)

@@ -60,11 +60,7 @@ TABLES: dict[str, Callable[[], list[list[str]]]] = {
 
 
 def main(config: Config) -> None:
-    """Writes, or checks.
-
-    Raises:
-        SystemExit: a row or a marker is missing, or, with ``check``, the page is not up to date.
-    """
+    """Writes, or checks; SystemExit if the page is not up to date then."""
     old = new = PAGE.read_text(encoding="utf-8")
     for name, cells in TABLES.items():
         try:
@@ -81,11 +77,7 @@ def main(config: Config) -> None:
 
 
 def replace(text: str, name: str, table: str) -> str:
-    """The page with this table between its markers.
-
-    Raises:
-        ValueError: it does not have the markers once.
-    """
+    """The page with this table between its markers; ValueError if it has them not once."""
     begin = _BEGIN.format(name=name)
     between = re.compile(rf"({re.escape(begin)}\n).*?(\n{re.escape(_END)})", re.DOTALL)
     text, count = between.subn(lambda found: f"{found[1]}{table}{found[2]}", text)

@@ -13,12 +13,11 @@ from accelerate.utils import convert_file_size_to_int
 from torch import Tensor
 
 from benchmarks.measure.largest_batch import attempt, largest_batch
-from benchmarks.measure.noise import quiet_load
+from benchmarks.measure.noise import Options
 from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import timing
 from benchmarks.measure.train_step import Job, Outcome, documents, time_steps, token_rows
 from benchmarks.providers.at_head import LOSSES, NAMES, StepLoss
-from benchmarks.results.environment import environment
 from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import PARTS, STEP_COLUMNS, append
 from bft.config import TrainConfig
@@ -48,21 +47,13 @@ _LARGEST: Figures = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Times real steps of fine-tuning with each loss, and finds the largest batch that fits.
 
     A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text,
     every token labelled, each row a document. Losses take turns at one model; their times are
-    medians. Peak memory is that of one step in a fresh process. It counts all that the process
-    holds: weights, gradients, the optimizer's state, activations, logits and whatever else the loss
-    needs; on a CPU the interpreter and its libraries too (the resident set), on a GPU what torch's
-    allocator hands out. A short step goes before, so that the optimizer's state is there, as in
-    every step but a training's first. What loading the model took for a moment does not count. On a
-    CPU freed memory returns to the system, as with MALLOC_MMAP_THRESHOLD_=131072 in a run's
-    environment: otherwise the same step takes up to 40% more, or not, from run to run.
-
-    The largest batch under a limit is run, and so is the next larger one, which does not fit: one
-    sequence more below 16, about 5% more above.
+    medians. Peak memory is that of one step in a fresh process. docs/performance.md says what it
+    counts, and how the largest batch is found.
     """
 
     model: str = "smollm2-135m"
@@ -79,30 +70,21 @@ class Config:
     """Tokens in a sequence."""
     window: int = 256
     """Tokens in a confidence window of bft."""
-    max_buffer_mib: int | None = None
-    """Memory of our losses' logit blocks; 64 on a CPU and 528 on a GPU if not given."""
     lora: bool = False
     """Train adapters of rank 16 on all linear layers instead of all parameters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     repeats: int = 3
     """Steps of each loss that are timed, after one that warms up; 0: no times."""
     memory: bool = True
     """Measure the peak memory of a step with `batch` sequences."""
-    keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
     limit: tuple[str, ...] = ()
     """Find the largest batch that fits into so much memory, such as 4GiB 8GiB."""
     max_batch: int = 1024
     """The largest batch to try."""
     patience: float = 600.0
     """Seconds that a step may take in that search. A longer one ends it: at least so many fit."""
-    force: bool = False
-    """Measure on a busy machine too."""
-    output: Path | None = None
-    """Append long-form CSV here."""
 
     def __post_init__(self) -> None:
         for name, low in {"batch": 1, "length": 2, "repeats": 0, "max_batch": 1}.items():
@@ -124,7 +106,6 @@ class Config:
             train_file=self.texts or cache_root() / "hpo" / "train.jsonl",
             model=self.model,
             window=self.window,
-            max_buffer_mib=self.max_buffer_mib,
             lora_rank=16 if self.lora else 0,
             gradient_checkpointing=self.gradient_checkpointing,
             dtype=self.dtype,
@@ -133,22 +114,17 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Measures, prints, and writes if asked to.
-
-    Raises:
-        SystemExit: a setting that cannot be, too little text, or a busy machine.
-    """
-    load = quiet_load(config.force)
+    """Measures, prints, and writes if asked to; SystemExit says what is refused."""
+    facts = config.facts() | {"repeats": config.repeats}
     job = config.job()
-    timed = config.batch * (config.repeats + 1)
-    texts = documents(job.settings, config.texts)
-    ids = token_rows(texts, config.length, max(timed, config.max_batch))
+    rows = max(config.batch * (config.repeats + 1), config.max_batch)
+    ids = token_rows(documents(job.settings, config.texts), config.length, rows)
     asked = [x for x in LOSSES if x.name in config.losses and x.weighting in config.weightings]
-    dtype = getattr(torch, config.dtype)
-    reasons = {x.label: x.why_missing(config.device, dtype) for x in asked}
-    rows = _measure(config, job, asked, ids, reasons)
-    rows += _search(config, job, [x for x in asked if not reasons[x.label]], ids)
-    rows += [_row(config, x) | {"reason": reasons[x.label]} for x in asked if reasons[x.label]]
+    measured = _measure(config, job, asked, ids)
+    able = [loss for loss, row in measured.items() if not row["reason"]]
+    rows = [measured[loss] for loss in able if config.memory or config.repeats]
+    rows += _search(config, job, able, ids)
+    rows += [row for row in measured.values() if row["reason"]]
     what = f"{config.model}, {'LoRA' if config.lora else 'full fine-tuning'}"
     how = f"{config.dtype}, {config.device}{', memory kept' if config.keep_memory else ''}"
     title = f"{what}, {config.batch} x {config.length} tokens, {how}"
@@ -156,7 +132,6 @@ def main(config: Config) -> None:
     title = f"The largest batch of sequences of {config.length} tokens"
     _show(title, _LARGEST, [row for row in rows if row["limit_bytes"]])
     if config.output is not None:
-        facts = environment(config.device) | {"load": load, "repeats": config.repeats}
         append(config.output, [row | facts for row in rows])
 
 
@@ -176,16 +151,12 @@ def _row(config: Config, loss: StepLoss) -> Row:
     return what | dict.fromkeys(STEP_COLUMNS, "")
 
 
-def _measure(
-    config: Config,
-    job: Job,
-    losses: list[StepLoss],
-    ids: Tensor,  # [rows, length]
-    reasons: dict[str, str],
-) -> list[Row]:
-    """Times and peaks with ``config.batch`` sequences; what fails is told in ``reasons``."""
+def _measure(config: Config, job: Job, losses: list[StepLoss], ids: Tensor) -> dict[StepLoss, Row]:
+    """Times and peaks with ``config.batch`` of ``ids [rows, length]``, or why there are none."""
     samples: dict[str, list[dict[str, float]] | str] = {}
-    labels = [loss.label for loss in losses if not reasons[loss.label]]
+    dtype = getattr(torch, config.dtype)
+    reasons = {x.label: x.why_missing(config.device, dtype) for x in losses}
+    labels = [label for label, reason in reasons.items() if not reason]
     if config.repeats and labels:
         print(f"timing {config.repeats + 1} steps of each loss, in turns")
         turns = ids[: config.batch * (config.repeats + 1)].unflatten(0, (-1, config.batch))
@@ -193,34 +164,28 @@ def _measure(
             samples = in_fresh_process(time_steps, job, labels, turns, config.keep_memory)
         except RuntimeError as error:
             raise SystemExit(f"batch: {error}") from None
-        reasons |= {label: got for label, got in samples.items() if isinstance(got, str)}
-    rows = []
+    rows = {}
     for loss in losses:
-        row = _row(config, loss) | {"batch": config.batch}
-        if config.repeats and not reasons[loss.label]:
-            steps = samples[loss.label]
+        reason, steps = reasons[loss.label], samples.get(loss.label, [])
+        figures: Row = {"batch": config.batch}
+        if isinstance(steps, str):
+            reason = steps
+        elif steps:
             whole = timing([sum(parts.values()) for parts in steps])
-            row |= {"seconds": whole.seconds, "spread": whole.spread}
+            figures |= {"seconds": whole.seconds, "spread": whole.spread}
             for part in PARTS:
-                row[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
-            row["tokens_per_second"] = config.batch * config.length / row["seconds"]
-        if config.memory and not reasons[loss.label]:
+                figures[f"{part}_seconds"] = timing([parts[part] for parts in steps]).seconds
+            figures["tokens_per_second"] = config.batch * config.length / whole.seconds
+        if config.memory and not reason:
             outcome = attempt(job, loss.label, ids[: config.batch])
             _say(loss, config.batch, outcome)
-            reasons[loss.label] = outcome.reason
-            row["peak_bytes"] = "" if outcome.peak is None else outcome.peak
-        if not reasons[loss.label] and (config.memory or config.repeats):
-            rows.append(row)
+            reason, figures["peak_bytes"] = outcome.reason, outcome.peak or ""
+        rows[loss] = _row(config, loss) | ({"reason": reason} if reason else figures)
     return rows
 
 
-def _search(
-    config: Config,
-    job: Job,
-    losses: list[StepLoss],
-    ids: Tensor,  # [rows, length]
-) -> list[Row]:
-    """The largest batch of each loss under each limit."""
+def _search(config: Config, job: Job, losses: list[StepLoss], ids: Tensor) -> list[Row]:
+    """The largest batch of each loss under each limit, of ``ids [rows, length]``."""
     rows = []
     for loss in losses:
         peaks: dict[int, int] = {}
@@ -250,11 +215,7 @@ def _say(loss: StepLoss, batch: int, outcome: Outcome, under: str = "") -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """``"8GiB"`` as bytes.
-
-    Raises:
-        SystemExit: not a positive number and a unit.
-    """
+    """``"8GiB"`` as bytes; SystemExit if it is not a positive number and a unit."""
     try:
         value = convert_file_size_to_int(int(text) if text.isdigit() else text)
     except (ValueError, OverflowError):

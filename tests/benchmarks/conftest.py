@@ -12,9 +12,7 @@ ODD = 'odd <b>&"$x$, loss'
 @pytest.fixture
 def run(tmp_path):
     """An empty folder of a run on a CPU."""
-    made = Folder(tmp_path / "results", "cpu")
-    made.open()
-    return made
+    return Folder(tmp_path / "results", "cpu")
 
 
 @pytest.fixture(scope="session")

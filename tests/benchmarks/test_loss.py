@@ -1,5 +1,6 @@
 """``python -m benchmarks loss`` measures what it says, and refuses to where it cannot."""
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 from benchmarks.measure import noise
 from benchmarks.measure.errors import certificate, first_rows, relative_error, step_errors, truth
 from benchmarks.measure.memory import extra_memory
+from benchmarks.measure.processes import in_fresh_process
 from benchmarks.measure.timing import Timing, fastest_option, step, time_turns, timing
 from benchmarks.providers.provider import WEIGHTINGS
 from benchmarks.providers.registry import MODES, PROVIDERS, Case, cases, why_not
-from benchmarks.results.schema import COLUMNS, append, read
+from benchmarks.results.schema import COLUMNS, append, number, read
 from benchmarks.run import loss
-from benchmarks.shapes import HEADS, SHAPES, Shape, make_problem, save_recorded
+from benchmarks.shapes import SHAPES, Shape, make_problem
 
 SMALL = Shape(160, 16, 500)  # of one document of 128 tokens and one of 32
 # Without those that are slow to start, and Triton's interpreter, which runs only in tests.
@@ -26,18 +28,9 @@ RUNNING = [
 
 
 def config(**settings):
-    return loss.Config(
-        **{
-            "shapes": ("tiny",),
-            "tokens": 32,
-            "device": "cpu",
-            "repeats": 1,
-            "providers": ("eager", "bft torch sampled"),
-            "memory": False,
-            "force": True,
-        }
-        | settings
-    )
+    given = {"shapes": ("tiny",), "tokens": 32, "device": "cpu", "repeats": 1, "memory": False}
+    given |= {"providers": ("eager", "bft torch sampled"), "force": True}
+    return loss.Config(**given | settings)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -78,7 +71,7 @@ def test_a_wrong_gradient_shows_as_an_error(monkeypatch):
     assert relative_error(torch.full((3, 2), 1.1), torch.ones(3, 2)) == pytest.approx(0.1)
 
 
-def test_reasons_not_to_run():
+def test_reasons_not_to_run(monkeypatch):
     def reason(provider, weighting="plain", mode="both"):
         return why_not(Case(provider, weighting, mode), "cpu", torch.float32)
 
@@ -91,14 +84,12 @@ def test_reasons_not_to_run():
     )
     assert reason("eager", "bft", "frozen") == reason("own:loss") == ""
     assert "it computes plain only" in reason("own:loss", "bft")
-    missing = replace(PROVIDERS["trl"], name="x", distribution="no-such-thing")
-    broken = replace(PROVIDERS["trl"], name="y", distribution="torch", module="torch.no_such")
-    PROVIDERS.update(x=missing, y=broken)
-    try:
-        assert reason("x") == "no-such-thing is not installed (pip install no-such-thing)"
-        assert "torch is installed, but cannot be imported: No module" in reason("y")
-    finally:
-        del PROVIDERS["x"], PROVIDERS["y"]
+    missing = replace(PROVIDERS["trl"], distribution="no-such-thing")
+    monkeypatch.setitem(PROVIDERS, "trl", missing)
+    assert reason("trl") == "no-such-thing is not installed (pip install no-such-thing)"
+    broken = replace(missing, distribution="torch", module="torch.no_such")
+    monkeypatch.setitem(PROVIDERS, "trl", broken)
+    assert "torch is installed, but cannot be imported: No module" in reason("trl")
 
 
 def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
@@ -107,14 +98,10 @@ def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(PROVIDERS, "trl", replace(PROVIDERS["eager"], options={"": fails}))
     path = tmp_path / "results.csv"
-    settings = config(
-        providers=("eager", "bft torch sampled", "bft cuda exact", "trl"),
-        weightings=("bft",),
-        modes=("forward", "both"),
-        output=path,
-    )
-    loss.main(settings)
-    loss.main(settings)
+    providers = ("eager", "bft torch sampled", "bft cuda exact", "trl")
+    how = {"weightings": ("bft",), "modes": ("forward", "both"), "output": path}
+    for _ in range(2):
+        loss.main(config(providers=providers, **how))
     rows = read(path)
     assert len(rows) == 2 * (1 + 4 * 2)
     assert tuple(rows[0]) == COLUMNS
@@ -124,20 +111,16 @@ def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
     sampled, eager = found["bft torch sampled", "both"], found["eager", "both"]
     assert (sampled["weighting"], sampled["eps"], eager["eps"]) == ("bft", str(2**-12), "")
     assert (eager["inputs"], eager["tokens"], eager["vocabulary"]) == ("synthetic", "32", "8192")
-    assert float(eager["times_g"]) == pytest.approx(
-        float(eager["seconds"]) / float(eager["g_seconds"])
-    )
-    flops = 3 * 2 * 32 * 128 * 8192
-    assert float(eager["flops_per_second"]) == pytest.approx(flops / float(eager["seconds"]))
+    seconds, flops = number(eager, "seconds"), 3 * 2 * 32 * 128 * 8192
+    assert number(eager, "times_g") == pytest.approx(seconds / number(eager, "g_seconds"))
+    assert number(eager, "flops_per_second") == pytest.approx(flops / seconds)
     moved = 2 * 4 * (32 * 128 + 8192 * 128)
-    assert float(eager["bytes_per_second"]) == pytest.approx(moved / float(eager["seconds"]))
-    assert float(eager["error_weight"]) < 1e-4 < float(sampled["error_weight"])
-    assert float(sampled["certificate_weight"]) > 1e-4
+    assert number(eager, "bytes_per_second") == pytest.approx(moved / seconds)
+    assert number(eager, "error_weight") < 1e-4 < number(sampled, "error_weight")
+    assert number(sampled, "certificate_weight") > 1e-4
     assert found["eager", "forward"]["error_hidden"] == ""
-    for provider, reason in {
-        "bft cuda exact": "CUDA",
-        "trl": "failed: ValueError: no such luck",
-    }.items():
+    reasons = {"bft cuda exact": "CUDA", "trl": "failed: ValueError: no such luck"}
+    for provider, reason in reasons.items():
         row = found[provider, "both"]
         assert row["seconds"] == row["times_g"] == row["extra_bytes"] == ""
         assert reason in row["reason"]
@@ -147,26 +130,19 @@ def test_csv_has_a_row_a_case_and_the_reasons(tmp_path, capsys, monkeypatch):
     assert "synthetic inputs" in printed
 
 
-def test_recorded_inputs_are_told(tmp_path, capsys):
+def test_recorded_inputs_and_sizes_of_ones_own_are_told(tmp_path, capsys):
     problem = make_problem(SMALL, torch.float32, "cpu")
-    inputs = tmp_path / "abstracts.pt"
-    save_recorded(inputs, problem.hidden.detach(), problem.weight.detach(), problem.target)
-    path = tmp_path / "results.csv"
-    loss.main(config(inputs=(inputs,), output=path, errors=False, providers=("eager",)))
-    assert {(row["shape"], row["inputs"], row["tokens"]) for row in read(path)} == {
-        ("abstracts", "recorded", "32")
+    inputs, path = tmp_path / "abstracts.pt", tmp_path / "results.csv"
+    torch.save(tuple(one.detach() for one in problem.inputs), inputs)
+    how = {"output": path, "errors": False, "providers": ("eager",)}
+    loss.main(config(inputs=(inputs,), **how))
+    loss.main(config(shapes=("48x16x500",), tokens=None, **how))
+    columns = ("shape", "inputs", "tokens", "width", "vocabulary")
+    assert {tuple(row[name] for name in columns) for row in read(path)} == {
+        ("abstracts", "recorded", "32", "16", "500"),
+        ("48x16x500", "synthetic", "48", "16", "500"),
     }
     assert "abstracts (recorded inputs)" in capsys.readouterr().out
-
-
-def test_sizes_of_ones_own_are_measured(tmp_path):
-    path = tmp_path / "results.csv"
-    own = {"shapes": ("48x16x500",), "tokens": None, "errors": False, "providers": ("eager",)}
-    loss.main(config(**own, output=path))
-    assert {
-        tuple(row[name] for name in ("shape", "tokens", "width", "vocabulary"))
-        for row in read(path)
-    } == {("48x16x500", "48", "16", "500")}
 
 
 @pytest.mark.parametrize(
@@ -289,17 +265,20 @@ def test_of_several_options_the_fastest_is_reported(monkeypatch):
 
 def test_the_readme_lists_every_head_and_column():
     text = (Path(loss.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    for name, head in HEADS.items():
-        line = f"| {name} | {head.width} | {head.vocabulary:,} | {head.source} |"
-        assert line in text, line
-        assert SHAPES[name] == Shape(2048, head.width, head.vocabulary)
+    heads = re.findall(r"^\| (\S+) \| (\d+) \| ([\d,]+) \| \S+/\S+ \|$", text, re.MULTILINE)
+    told = {name: Shape(2048, int(d), int(v.replace(",", ""))) for name, d, v in heads}
+    assert told | {"tiny": Shape(256, 128, 8192)} == SHAPES
     for column in COLUMNS:
         assert f"`{column}`" in text, column
 
 
+def memory(case, shape):
+    return in_fresh_process(extra_memory, case, shape, torch.float32, "cpu")
+
+
 def test_memory_of_a_process_that_fails_is_an_error():
     with pytest.raises(KeyError, match="none such"):
-        extra_memory(Case("eager", option="none such"), SMALL, torch.float32, "cpu")
+        memory(Case("eager", option="none such"), SMALL)
 
 
 @pytest.mark.slow
@@ -307,10 +286,7 @@ def test_memory_of_eager_is_that_of_its_logits():
     shape = Shape(512, 64, 49_152)
     logits = shape.tokens * shape.vocabulary * 4
 
-    def memory(*case):
-        return extra_memory(Case(*case), shape, torch.float32, "cpu")
-
-    assert 1.9 * logits < memory("eager") < 4 * logits
-    assert memory("bft torch sampled") < logits
+    assert 1.9 * logits < memory(Case("eager"), shape) < 4 * logits
+    assert memory(Case("bft torch sampled"), shape) < logits
     # A frozen head has no gradient that could be taken for memory saved.
-    assert memory("bft cpu sampled", "bft", "frozen") > 2**20
+    assert memory(Case("bft cpu sampled", "bft", "frozen"), shape) > 2**20

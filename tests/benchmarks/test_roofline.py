@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.measure import roofline
-from benchmarks.measure.roofline import GPUS, KEPT, Work, exact, product, recomputed, sampled
+from benchmarks.measure.roofline import GPUS, KEPT, Work, exact, product, sampled
 from benchmarks.shapes import Shape
 
 H100 = GPUS["H100"]
@@ -57,7 +57,6 @@ def test_chunks_are_those_of_the_backend():
 def test_the_exact_loss_by_hand():
     modes = ("forward", "frozen", "both")
     assert [operations(exact(SHAPE, mode)) for mode in modes] == [1, 2, 3]
-    assert operations(recomputed(SHAPE)) == 4
     works = exact(SHAPE)
     # The float32 logits are read once for the loss; dy reads them, and is written in bfloat16.
     assert moved(works, "loss") == 4 * 8192 * 131_072

@@ -1,6 +1,6 @@
 """Growth with the sizes, and inputs recorded from a model."""
 
-from dataclasses import replace
+import itertools
 
 import pytest
 import torch
@@ -21,24 +21,20 @@ def test_fit_finds_the_two_slopes():
     assert slope == pytest.approx(2e-12)
 
 
-def test_scale_writes_a_row_a_shape(tmp_path, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """What a growth needs, but for the sizes."""
+    monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
+    return {"device": "cpu", "repeats": 1, "force": True}
+
+
+def test_scale_writes_a_row_a_shape(tmp_path, capsys, quick):
     path = tmp_path / "scale.csv"
-    config = scale.Config(
-        provider="bft torch sampled",
-        widths=(16, 32),
-        tokens=(64, 256),
-        vocabularies=(512, 2048),
-        device="cpu",
-        repeats=1,
-        force=True,
-        output=path,
-    )
-    scale.main(config)
+    sizes = {"widths": (16, 32), "tokens": (64, 256), "vocabularies": (512, 2048)}
+    scale.main(scale.Config("bft torch sampled", **sizes, **quick, output=path))
     rows = read(path)
-    shapes = [(64, 512), (256, 512), (64, 2048), (256, 2048)]
-    assert [tuple(int(row[c]) for c in ("width", "tokens", "vocabulary")) for row in rows] == [
-        (width, *shape) for width in (16, 32) for shape in shapes
-    ]
+    told = [tuple(int(row[name]) for name in ("width", "vocabulary", "tokens")) for row in rows]
+    assert told == list(itertools.product((16, 32), (512, 2048), (64, 256)))
     assert all(float(row["spread"]) >= 0 for row in rows)
     printed = capsys.readouterr().out
     assert "passes over dW" in printed
@@ -46,14 +42,10 @@ def test_scale_writes_a_row_a_shape(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("tokens", "vocabularies"), [((4, 8), (16,)), ((4, 4), (16, 32))])
-def test_two_unknowns_are_not_fitted_to_one_size(
-    tokens, vocabularies, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
+def test_two_unknowns_are_not_fitted_to_one_size(tokens, vocabularies, tmp_path, capsys, quick):
     path = tmp_path / "scale.csv"
     sizes = {"widths": (8,), "tokens": tokens, "vocabularies": vocabularies}
-    how = {"device": "cpu", "repeats": 1, "force": True, "output": path}
-    scale.main(scale.Config("bft torch exact", **sizes, **how))
+    scale.main(scale.Config("bft torch exact", **sizes, **quick, output=path))
     assert {row["fitted_seconds"] for row in read(path)} == {""}
     printed = capsys.readouterr().out
     assert "no fit: a V D + b N V D needs two or more --tokens and" in printed
@@ -61,14 +53,12 @@ def test_two_unknowns_are_not_fitted_to_one_size(
     assert "off by" not in printed
 
 
-def test_scale_refuses_a_noisy_machine(monkeypatch):
+def test_scale_refuses_a_noisy_machine(monkeypatch, quick):
     monkeypatch.setattr(noise.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
-    config = scale.Config(
-        "bft torch exact", widths=(8,), tokens=(4, 8), vocabularies=(16,), device="cpu", repeats=1
-    )
-    monkeypatch.setattr(scale, "_LEAST_SECONDS", 0.0)
+    sizes = {"widths": (8,), "tokens": (4, 8), "vocabularies": (16,)}
+    noisy = quick | {"force": False, "max_spread": -1.0}
     with pytest.raises(SystemExit, match=r"N 4, D 8, V 16: the bare GEMM .* expected up to"):
-        scale.main(replace(config, max_spread=-1.0))
+        scale.main(scale.Config("bft torch exact", **sizes, **noisy))
 
 
 @pytest.mark.parametrize(

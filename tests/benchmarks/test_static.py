@@ -37,20 +37,18 @@ def launch(kernel="k", switches="", **sizes):
     )
 
 
-@pytest.mark.parametrize(
-    ("smaller", "part"),
-    [
-        (launch(switches="emit", BLOCK_N=64, OPERAND=2), True),
-        (launch(BLOCK_N=64), True),
-        (launch("other", "emit", BLOCK_N=64, OPERAND=2), False),
-        (launch(switches="emit smoothing", BLOCK_N=64), False),
-        (launch(switches="emit", BLOCK_N=128, OPERAND=2), False),
-        (launch(switches="emit", BLOCK_N=64, OPERAND=4), False),
-    ],
-)
-def test_a_form_contains_another_that_does_less_with_the_same_tile(smaller, part):
-    larger = launch(switches="emit statistics", BLOCK_N=64, OPERAND=2, bias_ptr=4)
-    assert larger.contains(smaller) == part
+def test_a_form_contains_another_that_does_less_with_the_same_tile():
+    tile = {"BLOCK_N": 64, "OPERAND": 2}
+    larger = launch(switches="emit statistics", **tile, bias_ptr=4)
+    assert larger.contains(launch(switches="emit", **tile))
+    assert larger.contains(launch(BLOCK_N=64))
+    for other in (
+        launch("other", "emit", **tile),
+        launch(switches="emit smoothing", BLOCK_N=64),
+        launch(switches="emit", BLOCK_N=128, OPERAND=2),
+        launch(switches="emit", BLOCK_N=64, OPERAND=4),
+    ):
+        assert not larger.contains(other)
 
 
 def test_the_largest_forms_are_chosen_and_each_switch_is_off_once():
@@ -70,22 +68,17 @@ import json
 from benchmarks.measure import compiled, rehearsal
 
 def rehearsed(target, names):
-    with compiled.rehearsing(compiled.TARGETS[target]) as launches:
-        for name in names:
-            rehearsal.CASES[name]()
-    return launches
+    return compiled.rehearsed(compiled.TARGETS[target], (rehearsal.CASES[x] for x in names))
 
-def told(launches):
-    return [
-        (x.kernel, x.operands, sorted(x.switches), [dict(x.sizes).get(f"BLOCK_{y}") for y in "NVD"])
-        for x in launches
-    ]
+def told(x):
+    tile = [dict(x.sizes).get(f"BLOCK_{y}") for y in "NVD"]
+    return x.kernel, x.operands, sorted(x.switches), tile
 
 even = [name for name in rehearsal.CASES if " D " not in name]
 both = {}
 for target in ("sm_100", "gfx942"):
-    gate = compiled.chosen(rehearsed(target, rehearsal.GATE))
-    both[target] = told(gate), told(rehearsed(target, even))
+    forms = compiled.chosen(rehearsed(target, rehearsal.GATE)), rehearsed(target, even)
+    both[target] = [[told(x) for x in some] for some in forms]
 print(json.dumps(both))
 """
 
@@ -97,11 +90,7 @@ def test_the_gate_has_every_kernel_every_switch_and_every_tile():
     families = {"sm_100": 100, "gfx942": configs.AMD}
     for target, (gate, every) in json.loads(done.stdout).items():
         kinds = [
-            {
-                (kernel, operands, switch)
-                for kernel, operands, on, _ in forms
-                for switch in ("", *on)
-            }
+            {(kernel, operands, x) for kernel, operands, on, _ in forms for x in ("", *on)}
             for forms in (gate, every)
         ]
         assert kinds[0] == kinds[1]
@@ -124,8 +113,8 @@ def test_operands_are_told_by_their_bits():
 def test_instructions_are_seen():
     products = ("HMMA.16816.F32.BF16 R4, R8", "HGMMA.64x128x16.F32.BF16 R24", "UTCHMMA gdesc[UR4]")
     for code in (*products, "v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1]"):
-        assert compiled.multiplies_matrices(f"FFMA R4, R8, R2 ;\n{code} ;")
-    assert not compiled.multiplies_matrices("FFMA R4, R8, R2, R4 ;")
+        assert compiled.MMA.search(f"FFMA R4, R8, R2 ;\n{code} ;")
+    assert not compiled.MMA.search("FFMA R4, R8, R2, R4 ;")
     copy = "LDGSTS.E.BYPASS.LTC128B.128 [R4], [R2.64]"
     assert compiled_cuda._wide("LDG.E.128 R4, [R2]", "LDG")
     assert compiled_cuda._wide(copy, "LDG")
@@ -197,52 +186,38 @@ def test_every_target_has_a_budget_that_a_human_can_read():
     assert len(static.BUDGET.read_text().splitlines()) < 100
 
 
-SOURCE = """
-// Sums.
-template <typename T, bool Aligned, int kGroup>
-__global__ void __launch_bounds__(kThreads, 1)
-    tiled_kernel(Operands<T> in, int group) {
-    Entries<T> z = next_products(in, loader);
-}
-
-constexpr int kOther = 3;
-
-__global__ void plain_kernel(Global<float> out) {
-    if (out) return;
-}
-"""
-LAUNCHES = """
-    launch(tiled_kernel<T, kAligned, 2>,
-           {"tiled", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-           operands_of<T>(problem));
-    launch(plain_kernel, {"plain", dim3(a, b), 128, 0, stream}, out);
-"""
-
-
-def test_sources_tell_what_a_kernel_is_and_how_it_is_launched(tmp_path, monkeypatch):
-    (tmp_path / "csrc/cuda").mkdir(parents=True)
-    source = tmp_path / "csrc/cuda/some.cu"
-    source.write_text(SOURCE + LAUNCHES)
-    monkeypatch.setattr(compiled_cuda, "ROOT", tmp_path)
-    compiled_cuda._kernels.cache_clear()
+def test_sources_tell_what_a_kernel_is_and_how_it_is_launched():
     found = compiled_cuda._kernels()
-    assert {name: (kernel.switches, kernel.tiled) for name, kernel in found.items()} == {
-        "tiled": (("aligned", "kgroup"), True),
-        "plain": ((), False),
-    }
-    probe = compiled_cuda._probe(source)
-    assert '#include "csrc/cuda/some.cu"' in probe
-    for name, value in (("threads_tiled", "kThreads"), ("shared_tiled", "kStagesBytes")):
-        assert f'extern "C" __device__ unsigned probe_{name} = {value};' in probe
-    assert "probe_threads_plain = 128;" in probe
-    sizes = {"threads_tiled": 256, "shared_tiled": 3000}
-    function = "void bft::cuda::tiled_kernel<__nv_bfloat16, true, 2>(bft::cuda::Operands)"
-    code = "HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\nLDG.E.128 R4, [R2] ;"
+    told = {name: (x.switches, x.typed, x.tiled) for name, x in found.items()}
+    assert told["linear_nll_forward"] == (("aligned", "emit"), True, True)
+    assert told["combine"] == ((), False, False)
+    probe = compiled_cuda._probe(compiled_cuda.ROOT / "csrc/cuda/forward.cu")
+    assert '#include "csrc/cuda/forward.cu"' in probe
+    for name, value in (("threads", "kThreads"), ("shared", "kForwardShared")):
+        line = f'extern "C" __device__ unsigned probe_{name}_linear_nll_forward = {value};'
+        assert line in probe
+    assert "probe_shared_combine = 0;" in probe
+
+
+@pytest.mark.parametrize(
+    ("kernel", "values", "switches", "tiled"),
+    [
+        ("linear_nll_forward", "true, false", "aligned", True),
+        ("spmm_hidden", "true, 2, false", "aligned pieces=2", False),
+    ],
+)
+def test_a_kernel_is_told_by_its_name_and_its_code(kernel, values, switches, tiled):
+    sizes = {f"threads_{kernel}": 256, f"shared_{kernel}": 3000}
+    function = f"void bft::cuda::{kernel}_kernel<__nv_bfloat16, {values}>(bft::cuda::Operands)"
+    code = "HMMA.16816.F32.BF16 R4, R8, R2, R4 ;\nLDG.E.64 R4, [R2] ;"
     got = compiled_cuda._usage("sm_90", function, code, 100, 0, sizes)
-    compiled_cuda._kernels.cache_clear()
-    assert got.name == "sm_90 cuda: tiled bf16 aligned kgroup=2"
-    assert (got.warps, got.shared) == (8, 3000)
-    assert (got.multiplies, got.tensor_core, got.narrow) == (True, True, "LDGSTS")
+    assert got.name == f"sm_90 cuda: {kernel} bf16 {switches}"
+    assert (got.warps, got.shared, got.registers, got.spilled) == (8, 3000, 100, 0)
+    assert (got.multiplies, got.tensor_core) == (tiled, True)
+    assert got.narrow == ("LDG, LDGSTS" if tiled else "LDG")
+    code = code.replace(".64", ".128")
+    got = compiled_cuda._usage("sm_90", function, code, 100, 0, sizes)
+    assert got.narrow == ("LDGSTS" if tiled else "")
 
 
 def test_a_missing_compiler_is_named(monkeypatch, capsys):

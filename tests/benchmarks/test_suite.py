@@ -12,7 +12,6 @@ from benchmarks.measure.build import Build
 from benchmarks.measure.processes import start
 from benchmarks.measure.suite import Suite, run_suite
 from benchmarks.results.folder import Folder
-from benchmarks.run import gpu
 
 # Tests that end in every way they can.
 OUTCOMES = """
@@ -49,8 +48,7 @@ def run_outcomes(run, seconds, selected):
     """How each test of ``OUTCOMES`` ends, in two processes."""
     file = run.path / "test_outcomes.py"
     file.write_text(OUTCOMES)
-    env = gpu._environment(dry_run=True)
-    run_suite(Suite("trial", (str(file),), selected, 2), run, env, time.monotonic() + seconds)
+    run_suite(Suite("trial", (str(file),), selected, 2), run, time.monotonic() + seconds)
     rows = suite_plugin.read(run.tests)
     return {name.rpartition("::")[2]: row["outcome"] for name, row in rows.items()}
 
@@ -82,33 +80,28 @@ def test_a_selection_of_no_test_is_a_failure(run):
 
 def test_outcomes_are_written_in_lines_and_the_last_one_counts(tmp_path):
     path = tmp_path / "tests.jsonl"
-    suite_plugin.write(path, [{"test": "a", "outcome": "selected"}])
-    suite_plugin.write(
-        path, [{"test": "a", "outcome": "started"}, {"test": "b", "outcome": "failed"}]
-    )
+    for rows in (("a", "selected"),), (("a", "started"), ("b", "failed")):
+        suite_plugin.write(path, [{"test": test, "outcome": outcome} for test, outcome in rows])
     with path.open("a") as file:
         file.write('{"test": "b", "outc')  # a full disk
-    assert {name: row["outcome"] for name, row in suite_plugin.read(path).items()} == {
-        "a": "started",
-        "b": "failed",
-    }
-    assert suite_plugin.told(suite_plugin.read(path)) == "0 passed, 1 failed, 0 skipped, 1 cut"
+    found = suite_plugin.read(path)
+    assert {name: row["outcome"] for name, row in found.items()} == {"a": "started", "b": "failed"}
+    assert suite_plugin.told(found) == "0 passed, 1 failed, 0 skipped, 1 cut"
 
 
 def test_the_build_is_for_this_gpu_alone(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(build, "start", lambda command, env, log: seen.append(env))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    folder = Folder(tmp_path / "results", "cuda")
-    folder.open()
-    Build(folder, {"TORCH_CUDA_ARCH_LIST": "7.5 8.0 9.0 10.0+PTX"})  # as images set it
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 9.0 10.0+PTX")  # as images set it
+    Build(Folder(tmp_path / "results", "cuda"))
     assert seen[0]["TORCH_CUDA_ARCH_LIST"] == "9.0"
 
 
 def test_a_build_that_is_cut_or_fails_says_so(run, monkeypatch):
     for code, status in (("import time; time.sleep(99)", "cut"), ("1 / 0", "failed")):
         made = Build.__new__(Build)
-        made.folder, made.started, made.name = run, time.monotonic(), "cpu"
+        made.folder, made.started, made.built = run, time.monotonic(), run.path
         made.log = run.log(status)
         made.process = start([sys.executable, "-c", code], dict(os.environ), made.log)
         made.finish(time.monotonic() + (0.2 if status == "cut" else 30))
