@@ -204,12 +204,16 @@ def emulation(emulated):
 
 
 @pytest.fixture
-def emulated_device(emulation, monkeypatch):
-    """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation."""
+def emulated_device(emulation, monkeypatch, seed):
+    """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation.
+
+    The number of processors, which is drawn, decides into how many parts a vocabulary is split.
+    """
     emulation.how = {}
     emulation.arrays.clear()
     monkeypatch.setattr(native, "DEVICE", "cpu")
     monkeypatch.setattr(native, "kernels", lambda: emulation)
+    monkeypatch.setattr(native, "processors", lambda _: 1 + seed % 3)
     monkeypatch.setattr(native, "address", Address)
     return emulation
 

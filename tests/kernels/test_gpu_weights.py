@@ -55,8 +55,6 @@ def kernels(request, on_device):
         pytest.importorskip("triton", reason="triton is not installed")
     else:
         request.getfixturevalue("cuda_backend")
-        if not torch.cuda.is_available():
-            request.getfixturevalue("emulated_device").how = {"unwritten": True}
     module = importlib.import_module(f"bft_kernels.backends.{request.param}.weights")
     tile = module.TILE if request.param == "triton" else native.kernels().WEIGHT_TILE
     return Kernels(module, tile)
@@ -286,7 +284,7 @@ def test_the_order_of_threads_changes_nothing(emulated_device, scheme):
     loss, labelled, bounds = draw((7, 0, 512, 90), 0.7)
     runs = []
     for how in ({}, {"seed": 1}, {"seed": 2, "strict": True}):
-        emulated_device.how = {"unwritten": True, **how}
+        emulated_device.how = how
         inputs = loss, labelled, bounds, None, how_of(scheme, 9)
         runs.append(balanced_loss(*inputs))
     assert equal(runs[0], runs[1])
