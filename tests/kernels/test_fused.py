@@ -403,9 +403,18 @@ def test_rows_that_do_not_lie_together(fused, layout, gradient):
 SAMPLED = {"gradient": "sampled", "hidden_variance": True}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("how", [{}, SAMPLED, SAMPLED | {"softcap": 5.0}], ids=str)
-@every_backend
+@pytest.mark.parametrize(
+    ("fused", "how", "value"),
+    soaked(
+        BACKENDS,
+        [{}, SAMPLED, SAMPLED | {"softcap": 5.0}],
+        [math.nan, math.inf],
+        plain=lambda fused, how, value: (
+            not fused.interpreted or ("softcap" not in how and math.isnan(value))
+        ),
+    ),
+    ids=str,
+)
 def test_nan_stays_in_its_row(fused, how, value):
     rows, vocabulary = (9, 70) if fused.interpreted else (20, 150)
     p = draw_problem(rows, 9, vocabulary, ignored=0.0, dtype=torch.float32)
@@ -415,8 +424,12 @@ def test_nan_stays_in_its_row(fused, how, value):
     nll, stats = linear_nll(*p.args, seed=0, return_stats=True, **fused.how, **how)
     nll.sum().backward()
     bad = torch.arange(rows, device=fused.device) == 7
-    spoiled = [nll, stats.lse, p.hidden.grad.sum(1)]
-    for got in spoiled + ([stats.variance, stats.hidden_variance] if how else []):
+    spoiled = [nll, p.hidden.grad.sum(1)]
+    if how:
+        spoiled += [stats.variance, stats.hidden_variance]
+    if fused.name != "cpu" or "softcap" not in how:  # where lse may be minus infinity
+        spoiled.append(stats.lse)
+    for got in spoiled:
         assert torch.equal(got.isnan(), bad)
 
 
