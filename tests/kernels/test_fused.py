@@ -71,7 +71,7 @@ def backends():
             yield Fused("triton", None, device, shapes, chunks)
     # Several tiles of rows, of the vocabulary, of it in a split and of the width; in chunks, spans
     # of one warp, of some, and of all in a second turn.
-    tiles = ((1, 1, 1), (5, 8, 127), (0, 4, 9), (37, 72, 129), (19, 67, 600), (130, 16, 260))
+    tiles = ((1, 1, 1), (5, 8, 127), (0, 4, 9), (37, 136, 129), (19, 67, 600), (130, 16, 260))
     chunks = ((1, 1, 1), (5, 7, 31), (0, 4, 9), (19, 24, 257), (135, 33, 70), (5, 9, 2311))
     yield Fused("cuda", None, device, tiles, False)
     yield Fused("cuda", None, device, chunks, True)

@@ -107,20 +107,28 @@ def test_capped_entries_of_narrow_operands_are_computed_again(engine, dtype, exp
 
 
 @pytest.mark.parametrize("budget", [3000, None])
-def test_lists_have_what_is_kept(engine, budget):
+def test_lists_have_what_is_kept(engine, budget, monkeypatch, poison):
     """In chunks just that, with its value; in tiles as much as the lse so far lets through."""
     p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
     how = sampled_options(p)
     p = p.copy(device=engine.device, frozen=("hidden", "weight", "bias"))
     call = call_of(p, how.pop("seed"), max_buffer_bytes=budget or 2**20, **how)
     out, expected = engine.module("engine").linear_nll(call), torch_linear_nll(call)
-    found, kept = int(out.csr_offsets[-1]), expected.csr_columns.numel()
-    if not engine.in_chunks:
-        assert out.csr_values.numel() == 0
-        assert found >= kept
+    found = int(out.csr_offsets[-1])
+    assert bool((out.csr_offsets.diff() >= expected.csr_offsets.diff()).all())
+    if engine.in_chunks:
+        assert torch.equal(out.csr_columns[:found], expected.csr_columns)
+        torch.testing.assert_close(out.csr_values[:found], expected.csr_values)
+    if engine.backend == "triton" and budget:
         return
-    assert torch.equal(out.csr_columns[:found], expected.csr_columns)
-    torch.testing.assert_close(out.csr_values[:found], expected.csr_values)
+    # Just as much room, and too little for the last rows, of which nothing is listed.
+    for room in (found, found - 1):
+        monkeypatch.setattr(logit_rows, "capacity_for", lambda *_, room=room: room)
+        some = engine.module("engine").linear_nll(call)
+        end = int(out.csr_offsets[out.csr_offsets <= room].max())
+        assert torch.equal(some.csr_offsets, out.csr_offsets)
+        assert torch.equal(some.csr_columns[:end], out.csr_columns[:end])
+        assert bool((some.csr_columns[end:] == 99).all())
 
 
 def test_lists_have_room_for_what_text_keeps():
