@@ -20,26 +20,18 @@ pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 
 
-ENGINES = ["tiles", "chunks"]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """Of the forward."""
-    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: request.param == "chunks")
-    return str(request.param)
-
-
 @pytest.mark.parametrize(
     ("engine", "columns"),
     soaked(
-        ENGINES, [0, 1, 60], plain=lambda engine, columns: (engine == "chunks") == (columns > 1)
+        ["tiles", "chunks"],
+        [0, 1, 60],
+        plain=lambda engine, columns: (engine == "chunks") == (columns > 1),
     ),
-    indirect=["engine"],
 )
 def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
-    p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: engine == "chunks")
     monkeypatch.setattr(spmm, "DENSE_COLUMNS", columns)
+    p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     how = sampled_options(p)
     got = weighted_gradients(p, device=DEVICE, backend="triton", **how)
     assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)

@@ -21,8 +21,8 @@ class Emulation:
     one launch at a time, and may touch its own arguments only.
     """
 
-    def __init__(self, module):
-        self.module = module
+    def __init__(self, module, seed):
+        self.module, self.seed = module, seed
         self.launches = []
         self.how = {}  # arguments of `memory`
         self.arrays = {}  # by what was made of them
@@ -50,7 +50,7 @@ class Emulation:
                 read = not x.writable or is_read(name, key, arguments)
                 (known if read else unwritten).append((int(x), x.bytes, x.writable, key))
         # Another order of blocks and threads each time.
-        how = {"seed": len(self.launches)} | self.how
+        how = {"seed": self.seed + len(self.launches)} | self.how
         with (
             self.module.memory(merge(known), **how),
             self.module.memory(unwritten, unwritten=True, **how),
