@@ -14,7 +14,15 @@ from bft_kernels.backends.cuda import forward, kernels, native
 from bft_kernels.dispatch import engine as engine_of
 from bft_kernels.dispatch import why_not
 from bft_kernels.results import Gradients, Saved
-from tests.support.problems import DTYPES, Problem, assert_close, call_of, draw_problem, error_of
+from tests.support.problems import (
+    DTYPES,
+    Problem,
+    assert_close,
+    call_of,
+    draw_problem,
+    error_of,
+    weighted_gradients,
+)
 from tests.support.samples import sampled_options, specified_sample
 
 SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
@@ -78,8 +86,7 @@ def test_operands_stored_in_another_type(
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_gradients_in_float32_are_rounded_nowhere_else(emulated_device, dtype):
-    frozen = ("hidden", "weight")
-    p = draw_problem(20, 24, 150, dtype=dtype, scale=2.0, frozen=frozen)
+    p = draw_problem(20, 24, 150, dtype=dtype, scale=2.0, frozen=("hidden", "weight"))
     call = call_of(p)
     inputs, out = kernels.make_inputs(call), engine_of("cuda").linear_nll(call)
     known = KnownRows(out.lse, out.lse_low, out.nll, torch.randn(20))
@@ -129,12 +136,28 @@ def test_products_of_lists(emulated_device, dtype, shape, adds, poison):
         into.weight.fill_(1)
     inputs = kernels.make_inputs(call_of(p, seed, **how))
     kernels.spmm(inputs, known, saved._replace(csr_values=values), into, adds=adds)
+    allowed = torch.finfo(kind).eps + 1e-5
     assert bool(into.hidden[~p.labelled].isnan().all())
-    assert (
-        error_of(into.hidden[p.labelled], want.hidden[p.labelled]) <= torch.finfo(kind).eps + 1e-5
-    )
-    assert error_of(into.weight, want.weight + float(adds)) <= torch.finfo(kind).eps + 1e-5
+    assert error_of(into.hidden[p.labelled], want.hidden[p.labelled]) <= allowed
+    assert error_of(into.weight, want.weight + float(adds)) <= allowed
     assert error_of(into.bias, want.bias) <= 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 257, 2311])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_take_the_place_of_logits(emulated_device, dtype, vocabulary, seed):
+    """In the type of a GPU's GEMMs. On a CPU those of the engine take float32."""
+    emulated_device.how = {"strict": bool(seed % 2)}
+    target = torch.randint(vocabulary, (4,))
+    p = Problem(2 * torch.randn(4, vocabulary), torch.eye(vocabulary), target, frozen=("weight",))
+    want = weighted_gradients(p.copy(torch.float64), backend="torch", softcap=5.0)["hidden"]
+    call, logits = call_of(p, softcap=5.0), p.hidden.detach().clone()
+    results, rows = row_results(call, 4), LogitRows(logits, p.target, None, call.settings)
+    kernels.softmax_rows(rows, results)
+    dy = logits.view(dtype)[:, :vocabulary]
+    known = [results[name] for name in ("lse", "lse_low", "nll")]
+    kernels.gradient_rows(rows, dy, *known, torch.linspace(0.5, 2, 4))
+    assert error_of(dy, want) <= torch.finfo(dtype).eps / 2 + 5e-6
 
 
 def test_a_bound_of_lse_keeps_candidates_few(emulated_device, engine):

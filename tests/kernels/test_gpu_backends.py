@@ -69,7 +69,7 @@ def engine(request, monkeypatch):
 
 def spared(*axes, plain):
     """All of ``cuda``; of ``triton``, whose interpreter is slow, some, and the rest in the soak."""
-    return soaked(ENGINES, *axes, plain=lambda name, *case: name[0] == "c" or plain(*case))
+    return soaked(ENGINES, *axes, plain=lambda name, *case: "cuda" in name or plain(*case))
 
 
 @pytest.fixture
