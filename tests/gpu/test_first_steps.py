@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 from bft_kernels.backends.common import on_device
 from tests.support.draws import Program, region_bits, uniform
 
@@ -32,9 +32,13 @@ Step = Callable[..., Tensor]  # the loss of hidden, weight, target and boundarie
 STEPS = {
     "sampled": lambda h, w, t, b, **how: linear_cross_entropy(h, w, t, **SAMPLED, **how),
     "exact": lambda h, w, t, b, **how: linear_cross_entropy(h, w, t, **how),
+    "nll": lambda h, w, t, b, **how: linear_nll(h, w, t, **how).sum(),
     "balanced": lambda h, w, t, b, **how: balanced_linear_cross_entropy(
-        h, w, t, cu_seqlens=b, window=4, **SAMPLED, **how
+        h, w, t, cu_seqlens=b, window=4, **how
     ),
+    "balanced, sampled": lambda h, w, t, b, **how: balanced_linear_cross_entropy(
+        h, w, t, cu_seqlens=b, window=4, return_stats=True, **SAMPLED, **how
+    )[0],
 }
 
 

@@ -198,18 +198,16 @@ def emulated():
     return build.build_module(ROOT / "build/emulation")
 
 
-@pytest.fixture(scope="session")
-def emulation(emulated):
-    return Emulation(emulated)
-
-
 @pytest.fixture
-def emulated_device(emulation, monkeypatch):
-    """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation."""
-    emulation.how = {}
-    emulation.arrays.clear()
+def emulated_device(emulated, monkeypatch, seed):
+    """The ``cuda`` backend takes tensors on the CPU, and runs them in the emulation.
+
+    The number of processors, which is drawn, decides into how many parts a vocabulary is split.
+    """
+    emulation = Emulation(emulated, seed)
     monkeypatch.setattr(native, "DEVICE", "cpu")
     monkeypatch.setattr(native, "kernels", lambda: emulation)
+    monkeypatch.setattr(native, "processors", lambda _: 1 + seed % 3)
     monkeypatch.setattr(native, "address", Address)
     return emulation
 

@@ -1,15 +1,29 @@
 """The CUDA backend's own paths, its device code run by the emulation."""
 
+import math
+
 import pytest
 import torch
 
-from bft_kernels import linear_nll
+from bft_kernels import linear_cross_entropy, linear_nll
 from bft_kernels.backends import cuda
 from bft_kernels.backends.common import logit_rows, on_device
-from bft_kernels.backends.cuda import native
+from bft_kernels.backends.common.logit_rows import LogitRows
+from bft_kernels.backends.common.rows import KnownRows, row_results
+from bft_kernels.backends.cuda import forward, kernels, native
+from bft_kernels.dispatch import engine as engine_of
 from bft_kernels.dispatch import why_not
-from tests.support.problems import assert_close, draw_problem
-from tests.support.samples import sampled_options
+from bft_kernels.results import Gradients, Saved
+from tests.support.problems import (
+    DTYPES,
+    Problem,
+    assert_close,
+    call_of,
+    draw_problem,
+    error_of,
+    weighted_gradients,
+)
+from tests.support.samples import sampled_options, specified_sample
 
 SAMPLED = {"gradient": "sampled", "eps": 2**-5, "seed": 7}
 
@@ -30,17 +44,29 @@ def test_says_why_it_does_not_run(monkeypatch):
 def engine(request, monkeypatch):
     """Of the forward."""
     monkeypatch.setattr(on_device, "takes_chunks", lambda *_: request.param == "chunks")
+    return request.param
 
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-@pytest.mark.parametrize("stored", [(0, 0), (0, 1), (1, 0)], ids=["wide", "weight", "hidden"])
-def test_operands_stored_in_another_type(emulated_device, stored, gradient, monkeypatch):
+@pytest.mark.parametrize(
+    ("stored", "operand", "size"),
+    [
+        ((0, 0), torch.bfloat16, 1.0),
+        ((0, 1), torch.bfloat16, 1.0),
+        ((1, 0), torch.bfloat16, 1.0),
+        ((0, 0), torch.float16, 2.0**-20),  # of which a dy that is not scaled loses most digits
+    ],
+    ids=["wide", "weight", "hidden", "float16"],
+)
+def test_operands_stored_in_another_type(
+    emulated_device, stored, operand, size, gradient, monkeypatch
+):
     """Under autocast gradients are of the type that is stored, and rounded to it once."""
     # Rows without room are computed again, by way of a dy that is rounded.
     monkeypatch.setattr(logit_rows, "capacity_for", lambda rows, vocabulary, eps: rows * vocabulary)
-    types = torch.float32, torch.bfloat16
-    p = draw_problem(21, 12, 180, dtype=torch.bfloat16, scale=2.0)
+    types = torch.float32, operand
+    p = draw_problem(21, 12, 180, dtype=operand, scale=2.0)
     how = sampled_options(p) if gradient == "sampled" else {}
     found = []
     for backend, autocast in (("cuda", True), ("torch", False)):
@@ -48,21 +74,139 @@ def test_operands_stored_in_another_type(emulated_device, stored, gradient, monk
             x.detach().to(types[kind] if autocast else torch.float32).requires_grad_()
             for x, kind in zip((p.hidden, p.weight), stored, strict=True)
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", operand, enabled=autocast):
             nll = linear_nll(hidden, weight, p.target, backend=backend, **how)
-        (nll * torch.linspace(0.5, 2, 21)).sum().backward()
-        found.append((hidden.grad, weight.grad))
+        (nll * torch.linspace(0.5, 2, 21) * size).sum().backward()
+        found.append((hidden.grad / size, weight.grad / size))
     for got, want, kind in zip(*found, stored, strict=True):
         assert got.dtype == types[kind]
         # An exact dy is rounded before its products.
         assert_close(got, want, 1e-5 if how and kind == 0 else 2**-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_in_float32_are_rounded_nowhere_else(emulated_device, dtype):
+    p = draw_problem(20, 24, 150, dtype=dtype, scale=2.0, frozen=("hidden", "weight"))
+    call = call_of(p)
+    inputs, out = kernels.make_inputs(call), engine_of("cuda").linear_nll(call)
+    known = KnownRows(out.lse, out.lse_low, out.nll, torch.randn(20))
+    narrow, wide = (
+        Gradients(torch.zeros(20, 24, dtype=kind), torch.empty(150, 24, dtype=kind), None)
+        for kind in (dtype, torch.float32)
+    )
+    for into in (narrow, wide):
+        kernels.recompute(inputs, known, None, into, adds=False)
+    for one, other in zip(narrow[:2], wide[:2], strict=True):
+        assert torch.equal(one, other.to(dtype))
+        assert not torch.equal(other, other.to(dtype).float())
+
+
+# Rows of teams of each size and of each number of pieces a thread, ragged and not; columns that
+# most of many rows keep.
+WIDTHS = [1, 8, 67, 512, 520, 1020, 2040, 4096, 4104, 8200, 16381, 16384]
+LISTED = [(2, width, 40) for width in WIDTHS] + [(300, 16, 9), (300, 600, 9)]
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["thinned", "values, wide, adds"])
+@pytest.mark.parametrize("shape", LISTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_lists(emulated_device, dtype, shape, adds, poison):
+    """Of the torch backend's lists, with values or without, in the operands' type or float32."""
+    p = draw_problem(*shape, bias=True, dtype=dtype, scale=1.5, ignored=0.2)
+    p.target[0] = 1
+    how = sampled_options(p)
+    seed, torch_engine = how.pop("seed"), engine_of("torch")
+    frozen = ("hidden", "weight", "bias")
+    truth = call_of(p.copy(torch.float64, frozen=frozen), seed, **how)
+    out, grad = torch_engine.linear_nll(truth), torch.linspace(0.5, 2, shape[0])
+    saved = Saved(*(getattr(out, name) for name in Saved._fields))
+    want = torch_engine.linear_nll_backward(truth, grad.double(), saved)
+
+    nothing = torch.empty(shape[0])  # values need no more
+    lse, nll = (nothing, nothing) if adds else (out.lse.float(), out.nll.float())
+    known = KnownRows(lse, nothing, nll, torch.where(p.labelled, grad, nothing))
+    values = out.csr_values.float() if adds else torch.empty(0)
+    kind = torch.float32 if adds else dtype
+    into = Gradients(
+        torch.empty(*p.hidden.shape, dtype=kind),
+        torch.empty(*p.weight.shape, dtype=kind),
+        torch.zeros(shape[2]),
+    )
+    if adds:
+        into.weight.fill_(1)
+    inputs = kernels.make_inputs(call_of(p, seed, **how))
+    kernels.spmm(inputs, known, saved._replace(csr_values=values), into, adds=adds)
+    allowed = torch.finfo(kind).eps + 1e-5
+    assert bool(into.hidden[~p.labelled].isnan().all())
+    assert error_of(into.hidden[p.labelled], want.hidden[p.labelled]) <= allowed
+    assert error_of(into.weight, want.weight + float(adds)) <= allowed
+    assert error_of(into.bias, want.bias) <= 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 257, 2311])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_take_the_place_of_logits(emulated_device, dtype, vocabulary, seed):
+    """In the type of a GPU's GEMMs. On a CPU those of the engine take float32."""
+    emulated_device.how = {"strict": bool(seed % 2)}
+    target = torch.randint(vocabulary, (4,))
+    p = Problem(2 * torch.randn(4, vocabulary), torch.eye(vocabulary), target, frozen=("weight",))
+    want = weighted_gradients(p.copy(torch.float64), backend="torch", softcap=5.0)["hidden"]
+    call, logits = call_of(p, softcap=5.0), p.hidden.detach().clone()
+    results, rows = row_results(call, 4), LogitRows(logits, p.target, None, call.settings)
+    kernels.softmax_rows(rows, results)
+    dy = logits.view(dtype)[:, :vocabulary]
+    known = [results[name] for name in ("lse", "lse_low", "nll")]
+    kernels.gradient_rows(rows, dy, *known, torch.linspace(0.5, 2, 4))
+    assert error_of(dy, want) <= torch.finfo(dtype).eps / 2 + 5e-6
+
+
+def test_a_bound_of_lse_keeps_candidates_few(emulated_device, engine):
+    vocabulary, eps = 1100, 2**-5
+    logits = 3 * torch.randn(4, vocabulary)
+    logits[:, ::3] += 6.0
+    p = Problem(logits, torch.eye(vocabulary), torch.randint(vocabulary, (4,)))
+    kept, found = specified_sample(p, 5, eps).kept, []
+    call = call_of(p, 5, gradient="sampled", eps=eps)
+    for bounded in (False, True):
+        mask = torch.empty(4, -(-vocabulary // 32), dtype=torch.int32)
+        results = row_results(call, 4)
+        if engine == "tiles":
+            bounds = logits.logsumexp(1) if bounded else torch.full((4,), -math.inf)
+            forward._forward(kernels.make_inputs(call), results, 0, 4, bounds, mask)
+        else:
+            rows = LogitRows(logits, p.target, None, call.settings, 0)
+            how = {"popular": torch.arange(0, vocabulary, 3) if bounded else None, "mask": mask}
+            kernels.softmax_rows(rows, results, seed=call.seed, **how)
+        bits = ((mask[..., None] >> torch.arange(32)) & 1).flatten(1)[:, :vocabulary].bool()
+        assert not bool((kept & ~bits).any())
+        found.append(int(bits.sum()))
+    assert found[1] <= min(found[0], 1.05 * int(kept.sum()) + vocabulary * 4 / 65536 + 8)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_threads_changes_nothing(emulated_device, dtype, gradient, engine):
+    vocabulary = 2311 if (engine, gradient) == ("chunks", "exact") else 300
+    p = draw_problem(6, 264, vocabulary, dtype=dtype, bias=True)
+    options = {"label_smoothing": 0.1, "return_stats": True}
+    if gradient == "sampled":
+        options = SAMPLED | {"return_stats": True, "hidden_variance": True}
+    runs = []
+    for emulated_device.how in ({}, {"seed": 5}, {"seed": 9, "strict": True}):
+        copy = p.copy()
+        loss, stats = linear_cross_entropy(*copy.args, bias=copy.bias, backend="cuda", **options)
+        loss.backward()
+        found = [loss, *stats, *copy.grads().values()]
+        runs.append(torch.cat([x.detach().double().flatten() for x in found if x is not None]))
+    assert bool(runs[0].isfinite().all())
+    assert torch.equal(runs[1], runs[0])
+    assert torch.equal(runs[2], runs[0])
+
+
 @pytest.mark.usefixtures("engine")
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
 def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
     p = draw_problem(9, 6, 40, bias=True, dtype=torch.float32, frozen=frozen)
-    emulated_device.launches.clear()
     linear_nll(*p.args, bias=p.bias, backend="cuda", **SAMPLED).sum().backward()
     assert ("sort_entries" in emulated_device.launches) == (not frozen)
     assert ("weight_gradient" in emulated_device.launches) == (not frozen)

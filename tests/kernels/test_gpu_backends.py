@@ -6,7 +6,7 @@
 import importlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, lin
 from bft_kernels.backends.common import logit_rows, on_device
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.rows import DeviceRows
+from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
 from bft_kernels.dispatch import backend_package
-from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
-from tests.support.samples import sampled_options
+from tests.support.problems import DTYPES, assert_close, call_of, draw_problem, weighted_gradients
+from tests.support.samples import clear_seed, sampled_options
 from tests.support.soak import soaked
 
 HAS_GPU = torch.cuda.is_available()
@@ -32,6 +33,7 @@ class Engine:
 
     backend: str
     device: str
+    in_chunks: bool
     rows: int  # in two blocks of its forward
     gradients: Callable[..., dict[str, Tensor]]  # of a problem
 
@@ -62,7 +64,12 @@ def engine(request, monkeypatch):
         return weighted_gradients(p, backend=backend, device=device, **how)
 
     rows = 19 if backend == "triton" or forward == "chunks" else 150
-    return Engine(backend, device, rows, gradients)
+    return Engine(backend, device, forward == "chunks", rows, gradients)
+
+
+def spared(*axes, plain):
+    """All of ``cuda``; of ``triton``, whose interpreter is slow, some, and the rest in the soak."""
+    return soaked(ENGINES, *axes, plain=lambda name, *case: "cuda" in name or plain(*case))
 
 
 @pytest.fixture
@@ -71,13 +78,57 @@ def expected():
     return lambda p, **how: weighted_gradients(p, backend="torch", **how)
 
 
-@pytest.mark.parametrize("room", [0, 40, 300])
-@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)])
+@pytest.mark.parametrize(
+    ("engine", "room", "frozen"),
+    spared(
+        [0, 40, 300],
+        [(), ("weight", "bias"), ("hidden",), ("hidden", "weight")],
+        plain=lambda room, frozen: "weight" not in frozen or "bias" in frozen,
+    ),
+    indirect=["engine"],
+)
 def test_entries_without_room_are_computed_again(engine, room, frozen, expected, monkeypatch):
     p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
     monkeypatch.setattr(logit_rows, "capacity_for", lambda *_: room)
     how = sampled_options(p)
     assert_close(engine.gradients(p, **how), expected(p, **how), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"), spared(DTYPES[1:], plain=lambda dtype: False), indirect=["engine"], ids=str
+)
+def test_capped_entries_of_narrow_operands_are_computed_again(engine, dtype, expected, monkeypatch):
+    p, how = draw_problem(21, 12, 180, dtype=dtype, scale=2.0), {"softcap": 5.0, "temperature": 0.7}
+    monkeypatch.setattr(logit_rows, "capacity_for", lambda *_: 0)
+    seed = clear_seed(p, 7, 2**-5, **how)
+    how |= {"gradient": "sampled", "eps": 2**-5, "seed": seed}
+    want = expected(p.copy(torch.float32), **how)
+    assert_close(engine.gradients(p, **how), want, 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("budget", [3000, None])
+def test_lists_have_what_is_kept(engine, budget, monkeypatch, poison):
+    """In chunks just that, with its value; in tiles as much as the lse so far lets through."""
+    p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
+    how = sampled_options(p)
+    p = p.copy(device=engine.device, frozen=("hidden", "weight", "bias"))
+    call = call_of(p, how.pop("seed"), max_buffer_bytes=budget or 2**20, **how)
+    out, expected = engine.module("engine").linear_nll(call), torch_linear_nll(call)
+    found = int(out.csr_offsets[-1])
+    assert bool((out.csr_offsets.diff() >= expected.csr_offsets.diff()).all())
+    if engine.in_chunks:
+        assert torch.equal(out.csr_columns[:found], expected.csr_columns)
+        torch.testing.assert_close(out.csr_values[:found], expected.csr_values)
+    if engine.backend == "triton" and budget:
+        return
+    # Just as much room, and too little for the last rows, of which nothing is listed.
+    for room in (found, found - 1):
+        monkeypatch.setattr(logit_rows, "capacity_for", lambda *_, room=room: room)
+        some = engine.module("engine").linear_nll(call)
+        end = int(out.csr_offsets[out.csr_offsets <= room].max())
+        assert torch.equal(some.csr_offsets, out.csr_offsets)
+        assert torch.equal(some.csr_columns[:end], out.csr_columns[:end])
+        assert bool((some.csr_columns[end:] == 99).all())
 
 
 def test_lists_have_room_for_what_text_keeps():
@@ -98,6 +149,88 @@ def test_columns_without_a_logit_may_come_first(engine):
     nll = linear_nll(hidden, weight, target, bias=bias, **engine.how)
     want = linear_nll(hidden, weight, target, bias=bias, backend="torch")
     torch.testing.assert_close(nll, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "how"),
+    spared([{}, SAMPLED], plain=lambda how: not how),
+    indirect=["engine"],
+    ids=str,
+)
+def test_logits_that_are_not_finite_or_large(engine, how):
+    z = torch.randn(8, 300)
+    z[1, 200] = math.nan
+    z[2, 10] = math.inf
+    z[3, :150] = -math.inf  # a whole tile, and what follows is far below 0
+    z[3, 150:] -= 200.0
+    z[4] = -math.inf
+    z[5] *= 1e4
+    z[6, 17] = -math.inf  # its target
+    z[7, 11:13] = torch.tensor([3e4, -3e4])
+    target = torch.tensor([299, 1, 2, 160, 3, 4, 17, 12], device=engine.device)
+    options = {"return_stats": True, "reduction": "none", **engine.how, **how}
+    # A row has a weight to itself: 0 * inf is NaN.
+    for row, logits in enumerate(z):
+        own = torch.ones(1, 1, device=engine.device), logits[:, None].to(engine.device)
+        loss, stats = linear_cross_entropy(*own, target[row : row + 1], **options)
+        log_p = logits.double().log_softmax(0)
+        want = {
+            "nll": -log_p[target[row].cpu()],
+            "lse": logits.double().logsumexp(0),
+            "entropy": torch.special.entr(log_p.exp()).sum(),
+        }
+        got = {"nll": loss, "lse": stats.lse, "entropy": stats.entropy}
+        for name in ("nll", "lse") if row in (1, 2, 4, 6) else want:
+            value = got[name][0].cpu().double()
+            if bool(want[name].isfinite()):
+                torch.testing.assert_close(value, want[name], rtol=2e-6, atol=1e-5)
+            else:  # infinity makes NaN of a whole row
+                assert not bool(value.isfinite()), (row, name)
+        right = bool(logits.argmax() == target[row].cpu()) and bool(want["lse"].isfinite())
+        assert bool(stats.correct[0]) == right, row
+
+
+def spread_out(x, pad):
+    """The same values in rows with NaN before and behind them: aligned if ``pad`` is."""
+    width = x.shape[1]
+    wide = torch.nn.functional.pad(x.detach(), (pad, pad + -width % 8), value=math.nan)
+    return wide[:, pad : pad + width]
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype", "gradient", "pad"),
+    spared(
+        DTYPES[:2],
+        ["exact", "sampled"],
+        [8, 3],
+        plain=lambda *case: case == (torch.float32, "exact", 3),
+    ),
+    indirect=["engine"],
+    ids=str,
+)
+def test_rows_may_be_strided(engine, dtype, gradient, pad):
+    p = draw_problem(20, 43, 150, dtype=dtype, scale=2.0).copy(device=engine.device)
+    apart = replace(p, hidden=spread_out(p.hidden, pad), weight=spread_out(p.weight, pad))
+    how = {"return_stats": True, **engine.how}
+    if gradient == "sampled":
+        how |= {"hidden_variance": True, **sampled_options(p.copy(device="cpu"))}
+    found = []
+    for own in (p, apart):
+        loss, stats = linear_nll(*own.args, **how)
+        loss.sum().backward()
+        made = {"loss": loss, **own.grads(), **stats._asdict()}
+        found.append({name: x.cpu() for name, x in made.items() if x is not None})
+    assert_close(found[1], found[0], 1e-5 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("how", [{}, SAMPLED], ids=["exact", "sampled"])
+def test_rows_without_a_label_cost_nothing(engine, how, poison):
+    p = draw_problem(9, 8, 40, bias=True, dtype=torch.float32, ignored=2.0)
+    p = p.copy(device=engine.device)
+    loss, stats = linear_nll(*p.args, bias=p.bias, return_stats=True, **engine.how, **how)
+    loss.sum().backward()
+    made = [loss, *stats, *p.grads().values()]
+    assert not any(bool(x.any()) for x in made if x is not None)
 
 
 @pytest.mark.parametrize("budget", [32_768, 49_152, None])
@@ -239,13 +372,26 @@ def test_a_target_that_nobody_checked_gives_nan_in_its_row(engine, how):
     how = dict(how)
     frozen = ("weight",) if how.pop("frozen", False) else ()
     p = draw_problem(9, 6, 40, ignored=0.0, dtype=torch.float32, frozen=frozen)
-    p.target[2], p.target[5], p.target[7] = 40, -7, 10**6
+    inside = p.copy(device=engine.device)
+    p.target[[2, 5, 7, 8]] = torch.tensor([40, -7, 10**6, 2**32 + 3])
     p = p.copy(device=engine.device)
-    nll = linear_nll(*p.args, check=False, **engine.how, **how)
+    how |= {"check": False, "return_stats": True, **engine.how}
+    if "gradient" in how:
+        how["hidden_variance"] = True
+    nll, stats = linear_nll(*p.args, **how)
     nll.sum().backward()
+    _, known = linear_nll(*inside.args, **how)
     bad = torch.zeros(9, dtype=torch.bool)
-    bad[[2, 5, 7]] = True
+    bad[[2, 5, 7, 8]] = True
     assert torch.equal(nll.isnan().cpu(), bad)
+    assert torch.equal(stats.lse.cpu(), known.lse.cpu())
+    assert not bool(stats.correct.cpu()[bad].any())
+    if "gradient" in how:  # no column is left out of the certificate as the target
+        z = p.hidden.detach().cpu().double() @ p.weight.detach().cpu().double().T
+        probability = z.softmax(1)
+        whole = (probability * (SAMPLED["eps"] - probability).clamp_min(0)).sum(1)
+        want = torch.where(bad, whole, known.variance.cpu().double())
+        torch.testing.assert_close(stats.variance.cpu().double(), want, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
@@ -283,28 +429,3 @@ def test_nothing_waits_for_the_device(engine, name, dtype, frozen):
             CALLS[name](p.args, boundaries, **engine.how).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", [name for name in CALLS if "CPU" not in name])
-def test_is_captured_in_a_graph(engine, name):
-    p = draw_problem(130, 64, 1000, dtype=torch.bfloat16).copy(device="cuda")
-    boundaries = torch.tensor([0, 40, 130], device="cuda")
-    loss = CALLS[name](p.args, boundaries, **engine.how)
-    loss.backward()
-    expected = {key: value.clone() for key, value in p.grads().items()}
-    p.hidden.grad = p.weight.grad = None
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        CALLS[name](p.args, boundaries, **engine.how).backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    p.hidden.grad = p.weight.grad = None
-    with torch.cuda.graph(graph):
-        captured = CALLS[name](p.args, boundaries, **engine.how)
-        captured.backward()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(captured, loss)
-    assert_close(p.grads(), expected, 0)

@@ -5,7 +5,7 @@ Triton in its interpreter and CUDA in the emulation where there is no GPU.
 
 import importlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from types import ModuleType
 
@@ -34,14 +34,13 @@ class Kernels:
     module: ModuleType
     tile: int
 
-    def run(self, loss, labelled, bounds, settings, normalize="sequence", items=None):
+    def run(self, loss, labelled, bounds, settings, items=None):
         inputs = (None if x is None else x.to(DEVICE) for x in (loss, labelled, bounds, items))
-        found = self.module.balanced_loss(*inputs, replace(settings, normalize=normalize))
-        return BalancedLoss(*(x.cpu() for x in found))
+        return BalancedLoss(*(x.cpu() for x in self.module.balanced_loss(*inputs, settings)))
 
-    def joint(self, *tensors_and_settings):
-        *tensors, settings = tensors_and_settings
-        return self.module.weigh(*(x.to(DEVICE) for x in tensors), settings).weight.cpu()
+    def joint(self, loss, labelled, bounds, settings):
+        inputs = (x.to(DEVICE) for x in (loss, labelled, bounds))
+        return self.module.weigh(*inputs, settings).weight.cpu()
 
 
 def how_of(scheme, window=256, **how):
@@ -55,8 +54,6 @@ def kernels(request, on_device):
         pytest.importorskip("triton", reason="triton is not installed")
     else:
         request.getfixturevalue("cuda_backend")
-        if not torch.cuda.is_available():
-            request.getfixturevalue("emulated_device").how = {"unwritten": True}
     module = importlib.import_module(f"bft_kernels.backends.{request.param}.weights")
     tile = module.TILE if request.param == "triton" else native.kernels().WEIGHT_TILE
     return Kernels(module, tile)
@@ -84,9 +81,8 @@ def draw(lengths, part):
     return torch.where(labelled, loss, 0), labelled, bounds
 
 
-def plain(loss, labelled, bounds, settings, normalize="sequence", items=None):
+def plain(loss, labelled, bounds, settings, items=None):
     """PyTorch's."""
-    settings = replace(settings, normalize=normalize)
     return weighting.balanced_loss(loss, labelled, bounds, items, settings)
 
 
@@ -102,9 +98,9 @@ def test_equals_the_specification(kernels, scheme, layout):
     window = int(torch.tensor([1, 2, 5, 16, 10**12])[torch.randint(5, ())])
     normalize = "sequence" if torch.rand(()) < 0.5 else "token"
     items = torch.tensor(7) if torch.rand(()) < 0.5 else None
-    settings = how_of(scheme, window, gamma=1.7)
-    got = kernels.run(loss, labelled, bounds, settings, normalize, items)
-    expected = plain(loss.double(), labelled, bounds, settings, normalize, items)
+    settings = how_of(scheme, window, gamma=1.7, normalize=normalize)
+    got = kernels.run(loss, labelled, bounds, settings, items)
+    expected = plain(loss.double(), labelled, bounds, settings, items)
     assert all(value.dtype == torch.float32 for value in got)
     assert_close(got._asdict(), expected._asdict(), 1e-6)
     before = torch.nn.functional.pad(labelled.cumsum(0), (1, 0))
@@ -197,17 +193,17 @@ def test_a_confidence_that_underflows_is_not_zero_to_its_logarithm(kernels):
 def test_documents_do_not_see_each_other(kernels, scheme):
     lengths = (0, 5, 3 * kernels.tile, 0, kernels.tile + 1, 1, 40)
     loss, labelled, bounds = draw(lengths, 0.8)
-    settings = how_of(scheme, 12)
-    packed = kernels.run(loss, labelled, bounds.int(), settings, "token")
+    settings = how_of(scheme, 12, normalize="token")
+    packed = kernels.run(loss, labelled, bounds.int(), settings)
     parts = [
-        kernels.run(a, b, torch.tensor([0, a.numel()]), settings, "token")
+        kernels.run(a, b, torch.tensor([0, a.numel()]), settings)
         for a, b in zip(loss.split(lengths), labelled.split(lengths), strict=True)
     ]
     # Not to rounding: exactly, since a window is summed in the same order wherever it is.
     for name in packed._fields[2:]:
         alone = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(getattr(packed, name), alone), name
-    assert equal(packed, kernels.run(loss, labelled, bounds, settings, "token")), "another run"
+    assert equal(packed, kernels.run(loss, labelled, bounds, settings)), "another run"
 
 
 @every_scheme
@@ -233,7 +229,7 @@ def test_a_step_of_no_items(kernels, scheme):
     """0 in a step without labels; with labels, which nobody looked for, no finite loss."""
     loss, labelled, bounds = draw((7, 0, kernels.tile + 9), 0.7)
     for normalize in ("sequence", "token"):
-        how = (bounds, how_of(scheme, 6), normalize, torch.tensor(0))
+        how = (bounds, how_of(scheme, 6, normalize=normalize), torch.tensor(0))
         assert not any(x.any() for x in kernels.run(torch.zeros_like(loss), labelled & False, *how))
         assert not kernels.run(loss, labelled, *how).loss.isfinite()
 
@@ -254,7 +250,8 @@ def test_nothing_is_written_outside_a_buffer_or_left_unwritten(kernels, scheme, 
 def test_boundaries_that_nobody_checked_stay_inside(kernels, scheme, bounds, guarded):
     loss, labelled, _ = draw((70,), 0.8)
     for normalize in ("sequence", "token"):
-        got = kernels.run(loss, labelled, torch.tensor(bounds), how_of(scheme, 4), normalize)
+        settings = how_of(scheme, 4, normalize=normalize)
+        got = kernels.run(loss, labelled, torch.tensor(bounds), settings)
         assert not any(bool(value.isnan().any()) for value in got)
 
 
@@ -286,26 +283,11 @@ def test_the_order_of_threads_changes_nothing(emulated_device, scheme):
     loss, labelled, bounds = draw((7, 0, 512, 90), 0.7)
     runs = []
     for how in ({}, {"seed": 1}, {"seed": 2, "strict": True}):
-        emulated_device.how = {"unwritten": True, **how}
+        emulated_device.how = how
         inputs = loss, labelled, bounds, None, how_of(scheme, 9)
         runs.append(balanced_loss(*inputs))
     assert equal(runs[0], runs[1])
     assert equal(runs[0], runs[2])
-
-
-@needs_emulation
-def test_arguments_are_checked(emulated):
-    names = ["loss", "labelled", "cu_seqlens", "before", "sequence", "values", "lowest", "ended"]
-    names += ["coefficient", "token_weight", "window_confidence", "sequence_weight"]
-    pointers = {f"{name}_ptr": 16 for name in (*names, "sequence_confidence", "sums")}
-    flags = ["full_windows", "geometric", "confidence", "ratio", "flat", "by_sequence", "counts"]
-    good = pointers | dict.fromkeys(flags, False) | {"N": 4, "S": 2, "window": 3, "stream": 0}
-    good |= {"delta": 1e-8, "gamma": 1.0}
-    wrong = {"N": -1, "S": 2**31, "window": 0, "delta": math.nan, "gamma": 0.0}
-    wrong |= dict.fromkeys(pointers, 0) | {"num_items_ptr": 2}
-    for name, value in wrong.items():
-        with pytest.raises(ValueError, match=name):
-            emulated.balanced_weights(**{**good, name: value})
 
 
 # --- Triton's weighted loss ----------------------------------------------------------------------

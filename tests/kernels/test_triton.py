@@ -7,69 +7,34 @@ import torch
 
 from bft_kernels.backends.common import on_device
 from bft_kernels.backends.common.chunked import takes_chunks
-from tests.support.problems import assert_close, call_of, draw_problem, weighted_gradients
+from tests.support.problems import assert_close, draw_problem, weighted_gradients
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
 from bft_kernels.backends.triton import configs, spmm
-from bft_kernels.backends.triton import engine as triton_engine
 from bft_kernels.backends.triton.scale import scale_
 
 pytestmark = pytest.mark.usefixtures("on_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu:7"
 
 
-ENGINES = ["tiles", "chunks"]
-LISTED = [("tiles", None), ("chunks", 3000)]  # the others take half a minute interpreted
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch):
-    """Of the forward."""
-    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: request.param == "chunks")
-    return str(request.param)
-
-
 @pytest.mark.parametrize(
     ("engine", "columns"),
     soaked(
-        ENGINES, [0, 1, 60], plain=lambda engine, columns: (engine == "chunks") == (columns > 1)
+        ["tiles", "chunks"],
+        [0, 1, 60],
+        plain=lambda engine, columns: (engine == "chunks") == (columns > 1),
     ),
-    indirect=["engine"],
 )
 def test_popular_columns_take_a_dense_product(engine, columns, monkeypatch):
-    p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: engine == "chunks")
     monkeypatch.setattr(spmm, "DENSE_COLUMNS", columns)
+    p = draw_problem(21, 12, 600, bias=True, dtype=torch.bfloat16, scale=3.0)
     how = sampled_options(p)
     got = weighted_gradients(p, device=DEVICE, backend="triton", **how)
     assert_close(got, weighted_gradients(p, backend="torch", **how), 2**-6)
-
-
-@pytest.mark.parametrize(
-    ("engine", "budget"),
-    soaked(ENGINES, [1, 3000, None], plain=lambda *case: case in LISTED),
-    indirect=["engine"],
-)
-def test_chunks_list_what_is_kept_with_its_value(budget, engine):
-    p = draw_problem(28, 12, 150, bias=True, dtype=torch.float32, scale=2.0, ignored=0.4)
-    seed = sampled_options(p)["seed"]
-    p = p.copy(device=DEVICE, frozen=("hidden", "weight", "bias"))
-    how = {"gradient": "sampled", "eps": 2**-5, "return_stats": True, "hidden_variance": True}
-    call = call_of(p, seed, max_buffer_bytes=budget or 2**20, **how)
-    out = triton_engine.linear_nll(call)
-    found = int(out.csr_offsets[-1])
-    expected = torch_linear_nll(call)
-    if engine == "chunks":
-        assert torch.equal(out.csr_columns[:found], expected.csr_columns)
-        torch.testing.assert_close(out.csr_values[:found], expected.csr_values)
-    else:
-        assert out.csr_values.numel() == 0
-        assert found >= expected.csr_columns.numel()
-    torch.testing.assert_close(out.variance, expected.variance, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(out.hidden_variance, expected.hidden_variance, rtol=1e-4, atol=1e-7)
 
 
 def test_chunks_are_taken_where_they_fit():
