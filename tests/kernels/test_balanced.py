@@ -54,7 +54,8 @@ def test_balanced_statistics(scheme, gradient, budget):
     cu = boundaries((0, 12, 1, 20))
     p.target[12] = -100  # the document of one token has no label
     how = {"scheme": scheme, "window": 5, "gradient": gradient, "max_buffer_bytes": budget}
-    _, stats = balanced(p, cu_seqlens=cu, return_stats=True, **how)
+    how |= {"hidden_variance": gradient == "sampled", "return_stats": True}
+    _, stats = balanced(p, cu_seqlens=cu, **how)
     assert not any(value is not None and value.requires_grad for value in stats)
     labelled, own = p.labelled, reference.token_stats(*p.of_labelled().args)
     for name, value in own.items():
