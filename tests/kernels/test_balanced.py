@@ -88,24 +88,6 @@ def test_callable_scheme():
     assert stats.sequence_weight[1] == 0
 
 
-def test_one_document_many_layouts():
-    # The same three documents: rows of a padded batch, packed, and one by one.
-    p = draw_problem(24, 6, 50, scale=2.0)
-    lengths = (8, 5, 3)
-    rows = [torch.arange(row * 8, row * 8 + length) for row, length in enumerate(lengths)]
-    p.target[~torch.isin(torch.arange(24), torch.cat(rows))] = -100
-    p.target[::8] = torch.arange(3)  # of documents without a label none would be counted
-
-    def loss(places, shape=(-1,), **how):
-        hidden, target = p.hidden[places].view(*shape, 6), p.target[places].view(shape)
-        return balanced_linear_cross_entropy(hidden, p.weight, target, window=3, **how)
-
-    padded = loss(torch.arange(24), (3, 8))
-    packed = loss(torch.cat(rows), cu_seqlens=boundaries(lengths))
-    assert_same_loss(p, packed, padded, 1e-12)
-    assert_same_loss(p, sum(loss(row, num_items=3) for row in rows), padded, 1e-12)
-
-
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("steps", [1, 2, 4])

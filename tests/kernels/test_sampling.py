@@ -124,29 +124,6 @@ def test_no_row_or_seed_is_a_rearrangement_of_another(rng):
         assert common_values(base, other).max() < 2**12, what
 
 
-def test_rows_and_seeds_overlap_as_random_ones_do(rng):
-    # Shared values of 300 pairs of rows and of seeds, against rows with multipliers and offsets
-    # from another generator, which are as independent as this family of sequences can be.
-    pairs, columns = np.arange(300), np.arange(2**16)
-    seed = wide_int(rng) // 2
-
-    def random_rows():
-        multiplier, offset = rng.integers(2**32, size=(2, 300, 1), dtype=np.uint32)
-        # The final mix is a bijection: it changes no intersection.
-        return (multiplier | np.uint32(1)) * columns.astype(np.uint32) + offset
-
-    def shared(first, second):
-        return np.bincount(np.minimum(common_values(first, second), 3), minlength=4)
-
-    expected = shared(random_rows(), random_rows())
-    for what, found in {
-        "rows": shared(*(draw_bits(seed, 2 * pairs + i, columns) for i in (0, 1))),
-        "seeds": shared(*(draw_bits(seed + 2 * pairs + i, 0 * pairs, columns) for i in (0, 1))),
-    }.items():
-        table = [found, expected]
-        assert stats.chi2_contingency(table).pvalue > P_VALUE, (what, table)
-
-
 @pytest.mark.parametrize(("argument", "width"), [("seed", 64), ("row", 63), ("column", 31)])
 def test_every_input_bit_changes_every_output_bit_half_the_time(argument, width, rng):
     count, output_bits = 2**13, np.arange(32, dtype=np.uint32)

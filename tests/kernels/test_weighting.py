@@ -356,19 +356,3 @@ def test_empty_batches():
     assert weighting.shift_labels(none).shape == (0, 4)
     assert weighting.shift_labels(none.T).shape == (4, 0)
     assert weighting.shift_labels(none, torch.tensor([0])).shape == (0, 4)
-
-
-@given(mask=st.lists(st.booleans(), max_size=20), data=st.data())
-def test_layout_closes_gaps_up_and_opens_them_again(mask, data):
-    count = len(mask)
-    cuts = sorted(data.draw(st.lists(st.integers(0, count), max_size=5)))
-    cu = torch.tensor([0, *cuts, count])
-    labelled = torch.tensor(mask, dtype=torch.bool)
-    layout = weighting.labelled_layout(labelled, cu)
-    values = torch.arange(1.0, count + 1)
-    compacted = layout.compact(values)
-    assert torch.equal(compacted[: int(labelled.sum())], values[labelled])
-    assert bool((compacted[int(labelled.sum()) :] == 0).all())
-    assert torch.equal(layout.spread(compacted), torch.where(labelled, values, 0))
-    expected = [sum(mask[:bound]) for bound in cu.tolist()]
-    assert layout.cu_labelled.tolist() == expected
