@@ -41,9 +41,6 @@ def expected(p, loss_of):
     return fresh_gradients(p, loss_of)
 
 
-# --- existing gradients --------------------------------------------------------------------------
-
-
 def test_backward_adds_to_existing_gradients_in_place(p, loss_of, expected):
     before = {name: torch.randn_like(leaf) for name, leaf in p.leaves.items()}
     for name, leaf in p.leaves.items():
@@ -83,9 +80,6 @@ def test_accumulation_makes_no_second_gradient(gradient):
         sizes = measure_allocations(lambda: nll(p, **how).sum().backward()).sizes
         counts.append(sum(size >= p.weight.nbytes for size in sizes))
     assert counts == [1, 0]  # the gradient itself, once
-
-
-# --- where it must not be in place ---------------------------------------------------------------
 
 
 def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, expected):
@@ -192,9 +186,6 @@ def test_two_losses_share_a_head(existing, p):
     assert_close(p.weight.grad, expected, 1e-11)
 
 
-# --- kept graphs and second derivatives ----------------------------------------------------------
-
-
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, expected):
     for leaf in p.leaves.values():
@@ -224,9 +215,6 @@ def test_scaled_upstream(p, loss_of, expected):
     for factor in (0.0, -2.5):
         got = p.gradients(factor * loss_of(p))
         assert_close(got, {name: factor * grad for name, grad in expected.items()}, 1e-12)
-
-
-# --- what is kept for the backward ---------------------------------------------------------------
 
 
 def saved_bytes(run):
@@ -286,9 +274,6 @@ def test_nothing_is_left_behind(p):
     finally:
         gc.enable()
     assert after <= before
-
-
-# --- checkpointing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("existing", [False, True])

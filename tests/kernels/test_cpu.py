@@ -19,9 +19,6 @@ def instruction_set(request):
     _cpu.use_instruction_set(before)
 
 
-# --- the sample ----------------------------------------------------------------------------------
-
-
 def entries(p, seed, eps, budget, **changes):
     how = {"gradient": "sampled", "eps": eps, "backend": "cpu", "max_buffer_bytes": budget}
     return ops.linear_nll(call_of(p, seed, return_stats=True, **how, **changes))
@@ -65,9 +62,6 @@ def test_gradients_are_the_same_for_any_threads_and_slices(seed, monkeypatch):
     for other in results[1:]:
         for part, first in zip(other, results[0], strict=True):
             assert torch.equal(part, first)
-
-
-# --- the pieces ----------------------------------------------------------------------------------
 
 
 def gathered(table, out):

@@ -46,9 +46,6 @@ def finish(blocks, most=10**6):
     return taken
 
 
-# --- the order -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_one_thread_takes_all_parts_of_a_step_before_the_next(in_turn):
     blocks = Blocks(3, 4, 2, in_turn=in_turn)
@@ -124,9 +121,6 @@ def test_a_worker_that_a_sweep_does_not_have_is_refused():
         softmax.add(block, threads=2, worker=1)
     with pytest.raises(ValueError, match="workers: got 0"):
         _cpu.OnlineSoftmax(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=0)
-
-
-# --- the losses ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -19,8 +19,6 @@ from tests.support.problems import FROZEN, Problem, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# --- nothing to do -------------------------------------------------------------------------------
-
 
 def every_loss(p, **options):
     def even(confidence, cu_seqlens):
@@ -74,9 +72,6 @@ def test_nan_in_ignored_rows_does_not_leak(gradient, frozen):
         a, b = run(p), run(clean)
         assert_close(a, b, 1e-13)
         assert_close(p.gradients(a), clean.gradients(b), 1e-13)
-
-
-# --- forms of the input --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (3, 2, 2), (2, 0)], ids=str)
@@ -151,9 +146,6 @@ def test_ignore_index(ignore_index):
     assert_close(balanced(p, window=4, **how), spec, 1e-12)
 
 
-# --- with and without gradients ------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 @pytest.mark.parametrize("budget", [1, 3000, None])
 def test_the_loss_is_the_same_with_and_without_gradients(gradient, budget):
@@ -174,9 +166,6 @@ def test_statistics_do_not_change_the_loss():
         for function in (linear_nll, linear_cross_entropy, balanced_linear_cross_entropy):
             plain = function(*p.args, gradient=gradient)
             assert torch.equal(function(*p.args, gradient=gradient, return_stats=True)[0], plain)
-
-
-# --- random numbers ------------------------------------------------------------------------------
 
 
 def sampled_gradient(p, seed):
@@ -224,9 +213,6 @@ def test_exact_gradients_are_deterministic():
         first, second = p.gradients(run()), p.gradients(run())
         for name in first:
             assert torch.equal(first[name], second[name]), name
-
-
-# --- as on an accelerator -------------------------------------------------------------------------
 
 
 ACCELERATED = {

@@ -172,8 +172,6 @@ def test_a_scale_is_a_power_of_two():
         assert gemm.scale_for(upstream, upstream, 1.0, 0.1) == 1
 
 
-# --- extreme logits ------------------------------------------------------------------------------
-
 BIG = 3e38
 EXTREMES = {
     "ties": [0.0, 0.0, 0.0, 0.0, 0.0, 0.0],

@@ -95,19 +95,6 @@ def test_losses_equal_torch(options):
     assert_close(got, expected, 1e-13)
 
 
-def test_masked_columns_cost_nothing():
-    p = draw_problem(9, 4, 12, bias=True, ignored=0)
-    with torch.no_grad():
-        p.bias[3] = -math.inf
-        p.target[p.target == 3] = 4
-    got = reference.linear_nll(*p.args, bias=p.bias)
-    rest = [v for v in range(12) if v != 3]
-    z = p.hidden @ p.weight[rest].T + p.bias[rest]
-    target = p.target - (p.target > 3).long()
-    assert_close(got, torch.nn.functional.cross_entropy(z, target, reduction="none"), 1e-13)
-    assert bool((reference.linear_nll(*p.args, bias=p.bias, label_smoothing=0.1) == math.inf).all())
-
-
 def test_statistics():
     p = draw_problem(31, 5, 19, ignored=0)
     stats = reference.token_stats(*p.args)

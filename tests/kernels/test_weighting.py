@@ -229,9 +229,6 @@ def test_compiled(scheme, compiler, fresh_compiler):
         assert_close(compiled(c, cu, scheme=scheme, window=6)._asdict(), expected._asdict(), 1e-12)
 
 
-# --- the authors' released loss ------------------------------------------------------------------
-
-
 def released_loss(logits, labels, group_size, gamma=1.0):
     """The loss of the authors' released code: full logits, one sample a row, ``B`` rows.
 
@@ -277,9 +274,6 @@ def test_bft_v1_code_is_the_released_loss(side, window):
     assert_same_loss(p, ours(num_items=batch), expected, 1e-10)
     # Without num_items the empty row is not counted.
     assert_close(ours(), expected * batch / (batch - 1), 1e-10)
-
-
-# --- layouts -------------------------------------------------------------------------------------
 
 
 @given(
