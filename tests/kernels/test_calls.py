@@ -57,12 +57,14 @@ def counter(monkeypatch):
 
         return call
 
-    for place, names in ((torch, ("mm", "addmm")), (torch.Tensor, ("addmm_",))):
+    native = pytest.importorskip("bft_kernels._cpu")
+    for place, names in (
+        (torch, ("mm", "addmm")),
+        (torch.Tensor, ("addmm_",)),
+        (native, ("OnlineSoftmax", "gradient_block", "run_team")),
+    ):
         for name in names:
             monkeypatch.setattr(place, name, watched(getattr(place, name)))
-    native = pytest.importorskip("bft_kernels._cpu")
-    for name in ("OnlineSoftmax", "gradient_block", "run_team"):
-        monkeypatch.setattr(native, name, watched(getattr(native, name)))
     yield counter
     sys.setprofile(None)
 
