@@ -1,4 +1,7 @@
-"""The cpu backend on every instruction set that runs here, against the float64 specification."""
+"""The cpu backend on every instruction set that runs here, against the float64 specification.
+
+And its sample beside that of the torch backend in the same type.
+"""
 
 import pytest
 import torch
@@ -19,8 +22,8 @@ def instruction_set(request):
     _cpu.use_instruction_set(before)
 
 
-def entries(p, seed, eps, budget, **changes):
-    how = {"gradient": "sampled", "eps": eps, "backend": "cpu", "max_buffer_bytes": budget}
+def entries(p, seed, eps, budget, *, backend="cpu", **changes):
+    how = {"gradient": "sampled", "eps": eps, "backend": backend, "max_buffer_bytes": budget}
     return ops.linear_nll(call_of(p, seed, return_stats=True, **how, **changes))
 
 
@@ -33,9 +36,10 @@ def test_the_kept_set_is_the_specifications(dtype, transform, seed):
     expected = specified_sample(p, seed, eps, **how)
     clear = ~undecided(p, seed, eps, **how)
     assert int(expected.kept.sum()) > 3000
-    for budget, threads in ((2**26, 1), (2**26, 3), (40_000, 2), (1, 1)):
+    on_cpu = [("cpu", *how) for how in ((2**26, 1), (2**26, 3), (40_000, 2), (1, 1))]
+    for backend, budget, threads in (*on_cpu, ("torch", 20_000, 1), ("torch", 10**6, 1)):
         torch.set_num_threads(threads)
-        result = entries(p, seed, eps, budget, **how)
+        result = entries(p, seed, eps, budget, backend=backend, **how)
         row = torch.repeat_interleave(torch.arange(60), result.csr_offsets.diff())
         assert bool((result.csr_columns.diff()[row.diff() == 0] > 0).all())
         kept = torch.zeros_like(clear)

@@ -9,11 +9,10 @@ import pytest
 import torch
 from scipy import stats
 
-from bft_kernels import ops
 from tests.support.draws import P_VALUE, draw_bits, inclusion
 from tests.support.losses import nll
-from tests.support.problems import Problem, assert_close, call_of, draw_problem
-from tests.support.samples import specified_sample, undecided
+from tests.support.problems import Problem, assert_close, draw_problem
+from tests.support.samples import specified_sample
 
 
 def wide_int(rng):
@@ -211,26 +210,6 @@ def test_gradients_are_those_of_the_specification(options, budget, seed):
         assert bool((value[~p.labelled] == 0).all())
     assert_close(gradients["weight"], dy.T @ own.hidden, 1e-12)
     assert_close(gradients["bias"], dy.sum(0), 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kept_set_does_not_depend_on_blocks(dtype, seed):
-    p = draw_problem(70, 24, 3000, ignored=0, dtype=dtype, scale=3.0)
-    eps = 2**-9
-
-    def entries(budget):
-        how = {"gradient": "sampled", "eps": eps, "backend": "torch", "max_buffer_bytes": budget}
-        result = ops.linear_nll(call_of(p, seed, **how))
-        row = torch.repeat_interleave(torch.arange(70), result.csr_offsets.diff())
-        kept = torch.zeros(70, 3000, dtype=torch.bool)
-        kept[row, result.csr_columns.long()] = True
-        return kept
-
-    expected = specified_sample(p, seed, eps).kept
-    assert int(expected.sum()) > 5000
-    clear = ~undecided(p, seed, eps)
-    for budget in (1, 20_000, 10**5, 10**6, 2**26):
-        assert not bool(((entries(budget) != expected) & clear).any())
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0, "temperature": 1.3}], ids=str)
