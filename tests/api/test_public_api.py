@@ -77,21 +77,12 @@ def commands():
 
 def lines():
     """The public API of today's code."""
-    found = []
-    for package in PACKAGES:
-        module = importlib.import_module(package)
-        for name in sorted(module.__all__):
-            found += describe(f"{package}.{name}", getattr(module, name))
+    public = [(p, name) for p in PACKAGES for name in sorted(importlib.import_module(p).__all__)]
     documented = imported_by_docs() | {("bft_kernels.weighting", "token_weights")}
-    public = {(package, name) for package in PACKAGES for name in _all(package)}
-    for module_name, name in sorted(documented - public):
-        module = importlib.import_module(module_name)
-        found += describe(f"{module_name}.{name}", getattr(module, name))
+    found = []
+    for place, name in [*public, *sorted(documented - set(public))]:
+        found += describe(f"{place}.{name}", getattr(importlib.import_module(place), name))
     return [*found, *commands()]
-
-
-def _all(package):
-    return list(importlib.import_module(package).__all__)
 
 
 def test_the_public_api_is_what_the_snapshot_lists():

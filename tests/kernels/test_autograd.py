@@ -5,23 +5,19 @@ import gc
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+from bft_kernels import linear_nll
+from tests.support.allocations import measure_allocations
+from tests.support.losses import balanced, cross_entropy, nll
 from tests.support.problems import assert_close, draw_problem
 
 LOSSES = {
-    "nll": lambda p, **how: (linear_nll(*p.args, bias=p.bias, **how) ** 2).sum(),
-    "sampled": lambda p, **how: (
-        linear_nll(*p.args, bias=p.bias, gradient="sampled", eps=2**-5, seed=7, **how) ** 2
-    ).sum(),
-    "mean": lambda p, **how: linear_cross_entropy(*p.args, bias=p.bias, **how),
-    "balanced": lambda p, **how: balanced_linear_cross_entropy(
-        *p.args, bias=p.bias, window=4, **how
-    ),
+    "nll": lambda p: (nll(p) ** 2).sum(),
+    "sampled": lambda p: (nll(p, gradient="sampled", eps=2**-5, seed=7) ** 2).sum(),
+    "mean": cross_entropy,
+    "balanced": lambda p: balanced(p, window=4),
 }
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=list(LOSSES))
@@ -45,23 +41,20 @@ def expected(p, loss_of):
     return fresh_gradients(p, loss_of)
 
 
-# --- existing gradients --------------------------------------------------------------------------
-
-
 def test_backward_adds_to_existing_gradients_in_place(p, loss_of, expected):
     before = {name: torch.randn_like(leaf) for name, leaf in p.leaves.items()}
     for name, leaf in p.leaves.items():
         leaf.grad = before[name].clone()
-    places = {name: grad.data_ptr() for name, grad in p.grads().items()}
     tensors = p.grads()
+    places = {name: grad.data_ptr() for name, grad in tensors.items()}
     loss_of(p).backward()
     for name, grad in p.grads().items():
-        assert grad.data_ptr() == places[name], name
         assert grad is tensors[name], name
+        assert grad.data_ptr() == places[name], name
         assert_close(grad, before[name] + expected[name], 1e-12, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
 def test_micro_batches_sum_up(gradient, dtype):
     how = {"gradient": gradient, "seed": 1, "eps": 2**-8}
@@ -77,62 +70,23 @@ def test_micro_batches_sum_up(gradient, dtype):
     assert_close(p.weight.grad, torch.stack(parts).sum(0), 16 * torch.finfo(dtype).eps)
 
 
-class LargeTensors(TorchDispatchMode):
-    """Counts storages of at least ``numel`` elements that ops return and that are new.
-
-    The mode is off inside the custom ops; ``backend_under`` puts it on around the backend.
-    """
-
-    def __init__(self, numel, known):
-        super().__init__()
-        self.numel = numel
-        self.seen = {x.untyped_storage().data_ptr() for x in known}
-        self.keep = []  # so that no address is used twice
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if not isinstance(x, Tensor) or x.untyped_storage().nbytes() == 0:
-                continue
-            place = x.untyped_storage().data_ptr()
-            if place in self.seen:
-                continue
-            self.seen.add(place)
-            self.keep.append(x.detach())
-            if x.untyped_storage().nbytes() // x.element_size() >= self.numel:
-                self.found.append(f"{func} {tuple(x.shape)}")
-        return out
-
-
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_accumulation_makes_no_second_gradient(gradient, backend_under):
+def test_accumulation_makes_no_second_gradient(gradient):
     # V * D is larger than everything else here: N * D, the blocks and the entries together.
     p = draw_problem(6, 64, 500, dtype=torch.float32)
     how = {"gradient": gradient, "seed": 1, "eps": 2**-4, "max_buffer_bytes": 40_000}
     counts = []
     for _ in range(2):
-        known = [p.hidden, p.weight, *(g for g in p.grads().values() if g is not None)]
-        with LargeTensors(500 * 64, known) as mode:
-            backend_under(mode)
-            linear_nll(*p.args, **how).sum().backward()
-        counts.append(len(mode.found))
-    assert counts == [1, 0], mode.found  # the gradient itself, once
-
-
-# --- where it must not be in place ---------------------------------------------------------------
+        sizes = measure_allocations(lambda: nll(p, **how).sum().backward()).sizes
+        counts.append(sum(size >= p.weight.nbytes for size in sizes))
+    assert counts == [1, 0]  # the gradient itself, once
 
 
 def test_autograd_grad_leaves_existing_gradients_alone(p, loss_of, expected):
     for leaf in p.leaves.values():
         leaf.grad = torch.full_like(leaf, 3.0)
-    for wanted in (
-        ("weight",),
-        ("hidden",),
-        ("hidden", "weight"),
-        ("bias",),
-        ("hidden", "weight", "bias"),
-    ):
+    for names in ("weight", "hidden", "bias", "hidden weight", "hidden weight bias"):
+        wanted = names.split()
         got = torch.autograd.grad(loss_of(p), [p.leaves[name] for name in wanted])
         for name, grad in zip(wanted, got, strict=True):
             assert_close(grad, expected[name], 1e-12, name)
@@ -146,19 +100,51 @@ def test_backward_with_inputs_touches_only_those(inputs, p, loss_of, expected):
         leaf.grad = torch.ones_like(leaf)
     loss_of(p).backward(inputs=[p.leaves[name] for name in inputs])
     for name, grad in p.grads().items():
-        assert_close(
-            grad, 1 + expected[name] if name in inputs else torch.ones_like(grad), 1e-12, name
-        )
+        assert_close(grad, torch.ones_like(grad) + expected[name] * (name in inputs), 1e-12, name)
 
 
-def test_hooks_see_the_gradient(p, loss_of, expected):
+def step_inside_the_backward(p, see):
+    """As an optimizer that drops the gradient."""
+
+    def step(weight):
+        see(weight.grad)
+        weight.grad = None
+
+    p.weight.register_post_accumulate_grad_hook(step)
+
+
+def once_ready(p, see):
+    """As data-parallel wrappers, which hook the node to know that a gradient is ready."""
+    node = torch.autograd.graph.get_gradient_edge(p.weight).node
+    node.register_hook(lambda *_: see(p.weight.grad))
+
+
+HOOKS = {  # and whether they see what was there, too
+    "tensor": (lambda p, see: p.weight.register_hook(see), False),
+    "several tensors": (
+        lambda p, see: torch.autograd.graph.register_multi_grad_hook(
+            [p.hidden, p.weight], lambda grads: see(grads[1])
+        ),
+        False,
+    ),
+    "after accumulation": (step_inside_the_backward, True),
+    "node": (once_ready, True),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_see_the_gradient_once(hook, p, loss_of, expected):
     p.weight.grad = torch.ones_like(p.weight)
-    seen = []
-    p.weight.register_hook(lambda grad: seen.append(grad.clone()))
-    loss_of(p).backward()
+    seen, loss = [], loss_of(p)
+    register, accumulated = HOOKS[hook]
+    register(p, lambda grad: seen.append(grad.clone()))
+    loss.backward()
     assert len(seen) == 1
-    assert_close(seen[0], expected["weight"], 1e-12)
-    assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
+    assert_close(seen[0], accumulated + expected["weight"], 1e-12)
+    if hook == "after accumulation":
+        assert p.weight.grad is None
+    else:
+        assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
 
 
 def test_hooks_may_replace_the_gradient(p, loss_of, expected):
@@ -166,44 +152,6 @@ def test_hooks_may_replace_the_gradient(p, loss_of, expected):
     p.weight.register_hook(lambda grad: 10 * grad)
     loss_of(p).backward()
     assert_close(p.weight.grad, 1 + 10 * expected["weight"], 1e-11)
-
-
-def test_hooks_after_accumulation_fire_once(p, loss_of, expected):
-    # An optimizer inside the backward steps here and drops the gradient.
-    p.weight.grad = torch.ones_like(p.weight)
-    seen = []
-
-    def step(weight):
-        seen.append(weight.grad.clone())
-        weight.grad = None
-
-    p.weight.register_post_accumulate_grad_hook(step)
-    loss_of(p).backward()
-    assert len(seen) == 1
-    assert_close(seen[0], 1 + expected["weight"], 1e-12)
-    assert p.weight.grad is None
-
-
-def test_hooks_on_several_tensors_fire(p, loss_of, expected):
-    p.weight.grad = torch.ones_like(p.weight)
-    seen = []
-    torch.autograd.graph.register_multi_grad_hook(
-        [p.hidden, p.weight], lambda grads: seen.append([g.clone() for g in grads])
-    )
-    loss_of(p).backward()
-    assert len(seen) == 1
-    assert_close(seen[0][1], expected["weight"], 1e-12)
-
-
-def test_hooks_on_the_accumulating_node_fire(p, loss_of, expected):
-    # Data-parallel wrappers hook this node to know that a gradient is ready.
-    p.weight.grad = torch.ones_like(p.weight)
-    ready = []
-    node = torch.autograd.graph.get_gradient_edge(p.weight).node
-    node.register_hook(lambda *_: ready.append(p.weight.grad.clone()))
-    loss_of(p).backward()
-    assert len(ready) == 1
-    assert_close(ready[0], 1 + expected["weight"], 1e-12)
 
 
 def test_a_weight_that_is_no_leaf(p, loss_of, expected):
@@ -217,42 +165,25 @@ def test_a_weight_that_is_no_leaf(p, loss_of, expected):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_tied_weights(existing, loss_of):
+def test_tied_weights(existing, p, loss_of):
     # Embedding and head are one parameter, and both uses add to its gradient.
-    p = draw_problem(40, 8, 60, bias=True)
     tokens = torch.randint(60, (40,))
-
-    def run(function, weight):
+    inner, head, tied = (p.weight.detach().clone().requires_grad_() for _ in range(3))
+    tied.grad = torch.ones_like(tied) if existing else None
+    for embedding, weight in ((inner, head), (tied, tied)):
         q = p.copy()
-        q.weight, q.hidden = weight, torch.nn.functional.embedding(tokens, weight).tanh()
-        return function(q)
-
-    tied = torch.nn.Parameter(p.weight.detach().clone())
-    other = p.weight.detach().clone().requires_grad_()
-    inner = p.weight.detach().clone().requires_grad_()
-    q = p.copy()
-    q.weight, q.hidden = other, torch.nn.functional.embedding(tokens, inner).tanh()
-    loss_of(q).backward()
-    expected = other.grad + inner.grad
-    if existing:
-        tied.grad = torch.ones_like(tied)
-        expected = expected + 1
-    run(loss_of, tied).backward()
-    assert_close(tied.grad, expected, 1e-11)
+        q.weight, q.hidden = weight, torch.nn.functional.embedding(tokens, embedding).tanh()
+        loss_of(q).backward()
+    assert_close(tied.grad, existing + head.grad + inner.grad, 1e-11)
 
 
-def test_two_losses_share_a_head(p):
-    expected = fresh_gradients(p, LOSSES["nll"])["weight"] + sum(
-        fresh_gradients(p, LOSSES[name])["weight"] for name in ("mean", "balanced")
-    )
-    for existing in (False, True):
-        p.weight.grad = torch.zeros_like(p.weight) if existing else None
-        total = sum(LOSSES[name](p) for name in ("nll", "mean", "balanced"))
-        total.backward()
-        assert_close(p.weight.grad, expected, 1e-11)
-
-
-# --- kept graphs and second derivatives ----------------------------------------------------------
+@pytest.mark.parametrize("existing", [False, True])
+def test_two_losses_share_a_head(existing, p):
+    losses = [LOSSES[name] for name in ("nll", "mean", "balanced")]
+    expected = sum(fresh_gradients(p, loss)["weight"] for loss in losses)
+    p.weight.grad = torch.zeros_like(p.weight) if existing else None
+    sum(loss(p) for loss in losses).backward()
+    assert_close(p.weight.grad, expected, 1e-11)
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -272,32 +203,17 @@ def test_a_kept_graph_gives_the_gradient_again(existing, p, loss_of, expected):
 def test_retained_gradients_are_not_shared(p, loss_of):
     # What a kept graph handed out must not change when it is asked again.
     loss = loss_of(p)
-    first = torch.autograd.grad(loss, list(p.leaves.values()), retain_graph=True)
-    copies = [x.clone() for x in first]
-    torch.autograd.grad(5 * loss, list(p.leaves.values()), retain_graph=True)
-    torch.autograd.grad(7 * loss, list(p.leaves.values()))
-    for x, y in zip(first, copies, strict=True):
-        assert torch.equal(x, y)
+    first = p.gradients(loss, True)
+    copies = {name: grad.clone() for name, grad in first.items()}
+    p.gradients(5 * loss, True)
+    p.gradients(7 * loss)
+    torch.testing.assert_close(first, copies, rtol=0, atol=0)
 
 
 def test_scaled_upstream(p, loss_of, expected):
     for factor in (0.0, -2.5):
-        q = p.copy()
-        (factor * loss_of(q)).backward()
-        assert_close(q.grads(), {k: factor * v for k, v in expected.items()}, 1e-12)
-
-
-def test_statistics_need_no_graph(p):
-    # Only the loss is differentiable; a statistic in a loss must not silently give zeros.
-    loss, stats = balanced_linear_cross_entropy(
-        *p.args, gradient="sampled", return_stats=True, hidden_variance=True
-    )
-    assert loss.requires_grad
-    for name, value in stats._asdict().items():
-        assert not value.requires_grad, name
-
-
-# --- what is kept for the backward ---------------------------------------------------------------
+        got = p.gradients(factor * loss_of(p))
+        assert_close(got, {name: factor * grad for name, grad in expected.items()}, 1e-12)
 
 
 def saved_bytes(run):
@@ -339,11 +255,7 @@ def test_a_frozen_head_does_no_work_on_it(monkeypatch):
 
     monkeypatch.setattr(Gemm, "weight_gradient", refuse)
     p = draw_problem(20, 8, 50, bias=True, frozen=("weight", "bias"))
-    for loss in (
-        linear_nll(*p.args, bias=p.bias).sum(),
-        linear_cross_entropy(*p.args, bias=p.bias),
-        balanced_linear_cross_entropy(*p.args, bias=p.bias),
-    ):
+    for loss in (nll(p).sum(), cross_entropy(p), balanced(p)):
         loss.backward()
     assert p.weight.grad is None
 
@@ -361,9 +273,6 @@ def test_nothing_is_left_behind(p):
     finally:
         gc.enable()
     assert after <= before
-
-
-# --- checkpointing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -405,27 +314,3 @@ def test_saved_tensors_may_be_packed(p, loss_of, expected):
     loss.backward()
     assert_close(p.weight.grad, 1 + expected["weight"], 1e-12)
     assert_close(p.hidden.grad, expected["hidden"], 1e-12)
-
-
-def test_inside_a_model():
-    # As in training: activations before, an optimizer after, several steps.
-    def train(loss_of):
-        torch.manual_seed(0)
-        body = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh()).double()
-        head = torch.nn.Linear(8, 30).double()
-        optimizer = torch.optim.AdamW([*body.parameters(), *head.parameters()], lr=1e-2)
-        x, target = torch.randn(20, 6, dtype=torch.float64), torch.randint(30, (20,))
-        for _ in range(4):
-            for part in (slice(0, 12), slice(12, 20)):
-                loss = loss_of(body(x[part]), head.weight, target[part], head.bias)
-                (loss / 2).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=False)
-        return [*body.parameters(), *head.parameters()]
-
-    fused = train(lambda h, w, t, b: linear_nll(h, w, t, bias=b).mean())
-    weighted = train(lambda h, w, t, b: linear_cross_entropy(h, w, t, bias=b))
-    plain = train(lambda h, w, t, b: reference.linear_nll(h, w, t, bias=b).mean())
-    for a, b, c in zip(fused, weighted, plain, strict=True):
-        assert_close(a, c, 1e-9)
-        assert_close(b, c, 1e-9)

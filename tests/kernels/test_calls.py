@@ -5,6 +5,7 @@ gradients required, up to the first product or the first call into ``_cpu``.
 """
 
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,9 @@ class Counter:
         if sys.getprofile() is not self:
             return
         sys.setprofile(None)
-        frame = sys._getframe()
-        while frame is not None:
-            if frame.f_code.co_filename.startswith(PACKAGE):
-                name = frame.f_code.co_filename.removeprefix(PACKAGE)
-                self.stack.append(f"{name}:{frame.f_code.co_name}")
-            frame = frame.f_back
+        for frame in traceback.extract_stack():
+            if frame.filename.startswith(PACKAGE):
+                self.stack.append(f"{frame.filename.removeprefix(PACKAGE)}:{frame.name}")
 
 
 @pytest.fixture
@@ -59,12 +57,14 @@ def counter(monkeypatch):
 
         return call
 
-    for place, names in ((torch, ("mm", "addmm")), (torch.Tensor, ("addmm_",))):
+    native = pytest.importorskip("bft_kernels._cpu")
+    for place, names in (
+        (torch, ("mm", "addmm")),
+        (torch.Tensor, ("addmm_",)),
+        (native, ("OnlineSoftmax", "gradient_block", "run_team")),
+    ):
         for name in names:
             monkeypatch.setattr(place, name, watched(getattr(place, name)))
-    native = pytest.importorskip("bft_kernels._cpu")
-    for name in ("OnlineSoftmax", "gradient_block", "run_team"):
-        monkeypatch.setattr(native, name, watched(getattr(native, name)))
     yield counter
     sys.setprofile(None)
 

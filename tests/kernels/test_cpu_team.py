@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels import linear_cross_entropy
+from tests.support.losses import balanced, cross_entropy, nll
 from tests.support.problems import draw_problem, error_of
 
 _cpu = pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
@@ -21,12 +22,10 @@ from bft_kernels.backends.cpu.team import Blocks, run  # noqa: E402
 WAIT = 20.0  # seconds, for what happens at once where it happens at all
 
 LOSSES = {
-    "sampled": lambda p, **how: linear_cross_entropy(*p.args, gradient="sampled", seed=5, **how),
+    "sampled": lambda p, **how: cross_entropy(p, gradient="sampled", seed=5, **how),
     "unit": lambda p, **how: linear_cross_entropy(p.hidden, p.weight.detach(), p.target, **how),
-    "recompute": lambda p, **how: linear_nll(*p.args, bias=p.bias, **how).sum(),
-    "weighted": lambda p, **how: balanced_linear_cross_entropy(
-        *p.args, bias=p.bias, cu_seqlens=torch.tensor([0, 100, 260, 600]), **how
-    ),
+    "recompute": lambda p, **how: nll(p, **how).sum(),
+    "weighted": lambda p, **how: balanced(p, cu_seqlens=torch.tensor([0, 100, 260, 600]), **how),
 }
 
 
@@ -45,9 +44,6 @@ def finish(blocks, most=10**6):
         taken.append(block)
         blocks.done(block[0])
     return taken
-
-
-# --- the order -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
@@ -127,9 +123,6 @@ def test_a_worker_that_a_sweep_does_not_have_is_refused():
         _cpu.OnlineSoftmax(rows=4, vocabulary=8, targets=targets.data_ptr(), workers=0)
 
 
-# --- the losses ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_thread_that_is_put_aside_does_not_hold_up_the_other(name, monkeypatch):
     p = draw_problem(600, 32, 5000, dtype=torch.float32, ignored=0.0)
@@ -191,7 +184,7 @@ def test_busy_neighbours_slow_us_down_as_much_as_eager():
     losses = {
         "eager": eager,
         "sampled": lambda: LOSSES["sampled"](p, backend="cpu"),
-        "exact": lambda: linear_cross_entropy(*p.args, backend="cpu"),
+        "exact": lambda: cross_entropy(p, backend="cpu"),
     }
 
     def seconds(neighbours):

@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from bft_kernels import balanced_linear_cross_entropy, empty_cache, linear_cross_entropy, workspace
-from tests.support.problems import draw_problem, error_of
+from bft_kernels import empty_cache, linear_cross_entropy, workspace
+from tests.support.losses import balanced, cross_entropy
+from tests.support.problems import Problem, draw_problem, error_of
 
 pytest.importorskip("bft_kernels._cpu", reason="bft_kernels._cpu is not built")
 
@@ -44,24 +45,18 @@ def gradients(loss, p):
     return {"loss": loss.detach(), **p.grads()}
 
 
-def balanced(p, rows=ROWS, budget=24 * MIB):
+def first_rows(p, rows=ROWS, budget=24 * MIB):
     """Loss and gradients of the first rows of a problem."""
-    own = p.copy()
-    hidden, weight, target = own.args
-    inputs = hidden[:rows], weight, target[:rows]
-    loss = balanced_linear_cross_entropy(*inputs, window=4, backend="cpu", max_buffer_bytes=budget)
-    return gradients(loss, own)
+    own = Problem(p.hidden[:rows], p.weight, p.target[:rows])
+    return gradients(balanced(own, window=4, backend="cpu", max_buffer_bytes=budget), own)
 
 
 def check(p, budget, **how):
     """No less accurate than torch's own products and softmax in float32."""
+    loss_of = balanced if "cu_seqlens" in how else cross_entropy
 
     def run(copy, **more):
-        if "cu_seqlens" in how:
-            loss = balanced_linear_cross_entropy(*copy.args, **how, **more)
-        else:
-            loss = linear_cross_entropy(*copy.args, **how, **more)
-        return gradients(loss, copy)
+        return gradients(loss_of(copy, **how, **more), copy)
 
     truth = run(p.copy(torch.float64), backend="torch")
     plain = run(p.copy(torch.float32), backend="torch")
@@ -84,12 +79,21 @@ def test_several_pieces(dtype, ignored, taken):
     assert all(rows - waiting < CPU_PASS_ROWS for rows, waiting, _ in taken)
 
 
-@pytest.mark.parametrize("ignored", [0.0, 0.3])
-def test_a_long_document_is_one_piece_and_partly_computed_again(ignored, taken):
-    p = draw_problem(ROWS, 8, VOCABULARY, ignored=ignored, dtype=torch.float32, scale=2.0)
-    check(p, 24 * MIB, cu_seqlens=torch.tensor([0, ROWS]), window=4)
+@pytest.mark.parametrize(
+    ("shape", "cuts", "budget", "ignored"),
+    [
+        # A long document is one piece, some of which waits in the buffer as well.
+        *(((ROWS, 8, VOCABULARY), [0, ROWS], 24 * MIB, ignored) for ignored in (0.0, 0.3)),
+        # The gradient has room whatever the budget.
+        *(((200, 32, 601), [0, 90, 200], budget, 0.0) for budget in (1, 10_000, 300_000)),
+    ],
+)
+def test_one_piece_is_partly_computed_again(shape, cuts, budget, ignored, taken):
+    p = draw_problem(*shape, ignored=ignored, dtype=torch.float32, scale=2.0)
+    check(p, budget, cu_seqlens=torch.tensor(cuts), window=4)
     [(rows, waiting, in_gradient)] = taken
-    assert in_gradient == 8 < waiting < rows
+    assert in_gradient == shape[1] <= waiting < rows
+    assert waiting > in_gradient or budget < 24 * MIB
 
 
 def test_a_long_document_among_short_ones(taken):
@@ -97,14 +101,6 @@ def test_a_long_document_among_short_ones(taken):
     bounds = torch.tensor([0, 60, 150, 250, 600, 700, 800, 900, ROWS])
     check(p, 24 * MIB, cu_seqlens=bounds, window=4)
     assert any(waiting < rows for rows, waiting, _ in taken)
-
-
-@pytest.mark.parametrize("budget", [1, 10_000, 300_000])
-def test_the_gradient_has_room_whatever_the_budget(budget, taken):
-    p = draw_problem(200, 32, 601, ignored=0.0, dtype=torch.float32, scale=2.0)
-    check(p, budget, cu_seqlens=torch.tensor([0, 90, 200]), window=4)
-    [(rows, waiting, in_gradient)] = taken
-    assert in_gradient == 32 <= waiting < rows
 
 
 @pytest.mark.parametrize(
@@ -147,10 +143,9 @@ def test_the_same_result_with_any_number_of_threads(all_threads):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(balanced(p))
+        results.append(first_rows(p))
     for other in results[1:]:
-        for name, expected in results[0].items():
-            torch.testing.assert_close(other[name], expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-7)
 
 
 def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
@@ -160,28 +155,26 @@ def test_logits_that_waited_in_an_earlier_call_do_not_matter(taken):
     empty_cache()
     with torch.inference_mode():
         linear_cross_entropy(*(tensor.detach() for tensor in p.args), max_buffer_bytes=24 * MIB)
-    first = balanced(p)
+    first = first_rows(p)
     (kept,) = workspace._kept
     assert 0 < kept.nbytes <= 24 * MIB
     kept.fill_(torch.nan)
-    again = balanced(p)
+    again = first_rows(p)
     assert workspace._kept[0] is kept
-    balanced(p, rows=ROWS // 8, budget=4 * MIB)
+    first_rows(p, rows=ROWS // 8, budget=4 * MIB)
     assert workspace._kept[0] is kept
-    balanced(p, budget=48 * MIB)
+    first_rows(p, budget=48 * MIB)
     assert workspace._kept[0].nbytes > kept.nbytes
     empty_cache()
-    for other in (again, balanced(p)):
-        for name, expected in first.items():
-            assert torch.equal(other[name], expected), name
+    for other in (again, first_rows(p)):
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
 def test_calls_side_by_side_have_a_buffer_each():
     p = draw_problem(ROWS, 8, VOCABULARY, dtype=torch.float32, scale=2.0)
 
-    expected = balanced(p)
+    expected = first_rows(p)
     with ThreadPoolExecutor(3) as pool:
-        for got in pool.map(balanced, [p] * 6):
-            for name, value in expected.items():
-                torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-7)
+        for got in pool.map(first_rows, [p] * 6):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
     assert len(workspace._kept) == 1

@@ -46,9 +46,7 @@ def test_auto_says_its_choice_once(caplog):
         for _ in range(3):
             linear_nll(*p.args).sum().backward()
         linear_nll(*p.args, backend="torch")
-    assert [record.getMessage() for record in caplog.records] == [
-        "backend torch for torch.float64 on cpu"
-    ]
+    assert caplog.messages == ["backend torch for torch.float64 on cpu"]
 
 
 WIDE, NARROW = torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2)

@@ -221,13 +221,6 @@ def test_arguments(function, others, case):
         assert said in message, f"{said!r} not in: {message}"
 
 
-def test_nan_in_an_ignored_row_costs_nothing_and_is_not_reported():
-    target = torch.arange(N)
-    target[1] = -100
-    result = linear_nll(**good(hidden=with_nan((N, D)), target=target, check=True))
-    assert bool(torch.isfinite(result).all())
-
-
 def test_check_false_looks_at_no_boundaries():
     bounds = torch.tensor([0, 4, 2, N])
     loss = balanced_linear_cross_entropy(

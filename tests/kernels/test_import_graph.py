@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import bft_kernels
 from bft_kernels.dispatch import BACKENDS
 
@@ -19,25 +21,20 @@ def imported(path):
             yield from (alias.name for alias in node.names if alias.name.startswith("bft_kernels"))
 
 
-def edges(*folders):
-    """Of the files of some folders: their own room and the backends that they import."""
-    for folder in folders:
-        for path in (PACKAGE / folder).rglob("*.py"):
-            for name in imported(path):
-                parts = name.split(".")
-                if parts[1:2] == ["backends"] and len(parts) > 2:
-                    yield path.relative_to(PACKAGE), parts[2]
+def edges(folder):
+    """Of the files of a folder: each, and the backends that it imports."""
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[1:2] == ["backends"] and len(parts) > 2:
+                yield path.relative_to(PACKAGE), parts[2]
 
 
-def test_no_backend_imports_another():
-    for backend in BACKENDS:
-        found = {(path, to) for path, to in edges(f"backends/{backend}")}
-        assert {to for _, to in found} <= {backend, "common"}, found
-        assert found, f"{backend} imports nothing: the test looks in the wrong place"
-
-
-def test_what_they_share_imports_none():
-    assert {to for _, to in edges("backends/common")} == {"common"}
+@pytest.mark.parametrize("backend", [*BACKENDS, "common"])
+def test_no_backend_imports_another(backend):
+    found = set(edges(f"backends/{backend}"))
+    assert {to for _, to in found} <= {backend, "common"}, found
+    assert found, f"{backend} imports nothing: the test looks in the wrong place"
 
 
 def test_nothing_else_imports_a_backend():

@@ -5,28 +5,32 @@ import math
 import pytest
 import torch
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, reference
+from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
 from bft_kernels.settings import SCHEMES
+from tests.support.losses import (
+    assert_same_loss,
+    balanced,
+    cross_entropy,
+    nll,
+    specified_balanced,
+    specified_nll,
+)
 from tests.support.problems import FROZEN, Problem, assert_close, draw_problem
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# --- nothing to do -------------------------------------------------------------------------------
-
 
 def every_loss(p, **options):
+    def even(confidence, cu_seqlens):
+        return confidence, confidence.new_ones(len(cu_seqlens) - 1)
+
     return {
-        "nll": linear_nll(*p.args, bias=p.bias, **options).sum(),
-        "mean": linear_cross_entropy(*p.args, bias=p.bias, **options),
-        "sum": linear_cross_entropy(*p.args, bias=p.bias, reduction="sum", **options),
-        "none": linear_cross_entropy(*p.args, bias=p.bias, reduction="none", **options).sum(),
-        **{
-            scheme: balanced_linear_cross_entropy(*p.args, bias=p.bias, scheme=scheme, **options)
-            for scheme in SCHEMES
-        },
-        "callable": balanced_linear_cross_entropy(
-            *p.args, bias=p.bias, scheme=lambda c, cu: (c, c.new_ones(len(cu) - 1)), **options
-        ),
+        "nll": nll(p, **options).sum(),
+        "mean": cross_entropy(p, **options),
+        "sum": cross_entropy(p, reduction="sum", **options),
+        "none": cross_entropy(p, reduction="none", **options).sum(),
+        **{scheme: balanced(p, scheme=scheme, **options) for scheme in SCHEMES},
+        "callable": balanced(p, scheme=even, **options),
     }
 
 
@@ -42,40 +46,23 @@ def test_without_labels_the_loss_is_zero_and_attached(rows, frozen, gradient):
             assert bool((grad == 0).all()), f"{name}: d{leaf}"
 
 
-def test_without_labels_statistics_are_zero():
-    p = draw_problem(6, 4, 9, ignored=1.0)
-    loss, stats = balanced_linear_cross_entropy(
-        *p.args, cu_seqlens=torch.tensor([0, 0, 4, 6]), gradient="sampled", return_stats=True
-    )
-    assert float(loss.detach()) == 0
-    for name, value in stats._asdict().items():
-        assert value is None or bool((value == 0).all()), name
-
-
-def test_nan_in_ignored_rows_does_not_leak():
-    p = draw_problem(20, 4, 9, bias=True, ignored=0.4)
-    p.target[0], p.target[1] = -100, 3
-    clean = p.copy()
-    with torch.no_grad():
-        p.hidden[p.target == -100] = math.nan
-        p.hidden[0] = math.inf
-    losses = {
-        "nll": lambda q, **how: linear_nll(*q.args, bias=q.bias, **how).square().sum(),
-        "mean": lambda q, **how: linear_cross_entropy(*q.args, bias=q.bias, **how),
-        "bft": lambda q, **how: balanced_linear_cross_entropy(
-            *q.args, bias=q.bias, window=3, **how
-        ),
-    }
-    for gradient in ("exact", "sampled"):
-        for name, run in losses.items():
-            for frozen in ((), ("weight", "bias"), ("hidden",)):
-                got, expected = p.copy(frozen=frozen), clean.copy(frozen=frozen)
-                a, b = (run(q, gradient=gradient, seed=1) for q in (got, expected))
-                assert_close(a, b, 1e-13, name)
-                assert_close(got.gradients(a), expected.gradients(b), 1e-13, name)
-
-
-# --- forms of the input --------------------------------------------------------------------------
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=str)
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_nan_in_ignored_rows_does_not_leak(gradient, frozen):
+    clean = draw_problem(20, 4, 9, bias=True, ignored=0.4, frozen=frozen)
+    clean.target[:2] = torch.tensor([-100, 3])
+    p = clean.copy()
+    p.hidden.data[~p.labelled] = math.nan
+    p.hidden.data[0] = math.inf
+    how = {"gradient": gradient, "seed": 1, "check": True}  # which does not report it either
+    for run in (
+        lambda q: nll(q, **how).square().sum(),
+        lambda q: cross_entropy(q, **how),
+        lambda q: balanced(q, window=3, **how),
+    ):
+        a, b = run(p), run(clean)
+        assert_close(a, b, 1e-13)
+        assert_close(p.gradients(a), clean.gradients(b), 1e-13)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 3), (3, 2, 2), (2, 0)], ids=str)
@@ -83,101 +70,63 @@ def test_any_number_of_dimensions(shape):
     count = math.prod(shape)
     p = draw_problem(count, 5, 11, ignored=0.2)
     hidden, target = p.hidden.view(*shape, 5), p.target.view(shape)
-    flat = linear_nll(*p.args)
-    nll, stats = linear_nll(hidden, p.weight, target, return_stats=True)
-    assert nll.shape == target.shape
-    for value in (stats.nll, stats.lse, stats.confidence, stats.entropy, stats.correct):
+    flat, (loss, stats) = nll(p), linear_nll(hidden, p.weight, target, return_stats=True)
+    for value in (loss, stats.nll, stats.lse, stats.confidence, stats.entropy, stats.correct):
         assert value.shape == target.shape
-    assert_close(nll.reshape(-1), flat, 1e-14)
     assert linear_cross_entropy(hidden, p.weight, target, reduction="none").shape == shape
+    assert_close(loss.reshape(-1), flat, 1e-14)
     upstream = torch.randn(shape, dtype=torch.float64)
-    assert_close(
-        p.gradients((upstream * nll).sum()), p.gradients((upstream.view(-1) * flat).sum()), 1e-13
-    )
+    assert_same_loss(p, (upstream * loss).sum(), (upstream.view(-1) * flat).sum(), 1e-13)
     if len(shape) <= 2:
-        balanced = balanced_linear_cross_entropy(hidden, p.weight, target)
         rows = shape[0] if len(shape) == 2 else 1
-        cu = torch.arange(rows + 1) * (count // max(rows, 1))
+        cu, given = torch.arange(rows + 1) * (count // max(rows, 1)), None
     else:
-        cu = torch.tensor([0, 5, count])
-        balanced = balanced_linear_cross_entropy(hidden, p.weight, target, cu_seqlens=cu)
-    assert balanced.shape == ()
-    assert_close(balanced, reference.balanced_linear_cross_entropy(*p.args, cu), 1e-12)
-
-
-def test_documents_may_cross_rows():
-    p = draw_problem(12, 5, 11)
-    cu = torch.tensor([0, 7, 12])
-    flat = balanced_linear_cross_entropy(*p.args, cu_seqlens=cu, window=3)
-    rows = balanced_linear_cross_entropy(
-        p.hidden.view(3, 4, 5), p.weight, p.target.view(3, 4), cu_seqlens=cu, window=3
-    )
-    assert_close(rows, flat, 1e-14)
+        cu = given = torch.tensor([0, 5, count])
+    loss = balanced_linear_cross_entropy(hidden, p.weight, target, cu_seqlens=given)
+    assert loss.shape == ()
+    assert_close(loss, specified_balanced(p, cu), 1e-12)
 
 
 def non_contiguous(x):
-    """The same values in other layouts, as leaves."""
+    """The same values in other layouts, or those of the first row."""
     spaced = torch.stack([x.detach(), torch.full_like(x, 7)], dim=-1)[..., 0]
     transposed = x.detach().t().contiguous().t() if x.dim() == 2 else spaced
     backwards = x.detach().flip(0).flip(0)
     offset = torch.cat([x.detach().new_full((1, *x.shape[1:]), 7), x.detach()])[1:]
-    return {"spaced": spaced, "transposed": transposed, "flipped": backwards, "offset": offset}
+    shared = x.detach()[:1].expand_as(x)  # by all rows
+    layouts = {"spaced": spaced, "transposed": transposed, "flipped": backwards, "offset": offset}
+    return layouts | {"expanded": shared}
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-@pytest.mark.parametrize("layout", ["spaced", "transposed", "flipped", "offset"])
+@pytest.mark.parametrize("layout", ["spaced", "transposed", "flipped", "offset", "expanded"])
 def test_non_contiguous_inputs(layout, gradient):
     p = draw_problem(21, 6, 40, bias=True)
-    bias, target = (non_contiguous(x)[layout] for x in (p.bias, p.target))
-    q = Problem(non_contiguous(p.hidden)[layout], non_contiguous(p.weight)[layout], target, bias)
+    inputs = [non_contiguous(x)[layout] for x in (*p.args, p.bias)]
+    q, p = Problem(*inputs), Problem(*(x.contiguous() for x in inputs))
     upstream = torch.randn(42, dtype=torch.float64)[::2]
-    how = {"gradient": gradient, "seed": 5, "max_buffer_bytes": 4000}
     cu = torch.tensor([0, 3, 9, 9, 14, 5, 21, 8])[[0, 2, 4, 6]]
     for budget in (500, None):
-        how["max_buffer_bytes"] = budget
+        how = {"gradient": gradient, "seed": 5, "max_buffer_bytes": budget}
         results = []
         for x in (p, q):
-            nll = linear_nll(*x.args, bias=x.bias, **how)
-            loss = balanced_linear_cross_entropy(
-                *x.args, bias=x.bias, cu_seqlens=cu, window=3, **how
-            )
-            results.append((nll, x.gradients((upstream * nll).sum()), x.gradients(loss)))
+            loss = nll(x, **how)
+            summed = balanced(x, cu_seqlens=cu, window=3, **how)
+            results.append((loss, x.gradients((upstream * loss).sum()), x.gradients(summed)))
         for got, expected in zip(results[1], results[0], strict=True):
             assert_close(got, expected, 1e-12)
-
-
-def test_expanded_inputs():
-    # A hidden state shared by all tokens, and an upstream gradient without memory of its own.
-    hidden = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(17, 6, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(17, (9,))
-    nll = linear_nll(hidden.expand(9, 6), weight, target)
-    expected = reference.linear_nll(hidden.expand(9, 6), weight, target)
-    assert_close(nll, expected, 1e-13)
-    got = torch.autograd.grad(nll, [hidden, weight], torch.ones(()).double().expand(9))
-    for a, b in zip(got, torch.autograd.grad(expected.sum(), [hidden, weight]), strict=True):
-        assert_close(a, b, 1e-12)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 10**6])
 def test_ignore_index(ignore_index):
     p = draw_problem(30, 5, 11, ignore_index=ignore_index)
-    labelled = p.target != ignore_index
-    expected = reference.linear_nll(*p.args, ignore_index=ignore_index)
-    nll = linear_nll(*p.args, ignore_index=ignore_index)
-    assert_close(nll, expected, 1e-13)
-    assert bool((nll[~labelled] == 0).all())
-    mean = linear_cross_entropy(*p.args, ignore_index=ignore_index)
-    assert_close(mean, expected.sum() / labelled.sum(), 1e-13)
-    assert_close(p.gradients(mean), p.gradients(expected.sum() / labelled.sum()), 1e-12)
-    balanced = balanced_linear_cross_entropy(*p.args, ignore_index=ignore_index, window=4)
-    spec = reference.balanced_linear_cross_entropy(
-        *p.args, torch.tensor([0, 30]), ignore_index=ignore_index, window=4
-    )
-    assert_close(balanced, spec, 1e-12)
-
-
-# --- with and without gradients ------------------------------------------------------------------
+    labelled, how = p.target != ignore_index, {"ignore_index": ignore_index}
+    expected, loss = specified_nll(p, **how), nll(p, **how)
+    assert_close(loss, expected, 1e-13)
+    assert bool((loss[~labelled] == 0).all())
+    assert_same_loss(p, cross_entropy(p, **how), expected.sum() / labelled.sum(), 1e-12)
+    spec = specified_balanced(p, torch.tensor([0, 30]), window=4, **how)
+    assert_close(balanced(p, window=4, **how), spec, 1e-12)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
@@ -202,12 +151,8 @@ def test_statistics_do_not_change_the_loss():
             assert torch.equal(function(*p.args, gradient=gradient, return_stats=True)[0], plain)
 
 
-# --- random numbers ------------------------------------------------------------------------------
-
-
 def sampled_gradient(p, seed):
-    loss = linear_nll(*p.args, gradient="sampled", eps=2**-3, seed=seed).sum()
-    return torch.autograd.grad(loss, p.weight)[0]
+    return p.gradients(nll(p, gradient="sampled", eps=2**-3, seed=seed).sum())["weight"]
 
 
 def test_a_seed_decides_the_sample():
@@ -244,26 +189,16 @@ def test_only_a_sample_consumes_random_numbers():
 
 def test_exact_gradients_are_deterministic():
     p = draw_problem(200, 16, 300, dtype=torch.float32)
-    for run in (
-        lambda: linear_nll(*p.args).sum(),
-        lambda: balanced_linear_cross_entropy(*p.args, max_buffer_bytes=50_000),
-    ):
-        first, second = p.gradients(run()), p.gradients(run())
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
-
-
-# --- as on an accelerator -------------------------------------------------------------------------
+    for run in (lambda: nll(p).sum(), lambda: balanced(p, max_buffer_bytes=50_000)):
+        torch.testing.assert_close(p.gradients(run()), p.gradients(run()), rtol=0, atol=0)
 
 
 ACCELERATED = {
-    "exact": lambda *args, **how: linear_nll(*args, **how).square().sum(),
-    "sampled": lambda *args, **how: linear_nll(
-        *args, gradient="sampled", eps=0.05, seed=3, **how
-    ).sum(),
-    "mean": linear_cross_entropy,
-    "balanced": lambda *args, **how: balanced_linear_cross_entropy(
-        *args, cu_seqlens=torch.tensor([0, 0, 7, 7, 20, 33, 33]), window=4, **how
+    "exact": lambda p, **how: nll(p, **how).square().sum(),
+    "sampled": lambda p, **how: nll(p, gradient="sampled", eps=0.05, seed=3, **how).sum(),
+    "mean": cross_entropy,
+    "balanced": lambda p, **how: balanced(
+        p, cu_seqlens=torch.tensor([0, 0, 7, 7, 20, 33, 33]), window=4, **how
     ),
 }
 
@@ -275,17 +210,11 @@ ACCELERATED = {
 def test_ignored_rows_that_stay_change_nothing(name, softcap, budget, frozen, monkeypatch):
     """On an accelerator nobody waits for the number of labelled rows: ignored ones are masked."""
     p = draw_problem(33, 5, 12, bias=True, frozen=("weight", "bias") if frozen else ())
-    p.hidden.data[p.target == -100] = math.nan  # what padding holds must not matter
-    results = []
-    for known in (True, False):
-        monkeypatch.setattr(
-            "bft_kernels.backends.common.rows.count_is_known", lambda device, known=known: known
-        )
-        own = p.copy(frozen=p.frozen)
-        loss = ACCELERATED[name](
-            *own.args, bias=own.bias, softcap=softcap, max_buffer_bytes=budget, backend="torch"
-        )
-        loss.backward()
-        results.append((loss, own.grads()))
-    assert_close(results[1][0], results[0][0], 1e-12)
-    assert_close(results[1][1], results[0][1], 1e-12)
+    p.hidden.data[~p.labelled] = math.nan  # what padding holds must not matter
+    how = {"softcap": softcap, "max_buffer_bytes": budget, "backend": "torch"}
+    known = ACCELERATED[name](p, **how)
+    gradients = p.gradients(known)
+    monkeypatch.setattr("bft_kernels.backends.common.rows.count_is_known", lambda device: False)
+    loss = ACCELERATED[name](p, **how)
+    assert_close(loss, known, 1e-12)
+    assert_close(p.gradients(loss), gradients, 1e-12)

@@ -110,18 +110,20 @@ def test_cpu_slice(rows, width, element_bytes, cache):
         assert rows * columns * element_bytes <= cache < 2 * rows * width * element_bytes
 
 
-def test_a_block_of_few_rows_has_many_columns():
-    def plan(rows, *, widens=False):
-        return plan_cpu_blocks(
-            rows, 10**5, 576, 2**26, widens=widens, copies=False, block_bytes=2**22
-        )
+def shape_of(rows, **how):
+    """Of cpu blocks: threads, rows and columns."""
+    how = {"widens": False, "copies": False, **how}
+    plan = plan_cpu_blocks(rows, 10**5, 576, 2**26, **how)
+    return plan.team, plan.rows, plan.columns
 
-    assert (plan(2048).rows, plan(2048).columns) == (2048, 512)
-    assert (plan(5000).rows, plan(5000).columns) == (2048, 512)
-    assert (plan(512).rows, plan(512).columns) == (512, 2048)
-    assert (plan(3).rows, plan(3).columns) == (3, 4096)
-    assert plan(512, widens=True).columns == 512, "a widened block of weight should stay in cache"
-    assert plan(0).rows == 1
+
+def test_a_block_of_few_rows_has_many_columns():
+    how = {"block_bytes": 2**22}
+    assert shape_of(2048, **how) == shape_of(5000, **how) == (1, 2048, 512)
+    assert shape_of(512, **how) == (1, 512, 2048)
+    assert shape_of(3, **how) == (1, 3, 4096)
+    assert shape_of(512, widens=True, **how)[2] == 512, "a widened block should stay in cache"
+    assert shape_of(0, **how)[1] == 1
 
 
 @given(st.integers(1, 20_000), st.integers(1, 4096), threads)
@@ -138,14 +140,11 @@ def test_every_thread_of_a_team_has_a_part_of_rows_enough(rows, room, threads):
 
 
 def test_two_threads_have_parts_to_choose_from():
-    def plan(rows, threads):
-        return plan_cpu_blocks(rows, 10**5, 576, 2**26, widens=False, copies=False, threads=threads)
-
-    assert (plan(2048, 2).team, plan(2048, 2).rows, plan(2048, 2).columns) == (2, 512, 512)
-    assert (plan(1024, 2).team, plan(1024, 2).rows, plan(1024, 2).columns) == (2, 256, 512)
-    assert (plan(256, 2).team, plan(256, 2).rows, plan(256, 2).columns) == (2, 128, 1024)
-    assert (plan(255, 2).team, plan(255, 2).rows, plan(255, 2).columns) == (1, 255, 2048)
-    assert (plan(2048, 1).team, plan(2048, 1).rows) == (1, 1024)
+    assert shape_of(2048, threads=2) == (2, 512, 512)
+    assert shape_of(1024, threads=2) == (2, 256, 512)
+    assert shape_of(256, threads=2) == (2, 128, 1024)
+    assert shape_of(255, threads=2) == (1, 255, 2048)
+    assert shape_of(2048, threads=1)[:2] == (1, 1024)
 
 
 def cost_of(bounds, cuts, plan):
