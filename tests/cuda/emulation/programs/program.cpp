@@ -8,7 +8,6 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "csrc/cuda/launch.h"
-#include "tests/cuda/emulation/programs/draws.cuh"
 #include "tests/cuda/emulation/programs/right.cuh"
 #include "tests/cuda/emulation/programs/wrong.cuh"
 
@@ -86,27 +85,18 @@ void check_reductions() {
         const auto begin = kept.values().begin() + 32 * warp;
         check(std::equal(odd.begin(), odd.end(), begin), "compact, values");
     }
-
-    Array<int> histogram("histogram", std::vector<int>(10));
-    launch(histogram_kernel, {"histogram", 2, 64, 40, nullptr}, 192, 10, ints.data(),
-           histogram.data());
-    for (int bin = 0; bin < 10; ++bin) {
-        const auto count = std::count(ints.values().begin(), ints.values().end(), bin);
-        check(histogram.values()[bin] == count, "histogram");
-    }
 }
 
 template <typename T>
 void check_rounding() {
     const int n = 100;
     Array<float> x("x", draw<float>(n, 1, 30), Rights::kRead);
-    Array<float> out("out", std::vector<float>(3 * n));
+    Array<float> out("out", std::vector<float>(2 * n));
     launch(round_kernel<T>, {"round", 1, 64, 0, nullptr}, n, x.data(), out.data());
     for (int i = 0; i < n; ++i) {
         const float value = x.values()[i];
-        check(out.values()[i] == value, "pack and unpack");
+        check(out.values()[i] == value, "pack");
         check(out.values()[n + i] == std::ldexp(1.0f, static_cast<int>(value)), "exp2");
-        check(std::fabs(out.values()[2 * n + i] - std::log2(value)) < 1e-6f, "log2");
     }
 }
 
@@ -138,18 +128,6 @@ void check_cub() {
           "sort, too little storage");
 }
 
-void check_sampling() {
-    const Region region{(int64_t{1} << 40) + 1, 7, 1000, 5000};
-    Array<uint32_t> bits("bits", std::vector<uint32_t>(7 * 5000), Rights::kReadWrite,
-                         Contents::kUninitialised);
-    fill_draws(11, region, bits.data(), nullptr);
-    for (int64_t i = 0; i < region.rows * region.cols; ++i) {
-        const bft::RowKey key = bft::row_key(11, region.row0 + i / region.cols);
-        const uint32_t column = static_cast<uint32_t>(region.col0 + i % region.cols);
-        check(bits.values()[i] == bft::draw<uint32_t>(key, column), "sampling");
-    }
-}
-
 using Kernel = void (*)(In, Out);
 
 // The mended kernel runs; the wrong one is caught, for the right reason.
@@ -175,8 +153,9 @@ void check_caught(const char* name, Kind kind, Kernel wrong, Kernel mended, unsi
           std::string(name) + ", expected " + bft::emulation::name(kind) + ", got " + message);
 }
 
-#define CAUGHT(kernel, kind, ...) \
-    check_caught(#kernel, kind, kernel##_kernel<false>, kernel##_kernel<true>, ##__VA_ARGS__)
+#define CAUGHT(kernel, kind, ...)                              \
+    check_caught(#kernel, kind, mistake_kernel<kernel<false>>, \
+                 mistake_kernel<kernel<true>>, ##__VA_ARGS__)
 
 void check_mistakes() {
     CAUGHT(past_the_end, Kind::kOutOfBounds);
@@ -188,7 +167,6 @@ void check_mistakes() {
     CAUGHT(write_after_read, Kind::kRace);
     CAUGHT(warp_without_barrier, Kind::kRace);
     CAUGHT(ldmatrix_without_barrier, Kind::kRace);
-    CAUGHT(atomic_and_plain, Kind::kRace);
     CAUGHT(overtaken_stage, Kind::kRace);
     CAUGHT(early_read, Kind::kAsyncPending);
     CAUGHT(uncommitted_copy, Kind::kAsyncPending);
@@ -216,14 +194,14 @@ void print_fragments() {
     for (int i = 0; i < 256; ++i) numbers.push_back(from_float<bf16>(static_cast<float>(i)));
     for (int i = 0; i < 128; ++i) columns.push_back(from_float<bf16>(i % 16 == i / 16 + 3 ? 1 : 0));
     Array<bf16> tile("tile", numbers, Rights::kRead), of_b("b", columns, Rights::kRead);
-    Array<uint32_t> words("words", std::vector<uint32_t>(32 * 12));
+    Array<uint32_t> words("words", std::vector<uint32_t>(32 * 8));
     Array<float> sums("sums", std::vector<float>(32 * 4));
     launch(fragments_kernel<bf16>, {"fragments", 1, 32, 768, nullptr}, tile.data(), of_b.data(),
            words.data(), sums.data());
     for (int lane = 0; lane < 32; ++lane) {
         std::printf("lane");
-        for (int i = 0; i < 24; ++i) {
-            const uint32_t word = words.values()[12 * lane + i / 2];
+        for (int i = 0; i < 16; ++i) {
+            const uint32_t word = words.values()[8 * lane + i / 2];
             const auto half = static_cast<uint16_t>(word >> 16 * (i % 2));
             std::printf(" %g", to_float(__ushort_as_bfloat16(half)));
         }
@@ -254,7 +232,6 @@ int main() {
         check_rounding<bf16>();
         check_rounding<fp16>();
         check_cub();
-        check_sampling();
         check_mistakes();
         options().collectives_order_memory = false;
         check_gemm<bf16>(40, 20, 64);

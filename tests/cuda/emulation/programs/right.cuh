@@ -81,7 +81,7 @@ __global__ void sum_kernel(int n, Global<const float> x, Global<float> out) {
     if (threadIdx.x < 32) {
         sum = threadIdx.x < blockDim.x / 32 ? of_warps.load(threadIdx.x) : 0.0f;
         for (int lanes = 16; lanes > 0; lanes /= 2) {
-            sum += __shfl_down_sync(0xFFFFFFFF, sum, lanes);
+            sum += __shfl_xor_sync(0xFFFFFFFF, sum, lanes);
         }
         if (threadIdx.x == 0) out.store(blockIdx.x, sum);
     }
@@ -96,20 +96,8 @@ __global__ void compact_kernel(Global<const int> x, Global<int> out, Global<int>
     if (lane == 0) counts.store(i / 32, __popc(kept));
 }
 
-// counts[b] = how many x fall into bin b, through counts of the block's own.
-__global__ void histogram_kernel(int n, int bins, Global<const int> x, Global<int> counts) {
-    const Shared<int> own(0, bins);
-    for (int b = threadIdx.x; b < bins; b += blockDim.x) own.store(b, 0);
-    __syncthreads();
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
-        own.atomic_add(x.load(i), 1);
-    }
-    __syncthreads();
-    for (int b = threadIdx.x; b < bins; b += blockDim.x) counts.atomic_add(b, own.load(b));
-}
-
-// Fragments of all lanes, as they come: words [32, 4] and [32, 2] of four loads of one 16 x 16
-// tile, and the accumulators [32, 4] of a [16, 16] times b [16, 8] given by columns.
+// Fragments of all lanes, as they come: words [32, 4] of two loads of one 16 x 16 tile,
+// and the accumulators [32, 4] of a [16, 16] times b [16, 8] given by columns.
 template <typename T>
 __global__ void fragments_kernel(Global<const T> tile, Global<const T> by_columns,
                                  Global<uint32_t> words, Global<float> sums) {
@@ -120,32 +108,28 @@ __global__ void fragments_kernel(Global<const T> tile, Global<const T> by_column
     }
     if (lane < 16) columns.store_vector(8 * lane, by_columns.template load_vector<8>(8 * lane));
     __syncwarp();
-    uint32_t plain[4], turned[4], two[2], two_turned[2], b[2];
+    uint32_t plain[4], turned[4], b[4];
     const Shared<T> row = shared + (lane % 16 * 16 + lane / 16 * 8);
     ldmatrix_x4(plain, row);
     ldmatrix_x4_trans(turned, row);
-    ldmatrix_x2(two, row);
-    ldmatrix_x2_trans(two_turned, row);
-    ldmatrix_x2(b, columns + (lane % 8 * 16 + lane / 8 % 2 * 8));
-    for (int i = 0; i < 4; ++i) words.store(12 * lane + i, plain[i]);
-    for (int i = 0; i < 4; ++i) words.store(12 * lane + 4 + i, turned[i]);
-    for (int i = 0; i < 2; ++i) words.store(12 * lane + 8 + i, two[i]);
-    for (int i = 0; i < 2; ++i) words.store(12 * lane + 10 + i, two_turned[i]);
+    ldmatrix_x4(b, columns + (lane % 8 * 16 + lane / 8 % 2 * 8));
+    for (int i = 0; i < 4; ++i) words.store(8 * lane + i, plain[i]);
+    for (int i = 0; i < 4; ++i) words.store(8 * lane + 4 + i, turned[i]);
     float d[4] = {};
-    mma_m16n8k16<T>(d, plain, b);
+    mma_m16n8k16<T>(d, plain, {b[0], b[1]});
     for (int i = 0; i < 4; ++i) sums.store(4 * lane + i, d[i]);
 }
 
-// out = x as T and back, through a register of two, and 2^x and log2 x beside it: [3, n].
+// out [2, n] = x as T and back, by two, and 2^x.
 template <typename T>
 __global__ void round_kernel(int n, Global<const float> x, Global<float> out) {
     const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x);
     if (i >= n) return;
     const Vector<float, 2> pair = x.load_vector<2, Cache::kStreaming>(i);
-    out.store_vector(i, unpack<T>(pack<T>(pair.at[0], pair.at[1])));
+    const auto halves = bits_as<Vector<T, 2>>(pack<T>(pair.at[0], pair.at[1]));
     for (int j = 0; j < 2; ++j) {
+        out.store(i + j, to_float(halves.at[j]));
         out.store<Cache::kStreaming>(n + i + j, exp2_approx(pair.at[j]));
-        out.store(2 * n + i + j, log2_approx(pair.at[j]));
     }
 }
 
