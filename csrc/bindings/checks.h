@@ -8,12 +8,13 @@
 
 namespace bft {
 
-inline void check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+inline int64_t check_range(const char* name, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high) {
         throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
                                     ", expected a number from " + std::to_string(low) + " to " +
                                     std::to_string(high));
     }
+    return value;
 }
 
 // Not NaN either.

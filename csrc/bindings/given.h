@@ -15,7 +15,7 @@ namespace bft {
 
 class Given {
   public:
-    explicit Given(const pybind11::kwargs& named) : named_(named) {}
+    explicit Given(const pybind11::dict& named) : named_(named) {}
 
     template <typename T>
     T get(const char* name) {
@@ -33,9 +33,7 @@ class Given {
         return named_.contains(name) ? get<T>(name) : otherwise;
     }
     int64_t number(const char* name, int64_t low, int64_t high) {
-        const auto value = get<int64_t>(name);
-        check_range(name, value, low, high);
-        return value;
+        return check_range(name, get<int64_t>(name), low, high);
     }
     // With `otherwise` outside of the range it must be given.
     float real(const char* name, float low, float high, float otherwise) {
@@ -62,17 +60,22 @@ class Given {
             }
         }
     }
-    // Calls function(arguments..., stream), without the GIL.
+    // Calls function(arguments...), for which all must have been taken, without the GIL.
+    template <typename Function, typename... Arguments>
+    void call(Function function, const Arguments&... arguments) const {
+        finish();
+        const pybind11::gil_scoped_release unlocked;
+        function(arguments...);
+    }
+    // The same with a stream behind them.
     template <typename Function, typename... Arguments>
     void launch(Function function, const Arguments&... arguments) {
         auto* stream = reinterpret_cast<void*>(get<std::uintptr_t>("stream"));
-        finish();
-        const pybind11::gil_scoped_release unlocked;
-        function(arguments..., stream);
+        call(function, arguments..., stream);
     }
 
   private:
-    const pybind11::kwargs& named_;
+    const pybind11::dict& named_;
     std::vector<std::string_view> taken_;
 };
 

@@ -114,7 +114,7 @@ int64_t find_at_least(const float* x, int64_t count, float value) {
 
 // The draws of the columns whose hash inputs are x, in units of 2^-24.
 inline Floats draws_of(Words x) {
-    return BFT_CONVERT(bit_cast<Ints>(mix32(x) >> 8), Floats) + 0.5f;
+    return __builtin_convertvector(bit_cast<Ints>(mix32(x) >> 8), Floats) + 0.5f;
 }
 
 int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey key, float factor,
@@ -129,7 +129,7 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
     const auto test = [&](Floats scaled) {
         const Words bits = mix32_high(x) >> 1;  // one below 2^31 has a vector instruction to float
         x += step;
-        return less_mask(BFT_CONVERT(bit_cast<Ints>(bits), Floats), scaled);
+        return less_mask(__builtin_convertvector(bit_cast<Ints>(bits), Floats), scaled);
     };
     int64_t j = 0;
     for (; j + kGroup * kLanes <= count; j += kGroup * kLanes) {

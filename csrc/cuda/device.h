@@ -39,29 +39,14 @@ enum class Cache {
 
 namespace bft::cuda {
 
-// The word that holds so many bytes, for the intrinsics, which know no other types.
-template <int Bytes>
-struct WordOf;
-template <>
-struct WordOf<1> {
-    using type = unsigned char;
-};
-template <>
-struct WordOf<2> {
-    using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-    using type = unsigned;
-};
-template <>
-struct WordOf<8> {
-    using type = uint2;
-};
-template <>
-struct WordOf<16> {
-    using type = uint4;
-};
+// The word that holds a T, for the intrinsics, which know no other types.
+template <typename T, size_t Bytes = sizeof(T)>
+using WordOf = std::conditional_t<
+    Bytes == 16, uint4,
+    std::conditional_t<
+        Bytes == 8, uint2,
+        std::conditional_t<Bytes == 4, unsigned,
+                           std::conditional_t<Bytes == 2, unsigned short, unsigned char> > > >;
 
 template <typename To, typename From>
 __device__ __forceinline__ To bits_as(From from) {
@@ -107,7 +92,7 @@ class Global {
   private:
     template <typename V, Cache C>
     __device__ __forceinline__ V load_as(int64_t i) const {
-        using Word = typename WordOf<sizeof(V)>::type;
+        using Word = WordOf<V>;
         const Word* at = reinterpret_cast<const Word*>(pointer_ + i);
         if constexpr (C == Cache::kReadOnly) return bits_as<V>(__ldg(at));
         if constexpr (C == Cache::kStreaming) return bits_as<V>(__ldcs(at));
@@ -115,7 +100,7 @@ class Global {
     }
     template <Cache C, typename V>
     __device__ __forceinline__ void store_as(int64_t i, V value) const {
-        using Word = typename WordOf<sizeof(V)>::type;
+        using Word = WordOf<V>;
         Word* at = reinterpret_cast<Word*>(pointer_ + i);
         if constexpr (C == Cache::kStreaming) {
             __stcs(at, bits_as<Word>(value));
@@ -143,12 +128,12 @@ class Shared {
     __device__ __forceinline__ void store(int i, T value) const { *at<T>(i) = value; }
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i) const {
-        using Word = typename WordOf<sizeof(T) * N>::type;
+        using Word = WordOf<Vector<T, N> >;
         return bits_as<Vector<T, N> >(*at<Word>(i));
     }
     template <int N>
     __device__ __forceinline__ void store_vector(int i, Vector<T, N> value) const {
-        using Word = typename WordOf<sizeof(T) * N>::type;
+        using Word = WordOf<Vector<T, N> >;
         *at<Word>(i) = bits_as<Word>(value);
     }
     // What PTX takes for the address.

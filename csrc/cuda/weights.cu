@@ -262,10 +262,6 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) sums.store(blockIdx.x, sum);
 }
 
-static unsigned blocks_of(int64_t elements, int64_t each) {
-    return static_cast<unsigned>(ceil_div(elements, each));
-}
-
 void balanced_weights(const Documents& documents, const WeightScheme& scheme,
                       const Normalizer& normalizer, const WeightScratch& scratch,
                       const Weights& weights, void* stream) {
