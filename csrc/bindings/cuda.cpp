@@ -398,7 +398,16 @@ void define_rows(py::module_& module) {
     });
 }
 
-// --- weights.cu ----------------------------------------------------------------------------------
+// --- scale.cu, weights.cu ------------------------------------------------------------------------
+
+void define_scale(py::module_& module) {
+    launches(module, "scale", [](Given& given) {
+        const Type type = type_of(given);
+        const int64_t count = given.number("count", 0, kMaxInt * kTileN);
+        given.launch(scale, type, output(given, "x_ptr", count, type, false).at, count,
+                     given.floats("factor_ptr", 1));
+    });
+}
 
 void define_weights(py::module_& module) {
     module.attr("WEIGHT_TILE") = kWeightTile;
@@ -446,6 +455,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     define_gathers(module);
     define_logit_rows(module);
     define_rows(module);
+    define_scale(module);
     define_weights(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
