@@ -7,7 +7,7 @@
 #include <optional>
 #include <string>
 
-#include "csrc/bindings/given.h"
+#include "csrc/bindings/checks.h"
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/kernels.h"
 #include "csrc/cpu/online_softmax.h"

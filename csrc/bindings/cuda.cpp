@@ -7,7 +7,7 @@
 #include <limits>
 #include <utility>
 
-#include "csrc/bindings/given.h"
+#include "csrc/bindings/checks.h"
 #include "csrc/cuda/kernels.h"
 
 #ifdef BFT_EMULATION  // built by tests/cuda/emulation/build.py, for tests
@@ -41,6 +41,15 @@ void launches(py::module_& module, const char* name, Launch take_and_launch) {
         "See csrc/cuda/kernels.h. All by name, and the stream as a number.");
 }
 
+// One that is about an object, `problem` or `rows`: take_and_launch(Given&, const Of&).
+template <typename Of, typename Launch>
+void launches_of(py::module_& module, const char* name, Launch take_and_launch) {
+    launches(module, name, [take_and_launch](Given& given) {
+        const char* of = std::is_same_v<Of, Problem> ? "problem" : "rows";
+        take_and_launch(given, given.get<const Of&>(of));
+    });
+}
+
 // A class of kernels.h, which says what a launch is about: take(Given&) makes one.
 template <typename Take>
 void takes(py::module_& module, const char* name, Take take) {
@@ -56,9 +65,6 @@ void takes(py::module_& module, const char* name, Take take) {
 }
 
 // --- what several launches take ------------------------------------------------------------------
-
-const Problem& problem_of(Given& given) { return given.get<const Problem&>("problem"); }
-const LogitRows& rows_of(Given& given) { return given.get<const LogitRows&>("rows"); }
 
 Type type_of(Given& given) { return static_cast<Type>(given.number("dtype", 0, 2)); }
 
@@ -152,9 +158,9 @@ GradientBlock block_of(Given& given, const Problem& problem, int64_t other) {
     return {first, columns, dy, stride};
 }
 
-// --- what a call is about ------------------------------------------------------------------------
+// --- the forward ---------------------------------------------------------------------------------
 
-void define_problem(py::module_& module) {
+void define_forward(py::module_& module) {
     takes(module, "Problem", [](Given& given) {
         const int64_t n = given.number("N", 0, kMaxRows);
         const int64_t v = given.number("V", 1, kMaxVocabulary);
@@ -175,11 +181,7 @@ void define_problem(py::module_& module) {
                        softcap_of(given),
                        temperature_of(given)};
     });
-}
 
-// --- forward.cu, certificate.cu ------------------------------------------------------------------
-
-void define_forward(py::module_& module) {
     module.attr("FORWARD_SUMS") = kSums;
     module.def(
         "forward_splits",
@@ -192,8 +194,7 @@ void define_forward(py::module_& module) {
         },
         "Number of splits, and columns of each, for a forward of so many rows.", arg("rows"),
         arg("V"), arg("processors"));
-    launches(module, "linear_nll_forward", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "linear_nll_forward", [](Given& given, const Problem& problem) {
         const RowRange range = range_of(given, problem);
         const Splits splits = splits_of(given, problem, range.count);
         uint32_t* mask = given.array<uint32_t>("mask_ptr");
@@ -205,15 +206,10 @@ void define_forward(py::module_& module) {
                      given.floats("sums_ptr", kSums * splits.count * range.count), candidates,
                      loss_of(given), results_of(given, problem.rows));
     });
-    launches(module, "target_bound", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "target_bound", [](Given& given, const Problem& problem) {
         given.launch(target_bound, problem, given.floats("lse_bound_ptr", problem.rows));
     });
-}
-
-void define_certificate(py::module_& module) {
-    launches(module, "certificate", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "certificate", [](Given& given, const Problem& problem) {
         const RowRange range = range_of(given, problem);
         const Splits splits = splits_of(given, problem, range.count);
         const auto [known, hidden_variance] = certified(given, problem.rows);
@@ -222,8 +218,7 @@ void define_certificate(py::module_& module) {
                      given.floats("sums_ptr", planes * splits.count * range.count),
                      given.floats("variance_ptr", problem.rows), hidden_variance);
     });
-    launches(module, "squared_norms", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "squared_norms", [](Given& given, const Problem& problem) {
         given.launch(squared_norms, problem, given.floats("norms_ptr", problem.vocabulary));
     });
 }
@@ -231,8 +226,7 @@ void define_certificate(py::module_& module) {
 // --- recompute.cu --------------------------------------------------------------------------------
 
 void define_gradients(py::module_& module) {
-    launches(module, "logit_gradient", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "logit_gradient", [](Given& given, const Problem& problem) {
         const auto block = block_of(given, problem, problem.rows);
         const int64_t* seed = given.longs("seed_ptr");
         float* grad_bias = given.floats("grad_bias_ptr");
@@ -241,8 +235,7 @@ void define_gradients(py::module_& module) {
                      GradientKind{loss_of(given), seed, eps_of(given, seed != nullptr)}, block,
                      given.floats("bias_sums_ptr", sums), grad_bias, given.floats("scale_ptr"));
     });
-    launches(module, "hidden_gradient", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "hidden_gradient", [](Given& given, const Problem& problem) {
         const auto block = block_of(given, problem, problem.depth);
         const int64_t elements = problem.rows * problem.depth;
         const bool whole = block.columns == problem.vocabulary;
@@ -250,8 +243,7 @@ void define_gradients(py::module_& module) {
             hidden_gradient, problem, block, given.floats("sums_ptr", whole ? 0 : elements),
             gradient(given, "grad_hidden_ptr", elements, problem.type), given.floats("scale_ptr"));
     });
-    launches(module, "weight_gradient", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "weight_gradient", [](Given& given, const Problem& problem) {
         const auto block = block_of(given, problem, problem.depth);
         const int64_t stride = given.number("stride_gv", problem.depth, kMaxStride);
         given.launch(weight_gradient, problem, block,
@@ -267,14 +259,12 @@ int64_t entries_of(Given& given) { return given.number("E", 0, kMaxInt); }
 int64_t vocabulary_of(Given& given) { return given.number("V", 1, kMaxVocabulary); }
 
 void define_lists(py::module_& module) {
-    launches(module, "count_entries", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "count_entries", [](Given& given, const Problem& problem) {
         const RowRange range = range_of(given, problem);
         given.launch(count_entries, problem, range, mask_of(given, problem, range.count),
                      given.longs("counts_ptr", problem.rows));
     });
-    launches(module, "list_entries", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "list_entries", [](Given& given, const Problem& problem) {
         const RowRange range = range_of(given, problem);
         given.launch(list_entries, problem, range, mask_of(given, problem, range.count),
                      lists_of(given, problem.rows));
@@ -302,12 +292,9 @@ void define_lists(py::module_& module) {
         given.launch(column_starts, given.array<int32_t>("sorted_keys_ptr", entries), entries, v,
                      given.longs("starts_ptr", v + 1));
     });
-}
 
-void define_gathers(py::module_& module) {
     module.attr("MAX_GATHERED") = kMaxGathered;
-    launches(module, "spmm_hidden", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "spmm_hidden", [](Given& given, const Problem& problem) {
         check_range("D", problem.depth, 1, kMaxGathered);
         const Lists lists = lists_of(given, problem.rows);
         const KeptEntries kept{given.array<int32_t>("keys_ptr"),
@@ -319,8 +306,7 @@ void define_gathers(py::module_& module) {
                      sample_of(given, problem.rows), lists, kept,
                      gradient(given, "grad_hidden_ptr", 0, problem.type));
     });
-    launches(module, "spmm_weight", [](Given& given) {
-        const Problem& problem = problem_of(given);
+    launches_of<Problem>(module, "spmm_weight", [](Given& given, const Problem& problem) {
         check_range("D", problem.depth, 1, kMaxGathered);
         const Output weight = gradient(given, "grad_weight_ptr", 0, problem.type);
         const auto stride = given.get<int64_t>("stride_gv", 0);
@@ -334,7 +320,7 @@ void define_gathers(py::module_& module) {
 
 // --- rows.cu -------------------------------------------------------------------------------------
 
-void define_logit_rows(py::module_& module) {
+void define_rows(py::module_& module) {
     takes(module, "LogitRows", [](Given& given) {
         const int64_t n = given.number("N", 0, kMaxRows);
         const int64_t v = given.number("V", 1, kMaxVocabulary);
@@ -355,11 +341,7 @@ void define_logit_rows(py::module_& module) {
                          softcap_of(given),
                          temperature_of(given)};
     });
-}
-
-void define_rows(py::module_& module) {
-    launches(module, "softmax_rows", [](Given& given) {
-        const LogitRows& rows = rows_of(given);
+    launches_of<LogitRows>(module, "softmax_rows", [](Given& given, const LogitRows& rows) {
         const auto count = given.get<int64_t>("K", 0);
         check_range("K", count, 0, kMaxInt - kTileN * kTileV);
         uint32_t* mask = given.array<uint32_t>("mask_ptr");
@@ -368,25 +350,21 @@ void define_rows(py::module_& module) {
                                        eps_of(given, mask != nullptr), mask};
         given.launch(softmax_rows, rows, loss_of(given), candidates, results_of(given, rows.count));
     });
-    launches(module, "certificate_rows", [](Given& given) {
-        const LogitRows& rows = rows_of(given);
+    launches_of<LogitRows>(module, "certificate_rows", [](Given& given, const LogitRows& rows) {
         const auto [known, hidden_variance] = certified(given, rows.count);
         given.launch(certificate_rows, rows, known, given.floats("variance_ptr"), hidden_variance);
     });
-    launches(module, "thin_rows", [](Given& given) {
-        const LogitRows& rows = rows_of(given);
+    launches_of<LogitRows>(module, "thin_rows", [](Given& given, const LogitRows& rows) {
         given.launch(thin_rows, rows, known_of(given, rows.count, false),
                      sample_of(given, rows.count), given.array<uint32_t>("mask_ptr", rows.count),
                      given.longs("counts_ptr", rows.count));
     });
-    launches(module, "list_rows", [](Given& given) {
-        const LogitRows& rows = rows_of(given);
+    launches_of<LogitRows>(module, "list_rows", [](Given& given, const LogitRows& rows) {
         given.launch(list_rows, rows, known_of(given, rows.count, false),
                      sample_of(given, rows.count), given.array<uint32_t>("mask_ptr", rows.count),
                      lists_of(given, rows.count, true));
     });
-    launches(module, "gradient_rows", [](Given& given) {
-        const LogitRows& rows = rows_of(given);
+    launches_of<LogitRows>(module, "gradient_rows", [](Given& given, const LogitRows& rows) {
         const Type type = type_of(given);
         const auto stride = given.get<int64_t>("stride_dy");
         const int64_t needed = rows.stride * (type == Type::kFloat32 ? 1 : 2);
@@ -400,17 +378,14 @@ void define_rows(py::module_& module) {
 
 // --- scale.cu, weights.cu ------------------------------------------------------------------------
 
-void define_scale(py::module_& module) {
+void define_weights(py::module_& module) {
+    module.attr("WEIGHT_TILE") = kWeightTile;
     launches(module, "scale", [](Given& given) {
         const Type type = type_of(given);
         const int64_t count = given.number("count", 0, kMaxInt * kTileN);
         given.launch(scale, type, output(given, "x_ptr", count, type, false).at, count,
                      given.floats("factor_ptr", 1));
     });
-}
-
-void define_weights(py::module_& module) {
-    module.attr("WEIGHT_TILE") = kWeightTile;
     launches(module, "balanced_weights", [](Given& given) {
         const int64_t n = given.number("N", 0, kMaxRows), s = given.number("S", 0, kMaxRows);
         const int64_t tiles = (n + kWeightTile - 1) / kWeightTile;
@@ -447,15 +422,10 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     module.doc() =
         "CUDA kernels. Raw device addresses: the caller owns and sizes the memory, has made the "
         "device current, and keeps the memory alive until the stream is done with it.";
-    define_problem(module);
     define_forward(module);
-    define_certificate(module);
     define_gradients(module);
     define_lists(module);
-    define_gathers(module);
-    define_logit_rows(module);
     define_rows(module);
-    define_scale(module);
     define_weights(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
