@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.cuda.inputs import operands_of, splits_of
-from bft_kernels.backends.cuda.native import _cuda, launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 
 
 def certify(inputs: Inputs, results: dict[str, Tensor]) -> None:
@@ -16,18 +16,21 @@ def certify(inputs: Inputs, results: dict[str, Tensor]) -> None:
     device, operands, norms = inputs.hidden.device, operands_of(inputs), None
     if call.hidden_variance:
         norms = torch.empty(vocabulary, dtype=torch.float32, device=device)
-        launch(_cuda.squared_norms, {}, {"norms": norms}, problem=operands)
+        _cuda.squared_norms(problem=operands, norms_ptr=out(norms), stream=stream())
     splits, columns = splits_of(inputs, count)
     planes = 1 if norms is None else 2
     sums = torch.empty(planes * splits * count, dtype=torch.float32, device=device)
-    launch(
-        _cuda.certificate,
-        {"lse": results["lse"], "norms": norms},
-        {"sums": sums, **{name: results[name] for name in ("variance", "hidden_variance")}},
+    _cuda.certificate(
         problem=operands,
         first_row=0,
         rows=count,
         splits=splits,
         split_columns=columns,
+        sums_ptr=out(sums),
+        lse_ptr=ptr(results["lse"]),
         eps=call.settings.eps,
+        variance_ptr=out(results["variance"]),
+        norms_ptr=ptr(norms),
+        hidden_variance_ptr=out(results["hidden_variance"]),
+        stream=stream(),
     )

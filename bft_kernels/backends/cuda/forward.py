@@ -10,10 +10,9 @@ from torch import Tensor
 from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.lse_bound import raise_bounds
-from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.inputs import operands_of, splits_of
-from bft_kernels.backends.cuda.native import _cuda, launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.backends.cuda.recompute import TILE
 
 
@@ -61,25 +60,33 @@ def _forward(
     settings, device = inputs.settings, inputs.hidden.device
     splits, columns = splits_of(inputs, rows)
     sums = torch.empty(_cuda.FORWARD_SUMS * splits * rows, dtype=torch.float32, device=device)
-    launch(
-        _cuda.linear_nll_forward,
-        {"seed": None if mask is None else inputs.call.seed, "lse_bound": lse_bounds},
-        {"sums": sums, "mask": mask, **{name: results[name] for name in ROW_RESULTS}},
+    _cuda.linear_nll_forward(
         problem=operands_of(inputs),
         first_row=first_row,
         rows=rows,
         splits=splits,
         split_columns=columns,
+        sums_ptr=out(sums),
+        loss_ptr=out(results["loss"]),
+        nll_ptr=out(results["nll"]),
+        lse_ptr=out(results["lse"]),
+        lse_low_ptr=out(results["lse_low"]),
+        entropy_ptr=out(results["entropy"]),
+        correct_ptr=out(results["correct"]),
         label_smoothing=settings.label_smoothing,
         z_loss=settings.z_loss,
+        seed_ptr=ptr(None if mask is None else inputs.call.seed),
+        lse_bound_ptr=ptr(lse_bounds),
+        mask_ptr=out(mask),
         eps=settings.eps,
+        stream=stream(),
     )
 
 
 def find_bounds(inputs: Inputs) -> Tensor:
     """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
     lse_bounds = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
-    launch(_cuda.target_bound, {}, {"lse_bound": lse_bounds}, problem=operands_of(inputs))
+    _cuda.target_bound(problem=operands_of(inputs), lse_bound_ptr=out(lse_bounds), stream=stream())
     return raise_bounds(lse_bounds, inputs)
 
 
@@ -90,9 +97,23 @@ def _list_candidates(
 
     Rows that end past the room have no list, and are computed again in the backward.
     """
-    rows = {"problem": operands_of(inputs), "first_row": first_row, "rows": mask.shape[0]}
-    counts, offsets, columns = results["counts"], results["offsets"], results["columns"]
-    launch(_cuda.count_entries, {"mask": mask}, {"counts": counts}, **rows)
-    offsets_of(counts, out=offsets)
-    reads, capacity = {"mask": mask, "offsets": offsets}, columns.numel()
-    launch(_cuda.list_entries, reads, {"columns": columns}, capacity=capacity, **rows)
+    problem, rows = operands_of(inputs), mask.shape[0]
+    _cuda.count_entries(
+        problem=problem,
+        first_row=first_row,
+        rows=rows,
+        mask_ptr=ptr(mask),
+        counts_ptr=out(results["counts"]),
+        stream=stream(),
+    )
+    offsets_of(results["counts"], out=results["offsets"])
+    _cuda.list_entries(
+        problem=problem,
+        first_row=first_row,
+        rows=rows,
+        mask_ptr=ptr(mask),
+        offsets_ptr=ptr(results["offsets"]),
+        columns_ptr=out(results["columns"]),
+        capacity=results["columns"].numel(),
+        stream=stream(),
+    )

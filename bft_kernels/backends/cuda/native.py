@@ -1,13 +1,12 @@
 """``bft_kernels._cuda``: how tensors reach it.
 
-A launch is a call like ``launch(_cuda.squared_norms, {}, {"norms": norms}, problem=problem)``: what
-it reads, what it writes, and the rest. What a kernel takes is said in ``csrc/bindings/cuda.cpp``,
-which refuses all else.
+A launch is a call like ``_cuda.squared_norms(problem=..., norms_ptr=out(norms), stream=stream())``.
+Its arguments are declared in ``bft_kernels/_cuda.pyi``, where the type checker finds them. A tensor
+must have a name that outlives the call: an address keeps nothing alive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -40,24 +39,8 @@ else:
     _cuda = _Kernels()
 
 
-def launch(
-    kernel: Callable[..., None],
-    reads: Mapping[str, Tensor | None],
-    writes: Mapping[str, Tensor | None],
-    **others: object,
-) -> None:
-    """A launch on the current stream, which may also read what it writes."""
-    arrays = {f"{name}_ptr": ptr(x) for name, x in reads.items()}
-    arrays |= {f"{name}_ptr": out(x) for name, x in writes.items()}
-    stream = torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
-    kernel(**arrays, **others, stream=stream)
-
-
 def ptr(x: Tensor | None) -> int:
-    """The address of what a kernel reads; 0 for what is not there or empty.
-
-    It keeps no tensor alive.
-    """
+    """The address of what a kernel reads; 0 for what is not there or empty."""
     return address(x, writable=False)
 
 
@@ -69,6 +52,11 @@ def out(x: Tensor | None) -> int:
 def address(x: Tensor | None, *, writable: bool) -> int:
     """``writable`` is for tests, which check what kernels touch."""
     return 0 if x is None or x.numel() == 0 else x.data_ptr()
+
+
+def stream() -> int:
+    """The current stream."""
+    return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
 
 
 def processors(device: torch.device) -> int:

@@ -9,7 +9,7 @@ from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.cuda.inputs import operands_of
-from bft_kernels.backends.cuda.native import _cuda, launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import Gradients
 
 # Rows and columns of a tile of logits.
@@ -46,35 +46,52 @@ def recompute(
         grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
         scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
         known = known._replace(grad=known.grad * scale)
-    problem, settings = operands_of(inputs), call.settings
+    problem = operands_of(inputs)
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
-        block = {"problem": problem, "first_column": first, "columns": columns, "stride_dy": step}
-        launch(
-            _cuda.logit_gradient,
-            {**known._asdict(), "seed": seed, "scale": scale},
-            {"dy": dy, "bias_sums": bias_sums, "grad_bias": into.bias},
-            label_smoothing=settings.label_smoothing,
-            z_loss=settings.z_loss,
-            eps=settings.eps,
-            **block,
+        _cuda.logit_gradient(
+            problem=problem,
+            first_column=first,
+            columns=columns,
+            dy_ptr=out(dy),
+            stride_dy=step,
+            lse_ptr=ptr(known.lse),
+            lse_low_ptr=ptr(known.lse_low),
+            nll_ptr=ptr(known.nll),
+            grad_ptr=ptr(known.grad),
+            label_smoothing=call.settings.label_smoothing,
+            z_loss=call.settings.z_loss,
+            seed_ptr=ptr(seed),
+            eps=call.settings.eps,
+            bias_sums_ptr=out(bias_sums),
+            grad_bias_ptr=out(into.bias),
+            scale_ptr=ptr(scale),
+            stream=stream(),
         )
-        reads = {"dy": dy, "scale": scale}
         if into.hidden is not None:
-            launch(
-                _cuda.hidden_gradient,
-                reads,
-                {"sums": sums, "grad_hidden": into.hidden},
+            _cuda.hidden_gradient(
+                problem=problem,
+                first_column=first,
+                columns=columns,
+                dy_ptr=ptr(dy),
+                stride_dy=step,
+                sums_ptr=out(sums),
+                grad_hidden_ptr=out(into.hidden),
                 is_float32=into.hidden.dtype == torch.float32,
-                **block,
+                scale_ptr=ptr(scale),
+                stream=stream(),
             )
         if into.weight is not None:
-            launch(
-                _cuda.weight_gradient,
-                reads,
-                {"grad_weight": into.weight},
+            _cuda.weight_gradient(
+                problem=problem,
+                first_column=first,
+                columns=columns,
+                dy_ptr=ptr(dy),
+                stride_dy=step,
+                grad_weight_ptr=out(into.weight),
                 stride_gv=into.weight.stride(0),
                 is_float32=into.weight.dtype == torch.float32,
                 adds=adds,
-                **block,
+                scale_ptr=ptr(scale),
+                stream=stream(),
             )

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.logit_rows import LogitRows
-from bft_kernels.backends.common.rows import ROW_RESULTS
-from bft_kernels.backends.cuda.native import TYPES, _cuda, launch, out, ptr
+from bft_kernels.backends.cuda.native import TYPES, _cuda, out, ptr, stream
 
 
 def _native(rows: LogitRows) -> _cuda.LogitRows:
@@ -41,34 +40,66 @@ def softmax_rows(
     mask: Tensor | None = None,
 ) -> None:
     """Losses and statistics of the rows, and the bits of what may be kept of them."""
-    launch(
-        _cuda.softmax_rows,
-        {"seed": seed, "popular": popular},
-        {"mask": mask, **{name: results[name] for name in ROW_RESULTS}},
+    _cuda.softmax_rows(
         rows=_native(rows),
+        loss_ptr=out(results["loss"]),
+        nll_ptr=out(results["nll"]),
+        lse_ptr=out(results["lse"]),
+        lse_low_ptr=out(results["lse_low"]),
+        entropy_ptr=out(results["entropy"]),
+        correct_ptr=out(results["correct"]),
         label_smoothing=rows.settings.label_smoothing,
         z_loss=rows.settings.z_loss,
+        seed_ptr=ptr(seed),
+        popular_ptr=ptr(popular),
         K=0 if popular is None else popular.numel(),
+        mask_ptr=out(mask),
         eps=rows.settings.eps,
+        stream=stream(),
     )
 
 
 def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]) -> None:
     """The certificate of the rows, once their lse is known."""
-    reads = {"lse": results["lse"], "norms": norms}
-    writes = {name: results[name] for name in ("variance", "hidden_variance")}
-    launch(_cuda.certificate_rows, reads, writes, rows=_native(rows), eps=rows.settings.eps)
+    _cuda.certificate_rows(
+        rows=_native(rows),
+        lse_ptr=ptr(results["lse"]),
+        eps=rows.settings.eps,
+        variance_ptr=out(results["variance"]),
+        norms_ptr=ptr(norms),
+        hidden_variance_ptr=out(results["hidden_variance"]),
+        stream=stream(),
+    )
 
 
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
     """Appends what is kept of the set bits to ``columns`` and ``values``."""
-    of = {"rows": _native(rows), "eps": rows.settings.eps}
-    known = {"lse": results["lse"], "nll": results["nll"], "seed": seed}
-    launch(_cuda.thin_rows, known, {"mask": mask, "counts": results["counts"]}, **of)
-    offsets_of(results["counts"], out=results["offsets"])
-    reads = {**known, "mask": mask, "offsets": results["offsets"]}
-    writes = {name: results[name] for name in ("columns", "values")}
-    launch(_cuda.list_rows, reads, writes, capacity=results["columns"].numel(), **of)
+    native, eps = _native(rows), rows.settings.eps
+    lse, nll, counts = results["lse"], results["nll"], results["counts"]
+    _cuda.thin_rows(
+        rows=native,
+        lse_ptr=ptr(lse),
+        nll_ptr=ptr(nll),
+        seed_ptr=ptr(seed),
+        eps=eps,
+        mask_ptr=out(mask),
+        counts_ptr=out(counts),
+        stream=stream(),
+    )
+    offsets_of(counts, out=results["offsets"])
+    _cuda.list_rows(
+        rows=native,
+        lse_ptr=ptr(lse),
+        nll_ptr=ptr(nll),
+        seed_ptr=ptr(seed),
+        eps=eps,
+        mask_ptr=ptr(mask),
+        offsets_ptr=ptr(results["offsets"]),
+        columns_ptr=out(results["columns"]),
+        values_ptr=out(results["values"]),
+        capacity=results["columns"].numel(),
+        stream=stream(),
+    )
 
 
 def gradient_rows(
@@ -80,13 +111,16 @@ def gradient_rows(
     coefficient: Tensor,  # [N] float32
 ) -> None:
     """``coefficient * dy`` of the rows takes the place of their logits, in the type of ``dy``."""
-    launch(
-        _cuda.gradient_rows,
-        {"lse": lse, "lse_low": lse_low, "nll": nll, "grad": coefficient},
-        {"dy": dy},
+    _cuda.gradient_rows(
         rows=_native(rows),
+        dy_ptr=out(dy),
         stride_dy=dy.stride(0),
         dtype=TYPES[dy.dtype],
+        lse_ptr=ptr(lse),
+        lse_low_ptr=ptr(lse_low),
+        nll_ptr=ptr(nll),
+        grad_ptr=ptr(coefficient),
         label_smoothing=rows.settings.label_smoothing,
         z_loss=rows.settings.z_loss,
+        stream=stream(),
     )

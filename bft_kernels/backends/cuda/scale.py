@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bft_kernels.backends.cuda.native import TYPES, _cuda, launch
+from bft_kernels.backends.cuda.native import TYPES, _cuda, out, ptr, stream
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
     """``x *= factor []``, contiguous, rounded once; the host does not learn the factor."""
-    reads = {"factor": factor.float()}
-    launch(_cuda.scale, reads, {"x": x}, dtype=TYPES[x.dtype], count=x.numel())
+    factor = factor.float()
+    _cuda.scale(
+        x_ptr=out(x),
+        factor_ptr=ptr(factor),
+        dtype=TYPES[x.dtype],
+        count=x.numel(),
+        stream=stream(),
+    )

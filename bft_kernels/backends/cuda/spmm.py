@@ -14,7 +14,7 @@ from torch import Tensor
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
 from bft_kernels.backends.cuda.inputs import operands_of
-from bft_kernels.backends.cuda.native import _cuda, launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import Gradients, Saved
 
 # What sorting takes, bytes an entry: keys and entries, and both once more in order.
@@ -31,15 +31,22 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     places = columns.numel() if wants_entries else 0
     keys = torch.full((places,), inputs.shape[1], dtype=torch.int32, device=device)
     entries = torch.empty(places, dtype=torch.int64, device=device)
-    lists = {"offsets": saved.csr_offsets, "columns": columns, "values": saved.csr_values}
-    launch(
-        _cuda.spmm_hidden,
-        {**known._asdict(), "seed": inputs.call.seed, **lists},
-        {"keys": keys, "packed": entries, "grad_hidden": into.hidden},
+    _cuda.spmm_hidden(
         problem=operands_of(inputs),
+        lse_ptr=ptr(known.lse),
+        nll_ptr=ptr(known.nll),
+        grad_ptr=ptr(known.grad),
+        seed_ptr=ptr(inputs.call.seed),
         eps=inputs.settings.eps,
+        offsets_ptr=ptr(saved.csr_offsets),
+        columns_ptr=ptr(columns),
+        values_ptr=ptr(saved.csr_values),
         capacity=columns.numel(),
+        keys_ptr=out(keys),
+        packed_ptr=out(entries),
+        grad_hidden_ptr=out(into.hidden),
         is_float32=into.hidden is not None and into.hidden.dtype == torch.float32,
+        stream=stream(),
     )
     # As many at a time as the budget sorts.
     step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
@@ -55,23 +62,33 @@ def _spmm_weight(
     sorted_keys, sorted_entries = torch.empty_like(keys), torch.empty_like(entries)
     size = _cuda.sort_bytes(places, vocabulary)
     temporary = torch.empty(size, dtype=torch.uint8, device=device)
-    launch(
-        _cuda.sort_entries,
-        {"keys": keys, "packed": entries},
-        {"sorted_keys": sorted_keys, "sorted_packed": sorted_entries, "temporary": temporary},
-        temporary_bytes=size,
+    _cuda.sort_entries(
+        keys_ptr=ptr(keys),
+        packed_ptr=ptr(entries),
         E=places,
         V=vocabulary,
+        sorted_keys_ptr=out(sorted_keys),
+        sorted_packed_ptr=out(sorted_entries),
+        temporary_ptr=out(temporary),
+        temporary_bytes=size,
+        stream=stream(),
     )
     starts = torch.empty(vocabulary + 1, dtype=torch.int64, device=device)
-    reads = {"sorted_keys": sorted_keys}
-    launch(_cuda.column_starts, reads, {"starts": starts}, E=places, V=vocabulary)
-    launch(
-        _cuda.spmm_weight,
-        {"starts": starts, "packed": sorted_entries},
-        {"grad_weight": into.weight, "grad_bias": into.bias},
+    _cuda.column_starts(
+        sorted_keys_ptr=ptr(sorted_keys),
+        E=places,
+        V=vocabulary,
+        starts_ptr=out(starts),
+        stream=stream(),
+    )
+    _cuda.spmm_weight(
         problem=operands_of(inputs),
+        starts_ptr=ptr(starts),
+        packed_ptr=ptr(sorted_entries),
+        grad_weight_ptr=out(into.weight),
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         is_float32=into.weight is not None and into.weight.dtype == torch.float32,
         adds=adds,
+        grad_bias_ptr=out(into.bias),
+        stream=stream(),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.weighted import balanced_loss_by, weigh_by
-from bft_kernels.backends.cuda.native import _cuda, launch
+from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import DELTA
@@ -35,26 +35,18 @@ def _run(
         "window_confidence": room(count),
         "sequence_weight": room(sequences),
         "sequence_confidence": room(sequences),
-        "sums": room(tiles),
     }
-    scratch = {
-        "before": room(count + 1, torch.int32),
-        "sequence": room(count, torch.int32),
-        "values": room(count),
-        "lowest": room(count),
-        "ended": room(tiles, torch.int32),
-    }
-    reads = {
-        "loss": loss.contiguous(),
-        "labelled": labelled.contiguous(),
-        "cu_seqlens": cu_seqlens.to(torch.int64).contiguous(),
-        "num_items": None if num_items is None else num_items.to(torch.float32),
-    }
+    sums = room(tiles)
     scheme = str(settings.scheme)
-    launch(
-        _cuda.balanced_weights,
-        reads,
-        results | scratch,
+    loss, labelled = loss.contiguous(), labelled.contiguous()
+    cu_seqlens = cu_seqlens.to(torch.int64).contiguous()
+    num_items = None if num_items is None else num_items.to(torch.float32)
+    before, sequence = room(count + 1, torch.int32), room(count, torch.int32)
+    values, lowest, ended = room(count), room(count), room(tiles, torch.int32)
+    _cuda.balanced_weights(
+        loss_ptr=ptr(loss),
+        labelled_ptr=ptr(labelled),
+        cu_seqlens_ptr=ptr(cu_seqlens),
         N=count,
         S=sequences,
         window=settings.window,
@@ -67,8 +59,21 @@ def _run(
         flat=settings.scheme in LOCAL_SCHEMES,
         by_sequence=normalize == "sequence",
         counts=normalize is not None and num_items is None,
+        num_items_ptr=ptr(num_items),
+        before_ptr=out(before),
+        sequence_ptr=out(sequence),
+        values_ptr=out(values),
+        lowest_ptr=out(lowest),
+        ended_ptr=out(ended),
+        coefficient_ptr=out(results["coefficient"]),
+        token_weight_ptr=out(results["token_weight"]),
+        window_confidence_ptr=out(results["window_confidence"]),
+        sequence_weight_ptr=out(results["sequence_weight"]),
+        sequence_confidence_ptr=out(results["sequence_confidence"]),
+        sums_ptr=out(sums),
+        stream=stream(),
     )
-    return BalancedLoss(loss=results.pop("sums"), **results)
+    return BalancedLoss(loss=sums, **results)
 
 
 balanced_loss = partial(balanced_loss_by, _run)
