@@ -74,7 +74,6 @@ static int words_of(const Problem& problem) {
 
 void count_entries(const Problem& problem, RowRange range, const uint32_t* mask, int64_t* counts,
                    void* stream) {
-    if (range.count == 0) return;
     launch(count_entries_kernel,
            {"count_entries", blocks_of(range.count, kWarps), kThreads, 0, stream}, range,
            problem.order, problem.row_count, mask, words_of(problem), counts);
@@ -82,7 +81,6 @@ void count_entries(const Problem& problem, RowRange range, const uint32_t* mask,
 
 void list_entries(const Problem& problem, RowRange range, const uint32_t* mask, const Lists& lists,
                   void* stream) {
-    if (range.count == 0) return;
     launch(list_entries_kernel,
            {"list_entries", blocks_of(range.count, kWarps), kThreads, 0, stream}, range,
            problem.order, problem.row_count, mask, words_of(problem), lists.offsets, lists.columns,

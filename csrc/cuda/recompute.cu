@@ -234,7 +234,6 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
 
 void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
                      Output grad_hidden, const float* scale, void* stream) {
-    if (problem.rows == 0) return;
     const Problem part = part_of(problem, block);
     const unsigned blocks = blocks_of(problem.rows, kTileN) * blocks_of(problem.depth, kTileV);
     const bool last = block.first_column + int64_t{block.columns} == problem.vocabulary;

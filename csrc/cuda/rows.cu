@@ -386,51 +386,45 @@ static BufferRows rows_of(const LogitRows& rows) {
 
 void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& candidates,
                   const RowResults& results, void* stream) {
-    if (rows.count == 0) return;  // a grid of zero blocks is a launch error
     const auto kernel =
         candidates.mask == nullptr ? softmax_rows_kernel<false> : softmax_rows_kernel<true>;
     const RowDraws draws{candidates.seed,
                          {candidates.popular, candidates.popular_count},
                          0x1p16f / candidates.eps,
                          candidates.mask};
-    launch(kernel,
-           {"softmax_rows", static_cast<unsigned>(rows.count), kThreads, kSoftmaxBytes, stream},
+    launch(kernel, {"softmax_rows", blocks_of(rows.count, 1), kThreads, kSoftmaxBytes, stream},
            rows_of(rows), kind, draws, outputs_of(results));
 }
 
 void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
                       float* hidden_variance, void* stream) {
-    if (rows.count == 0) return;
     launch(certificate_rows_kernel,
-           {"certificate_rows", static_cast<unsigned>(rows.count), kThreads, kTwoSumsBytes, stream},
+           {"certificate_rows", blocks_of(rows.count, 1), kThreads, kTwoSumsBytes, stream},
            rows_of(rows), known.lse, known.norms, known.eps, variance, hidden_variance);
 }
 
 void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
                int64_t* counts, void* stream) {
-    if (rows.count == 0) return;
     launch(thin_rows_kernel,
-           {"thin_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
-           rows_of(rows), values_of(known), Sampled{sample.seed, sample.eps}, mask, counts);
+           {"thin_rows", blocks_of(rows.count, 1), kThreads, kCountsBytes, stream}, rows_of(rows),
+           values_of(known), Sampled{sample.seed, sample.eps}, mask, counts);
 }
 
 void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
                const uint32_t* mask, const Lists& lists, void* stream) {
-    if (rows.count == 0) return;
     launch(list_rows_kernel,
-           {"list_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
-           rows_of(rows), values_of(known), Sampled{sample.seed, sample.eps}, mask, lists.offsets,
-           lists.columns, lists.values, lists.capacity);
+           {"list_rows", blocks_of(rows.count, 1), kThreads, kCountsBytes, stream}, rows_of(rows),
+           values_of(known), Sampled{sample.seed, sample.eps}, mask, lists.offsets, lists.columns,
+           lists.values, lists.capacity);
 }
 
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
                    void* dy, int64_t stride_dy, void* stream) {
-    if (rows.count == 0) return;
     with_operands(type, [&](auto zero) {
         using T = decltype(zero);
         launch(gradient_rows_kernel<T>,
-               {"gradient_rows", static_cast<unsigned>(rows.count), kThreads, 0, stream},
-               rows_of(rows), values_of(known), kind, static_cast<T*>(dy), stride_dy);
+               {"gradient_rows", blocks_of(rows.count, 1), kThreads, 0, stream}, rows_of(rows),
+               values_of(known), kind, static_cast<T*>(dy), stride_dy);
     });
 }
 

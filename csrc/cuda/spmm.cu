@@ -408,7 +408,6 @@ static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
 
 void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
                  const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream) {
-    if (problem.rows == 0) return;
     const int64_t depth = problem.depth;
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);

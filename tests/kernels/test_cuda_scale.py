@@ -31,3 +31,18 @@ def test_a_factor_of_one_moves_nothing(emulated_device):
     assert torch.equal(x.view(torch.int32), before)
     with pytest.raises(RuntimeError, match="uninitialised"):
         scale_(x, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": 0}, "factor: there is no such argument"),
+        ({"count": 1.5}, "count: got a value of another type"),
+        ({"count": None}, "count: got a value of another type"),
+    ],
+)
+def test_a_launch_refuses_what_it_does_not_take(emulated, change, message):
+    with pytest.raises(TypeError, match=message):
+        emulated.scale(**{"dtype": 0, "count": 0, "factor_ptr": 16, "stream": 0} | change)
+    with pytest.raises(TypeError, match="count: is missing"):
+        emulated.scale(dtype=0, factor_ptr=16, stream=0)
