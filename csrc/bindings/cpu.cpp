@@ -1,4 +1,6 @@
 // bft_kernels._cpu: arrays come as addresses and sizes, so that no torch header is needed.
+// Functions release the GIL, and those with many arguments take them by name: see the headers of
+// csrc/cpu.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,31 +14,23 @@
 #include "csrc/cpu/parallel.h"
 
 namespace py = pybind11;
+using bft::Given;
 using py::arg;
 using Address = std::uintptr_t;  // 0 where an array is not given
 
 namespace {
 
 constexpr int64_t kMaxCount = int64_t{1} << 48;
-
+constexpr int64_t kMaxVocabulary = (int64_t{1} << 31) - 1;
 constexpr int kMaxThreads = 1 << 16;
 
 int checked_threads(int threads) {
     bft::check_range("threads", threads, 1, kMaxThreads);
     return threads;
 }
+int threads_of(Given& given) { return checked_threads(given.get<int>("threads")); }
 
 // --- arrays --------------------------------------------------------------------------------------
-
-template <typename T>
-T* optional_array(const char* name, Address address, int64_t elements) {
-    return address == 0 ? nullptr : bft::checked_pointer<T>(name, address, elements);
-}
-
-template <typename T>
-const T* array(const char* name, Address address, int64_t elements) {
-    return bft::checked_pointer<const T>(name, address, elements);
-}
 
 bft::cpu::DType checked_type(const std::string& name) {
     if (name == "float32") return bft::cpu::DType::kFloat32;
@@ -57,6 +51,9 @@ bft::cpu::Matrix checked_matrix(const char* name, const MatrixArguments& argumen
     void* data = bft::checked_pointer<uint16_t>(name, address, rows * width);
     return {data, checked_type(type), rows, width, stride};
 }
+bft::cpu::Matrix matrix_of(Given& given, const char* name) {
+    return checked_matrix(name, given.get<MatrixArguments>(name));
+}
 
 // Where a block of logits lies: (data_ptr, stride, first_row, rows, first_column, columns).
 using BlockArguments = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, int64_t>;
@@ -68,12 +65,21 @@ bft::cpu::Block checked_block(const BlockArguments& arguments, int64_t vocabular
     bft::check_range("first_column", first_column, 0, vocabulary);
     bft::check_range("columns", columns, 1, vocabulary - first_column);
     bft::check_range("stride", stride, columns, kMaxCount);
-    return {bft::checked_pointer<float>("logits", address, rows),
-            stride,
-            first_row,
-            rows,
-            first_column,
-            columns};
+    float* logits = bft::checked_pointer<float>("logits", address, rows);
+    return {logits, stride, first_row, rows, first_column, columns};
+}
+
+bft::cpu::Transform transform_of(Given& given) {
+    return {given.floats("bias"), given.get("softcap", 0.0f), given.get("temperature", 1.0f)};
+}
+
+// Entries of dy, row by row.
+bft::cpu::Entries entries_of(Given& given) {
+    const int64_t rows = given.number("rows", 0, kMaxCount);
+    const int64_t* offsets = given.longs("offsets", rows + 1);
+    const int64_t count = offsets[rows];
+    return {rows, offsets, given.array<int32_t>("columns", count), given.floats("values", count),
+            given.floats("upstream", rows)};
 }
 
 // --- threads -------------------------------------------------------------------------------------
@@ -101,18 +107,18 @@ void define_team(py::module_& module) {
 
 class OnlineSoftmax {
   public:
-    OnlineSoftmax(const bft::cpu::SoftmaxSettings& settings, int64_t rows, Address targets,
-                  Address positions, Address lse_bounds)
-        : vocabulary_(settings.vocabulary),
-          rows_(rows),
-          workers_(settings.workers),
-          softmax_(settings, rows, array<int64_t>("targets", targets, rows),
-                   array<int64_t>("positions", positions, settings.sample ? rows : 0),
-                   optional_array<float>("lse_bounds", lse_bounds, rows)) {}
+    explicit OnlineSoftmax(Given given)
+        : settings_(settings_of(given)),
+          rows_(given.number("rows", 0, kMaxCount)),
+          softmax_(settings_, rows_, given.longs("targets", rows_),
+                   given.longs("positions", settings_.sample ? rows_ : 0),
+                   given.floats("lse_bounds")) {
+        given.finish();
+    }
 
     void add(const BlockArguments& arguments, Address keep, int threads, int worker) {
         const bft::cpu::Block block = checked(arguments);
-        softmax_.add(block, optional_array<float>("keep", keep, block.rows * block.columns),
+        softmax_.add(block, bft::checked_pointer<float>("keep", keep, 0),
                      checked_team(threads, worker));
     }
 
@@ -125,28 +131,20 @@ class OnlineSoftmax {
 
     void finish(int64_t first_row, int64_t rows, const py::dict& out, int threads) {
         check_rows(first_row, rows);
-        const auto address = [&](const char* name) {
-            return out.contains(name) ? out[name].cast<Address>() : Address{0};
-        };
-        const auto floats = [&](const char* name) {
-            return optional_array<float>(name, address(name), rows);
-        };
+        Given given(out);
         const bft::cpu::SoftmaxResults results{
-            floats("loss"),
-            floats("nll"),
-            floats("lse"),
-            floats("lse_low"),
-            floats("entropy"),
-            optional_array<bool>("correct", address("correct"), rows),
-            floats("variance"),
-            floats("hidden_variance"),
-            optional_array<int64_t>("counts", address("counts"), rows)};
+            given.floats("loss"),     given.floats("nll"),
+            given.floats("lse"),      given.floats("lse_low"),
+            given.floats("entropy"),  given.array<bool>("correct"),
+            given.floats("variance"), given.floats("hidden_variance"),
+            given.longs("counts")};
+        given.finish();
         const py::gil_scoped_release unlocked;
         softmax_.finish(first_row, rows, results, checked_threads(threads));
     }
 
     void entries(Address offsets, Address columns, Address values, int threads) {
-        const int64_t* first = array<int64_t>("offsets", offsets, rows_ + 1);
+        const auto* first = bft::checked_pointer<const int64_t>("offsets", offsets, rows_ + 1);
         const int64_t count = first[rows_];
         softmax_.entries(first, bft::checked_pointer<int32_t>("columns", columns, count),
                          bft::checked_pointer<float>("values", values, count),
@@ -161,8 +159,21 @@ class OnlineSoftmax {
     }
 
   private:
+    static bft::cpu::SoftmaxSettings settings_of(Given& given) {
+        return {
+            given.number("vocabulary", 1, kMaxVocabulary),
+            transform_of(given),
+            given.floats("norms"),
+            given.get("eps", 1.0f),
+            static_cast<uint64_t>(given.get<int64_t>("seed", 0)),
+            given.get("sample", false),
+            given.get("certificate", false),
+            given.get("label_smoothing", 0.0f),
+            given.get("z_loss", 0.0f),
+            static_cast<int>(bft::check_range("workers", given.get("workers", 1), 1, kMaxThreads))};
+    }
     bft::cpu::Block checked(const BlockArguments& arguments) const {
-        const bft::cpu::Block block = checked_block(arguments, vocabulary_);
+        const bft::cpu::Block block = checked_block(arguments, settings_.vocabulary);
         check_rows(block.first_row, block.rows);
         return block;
     }
@@ -174,21 +185,15 @@ class OnlineSoftmax {
 
     // With more than one thread a block has the softmax to itself.
     bft::cpu::Team checked_team(int threads, int worker) const {
-        bft::check_range("worker", worker, 0, workers_ - 1);
+        bft::check_range("worker", worker, 0, settings_.workers - 1);
         if (worker > 0) bft::check_range("threads", threads, 1, 1);
         return {checked_threads(threads), worker};
     }
 
-    int64_t vocabulary_, rows_;
-    int workers_;
+    bft::cpu::SoftmaxSettings settings_;
+    int64_t rows_;
     bft::cpu::OnlineSoftmax softmax_;
 };
-
-bft::cpu::Transform checked_transform(Address bias, float softcap, float temperature,
-                                      int64_t vocabulary) {
-    bft::check_range("vocabulary", vocabulary, 1, (int64_t{1} << 31) - 1);
-    return {optional_array<const float>("bias", bias, vocabulary), softcap, temperature};
-}
 
 void define_softmax(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
@@ -196,30 +201,8 @@ void define_softmax(py::module_& module) {
         module, "OnlineSoftmax",
         "The forward of some rows; blocks come in ascending order of columns. The "
         "arrays of bias and norms must outlive it.")
-        .def(py::init([](int64_t rows, int64_t vocabulary, Address targets, Address positions,
-                         Address lse_bounds, Address bias, float softcap, float temperature,
-                         Address norms, float eps, int64_t seed, bool sample, bool certificate,
-                         float label_smoothing, float z_loss, int workers) {
-                 bft::check_range("rows", rows, 0, kMaxCount);
-                 bft::check_range("workers", workers, 1, kMaxThreads);
-                 bft::cpu::SoftmaxSettings settings;
-                 settings.workers = workers;
-                 settings.vocabulary = vocabulary;
-                 settings.transform = checked_transform(bias, softcap, temperature, vocabulary);
-                 settings.norms = optional_array<const float>("norms", norms, vocabulary);
-                 settings.eps = eps;
-                 settings.seed = static_cast<uint64_t>(seed);
-                 settings.sample = sample;
-                 settings.certificate = certificate;
-                 settings.label_smoothing = label_smoothing;
-                 settings.z_loss = z_loss;
-                 return new OnlineSoftmax(settings, rows, targets, positions, lse_bounds);
-             }),
-             py::kw_only(), arg("rows"), arg("vocabulary"), arg("targets"), arg("positions") = 0,
-             arg("lse_bounds") = 0, arg("bias") = 0, arg("softcap") = 0.0f,
-             arg("temperature") = 1.0f, arg("norms") = 0, arg("eps") = 1.0f, arg("seed") = 0,
-             arg("sample") = false, arg("certificate") = false, arg("label_smoothing") = 0.0f,
-             arg("z_loss") = 0.0f, arg("workers") = 1)
+        .def(py::init(
+            [](const py::kwargs& named) { return std::make_unique<OnlineSoftmax>(Given(named)); }))
         .def("add", &OnlineSoftmax::add, arg("block"), arg("keep") = 0, py::kw_only(),
              arg("threads"), arg("worker") = 0, Release(),
              "Take a block of raw products; leaves its logits in place, and in keep [rows, "
@@ -238,70 +221,50 @@ void define_softmax(py::module_& module) {
 
     module.def(
         "gradient_block",
-        [](const BlockArguments& block, int64_t vocabulary, Address kept, Address targets,
-           Address lse, Address lse_low, Address nll, Address upstream, Address bias, float softcap,
-           float temperature, float label_smoothing, float z_loss, int threads) {
-            const bft::cpu::Transform transform =
-                checked_transform(bias, softcap, temperature, vocabulary);
-            const bft::cpu::Block checked = checked_block(block, vocabulary);
-            const int64_t rows = checked.rows;
-            bft::cpu::gradient_block(
-                {transform, optional_array<const float>("kept", kept, rows * checked.columns),
-                 vocabulary, label_smoothing, z_loss, array<int64_t>("targets", targets, rows),
-                 array<float>("lse", lse, rows), array<float>("lse_low", lse_low, rows),
-                 array<float>("nll", nll, rows), array<float>("upstream", upstream, rows)},
-                checked, checked_threads(threads));
+        [](const py::kwargs& named) {
+            Given given(named);
+            const int64_t vocabulary = given.number("vocabulary", 1, kMaxVocabulary);
+            const auto block = checked_block(given.get<BlockArguments>("block"), vocabulary);
+            const int64_t rows = block.rows;
+            const bft::cpu::GradientSettings settings{transform_of(given),
+                                                      given.floats("kept"),
+                                                      vocabulary,
+                                                      given.get("label_smoothing", 0.0f),
+                                                      given.get("z_loss", 0.0f),
+                                                      given.longs("targets", rows),
+                                                      given.floats("lse", rows),
+                                                      given.floats("lse_low", rows),
+                                                      given.floats("nll", rows),
+                                                      given.floats("upstream", rows)};
+            given.call(bft::cpu::gradient_block, settings, block, threads_of(given));
         },
-        py::kw_only(), arg("block"), arg("vocabulary"), arg("kept") = 0, arg("targets"), arg("lse"),
-        arg("lse_low"), arg("nll"), arg("upstream"), arg("bias") = 0, arg("softcap") = 0.0f,
-        arg("temperature") = 1.0f, arg("label_smoothing") = 0.0f, arg("z_loss") = 0.0f,
-        arg("threads"), Release(),
         "Overwrite a block of raw products with upstream * dy; given the logits kept [rows, "
         "columns], whatever the block holds.");
 }
 
 // --- the backward --------------------------------------------------------------------------------
 
-bft::cpu::Entries checked_entries(int64_t rows, Address offsets, Address columns, Address values,
-                                  Address upstream) {
-    bft::check_range("rows", rows, 0, kMaxCount);
-    const int64_t* first = array<int64_t>("offsets", offsets, rows + 1);
-    const int64_t count = first[rows];
-    return {rows, first, array<int32_t>("columns", columns, count),
-            array<float>("values", values, count), array<float>("upstream", upstream, rows)};
-}
-
 void define_backward(py::module_& module) {
-    using Release = py::call_guard<py::gil_scoped_release>;
     module.def(
         "spmm_hidden",
-        [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
-           const MatrixArguments& weight, const MatrixArguments& grad_hidden, int threads) {
-            bft::cpu::spmm_hidden(checked_entries(rows, offsets, columns, values, upstream),
-                                  checked_matrix("weight", weight),
-                                  checked_matrix("grad_hidden", grad_hidden),
-                                  checked_threads(threads));
+        [](const py::kwargs& named) {
+            Given given(named);
+            given.call(bft::cpu::spmm_hidden, entries_of(given), matrix_of(given, "weight"),
+                       matrix_of(given, "grad_hidden"), threads_of(given));
         },
-        py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
-        arg("weight"), arg("grad_hidden"), arg("threads"), Release(),
         "dH [rows, D] from the entries of dy and the rows of weight.");
     module.def(
         "spmm_weight",
-        [](int64_t rows, Address offsets, Address columns, Address values, Address upstream,
-           const MatrixArguments& hidden, const std::optional<MatrixArguments>& grad_weight,
-           bool add, Address grad_bias, int64_t vocabulary, int64_t slice, int threads) {
-            bft::check_range("vocabulary", vocabulary, 1, (int64_t{1} << 31) - 1);
-            bft::check_range("slice", slice, 1, kMaxCount);
+        [](const py::kwargs& named) {
+            Given given(named);
+            const auto into = given.get<std::optional<MatrixArguments>>("grad_weight");
             std::optional<bft::cpu::Matrix> out;
-            if (grad_weight) out = checked_matrix("grad_weight", *grad_weight);
-            bft::cpu::spmm_weight(checked_entries(rows, offsets, columns, values, upstream),
-                                  checked_matrix("hidden", hidden), out ? &*out : nullptr, add,
-                                  optional_array<float>("grad_bias", grad_bias, vocabulary),
-                                  vocabulary, slice, checked_threads(threads));
+            if (into) out = checked_matrix("grad_weight", *into);
+            given.call(bft::cpu::spmm_weight, entries_of(given), matrix_of(given, "hidden"),
+                       out ? &*out : nullptr, given.get<bool>("add"), given.floats("grad_bias"),
+                       given.number("vocabulary", 1, kMaxVocabulary),
+                       given.number("slice", 1, kMaxCount), threads_of(given));
         },
-        py::kw_only(), arg("rows"), arg("offsets"), arg("columns"), arg("values"), arg("upstream"),
-        arg("hidden"), arg("grad_weight"), arg("add"), arg("grad_bias"), arg("vocabulary"),
-        arg("slice"), arg("threads"), Release(),
         "dW [V, D], added or stored, and db [V] from the entries of dy and the rows of hidden.");
 }
 

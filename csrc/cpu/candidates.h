@@ -29,6 +29,14 @@ struct CandidateNode {
     Candidate entries[kEntries];
 };
 
+// Fetches the two lines of the node that lies so many further on; there may be none.
+template <bool ToWrite>
+inline void fetch_node(const CandidateNode* node, size_t further = 0) {
+    const auto at = reinterpret_cast<uintptr_t>(node) + further * sizeof(CandidateNode);
+    __builtin_prefetch(reinterpret_cast<const void*>(at), ToWrite);
+    __builtin_prefetch(reinterpret_cast<const void*>(at + 64), ToWrite);
+}
+
 // On cache lines of its own: each thread has one, side by side in an array.
 class alignas(128) CandidatePool {
   public:
@@ -39,9 +47,7 @@ class alignas(128) CandidatePool {
         } else {
             if (unused_ == 0) grow();
             node = slabs_.back().get() + (kSlab - unused_--);  // in the order in which they lie
-            const auto ahead = reinterpret_cast<uintptr_t>(node) + kAhead * sizeof(CandidateNode);
-            __builtin_prefetch(reinterpret_cast<const void*>(ahead), 1);
-            __builtin_prefetch(reinterpret_cast<const void*>(ahead + 64), 1);
+            fetch_node<true>(node, kAhead);
         }
         node->next = nullptr;
         return node;
@@ -72,11 +78,7 @@ class Candidates {
     uint32_t count() const { return count_; }
 
     // Fetches what add() will write to.
-    void prefetch() const {
-        const auto node = reinterpret_cast<uintptr_t>(last_);  // may be null
-        __builtin_prefetch(reinterpret_cast<const void*>(node), 1);
-        __builtin_prefetch(reinterpret_cast<const void*>(node + 64), 1);
-    }
+    void prefetch() const { fetch_node<true>(last_); }
 
     // Appends entry(0), ..., entry(count - 1).
     template <typename Entry>
@@ -96,14 +98,14 @@ class Candidates {
     }
 
     // Fetches what each() will read first.
-    void prefetch_first() const { fetch(first_); }
+    void prefetch_first() const { fetch_node<false>(first_); }
 
     // visit(entry) for each entry, in order.
     template <typename Visit>
     void each(Visit visit) const {
         const CandidateNode* node = first_;
         for (uint32_t left = count_; left > 0; node = node->next) {
-            fetch(node->next);
+            fetch_node<false>(node->next);
             const uint32_t here = std::min(left, CandidateNode::kEntries);
             for (uint32_t place = 0; place < here; ++place) visit(node->entries[place]);
             left -= here;
@@ -118,7 +120,7 @@ class Candidates {
         uint32_t kept = 0, target = 0;
         uint32_t left = count_;
         for (CandidateNode* from = first_; left > 0; from = from->next) {
-            fetch(from->next);
+            fetch_node<false>(from->next);
             const uint32_t here = std::min(left, CandidateNode::kEntries);
             left -= here;
             for (uint32_t place = 0; place < here; ++place) {
@@ -168,12 +170,6 @@ class Candidates {
         }
         last_ = last;
         count_ = count;
-    }
-
-    static void fetch(const CandidateNode* node) {
-        const auto first = reinterpret_cast<uintptr_t>(node);  // may be null
-        __builtin_prefetch(reinterpret_cast<const void*>(first));
-        __builtin_prefetch(reinterpret_cast<const void*>(first + 64));
     }
 
     CandidateNode* first_ = nullptr;

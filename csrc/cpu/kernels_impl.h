@@ -15,15 +15,17 @@ namespace {
 
 constexpr uint32_t kAllLanes = (uint64_t{1} << kLanes) - 1;
 
-// A vector of the last `rest` < kLanes floats, filled up with `padding`.
-inline Floats load_rest(const float* from, int64_t rest, float padding) {
+// A vector of the first `lanes` floats, filled up with `padding`.
+inline Floats load_lanes(const float* from, int64_t lanes, float padding = 0) {
+    if (lanes == kLanes) return load(from);
     Floats x = splat(padding);
-    std::memcpy(&x, from, static_cast<size_t>(rest) * sizeof(float));
+    std::memcpy(&x, from, static_cast<size_t>(lanes) * sizeof(float));
     return x;
 }
 
-inline void store_rest(float* to, Floats x, int64_t rest) {
-    std::memcpy(to, &x, static_cast<size_t>(rest) * sizeof(float));
+inline void store_lanes(float* to, Floats x, int64_t lanes) {
+    if (lanes == kLanes) return store(to, x);
+    std::memcpy(to, &x, static_cast<size_t>(lanes) * sizeof(float));
 }
 
 // body(place, vector, lanes) for all of x, in order; the last vector is padded.
@@ -31,19 +33,7 @@ template <typename Body>
 inline void each_vector(const float* x, int64_t count, float padding, Body body) {
     int64_t j = 0;
     for (; j + kLanes <= count; j += kLanes) body(j, load(x + j), static_cast<int64_t>(kLanes));
-    if (j < count) body(j, load_rest(x + j, count - j, padding), count - j);
-}
-
-inline void store_lanes(float* to, Floats x, int64_t lanes) {
-    if (lanes == kLanes) {
-        store(to, x);
-    } else {
-        store_rest(to, x, lanes);
-    }
-}
-
-inline Floats load_lanes(const float* from, int64_t lanes) {
-    return lanes == kLanes ? load(from) : load_rest(from, lanes, 0.0f);
+    if (j < count) body(j, load_lanes(x + j, count - j, padding), count - j);
 }
 
 // The slope of the softcap where it gave z.
@@ -80,7 +70,7 @@ float transform_row(float* y, int64_t count, int64_t first_column, const Transfo
         if (transform.softcap != 0) x = tanh(x * inward);
         x *= outward;
         store_lanes(y + j, x, lanes);
-        if (lanes < kLanes) x = load_rest(y + j, lanes, -kInfinity);
+        if (lanes < kLanes) x = load_lanes(y + j, lanes, -kInfinity);
         most = maximum(most, x);
     });
     return horizontal_max(most);
@@ -114,7 +104,7 @@ int64_t find_at_least(const float* x, int64_t count, float value) {
 
 // The draws of the columns whose hash inputs are x, in units of 2^-24.
 inline Floats draws_of(Words x) {
-    return BFT_CONVERT(bit_cast<Ints>(mix32(x) >> 8), Floats) + 0.5f;
+    return __builtin_convertvector(bit_cast<Ints>(mix32(x) >> 8), Floats) + 0.5f;
 }
 
 int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey key, float factor,
@@ -129,7 +119,7 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
     const auto test = [&](Floats scaled) {
         const Words bits = mix32_high(x) >> 1;  // one below 2^31 has a vector instruction to float
         x += step;
-        return less_mask(BFT_CONVERT(bit_cast<Ints>(bits), Floats), scaled);
+        return less_mask(__builtin_convertvector(bit_cast<Ints>(bits), Floats), scaled);
     };
     int64_t j = 0;
     for (; j + kGroup * kLanes <= count; j += kGroup * kLanes) {
@@ -166,8 +156,7 @@ int64_t survivors(const uint32_t* columns, const float* logits, int64_t count, f
     int64_t found = 0;
     for (int64_t j = 0; j < count; j += kLanes) {
         const int64_t lanes = count - j < kLanes ? count - j : kLanes;
-        const Floats logit =
-            lanes == kLanes ? load(logits + j) : load_rest(logits + j, lanes, -kInfinity);
+        const Floats logit = load_lanes(logits + j, lanes, -kInfinity);
         const Floats probability = exp_down((logit - maximum_) - log_sum);
         store_lanes(p + j, probability, lanes);
         const Words column =

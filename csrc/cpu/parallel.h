@@ -6,6 +6,7 @@
 // and where there is none, std::thread takes over.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace bft::cpu {
@@ -20,21 +21,6 @@ void run_threads(int threads, ThreadBody body, void* context);
 bool has_openmp();
 
 // body(thread, first, stop) for pieces of 0..count of at most `grain`, on any thread in any order.
-template <typename Body>
-void parallel_for(int threads, int64_t count, int64_t grain, Body body);
-
-// body(thread, first, stop) for one piece of 0..count a thread, the same one every time: what the
-// vendor's GEMM leaves in a core's cache, row by row, is found there, and the next product finds
-// its output's lines where it left them. Dynamic pieces made the product 15% slower.
-template <typename Body>
-void parallel_static(int threads, int64_t count, Body body);
-
-}  // namespace bft::cpu
-
-#include <atomic>
-
-namespace bft::cpu {
-
 template <typename Body>
 void parallel_for(int threads, int64_t count, int64_t grain, Body body) {
     if (threads <= 1 || count <= grain) {
@@ -61,6 +47,9 @@ void parallel_for(int threads, int64_t count, int64_t grain, Body body) {
         &context);
 }
 
+// body(thread, first, stop) for one piece of 0..count a thread, the same one every time: what the
+// vendor's GEMM leaves in a core's cache, row by row, is found there, and the next product finds
+// its output's lines where it left them. Dynamic pieces made the product 15% slower.
 template <typename Body>
 void parallel_static(int threads, int64_t count, Body body) {
     struct Context {

@@ -12,12 +12,18 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#endif
 
-#if defined(__clang__)
-#define BFT_CONVERT(x, type) __builtin_convertvector(x, type)
+// The intrinsic of this width, and its vector of floats.
+#if BFT_LANES == 16
+#define BFT_INTRINSIC(name) _mm512_##name
+#define BFT_NATIVE(x) bit_cast<__m512>(x)
+#elif BFT_LANES == 8
+#define BFT_INTRINSIC(name) _mm256_##name
+#define BFT_NATIVE(x) bit_cast<__m256>(x)
 #else
-#define BFT_CONVERT(x, type) __builtin_convertvector((x), type)
+#define BFT_INTRINSIC(name) _mm_##name
+#define BFT_NATIVE(x) bit_cast<__m128>(x)
+#endif
 #endif
 
 namespace bft::cpu::BFT_ISA {
@@ -63,20 +69,8 @@ inline Words lane_numbers() {
 
 // a > b ? a : b, which compilers do not always see to be one instruction.
 inline Floats maximum(Floats a, Floats b) {
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16) {
-        return bit_cast<Floats>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
-    }
-#endif
-#if defined(__AVX2__)
-    if constexpr (kLanes == 8) {
-        return bit_cast<Floats>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
-    }
-#endif
 #if defined(__x86_64__)
-    if constexpr (kLanes == 4) {
-        return bit_cast<Floats>(_mm_max_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
-    }
+    return bit_cast<Floats>(BFT_INTRINSIC(max_ps)(BFT_NATIVE(a), BFT_NATIVE(b)));
 #endif
     return a > b ? a : b;
 }
@@ -104,20 +98,10 @@ inline float horizontal_max(Floats x) {
 
 // Bit i is set where a[i] < b[i].
 inline uint32_t less_mask(Floats a, Floats b) {
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16) {
-        return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_LT_OQ);
-    }
-#endif
-#if defined(__AVX2__)
-    if constexpr (kLanes == 8) {
-        return static_cast<uint32_t>(_mm256_movemask_ps(bit_cast<__m256>(a < b)));
-    }
-#endif
-#if defined(__x86_64__)
-    if constexpr (kLanes == 4) {
-        return static_cast<uint32_t>(_mm_movemask_ps(bit_cast<__m128>(a < b)));
-    }
+#if defined(__x86_64__) && BFT_LANES == 16
+    return _mm512_cmp_ps_mask(BFT_NATIVE(a), BFT_NATIVE(b), _CMP_LT_OQ);
+#elif defined(__x86_64__)
+    return static_cast<uint32_t>(BFT_INTRINSIC(movemask_ps)(BFT_NATIVE(a < b)));
 #endif
     const Ints less = a < b;
     uint32_t bits = 0;
@@ -128,14 +112,12 @@ inline uint32_t less_mask(Floats a, Floats b) {
 // Appends the lanes whose bit is set, as first + lane, to places[found...]; returns the new number.
 // May write kLanes numbers, whatever the bits are.
 inline int64_t append_lanes(uint32_t bits, int64_t first, uint32_t* places, int64_t found) {
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16) {  // no branch to be guessed wrong
-        const Words place = lane_numbers() + static_cast<uint32_t>(first);
-        const __m512i packed =
-            _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), bit_cast<__m512i>(place));
-        std::memcpy(places + found, &packed, sizeof packed);
-        return found + __builtin_popcount(bits);
-    }
+#if defined(__x86_64__) && BFT_LANES == 16  // no branch to be guessed wrong
+    const Words place = lane_numbers() + static_cast<uint32_t>(first);
+    const __m512i packed =
+        _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), bit_cast<__m512i>(place));
+    std::memcpy(places + found, &packed, sizeof packed);
+    return found + __builtin_popcount(bits);
 #endif
     while (bits) {
         places[found++] = static_cast<uint32_t>(first + __builtin_ctz(bits));
@@ -204,12 +186,12 @@ struct Float16 {
 inline Floats widen(const float* from) { return load(from); }
 
 inline Floats widen(const BFloat16* from) {
-    return bit_cast<Floats>(BFT_CONVERT(load<Halves>(from), Words) << 16);
+    return bit_cast<Floats>(__builtin_convertvector(load<Halves>(from), Words) << 16);
 }
 
 // Exponents are rebased by a product with 2^112, which is right for subnormal halves too.
 inline Floats widen(const Float16* from) {
-    const Words half = BFT_CONVERT(load<Halves>(from), Words);
+    const Words half = __builtin_convertvector(load<Halves>(from), Words);
     const Words magnitude = (half & 0x7FFFu) << 13;
     Words bits = bit_cast<Words>(bit_cast<Floats>(magnitude) * 0x1p112f);
     bits = magnitude >= 0x0F800000u ? (magnitude | 0x7F800000u) : bits;  // infinity and NaN
@@ -220,14 +202,8 @@ inline void narrow(float* to, Floats x) { store(to, x); }
 
 // A store past the caches, of a vector that nobody will read soon; `to` is aligned to the vector.
 inline void stream(float* to, Floats x) {
-#if defined(__AVX512F__)
-    if constexpr (kLanes == 16) return _mm512_stream_ps(to, bit_cast<__m512>(x));
-#endif
-#if defined(__AVX2__)
-    if constexpr (kLanes == 8) return _mm256_stream_ps(to, bit_cast<__m256>(x));
-#endif
 #if defined(__x86_64__)
-    if constexpr (kLanes == 4) return _mm_stream_ps(to, bit_cast<__m128>(x));
+    return BFT_INTRINSIC(stream_ps)(to, BFT_NATIVE(x));
 #endif
     store(to, x);
 }
@@ -244,7 +220,7 @@ inline void narrow(BFloat16* to, Floats x) {
     const Words bits = bit_cast<Words>(x);
     Words rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     rounded = x == x ? rounded : (bits >> 16) | 0x40u;  // a NaN stays one
-    store(to, BFT_CONVERT(rounded, Halves));
+    store(to, __builtin_convertvector(rounded, Halves));
 }
 
 inline void narrow(Float16* to, Floats x) {
@@ -258,7 +234,7 @@ inline void narrow(Float16* to, Floats x) {
     Words result = magnitude < 0x38800000u ? small : normal;
     result = magnitude >= 0x477FF000u ? splat_words(0x7C00u) : result;
     result = magnitude > 0x7F800000u ? splat_words(0x7E00u) : result;
-    store(to, BFT_CONVERT(result | sign, Halves));
+    store(to, __builtin_convertvector(result | sign, Halves));
 }
 
 template <typename T>

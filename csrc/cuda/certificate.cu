@@ -9,13 +9,6 @@ namespace bft::cuda {
 // Planes of [SPLITS, R] float32 that splits leave.
 enum CertificateSum { kPlain, kNormed };
 
-struct CertificatePass {
-    RowRange range;
-    int splits, split_tiles;
-    int group;  // row blocks side by side, which share columns in L2
-    float eps;
-};
-
 // A thread's rows: what is known of them, and its own sums.
 template <typename T>
 struct CertifiedRows {
@@ -86,19 +79,12 @@ static_assert(kThreads == 2 * kTileN);
 // tile to tile, over its own columns; norms of a column are read by all lanes that share it at
 // once. Sums are joined at the end, where each of the two planes has a thread for each row: they
 // lie side by side, and no bank is met twice.
-//
-// Nobody knows how many rows there are but the device: blocks past them return at once.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    certificate_kernel(Operands<T> in, CertificatePass pass, Global<const float> lse,
+    certificate_kernel(Operands<T> in, Shares shares, float eps, Global<const float> lse,
                        Global<const float> norms, Global<float> sums) {
-    const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;
-    const Program own = swizzle(blockIdx.x, row_blocks, pass.splits, pass.group);
-    const int64_t local0 = own.row_block * kTileN, first = pass.range.first + local0;
-    const int64_t end =
-        min(in.row_count.template load<Cache::kReadOnly>(0), pass.range.first + pass.range.count);
-    if (first >= end) return;
-    const int there = static_cast<int>(min(end - first, int64_t{kTileN}));
+    const auto [row_block, first, there, split, tile0, tile1] = share_of(in, shares);
+    if (there == 0) return;
 
     CertifiedRows<T> rows;
 #pragma unroll
@@ -113,17 +99,16 @@ __global__ void __launch_bounds__(kThreads, 1)
         rows.lse[i] = lse.load<Cache::kReadOnly>(position);
     }
 
-    const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
-    const int tile0 = own.part * pass.split_tiles, tile1 = min(tile0 + pass.split_tiles, tiles);
     TileLoader<T, Aligned> loader(in, first, there);
     loader.start(in, tile0, tile1);
     for (int tile = tile0; tile < tile1; ++tile) {
         Entries<T> z = next_products(in, loader);
         to_logits(z, in, tile * kTileV);
-        add_terms(z, rows, in.transform, pass.eps, norms, tile * kTileV, in.vocabulary);
+        add_terms(z, rows, in.transform, eps, norms, tile * kTileV, in.vocabulary);
     }
-    store_terms(rows, static_cast<bool>(norms), sums + (own.part * pass.range.count + local0),
-                pass.splits * pass.range.count, there);
+    const int64_t count = shares.range.count;
+    store_terms(rows, static_cast<bool>(norms), sums + (split * count + row_block * kTileN),
+                shares.splits * count, there);
 }
 
 // Adds up the splits of each row, in order. A thread owns a row; rows of a warp are neighbours in
@@ -174,22 +159,21 @@ __global__ void __launch_bounds__(kThreads)
 
 void certificate(const Problem& problem, RowRange range, Splits splits, const Certified& known,
                  float* sums, float* variance, float* hidden_variance, void* stream) {
-    if (range.count == 0) return;  // a grid of zero blocks is a launch error
-    const CertificatePass pass{range, splits.count, splits.columns / kTileV, kGroup, known.eps};
-    const int64_t blocks = ceil_div(range.count, kTileN) * splits.count;
+    const Shares shares{range, splits.count, splits.columns / kTileV};
+    const unsigned blocks = blocks_of(range.count, kTileN) * splits.count;
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(certificate_kernel<T, decltype(aligned)::value>,
-               {"certificate", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-               operands_of<T>(problem), pass, known.lse, known.norms, sums);
+               {"certificate", blocks, kThreads, kStagesBytes, stream}, operands_of<T>(problem),
+               shares, known.eps, known.lse, known.norms, sums);
     });
-    const auto row_blocks = static_cast<unsigned>(ceil_div(range.count, kThreads));
+    const unsigned row_blocks = blocks_of(range.count, kThreads);
     launch(add_splits_kernel, {"add_splits", row_blocks, kThreads, 0, stream}, range, splits.count,
            sums, problem.order, problem.row_count, variance, hidden_variance);
 }
 
 void squared_norms(const Problem& problem, float* norms, void* stream) {
-    const auto blocks = static_cast<unsigned>(ceil_div(problem.vocabulary, kWarps));
+    const unsigned blocks = blocks_of(problem.vocabulary, kWarps);
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(squared_norms_kernel<T, decltype(aligned)::value>,

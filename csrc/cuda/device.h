@@ -29,7 +29,6 @@ enum class Cache {
     kDefault,
     kReadOnly,   // memory that nobody writes during the launch (ld.global.nc)
     kStreaming,  // not needed again: evicted first
-    kCoherent,   // past L1: what other blocks wrote, once the kernel knows that they have
 };
 
 }  // namespace bft::cuda
@@ -40,29 +39,14 @@ enum class Cache {
 
 namespace bft::cuda {
 
-// The word that holds so many bytes, for the intrinsics, which know no other types.
-template <int Bytes>
-struct WordOf;
-template <>
-struct WordOf<1> {
-    using type = unsigned char;
-};
-template <>
-struct WordOf<2> {
-    using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-    using type = unsigned;
-};
-template <>
-struct WordOf<8> {
-    using type = uint2;
-};
-template <>
-struct WordOf<16> {
-    using type = uint4;
-};
+// The word that holds a T, for the intrinsics, which know no other types.
+template <typename T, size_t Bytes = sizeof(T)>
+using WordOf = std::conditional_t<
+    Bytes == 16, uint4,
+    std::conditional_t<
+        Bytes == 8, uint2,
+        std::conditional_t<Bytes == 4, unsigned,
+                           std::conditional_t<Bytes == 2, unsigned short, unsigned char> > > >;
 
 template <typename To, typename From>
 __device__ __forceinline__ To bits_as(From from) {
@@ -80,7 +64,7 @@ class Global {
     __host__ __device__ __forceinline__ Global operator+(int64_t elements) const {
         return pointer_ + elements;
     }
-    template <typename U, typename = std::enable_if_t<!std::is_same_v<U, T>>>
+    template <typename U, typename = std::enable_if_t<!std::is_same_v<U, T> > >
     __host__ __device__ __forceinline__ Global(Global<U> other) : pointer_(other.pointer()) {}
     __host__ __device__ __forceinline__ T* pointer() const { return pointer_; }
     __host__ __device__ __forceinline__ explicit operator bool() const {
@@ -104,30 +88,19 @@ class Global {
     __device__ __forceinline__ void store_vector(int64_t i, Vector<T, N> value) const {
         store_as<C>(i, value);
     }
-    // Each returns the value before.
-    __device__ __forceinline__ T atomic_add(int64_t i, T value) const {
-        return atomicAdd(pointer_ + i, value);
-    }
-    __device__ __forceinline__ T atomic_max(int64_t i, T value) const {
-        return atomicMax(pointer_ + i, value);
-    }
-    __device__ __forceinline__ T atomic_min(int64_t i, T value) const {
-        return atomicMin(pointer_ + i, value);
-    }
 
   private:
     template <typename V, Cache C>
     __device__ __forceinline__ V load_as(int64_t i) const {
-        using Word = typename WordOf<sizeof(V)>::type;
+        using Word = WordOf<V>;
         const Word* at = reinterpret_cast<const Word*>(pointer_ + i);
         if constexpr (C == Cache::kReadOnly) return bits_as<V>(__ldg(at));
         if constexpr (C == Cache::kStreaming) return bits_as<V>(__ldcs(at));
-        if constexpr (C == Cache::kCoherent) return bits_as<V>(__ldcg(at));
         return bits_as<V>(*at);
     }
     template <Cache C, typename V>
     __device__ __forceinline__ void store_as(int64_t i, V value) const {
-        using Word = typename WordOf<sizeof(V)>::type;
+        using Word = WordOf<V>;
         Word* at = reinterpret_cast<Word*>(pointer_ + i);
         if constexpr (C == Cache::kStreaming) {
             __stcs(at, bits_as<Word>(value));
@@ -150,32 +123,18 @@ class Shared {
     __device__ __forceinline__ Shared operator+(int elements) const {
         return Shared(offset_ + elements * static_cast<int>(sizeof(T)), 0);
     }
-    // The same bytes as elements of another type.
-    template <typename U>
-    __device__ __forceinline__ Shared<U> as() const {
-        return Shared<U>(offset_, 0);
-    }
 
     __device__ __forceinline__ T load(int i) const { return *at<T>(i); }
     __device__ __forceinline__ void store(int i, T value) const { *at<T>(i) = value; }
     template <int N>
     __device__ __forceinline__ Vector<T, N> load_vector(int i) const {
-        using Word = typename WordOf<sizeof(T) * N>::type;
-        return bits_as<Vector<T, N>>(*at<Word>(i));
+        using Word = WordOf<Vector<T, N> >;
+        return bits_as<Vector<T, N> >(*at<Word>(i));
     }
     template <int N>
     __device__ __forceinline__ void store_vector(int i, Vector<T, N> value) const {
-        using Word = typename WordOf<sizeof(T) * N>::type;
+        using Word = WordOf<Vector<T, N> >;
         *at<Word>(i) = bits_as<Word>(value);
-    }
-    __device__ __forceinline__ T atomic_add(int i, T value) const {
-        return atomicAdd(at<T>(i), value);
-    }
-    __device__ __forceinline__ T atomic_max(int i, T value) const {
-        return atomicMax(at<T>(i), value);
-    }
-    __device__ __forceinline__ T atomic_min(int i, T value) const {
-        return atomicMin(at<T>(i), value);
     }
     // What PTX takes for the address.
     __device__ __forceinline__ uint32_t address() const {
@@ -196,7 +155,7 @@ class Shared {
 // other threads not before a barrier after that.
 template <int Bytes, typename T, typename U>
 __device__ __forceinline__ void cp_async(Shared<T> to, Global<U> from, int valid = Bytes) {
-    static_assert(std::is_same_v<T, std::remove_const_t<U>>);
+    static_assert(std::is_same_v<T, std::remove_const_t<U> >);
     static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16);
     const size_t source = __cvta_generic_to_global(from.pointer());
     if constexpr (Bytes == 16) {
@@ -237,23 +196,6 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], Shared<T> 
                  : "r"(row.address())
                  : "memory");
 }
-template <typename T>
-__device__ __forceinline__ void ldmatrix_x2(uint32_t (&out)[2], Shared<T> row) {
-    static_assert(sizeof(T) == 2);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
-                 : "r"(row.address())
-                 : "memory");
-}
-template <typename T>
-__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&out)[2], Shared<T> row) {
-    static_assert(sizeof(T) == 2);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(out[0]), "=r"(out[1])
-                 : "r"(row.address())
-                 : "memory");
-}
-
 // d += a b for a [16, 16] row by row and b [16, 8] column by column, of T = bf16 or fp16.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
@@ -274,15 +216,10 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
     }
 }
 
-// 2^x and log2 x, to about 2^-22 of relative (of absolute) error.
+// 2^x, to about 2^-22 of relative error.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -316,13 +253,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 #else
     return bits_as<uint32_t>(Vector<T, 2>{{from_float<T>(low), from_float<T>(high)}});
 #endif
-}
-
-// The other way round.
-template <typename T>
-__device__ __forceinline__ Vector<float, 2> unpack(uint32_t word) {
-    const auto both = bits_as<Vector<T, 2>>(word);
-    return {{to_float(both.at[0]), to_float(both.at[1])}};
 }
 
 }  // namespace bft::cuda

@@ -21,9 +21,7 @@ enum Sum {
 
 // One launch: all splits of a part of the rows.
 struct Pass {
-    RowRange range;
-    int splits, split_tiles;
-    int group;  // row blocks side by side, which share columns in L2
+    Shares shares;
     bool statistics, smoothing;
     float overrating;  // 2^16 / eps
 };
@@ -243,22 +241,14 @@ __device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
 // joined once, at the end. Beside the stages shared memory has what is known of each row
 // (RowNotes): lanes that read it have rows of their own, or the same one, so that no bank is met
 // twice. A warp that meets a target stores its z at once; no two write the same word.
-//
-// Nobody knows how many rows there are but the device: blocks past them return at once.
 template <typename T, bool Aligned, bool Emit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
                               Global<const int64_t> seed, Global<const float> lse_bound,
                               Global<uint32_t> mask) {
-    const int64_t row_blocks = (pass.range.count + kTileN - 1) / kTileN;
-    const Program own = swizzle(blockIdx.x, row_blocks, pass.splits, pass.group);
-    const int64_t local0 = own.row_block * kTileN;
-    const int split = own.part;
-    const int64_t end =
-        min(in.row_count.template load<Cache::kReadOnly>(0), pass.range.first + pass.range.count);
-    const int64_t first = pass.range.first + local0;
-    if (first >= end) return;
-    const int there = static_cast<int>(min(end - first, int64_t{kTileN}));
+    const auto [row_block, first, there, split, tile0, tile1] = share_of(in, pass.shares);
+    if (there == 0) return;
+    const int64_t local = row_block * kTileN;
 
     const RowNotes notes;
     if (threadIdx.x < kTileN) {
@@ -285,13 +275,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int w = 0; w < kWarpColumns; ++w) notes.before.store(w * kTileN + row, -infinity());
     }
 
-    const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
-    const int tile0 = split * pass.split_tiles, tile1 = min(tile0 + pass.split_tiles, tiles);
-    const int64_t plane = pass.splits * pass.range.count;
-    const Global<float> at = sums + (split * pass.range.count + local0);
+    const int64_t rows = pass.shares.range.count, plane = pass.shares.splits * rows;
+    const Global<float> at = sums + (split * rows + local);
     Running<T> state;
     const int64_t row_words = (int64_t{in.vocabulary} + 31) / 32;
-    const Bits bits{mask + local0 * row_words, row_words, there};
+    const Bits bits{mask + local * row_words, row_words, there};
 #pragma unroll
     for (int i = 0; i < state.kRows; ++i) {
         state.maximum[i] = -infinity();
@@ -401,46 +389,32 @@ Splits splits_for(int64_t rows, int64_t vocabulary, int processors) {
     return {static_cast<int>(ceil_div(tiles, each)), static_cast<int>(each * kTileV)};
 }
 
-template <typename T, bool Aligned, bool Emit>
-static void run_tiles(const Problem& problem, const Pass& pass, float* sums,
-                      const Candidates& candidates, void* stream) {
-    const int64_t blocks = ceil_div(pass.range.count, kTileN) * pass.splits;
-    launch(linear_nll_forward_kernel<T, Aligned, Emit>,
-           {"linear_nll_forward", static_cast<unsigned>(blocks), kThreads, kForwardShared, stream},
-           operands_of<T>(problem), pass, sums, candidates.seed, candidates.lse_bound,
-           candidates.mask);
-}
-
 void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, float* sums,
                         const Candidates& candidates, LossKind kind, const RowResults& results,
                         void* stream) {
-    if (range.count == 0) return;  // a grid of zero blocks is a launch error
-    const Pass pass{range,
-                    splits.count,
-                    splits.columns / kTileV,
-                    kGroup,
+    const Pass pass{{range, splits.count, splits.columns / kTileV},
                     results.entropy != nullptr,
                     kind.label_smoothing > 0,
                     0x1p16f / candidates.eps};
+    const unsigned blocks = blocks_of(range.count, kTileN) * splits.count;
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         constexpr bool kAligned = decltype(aligned)::value;
-        if (candidates.mask != nullptr) {
-            run_tiles<T, kAligned, true>(problem, pass, sums, candidates, stream);
-        } else {
-            run_tiles<T, kAligned, false>(problem, pass, sums, candidates, stream);
-        }
+        launch(candidates.mask ? linear_nll_forward_kernel<T, kAligned, true>
+                               : linear_nll_forward_kernel<T, kAligned, false>,
+               {"linear_nll_forward", blocks, kThreads, kForwardShared, stream},
+               operands_of<T>(problem), pass, sums, candidates.seed, candidates.lse_bound,
+               candidates.mask);
     });
     const Combine combine{range, splits.count, splits.columns, static_cast<int>(problem.vocabulary),
                           kind};
-    const auto blocks = static_cast<unsigned>(ceil_div(range.count, kThreads));
-    launch(combine_kernel, {"combine", blocks, kThreads, 0, stream}, combine, sums, problem.target,
-           problem.order, problem.row_count, outputs_of(results));
+    const unsigned row_blocks = blocks_of(range.count, kThreads);
+    launch(combine_kernel, {"combine", row_blocks, kThreads, 0, stream}, combine, sums,
+           problem.target, problem.order, problem.row_count, outputs_of(results));
 }
 
 void target_bound(const Problem& problem, float* lse_bound, void* stream) {
-    if (problem.rows == 0) return;
-    const auto blocks = static_cast<unsigned>(ceil_div(problem.rows, kWarps));
+    const unsigned blocks = blocks_of(problem.rows, kWarps);
     with_type(problem, [&](auto zero, auto) {
         using T = decltype(zero);
         launch(target_bound_kernel<T>, {"target_bound", blocks, kThreads, 0, stream},

@@ -254,6 +254,9 @@ void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& samp
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
                    void* dy, int64_t stride_dy, void* stream);
 
+// scale.cu: x [count] times factor [1]; a factor of 1 moves nothing.
+void scale(Type type, void* x, int64_t count, const float* factor, void* stream);
+
 // weights.cu: the weights of Balanced Fine-Tuning, as bft_kernels.weighting specifies them.
 
 // Positions of a block, and so of an element of `ended` and `sums`.

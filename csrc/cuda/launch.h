@@ -25,7 +25,7 @@ inline void check_launch(const char* kernel, cudaError_t error) {
 
 struct Launch {
     const char* kernel;  // its name in messages
-    dim3 grid;           // of zero blocks is an error
+    dim3 grid;           // of zero blocks: nothing is launched, where CUDA sees an error
     dim3 block;
     size_t shared_bytes;  // dynamic; above 48 KiB where the device has it
     void* stream;         // a cudaStream_t
@@ -35,6 +35,7 @@ struct Launch {
 // by the host's compiler it runs the kernel in the emulation, and has finished when it returns.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
+    if (how.grid.x == 0) return;
 #ifdef __CUDACC__
     if (how.shared_bytes > 48 << 10) {
         // What fails here, fails the launch.

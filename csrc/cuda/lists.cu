@@ -72,22 +72,17 @@ static int words_of(const Problem& problem) {
     return static_cast<int>(ceil_div(problem.vocabulary, 32));
 }
 
-// Of a launch with a warp for each row of the range.
-static unsigned warp_blocks(RowRange range) {
-    return static_cast<unsigned>(ceil_div(range.count, kWarps));
-}
-
 void count_entries(const Problem& problem, RowRange range, const uint32_t* mask, int64_t* counts,
                    void* stream) {
-    if (range.count == 0) return;
-    launch(count_entries_kernel, {"count_entries", warp_blocks(range), kThreads, 0, stream}, range,
+    launch(count_entries_kernel,
+           {"count_entries", blocks_of(range.count, kWarps), kThreads, 0, stream}, range,
            problem.order, problem.row_count, mask, words_of(problem), counts);
 }
 
 void list_entries(const Problem& problem, RowRange range, const uint32_t* mask, const Lists& lists,
                   void* stream) {
-    if (range.count == 0) return;
-    launch(list_entries_kernel, {"list_entries", warp_blocks(range), kThreads, 0, stream}, range,
+    launch(list_entries_kernel,
+           {"list_entries", blocks_of(range.count, kWarps), kThreads, 0, stream}, range,
            problem.order, problem.row_count, mask, words_of(problem), lists.offsets, lists.columns,
            lists.capacity);
 }
@@ -120,7 +115,7 @@ void sort_entries(const int32_t* keys, const uint64_t* packed, int64_t entries, 
 
 void column_starts(const int32_t* sorted_keys, int64_t entries, int64_t vocabulary, int64_t* starts,
                    void* stream) {
-    const auto blocks = static_cast<unsigned>(ceil_div(vocabulary + 1, kThreads));
+    const unsigned blocks = blocks_of(vocabulary + 1, kThreads);
     launch(column_starts_kernel, {"column_starts", blocks, kThreads, 0, stream}, sorted_keys,
            entries, vocabulary, starts);
 }

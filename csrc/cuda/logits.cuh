@@ -84,19 +84,6 @@ __device__ __forceinline__ uint32_t trim_word(uint32_t word, int first, int voca
     return left < 32 ? word & (left > 0 ? (1u << left) - 1 : 0) : word;
 }
 
-// Entries of one row, by its final lse.
-struct RowEntries {
-    int64_t target;
-    RowKey key;
-    float lse, own, eps;  // own: dz at the target
-
-    // The sampled dz of an entry; 0 where it is not kept.
-    __device__ __forceinline__ float dz(float z, int column) const {
-        const float u = draw<float>(key, static_cast<uint32_t>(column));
-        return column == target ? own : sampled_dz(expf(z - lse), u, eps);
-    }
-};
-
 // An entry's part of the certificate.
 __device__ __forceinline__ float variance_term(float z, float lse, float eps,
                                                const Transform& transform) {

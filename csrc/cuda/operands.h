@@ -8,10 +8,12 @@
 
 namespace bft::cuda {
 
-// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
-constexpr int kGroup = 8;
-
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// Of a launch whose blocks take so many of the elements each.
+constexpr unsigned blocks_of(int64_t elements, int64_t each) {
+    return static_cast<unsigned>(ceil_div(elements, each));
+}
 
 inline Transform transform_of(float softcap, float temperature) {
     return {softcap, softcap > 0 ? 1 / softcap : 0, 1 / temperature};

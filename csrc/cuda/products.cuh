@@ -13,12 +13,6 @@
 
 namespace bft::cuda {
 
-template <typename T>
-__device__ __forceinline__ int place_across(int row, int piece) {
-    constexpr int kSize = 16 / static_cast<int>(sizeof(T));
-    return row * kTileV + (sizeof(T) == 2 ? piece ^ row % 8 : piece) * kSize;
-}
-
 // Fills a stage of an operand whose depth runs across rows, with kTileV columns from column0 on.
 // row_at(k) gives a row's offset in x, or -1 for one that is not there.
 template <bool Aligned, typename T, typename RowAt>
@@ -43,33 +37,7 @@ struct Sums : Entries<T> {
         return Entries<T>::column0() + Entries<T>::step(j);
     }
     __device__ __forceinline__ void add(Shared<T> left, Shared<T> right) {
-        const int lane = lane_id();
-#pragma unroll
-        for (int k = 0; k < kTileD<T>; k += 16) {
-            uint32_t a[2][4];
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const int row = warp_row() + m * 16;
-                if constexpr (Across) {
-                    const int depth = k + lane / 16 * 8 + lane % 8;
-                    ldmatrix_x4_trans(a[m], left + place_across<T>(depth, row / 8 + lane / 8 % 2));
-                } else {
-                    ldmatrix_x4(a[m], left + place<T>(row + lane % 16, k / 8 + lane / 16));
-                }
-            }
-#pragma unroll
-            for (int n = 0; n < 8; n += 2) {
-                uint32_t b[4];
-                const int depth = k + lane / 8 % 2 * 8 + lane % 8;
-                const int piece = warp_column() / 8 + n + lane / 16;
-                ldmatrix_x4_trans(b, right + place_across<T>(depth, piece));
-#pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    mma_m16n8k16<T>(this->sums[m][n], a[m], {b[0], b[1]});
-                    mma_m16n8k16<T>(this->sums[m][n + 1], a[m], {b[2], b[3]});
-                }
-            }
-        }
+        this->template add_products<Across, true>(left, right);
     }
 };
 

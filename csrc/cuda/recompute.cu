@@ -18,16 +18,10 @@ namespace bft::cuda {
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     logit_gradient_kernel(Operands<T> in, RowValues known, GradientKind kind, int first_column,
-                          int vocabulary, int group, int64_t rows, Global<const int64_t> seed,
-                          Global<T> dy, int64_t stride, Global<float> bias_sums) {
-    const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
-    const int64_t row_blocks = (rows + kTileN - 1) / kTileN;
-    const Program own = swizzle(blockIdx.x, row_blocks, tiles, group);
-    const int64_t block = own.row_block, first = block * kTileN;
-    const int tile = own.part;
-    const int64_t count = in.row_count.template load<Cache::kReadOnly>(0);
-    if (first >= count) return;
-    const int there = static_cast<int>(min(count - first, int64_t{kTileN}));
+                          int vocabulary, Shares shares, Global<const int64_t> seed, Global<T> dy,
+                          int64_t stride, Global<float> bias_sums) {
+    const auto [row_block, first, there, tile, tile0, tile1] = share_of(in, shares);
+    if (there == 0) return;
 
     TileLoader<T, Aligned> loader(in, first, there);
     loader.start(in, tile, tile + 1);
@@ -95,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarpRows; ++w) sum += parts.load(w * kTileV + column);
-    bias_sums.store(block * stride + v0 + column, sum);
+    bias_sums.store(row_block * stride + v0 + column, sum);
 }
 
 // Adds the sums of the row blocks, in order, to db. A thread owns a column, neighbours read
@@ -221,18 +215,18 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
                     void* stream) {
     if (problem.rows == 0) return;
     const Problem part = part_of(problem, block);
-    const int64_t blocks = ceil_div(problem.rows, kTileN) * ceil_div(block.columns, kTileV);
+    const Shares shares{{0, problem.rows}, static_cast<int>(ceil_div(block.columns, kTileV)), 1};
+    const unsigned blocks = blocks_of(problem.rows, kTileN) * shares.splits;
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(logit_gradient_kernel<T, decltype(aligned)::value>,
-               {"logit_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-               operands_of<T>(part), RowValues{known.lse, known.lse_low, known.nll, known.grad},
-               kind, block.first_column, static_cast<int>(problem.vocabulary), kGroup, problem.rows,
-               kind.seed, static_cast<T*>(block.dy), block.stride,
+               {"logit_gradient", blocks, kThreads, kStagesBytes, stream}, operands_of<T>(part),
+               values_of(known), kind, block.first_column, static_cast<int>(problem.vocabulary),
+               shares, kind.seed, static_cast<T*>(block.dy), block.stride,
                bias == nullptr ? nullptr : bias_sums);
     });
     if (bias == nullptr) return;
-    const auto column_blocks = static_cast<unsigned>(ceil_div(block.columns, kThreads));
+    const unsigned column_blocks = blocks_of(block.columns, kThreads);
     launch(bias_gradient_kernel, {"bias_gradient", column_blocks, kThreads, 0, stream},
            problem.row_count, bias_sums, block.stride, block.columns, scale,
            bias + block.first_column);
@@ -240,19 +234,17 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
 
 void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
                      Output grad_hidden, const float* scale, void* stream) {
-    if (problem.rows == 0) return;
     const Problem part = part_of(problem, block);
-    const int64_t blocks = ceil_div(problem.rows, kTileN) * ceil_div(problem.depth, kTileV);
+    const unsigned blocks = blocks_of(problem.rows, kTileN) * blocks_of(problem.depth, kTileV);
     const bool last = block.first_column + int64_t{block.columns} == problem.vocabulary;
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         with_output<T>(grad_hidden, [&](auto* out) {
             using Out = std::remove_pointer_t<decltype(out)>;
-            launch(
-                hidden_gradient_kernel<T, Out, decltype(aligned)::value>,
-                {"hidden_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-                operands_of<T>(part), static_cast<const T*>(block.dy), block.stride, sums, out,
-                scale, block.first_column == 0, last);
+            launch(hidden_gradient_kernel<T, Out, decltype(aligned)::value>,
+                   {"hidden_gradient", blocks, kThreads, kStagesBytes, stream},
+                   operands_of<T>(part), static_cast<const T*>(block.dy), block.stride, sums, out,
+                   scale, block.first_column == 0, last);
         });
     });
 }
@@ -260,16 +252,15 @@ void hidden_gradient(const Problem& problem, const GradientBlock& block, float* 
 void weight_gradient(const Problem& problem, const GradientBlock& block, Output grad_weight,
                      int64_t stride, bool adds, const float* scale, void* stream) {
     const Problem part = part_of(problem, block);
-    const int64_t blocks = ceil_div(block.columns, kTileV) * ceil_div(problem.depth, kTileV);
+    const unsigned blocks = blocks_of(block.columns, kTileV) * blocks_of(problem.depth, kTileV);
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         with_output<T>(grad_weight, [&](auto* out) {
             using Out = std::remove_pointer_t<decltype(out)>;
-            launch(
-                weight_gradient_kernel<T, Out, decltype(aligned)::value>,
-                {"weight_gradient", static_cast<unsigned>(blocks), kThreads, kStagesBytes, stream},
-                operands_of<T>(part), static_cast<const T*>(block.dy), block.stride,
-                out + stride * block.first_column, stride, adds, scale);
+            launch(weight_gradient_kernel<T, Out, decltype(aligned)::value>,
+                   {"weight_gradient", blocks, kThreads, kStagesBytes, stream},
+                   operands_of<T>(part), static_cast<const T*>(block.dy), block.stride,
+                   out + stride * block.first_column, stride, adds, scale);
         });
     });
 }

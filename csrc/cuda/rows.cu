@@ -294,28 +294,15 @@ __global__ void __launch_bounds__(kThreads)
     if (norms) hidden_variance.store(row, normed);
 }
 
-// What decides about the entries of a row.
-struct KeptRows {
-    Global<const float> lse, nll;  // [N]
-    Global<const int64_t> seed;    // [1]
-    float eps;
-
-    __device__ __forceinline__ RowEntries entries(const BufferRows& in, int64_t row) const {
-        return {in.label(row),
-                row_key(static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0)),
-                        static_cast<uint64_t>(row)),
-                lse.load<Cache::kReadOnly>(row), expm1f(-nll.load<Cache::kReadOnly>(row)), eps};
-    }
-};
-
 // Leaves the bits of what is kept by the final lse, and counts them. A thread owns a word: few bits
 // are set.
 constexpr uint32_t kCountsBytes = 4 * kWarps;
 __global__ void __launch_bounds__(kThreads)
-    thin_rows_kernel(BufferRows in, KeptRows known, Global<uint32_t> mask, Global<int64_t> counts) {
+    thin_rows_kernel(BufferRows in, RowValues known, Sampled sample, Global<uint32_t> mask,
+                     Global<int64_t> counts) {
     const int64_t row = in.position();
     if (row < 0) return;
-    const RowEntries entries = known.entries(in, row);
+    const RowEntries entries = row_entries(known, sample, row, in.label(row));
     const int words = (in.vocabulary - 1) / 32 + 1;
     const auto bits = mask + int64_t{blockIdx.x} * words;
     int found = 0;
@@ -336,7 +323,7 @@ __global__ void __launch_bounds__(kThreads)
 // Columns and values of the set bits of a row, ascending; of a row that does not fit, none. Warps
 // own equal parts of the words, in order.
 __global__ void __launch_bounds__(kThreads)
-    list_rows_kernel(BufferRows in, KeptRows known, Global<const uint32_t> mask,
+    list_rows_kernel(BufferRows in, RowValues known, Sampled sample, Global<const uint32_t> mask,
                      Global<const int64_t> offsets, Global<int32_t> columns, Global<float> values,
                      int64_t capacity) {
     const int64_t row = in.position();
@@ -344,7 +331,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = offsets.load<Cache::kReadOnly>(row);
     const int64_t end = offsets.load<Cache::kReadOnly>(row + 1);
     if (begin == end || end > capacity) return;
-    const RowEntries entries = known.entries(in, row);
+    const RowEntries entries = row_entries(known, sample, row, in.label(row));
     const int words = (in.vocabulary - 1) / 32 + 1, each = (words - 1) / kWarps + 1;
     const auto own = mask + int64_t{blockIdx.x} * words;
     const RowBits bits{own, warp_id() * each, min((warp_id() + 1) * each, words)};
@@ -399,52 +386,45 @@ static BufferRows rows_of(const LogitRows& rows) {
 
 void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& candidates,
                   const RowResults& results, void* stream) {
-    if (rows.count == 0) return;  // a grid of zero blocks is a launch error
     const auto kernel =
         candidates.mask == nullptr ? softmax_rows_kernel<false> : softmax_rows_kernel<true>;
     const RowDraws draws{candidates.seed,
                          {candidates.popular, candidates.popular_count},
                          0x1p16f / candidates.eps,
                          candidates.mask};
-    launch(kernel,
-           {"softmax_rows", static_cast<unsigned>(rows.count), kThreads, kSoftmaxBytes, stream},
+    launch(kernel, {"softmax_rows", blocks_of(rows.count, 1), kThreads, kSoftmaxBytes, stream},
            rows_of(rows), kind, draws, outputs_of(results));
 }
 
 void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
                       float* hidden_variance, void* stream) {
-    if (rows.count == 0) return;
     launch(certificate_rows_kernel,
-           {"certificate_rows", static_cast<unsigned>(rows.count), kThreads, kTwoSumsBytes, stream},
+           {"certificate_rows", blocks_of(rows.count, 1), kThreads, kTwoSumsBytes, stream},
            rows_of(rows), known.lse, known.norms, known.eps, variance, hidden_variance);
 }
 
 void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
                int64_t* counts, void* stream) {
-    if (rows.count == 0) return;
     launch(thin_rows_kernel,
-           {"thin_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
-           rows_of(rows), KeptRows{known.lse, known.nll, sample.seed, sample.eps}, mask, counts);
+           {"thin_rows", blocks_of(rows.count, 1), kThreads, kCountsBytes, stream}, rows_of(rows),
+           values_of(known), Sampled{sample.seed, sample.eps}, mask, counts);
 }
 
 void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
                const uint32_t* mask, const Lists& lists, void* stream) {
-    if (rows.count == 0) return;
     launch(list_rows_kernel,
-           {"list_rows", static_cast<unsigned>(rows.count), kThreads, kCountsBytes, stream},
-           rows_of(rows), KeptRows{known.lse, known.nll, sample.seed, sample.eps}, mask,
-           lists.offsets, lists.columns, lists.values, lists.capacity);
+           {"list_rows", blocks_of(rows.count, 1), kThreads, kCountsBytes, stream}, rows_of(rows),
+           values_of(known), Sampled{sample.seed, sample.eps}, mask, lists.offsets, lists.columns,
+           lists.values, lists.capacity);
 }
 
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
                    void* dy, int64_t stride_dy, void* stream) {
-    if (rows.count == 0) return;
     with_operands(type, [&](auto zero) {
         using T = decltype(zero);
         launch(gradient_rows_kernel<T>,
-               {"gradient_rows", static_cast<unsigned>(rows.count), kThreads, 0, stream},
-               rows_of(rows), RowValues{known.lse, known.lse_low, known.nll, known.grad}, kind,
-               static_cast<T*>(dy), stride_dy);
+               {"gradient_rows", blocks_of(rows.count, 1), kThreads, 0, stream}, rows_of(rows),
+               values_of(known), kind, static_cast<T*>(dy), stride_dy);
     });
 }
 

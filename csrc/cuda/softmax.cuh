@@ -56,24 +56,58 @@ __device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, co
     }
 }
 
+// What the forward left of each row, [N] each by position, and the upstream gradient.
+struct RowValues {
+    Global<const float> lse, lse_low, nll, grad;
+};
+
+inline RowValues values_of(const KnownRows& known) {
+    return {known.lse, known.lse_low, known.nll, known.grad};
+}
+
+// Entries of one row, by its final lse.
+struct RowEntries {
+    int64_t target;
+    RowKey key;
+    float lse, own, eps;  // own: dz at the target
+
+    // The sampled dz of an entry; 0 where it is not kept.
+    __device__ __forceinline__ float dz(float z, int column) const {
+        const float u = draw<float>(key, static_cast<uint32_t>(column));
+        return column == target ? own : sampled_dz(expf(z - lse), u, eps);
+    }
+};
+
+struct Sampled {
+    Global<const int64_t> seed;  // [1]
+    float eps;
+};
+__device__ __forceinline__ RowEntries row_entries(const RowValues& known, const Sampled& sample,
+                                                  int64_t row, int64_t target) {
+    const auto seed = static_cast<uint64_t>(sample.seed.load<Cache::kReadOnly>(0));
+    return {target, row_key(seed, static_cast<uint64_t>(row)),
+            known.lse.load<Cache::kReadOnly>(row), expm1f(-known.nll.load<Cache::kReadOnly>(row)),
+            sample.eps};
+}
+
 // dz = probability * p - even away from the target, and own there; the sampled gradient has own
 // alone.
 struct Factors {
-    float lse, correction, probability, even, own, upstream;
+    float lse, probability, even, own, upstream;
 };
 __device__ __forceinline__ Factors factors_of(const RowValues& known, LossKind kind, bool sampled,
                                               int64_t row, float vocabulary) {
     Factors f;
     f.lse = known.lse.load(row);
     f.upstream = known.grad.load(row);
-    f.correction = known.lse_low ? expf(-known.lse_low.load(row)) : 1.0f;
+    const float correction = known.lse_low ? expf(-known.lse_low.load(row)) : 1.0f;
     const float nll = known.nll.load(row), smoothing = kind.label_smoothing;
     f.own = expm1f(-nll);
     if (!sampled) {
         f.probability = 1 + 2 * kind.z_loss * f.lse;
         f.even = smoothing / vocabulary;
         f.own = (1 - smoothing) * f.own - f.even + (f.probability - 1 + smoothing) * expf(-nll);
-        f.probability *= f.correction;
+        f.probability *= correction;
     }
     return f;
 }

@@ -15,6 +15,7 @@
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
+#include "csrc/cuda/softmax.cuh"
 #include "csrc/cuda/tile.cuh"
 
 namespace bft::cuda {
@@ -231,7 +232,7 @@ struct ListedEntry {
 // parts take turns, so that one barrier a batch is enough.
 template <typename T, bool Aligned, int Pieces, bool Values>
 __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
-    spmm_hidden_kernel(Operands<T> in, RowValues known, Global<const int64_t> seed, float eps,
+    spmm_hidden_kernel(Operands<T> in, RowValues known, Sampled sample,
                        Global<const int64_t> offsets, Global<const int32_t> columns,
                        Global<const float> values, int64_t capacity, Team team,
                        Global<int32_t> keys, Global<uint64_t> packed, Global<T> grad_hidden,
@@ -247,11 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     Vector<float, kSize<T>> hidden[Pieces];
     RowEntries entries{};
     if constexpr (!Values) {
-        const auto drawn = static_cast<uint64_t>(seed.load<Cache::kReadOnly>(0));
-        entries = {in.target.template load<Cache::kReadOnly>(row),
-                   row_key(drawn, static_cast<uint64_t>(row)),
-                   known.lse.load<Cache::kReadOnly>(row),
-                   expm1f(-known.nll.load<Cache::kReadOnly>(row)), eps};
+        entries = row_entries(known, sample, row, in.target.template load<Cache::kReadOnly>(row));
         rows.fetch(0, 0, in.hidden + row * in.stride_hn, in.depth, true);
         cp_async_commit();
         cp_async_wait<0>();
@@ -411,7 +408,6 @@ static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
 
 void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& sample,
                  const Lists& lists, const KeptEntries& kept, Output grad_hidden, void* stream) {
-    if (problem.rows == 0) return;
     const int64_t depth = problem.depth;
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
@@ -422,10 +418,9 @@ void spmm_hidden(const Problem& problem, const KnownRows& known, const Sample& s
                                 : spmm_hidden_kernel<T, kAligned, kPieces, false>,
                    {"spmm_hidden", static_cast<unsigned>(problem.rows), kThreads,
                     kRowsAndPartsBytes, stream},
-                   operands_of<T>(problem),
-                   RowValues{known.lse, known.lse_low, known.nll, known.grad}, sample.seed,
-                   sample.eps, lists.offsets, lists.columns, lists.values, lists.capacity,
-                   team_for<T>(depth), kept.keys, kept.packed,
+                   operands_of<T>(problem), values_of(known), Sampled{sample.seed, sample.eps},
+                   lists.offsets, lists.columns, lists.values, lists.capacity, team_for<T>(depth),
+                   kept.keys, kept.packed,
                    grad_hidden.is_float32 ? nullptr : static_cast<T*>(grad_hidden.at),
                    grad_hidden.is_float32 ? static_cast<float*>(grad_hidden.at) : nullptr,
                    grad_hidden.is_float32 ? rows_whole<T, float>(grad_hidden.at, depth, depth)

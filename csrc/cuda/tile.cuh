@@ -40,15 +40,17 @@ struct Operands {
     Transform transform;
 };
 
-// What the forward left of each row, [N] each by position, and the upstream gradient.
-struct RowValues {
-    Global<const float> lse, lse_low, nll, grad;
-};
-
 // Where a piece of a row lies in its stage, in elements.
 template <typename T>
 __device__ __forceinline__ int place(int row, int piece) {
     return row * kTileD<T> + (piece ^ row % kPieces) * (16 / static_cast<int>(sizeof(T)));
+}
+
+// The same where the depth runs across the rows.
+template <typename T>
+__device__ __forceinline__ int place_across(int row, int piece) {
+    constexpr int kSize = 16 / static_cast<int>(sizeof(T));
+    return row * kTileV + (sizeof(T) == 2 ? piece ^ row % 8 : piece) * kSize;
 }
 
 // Copies 16 bytes of a row, from element d on; what is past the depth, or not there, is zero.
@@ -155,17 +157,33 @@ class TileLoader {
     int into_;             // the stage it goes to
 };
 
-// Which block of rows a block of the grid takes, and which part of the vocabulary: `group` row
-// blocks side by side share columns in L2.
-struct Program {
-    int64_t row_block;
-    int part;
+// Rows that are looked at, among those that take part, and how the vocabulary is shared out.
+struct Shares {
+    RowRange range;
+    int splits, split_tiles;
 };
-__device__ __forceinline__ Program swizzle(int64_t program, int64_t row_blocks, int parts,
-                                           int group) {
-    const int64_t per_group = int64_t{group} * parts, first = program / per_group * group;
-    const int64_t size = min(row_blocks - first, int64_t{group});
-    return {first + program % per_group % size, static_cast<int>(program % per_group / size)};
+
+// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
+constexpr int64_t kGroup = 8;
+
+// What a block of the grid takes.
+struct Share {
+    int64_t row_block, first;  // of the range; its first row, among those that take part
+    int there;  // rows, 0 past the last: nobody but the device knows how many take part
+    int split, tile0, tile1;
+};
+template <typename T>
+__device__ __forceinline__ Share share_of(const Operands<T>& in, const Shares& of) {
+    const int64_t row_blocks = (of.range.count + kTileN - 1) / kTileN, program = blockIdx.x;
+    const int64_t group = program / (kGroup * of.splits) * kGroup;
+    const int64_t size = min(row_blocks - group, kGroup), place = program % (kGroup * of.splits);
+    const int64_t row_block = group + place % size, first = of.range.first + row_block * kTileN;
+    const int64_t count = in.row_count.template load<Cache::kReadOnly>(0);
+    const int64_t left = min(count, of.range.first + of.range.count) - first;
+    const int split = static_cast<int>(place / size), tile0 = split * of.split_tiles;
+    const int tiles = (in.vocabulary + kTileV - 1) / kTileV;
+    return {row_block, first, static_cast<int>(min(max(left, int64_t{0}), int64_t{kTileN})),
+            split,     tile0, min(tile0 + of.split_tiles, tiles)};
 }
 
 __device__ __forceinline__ int warp_row() {
@@ -203,21 +221,34 @@ struct Entries {
     }
     __device__ __forceinline__ static int column0() { return warp_column() + lane_id() % 4 * 2; }
     __device__ __forceinline__ static constexpr int step(int j) { return j / 2 * 8 + j % 2; }
-    __device__ __forceinline__ void add_products(Shared<T> hidden, Shared<T> weight) {
+    // Of stages whose depth runs along their rows, or across them; see products.cuh.
+    template <bool LeftAcross = false, bool RightAcross = false>
+    __device__ __forceinline__ void add_products(Shared<T> left, Shared<T> right) {
         const int lane = lane_id();
 #pragma unroll
-        for (int piece = 0; piece < kPieces; piece += 2) {
+        for (int k = 0; k < kTileD<T>; k += 16) {
             uint32_t a[2][4];
 #pragma unroll
             for (int m = 0; m < 2; ++m) {
-                const int row = warp_row() + m * 16 + lane % 16;
-                ldmatrix_x4(a[m], hidden + place<T>(row, piece + lane / 16));
+                const int row = warp_row() + m * 16;
+                if constexpr (LeftAcross) {
+                    const int depth = k + lane / 16 * 8 + lane % 8;
+                    ldmatrix_x4_trans(a[m], left + place_across<T>(depth, row / 8 + lane / 8 % 2));
+                } else {
+                    ldmatrix_x4(a[m], left + place<T>(row + lane % 16, k / 8 + lane / 16));
+                }
             }
 #pragma unroll
             for (int n = 0; n < 8; n += 2) {
                 uint32_t b[4];
-                const int row = warp_column() + n * 8 + lane / 16 * 8 + lane % 8;
-                ldmatrix_x4(b, weight + place<T>(row, piece + lane / 8 % 2));
+                if constexpr (RightAcross) {
+                    const int depth = k + lane / 8 % 2 * 8 + lane % 8;
+                    const int piece = warp_column() / 8 + n + lane / 16;
+                    ldmatrix_x4_trans(b, right + place_across<T>(depth, piece));
+                } else {
+                    const int row = warp_column() + n * 8 + lane / 16 * 8 + lane % 8;
+                    ldmatrix_x4(b, right + place<T>(row, k / 8 + lane / 8 % 2));
+                }
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
                     mma_m16n8k16<T>(sums[m][n], a[m], {b[0], b[1]});

@@ -230,8 +230,8 @@ void Block::read(uint32_t lane, size_t offset, size_t bytes, Site site) {
     }
 }
 
-void Block::write(size_t offset, size_t bytes, Write how, Site site) {
-    if (auto found = shadow_.write(offset, bytes, actor(*running_), how)) {
+void Block::write(size_t offset, size_t bytes, bool async, Site site) {
+    if (auto found = shadow_.write(offset, bytes, actor(*running_), async)) {
         fail(found->kind, site,
              found->text + " (shared byte " + std::to_string(found->offset) + ")");
     }
@@ -247,7 +247,7 @@ void Block::global(Range* range, const void* address, size_t bytes, Touch how, S
 }
 
 void Block::issue(uint32_t offset, const unsigned char* data, uint32_t bytes, Site site) {
-    write(offset, bytes, Write::kAsync, site);
+    write(offset, bytes, true, site);
     std::memset(shared() + offset, kPoison, bytes);
     Copy copy{running_->group, offset, bytes, {}};
     std::memcpy(copy.data, data, bytes);

@@ -78,7 +78,7 @@ class Block {
     void collective(const char* operation, uint32_t mask, Orders orders, bool same_line, Site site,
                     void* operands, Fire fire);
     void read(uint32_t lane, size_t offset, size_t bytes, Site site);
-    void write(size_t offset, size_t bytes, Write how, Site site);
+    void write(size_t offset, size_t bytes, bool async, Site site);
     unsigned char* shared() { return shared_.data(); }
     size_t shared_bytes() const { return shared_bytes_; }
     void global(Range* range, const void* address, size_t bytes, Touch how, Site site);

@@ -17,16 +17,6 @@ using emulation::Kind;
 using emulation::Site;
 using emulation::Touch;
 
-// The types for which CUDA has them on sm_80; there is none for int64_t, which is a long.
-template <typename T>
-constexpr bool kHasAtomicMax =
-    std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, long long> ||
-    std::is_same_v<T, unsigned long long>;
-template <typename T>
-constexpr bool kHasAtomicAdd =
-    std::is_same_v<T, int> || std::is_same_v<T, unsigned> ||
-    std::is_same_v<T, unsigned long long> || std::is_same_v<T, float> || std::is_same_v<T, double>;
-
 // Keeps the buffer that its pointer came from, so that an index cannot stray into the next one.
 template <typename T>
 class Global {
@@ -58,18 +48,6 @@ class Global {
         static_assert(sizeof(T) * N == 4 || sizeof(T) * N == 8 || sizeof(T) * N == 16);
         store_as(i, value, site);
     }
-    T atomic_add(int64_t i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicAdd<T>);
-        return atomic(i, site, [&](T old) -> T { return old + value; });
-    }
-    T atomic_max(int64_t i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicMax<T>);
-        return atomic(i, site, [&](T old) { return old < value ? value : old; });
-    }
-    T atomic_min(int64_t i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicMax<T>);
-        return atomic(i, site, [&](T old) { return value < old ? value : old; });
-    }
     // For cp_async: that so many bytes may be read.
     void check(int64_t bytes, Touch how, Site site) const {
         emulation::block().global(range_, pointer_, bytes, how, site);
@@ -88,9 +66,7 @@ class Global {
     }
     template <typename V, Cache C>
     V load_as(int64_t i, Site site) const {
-        constexpr Touch how = C == Cache::kReadOnly   ? Touch::kReadOnlyPath
-                              : C == Cache::kCoherent ? Touch::kReadCoherent
-                                                      : Touch::kRead;
+        constexpr Touch how = C == Cache::kReadOnly ? Touch::kReadOnlyPath : Touch::kRead;
         emulation::block().global(range_, moved(i), sizeof(V), how, site);
         V value;
         std::memcpy(&value, moved(i), sizeof value);
@@ -101,14 +77,6 @@ class Global {
         emulation::block().global(range_, moved(i), sizeof(V), Touch::kWrite, site);
         std::memcpy(moved(i), &value, sizeof value);
     }
-    template <typename Combine>
-    T atomic(int64_t i, Site site, Combine combine) const {
-        emulation::block().global(range_, moved(i), sizeof(T), Touch::kAtomic, site);
-        const T old = *moved(i);
-        *moved(i) = combine(old);
-        return old;
-    }
-
     T* pointer_;
     emulation::Range* range_;
 };
@@ -124,10 +92,6 @@ class Shared {
     Shared operator+(int elements) const {
         return {offset_ + elements * static_cast<int64_t>(sizeof(T)), begin_, end_};
     }
-    template <typename U>
-    Shared<U> as() const {
-        return {offset_, begin_, end_};
-    }
 
     T load(int i, Site site = Site::here()) const { return load_as<T>(i, site); }
     void store(int i, T value, Site site = Site::here()) const { store_as(i, value, site); }
@@ -141,19 +105,6 @@ class Shared {
         static_assert(sizeof(T) * N == 4 || sizeof(T) * N == 8 || sizeof(T) * N == 16);
         store_as(i, value, site);
     }
-    T atomic_add(int i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicAdd<T>);
-        return atomic(i, site, [&](T old) -> T { return old + value; });
-    }
-    T atomic_max(int i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicMax<T>);
-        return atomic(i, site, [&](T old) { return old < value ? value : old; });
-    }
-    T atomic_min(int i, T value, Site site = Site::here()) const {
-        static_assert(kHasAtomicMax<T>);
-        return atomic(i, site, [&](T old) { return value < old ? value : old; });
-    }
-
     // The offset of element i, if `bytes` from there on are inside and aligned to their size.
     uint32_t checked(int64_t i, int64_t bytes, Site site) const {
         const int64_t at = offset_ + i * static_cast<int64_t>(sizeof(T));
@@ -177,9 +128,6 @@ class Shared {
     }
 
   private:
-    template <typename U>
-    friend class Shared;
-
     Shared(int64_t offset, int64_t begin, int64_t end)
         : offset_(offset), begin_(begin), end_(end) {}
     template <typename V>
@@ -194,20 +142,9 @@ class Shared {
     template <typename V>
     void store_as(int i, V value, Site site) const {
         const uint32_t at = checked(i, sizeof(V), site);
-        emulation::block().write(at, sizeof(V), emulation::Write::kPlain, site);
+        emulation::block().write(at, sizeof(V), false, site);
         std::memcpy(emulation::block().shared() + at, &value, sizeof value);
     }
-    template <typename Combine>
-    T atomic(int i, Site site, Combine combine) const {
-        const uint32_t at = checked(i, sizeof(T), site);
-        emulation::block().write(at, sizeof(T), emulation::Write::kAtomic, site);
-        T old;
-        std::memcpy(&old, emulation::block().shared() + at, sizeof old);
-        const T now = combine(old);
-        std::memcpy(emulation::block().shared() + at, &now, sizeof now);
-        return old;
-    }
-
     int64_t offset_, begin_, end_;  // in bytes
 };
 
@@ -241,29 +178,21 @@ void cp_async_wait() {
     emulation::block().wait(N);
 }
 
-// `ldmatrix` of `Count` matrices; named apart so that different forms cannot meet.
-template <int Count, bool Transposed, typename T>
+// `ldmatrix` of four matrices; named apart so that different forms cannot meet.
+template <bool Transposed, typename T>
 void load_fragments(const char* name, uint32_t* out, Shared<T> row, Site site) {
     static_assert(sizeof(T) == 2);
     emulation::MatrixLoad own = row.matrix_row(out);
     emulation::meet(name, 0xFFFFFFFF, emulation::Orders::kNothing, true, site, own,
-                    [&](auto& lanes) { emulation::load_matrices(lanes, Count, Transposed, site); });
+                    [&](auto& lanes) { emulation::load_matrices(lanes, Transposed, site); });
 }
 template <typename T>
 void ldmatrix_x4(uint32_t (&out)[4], Shared<T> row, Site site = Site::here()) {
-    load_fragments<4, false>("ldmatrix_x4", out, row, site);
+    load_fragments<false>("ldmatrix_x4", out, row, site);
 }
 template <typename T>
 void ldmatrix_x4_trans(uint32_t (&out)[4], Shared<T> row, Site site = Site::here()) {
-    load_fragments<4, true>("ldmatrix_x4_trans", out, row, site);
-}
-template <typename T>
-void ldmatrix_x2(uint32_t (&out)[2], Shared<T> row, Site site = Site::here()) {
-    load_fragments<2, false>("ldmatrix_x2", out, row, site);
-}
-template <typename T>
-void ldmatrix_x2_trans(uint32_t (&out)[2], Shared<T> row, Site site = Site::here()) {
-    load_fragments<2, true>("ldmatrix_x2_trans", out, row, site);
+    load_fragments<true>("ldmatrix_x4_trans", out, row, site);
 }
 
 template <typename T>
@@ -278,6 +207,5 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 // Of the device's instructions only the flushing of subnormals is kept, not the last bits.
 inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float exp2_approx(float x) { return flushed(std::exp2(flushed(x))); }
-inline float log2_approx(float x) { return std::log2(flushed(x)); }
 
 }  // namespace bft::cuda

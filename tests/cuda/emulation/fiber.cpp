@@ -21,7 +21,6 @@
 // takes `load` for a stack pointer, and restores from there.
 extern "C" void bft_emulation_switch(void** save, void* load) __asm__("bft_emulation_switch");
 
-#if defined(__x86_64__)
 __asm__(R"(
     .text
 bft_emulation_switch:
@@ -43,40 +42,6 @@ bft_emulation_switch:
 )");
 // Six registers, the address that `ret` jumps to, and the return address of that function: none.
 static constexpr size_t kFrameWords = 8, kEntryWord = 6;
-#else
-__asm__(R"(
-    .text
-    .balign 4
-bft_emulation_switch:
-    sub sp, sp, #160
-    stp x19, x20, [sp, #0]
-    stp x21, x22, [sp, #16]
-    stp x23, x24, [sp, #32]
-    stp x25, x26, [sp, #48]
-    stp x27, x28, [sp, #64]
-    stp x29, x30, [sp, #80]
-    stp d8, d9, [sp, #96]
-    stp d10, d11, [sp, #112]
-    stp d12, d13, [sp, #128]
-    stp d14, d15, [sp, #144]
-    mov x9, sp
-    str x9, [x0]
-    mov sp, x1
-    ldp x19, x20, [sp, #0]
-    ldp x21, x22, [sp, #16]
-    ldp x23, x24, [sp, #32]
-    ldp x25, x26, [sp, #48]
-    ldp x27, x28, [sp, #64]
-    ldp x29, x30, [sp, #80]
-    ldp d8, d9, [sp, #96]
-    ldp d10, d11, [sp, #112]
-    ldp d12, d13, [sp, #128]
-    ldp d14, d15, [sp, #144]
-    add sp, sp, #160
-    ret
-)");
-static constexpr size_t kFrameWords = 20, kEntryWord = 11;
-#endif
 #endif
 
 namespace bft::emulation {

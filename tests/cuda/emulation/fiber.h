@@ -1,13 +1,13 @@
 // A function on a stack of its own, which runs until it suspends itself: one for each thread of the
 // emulated block. All fibers share the OS thread that resumes them.
 //
-// Switching is a dozen instructions on x86-64 and aarch64. swapcontext, used elsewhere or with
+// Switching is a dozen instructions on x86-64. swapcontext, used elsewhere or with
 // -DBFT_EMULATION_UCONTEXT, calls the kernel twice for the signal mask.
 #pragma once
 
 #include <cstddef>
 
-#if !defined(__x86_64__) && !defined(__aarch64__) && !defined(BFT_EMULATION_UCONTEXT)
+#if !defined(__x86_64__) && !defined(BFT_EMULATION_UCONTEXT)
 #define BFT_EMULATION_UCONTEXT
 #endif
 #ifdef BFT_EMULATION_UCONTEXT

@@ -83,10 +83,9 @@ struct MatrixLoad {
 // Lane 8 m + r addresses row r of matrix m, which is 8 x 8 halves. Lane l gets elements 2 (l % 4)
 // and the next of row l / 4; transposed, of column l / 4. Reading is done by the lane that gets the
 // element, so a warp that wrote the rows needs a __syncwarp first: ldmatrix orders nothing.
-inline void load_matrices(const std::array<MatrixLoad*, 32>& lanes, int count, bool transposed,
-                          Site site) {
+inline void load_matrices(const std::array<MatrixLoad*, 32>& lanes, bool transposed, Site site) {
     Block& here = block();
-    for (int row = 0; row < 8 * count; ++row) {
+    for (int row = 0; row < 32; ++row) {
         const MatrixLoad& load = *lanes[row];
         if (load.offset < load.begin || load.offset + 16 > load.end) {
             here.fail_lane(Kind::kOutOfBounds, row, site,
@@ -101,7 +100,7 @@ inline void load_matrices(const std::array<MatrixLoad*, 32>& lanes, int count, b
         }
     }
     for (int lane = 0; lane < 32; ++lane) {
-        for (int matrix = 0; matrix < count; ++matrix) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
             uint32_t word = 0;
             for (int half = 0; half < 2; ++half) {
                 const int along = lane % 4 * 2 + half, across = lane / 4;

@@ -5,7 +5,6 @@
 
 namespace bft::emulation {
 
-static constexpr uint16_t kAtomicThread = 0xFFFF;
 static constexpr uint32_t kBefore = 1;
 
 static std::map<uintptr_t, Range>& ranges() {
@@ -76,30 +75,25 @@ uint32_t next_serial() {
 // What another access did to this byte that the actor's must not meet.
 static std::optional<Finding> conflict(const GlobalCell& cell, Touch how,
                                        const GlobalActor& actor) {
-    const bool writes = how == Touch::kWrite || how == Touch::kAtomic;
-    if (cell.serial == 0 && how != Touch::kWrite) {
+    const bool writes = how == Touch::kWrite;
+    if (cell.serial == 0 && !writes) {
         return Finding{Kind::kUninitialised, 0, "read of a byte that nobody wrote"};
     }
     if (cell.serial < actor.launch) return std::nullopt;
     if (how == Touch::kReadOnlyPath) {
         return Finding{Kind::kGlobalRace, 0, "ld.global.nc of what this very launch wrote"};
     }
-    const bool atomic = cell.thread == kAtomicThread;
-    if (atomic && how == Touch::kAtomic) return std::nullopt;
     if (cell.serial != actor.block) {
-        if (how == Touch::kReadCoherent) return std::nullopt;
         return Finding{Kind::kGlobalRace, 0,
                        writes ? "write over what another block wrote in this launch"
                               : "read of what another block wrote in this launch"};
     }
     // Lanes of one warp may have met at a __syncwarp, which is not kept for global memory.
-    const bool same_warp = !atomic && cell.thread / 32 == actor.thread / 32;
-    if (cell.epoch == actor.epoch && !same_warp && how != Touch::kReadCoherent) {
-        return Finding{
-            Kind::kRace, 0,
-            std::string(writes ? "write over" : "read of") + " what " +
-                (atomic ? std::string("an atomic") : "thread " + std::to_string(cell.thread)) +
-                " of this block wrote since the barrier"};
+    const bool same_warp = cell.thread / 32 == actor.thread / 32;
+    if (cell.epoch == actor.epoch && !same_warp) {
+        return Finding{Kind::kRace, 0,
+                       std::string(writes ? "write over" : "read of") + " what thread " +
+                           std::to_string(cell.thread) + " of this block wrote since the barrier"};
     }
     return std::nullopt;
 }
@@ -124,7 +118,7 @@ std::optional<Finding> touch_global(Range* range, uintptr_t address, size_t byte
                          "access of " + std::to_string(bytes) + " bytes at an address that is " +
                              std::to_string(address % bytes) + " modulo that"});
     }
-    const bool writes = how == Touch::kWrite || how == Touch::kAtomic;
+    const bool writes = how == Touch::kWrite;
     if (writes && range->rights == Rights::kRead) {
         return in_range({Kind::kReadOnly, offset, "write to a buffer registered for reading"});
     }
@@ -134,10 +128,7 @@ std::optional<Finding> touch_global(Range* range, uintptr_t address, size_t byte
             found->offset = i;
             return in_range(std::move(*found));
         }
-        if (writes) {
-            cells[i] = {actor.block, how == Touch::kAtomic ? kAtomicThread : actor.thread,
-                        actor.epoch};
-        }
+        if (writes) cells[i] = {actor.block, actor.thread, actor.epoch};
     }
     return std::nullopt;
 }

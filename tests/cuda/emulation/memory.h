@@ -21,14 +21,13 @@ namespace bft::emulation {
 enum class Rights { kRead, kReadWrite };
 enum class Contents { kInitialised, kUninitialised };  // uninitialised: to be written before read
 
-enum class Touch { kRead, kReadOnlyPath, kReadCoherent, kWrite, kAtomic };
+enum class Touch { kRead, kReadOnlyPath, kWrite };
 
 // The last write to a byte. `serial` is 0 if a kernel or the host has yet to write it, 1 if it was
 // written before this launch, and else names the block: a new number for each block that runs.
 struct GlobalCell {
     uint32_t serial;
-    uint16_t thread;  // 0xFFFF: an atomic
-    uint16_t epoch;
+    uint16_t thread, epoch;
 };
 
 struct Range {

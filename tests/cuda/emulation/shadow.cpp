@@ -85,18 +85,14 @@ std::optional<Finding> Shadow::read(size_t offset, size_t bytes, const Actor& ac
     });
 }
 
-std::optional<Finding> Shadow::write(size_t offset, size_t bytes, const Actor& actor, Write how) {
+std::optional<Finding> Shadow::write(size_t offset, size_t bytes, const Actor& actor, bool async) {
     return each(offset, bytes, [&](Cell& cell) -> std::optional<Finding> {
         const State state = cell.write.state;
-        const bool both_atomic = how == Write::kAtomic && state == State::kAtomic;
-        if (how == Write::kAtomic && state == State::kUninitialised) {
-            return Finding{Kind::kUninitialised, 0, "atomic on a byte that nobody wrote"};
-        }
         if (state == State::kPending) {
             return Finding{Kind::kAsyncPending, 0,
                            "write over a cp.async in flight, issued by " + cell.write.who()};
         }
-        if (!both_atomic && !cell.write.ordered_before(actor)) {
+        if (!cell.write.ordered_before(actor)) {
             return Finding{state == State::kDelivered ? Kind::kAsyncUnordered : Kind::kRace, 0,
                            "write over what " + cell.write.who() + " wrote since the barrier"};
         }
@@ -104,10 +100,8 @@ std::optional<Finding> Shadow::write(size_t offset, size_t bytes, const Actor& a
             return Finding{Kind::kRace, 0,
                            "write over what " + cell.read.who() + " read since the barrier"};
         }
-        both_atomic ? cell.write.add(actor) : cell.write.replace(actor);
-        cell.write.state = how == Write::kPlain    ? State::kWritten
-                           : how == Write::kAtomic ? State::kAtomic
-                                                   : State::kPending;
+        cell.write.replace(actor);
+        cell.write.state = async ? State::kPending : State::kWritten;
         cell.read = Access{};
         return std::nullopt;
     });

@@ -21,8 +21,6 @@ struct Actor {
     const uint32_t* seen;
 };
 
-enum class Write : uint8_t { kPlain, kAtomic, kAsync };
-
 struct Finding {
     Kind kind;
     size_t offset;
@@ -35,12 +33,12 @@ class Shadow {
 
     // Records the access, or says what is wrong with it.
     std::optional<Finding> read(size_t offset, size_t bytes, const Actor& actor);
-    std::optional<Finding> write(size_t offset, size_t bytes, const Actor& actor, Write how);
+    std::optional<Finding> write(size_t offset, size_t bytes, const Actor& actor, bool async);
     // The bytes of an asynchronous copy are there, and its owner has waited for them.
     void deliver(size_t offset, size_t bytes, const Actor& owner);
 
   private:
-    enum class State : uint8_t { kUninitialised, kWritten, kAtomic, kPending, kDelivered };
+    enum class State : uint8_t { kUninitialised, kWritten, kPending, kDelivered };
 
     // Accesses of one kind, since the last one that is ordered before the others. Lanes of one
     // warp are told apart, warps are not.

@@ -1,4 +1,4 @@
-// What CUDA declares globally: dim3, the small vectors, and the indices of the running thread.
+// What CUDA declares globally: dim3 and the indices of the running thread.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,6 @@ struct dim3 {
     constexpr uint64_t count() const { return uint64_t{x} * y * z; }
 };
 
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-
 // Written by the scheduler each time it resumes a thread; kernels only read them.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
-constexpr int warpSize = 32;

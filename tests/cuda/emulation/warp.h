@@ -76,47 +76,27 @@ inline void __syncthreads(BFT_SITE) { ::bft::emulation::block().barrier("__synct
 inline int __syncthreads_count(int vote, BFT_SITE) {
     return ::bft::emulation::block().barrier("__syncthreads_count", vote, site);
 }
-inline int __syncthreads_or(int vote, BFT_SITE) {
-    return ::bft::emulation::block().barrier("__syncthreads_or", vote, site) > 0;
-}
-inline int __syncthreads_and(int vote, BFT_SITE) {
-    const int all = static_cast<int>(blockDim.count());
-    return ::bft::emulation::block().barrier("__syncthreads_and", vote, site) == all;
-}
 inline void __syncwarp(uint32_t mask = 0xFFFFFFFF, BFT_SITE) {
     using namespace ::bft::emulation;
     int nothing = 0;
     meet("__syncwarp", mask, Orders::kMemory, false, site, nothing, [](auto&) {});
 }
 
-// `width` splits the warp into sections; lanes outside of the section read themselves, except in
-// the indexed form, which wraps.
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int lane, int width = 32, BFT_SITE) {
-    const int own = static_cast<int>(::bft::emulation::block().lane());
-    const int source = (own & ~(width - 1)) + (lane & (width - 1));
-    return ::bft::emulation::shuffle("__shfl_sync", mask, value, source, site);
+T __shfl_sync(uint32_t mask, T value, int lane, BFT_SITE) {
+    return ::bft::emulation::shuffle("__shfl_sync", mask, value, lane % 32, site);
 }
 template <typename T>
-T __shfl_xor_sync(uint32_t mask, T value, int lanes, int width = 32, BFT_SITE) {
+T __shfl_xor_sync(uint32_t mask, T value, int lanes, BFT_SITE) {
     const int own = static_cast<int>(::bft::emulation::block().lane());
-    const int source = own ^ lanes;
-    const bool inside = source < (own & ~(width - 1)) + width;  // earlier sections may be read
-    return ::bft::emulation::shuffle("__shfl_xor_sync", mask, value, inside ? source : own, site);
+    return ::bft::emulation::shuffle("__shfl_xor_sync", mask, value, own ^ lanes, site);
 }
+// The first lanes read themselves.
 template <typename T>
-T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32, BFT_SITE) {
+T __shfl_up_sync(uint32_t mask, T value, int delta, BFT_SITE) {
     const int own = static_cast<int>(::bft::emulation::block().lane());
-    const int source = own - static_cast<int>(delta);
-    const bool inside = source >= (own & ~(width - 1));
-    return ::bft::emulation::shuffle("__shfl_up_sync", mask, value, inside ? source : own, site);
-}
-template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32, BFT_SITE) {
-    const int own = static_cast<int>(::bft::emulation::block().lane());
-    const int source = own + static_cast<int>(delta);
-    const bool inside = source < (own & ~(width - 1)) + width;
-    return ::bft::emulation::shuffle("__shfl_down_sync", mask, value, inside ? source : own, site);
+    const int source = own < delta ? own : own - delta;
+    return ::bft::emulation::shuffle("__shfl_up_sync", mask, value, source, site);
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int vote, BFT_SITE) {
@@ -125,42 +105,11 @@ inline uint32_t __ballot_sync(uint32_t mask, int vote, BFT_SITE) {
 inline int __any_sync(uint32_t mask, int vote, BFT_SITE) {
     return ::bft::emulation::ballot("__any_sync", mask, vote != 0, site) != 0;
 }
-inline int __all_sync(uint32_t mask, int vote, BFT_SITE) {
-    return ::bft::emulation::ballot("__all_sync", mask, vote != 0, site) == mask;
-}
 template <typename T>
-uint32_t __match_any_sync(uint32_t mask, T value, BFT_SITE) {
-    using namespace ::bft::emulation;
-    struct Operand {
-        T value;
-        uint32_t equal;
-    } own{value, 0};
-    meet("__match_any_sync", mask, Orders::kIfOptions, false, site, own, [](auto& lanes) {
-        for (auto* lane : lanes) {
-            for (uint32_t i = 0; lane != nullptr && i < 32; ++i) {
-                if (lanes[i] != nullptr && lanes[i]->value == lane->value) lane->equal |= 1u << i;
-            }
-        }
-    });
-    return own.equal;
+T __reduce_add_sync(uint32_t mask, T value, BFT_SITE) {
+    return ::bft::emulation::reduce("__reduce_add_sync", mask, value, site,
+                                    [](T a, T b) -> T { return a + b; });
 }
-
-#define BFT_REDUCE(name, T, expression)                                            \
-    inline T name(uint32_t mask, T value, BFT_SITE) {                              \
-        return ::bft::emulation::reduce(#name, mask, value, site,                  \
-                                        [](T a, T b) -> T { return expression; }); \
-    }
-BFT_REDUCE(__reduce_add_sync, uint32_t, a + b)
-BFT_REDUCE(__reduce_min_sync, uint32_t, a < b ? a : b)
-BFT_REDUCE(__reduce_max_sync, uint32_t, a > b ? a : b)
-BFT_REDUCE(__reduce_or_sync, uint32_t, a | b)
-BFT_REDUCE(__reduce_and_sync, uint32_t, a& b)
-BFT_REDUCE(__reduce_add_sync, int32_t, static_cast<int32_t>(uint32_t(a) + uint32_t(b)))
-BFT_REDUCE(__reduce_min_sync, int32_t, a < b ? a : b)
-BFT_REDUCE(__reduce_max_sync, int32_t, a > b ? a : b)
-#undef BFT_REDUCE
 
 // Blocks run in turn, and a thread's accesses take place in order. A kernel that spins must yield.
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { ::bft::emulation::block().yield(); }

@@ -15,7 +15,6 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __shared__ static_assert(false, "use Shared<T> of csrc/cuda/device.h");
 
@@ -32,16 +31,9 @@ using std::min;
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline unsigned __umulhi(unsigned x, unsigned y) {
-    return static_cast<unsigned>(uint64_t{x} * y >> 32);
-}
 
 namespace bft::emulation {
 template <typename To, typename From>
@@ -54,6 +46,4 @@ To bits_as(From from) {
 }  // namespace bft::emulation
 
 inline unsigned __float_as_uint(float x) { return ::bft::emulation::bits_as<unsigned>(x); }
-inline int __float_as_int(float x) { return ::bft::emulation::bits_as<int>(x); }
 inline float __uint_as_float(unsigned x) { return ::bft::emulation::bits_as<float>(x); }
-inline float __int_as_float(int x) { return ::bft::emulation::bits_as<float>(x); }

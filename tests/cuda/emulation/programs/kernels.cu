@@ -5,16 +5,14 @@
 
 namespace bft::cuda {
 
-template __global__ void gemm_kernel<bf16>(int, int, int, Global<const bf16>, Global<const bf16>,
-                                           Global<float>);
-template __global__ void gemm_kernel<fp16>(int, int, int, Global<const fp16>, Global<const fp16>,
-                                           Global<float>);
 template __global__ void fragments_kernel<bf16>(Global<const bf16>, Global<const bf16>,
+                                                Global<uint32_t>, Global<float>);
+template __global__ void fragments_kernel<fp16>(Global<const fp16>, Global<const fp16>,
                                                 Global<uint32_t>, Global<float>);
 template __global__ void round_kernel<bf16>(int, Global<const float>, Global<float>);
 template __global__ void round_kernel<fp16>(int, Global<const float>, Global<float>);
-template __global__ void early_read_kernel<true>(In, Out);
-template __global__ void misaligned_shared_kernel<true>(In, Out);
-template __global__ void atomic_and_plain_kernel<true>(In, Out);
+template __global__ void mistake_kernel<early_read<true>>(In, Out);
+template __global__ void mistake_kernel<misaligned_shared<true>>(In, Out);
+template __global__ void mistake_kernel<misaligned_copy<true>>(In, Out);
 
 }  // namespace bft::cuda
