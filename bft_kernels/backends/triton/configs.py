@@ -174,13 +174,6 @@ def tile_for(call: Problem, hidden: Tensor, weight: Tensor) -> Tile:
     return tiles.logits if call.settings.softcap is None else tiles.capped
 
 
-def trial_tile(operand: torch.dtype | None) -> Tile:
-    """The tile of logits of tensors stored as ``operand``; a small one if it may be any."""
-    if interpreted() or operand is None:
-        return INTERPRETED
-    return _shipped(operand, operand).logits
-
-
 def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple[Tile, Tile]:
     """The tiles of ``dH``, whose products read ``weight``, and of ``dW``, which read ``hidden``."""
     if interpreted():

@@ -106,23 +106,32 @@ def exact_tanh(x):
 
 
 @triton.jit
-def transform(y, bias, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def transform(y, bias, call):
     """``z`` of ``y``; ``bias`` is anything that broadcasts, and is not looked at without one."""
-    if HAS_BIAS:
+    if call.bias_ptr is not None:
         y += bias
-    if HAS_CAP:
-        y = softcap * exact_tanh(y / softcap)
-    return y * inverse_temperature
+    if call.softcap is not None:
+        y = call.softcap * exact_tanh(y / call.softcap)
+    return y * call.inverse_temperature
 
 
 @triton.jit
-def slope_of(z, inverse_temperature, softcap, HAS_CAP: tl.constexpr):
+def logits_at(y, column, call):
+    """``z`` of the raw products ``y`` of columns, which may lie beyond ``V``."""
+    bias = 0.0
+    if call.bias_ptr is not None:
+        bias = tl.load(call.bias_ptr + column, mask=column < call.V, other=0.0).to(tl.float32)
+    return transform(y, bias, call)
+
+
+@triton.jit
+def slope_of(z, call):
     """``dz/dy`` where the logit is ``z``: a tile with a softcap, else a number."""
-    if HAS_CAP:
-        t = z / (softcap * inverse_temperature)
-        return (1.0 - t * t) * inverse_temperature
+    if call.softcap is None:
+        return call.inverse_temperature
     else:
-        return inverse_temperature
+        t = z / (call.softcap * call.inverse_temperature)
+        return (1.0 - t * t) * call.inverse_temperature
 
 
 @triton.jit
@@ -160,26 +169,20 @@ def swizzle(program, row_blocks, splits, GROUP: tl.constexpr):
 
 @triton.jit
 def logit_tile(
-    hidden_rows,  # pointers [BLOCK_N, 1], all of them valid
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
+    x,  # Operands
+    call,
+    row,  # [BLOCK_N], positions, all of them valid
     offs_v,  # [BLOCK_V]; beyond V the last column is repeated, to be masked by the caller
-    V,
-    stride_wv,
-    inverse_temperature,
-    softcap,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``z [BLOCK_N, BLOCK_V]``, its product accumulated in float32."""
-    weight_rows = weight_ptr + tl.minimum(offs_v, V - 1).to(tl.int64)[None, :] * stride_wv
-    y = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    hidden_rows = x.hidden_ptr + row[:, None] * x.stride_hn
+    columns = tl.minimum(offs_v, call.V - 1).to(tl.int64)
+    weight_rows = x.weight_ptr + columns[None, :] * x.stride_wv
+    y = tl.zeros((row.shape[0], offs_v.shape[0]), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         if D % BLOCK_D == 0:
@@ -189,10 +192,7 @@ def logit_tile(
             h = tl.load(hidden_rows + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
             w = tl.load(weight_rows + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
         y = dot(h, w, y, OPERAND, PRECISION)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    return transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    return logits_at(y, offs_v[None, :], call)
 
 
 @triton.jit
@@ -241,28 +241,20 @@ def sampled_dz(p, bits, at_target, own, eps):
 @triton.jit
 def entry_dz(
     y,  # raw products of listed entries
-    bias_ptr,
     column,
     mask,
     target,
     lse,
     nll,
-    multiplier,
-    offset,
-    inverse_temperature,
-    softcap,
+    key,  # multiplier and offset of the row; see row_key
     eps,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    call,
 ):
     """The sampled ``dz`` of entries of one row, and their slope, by the final lse."""
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-    bits = draw_bits(multiplier, offset, column.to(tl.uint32))
+    z = logits_at(y, column, call)
+    bits = draw_bits(key[0], key[1], column.to(tl.uint32))
     dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), eps)
-    return tl.where(mask, dz, 0.0), slope_of(z, inverse_temperature, softcap, HAS_CAP)
+    return tl.where(mask, dz, 0.0), slope_of(z, call)
 
 
 @triton.jit

@@ -17,7 +17,12 @@ from torch import Tensor
 from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
+from bft_kernels.backends.triton.configs import (
+    precision_for,
+    product_tiles,
+    tile_for,
+    triton_dtype,
+)
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
@@ -30,34 +35,25 @@ from bft_kernels.backends.triton.device import (
     slope_of,
     swizzle,
 )
-from bft_kernels.backends.triton.inputs import arguments_of
+from bft_kernels.backends.triton.inputs import tile_arguments
 from bft_kernels.results import Gradients
 
 
 @triton.jit(do_not_specialize=["first_column", "columns", "rows"])
 def _logit_gradient_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    seed_ptr,  # []
+    x,
+    call,
+    seed_ptr,  # [], for the sampled gradient; None for the exact one
     lse_ptr,  # [N]
-    lse_low_ptr,  # [N]
+    lse_low_ptr,  # [N], or None
     nll_ptr,  # [N]
     grad_ptr,  # [N], upstream
     dy_ptr,  # [R, C]
-    bias_sums_ptr,  # [row blocks, C] float32
+    bias_sums_ptr,  # [row blocks, C] float32, or None
     first_column,
     columns,  # C, of which the last block may have fewer
     stride_dy,
     rows,  # R
-    V,
-    stride_hn,
-    stride_wv,
-    inverse_temperature,
-    softcap,
     eps,
     label_smoothing,
     z_loss,
@@ -66,68 +62,45 @@ def _logit_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    WANTS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
     tiles = tl.cdiv(columns, BLOCK_V)
     block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     if block * BLOCK_N >= count:
         return
     local = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local < count
-    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_column + column
     mask_v = column < columns
-    hidden_rows = hidden_ptr + row[:, None] * stride_hn
-    z = logit_tile(
-        hidden_rows,
-        weight_ptr,
-        bias_ptr,
-        offs_v,
-        V,
-        stride_wv,
-        inverse_temperature,
-        softcap,
-        D,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_D,
-        HAS_BIAS,
-        HAS_CAP,
-        OPERAND,
-        PRECISION,
-    )
+    z = logit_tile(x, call, row, offs_v, D, BLOCK_D, OPERAND, PRECISION)
 
-    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    target = tl.load(call.target_ptr + row, mask=mask_n, other=0)
     lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
     nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
     upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
     p = normal_exp(z - lse[:, None])
     at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
-    if SAMPLED:
+    if seed_ptr is not None:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
         bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
         dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
     else:
-        if HAS_LOW:
+        if lse_low_ptr is not None:
             p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-        probability, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+        probability, even, own = exact_factors(lse, nll, call.V, label_smoothing, z_loss)
         dz = tl.where(at_target, own[:, None], p * probability[:, None] - even)
-    dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
+    dy = dz * slope_of(z, call) * upstream[:, None]
     tl.store(
         dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
         dy.to(OPERAND),
         mask=mask_n[:, None] & mask_v[None, :],
     )
-    if WANTS_BIAS:
+    if bias_sums_ptr is not None:
         place = block.to(tl.int64) * stride_dy + column
         sums = tl.sum(tl.where(mask_n[:, None], dy, 0.0), axis=0)
         tl.store(bias_sums_ptr + place, sums, mask=mask_v)
@@ -141,7 +114,7 @@ def _hidden_gradient_kernel(
     count_ptr,  # [1]
     sums_ptr,  # [N, D] float32, of the blocks before
     grad_hidden_ptr,  # [N, D]
-    scale_ptr,  # [], what dy was multiplied by
+    scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
@@ -154,7 +127,6 @@ def _hidden_gradient_kernel(
     GROUP: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -183,7 +155,7 @@ def _hidden_gradient_kernel(
             other=0.0,
         )
         sums = dot(dy, w, sums, OPERAND, PRECISION)
-    if SCALED:
+    if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
     if not FIRST:
         sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
@@ -200,7 +172,7 @@ def _weight_gradient_kernel(
     order_ptr,  # [N]
     count_ptr,  # [1]
     grad_weight_ptr,  # [V, D]
-    scale_ptr,  # [], what dy was multiplied by
+    scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
@@ -212,7 +184,6 @@ def _weight_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     ADDS: tl.constexpr,
-    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -242,7 +213,7 @@ def _weight_gradient_kernel(
             other=0.0,
         )
         sums = dot(dy, h, sums, OPERAND, PRECISION)
-    if SCALED:
+    if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
     place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
     mask = (column < columns)[:, None] & mask_d[None, :]
@@ -274,21 +245,16 @@ def recompute(
     tile = tile_for(call, inputs.hidden, inputs.weight)
     for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     unit = max(tile.block_v, for_hidden.block_v, for_weight.block_v)  # powers of two
-    precision = {"OPERAND": arguments_of(inputs)["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = call.buffer_bytes // max(1, count * operand.itemsize) // unit
     step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
     row_blocks = triton.cdiv(count, tile.block_n)
     dy = torch.empty(count * step, dtype=operand, device=device)
-    bias_sums = torch.zeros(
-        row_blocks if into.bias is not None else 0, step, dtype=torch.float32, device=device
-    )
-    sums = torch.empty(
-        count if into.hidden is not None and step < vocabulary else 0,
-        width,
-        dtype=torch.float32,
-        device=device,
-    )
+    bias_sums = None
+    if into.bias is not None:
+        bias_sums = torch.zeros(row_blocks, step, dtype=torch.float32, device=device)
+    several = into.hidden is not None and step < vocabulary
+    sums = torch.empty(count if several else 0, width, dtype=torch.float32, device=device)
     scale = None
     if operand == torch.float16:
         lse = inputs.rows.mask(known.lse)
@@ -301,7 +267,8 @@ def recompute(
         "count_ptr": inputs.rows.count,
         "scale_ptr": scale,
         "D": width,
-        "SCALED": scale is not None,
+        "OPERAND": triton_dtype(operand),
+        "PRECISION": precision_for(operand),
     }
 
     for first in range(0, vocabulary, step):
@@ -312,7 +279,7 @@ def recompute(
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
-            lse_low_ptr=known.lse_low,
+            lse_low_ptr=known.lse_low if known.lse_low.numel() else None,
             nll_ptr=known.nll,
             grad_ptr=known.grad,
             bias_sums_ptr=bias_sums,
@@ -320,16 +287,10 @@ def recompute(
             label_smoothing=call.settings.label_smoothing,
             z_loss=call.settings.z_loss,
             rows=count,
-            V=vocabulary,
-            HAS_LOW=known.lse_low.numel() > 0,
-            SAMPLED=seed is not None,
-            WANTS_BIAS=into.bias is not None,
-            PRECISION=precision["PRECISION"],
             **block,
-            **arguments_of(inputs),
-            **tile.constants(),
+            **tile_arguments(inputs, tile),
         )
-        if into.bias is not None:
+        if into.bias is not None and bias_sums is not None:
             total = bias_sums[:, :columns].sum(0)
             into.bias[first : first + columns] += total if scale is None else total / scale
         if into.hidden is not None:
@@ -345,7 +306,6 @@ def recompute(
                 **block,
                 **shared,
                 **for_hidden.constants(),
-                **precision,
             )
         if into.weight is not None:
             slices = triton.cdiv(width, for_weight.block_d)
@@ -358,5 +318,4 @@ def recompute(
                 **block,
                 **shared,
                 **for_weight.constants(),
-                **precision,
             )

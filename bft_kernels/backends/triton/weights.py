@@ -212,7 +212,7 @@ def _weigh_kernel(
     token_weight_ptr,  # [N]
     lowest_ptr,  # [N]
     ended_ptr,  # [TILES]
-    num_items_ptr,  # []
+    num_items_ptr,  # [], what is divided by, or None
     coefficient_ptr,  # [N]
     sum_ptr,  # [TILES], of the weighted losses
     sequence_weight_ptr,  # [S]
@@ -227,7 +227,6 @@ def _weigh_kernel(
     GEOMETRIC: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     COUNTS: tl.constexpr,  # divides by what is counted
-    HAS_ITEMS: tl.constexpr,  # divides by num_items
 ):
     """A program takes a tile of positions or, behind those, as many documents."""
     program = tl.program_id(0)
@@ -270,7 +269,7 @@ def _weigh_kernel(
             else:
                 count = tl.load(before_ptr + N)
             token_scale = tl.div_rn(token_scale, tl.maximum(count, 1).to(tl.float32))
-        if HAS_ITEMS:
+        if num_items_ptr is not None:
             token_scale = tl.div_rn(token_scale, tl.load(num_items_ptr).to(tl.float32))
         labelled = tl.load(labelled_ptr + position, mask=mask, other=0) != 0
         token = tl.load(token_weight_ptr + position, mask=mask, other=0.0)
@@ -314,7 +313,6 @@ def _run(
         FLAT=settings.scheme in LOCAL_SCHEMES,
         BY_SEQUENCE=normalize == "sequence",
         COUNTS=normalize is not None and num_items is None,
-        HAS_ITEMS=num_items is not None,
         num_warps=2,
         **shared,
     )
