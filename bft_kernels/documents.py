@@ -149,8 +149,9 @@ def token_scales(
 ) -> Tensor:  # [N]
     """The factor of each token's weight and loss; 0 where ignored.
 
-    With a ``layout`` of ``labelled`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, divided by
-    the number of documents with labels. Without, it is 1 divided by the number of labels.
+    With a ``layout`` of ``labelled`` it is ``1 / T_b`` for the ``T_b`` labels of the token's
+    document, divided by the number of documents with labels. Without, it is 1 divided by the number
+    of labels.
     ``num_items`` takes the place of this batch's number of documents or labels.
     """
     if layout is not None:

@@ -176,8 +176,8 @@ def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> L
         if isinstance(value, torch.Tensor):  # what need not be there is a switch
             sizes[key], types[key] = value.itemsize, str(value.dtype)
             switches.add(key.removesuffix("_ptr"))
-        elif key == "softcap":
-            switches |= set() if value is None else {key}
+        elif isinstance(value, float):
+            switches.add(key)
         elif key == "OPERAND":
             sizes[key], types[key] = value.primitive_bitwidth // 8, str(value)
         elif isinstance(value, bool) or key == "POPULAR":

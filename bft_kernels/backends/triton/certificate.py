@@ -23,7 +23,6 @@ def _certificate_kernel(
     rows,  # N
     splits,
     tiles,
-    eps,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -52,7 +51,7 @@ def _certificate_kernel(
         z = logit_tile(x, call, row, offs_v, D, BLOCK_D, OPERAND, PRECISION)
         p = normal_exp(z - lse[:, None])
         slope = slope_of(z, call)
-        term = p * tl.maximum(eps - p, 0.0) * slope * slope
+        term = p * tl.maximum(call.eps - p, 0.0) * slope * slope
         other = (offs_v[None, :] != target[:, None]) & mask_v[None, :]
         term = tl.where(other, term, 0.0)
         plain += tl.sum(term, axis=1)
@@ -82,7 +81,6 @@ def certify(inputs: Inputs, results: dict[str, Tensor]) -> None:
         rows=count,
         splits=splits.count,
         tiles=splits.tiles,
-        eps=call.settings.eps,
         **tile_arguments(inputs, splits.tile),
     )
     for name, part in zip(("variance", "hidden_variance"), sums.sum(dim=1), strict=False):

@@ -116,11 +116,11 @@ def transform(y, bias, call):
 
 
 @triton.jit
-def logits_at(y, column, call):
-    """``z`` of the raw products ``y`` of columns, which may lie beyond ``V``."""
+def logits_at(y, column, mask, call):
+    """``z`` of the raw products ``y`` of columns, where ``mask`` is true."""
     bias = 0.0
     if call.bias_ptr is not None:
-        bias = tl.load(call.bias_ptr + column, mask=column < call.V, other=0.0).to(tl.float32)
+        bias = tl.load(call.bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
     return transform(y, bias, call)
 
 
@@ -192,42 +192,63 @@ def logit_tile(
             h = tl.load(hidden_rows + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
             w = tl.load(weight_rows + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
         y = dot(h, w, y, OPERAND, PRECISION)
-    return logits_at(y, offs_v[None, :], call)
+    return logits_at(y, offs_v[None, :], offs_v[None, :] < call.V, call)
 
 
 @triton.jit
-def token_loss(
-    log_total,  # of the sum of exp(z - reference)
+def number(x):
+    """``x``, or 0 for an option that is not set."""
+    if x is None:
+        return 0.0
+    else:
+        return x
+
+
+@triton.jit
+def store_results(
+    out,  # RowResults
+    row,  # positions, or one
+    mask,
+    total,  # sum of exp(z - reference)
     reference,
     own,  # the target's z
-    shifted,  # sum of z - reference; not looked at without SMOOTHING
-    V,
-    label_smoothing,
-    z_loss,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
+    moment,  # sum of exp(z - reference) * (z - reference); only looked at for the entropy
+    first,  # whether no column before the target's has its z, and none a larger one
+    shifted,  # sum of z - reference; only looked at with label smoothing
+    call,
 ):
-    """``nll``, ``lse``, what rounding took from ``lse``, and the loss, smoothing and all."""
+    """Stores what a row's sums give: losses, lse and what rounding took from it, statistics."""
+    log_total = tl.log(total)
     nll = log_total - (own - reference)
     nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
     lse = reference + log_total
-    high = lse - reference  # Knuth's exact sum; see Softmax.lse_low of the torch backend
-    low = (reference - (lse - high)) + (log_total - high)
     loss = nll
-    if SMOOTHING:
-        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted / V)
-    if Z_LOSS:
-        loss += z_loss * lse * lse
-    return nll, lse, low, loss
+    if call.label_smoothing is not None:
+        loss = (1 - call.label_smoothing) * nll
+        loss += call.label_smoothing * (log_total - shifted / call.V)
+    if call.z_loss is not None:
+        loss += call.z_loss * lse * lse
+    tl.store(out.nll_ptr + row, nll, mask=mask)
+    tl.store(out.lse_ptr + row, lse, mask=mask)
+    tl.store(out.loss_ptr + row, loss, mask=mask)
+    if out.lse_low_ptr is not None:
+        high = lse - reference  # Knuth's exact sum; see Softmax.lse_low of the torch backend
+        low = (reference - (lse - high)) + (log_total - high)
+        tl.store(out.lse_low_ptr + row, low, mask=mask)
+    if out.entropy_ptr is not None:
+        entropy = log_total - moment / total
+        tl.store(out.entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
+        tl.store(out.correct_ptr + row, first & (lse == lse), mask=mask)
 
 
 @triton.jit
-def exact_factors(lse, nll, V, label_smoothing, z_loss):
+def exact_factors(lse, nll, call):
     """``dz = probability * p - even`` away from the target, and ``own`` there."""
-    probability = 1.0 + 2.0 * z_loss * lse
-    even = label_smoothing / V
-    own = (1.0 - label_smoothing) * expm1_down(-nll) - even
-    own += (probability - 1.0 + label_smoothing) * tl.exp(-nll)
+    smoothing = number(call.label_smoothing)
+    probability = 1.0 + 2.0 * number(call.z_loss) * lse
+    even = smoothing / call.V
+    own = (1.0 - smoothing) * expm1_down(-nll) - even
+    own += (probability - 1.0 + smoothing) * tl.exp(-nll)
     return probability, even, own
 
 
@@ -247,13 +268,12 @@ def entry_dz(
     lse,
     nll,
     key,  # multiplier and offset of the row; see row_key
-    eps,
     call,
 ):
     """The sampled ``dz`` of entries of one row, and their slope, by the final lse."""
-    z = logits_at(y, column, call)
+    z = logits_at(y, column, mask, call)
     bits = draw_bits(key[0], key[1], column.to(tl.uint32))
-    dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), eps)
+    dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), call.eps)
     return tl.where(mask, dz, 0.0), slope_of(z, call)
 
 

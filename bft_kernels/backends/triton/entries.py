@@ -45,7 +45,6 @@ def _count_entries_kernel(
     counts_ptr,  # [N] int64
     first_row,
     words,
-    eps,
     BLOCK: tl.constexpr,
 ):
     """Counts the set bits of a row. With logits it first leaves those of what the lse keeps."""
@@ -70,7 +69,7 @@ def _count_entries_kernel(
                 column = offs * 32 + bit
                 mask = left != 0
                 y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
-                dz, _ = entry_dz(y, column, mask, target, lse, nll, key, eps, call)
+                dz, _ = entry_dz(y, column, mask, target, lse, nll, key, call)
                 kept = tl.where(dz != 0, kept | one, kept)
                 left = left & (left - 1)
             tl.store(words_ptr + offs, kept.to(tl.int32, bitcast=True), offs < words)
@@ -92,7 +91,6 @@ def _list_entries_kernel(
     first_row,
     words,
     capacity,
-    eps,
     BLOCK: tl.constexpr,
 ):
     """Columns of the set bits, ascending; of a row that does not fit, none."""
@@ -125,7 +123,7 @@ def _list_entries_kernel(
             tl.store(columns_ptr + at, column, mask=mask)
             if logits_ptr is not None:
                 y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
-                dz, slope = entry_dz(y, column, mask, target, lse, nll, key, eps, call)
+                dz, slope = entry_dz(y, column, mask, target, lse, nll, key, call)
                 tl.store(values_ptr + at, dz * slope, mask=mask)
             at += 1
             left = left & (left - 1)
@@ -135,13 +133,12 @@ def list_candidates(
     inputs: Inputs, mask: Tensor, first_row: int, results: dict[str, Tensor]
 ) -> None:
     """Appends the columns of the bits of ``mask [R, WORDS]`` to ``columns``."""
-    _append(call_of(inputs), mask, first_row, results, inputs.settings.eps)
+    _append(call_of(inputs), mask, first_row, results)
 
 
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
     """Appends what is kept of the set bits of ``mask [R, WORDS]`` to ``columns`` and ``values``."""
-    eps = rows.settings.eps
-    _append(call_of_rows(rows), mask, rows.first_row, results, eps, rows.logits, seed)
+    _append(call_of_rows(rows), mask, rows.first_row, results, rows.logits, seed)
 
 
 def _append(
@@ -149,7 +146,6 @@ def _append(
     mask: Tensor,
     first_row: int,
     results: dict[str, Tensor],
-    eps: float,
     logits: Tensor | None = None,  # [R, V]
     seed: Tensor | None = None,  # []
 ) -> None:
@@ -163,7 +159,6 @@ def _append(
         "nll_ptr": results["nll"],
         "first_row": first_row,
         "words": words,
-        "eps": eps,
         "BLOCK": min(1024, triton.next_power_of_2(words)),
     }
     _count_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)

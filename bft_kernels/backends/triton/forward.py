@@ -23,11 +23,11 @@ from bft_kernels.backends.triton.device import (
     logit_tile,
     may_be_below,
     row_key,
+    store_results,
     swizzle,
-    token_loss,
 )
 from bft_kernels.backends.triton.entries import list_candidates
-from bft_kernels.backends.triton.inputs import call_of, row_results_of, splits_of, tile_arguments
+from bft_kernels.backends.triton.inputs import RowResults, call_of, splits_of, tile_arguments
 from bft_kernels.backends.triton.lse_bound import find_bounds
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
@@ -82,14 +82,12 @@ def _linear_nll_forward_kernel(
     words,
     splits,
     tiles,  # of a split
-    eps,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     STATISTICS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     WHOLE_WORDS: tl.constexpr,  # whether a thread has all of a word's entries
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -143,7 +141,7 @@ def _linear_nll_forward_kernel(
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
             overrated = tl.exp(reference - bound + 1e-3 + ROUNDING * tl.abs(bound)) * (
-                65536.0 / eps
+                65536.0 / call.eps
             )
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
@@ -153,7 +151,7 @@ def _linear_nll_forward_kernel(
             step = tl.where(total > 0, total * (base - new_base), 0.0)
             terms = e * tl.maximum(power, -1e30)
             moment = scale * (moment + step) + tl.sum(terms, axis=1)
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             done = tl.minimum(tile * BLOCK_V, V) - split * tiles * BLOCK_V
             step = tl.where(done > 0, (m - reference) * done, 0.0)
             difference = tl.where((offs_v < V)[None, :], z - reference[:, None], 0.0)
@@ -188,7 +186,7 @@ def _linear_nll_forward_kernel(
     if STATISTICS:
         moment = scale * (moment - total * rest) * (1.0 / LOG2E)
         tl.store(at_sum + MOMENT * plane, moment, mask=mask_n)
-    if SMOOTHING:
+    if call.label_smoothing is not None:
         tl.store(at_sum + SHIFTED * plane, shifted, mask=mask_n)
 
 
@@ -196,22 +194,13 @@ def _linear_nll_forward_kernel(
 def _combine_kernel(
     call,
     sums_ptr,  # [SUMS, SPLITS, R]
-    loss_ptr,  # these are [N]
-    nll_ptr,
-    lse_ptr,
-    lse_low_ptr,  # these may be None
-    entropy_ptr,
-    correct_ptr,
+    out,  # RowResults
     first_row,
     rows,  # R
     splits,
     split_columns,
-    label_smoothing,
-    z_loss,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,  # that are looked at side by side
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
 ):
     """Joins the splits of each row, in order, and stores what the row gives."""
     V = call.V
@@ -248,34 +237,24 @@ def _combine_kernel(
         difference = peak - reference[None, :]
         scale = tl.exp(difference)
         total += tl.sum(part * scale, axis=0)
-        if entropy_ptr is not None:
+        if out.entropy_ptr is not None:
             part_moment = tl.load(here + MOMENT * step, mask=there, other=0.0)
             terms = scale * (part_moment + tl.where(part > 0, part * difference, 0.0))
             moment += tl.sum(terms, axis=0)
             # Columns before the target's must hold less; later ones may equal it.
             lower = tl.where(split[:, None] < holder[None, :], peak, float("-inf"))
             earlier = tl.maximum(earlier, tl.max(lower, axis=0))
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
             terms = tl.load(here + SHIFTED * step, mask=there, other=0.0)
             terms += (finite_or(peak, 0.0) - reference[None, :]) * columns[:, None]
             shifted += tl.sum(tl.where(there, terms, 0.0), axis=0)
 
-    log_total = tl.log(total)
-    nll, lse, low, loss = token_loss(
-        log_total, reference, own, shifted, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
-    )
-    tl.store(nll_ptr + row, nll, mask=mask)
-    tl.store(lse_ptr + row, lse, mask=mask)
-    tl.store(loss_ptr + row, loss, mask=mask)
-    if lse_low_ptr is not None:
-        tl.store(lse_low_ptr + row, low, mask=mask)
-    if entropy_ptr is not None:
-        entropy = log_total - moment / total
-        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
+    first = own == m
+    if out.entropy_ptr is not None:
         before = tl.load(at + BEFORE * step + holder * rows, mask=mask, other=0.0)
-        correct = (own == m) & (before < own) & (earlier < own) & (lse == lse)
-        tl.store(correct_ptr + row, correct, mask=mask)
+        first = first & (before < own) & (earlier < own)
+    store_results(out, row, mask, total, reference, own, moment, first, shifted, call)
 
 
 def _forward(
@@ -290,21 +269,18 @@ def _forward(
 
     In ``mask [rows, ceil(V / 32)]`` int32 go the bits of the entries that may be kept.
     """
-    call, vocabulary, settings = inputs.call, inputs.shape[1], inputs.settings
+    call = inputs.call
     splits = splits_of(inputs, rows)
     tile = splits.tile
     sums = torch.empty(SUMS, splits.count, rows, dtype=torch.float32, device=inputs.hidden.device)
     part = {"sums_ptr": sums, "first_row": first_row, "rows": rows, "splits": splits.count}
-    smoothing = settings.label_smoothing > 0
     _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
         seed_ptr=None if mask is None else call.seed,
         lse_bound_ptr=lse_bounds,
         mask_ptr=mask,
-        words=triton.cdiv(vocabulary, 32),
+        words=triton.cdiv(inputs.shape[1], 32),
         tiles=splits.tiles,
-        eps=settings.eps,
         STATISTICS=call.statistics,
-        SMOOTHING=smoothing,
         WHOLE_WORDS=mask is not None and has_whole_words(call.operand),
         **part,
         **tile_arguments(inputs, tile),
@@ -312,14 +288,10 @@ def _forward(
     _combine_kernel[(triton.cdiv(rows, 32),)](
         call=call_of(inputs),
         split_columns=splits.tiles * tile.block_v,
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
         BLOCK=32,
         SPLITS=16,
-        SMOOTHING=smoothing,
-        Z_LOSS=settings.z_loss != 0,
         **part,
-        **row_results_of(results),
+        out=RowResults.of(results),
     )
 
 

@@ -30,6 +30,9 @@ class Call(NamedTuple):
     V: int
     inverse_temperature: float
     softcap: float | None
+    label_smoothing: float | None
+    z_loss: float | None
+    eps: float
 
     @staticmethod
     def of(
@@ -40,8 +43,18 @@ class Call(NamedTuple):
         vocabulary: int,
         settings: Settings,
     ) -> Call:
-        scale = 1.0 / settings.temperature
-        return Call(bias, target, order, count, vocabulary, scale, settings.softcap)
+        return Call(
+            bias,
+            target,
+            order,
+            count,
+            vocabulary,
+            1.0 / settings.temperature,
+            settings.softcap,
+            settings.label_smoothing or None,
+            settings.z_loss or None,
+            settings.eps,
+        )
 
 
 class Operands(NamedTuple):
@@ -97,10 +110,17 @@ def tile_arguments(inputs: Inputs, tile: Tile) -> dict[str, Any]:
     return arguments_of(inputs) | tile.constants() | {"PRECISION": precision}
 
 
-def row_results_of(results: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """The results of rows as kernels take them: ``None`` for statistics that nobody wants."""
-    required = ("loss", "nll", "lse")
-    return {
-        f"{name}_ptr": results[name] if name in required or results[name].numel() else None
-        for name in ROW_RESULTS
-    }
+class RowResults(NamedTuple):
+    """Results of rows, ``[N]`` each; ``None`` for a statistic that nobody wants."""
+
+    loss_ptr: Tensor
+    nll_ptr: Tensor
+    lse_ptr: Tensor
+    lse_low_ptr: Tensor | None
+    entropy_ptr: Tensor | None
+    correct_ptr: Tensor | None
+
+    @staticmethod
+    def of(results: dict[str, Tensor]) -> RowResults:
+        loss, nll, lse, *statistics = (results[name] for name in ROW_RESULTS)
+        return RowResults(loss, nll, lse, *(x if x.numel() else None for x in statistics))

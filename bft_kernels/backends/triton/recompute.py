@@ -17,12 +17,7 @@ from torch import Tensor
 from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.triton.configs import (
-    precision_for,
-    product_tiles,
-    tile_for,
-    triton_dtype,
-)
+from bft_kernels.backends.triton.configs import product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
@@ -54,9 +49,6 @@ def _logit_gradient_kernel(
     columns,  # C, of which the last block may have fewer
     stride_dy,
     rows,  # R
-    eps,
-    label_smoothing,
-    z_loss,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -88,11 +80,11 @@ def _logit_gradient_kernel(
     if seed_ptr is not None:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
         bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
-        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
+        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], call.eps)
     else:
         if lse_low_ptr is not None:
             p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-        probability, even, own = exact_factors(lse, nll, call.V, label_smoothing, z_loss)
+        probability, even, own = exact_factors(lse, nll, call)
         dz = tl.where(at_target, own[:, None], p * probability[:, None] - even)
     dy = dz * slope_of(z, call) * upstream[:, None]
     tl.store(
@@ -108,18 +100,15 @@ def _logit_gradient_kernel(
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
 def _hidden_gradient_kernel(
+    x,
+    call,
     dy_ptr,  # [R, C]
-    weight_ptr,  # [V, D]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
     sums_ptr,  # [N, D] float32, of the blocks before
     grad_hidden_ptr,  # [N, D]
     scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
-    stride_wv,
-    V,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -131,7 +120,7 @@ def _hidden_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile ``[BLOCK_N, BLOCK_D]`` of ``dH``, over the columns of a block."""
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     row_blocks = tl.cdiv(count, BLOCK_N)
     total = row_blocks * tl.cdiv(D, BLOCK_D)
     index = tl.program_id(0)
@@ -139,7 +128,7 @@ def _hidden_gradient_kernel(
         return
     local = index % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local < count
-    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
     offs_d = index // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     place = row[:, None] * D + offs_d[None, :]
@@ -148,9 +137,9 @@ def _hidden_gradient_kernel(
     for start in range(0, columns, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         dy = tl.load(dy_rows + column[None, :], mask=mask_n[:, None], other=0.0)
-        offs_v = tl.minimum(first_column + column, V - 1)  # beyond columns dy is 0
+        offs_v = tl.minimum(first_column + column, call.V - 1)  # beyond columns dy is 0
         w = tl.load(
-            weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            x.weight_ptr + offs_v.to(tl.int64)[:, None] * x.stride_wv + offs_d[None, :],
             mask=(offs_d < D)[None, :],
             other=0.0,
         )
@@ -167,16 +156,14 @@ def _hidden_gradient_kernel(
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
 def _weight_gradient_kernel(
+    x,
+    call,
     dy_ptr,  # [R, C]
-    hidden_ptr,  # [N, D]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
     grad_weight_ptr,  # [V, D]
     scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
-    stride_hn,
     stride_gv,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,7 +175,7 @@ def _weight_gradient_kernel(
     PRECISION: tl.constexpr,
 ):
     """A tile ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows; written, or with ADDS added to."""
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     if ADDS and count == 0:
         return
     tiles, slices = tl.cdiv(columns, BLOCK_V), tl.cdiv(D, BLOCK_D)
@@ -201,14 +188,14 @@ def _weight_gradient_kernel(
     for start in range(0, count, BLOCK_N):
         local = start + tl.arange(0, BLOCK_N)
         mask_n = local < count
-        row = tl.load(order_ptr + local, mask=mask_n, other=0)
+        row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
         dy = tl.load(
             dy_ptr + local.to(tl.int64)[None, :] * stride_dy + column[:, None],
             mask=mask_n[None, :],
             other=0.0,
         )
         h = tl.load(
-            hidden_ptr + row[:, None] * stride_hn + offs_d[None, :],
+            x.hidden_ptr + row[:, None] * x.stride_hn + offs_d[None, :],
             mask=mask_n[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -223,12 +210,7 @@ def _weight_gradient_kernel(
 
 
 def recompute(
-    inputs: Inputs,
-    known: KnownRows,
-    seed: Tensor | None,
-    into: Gradients,
-    *,
-    adds: bool,
+    inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
 ) -> None:
     """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
 
@@ -257,20 +239,9 @@ def recompute(
     sums = torch.empty(count if several else 0, width, dtype=torch.float32, device=device)
     scale = None
     if operand == torch.float16:
-        lse = inputs.rows.mask(known.lse)
-        scale = scale_for(
-            inputs.rows.mask(known.grad), lse, call.settings.temperature, call.settings.z_loss
-        )
+        grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
+        scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
         known = known._replace(grad=known.grad * scale)
-    shared = {
-        "order_ptr": inputs.rows.order,
-        "count_ptr": inputs.rows.count,
-        "scale_ptr": scale,
-        "D": width,
-        "OPERAND": triton_dtype(operand),
-        "PRECISION": precision_for(operand),
-    }
-
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
@@ -283,9 +254,6 @@ def recompute(
             nll_ptr=known.nll,
             grad_ptr=known.grad,
             bias_sums_ptr=bias_sums,
-            eps=call.settings.eps,
-            label_smoothing=call.settings.label_smoothing,
-            z_loss=call.settings.z_loss,
             rows=count,
             **block,
             **tile_arguments(inputs, tile),
@@ -296,26 +264,21 @@ def recompute(
         if into.hidden is not None:
             slices = triton.cdiv(width, for_hidden.block_d)
             _hidden_gradient_kernel[(triton.cdiv(count, for_hidden.block_n) * slices,)](
-                weight_ptr=inputs.weight,
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
-                stride_wv=inputs.weight.stride(0),
-                V=vocabulary,
+                scale_ptr=scale,
                 FIRST=first == 0,
                 LAST=first + columns >= vocabulary,
                 **block,
-                **shared,
-                **for_hidden.constants(),
+                **tile_arguments(inputs, for_hidden),
             )
         if into.weight is not None:
             slices = triton.cdiv(width, for_weight.block_d)
             _weight_gradient_kernel[(triton.cdiv(columns, for_weight.block_v) * slices,)](
-                hidden_ptr=inputs.hidden,
                 grad_weight_ptr=into.weight,
-                stride_hn=inputs.hidden.stride(0),
+                scale_ptr=scale,
                 stride_gv=into.weight.stride(0),
                 ADDS=adds,
                 **block,
-                **shared,
-                **for_weight.constants(),
+                **tile_arguments(inputs, for_weight),
             )

@@ -18,9 +18,9 @@ from bft_kernels.backends.triton.device import (
     may_be_below,
     row_key,
     slope_of,
-    token_loss,
+    store_results,
 )
-from bft_kernels.backends.triton.inputs import Call, row_results_of
+from bft_kernels.backends.triton.inputs import Call, RowResults
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
     place = tl.arange(0, POPULAR)
     column = tl.load(popular_ptr + place)
     repeated = column == tl.load(popular_ptr + place - 1, mask=place > 0, other=-1)
-    z = logits_at(tl.load(logits + column), column, call)
+    z = logits_at(tl.load(logits + column), column, True, call)
     z = tl.where(repeated, float("-inf"), z)
     own, _ = _own_logit(logits, target, call)
     m = tl.max(z, axis=0)
@@ -43,7 +43,7 @@ def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
 def _own_logit(logits, target, call):
     """The target's logit, and whether the target is a column; one nobody checked may be none."""
     column = tl.minimum(tl.maximum(target, 0), call.V - 1)
-    return logits_at(tl.load(logits + column), column, call), column == target
+    return logits_at(tl.load(logits + column), column, True, call), column == target
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -53,20 +53,10 @@ def _softmax_rows_kernel(
     seed_ptr,  # []; this and the next two where something may be kept
     popular_ptr,  # [POPULAR] int64, ascending columns
     mask_ptr,  # [n, WORDS], entries that may be kept
-    nll_ptr,  # these are [N]
-    loss_ptr,
-    lse_ptr,
-    lse_low_ptr,  # these may be None
-    entropy_ptr,
-    correct_ptr,
+    out,  # RowResults
     first_row,
     words,
-    label_smoothing,
-    z_loss,
-    eps,
     BLOCK: tl.constexpr,  # a multiple of 32
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
     POPULAR: tl.constexpr,  # 0: nothing may be kept
     STAGES: tl.constexpr,
 ):
@@ -95,12 +85,12 @@ def _softmax_rows_kernel(
         column = start + offs
         mask = column < V
         y = tl.load(logits + column, mask=mask, other=0.0)
-        z = logits_at(y, column, call)
+        z = logits_at(y, column, mask, call)
         z = tl.where(mask, z, float("-inf"))
         if POPULAR > 0:
             bound = tl.exp(tl.minimum(z - lse_bound, 80.0))
             place = multiplier * column.to(tl.uint32) + offset
-            keep = may_be_below(place, bound, 65536.0 / eps)
+            keep = may_be_below(place, bound, 65536.0 / call.eps)
             shifted_bits = keep.to(tl.int32) << (offs % 32)
             packed = tl.sum(tl.reshape(shifted_bits, (BLOCK // 32, 32)), axis=1)
             word = start // 32 + tl.arange(0, BLOCK // 32)
@@ -109,11 +99,11 @@ def _softmax_rows_kernel(
         reference = finite_or(m_new, 0.0)
         scale, difference = tl.exp(m - reference), z - reference
         e = tl.exp(difference)
-        if entropy_ptr is not None:
+        if out.entropy_ptr is not None:
             step = tl.where(total > 0, total * (m - reference), 0.0)
             moment = scale * (moment + step) + e * tl.maximum(difference, -1e30)
             before = tl.where(column < target, tl.maximum(before, z), before)
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             # A lane has seen start / BLOCK columns so far.
             step = tl.where(start > 0, (m - reference) * (start // BLOCK), 0.0)
             shifted += step + tl.where(mask, difference, 0.0)
@@ -123,29 +113,19 @@ def _softmax_rows_kernel(
     reference = finite_or(peak, 0.0)
     lanes = finite_or(m, 0.0)
     scale = tl.exp(m - reference)
-    if entropy_ptr is not None:
+    moment_sum = 0.0
+    if out.entropy_ptr is not None:
         step = tl.where(total > 0, total * (m - reference), 0.0)
         moment_sum = tl.sum(scale * (moment + step), axis=0)
     shifted_sum = 0.0
-    if SMOOTHING:
+    if call.label_smoothing is not None:
         seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
         shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
     sum_all = tl.sum(scale * total, axis=0)
     own, valid = _own_logit(logits, target, call)
     own = tl.where(valid, own, float("nan"))
-    log_total = tl.log(sum_all)
-    nll, lse, low, loss = token_loss(
-        log_total, reference, own, shifted_sum, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
-    )
-    tl.store(nll_ptr + row, nll)
-    tl.store(lse_ptr + row, lse)
-    if lse_low_ptr is not None:
-        tl.store(lse_low_ptr + row, low)
-    tl.store(loss_ptr + row, loss)
-    if entropy_ptr is not None:
-        entropy = log_total - moment_sum / sum_all
-        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy))
-        tl.store(correct_ptr + row, (own == peak) & (tl.max(before, axis=0) < own) & (lse == lse))
+    first = (own == peak) & (tl.max(before, axis=0) < own)
+    store_results(out, row, None, sum_all, reference, own, moment_sum, first, shifted_sum, call)
 
 
 @triton.jit(do_not_specialize=["first_row"])
@@ -157,7 +137,6 @@ def _certificate_rows_kernel(
     variance_ptr,  # [N]
     hidden_variance_ptr,  # [N], with norms
     first_row,
-    eps,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -174,10 +153,10 @@ def _certificate_rows_kernel(
         column = start + tl.arange(0, BLOCK)
         mask = column < call.V
         y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
-        z = logits_at(y, column, call)
+        z = logits_at(y, column, mask, call)
         p = tl.exp(z - lse)
         slope = slope_of(z, call)
-        term = p * tl.maximum(eps - p, 0.0) * slope * slope
+        term = p * tl.maximum(call.eps - p, 0.0) * slope * slope
         term = tl.where(mask & (column != target), term, 0.0)
         plain += term
         if norms_ptr is not None:
@@ -197,8 +176,6 @@ def _gradient_rows_kernel(
     nll_ptr,  # [n]
     coefficient_ptr,  # [n]
     stride_dn,
-    label_smoothing,
-    z_loss,
     BLOCK: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
@@ -209,12 +186,12 @@ def _gradient_rows_kernel(
     nll = tl.load(nll_ptr + row)
     coefficient = tl.load(coefficient_ptr + row)
     rest = tl.exp(-tl.load(lse_low_ptr + row))
-    probability, even, own = exact_factors(lse, nll, call.V, label_smoothing, z_loss)
+    probability, even, own = exact_factors(lse, nll, call)
     for start in range(0, call.V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < call.V
         y = tl.load(logits_ptr + row * call.V + column, mask=mask, other=0.0)
-        z = logits_at(y, column, call)
+        z = logits_at(y, column, mask, call)
         dz = tl.where(column == target, own, tl.exp(z - lse) * rest * probability - even)
         dy = dz * slope_of(z, call) * coefficient
         # Narrow values are written over logits of this block, or of one before it: all threads
@@ -248,23 +225,17 @@ def softmax_rows(
 
     For the arguments see :class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
     """
-    settings = rows.settings
-    capped = settings.softcap is not None and popular is not None
+    capped = rows.settings.softcap is not None and popular is not None
     _softmax_rows_kernel[(rows.logits.shape[0],)](
         seed_ptr=seed,
         popular_ptr=popular,
         mask_ptr=mask,
         first_row=rows.first_row,
         words=0 if mask is None else mask.shape[1],
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        eps=settings.eps,
-        SMOOTHING=settings.label_smoothing > 0,
-        Z_LOSS=settings.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
         STAGES=loop_stages(),
         **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
-        **row_results_of(results),
+        out=RowResults.of(results),
         **_row_arguments(rows),
     )
 
@@ -275,7 +246,6 @@ def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, T
         norms_ptr=norms,
         **{f"{name}_ptr": results[name] for name in ("lse", "variance", "hidden_variance")},
         first_row=rows.first_row,
-        eps=rows.settings.eps,
         STAGES=loop_stages(),
         **_row_arguments(rows),
     )
@@ -298,7 +268,5 @@ def gradient_rows(
         coefficient_ptr=coefficient,
         stride_dn=dy.stride(0),
         OPERAND=triton_dtype(dy.dtype),
-        label_smoothing=rows.settings.label_smoothing,
-        z_loss=rows.settings.z_loss,
         **_row_arguments(rows),
     )

@@ -41,7 +41,6 @@ def _spmm_hidden_kernel(
     values_ptr,  # [capacity] float32, upstream * dy; likewise
     grad_hidden_ptr,  # [N, D], or None
     capacity,
-    eps,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,  # not below D
@@ -82,7 +81,7 @@ def _spmm_hidden_kernel(
             factor = upstream
         else:
             y = tl.sum(w * h[None, :], axis=1)
-            unit, slope = entry_dz(y, column, mask_k, target, lse, nll, key, eps, call)
+            unit, slope = entry_dz(y, column, mask_k, target, lse, nll, key, call)
             factor = slope * upstream
         # An infinite upstream would make NaN of what is not kept.
         value = tl.where(unit != 0, unit * factor, 0.0)
@@ -209,7 +208,6 @@ def _spmm_hidden(
         **{f"{name}_ptr": x if wants_entries else None for name, x in listed._asdict().items()},
         grad_hidden_ptr=grad_hidden,
         capacity=columns.numel(),
-        eps=inputs.call.settings.eps,
         **_tile(block_d, inputs.weight, warps=8 if block_d >= 2048 else 4),
         **arguments_of(inputs),
     )
