@@ -114,8 +114,6 @@ def _hidden_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -146,9 +144,9 @@ def _hidden_gradient_kernel(
         sums = dot(dy, w, sums, OPERAND, PRECISION)
     if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
-    if not FIRST:
+    if first_column > 0:
         sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
-    if LAST:
+    if first_column + columns >= call.V:
         tl.store(grad_hidden_ptr + place, sums, mask=mask)
     else:
         tl.store(sums_ptr + place, sums, mask=mask)
@@ -267,8 +265,6 @@ def recompute(
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
                 scale_ptr=scale,
-                FIRST=first == 0,
-                LAST=first + columns >= vocabulary,
                 **block,
                 **tile_arguments(inputs, for_hidden),
             )

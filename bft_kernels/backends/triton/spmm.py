@@ -170,8 +170,8 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     """
     wants_entries = into.weight is not None or into.bias is not None
     listed = _spmm_hidden(inputs, known, saved, into.hidden, wants_entries)
-    # As many at a time as the budget sorts.
-    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
+    # As many at a time as the budget sorts; in sixteens, since other parts are not aligned.
+    step = max(1, inputs.call.buffer_bytes // (16 * _SORTING_BYTES)) * 16
     for first in range(0, listed.keys.numel(), step):
         part = Listed(*(values[first : first + step] for values in listed))
         _spmm_weight(inputs, part, into, adds or first > 0)
