@@ -50,7 +50,7 @@ class RowKernels(Protocol):
         ``None`` stands for unit upstream gradient. The type is that of GEMMs, or of the logits.
         """
 
-    def packed(self, unit: Tensor) -> Forward:
+    def packed(self, unit: Tensor | None) -> Forward:
         """The results over all ``N`` rows."""
 
     @property
@@ -65,16 +65,15 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
     gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
     chunk = min(plan.chunk_rows, rows.size)
     buffer = hidden.new_empty(chunk, problem.shape[1], dtype=problem.acc_dtype)
-    wants_unit = problem.saved == "unit"
-    unit = hidden.new_empty(
-        rows.size if wants_unit else 0, hidden.shape[1], dtype=storage(hidden.dtype)
-    )
+    unit = None
+    if problem.saved == "unit":
+        unit = hidden.new_empty(rows.size, hidden.shape[1], dtype=storage(hidden.dtype))
     for first in range(0, rows.size, max(1, chunk)):
         stop = min(first + chunk, rows.size)
         operand = gemm.rows(rows.take(hidden, first, stop))
         logits = gemm.logits(operand, buffer[: stop - first])
-        kernels.forward(logits, first, gradient=wants_unit)
-        if wants_unit:
+        kernels.forward(logits, first, gradient=unit is not None)
+        if unit is not None:
             scale = _scale(problem, None, kernels.results["lse"][first:stop])
             upstream = None if scale is None else scale.expand(stop - first)
             product = gemm.hidden_gradient(kernels.gradient(logits, first, upstream))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import LabelledRows, by_position
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import BalancedLoss, Documents, WeightedLoss
 from bft_kernels.settings import Settings
@@ -87,7 +87,7 @@ class WeightedSums:
     ) -> None:
         self.problem, self.rows = problem, rows
         self.documents, self.weigh = documents, weigh
-        acc, wanted, (_, vocabulary, width) = problem.acc_dtype, problem.wanted, problem.shape
+        acc, wanted, (_, vocabulary, width) = results["loss"].dtype, problem.wanted, problem.shape
         self.results = results
         zeros, empty = problem.hidden.new_zeros, problem.hidden.new_empty
         self.loss = zeros((), dtype=acc)
@@ -160,20 +160,14 @@ class WeightedSums:
         """The results over all ``N`` rows."""
         if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
-        spread, results = self.rows.spread, self.results
-        statistics = self.problem.statistics
+        spread, problem = self.rows.spread, self.problem
         token_weight, window_confidence, *of_sequences = self.weights
         return WeightedLoss(
             loss=self.loss,
-            grad_hidden=spread(self.grad_hidden)
-            if self.problem.wanted.hidden
-            else self.grad_hidden,
-            grad_weight=self.grad_weight.to(storage(self.problem.weight.dtype)),
+            grad_hidden=spread(self.grad_hidden) if problem.wanted.hidden else self.grad_hidden,
+            grad_weight=self.grad_weight.to(storage(problem.weight.dtype)),
             grad_bias=self.grad_bias,
-            nll=spread(results["nll"]),
-            lse=spread(results["lse"]),
-            entropy=spread(results["entropy"]) if statistics else results["entropy"],
-            correct=spread(results["correct"]) if statistics else results["correct"],
+            **by_position(problem, self.rows, self.results, ("nll", "lse", "entropy", "correct")),
             token_weight=spread(token_weight) if self.keeps else token_weight,
             window_confidence=spread(window_confidence) if self.keeps else window_confidence,
             sequence_weight=of_sequences[0],

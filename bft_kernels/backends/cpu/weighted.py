@@ -53,7 +53,7 @@ def weighted_loss(
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
-    _, vocabulary, width = problem.shape
+    (_, vocabulary, width), most = problem.shape, threads()
     plan = plan_cpu_weighted(
         rows.size,
         vocabulary,
@@ -62,8 +62,8 @@ def weighted_loss(
         widens=converts(problem.weight, problem.operand),
         copies=rows.copies or converts(problem.hidden, problem.operand),
         trains_weight=problem.wanted.weight,
-        block_bytes=cpu_block_bytes(threads()),
-        threads=threads(),
+        block_bytes=cpu_block_bytes(most),
+        threads=most,
     )
     of_rows = None if documents is None else in_rows(rows, documents)
     sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
