@@ -114,6 +114,8 @@ def _hidden_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
+    FIRST: tl.constexpr,  # constants, since run-time numbers cost 46 registers on sm_90
+    LAST: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -144,9 +146,9 @@ def _hidden_gradient_kernel(
         sums = dot(dy, w, sums, OPERAND, PRECISION)
     if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
-    if first_column > 0:
+    if not FIRST:
         sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
-    if first_column + columns >= call.V:
+    if LAST:
         tl.store(grad_hidden_ptr + place, sums, mask=mask)
     else:
         tl.store(sums_ptr + place, sums, mask=mask)
@@ -265,6 +267,8 @@ def recompute(
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
                 scale_ptr=scale,
+                FIRST=first == 0,
+                LAST=first + columns >= vocabulary,
                 **block,
                 **tile_arguments(inputs, for_hidden),
             )
