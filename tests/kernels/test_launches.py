@@ -27,7 +27,7 @@ MOST = {
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("engine", MOST)
-def test_a_step_has_few_launches_and_operators_and_moves_few_bytes(engine, step, request, monkeypatch):
+def test_a_step_leaves_little_to_the_host(engine, step, request, monkeypatch):
     backend, _, forward = engine.partition("-")
     monkeypatch.setattr(on_device, "takes_chunks", lambda *_: forward == "chunks")
     device = put_under(backend, request, monkeypatch)

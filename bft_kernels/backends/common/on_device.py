@@ -205,13 +205,9 @@ def _places(
 ) -> Gradients:
     """Tensors for gradients of these types. ``dH`` and ``db`` are zeros, ``dW`` is not filled."""
     (count, vocabulary, width), hidden = problem.shape, problem.hidden
-    into = Gradients(None, None, None)
-    if wanted.hidden:
-        dtype = kernels.written(hidden_dtype, problem.operand)
-        into = into._replace(hidden=hidden.new_zeros(count, width, dtype=dtype))
-    if wanted.weight:
-        dtype = kernels.written(weight_dtype, problem.operand)
-        into = into._replace(weight=hidden.new_empty(vocabulary, width, dtype=dtype))
-    if wanted.bias:
-        into = into._replace(bias=hidden.new_zeros(vocabulary, dtype=torch.float32))
-    return into
+    types = [kernels.written(dtype, problem.operand) for dtype in (hidden_dtype, weight_dtype)]
+    return Gradients(
+        hidden.new_zeros(count, width, dtype=types[0]) if wanted.hidden else None,
+        hidden.new_empty(vocabulary, width, dtype=types[1]) if wanted.weight else None,
+        hidden.new_zeros(vocabulary, dtype=torch.float32) if wanted.bias else None,
+    )

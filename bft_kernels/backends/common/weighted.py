@@ -99,7 +99,7 @@ class WeightedSums:
         self.grad_weight = empty((vocabulary if wanted.weight else 0, width), dtype=acc)
         self.added = False  # whether grad_weight holds gradients
         self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
-        self.keeps = problem.statistics and documents is not None
+        self.keeps = problem.settings.return_stats and documents is not None
         tokens, sequences = (rows.size, sequences) if self.keeps else (0, 0)
         self.weights = (
             zeros(tokens, dtype=acc),  # token_weight

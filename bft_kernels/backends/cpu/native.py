@@ -94,20 +94,26 @@ def converts(x: Tensor, operand: torch.dtype) -> bool:
     return not x.dtype == operand == torch.float32
 
 
+def limits(problem: Problem, rows: LabelledRows) -> dict[str, Any]:
+    """What all plans take: the copies of operands, the caches, and the threads."""
+    most = threads()
+    return {
+        "widens": converts(problem.weight, problem.operand),
+        "copies": rows.copies or converts(problem.hidden, problem.operand),
+        "block_bytes": cpu_block_bytes(most),
+        "threads": most,
+    }
+
+
 def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: bool) -> CpuPlan:
     """Block sizes for ``products`` products of each block; see :func:`plan_cpu_blocks`."""
-    _, vocabulary, width = problem.shape
     return plan_cpu_blocks(
         rows.size,
-        vocabulary,
-        width,
+        *problem.shape[1:],
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand),
-        copies=rows.copies or converts(problem.hidden, problem.operand),
         products=products,
         narrow_gradient=trains_weight and problem.weight.dtype != torch.float32,
-        block_bytes=cpu_block_bytes(threads()),
-        threads=threads(),
+        **limits(problem, rows),
     )
 
 

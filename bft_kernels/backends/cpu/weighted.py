@@ -25,8 +25,8 @@ from bft_kernels.backends.cpu.native import (
     KnownRows,
     Operands,
     address,
-    converts,
     finish,
+    limits,
     make_softmax,
     threads,
 )
@@ -35,7 +35,6 @@ from bft_kernels.backends.cpu.plan import (
     PIECE_STEP,
     CpuPlan,
     CpuWeightedPlan,
-    cpu_block_bytes,
     cpu_part,
     cpu_team,
     plan_cpu_pieces,
@@ -53,17 +52,12 @@ def weighted_loss(
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
-    (_, vocabulary, width), most = problem.shape, threads()
     plan = plan_cpu_weighted(
         rows.size,
-        vocabulary,
-        width,
+        *problem.shape[1:],
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand),
-        copies=rows.copies or converts(problem.hidden, problem.operand),
         trains_weight=problem.wanted.weight,
-        block_bytes=cpu_block_bytes(most),
-        threads=most,
+        **limits(problem, rows),
     )
     of_rows = None if documents is None else in_rows(rows, documents)
     sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
