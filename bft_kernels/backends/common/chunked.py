@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
-from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, in_rows, pieces
+from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
 
@@ -97,11 +97,9 @@ def weighted_loss(
     assert isinstance(rows, LabelledRows)
     acc = problem.acc_dtype
     gemm = Gemm(problem.weight, problem.operand, acc, plan.weight_rows)
-    of_rows = None if documents is None else in_rows(rows, documents)
-    sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
-    sums = WeightedSums(problem, rows, of_rows, sequences, kernels.results, kernels.weigh)
+    sums = WeightedSums(problem, rows, documents, kernels.results, kernels.weigh)
     token_scale = rows.take(token_scale.to(acc), 0, rows.size)
-    together = list(pieces(rows, of_rows, plan.chunk_rows))
+    together = list(pieces(rows, sums.documents, plan.chunk_rows))
     longest = max([piece.stop - piece.first for piece in together], default=0)
     size = min(longest, plan.chunk_rows), problem.shape[1]
     buffer = hidden.new_empty(size, dtype=acc)

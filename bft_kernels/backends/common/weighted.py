@@ -80,13 +80,13 @@ class WeightedSums:
         self,
         problem: Problem,
         rows: LabelledRows,
-        documents: RowDocuments | None,
-        sequences: int,  # S, of the caller
+        documents: Documents | None,  # the caller's
         results: dict[str, Tensor],  # [size], by row
         weigh: WeightFunction,
     ) -> None:
         self.problem, self.rows = problem, rows
-        self.documents, self.weigh = documents, weigh
+        self.documents = None if documents is None else in_rows(rows, documents)
+        self.weigh = weigh
         acc, wanted, (_, vocabulary, width) = results["loss"].dtype, problem.wanted, problem.shape
         self.results = results
         zeros, empty = problem.hidden.new_zeros, problem.hidden.new_empty
@@ -100,7 +100,9 @@ class WeightedSums:
         self.added = False  # whether grad_weight holds gradients
         self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
         self.keeps = problem.settings.return_stats and documents is not None
-        tokens, sequences = (rows.size, sequences) if self.keeps else (0, 0)
+        tokens = sequences = 0
+        if self.keeps and documents is not None:
+            tokens, sequences = rows.size, documents.cu_seqlens.numel() - 1
         self.weights = (
             zeros(tokens, dtype=acc),  # token_weight
             zeros(tokens, dtype=acc),  # window_confidence
