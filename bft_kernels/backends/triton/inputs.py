@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.configs import (
     Tile,
@@ -17,7 +18,6 @@ from bft_kernels.backends.triton.configs import (
     tile_for,
     triton_dtype,
 )
-from bft_kernels.settings import Settings
 
 
 class Call(NamedTuple):
@@ -36,16 +36,12 @@ class Call(NamedTuple):
 
     @staticmethod
     def of(
-        bias: Tensor | None,
-        target: Tensor,
-        order: Tensor | None,
-        count: Tensor | None,
-        vocabulary: int,
-        settings: Settings,
+        given: Inputs | LogitRows, order: Tensor | None, count: Tensor | None, vocabulary: int
     ) -> Call:
+        settings = given.settings
         return Call(
-            bias,
-            target,
+            given.bias,
+            given.target,
             order,
             count,
             vocabulary,
@@ -86,11 +82,8 @@ def splits_of(inputs: Inputs, rows: int) -> Splits:
 
 
 def call_of(inputs: Inputs) -> Call:
-    """The part of the arguments that kernels over lists of entries take, too."""
-    rows = inputs.rows
-    return Call.of(
-        inputs.bias, inputs.target, rows.order, rows.count, inputs.shape[1], inputs.settings
-    )
+    """The argument of kernels over the rows of a call."""
+    return Call.of(inputs, inputs.rows.order, inputs.rows.count, inputs.shape[1])
 
 
 def arguments_of(inputs: Inputs) -> dict[str, Any]:

@@ -201,9 +201,8 @@ def _gradient_rows_kernel(
 
 
 def call_of_rows(rows: LogitRows) -> Call:
-    """The arguments of kernels that look at logits in the buffer."""
-    vocabulary = rows.logits.shape[1]
-    return Call.of(rows.bias, rows.target, rows.order, rows.count, vocabulary, rows.settings)
+    """The argument of kernels over logits in a buffer."""
+    return Call.of(rows, rows.order, rows.count, rows.logits.shape[1])
 
 
 def _row_arguments(rows: LogitRows) -> dict[str, Any]:
