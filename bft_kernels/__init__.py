@@ -10,6 +10,7 @@ from bft_kernels.functional import (
 from bft_kernels.info import info
 from bft_kernels.modules import BalancedLinearCrossEntropyLoss, LinearCrossEntropyLoss
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats
+from bft_kernels.warm_up import warm_up
 from bft_kernels.weighting import TokenWeights, token_weights
 from bft_kernels.workspace import empty_cache
 
@@ -25,4 +26,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_nll",
     "token_weights",
+    "warm_up",
 ]

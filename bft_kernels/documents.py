@@ -143,18 +143,18 @@ def labelled_layout(labelled: Tensor, cu_seqlens: Tensor) -> Layout:
 
 def token_scales(
     labelled: Tensor,  # [N] bool
-    cu_seqlens: Tensor | None,  # [S + 1]
+    layout: Layout | None,
     num_items: Tensor | None,  # []
     dtype: torch.dtype,
 ) -> Tensor:  # [N]
     """The factor of each token's weight and loss; 0 where ignored.
 
-    With ``cu_seqlens`` it is ``1 / T_b`` for the ``T_b`` labels of the token's document, divided by
-    the number of documents with labels. Without, it is 1 divided by the number of labels.
+    With a ``layout`` of ``labelled`` it is ``1 / T_b`` for the ``T_b`` labels of the token's
+    document, divided by the number of documents with labels. Without, it is 1 divided by the number
+    of labels.
     ``num_items`` takes the place of this batch's number of documents or labels.
     """
-    if cu_seqlens is not None:
-        layout = labelled_layout(labelled, cu_seqlens)
+    if layout is not None:
         lengths = layout.cu_labelled.diff()
         scale = labelled.to(dtype)
         if lengths.numel():

@@ -24,7 +24,7 @@ from bft_kernels.checks import (
     check_number,
     check_tensor,
 )
-from bft_kernels.documents import boundaries_beside, token_scales
+from bft_kernels.documents import boundaries_beside, labelled_layout, token_scales
 from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
@@ -257,27 +257,28 @@ def balanced_linear_cross_entropy(
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
     items = None if num_items is None else _items_of(num_items, problem)
     in_forward = gradient == "exact" and problem.trains_head
-    local = scheme in LOCAL_SCHEMES
+    local, labelled, layout = scheme in LOCAL_SCHEMES, problem.labelled, None
     if local and not return_stats:
-        documents = None
         if normalize == "sequence":
             documents = _documents_of(boundaries, problem, target.shape)
-        scale = token_scales(problem.labelled, documents, items, problem.acc_dtype)
+            layout = labelled_layout(labelled, documents)
+        scale = token_scales(labelled, layout, items, problem.acc_dtype)
         if in_forward:
             return ops.weighted_loss(problem, scale).loss
         nll = ops.linear_nll(problem).loss
-        scale = scale * local_weights(nll.detach(), problem.labelled, scheme)
+        scale = scale * local_weights(nll.detach(), labelled, scheme)
         return weighted_losses(nll, scale).sum()
     documents = _documents_of(boundaries, problem, target.shape)
     on_host = boundaries is None or boundaries.device.type == "cpu"
     result: Forward | WeightedLoss
     weights: BalancedLoss | WeightedLoss
     if in_forward and (local or (on_host and isinstance(scheme, str))):
-        by_sequence = documents if normalize == "sequence" else None
-        scale = token_scales(problem.labelled, by_sequence, items, problem.acc_dtype)
+        if normalize == "sequence":
+            layout = labelled_layout(labelled, documents)
+        scale = token_scales(labelled, layout, items, problem.acc_dtype)
         if local:
             result = ops.weighted_loss(problem, scale)
-            weights = _balanced_loss(problem, result.nll, documents, items, settings)
+            weights = _balanced_loss(labelled, result.nll, documents, items, settings)
         else:
             apart = boundaries is not None and boundaries.device != documents.device
             result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
@@ -285,7 +286,7 @@ def balanced_linear_cross_entropy(
         loss = result.loss
     else:
         result = ops.linear_nll(problem)
-        weights = _balanced_loss(problem, result.loss, documents, items, settings)
+        weights = _balanced_loss(labelled, result.loss, documents, items, settings)
         loss = weights.loss
     if not return_stats:
         return loss
@@ -293,12 +294,12 @@ def balanced_linear_cross_entropy(
 
 
 def _balanced_loss(
-    problem: Problem, nll: Tensor, documents: Tensor, items: Tensor | None, settings: Settings
+    labelled: Tensor, nll: Tensor, documents: Tensor, items: Tensor | None, settings: Settings
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
     if isinstance(settings.scheme, str):
-        return ops.balanced_loss(nll, problem.labelled, documents, items, settings)
-    return balanced_loss(nll, problem.labelled, documents, items, settings)
+        return ops.balanced_loss(nll, labelled, documents, items, settings)
+    return balanced_loss(nll, labelled, documents, items, settings)
 
 
 def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor | None:

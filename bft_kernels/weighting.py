@@ -21,6 +21,7 @@ from bft_kernels.checks import (
     check_tensor,
 )
 from bft_kernels.documents import (
+    Layout,
     boundaries_beside,
     cu_seqlens_from_attention_mask,
     cu_seqlens_from_position_ids,
@@ -255,10 +256,12 @@ def balance(
     labelled: Tensor | None,  # [N] bool; None: every position carries a label
     cu_seqlens: Tensor,  # [S + 1] over the N positions
     settings: Settings,
+    layout: Layout | None = None,  # of labelled, if it is known
 ) -> Weights:
     """Weights from token losses."""
     nll = nll.detach()
-    layout = None if labelled is None else labelled_layout(labelled, cu_seqlens)
+    if layout is None and labelled is not None:
+        layout = labelled_layout(labelled, cu_seqlens)
     compacted = nll if layout is None else layout.compact(nll)
     cu_labelled = cu_seqlens if layout is None else layout.cu_labelled
     weights = weigh(
@@ -300,8 +303,9 @@ def balanced_loss(
     settings: Settings,
 ) -> BalancedLoss:
     """The weighted sum of token losses, with constant weights made from those losses."""
-    weights = balance(loss, labelled, cu_seqlens, settings)
-    by_sequence = cu_seqlens if settings.normalize == "sequence" else None
+    layout = labelled_layout(labelled, cu_seqlens)
+    weights = balance(loss, labelled, cu_seqlens, settings, layout)
+    by_sequence = layout if settings.normalize == "sequence" else None
     scale = token_scales(labelled, by_sequence, num_items, loss.dtype)
     coefficient = scale * weights.weight
     total = weighted_losses(loss, coefficient).sum()

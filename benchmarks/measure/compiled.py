@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 import subprocess
 import tempfile
@@ -151,9 +153,13 @@ def rehearsed(target: Target, calls: Iterable[Callable[[], None]]) -> list[Launc
 def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> Launch:
     """What is told by a kernel's arguments, of which the constants' names are in capitals."""
     switches, sizes, types = set(), {}, {}
-    for key, value in given.items():
-        if isinstance(value, torch.Tensor):
+    records = [value._asdict() for value in given.values() if isinstance(value, tuple)]
+    for key, value in functools.reduce(operator.or_, records, given).items():
+        if isinstance(value, torch.Tensor):  # what need not be there is a switch
             sizes[key], types[key] = value.itemsize, str(value.dtype)
+            switches.add(key.removesuffix("_ptr"))
+        elif isinstance(value, float):
+            switches.add(key)
         elif key == "OPERAND":
             sizes[key], types[key] = value.primitive_bitwidth // 8, str(value)
         elif isinstance(value, bool) or key == "POPULAR":

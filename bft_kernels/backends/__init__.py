@@ -14,6 +14,8 @@ Its module ``engine`` has ``linear_nll``, ``linear_nll_backward`` and ``weighted
     a small call, made before the first one on a GPU;
 ``balanced_loss``
     kernels for :func:`bft_kernels.weighting.balanced_loss`;
+``compiling(device)``
+    a context in which launches compile and run nothing, for :func:`bft_kernels.warm_up`;
 ``scale_(x, factor)``
     ``x *= factor []`` in one kernel that returns at once where the factor is 1.
 """

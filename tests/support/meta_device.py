@@ -54,6 +54,7 @@ class HostWork(TorchDispatchMode):
         self.copied = []  # from one to the other
         self.own = []  # host tensors from host tensors
         self.operators = Counter()  # of torch, by name, but for those that only look at a tensor
+        self.bytes = 0  # of the tensors that these operators read and write
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,6 +68,8 @@ class HostWork(TorchDispatchMode):
         made = {x.device.type for x in tree_leaves(result) if isinstance(x, Tensor)}
         if func._schema.is_mutable or not shares_memory(result, (args, kwargs)):
             self.operators[str(func)] += 1
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            self.bytes += sum(x.nbytes for x in tensors)
         if "cpu" in given | made:
             alone = given | made == {"cpu"}
             new = not given or func is torch.ops.aten.lift_fresh.default

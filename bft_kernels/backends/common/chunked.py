@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
-from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, in_rows, pieces
+from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
 
@@ -50,7 +50,7 @@ class RowKernels(Protocol):
         ``None`` stands for unit upstream gradient. The type is that of GEMMs, or of the logits.
         """
 
-    def packed(self, unit: Tensor) -> Forward:
+    def packed(self, unit: Tensor | None) -> Forward:
         """The results over all ``N`` rows."""
 
     @property
@@ -65,16 +65,15 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
     gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
     chunk = min(plan.chunk_rows, rows.size)
     buffer = hidden.new_empty(chunk, problem.shape[1], dtype=problem.acc_dtype)
-    wants_unit = problem.saved == "unit"
-    unit = hidden.new_empty(
-        rows.size if wants_unit else 0, hidden.shape[1], dtype=storage(hidden.dtype)
-    )
+    unit = None
+    if problem.saved == "unit":
+        unit = hidden.new_empty(rows.size, hidden.shape[1], dtype=storage(hidden.dtype))
     for first in range(0, rows.size, max(1, chunk)):
         stop = min(first + chunk, rows.size)
         operand = gemm.rows(rows.take(hidden, first, stop))
         logits = gemm.logits(operand, buffer[: stop - first])
-        kernels.forward(logits, first, gradient=wants_unit)
-        if wants_unit:
+        kernels.forward(logits, first, gradient=unit is not None)
+        if unit is not None:
             scale = _scale(problem, None, kernels.results["lse"][first:stop])
             upstream = None if scale is None else scale.expand(stop - first)
             product = gemm.hidden_gradient(kernels.gradient(logits, first, upstream))
@@ -98,11 +97,9 @@ def weighted_loss(
     assert isinstance(rows, LabelledRows)
     acc = problem.acc_dtype
     gemm = Gemm(problem.weight, problem.operand, acc, plan.weight_rows)
-    of_rows = None if documents is None else in_rows(rows, documents)
-    sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
-    sums = WeightedSums(problem, rows, of_rows, sequences, kernels.results, kernels.weigh)
+    sums = WeightedSums(problem, rows, documents, kernels.results, kernels.weigh)
     token_scale = rows.take(token_scale.to(acc), 0, rows.size)
-    together = list(pieces(rows, of_rows, plan.chunk_rows))
+    together = list(pieces(rows, sums.documents, plan.chunk_rows))
     longest = max([piece.stop - piece.first for piece in together], default=0)
     size = min(longest, plan.chunk_rows), problem.shape[1]
     buffer = hidden.new_empty(size, dtype=acc)

@@ -12,7 +12,7 @@ from bft_kernels.backends.common.chunked import chunk_plan
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.gemm import gemm_dtype, squared_norms
 from bft_kernels.backends.common.lse_bound import POPULAR, popular_columns
-from bft_kernels.backends.common.rows import DeviceRows, LabelledRows, row_results
+from bft_kernels.backends.common.rows import DeviceRows, LabelledRows, packed, row_results
 from bft_kernels.backends.common.weighted import WeightFunction
 from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
@@ -135,12 +135,9 @@ class GradientRows:
         self.kernels.gradient_rows(rows, dy, lse, low, nll, coefficient)
         return dy
 
-    def packed(self, unit: Tensor) -> Forward:
+    def packed(self, unit: Tensor | None) -> Forward:
         """The results over all ``N`` rows, without a sample."""
-        names = ("loss", "nll", "lse", *(("entropy", "correct") * self.problem.statistics))
-        spread = {name: self.rows.spread(self.results[name]) for name in names}
-        results = {**self.results, **entry_lists(self.problem, 0, 0), **spread}
-        return packed(self.problem, results, self.rows.spread(unit))
+        return packed(self.problem, self.results, unit, rows=self.rows)
 
 
 class ForwardRows:
@@ -189,9 +186,9 @@ class ForwardRows:
         """These rows have no gradient."""
         raise NotImplementedError
 
-    def packed(self, unit: Tensor) -> Forward:
+    def packed(self, unit: Tensor | None) -> Forward:
         """The results, which already lie in their places."""
-        return packed(self.problem, self.results, unit)
+        return packed(self.problem, self.results, unit, lists_of(self.results))
 
 
 def row_bias(kernels: RowFunctions, problem: Problem) -> Tensor | None:
@@ -206,39 +203,23 @@ def forward_results(
 ) -> dict[str, Tensor]:
     """The tensors for a forward's results, by position; ignored rows have zeros.
 
-    They are those of ``row_results`` and the lists. The lists have room for the expected entries,
-    or no room if the backward takes no lists. Rows without room are computed again.
+    They are those of ``row_results`` and the lists: ``counts [N]``, ``offsets [N + 1]``, and room
+    for the ``columns`` and ``values`` of the expected entries, or none if the backward takes no
+    lists. Rows without room are computed again.
     """
     count, vocabulary, width = problem.shape
     sampled, room = problem.saved == "entries", 0
     if sampled and kernels.gathers(width):
         room = capacity_for(count, vocabulary, problem.settings.eps)
-    lists = entry_lists(problem, count if sampled else 0, room, room if with_values else 0)
-    return {**row_results(problem, count, filled=True), **lists}
-
-
-def entry_lists(problem: Problem, rows: int, room: int, values: int = 0) -> dict[str, Tensor]:
-    """The lists of entries: ``counts [rows]`` and ``offsets [rows + 1]``, which hold zeros.
-
-    ``columns`` and ``values`` are room for the kept entries.
-    """
     new, zeros = problem.hidden.new_empty, problem.hidden.new_zeros
-    return {
-        "counts": zeros(rows, dtype=torch.int64),
-        "offsets": zeros(rows + 1 if problem.saved == "entries" else 0, dtype=torch.int64),
+    return row_results(problem, count, filled=True) | {
+        "counts": zeros(count * sampled, dtype=torch.int64),
+        "offsets": zeros((count + 1) * sampled, dtype=torch.int64),
         "columns": new(room, dtype=torch.int32),
-        "values": new(values, dtype=torch.float32),
+        "values": new(room * with_values, dtype=torch.float32),
     }
 
 
-def packed(problem: Problem, results: dict[str, Tensor], unit: Tensor) -> Forward:
-    """The results for which :func:`forward_results` made room."""
-    if problem.saved == "unit":  # the gradient, which needed it, is made
-        results = {**results, "lse_low": unit.new_empty(0, dtype=torch.float32)}
-    return Forward(
-        **{name: results[name] for name in Forward._fields if name in results},
-        unit=unit,
-        csr_offsets=results["offsets"],
-        csr_columns=results["columns"],
-        csr_values=results["values"],
-    )
+def lists_of(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The lists for which :func:`forward_results` made room, by the names of `Forward`."""
+    return {f"csr_{name}": results[name] for name in ("offsets", "columns", "values")}

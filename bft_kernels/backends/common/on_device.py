@@ -23,9 +23,9 @@ from bft_kernels.backends.common.logit_rows import (
     GradientRows,
     RowFunctions,
     forward_results,
-    packed,
+    lists_of,
 )
-from bft_kernels.backends.common.rows import DeviceRows, KnownRows, row_results
+from bft_kernels.backends.common.rows import DeviceRows, KnownRows, packed, row_results
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, Gradients, Saved, Wanted, WeightedLoss
 from bft_kernels.weighting import Weights, local_weights, weighted_losses
@@ -76,17 +76,17 @@ def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
     if _in_chunks(kernels, problem, gradients=wants_unit):
         rows = GradientRows if wants_unit else ForwardRows
         return chunked.linear_nll(partial(rows, kernels), problem)
-    inputs, hidden = kernels.make_inputs(problem), problem.hidden
+    inputs, unit = kernels.make_inputs(problem), None
     results = forward_results(kernels, problem, with_values=False)
     kernels.run_tiles(inputs, results)
-    unit = hidden.new_empty(0, hidden.shape[1], dtype=storage(hidden.dtype))
     if wants_unit:
-        into = _places(kernels, problem, Wanted(True, False, False), unit.dtype, unit.dtype)
+        dtype = storage(problem.hidden.dtype)
+        into = _places(kernels, problem, Wanted(True, False, False), dtype, dtype)
         known = _known(results, inputs.rows.labelled.float())
         kernels.recompute(inputs, known, None, into, adds=False)
         assert into.hidden is not None
-        unit = into.hidden.to(unit.dtype)
-    return packed(problem, results, unit)
+        unit = into.hidden.to(dtype)
+    return packed(problem, results, unit, lists_of(results))
 
 
 def weighted_loss(
@@ -205,13 +205,9 @@ def _places(
 ) -> Gradients:
     """Tensors for gradients of these types. ``dH`` and ``db`` are zeros, ``dW`` is not filled."""
     (count, vocabulary, width), hidden = problem.shape, problem.hidden
-    into = Gradients(None, None, None)
-    if wanted.hidden:
-        dtype = kernels.written(hidden_dtype, problem.operand)
-        into = into._replace(hidden=hidden.new_zeros(count, width, dtype=dtype))
-    if wanted.weight:
-        dtype = kernels.written(weight_dtype, problem.operand)
-        into = into._replace(weight=hidden.new_empty(vocabulary, width, dtype=dtype))
-    if wanted.bias:
-        into = into._replace(bias=hidden.new_zeros(vocabulary, dtype=torch.float32))
-    return into
+    types = [kernels.written(dtype, problem.operand) for dtype in (hidden_dtype, weight_dtype)]
+    return Gradients(
+        hidden.new_zeros(count, width, dtype=types[0]) if wanted.hidden else None,
+        hidden.new_empty(vocabulary, width, dtype=types[1]) if wanted.weight else None,
+        hidden.new_zeros(vocabulary, dtype=torch.float32) if wanted.bias else None,
+    )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.problem import Problem
+from bft_kernels.problem import Problem, storage
+from bft_kernels.results import Forward
 
 
 def count_is_known(device_type: str) -> bool:
@@ -122,30 +123,69 @@ class DeviceRows:
         return values.masked_fill(ignored, 0)
 
 
-# The results that every forward writes for a row, by the names of `Forward`.
+# The results that every kernel writes for a row, by the names of `Forward`.
 ROW_RESULTS = ("loss", "nll", "lse", "lse_low", "entropy", "correct")
 
 
-def row_results(problem: Problem, size: int, *, filled: bool = False) -> dict[str, Tensor]:
-    """Vectors by the names of :data:`ROW_RESULTS` and of the certificate.
+def wanted_results(problem: Problem) -> dict[str, bool]:
+    """Whether a call wants each result of a row, by the names of `Forward`."""
+    settings = problem.settings
+    statistics = settings.return_stats
+    return {
+        "loss": True,
+        "nll": True,
+        "lse": True,
+        "lse_low": problem.saved in ("recompute", "unit"),
+        "entropy": statistics,
+        "correct": statistics,
+        "variance": statistics and settings.gradient == "sampled",
+        "hidden_variance": statistics and settings.hidden_variance,
+    }
 
-    They are ``[size]``, or ``[0]`` if not wanted. They hold zeros if ``filled``, else anything.
+
+def row_results(problem: Problem, size: int, *, filled: bool = False) -> dict[str, Tensor]:
+    """The results of rows, ``[size]`` each, or ``[0]`` if not wanted.
+
+    They hold zeros if ``filled``, else anything.
     """
     make = problem.hidden.new_zeros if filled else problem.hidden.new_empty
-    acc, settings = problem.acc_dtype, problem.settings
-    of_low = size if problem.saved in ("recompute", "unit") else 0
-    of_statistics = size if settings.return_stats else 0
-    of_variance = of_statistics if settings.gradient == "sampled" else 0
+    acc = problem.acc_dtype
     return {
-        "loss": make(size, dtype=acc),
-        "nll": make(size, dtype=acc),
-        "lse": make(size, dtype=acc),
-        "lse_low": make(of_low, dtype=acc),
-        "entropy": make(of_statistics, dtype=acc),
-        "correct": make(of_statistics, dtype=torch.bool),
-        "variance": make(of_variance, dtype=acc),
-        "hidden_variance": make(of_variance if settings.hidden_variance else 0, dtype=acc),
+        name: make(size * want, dtype=torch.bool if name == "correct" else acc)
+        for name, want in wanted_results(problem).items()
     }
+
+
+def by_position(
+    problem: Problem, rows: LabelledRows, results: dict[str, Tensor], names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The named results of ``rows``, ``[N]``; those that are not wanted stay ``[0]``."""
+    wanted = wanted_results(problem)
+    return {name: rows.spread(results[name]) if wanted[name] else results[name] for name in names}
+
+
+def packed(
+    problem: Problem,
+    results: dict[str, Tensor],  # of rows; see row_results
+    unit: Tensor | None = None,  # [size, D], dH of the rows for unit upstream gradient
+    lists: dict[str, Tensor] | None = None,  # of the sample, by the names of `Forward`
+    rows: LabelledRows | None = None,  # None where the results lie by position already
+) -> Forward:
+    """What a forward returns, over all ``N`` rows."""
+    new, dtype = problem.hidden.new_empty, storage(problem.hidden.dtype)
+    names = tuple(wanted_results(problem))
+    if rows is not None:
+        results = by_position(problem, rows, results, names)
+        unit = None if unit is None else rows.spread(unit, dtype)
+    if problem.saved == "unit":  # the gradient, which needed it, is made
+        results = results | {"lse_low": new(0, dtype=problem.acc_dtype)}
+    lists = lists or {
+        "csr_offsets": new(0, dtype=torch.int64),
+        "csr_columns": new(0, dtype=torch.int32),
+        "csr_values": new(0, dtype=problem.acc_dtype),
+    }
+    unit = new((0, problem.shape[2]), dtype=dtype) if unit is None else unit
+    return Forward(**{name: results[name] for name in names}, unit=unit, **lists)
 
 
 class KnownRows(NamedTuple):

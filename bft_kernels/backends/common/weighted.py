@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import LabelledRows, by_position
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import BalancedLoss, Documents, WeightedLoss
 from bft_kernels.settings import Settings
@@ -80,14 +80,14 @@ class WeightedSums:
         self,
         problem: Problem,
         rows: LabelledRows,
-        documents: RowDocuments | None,
-        sequences: int,  # S, of the caller
+        documents: Documents | None,  # the caller's
         results: dict[str, Tensor],  # [size], by row
         weigh: WeightFunction,
     ) -> None:
         self.problem, self.rows = problem, rows
-        self.documents, self.weigh = documents, weigh
-        acc, wanted, (_, vocabulary, width) = problem.acc_dtype, problem.wanted, problem.shape
+        self.documents = None if documents is None else in_rows(rows, documents)
+        self.weigh = weigh
+        acc, wanted, (_, vocabulary, width) = results["loss"].dtype, problem.wanted, problem.shape
         self.results = results
         zeros, empty = problem.hidden.new_zeros, problem.hidden.new_empty
         self.loss = zeros((), dtype=acc)
@@ -99,8 +99,10 @@ class WeightedSums:
         self.grad_weight = empty((vocabulary if wanted.weight else 0, width), dtype=acc)
         self.added = False  # whether grad_weight holds gradients
         self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
-        self.keeps = problem.statistics and documents is not None
-        tokens, sequences = (rows.size, sequences) if self.keeps else (0, 0)
+        self.keeps = problem.settings.return_stats and documents is not None
+        tokens = sequences = 0
+        if self.keeps and documents is not None:
+            tokens, sequences = rows.size, documents.cu_seqlens.numel() - 1
         self.weights = (
             zeros(tokens, dtype=acc),  # token_weight
             zeros(tokens, dtype=acc),  # window_confidence
@@ -160,20 +162,14 @@ class WeightedSums:
         """The results over all ``N`` rows."""
         if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
-        spread, results = self.rows.spread, self.results
-        statistics = self.problem.statistics
+        spread, problem = self.rows.spread, self.problem
         token_weight, window_confidence, *of_sequences = self.weights
         return WeightedLoss(
             loss=self.loss,
-            grad_hidden=spread(self.grad_hidden)
-            if self.problem.wanted.hidden
-            else self.grad_hidden,
-            grad_weight=self.grad_weight.to(storage(self.problem.weight.dtype)),
+            grad_hidden=spread(self.grad_hidden) if problem.wanted.hidden else self.grad_hidden,
+            grad_weight=self.grad_weight.to(storage(problem.weight.dtype)),
             grad_bias=self.grad_bias,
-            nll=spread(results["nll"]),
-            lse=spread(results["lse"]),
-            entropy=spread(results["entropy"]) if statistics else results["entropy"],
-            correct=spread(results["correct"]) if statistics else results["correct"],
+            **by_position(problem, self.rows, self.results, ("nll", "lse", "entropy", "correct")),
             token_weight=spread(token_weight) if self.keeps else token_weight,
             window_confidence=spread(window_confidence) if self.keeps else window_confidence,
             sequence_weight=of_sequences[0],

@@ -8,7 +8,7 @@ from torch import Tensor
 from bft_kernels import _cpu
 from bft_kernels.backends.common.gemm import squared_norms
 from bft_kernels.backends.common.lse_bound import ROUNDING
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import LabelledRows, packed
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import recompute
 from bft_kernels.backends.cpu.native import (
@@ -23,7 +23,7 @@ from bft_kernels.backends.cpu.native import (
     plan,
     threads,
 )
-from bft_kernels.problem import Problem, storage
+from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
 
 # How many of the targets' rows of weight are gathered at a time.
@@ -127,42 +127,15 @@ def pack(
     rows: LabelledRows,
     problem: Problem,
 ) -> Forward:
-    """The results as tensors over all ``N`` rows."""
-    hidden, saved = problem.hidden, problem.saved
-    wanted = {
-        "lse_low": saved == "recompute",
-        "entropy": problem.statistics,
-        "correct": problem.statistics,
-        "variance": problem.variance,
-        "hidden_variance": problem.hidden_variance,
-        "counts": saved == "entries",
-    }
-    full = {
-        name: rows.spread(x) if wanted.get(name, True) else x[:0] for name, x in results.items()
-    }
-    offsets = torch.empty(0, dtype=torch.int64, device="cpu")
-    entries = 0
-    if saved == "entries":
-        offsets = torch.nn.functional.pad(full["counts"].cumsum(0), (1, 0))
-        entries = int(offsets[-1])
-    columns = torch.empty(entries, dtype=torch.int32, device="cpu")
-    values = torch.empty(entries, dtype=torch.float32, device="cpu")
-    if saved == "entries":
-        own = torch.nn.functional.pad(results["counts"].cumsum(0), (1, 0))
+    """The results over all ``N`` rows."""
+    lists = None
+    if problem.saved == "entries":
+        own, offsets = (
+            torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+            for counts in (results["counts"], rows.spread(results["counts"]))
+        )
+        columns = torch.empty(int(own[-1]), dtype=torch.int32, device="cpu")
+        values = torch.empty(int(own[-1]), dtype=torch.float32, device="cpu")
         softmax.entries(address(own), address(columns), address(values), threads())
-    return Forward(
-        loss=full["loss"],
-        nll=full["nll"],
-        lse=full["lse"],
-        lse_low=full["lse_low"],
-        entropy=full["entropy"],
-        correct=full["correct"],
-        variance=full["variance"],
-        hidden_variance=full["hidden_variance"],
-        unit=rows.spread(unit, storage(hidden.dtype))
-        if saved == "unit"
-        else hidden.new_empty((0, hidden.shape[1]), dtype=storage(hidden.dtype)),
-        csr_offsets=offsets,
-        csr_columns=columns,
-        csr_values=values,
-    )
+        lists = {"csr_offsets": offsets, "csr_columns": columns, "csr_values": values}
+    return packed(problem, results, unit if problem.saved == "unit" else None, lists, rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bft_kernels import _cpu
 from bft_kernels.backends.common.gemm import as_operand
-from bft_kernels.backends.common.rows import LabelledRows
+from bft_kernels.backends.common.rows import LabelledRows, row_results
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.plan import CPU_REACH, CpuPlan, cpu_block_bytes, plan_cpu_blocks
 from bft_kernels.problem import Problem
@@ -94,20 +94,26 @@ def converts(x: Tensor, operand: torch.dtype) -> bool:
     return not x.dtype == operand == torch.float32
 
 
+def limits(problem: Problem, rows: LabelledRows) -> dict[str, Any]:
+    """What all plans take: the copies of operands, the caches, and the threads."""
+    most = threads()
+    return {
+        "widens": converts(problem.weight, problem.operand),
+        "copies": rows.copies or converts(problem.hidden, problem.operand),
+        "block_bytes": cpu_block_bytes(most),
+        "threads": most,
+    }
+
+
 def plan(problem: Problem, rows: LabelledRows, *, products: int, trains_weight: bool) -> CpuPlan:
     """Block sizes for ``products`` products of each block; see :func:`plan_cpu_blocks`."""
-    _, vocabulary, width = problem.shape
     return plan_cpu_blocks(
         rows.size,
-        vocabulary,
-        width,
+        *problem.shape[1:],
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand),
-        copies=rows.copies or converts(problem.hidden, problem.operand),
         products=products,
         narrow_gradient=trains_weight and problem.weight.dtype != torch.float32,
-        block_bytes=cpu_block_bytes(threads()),
-        threads=threads(),
+        **limits(problem, rows),
     )
 
 
@@ -240,22 +246,9 @@ def make_softmax(
 
 def finish(softmax: _cpu.OnlineSoftmax, count: int, problem: Problem) -> dict[str, Tensor]:
     """The results of its rows, ``[count]`` each; empty if not wanted."""
-    wanted = {
-        "loss": True,
-        "nll": True,
-        "lse": True,
-        "lse_low": True,
-        "entropy": problem.statistics,
-        "correct": problem.statistics,
-        "variance": problem.variance,
-        "hidden_variance": problem.hidden_variance,
-        "counts": problem.saved == "entries",
-    }
-    kinds = {"correct": torch.bool, "counts": torch.int64}
-    results = {
-        name: torch.empty(count if want else 0, dtype=kinds.get(name, torch.float32), device="cpu")
-        for name, want in wanted.items()
-    }
-    addresses = {name: address(results[name]) for name, want in wanted.items() if want}
+    results = row_results(problem, count)
+    if problem.saved == "entries":
+        results["counts"] = torch.empty(count, dtype=torch.int64, device="cpu")
+    addresses = {name: address(x) for name, x in results.items() if x.numel()}
     softmax.finish(0, count, addresses, threads())
     return results

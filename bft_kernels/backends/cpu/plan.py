@@ -118,35 +118,25 @@ def plan_cpu_blocks(
         block_bytes: bytes of the caches for one product; see :func:`cpu_block_bytes`.
         threads: how many threads may take blocks by themselves.
     """
-    elements = budget // 4
-    team = cpu_team(rows, threads)
-    live = CPU_REACH if team > 1 else 1
-    column_copies = int(width * ((live + 0.5) * widens + (live + 1) * narrow_gradient))
-    columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
-    if column_copies:
-        columns = max(1, min(columns, elements // 2 // column_copies))
-        elements -= columns * column_copies
-    whole = copies and rows * width <= elements // 2
-    if whole:
-        elements -= rows * width
-    row_copies = 2 * width if copies and not whole else 0
-    block = min(elements, block_bytes * products // 4) // team
-    columns = max(1, min(columns, block - row_copies))
-    room = max(1, block // (columns + row_copies))
-    if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
-        columns = min(vocabulary, columns * _stretch(room, rows))
-    if team > 1 and room < min(CPU_TEAM_ROWS, columns):  # the budget is small
-        return plan_cpu_blocks(
-            rows,
-            vocabulary,
-            width,
-            budget,
-            widens=widens,
-            copies=copies,
-            products=products,
-            narrow_gradient=narrow_gradient,
-            block_bytes=block_bytes,
-        )
+    for team in (cpu_team(rows, threads), 1):
+        elements = budget // 4
+        live = CPU_REACH if team > 1 else 1
+        column_copies = int(width * ((live + 0.5) * widens + (live + 1) * narrow_gradient))
+        columns = min(vocabulary, CPU_BLOCK_COLUMNS * products)
+        if column_copies:
+            columns = max(1, min(columns, elements // 2 // column_copies))
+            elements -= columns * column_copies
+        whole = copies and rows * width <= elements // 2
+        if whole:
+            elements -= rows * width
+        row_copies = 2 * width if copies and not whole else 0
+        block = min(elements, block_bytes * products // 4) // team
+        columns = max(1, min(columns, block - row_copies))
+        room = max(1, block // (columns + row_copies))
+        if not column_copies and rows > 0:  # a block of fewer rows has room for more columns
+            columns = min(vocabulary, columns * _stretch(room, rows))
+        if room >= min(CPU_TEAM_ROWS, columns):  # otherwise the budget is small
+            break
     return CpuPlan(cpu_part(rows, room, team), columns, whole, team)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bft_kernels import workspace
 from bft_kernels.backends.common.rows import LabelledRows, row_results
-from bft_kernels.backends.common.weighted import Piece, RowDocuments, WeightedSums, in_rows
+from bft_kernels.backends.common.weighted import Piece, RowDocuments, WeightedSums
 from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
@@ -25,8 +25,8 @@ from bft_kernels.backends.cpu.native import (
     KnownRows,
     Operands,
     address,
-    converts,
     finish,
+    limits,
     make_softmax,
     threads,
 )
@@ -35,7 +35,6 @@ from bft_kernels.backends.cpu.plan import (
     PIECE_STEP,
     CpuPlan,
     CpuWeightedPlan,
-    cpu_block_bytes,
     cpu_part,
     cpu_team,
     plan_cpu_pieces,
@@ -53,24 +52,17 @@ def weighted_loss(
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
-    _, vocabulary, width = problem.shape
     plan = plan_cpu_weighted(
         rows.size,
-        vocabulary,
-        width,
+        *problem.shape[1:],
         problem.buffer_bytes,
-        widens=converts(problem.weight, problem.operand),
-        copies=rows.copies or converts(problem.hidden, problem.operand),
         trains_weight=problem.wanted.weight,
-        block_bytes=cpu_block_bytes(threads()),
-        threads=threads(),
+        **limits(problem, rows),
     )
-    of_rows = None if documents is None else in_rows(rows, documents)
-    sequences = 0 if documents is None else documents.cu_seqlens.numel() - 1
-    sums = WeightedSums(problem, rows, of_rows, sequences, row_results(problem, rows.size), balance)
+    sums = WeightedSums(problem, rows, documents, row_results(problem, rows.size), balance)
     engine = _Engine(problem, rows, plan, sums)
     token_scale = rows.take(token_scale.float(), 0, rows.size)
-    for piece in _pieces(rows, of_rows, plan):
+    for piece in _pieces(rows, sums.documents, plan):
         engine.find_losses(piece)
         coefficient = token_scale[piece.first : piece.stop] * sums.weights_of(piece)
         sums.add_losses(piece, coefficient)

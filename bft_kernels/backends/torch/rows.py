@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.chunked import chunk_plan
 from bft_kernels.backends.common.gemm import squared_norms
-from bft_kernels.backends.common.rows import LabelledRows, row_results
+from bft_kernels.backends.common.rows import LabelledRows, packed, row_results
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
 from bft_kernels.backends.torch.softmax import (
     Scratch,
@@ -123,22 +123,10 @@ class TorchRows:
         """The gradient that :meth:`forward` left in place of the logits, weighted."""
         return logits if coefficient is None else logits.mul_(coefficient[:, None])
 
-    def packed(self, unit: Tensor) -> Forward:
+    def packed(self, unit: Tensor | None) -> Forward:
         """The results over all ``N`` rows."""
-        problem, results = self.problem, {**self.results, "unit": unit}
-        wanted = {
-            "lse_low": problem.saved == "recompute",
-            "entropy": problem.statistics,
-            "correct": problem.statistics,
-            "variance": problem.variance,
-            "hidden_variance": problem.hidden_variance,
-            "unit": problem.saved == "unit",
-        }
-        full = {
-            name: self.rows.spread(values) if wanted.get(name, True) else values[:0]
-            for name, values in results.items()
-        }
-        return Forward(**full, **self.entries.packed(problem, self.rows))
+        lists = self.entries.packed(self.problem, self.rows) if self.sampled else None
+        return packed(self.problem, self.results, unit, lists, self.rows)
 
 
 class Entries:
@@ -170,7 +158,5 @@ class Entries:
                 self.parts, (torch.int64, torch.int32, problem.acc_dtype), strict=True
             )
         )
-        offsets = hidden.new_empty(0, dtype=torch.int64)
-        if problem.saved == "entries":
-            offsets = torch.nn.functional.pad(rows.spread(counts).cumsum(0), (1, 0))
+        offsets = torch.nn.functional.pad(rows.spread(counts).cumsum(0), (1, 0))
         return {"csr_offsets": offsets, "csr_columns": columns, "csr_values": values}

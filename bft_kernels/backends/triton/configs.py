@@ -110,8 +110,9 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
     ),
 }
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
-# takes more registers.
+# takes more registers. By the bytes of an element.
 UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 16, 8, 4, 2, registers=255)
+_UNALIGNED = {2: UNALIGNED, 4: WIDE_UNALIGNED}
 # Small enough that tests have many of them.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
@@ -160,25 +161,14 @@ def _widest(*dtypes: torch.dtype) -> int:
     return max(dtype.itemsize for dtype in dtypes)
 
 
-def _unaligned(operand: torch.dtype, *stored: torch.dtype) -> Tile:
-    return UNALIGNED if _widest(operand, *stored) == 2 else WIDE_UNALIGNED
-
-
 def tile_for(call: Problem, hidden: Tensor, weight: Tensor) -> Tile:
     """The tile of logits for a call's operands, on the current device."""
     if interpreted():
         return INTERPRETED
     if hidden.shape[1] % 16:
-        return _unaligned(call.operand, hidden.dtype, weight.dtype)
+        return _UNALIGNED[_widest(call.operand, hidden.dtype, weight.dtype)]
     tiles = _shipped(call.operand, hidden.dtype, weight.dtype)
     return tiles.logits if call.settings.softcap is None else tiles.capped
-
-
-def trial_tile(operand: torch.dtype | None) -> Tile:
-    """The tile of logits of tensors stored as ``operand``; a small one if it may be any."""
-    if interpreted() or operand is None:
-        return INTERPRETED
-    return _shipped(operand, operand).logits
 
 
 def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple[Tile, Tile]:
@@ -186,7 +176,9 @@ def product_tiles(operand: torch.dtype, hidden: Tensor, weight: Tensor) -> tuple
     if interpreted():
         return INTERPRETED, INTERPRETED
     if hidden.shape[1] % 16:
-        return _unaligned(operand, weight.dtype), _unaligned(operand, hidden.dtype)
+        return _UNALIGNED[_widest(operand, weight.dtype)], _UNALIGNED[
+            _widest(operand, hidden.dtype)
+        ]
     return _shipped(operand, weight.dtype).hidden, _shipped(operand, hidden.dtype).weight
 
 

@@ -106,23 +106,32 @@ def exact_tanh(x):
 
 
 @triton.jit
-def transform(y, bias, inverse_temperature, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+def transform(y, bias, call):
     """``z`` of ``y``; ``bias`` is anything that broadcasts, and is not looked at without one."""
-    if HAS_BIAS:
+    if call.bias_ptr is not None:
         y += bias
-    if HAS_CAP:
-        y = softcap * exact_tanh(y / softcap)
-    return y * inverse_temperature
+    if call.softcap is not None:
+        y = call.softcap * exact_tanh(y / call.softcap)
+    return y * call.inverse_temperature
 
 
 @triton.jit
-def slope_of(z, inverse_temperature, softcap, HAS_CAP: tl.constexpr):
+def logits_at(y, column, mask, call):
+    """``z`` of the raw products ``y`` of columns, where ``mask`` is true."""
+    bias = 0.0
+    if call.bias_ptr is not None:
+        bias = tl.load(call.bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return transform(y, bias, call)
+
+
+@triton.jit
+def slope_of(z, call):
     """``dz/dy`` where the logit is ``z``: a tile with a softcap, else a number."""
-    if HAS_CAP:
-        t = z / (softcap * inverse_temperature)
-        return (1.0 - t * t) * inverse_temperature
+    if call.softcap is None:
+        return call.inverse_temperature
     else:
-        return inverse_temperature
+        t = z / (call.softcap * call.inverse_temperature)
+        return (1.0 - t * t) * call.inverse_temperature
 
 
 @triton.jit
@@ -160,26 +169,20 @@ def swizzle(program, row_blocks, splits, GROUP: tl.constexpr):
 
 @triton.jit
 def logit_tile(
-    hidden_rows,  # pointers [BLOCK_N, 1], all of them valid
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
+    x,  # Operands
+    call,
+    row,  # [BLOCK_N], positions, all of them valid
     offs_v,  # [BLOCK_V]; beyond V the last column is repeated, to be masked by the caller
-    V,
-    stride_wv,
-    inverse_temperature,
-    softcap,
     D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``z [BLOCK_N, BLOCK_V]``, its product accumulated in float32."""
-    weight_rows = weight_ptr + tl.minimum(offs_v, V - 1).to(tl.int64)[None, :] * stride_wv
-    y = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    hidden_rows = x.hidden_ptr + row[:, None] * x.stride_hn
+    columns = tl.minimum(offs_v, call.V - 1).to(tl.int64)
+    weight_rows = x.weight_ptr + columns[None, :] * x.stride_wv
+    y = tl.zeros((row.shape[0], offs_v.shape[0]), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
         if D % BLOCK_D == 0:
@@ -189,45 +192,63 @@ def logit_tile(
             h = tl.load(hidden_rows + offs_d[None, :], mask=(offs_d < D)[None, :], other=0.0)
             w = tl.load(weight_rows + offs_d[:, None], mask=(offs_d < D)[:, None], other=0.0)
         y = dot(h, w, y, OPERAND, PRECISION)
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    return transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    return logits_at(y, offs_v[None, :], offs_v[None, :] < call.V, call)
 
 
 @triton.jit
-def token_loss(
-    log_total,  # of the sum of exp(z - reference)
+def number(x):
+    """``x``, or 0 for an option that is not set."""
+    if x is None:
+        return 0.0
+    else:
+        return x
+
+
+@triton.jit
+def store_results(
+    out,  # RowResults
+    row,  # positions, or one
+    mask,
+    total,  # sum of exp(z - reference)
     reference,
     own,  # the target's z
-    shifted,  # sum of z - reference; not looked at without SMOOTHING
-    V,
-    label_smoothing,
-    z_loss,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
+    moment,  # sum of exp(z - reference) * (z - reference); only looked at for the entropy
+    first,  # whether no column before the target's has its z, and none a larger one
+    shifted,  # sum of z - reference; only looked at with label smoothing
+    call,
 ):
-    """``nll``, ``lse``, what rounding took from ``lse``, and the loss, smoothing and all."""
+    """Stores what a row's sums give: losses, lse and what rounding took from it, statistics."""
+    log_total = tl.log(total)
     nll = log_total - (own - reference)
     nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
     lse = reference + log_total
-    high = lse - reference  # Knuth's exact sum; see Softmax.lse_low of the torch backend
-    low = (reference - (lse - high)) + (log_total - high)
     loss = nll
-    if SMOOTHING:
-        loss = (1 - label_smoothing) * nll + label_smoothing * (log_total - shifted / V)
-    if Z_LOSS:
-        loss += z_loss * lse * lse
-    return nll, lse, low, loss
+    if call.label_smoothing is not None:
+        loss = (1 - call.label_smoothing) * nll
+        loss += call.label_smoothing * (log_total - shifted / call.V)
+    if call.z_loss is not None:
+        loss += call.z_loss * lse * lse
+    tl.store(out.nll_ptr + row, nll, mask=mask)
+    tl.store(out.lse_ptr + row, lse, mask=mask)
+    tl.store(out.loss_ptr + row, loss, mask=mask)
+    if out.lse_low_ptr is not None:
+        high = lse - reference  # Knuth's exact sum; see Softmax.lse_low of the torch backend
+        low = (reference - (lse - high)) + (log_total - high)
+        tl.store(out.lse_low_ptr + row, low, mask=mask)
+    if out.entropy_ptr is not None:
+        entropy = log_total - moment / total
+        tl.store(out.entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
+        tl.store(out.correct_ptr + row, first & (lse == lse), mask=mask)
 
 
 @triton.jit
-def exact_factors(lse, nll, V, label_smoothing, z_loss):
+def exact_factors(lse, nll, call):
     """``dz = probability * p - even`` away from the target, and ``own`` there."""
-    probability = 1.0 + 2.0 * z_loss * lse
-    even = label_smoothing / V
-    own = (1.0 - label_smoothing) * expm1_down(-nll) - even
-    own += (probability - 1.0 + label_smoothing) * tl.exp(-nll)
+    smoothing = number(call.label_smoothing)
+    probability = 1.0 + 2.0 * number(call.z_loss) * lse
+    even = smoothing / call.V
+    own = (1.0 - smoothing) * expm1_down(-nll) - even
+    own += (probability - 1.0 + smoothing) * tl.exp(-nll)
     return probability, even, own
 
 
@@ -241,28 +262,19 @@ def sampled_dz(p, bits, at_target, own, eps):
 @triton.jit
 def entry_dz(
     y,  # raw products of listed entries
-    bias_ptr,
     column,
     mask,
     target,
     lse,
     nll,
-    multiplier,
-    offset,
-    inverse_temperature,
-    softcap,
-    eps,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
+    key,  # multiplier and offset of the row; see row_key
+    call,
 ):
     """The sampled ``dz`` of entries of one row, and their slope, by the final lse."""
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-    bits = draw_bits(multiplier, offset, column.to(tl.uint32))
-    dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), eps)
-    return tl.where(mask, dz, 0.0), slope_of(z, inverse_temperature, softcap, HAS_CAP)
+    z = logits_at(y, column, mask, call)
+    bits = draw_bits(key[0], key[1], column.to(tl.uint32))
+    dz = sampled_dz(tl.exp(z - lse), bits, column == target, expm1_down(-nll), call.eps)
+    return tl.where(mask, dz, 0.0), slope_of(z, call)
 
 
 @triton.jit

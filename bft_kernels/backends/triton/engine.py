@@ -6,12 +6,14 @@ from functools import partial
 
 from bft_kernels.backends.common import on_device
 from bft_kernels.backends.triton import kernels
+from bft_kernels.backends.triton.compiling import compiling
 from bft_kernels.backends.triton.scale import scale_
 from bft_kernels.backends.triton.trial import try_out
 from bft_kernels.backends.triton.weights import balanced_loss
 
 __all__ = [
     "balanced_loss",
+    "compiling",
     "linear_nll",
     "linear_nll_backward",
     "scale_",

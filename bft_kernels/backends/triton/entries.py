@@ -15,16 +15,17 @@ from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.triton.device import entry_dz, lowest_bit, popcount, row_key
-from bft_kernels.backends.triton.softmax import logit_arguments
+from bft_kernels.backends.triton.inputs import Call, call_of
+from bft_kernels.backends.triton.softmax import call_of_rows
 
 
 @triton.jit
-def load_words(mask_ptr, at, offs, words, V, target):
+def load_words(words_ptr, offs, words, V, target):
     """Words of a row's bits, the target's set: it is kept whatever its draw says.
 
     Bits past the vocabulary may be set, where the draw of a column that is not there is 0.
     """
-    word = tl.load(mask_ptr + at + offs, mask=offs < words, other=0).to(tl.uint32, bitcast=True)
+    word = tl.load(words_ptr + offs, mask=offs < words, other=0).to(tl.uint32, bitcast=True)
     spare = tl.maximum(tl.minimum((offs + 1) * 32 - V, 31), 0)
     word &= tl.full([], 0xFFFFFFFF, tl.uint32) >> spare.to(tl.uint32)
     valid = (target >= 0) & (target < V)  # of one nobody checked, the loss is NaN
@@ -35,138 +36,83 @@ def load_words(mask_ptr, at, offs, words, V, target):
 
 @triton.jit(do_not_specialize=["first_row"])
 def _count_entries_kernel(
+    call,
+    logits_ptr,  # [R, V], raw products, or None
     mask_ptr,  # [R, WORDS]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    counts_ptr,  # [N] int64
-    first_row,
-    words,
-    V,
-    BLOCK: tl.constexpr,
-):
-    """How many bits of each row are set."""
-    local = tl.program_id(0).to(tl.int64)
-    if first_row + local >= tl.load(count_ptr):
-        return
-    row = tl.load(order_ptr + first_row + local)
-    target = tl.load(target_ptr + row)
-    found = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, words, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        found += popcount(load_words(mask_ptr, local * words, offs, words, V, target))
-    tl.store(counts_ptr + row, tl.sum(found, axis=0).to(tl.int64))
-
-
-@triton.jit(do_not_specialize=["first_row"])
-def _thin_entries_kernel(
-    logits_ptr,  # [R, V], raw products
-    bias_ptr,  # [V]
-    mask_ptr,  # [R, WORDS]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    seed_ptr,  # []
+    seed_ptr,  # []; this and the next two with logits only
     lse_ptr,  # [N]
     nll_ptr,  # [N]
     counts_ptr,  # [N] int64
     first_row,
     words,
-    V,
-    inverse_temperature,
-    softcap,
-    eps,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
 ):
-    """Leaves the bits of what is kept, by the final lse, and counts them."""
+    """Counts the set bits of a row. With logits it first leaves those of what the lse keeps."""
     local = tl.program_id(0).to(tl.int64)
-    if first_row + local >= tl.load(count_ptr):
+    if first_row + local >= tl.load(call.count_ptr):
         return
-    row = tl.load(order_ptr + first_row + local)
-    target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
-    nll = tl.load(nll_ptr + row)
-    multiplier, offset = row_key(tl.load(seed_ptr), row)
+    row = tl.load(call.order_ptr + first_row + local)
+    target = tl.load(call.target_ptr + row)
+    words_ptr = mask_ptr + local * words
+    if logits_ptr is not None:
+        lse, nll = tl.load(lse_ptr + row), tl.load(nll_ptr + row)
+        key = row_key(tl.load(seed_ptr), row)
     found = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, words, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        left = load_words(mask_ptr, local * words, offs, words, V, target)
-        kept = tl.zeros((BLOCK,), tl.uint32)
-        while tl.max((left != 0).to(tl.int32), axis=0) > 0:
-            one, bit = lowest_bit(left)
-            column = offs * 32 + bit
-            mask = left != 0
-            dz, _ = entry_dz(
-                tl.load(logits_ptr + local * V + column, mask=mask, other=0.0),
-                bias_ptr,
-                column,
-                mask,
-                target,
-                lse,
-                nll,
-                multiplier,
-                offset,
-                inverse_temperature,
-                softcap,
-                eps,
-                HAS_BIAS,
-                HAS_CAP,
-            )
-            kept = tl.where(dz != 0, kept | one, kept)
-            left = left & (left - 1)
-        tl.store(mask_ptr + local * words + offs, kept.to(tl.int32, bitcast=True), offs < words)
+        kept = load_words(words_ptr, offs, words, call.V, target)
+        if logits_ptr is not None:
+            left = kept
+            kept = tl.zeros((BLOCK,), tl.uint32)
+            while tl.max((left != 0).to(tl.int32), axis=0) > 0:
+                one, bit = lowest_bit(left)
+                column = offs * 32 + bit
+                mask = left != 0
+                y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
+                dz, _ = entry_dz(y, column, mask, target, lse, nll, key, call)
+                kept = tl.where(dz != 0, kept | one, kept)
+                left = left & (left - 1)
+            tl.store(words_ptr + offs, kept.to(tl.int32, bitcast=True), offs < words)
         found += popcount(kept)
     tl.store(counts_ptr + row, tl.sum(found, axis=0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["first_row", "capacity"])
 def _list_entries_kernel(
-    logits_ptr,  # [R, V], raw products, with VALUES
-    bias_ptr,  # [V]
-    mask_ptr,  # [R, WORDS]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    seed_ptr,  # []
+    call,
+    logits_ptr,  # [R, V], raw products, or None
+    mask_ptr,  # [R, WORDS]; with logits, of what is kept
+    seed_ptr,  # []; this, the next two and values with logits only
     lse_ptr,  # [N]
     nll_ptr,  # [N]
     offsets_ptr,  # [N + 1] int64
     columns_ptr,  # [capacity] int32
-    values_ptr,  # [capacity] float32, dy for unit upstream gradient, with VALUES
+    values_ptr,  # [capacity] float32, dy for unit upstream gradient
     first_row,
     words,
-    V,
     capacity,
-    inverse_temperature,
-    softcap,
-    eps,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    VALUES: tl.constexpr,
 ):
     """Columns of the set bits, ascending; of a row that does not fit, none."""
     local = tl.program_id(0).to(tl.int64)
-    if first_row + local >= tl.load(count_ptr):
+    if first_row + local >= tl.load(call.count_ptr):
         return
-    row = tl.load(order_ptr + first_row + local)
-    target = tl.load(target_ptr + row)
+    row = tl.load(call.order_ptr + first_row + local)
+    target = tl.load(call.target_ptr + row)
+    words_ptr = mask_ptr + local * words
     place = tl.load(offsets_ptr + row)
     if tl.load(offsets_ptr + row + 1) > capacity:
         return
-    if VALUES:
-        lse = tl.load(lse_ptr + row)
-        nll = tl.load(nll_ptr + row)
-        multiplier, offset = row_key(tl.load(seed_ptr), row)
+    if logits_ptr is not None:
+        lse, nll = tl.load(lse_ptr + row), tl.load(nll_ptr + row)
+        key = row_key(tl.load(seed_ptr), row)
     for start in range(0, words, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        if VALUES:  # the bits are those of what is kept
-            left = tl.load(mask_ptr + local * words + offs, mask=offs < words, other=0)
+        if logits_ptr is not None:
+            left = tl.load(words_ptr + offs, mask=offs < words, other=0)
             left = left.to(tl.uint32, bitcast=True)
         else:
-            left = load_words(mask_ptr, local * words, offs, words, V, target)
+            left = load_words(words_ptr, offs, words, call.V, target)
         found = popcount(left)
         at = place + tl.cumsum(found, axis=0) - found
         place += tl.sum(found, axis=0)
@@ -175,23 +121,9 @@ def _list_entries_kernel(
             column = offs * 32 + bit
             mask = left != 0
             tl.store(columns_ptr + at, column, mask=mask)
-            if VALUES:
-                dz, slope = entry_dz(
-                    tl.load(logits_ptr + local * V + column, mask=mask, other=0.0),
-                    bias_ptr,
-                    column,
-                    mask,
-                    target,
-                    lse,
-                    nll,
-                    multiplier,
-                    offset,
-                    inverse_temperature,
-                    softcap,
-                    eps,
-                    HAS_BIAS,
-                    HAS_CAP,
-                )
+            if logits_ptr is not None:
+                y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
+                dz, slope = entry_dz(y, column, mask, target, lse, nll, key, call)
                 tl.store(values_ptr + at, dz * slope, mask=mask)
             at += 1
             left = left & (left - 1)
@@ -201,60 +133,39 @@ def list_candidates(
     inputs: Inputs, mask: Tensor, first_row: int, results: dict[str, Tensor]
 ) -> None:
     """Appends the columns of the bits of ``mask [R, WORDS]`` to ``columns``."""
-    counts, columns = results["counts"], results["columns"]
-    where = _where(mask, inputs.target, inputs.rows.order, inputs.rows.count, first_row)
-    where |= {"V": inputs.shape[1]}
-    _count_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **where)
-    _list_entries_kernel[(mask.shape[0],)](
-        logits_ptr=None,
-        bias_ptr=None,
-        seed_ptr=None,
-        lse_ptr=None,
-        nll_ptr=None,
-        offsets_ptr=offsets_of(counts, out=results["offsets"]),
-        columns_ptr=columns,
-        values_ptr=None,
-        capacity=columns.numel(),
-        inverse_temperature=1.0,
-        softcap=1.0,
-        eps=1.0,
-        HAS_BIAS=False,
-        HAS_CAP=False,
-        VALUES=False,
-        **where,
-    )
+    _append(call_of(inputs), mask, first_row, results)
 
 
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
     """Appends what is kept of the set bits of ``mask [R, WORDS]`` to ``columns`` and ``values``."""
-    counts, columns = results["counts"], results["columns"]
-    shared = logit_arguments(rows) | _where(
-        mask, rows.target, rows.order, rows.count, rows.first_row
-    )
-    shared |= {"seed_ptr": seed, "eps": rows.settings.eps}
-    shared |= {"lse_ptr": results["lse"], "nll_ptr": results["nll"]}
-    _thin_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)
+    _append(call_of_rows(rows), mask, rows.first_row, results, rows.logits, seed)
+
+
+def _append(
+    call: Call,
+    mask: Tensor,
+    first_row: int,
+    results: dict[str, Tensor],
+    logits: Tensor | None = None,  # [R, V]
+    seed: Tensor | None = None,  # []
+) -> None:
+    counts, columns, words = results["counts"], results["columns"], mask.shape[1]
+    shared = {
+        "call": call,
+        "logits_ptr": logits,
+        "mask_ptr": mask,
+        "seed_ptr": seed,
+        "lse_ptr": results["lse"],
+        "nll_ptr": results["nll"],
+        "first_row": first_row,
+        "words": words,
+        "BLOCK": min(1024, triton.next_power_of_2(words)),
+    }
+    _count_entries_kernel[(mask.shape[0],)](counts_ptr=counts, **shared)
     _list_entries_kernel[(mask.shape[0],)](
         offsets_ptr=offsets_of(counts, out=results["offsets"]),
         columns_ptr=columns,
         values_ptr=results["values"],
         capacity=columns.numel(),
-        VALUES=True,
         **shared,
     )
-
-
-def _where(
-    mask: Tensor, target: Tensor, order: Tensor | None, count: Tensor | None, first_row: int
-) -> dict[str, object]:
-    """The arguments that all kernels over the bits of rows take."""
-    words = mask.shape[1]
-    return {
-        "mask_ptr": mask,
-        "target_ptr": target,
-        "order_ptr": order,
-        "count_ptr": count,
-        "first_row": first_row,
-        "words": words,
-        "BLOCK": min(1024, triton.next_power_of_2(words)),
-    }

@@ -8,17 +8,14 @@ each entry that may be kept: 32 to a word, so that nothing is compacted in regis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
-from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.certificate import certify
-from bft_kernels.backends.triton.configs import has_whole_words, precision_for, tile_for
+from bft_kernels.backends.triton.configs import has_whole_words, tile_for
 from bft_kernels.backends.triton.device import (
     LOG2E,
     ROUNDING,
@@ -26,11 +23,11 @@ from bft_kernels.backends.triton.device import (
     logit_tile,
     may_be_below,
     row_key,
+    store_results,
     swizzle,
-    token_loss,
 )
 from bft_kernels.backends.triton.entries import list_candidates
-from bft_kernels.backends.triton.inputs import arguments_of, splits_of
+from bft_kernels.backends.triton.inputs import RowResults, call_of, splits_of, tile_arguments
 from bft_kernels.backends.triton.lse_bound import find_bounds
 
 # Sums that a split leaves for each row, [SUMS, SPLITS, rows] float32.
@@ -74,51 +71,36 @@ def _store_bits(
 
 @triton.jit(do_not_specialize=["first_row", "rows", "splits", "tiles"])
 def _linear_nll_forward_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N], labelled rows first
-    count_ptr,  # [1]
-    seed_ptr,  # []
+    x,
+    call,
+    seed_ptr,  # []; this and the next two where something may be kept
     lse_bound_ptr,  # [N], a lower bound of lse
+    mask_ptr,  # [R, WORDS], entries that may be kept, or None
     sums_ptr,  # [SUMS, SPLITS, R]
-    mask_ptr,  # [R, WORDS], entries that may be kept
     first_row,  # of the R rows of this launch, among the labelled
     rows,  # R
-    V,
-    stride_hn,
-    stride_wv,
     words,
     splits,
     tiles,  # of a split
-    inverse_temperature,
-    softcap,
-    eps,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     STATISTICS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    EMIT: tl.constexpr,
     WHOLE_WORDS: tl.constexpr,  # whether a thread has all of a word's entries
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     row_blocks = tl.cdiv(rows, BLOCK_N)
     block, split = swizzle(tl.program_id(0), row_blocks, splits, GROUP)
-    count = tl.load(count_ptr)
+    count, V = tl.load(call.count_ptr), call.V
     if first_row + block * BLOCK_N >= count:
         return
     local = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = (local < rows) & (first_row + local < count)
-    row = tl.load(order_ptr + first_row + local, mask=mask_n, other=0)
-    target = tl.load(target_ptr + row, mask=mask_n, other=0)
-    hidden_rows = hidden_ptr + row[:, None] * stride_hn
+    row = tl.load(call.order_ptr + first_row + local, mask=mask_n, other=0)
+    target = tl.load(call.target_ptr + row, mask=mask_n, other=0)
 
     m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     base = tl.full((BLOCK_N,), float("-inf"), tl.float32)  # of the powers of 2, m * LOG2E rounded
@@ -127,30 +109,13 @@ def _linear_nll_forward_kernel(
     shifted = tl.zeros((BLOCK_N,), tl.float32)
     at_sum = sums_ptr + split * rows + local
     plane = splits * rows
-    if EMIT:
+    if mask_ptr is not None:
         lse_bound = tl.load(lse_bound_ptr + row, mask=mask_n, other=0.0)
         multiplier, offset = row_key(tl.load(seed_ptr), row)
 
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        z = logit_tile(
-            hidden_rows,
-            weight_ptr,
-            bias_ptr,
-            offs_v,
-            V,
-            stride_wv,
-            inverse_temperature,
-            softcap,
-            D,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_D,
-            HAS_BIAS,
-            HAS_CAP,
-            OPERAND,
-            PRECISION,
-        )
+        z = logit_tile(x, call, row, offs_v, D, BLOCK_D, OPERAND, PRECISION)
         # One tile in many holds a target or is cut off by the end of the vocabulary. Only there is
         # a target's logit looked for, with those before it, and are columns masked.
         at = target - tile * BLOCK_V
@@ -171,12 +136,12 @@ def _linear_nll_forward_kernel(
         reference = finite_or(m_new, 0.0)
         # Powers of 2, from one multiply-add: its product is not rounded, and the base is exact.
         new_base = reference * LOG2E
-        if EMIT:
+        if mask_ptr is not None:
             # What came before this tile bounds the final lse from below, so that p is overrated;
             # without this tile's own sum, no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
             overrated = tl.exp(reference - bound + 1e-3 + ROUNDING * tl.abs(bound)) * (
-                65536.0 / eps
+                65536.0 / call.eps
             )
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
@@ -186,14 +151,14 @@ def _linear_nll_forward_kernel(
             step = tl.where(total > 0, total * (base - new_base), 0.0)
             terms = e * tl.maximum(power, -1e30)
             moment = scale * (moment + step) + tl.sum(terms, axis=1)
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             done = tl.minimum(tile * BLOCK_V, V) - split * tiles * BLOCK_V
             step = tl.where(done > 0, (m - reference) * done, 0.0)
             difference = tl.where((offs_v < V)[None, :], z - reference[:, None], 0.0)
             shifted += step + tl.sum(difference, axis=1)
         total = scale * total + tl.sum(e, axis=1)
         m, base = m_new, new_base
-        if EMIT:
+        if mask_ptr is not None:
             mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
             # Every other word, so that a thread holds the draws of half as many entries, and all of
             # them are its own.
@@ -221,44 +186,31 @@ def _linear_nll_forward_kernel(
     if STATISTICS:
         moment = scale * (moment - total * rest) * (1.0 / LOG2E)
         tl.store(at_sum + MOMENT * plane, moment, mask=mask_n)
-    if SMOOTHING:
+    if call.label_smoothing is not None:
         tl.store(at_sum + SHIFTED * plane, shifted, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["first_row", "rows", "splits"])
 def _combine_kernel(
+    call,
     sums_ptr,  # [SUMS, SPLITS, R]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    loss_ptr,  # these are [N]
-    nll_ptr,
-    lse_ptr,
-    lse_low_ptr,
-    entropy_ptr,
-    correct_ptr,
+    out,  # RowResults
     first_row,
     rows,  # R
-    V,
     splits,
     split_columns,
-    label_smoothing,
-    z_loss,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,  # that are looked at side by side
-    STATISTICS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    LOW: tl.constexpr,
 ):
     """Joins the splits of each row, in order, and stores what the row gives."""
+    V = call.V
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = (local < rows) & (first_row + local < tl.load(count_ptr))
-    row = tl.load(order_ptr + first_row + local, mask=mask, other=0)
+    mask = (local < rows) & (first_row + local < tl.load(call.count_ptr))
+    row = tl.load(call.order_ptr + first_row + local, mask=mask, other=0)
     step = splits * rows
     at = sums_ptr + local
 
-    target = tl.load(target_ptr + row, mask=mask, other=0)
+    target = tl.load(call.target_ptr + row, mask=mask, other=0)
     holder = tl.minimum(tl.maximum(target // split_columns, 0), splits - 1)
     own = tl.load(at + TARGET * step + holder * rows, mask=mask, other=0.0)
     own = tl.where((target >= 0) & (target < V), own, float("nan"))  # a target nobody checked
@@ -285,99 +237,62 @@ def _combine_kernel(
         difference = peak - reference[None, :]
         scale = tl.exp(difference)
         total += tl.sum(part * scale, axis=0)
-        if STATISTICS:
+        if out.entropy_ptr is not None:
             part_moment = tl.load(here + MOMENT * step, mask=there, other=0.0)
             terms = scale * (part_moment + tl.where(part > 0, part * difference, 0.0))
             moment += tl.sum(terms, axis=0)
             # Columns before the target's must hold less; later ones may equal it.
             lower = tl.where(split[:, None] < holder[None, :], peak, float("-inf"))
             earlier = tl.maximum(earlier, tl.max(lower, axis=0))
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             columns = tl.minimum(tl.maximum(V - split * split_columns, 0), split_columns)
             terms = tl.load(here + SHIFTED * step, mask=there, other=0.0)
             terms += (finite_or(peak, 0.0) - reference[None, :]) * columns[:, None]
             shifted += tl.sum(tl.where(there, terms, 0.0), axis=0)
 
-    log_total = tl.log(total)
-    nll, lse, low, loss = token_loss(
-        log_total, reference, own, shifted, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
-    )
-    tl.store(nll_ptr + row, nll, mask=mask)
-    tl.store(lse_ptr + row, lse, mask=mask)
-    tl.store(loss_ptr + row, loss, mask=mask)
-    if LOW:
-        tl.store(lse_low_ptr + row, low, mask=mask)
-    if STATISTICS:
-        entropy = log_total - moment / total
-        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy), mask=mask)
+    first = own == m
+    if out.entropy_ptr is not None:
         before = tl.load(at + BEFORE * step + holder * rows, mask=mask, other=0.0)
-        correct = (own == m) & (before < own) & (earlier < own) & (lse == lse)
-        tl.store(correct_ptr + row, correct, mask=mask)
+        first = first & (before < own) & (earlier < own)
+    store_results(out, row, mask, total, reference, own, moment, first, shifted, call)
 
 
-@dataclass(frozen=True)
-class TiledForward:
-    """One tiled pass over the logits; :meth:`run` takes a part of the rows at a time."""
+def _forward(
+    inputs: Inputs,
+    results: dict[str, Tensor],  # [N] each, or [0]
+    first_row: int,
+    rows: int,
+    lse_bounds: Tensor | None = None,  # [N], for a mask
+    mask: Tensor | None = None,
+) -> None:
+    """Results of the labelled rows ``first_row`` to ``first_row + rows``, as far as there are.
 
-    inputs: Inputs
-    seed: Tensor | None  # [], for masks
-    lse_bounds: Tensor | None  # [N], for masks
-    results: dict[str, Tensor]  # [N] each; see _combine_kernel
-
-    def run(self, first_row: int, rows: int, mask: Tensor | None) -> None:
-        """Results of the labelled rows ``first_row`` to ``first_row + rows``, as far as there are.
-
-        Args:
-            first_row, rows: among the labelled rows.
-            mask: ``[rows, ceil(V / 32)]`` int32, where the bits of the entries that may be kept go.
-        """
-        call, vocabulary = self.inputs.call, self.inputs.shape[1]
-        splits = splits_of(self.inputs, rows)
-        tile = splits.tile
-        sums = torch.empty(
-            SUMS, splits.count, rows, dtype=torch.float32, device=self.inputs.hidden.device
-        )
-        smoothing = call.settings.label_smoothing > 0
-        _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
-            seed_ptr=self.seed,
-            lse_bound_ptr=self.lse_bounds,
-            sums_ptr=sums,
-            mask_ptr=mask,
-            first_row=first_row,
-            rows=rows,
-            V=vocabulary,
-            words=triton.cdiv(vocabulary, 32),
-            splits=splits.count,
-            tiles=splits.tiles,
-            eps=call.settings.eps,
-            STATISTICS=call.statistics,
-            SMOOTHING=smoothing,
-            EMIT=mask is not None,
-            WHOLE_WORDS=mask is not None and has_whole_words(call.operand),
-            PRECISION=precision_for(call.operand),
-            **arguments_of(self.inputs),
-            **tile.constants(),
-        )
-        _combine_kernel[(triton.cdiv(rows, 32),)](
-            sums_ptr=sums,
-            target_ptr=self.inputs.target,
-            order_ptr=self.inputs.rows.order,
-            count_ptr=self.inputs.rows.count,
-            first_row=first_row,
-            rows=rows,
-            V=vocabulary,
-            splits=splits.count,
-            split_columns=splits.tiles * tile.block_v,
-            label_smoothing=call.settings.label_smoothing,
-            z_loss=call.settings.z_loss,
-            BLOCK=32,
-            SPLITS=16,
-            STATISTICS=call.statistics,
-            SMOOTHING=smoothing,
-            Z_LOSS=call.settings.z_loss != 0,
-            LOW=self.results["lse_low"].numel() > 0,
-            **{f"{name}_ptr": values for name, values in self.results.items()},
-        )
+    In ``mask [rows, ceil(V / 32)]`` int32 go the bits of the entries that may be kept.
+    """
+    call = inputs.call
+    splits = splits_of(inputs, rows)
+    tile = splits.tile
+    sums = torch.empty(SUMS, splits.count, rows, dtype=torch.float32, device=inputs.hidden.device)
+    part = {"sums_ptr": sums, "first_row": first_row, "rows": rows, "splits": splits.count}
+    _linear_nll_forward_kernel[(splits.row_blocks * splits.count,)](
+        seed_ptr=None if mask is None else call.seed,
+        lse_bound_ptr=lse_bounds,
+        mask_ptr=mask,
+        words=triton.cdiv(inputs.shape[1], 32),
+        tiles=splits.tiles,
+        STATISTICS=call.statistics,
+        WHOLE_WORDS=mask is not None and has_whole_words(call.operand),
+        **part,
+        **tile_arguments(inputs, tile),
+    )
+    _combine_kernel[(triton.cdiv(rows, 32),)](
+        call=call_of(inputs),
+        split_columns=splits.tiles * tile.block_v,
+        BLOCK=32,
+        SPLITS=16,
+        **part,
+        out=RowResults.of(results),
+    )
 
 
 def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
@@ -388,9 +303,8 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
         results: zeros ``[N]``, or ``[0]``, by the names of ``Forward``; room for the lists.
     """
     call, (count, vocabulary, _) = inputs.call, inputs.shape
-    per_row = {name: results[name] for name in ROW_RESULTS}
     if call.saved == "entries":
-        tiled = TiledForward(inputs, call.seed, find_bounds(inputs), per_row)
+        lse_bounds = find_bounds(inputs)
         words = triton.cdiv(vocabulary, 32)
         step = tile_for(call, inputs.hidden, inputs.weight).block_n
         step *= max(1, call.buffer_bytes // (4 * words) // step)
@@ -398,9 +312,9 @@ def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
         mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
         for first in range(0, count, step):
             part = mask[: min(step, count - first)]
-            tiled.run(first, part.shape[0], part)
+            _forward(inputs, results, first, part.shape[0], lse_bounds, part)
             list_candidates(inputs, part, first, results)
     else:
-        TiledForward(inputs, None, None, per_row).run(0, count, None)
+        _forward(inputs, results, 0, count)
     if call.variance:
         certify(inputs, results)

@@ -3,16 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.common.logit_rows import LogitRows
+from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.configs import (
     Tile,
+    precision_for,
     splits_for,
     tile_for,
     triton_dtype,
 )
+
+
+class Call(NamedTuple):
+    """What every kernel over logits takes as one argument."""
+
+    bias_ptr: Tensor | None  # [V]
+    target_ptr: Tensor  # [N]
+    order_ptr: Tensor | None  # [N], labelled rows first; None where rows are taken as they come
+    count_ptr: Tensor | None  # [1], how many rows of order are labelled
+    V: int
+    inverse_temperature: float
+    softcap: float | None
+    label_smoothing: float | None
+    z_loss: float | None
+    eps: float
+
+    @staticmethod
+    def of(
+        given: Inputs | LogitRows, order: Tensor | None, count: Tensor | None, vocabulary: int
+    ) -> Call:
+        settings = given.settings
+        return Call(
+            given.bias,
+            given.target,
+            order,
+            count,
+            vocabulary,
+            1.0 / settings.temperature,
+            settings.softcap,
+            settings.label_smoothing or None,
+            settings.z_loss or None,
+            settings.eps,
+        )
+
+
+class Operands(NamedTuple):
+    """The operands of the products, which kernels take as one argument."""
+
+    hidden_ptr: Tensor  # [N, D]
+    weight_ptr: Tensor  # [V, D]
+    stride_hn: int
+    stride_wv: int
 
 
 @dataclass(frozen=True)
@@ -34,22 +81,39 @@ def splits_of(inputs: Inputs, rows: int) -> Splits:
     return Splits(tile, row_blocks, triton.cdiv(tiles, each), each)
 
 
-def arguments_of(inputs: Inputs) -> dict[str, object]:
+def call_of(inputs: Inputs) -> Call:
+    """The argument of kernels over the rows of a call."""
+    return Call.of(inputs, inputs.rows.order, inputs.rows.count, inputs.shape[1])
+
+
+def arguments_of(inputs: Inputs) -> dict[str, Any]:
     """What every kernel that makes logits takes."""
-    call = inputs.call
+    hidden, weight = inputs.hidden, inputs.weight
     return {
-        "hidden_ptr": inputs.hidden,
-        "weight_ptr": inputs.weight,
-        "bias_ptr": inputs.bias,
-        "target_ptr": inputs.target,
-        "order_ptr": inputs.rows.order,
-        "count_ptr": inputs.rows.count,
-        "stride_hn": inputs.hidden.stride(0),
-        "stride_wv": inputs.weight.stride(0),
-        "inverse_temperature": 1.0 / call.settings.temperature,
-        "softcap": call.settings.softcap or 1.0,
-        "D": inputs.hidden.shape[1],
-        "HAS_BIAS": inputs.bias is not None,
-        "HAS_CAP": call.settings.softcap is not None,
-        "OPERAND": triton_dtype(call.operand),
+        "call": call_of(inputs),
+        "x": Operands(hidden, weight, hidden.stride(0), weight.stride(0)),
+        "D": hidden.shape[1],
+        "OPERAND": triton_dtype(inputs.call.operand),
     }
+
+
+def tile_arguments(inputs: Inputs, tile: Tile) -> dict[str, Any]:
+    """What every kernel that makes logits in tiles takes."""
+    precision = precision_for(inputs.call.operand)
+    return arguments_of(inputs) | tile.constants() | {"PRECISION": precision}
+
+
+class RowResults(NamedTuple):
+    """Results of rows, ``[N]`` each; ``None`` for a statistic that nobody wants."""
+
+    loss_ptr: Tensor
+    nll_ptr: Tensor
+    lse_ptr: Tensor
+    lse_low_ptr: Tensor | None
+    entropy_ptr: Tensor | None
+    correct_ptr: Tensor | None
+
+    @staticmethod
+    def of(results: dict[str, Tensor]) -> RowResults:
+        loss, nll, lse, *statistics = (results[name] for name in ROW_RESULTS)
+        return RowResults(loss, nll, lse, *(x if x.numel() else None for x in statistics))

@@ -17,7 +17,7 @@ from torch import Tensor
 from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.triton.configs import precision_for, product_tiles, tile_for
+from bft_kernels.backends.triton.configs import product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
     draw_bits,
@@ -30,104 +30,69 @@ from bft_kernels.backends.triton.device import (
     slope_of,
     swizzle,
 )
-from bft_kernels.backends.triton.inputs import arguments_of
+from bft_kernels.backends.triton.inputs import tile_arguments
 from bft_kernels.results import Gradients
 
 
 @triton.jit(do_not_specialize=["first_column", "columns", "rows"])
 def _logit_gradient_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
-    seed_ptr,  # []
+    x,
+    call,
+    seed_ptr,  # [], for the sampled gradient; None for the exact one
     lse_ptr,  # [N]
-    lse_low_ptr,  # [N]
+    lse_low_ptr,  # [N], or None
     nll_ptr,  # [N]
     grad_ptr,  # [N], upstream
     dy_ptr,  # [R, C]
-    bias_sums_ptr,  # [row blocks, C] float32
+    bias_sums_ptr,  # [row blocks, C] float32, or None
     first_column,
     columns,  # C, of which the last block may have fewer
     stride_dy,
     rows,  # R
-    V,
-    stride_hn,
-    stride_wv,
-    inverse_temperature,
-    softcap,
-    eps,
-    label_smoothing,
-    z_loss,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_LOW: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    WANTS_BIAS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
     tiles = tl.cdiv(columns, BLOCK_V)
     block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     if block * BLOCK_N >= count:
         return
     local = block * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local < count
-    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
     column = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_v = first_column + column
     mask_v = column < columns
-    hidden_rows = hidden_ptr + row[:, None] * stride_hn
-    z = logit_tile(
-        hidden_rows,
-        weight_ptr,
-        bias_ptr,
-        offs_v,
-        V,
-        stride_wv,
-        inverse_temperature,
-        softcap,
-        D,
-        BLOCK_N,
-        BLOCK_V,
-        BLOCK_D,
-        HAS_BIAS,
-        HAS_CAP,
-        OPERAND,
-        PRECISION,
-    )
+    z = logit_tile(x, call, row, offs_v, D, BLOCK_D, OPERAND, PRECISION)
 
-    target = tl.load(target_ptr + row, mask=mask_n, other=0)
+    target = tl.load(call.target_ptr + row, mask=mask_n, other=0)
     lse = tl.load(lse_ptr + row, mask=mask_n, other=0.0)
     nll = tl.load(nll_ptr + row, mask=mask_n, other=0.0)
     upstream = tl.load(grad_ptr + row, mask=mask_n, other=0.0)
     p = normal_exp(z - lse[:, None])
     at_target = offs_v.to(tl.int64)[None, :] == target[:, None]
-    if SAMPLED:
+    if seed_ptr is not None:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
         bits = draw_bits(multiplier[:, None], offset[:, None], offs_v.to(tl.uint32)[None, :])
-        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], eps)
+        dz = sampled_dz(p, bits, at_target, expm1_down(-nll)[:, None], call.eps)
     else:
-        if HAS_LOW:
+        if lse_low_ptr is not None:
             p *= tl.exp(-tl.load(lse_low_ptr + row, mask=mask_n, other=0.0))[:, None]
-        probability, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
+        probability, even, own = exact_factors(lse, nll, call)
         dz = tl.where(at_target, own[:, None], p * probability[:, None] - even)
-    dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * upstream[:, None]
+    dy = dz * slope_of(z, call) * upstream[:, None]
     tl.store(
         dy_ptr + local.to(tl.int64)[:, None] * stride_dy + column[None, :],
         dy.to(OPERAND),
         mask=mask_n[:, None] & mask_v[None, :],
     )
-    if WANTS_BIAS:
+    if bias_sums_ptr is not None:
         place = block.to(tl.int64) * stride_dy + column
         sums = tl.sum(tl.where(mask_n[:, None], dy, 0.0), axis=0)
         tl.store(bias_sums_ptr + place, sums, mask=mask_v)
@@ -135,31 +100,27 @@ def _logit_gradient_kernel(
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
 def _hidden_gradient_kernel(
+    x,
+    call,
     dy_ptr,  # [R, C]
-    weight_ptr,  # [V, D]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
     sums_ptr,  # [N, D] float32, of the blocks before
     grad_hidden_ptr,  # [N, D]
-    scale_ptr,  # [], what dy was multiplied by
+    scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
-    stride_wv,
-    V,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    FIRST: tl.constexpr,
+    FIRST: tl.constexpr,  # constants, since run-time numbers cost 46 registers on sm_90
     LAST: tl.constexpr,
-    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile ``[BLOCK_N, BLOCK_D]`` of ``dH``, over the columns of a block."""
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     row_blocks = tl.cdiv(count, BLOCK_N)
     total = row_blocks * tl.cdiv(D, BLOCK_D)
     index = tl.program_id(0)
@@ -167,7 +128,7 @@ def _hidden_gradient_kernel(
         return
     local = index % row_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = local < count
-    row = tl.load(order_ptr + local, mask=mask_n, other=0)
+    row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
     offs_d = index // row_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     place = row[:, None] * D + offs_d[None, :]
@@ -176,14 +137,14 @@ def _hidden_gradient_kernel(
     for start in range(0, columns, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         dy = tl.load(dy_rows + column[None, :], mask=mask_n[:, None], other=0.0)
-        offs_v = tl.minimum(first_column + column, V - 1)  # beyond columns dy is 0
+        offs_v = tl.minimum(first_column + column, call.V - 1)  # beyond columns dy is 0
         w = tl.load(
-            weight_ptr + offs_v.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            x.weight_ptr + offs_v.to(tl.int64)[:, None] * x.stride_wv + offs_d[None, :],
             mask=(offs_d < D)[None, :],
             other=0.0,
         )
         sums = dot(dy, w, sums, OPERAND, PRECISION)
-    if SCALED:
+    if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
     if not FIRST:
         sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
@@ -195,16 +156,14 @@ def _hidden_gradient_kernel(
 
 @triton.jit(do_not_specialize=["first_column", "columns"])
 def _weight_gradient_kernel(
+    x,
+    call,
     dy_ptr,  # [R, C]
-    hidden_ptr,  # [N, D]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
     grad_weight_ptr,  # [V, D]
-    scale_ptr,  # [], what dy was multiplied by
+    scale_ptr,  # [], what dy was multiplied by, or None
     first_column,
     columns,
     stride_dy,
-    stride_hn,
     stride_gv,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,12 +171,11 @@ def _weight_gradient_kernel(
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
     ADDS: tl.constexpr,
-    SCALED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """A tile ``[BLOCK_V, BLOCK_D]`` of ``dW``, over all rows; written, or with ADDS added to."""
-    count = tl.load(count_ptr)
+    count = tl.load(call.count_ptr)
     if ADDS and count == 0:
         return
     tiles, slices = tl.cdiv(columns, BLOCK_V), tl.cdiv(D, BLOCK_D)
@@ -230,19 +188,19 @@ def _weight_gradient_kernel(
     for start in range(0, count, BLOCK_N):
         local = start + tl.arange(0, BLOCK_N)
         mask_n = local < count
-        row = tl.load(order_ptr + local, mask=mask_n, other=0)
+        row = tl.load(call.order_ptr + local, mask=mask_n, other=0)
         dy = tl.load(
             dy_ptr + local.to(tl.int64)[None, :] * stride_dy + column[:, None],
             mask=mask_n[None, :],
             other=0.0,
         )
         h = tl.load(
-            hidden_ptr + row[:, None] * stride_hn + offs_d[None, :],
+            x.hidden_ptr + row[:, None] * x.stride_hn + offs_d[None, :],
             mask=mask_n[:, None] & mask_d[None, :],
             other=0.0,
         )
         sums = dot(dy, h, sums, OPERAND, PRECISION)
-    if SCALED:
+    if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
     place = grad_weight_ptr + offs_v.to(tl.int64)[:, None] * stride_gv + offs_d[None, :]
     mask = (column < columns)[:, None] & mask_d[None, :]
@@ -252,12 +210,7 @@ def _weight_gradient_kernel(
 
 
 def recompute(
-    inputs: Inputs,
-    known: KnownRows,
-    seed: Tensor | None,
-    into: Gradients,
-    *,
-    adds: bool,
+    inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
 ) -> None:
     """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
 
@@ -274,36 +227,21 @@ def recompute(
     tile = tile_for(call, inputs.hidden, inputs.weight)
     for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
     unit = max(tile.block_v, for_hidden.block_v, for_weight.block_v)  # powers of two
-    precision = {"OPERAND": arguments_of(inputs)["OPERAND"], "PRECISION": precision_for(operand)}
     device = inputs.hidden.device
     blocks = call.buffer_bytes // max(1, count * operand.itemsize) // unit
     step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
     row_blocks = triton.cdiv(count, tile.block_n)
     dy = torch.empty(count * step, dtype=operand, device=device)
-    bias_sums = torch.zeros(
-        row_blocks if into.bias is not None else 0, step, dtype=torch.float32, device=device
-    )
-    sums = torch.empty(
-        count if into.hidden is not None and step < vocabulary else 0,
-        width,
-        dtype=torch.float32,
-        device=device,
-    )
+    bias_sums = None
+    if into.bias is not None:
+        bias_sums = torch.zeros(row_blocks, step, dtype=torch.float32, device=device)
+    several = into.hidden is not None and step < vocabulary
+    sums = torch.empty(count if several else 0, width, dtype=torch.float32, device=device)
     scale = None
     if operand == torch.float16:
-        lse = inputs.rows.mask(known.lse)
-        scale = scale_for(
-            inputs.rows.mask(known.grad), lse, call.settings.temperature, call.settings.z_loss
-        )
+        grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
+        scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
         known = known._replace(grad=known.grad * scale)
-    shared = {
-        "order_ptr": inputs.rows.order,
-        "count_ptr": inputs.rows.count,
-        "scale_ptr": scale,
-        "D": width,
-        "SCALED": scale is not None,
-    }
-
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
@@ -312,51 +250,35 @@ def recompute(
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
-            lse_low_ptr=known.lse_low,
+            lse_low_ptr=known.lse_low if known.lse_low.numel() else None,
             nll_ptr=known.nll,
             grad_ptr=known.grad,
             bias_sums_ptr=bias_sums,
-            eps=call.settings.eps,
-            label_smoothing=call.settings.label_smoothing,
-            z_loss=call.settings.z_loss,
             rows=count,
-            V=vocabulary,
-            HAS_LOW=known.lse_low.numel() > 0,
-            SAMPLED=seed is not None,
-            WANTS_BIAS=into.bias is not None,
-            PRECISION=precision["PRECISION"],
             **block,
-            **arguments_of(inputs),
-            **tile.constants(),
+            **tile_arguments(inputs, tile),
         )
-        if into.bias is not None:
+        if into.bias is not None and bias_sums is not None:
             total = bias_sums[:, :columns].sum(0)
             into.bias[first : first + columns] += total if scale is None else total / scale
         if into.hidden is not None:
             slices = triton.cdiv(width, for_hidden.block_d)
             _hidden_gradient_kernel[(triton.cdiv(count, for_hidden.block_n) * slices,)](
-                weight_ptr=inputs.weight,
                 sums_ptr=sums,
                 grad_hidden_ptr=into.hidden,
-                stride_wv=inputs.weight.stride(0),
-                V=vocabulary,
+                scale_ptr=scale,
                 FIRST=first == 0,
                 LAST=first + columns >= vocabulary,
                 **block,
-                **shared,
-                **for_hidden.constants(),
-                **precision,
+                **tile_arguments(inputs, for_hidden),
             )
         if into.weight is not None:
             slices = triton.cdiv(width, for_weight.block_d)
             _weight_gradient_kernel[(triton.cdiv(columns, for_weight.block_v) * slices,)](
-                hidden_ptr=inputs.hidden,
                 grad_weight_ptr=into.weight,
-                stride_hn=inputs.hidden.stride(0),
+                scale_ptr=scale,
                 stride_gv=into.weight.stride(0),
                 ADDS=adds,
                 **block,
-                **shared,
-                **for_weight.constants(),
-                **precision,
+                **tile_arguments(inputs, for_weight),
             )

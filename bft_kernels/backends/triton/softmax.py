@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.logit_rows import LogitRows
-from bft_kernels.backends.common.rows import ROW_RESULTS
 from bft_kernels.backends.triton.configs import at_most_registers, loop_stages, triton_dtype
 from bft_kernels.backends.triton.device import (
     ROUNDING,
     exact_factors,
     finite_or,
+    logits_at,
     may_be_below,
     row_key,
     slope_of,
-    token_loss,
-    transform,
+    store_results,
 )
+from bft_kernels.backends.triton.inputs import Call, RowResults
 
 
 @triton.jit
-def _lse_bound_of(
-    logits,  # of a row
-    bias_ptr,
-    popular_ptr,
-    target,
-    V,
-    inverse_temperature,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    POPULAR: tl.constexpr,
-):
-    """A lower bound of the row's lse: its target's logit, or the sum over a few columns."""
+def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
+    """A lower bound of lse from a row's logits: its target's, or the sum over a few columns."""
     place = tl.arange(0, POPULAR)
     column = tl.load(popular_ptr + place)
     repeated = column == tl.load(popular_ptr + place - 1, mask=place > 0, other=-1)
-    own_column = tl.minimum(tl.maximum(target, 0), V - 1)
-    bias = 0.0
-    own_bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column).to(tl.float32)
-        own_bias = tl.load(bias_ptr + own_column).to(tl.float32)
-    y = tl.load(logits + column)
-    z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    z = logits_at(tl.load(logits + column), column, True, call)
     z = tl.where(repeated, float("-inf"), z)
-    own = tl.load(logits + own_column)
-    own = transform(own, own_bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+    own, _ = _own_logit(logits, target, call)
     m = tl.max(z, axis=0)
     lse_bound = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
     # A logit that is not finite is the business of the rows and columns that have it.
@@ -56,64 +39,40 @@ def _lse_bound_of(
     return lse_bound - ROUNDING * tl.abs(lse_bound) - ROUNDING
 
 
+@triton.jit
+def _own_logit(logits, target, call):
+    """The target's logit, and whether the target is a column; one nobody checked may be none."""
+    column = tl.minimum(tl.maximum(target, 0), call.V - 1)
+    return logits_at(tl.load(logits + column), column, True, call), column == target
+
+
 @triton.jit(do_not_specialize=["first_row"])
 def _softmax_rows_kernel(
+    call,
     logits_ptr,  # [n, V], raw products
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N], rows; without ORDERED they are taken as they come
-    count_ptr,  # [1], how many of them count
-    seed_ptr,  # []
+    seed_ptr,  # []; this and the next two where something may be kept
     popular_ptr,  # [POPULAR] int64, ascending columns
     mask_ptr,  # [n, WORDS], entries that may be kept
-    nll_ptr,  # these are [N]
-    loss_ptr,
-    lse_ptr,
-    lse_low_ptr,
-    entropy_ptr,
-    correct_ptr,
+    out,  # RowResults
     first_row,
     words,
-    V,
-    inverse_temperature,
-    softcap,
-    label_smoothing,
-    z_loss,
-    eps,
     BLOCK: tl.constexpr,  # a multiple of 32
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    ORDERED: tl.constexpr,
-    LOW: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr,
     POPULAR: tl.constexpr,  # 0: nothing may be kept
     STAGES: tl.constexpr,
 ):
     """A program reads the logits of a row once: loss, statistics, and what may be kept."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
-    if ORDERED:
-        if row >= tl.load(count_ptr):
+    if call.order_ptr is not None:
+        if row >= tl.load(call.count_ptr):
             return
-        row = tl.load(order_ptr + row)
-    target = tl.load(target_ptr + row)
+        row = tl.load(call.order_ptr + row)
+    target = tl.load(call.target_ptr + row)
+    V = call.V
     logits = logits_ptr + local * V
     if POPULAR > 0:
         multiplier, offset = row_key(tl.load(seed_ptr), row)
-        lse_bound = _lse_bound_of(
-            logits,
-            bias_ptr,
-            popular_ptr,
-            target,
-            V,
-            inverse_temperature,
-            softcap,
-            HAS_BIAS,
-            HAS_CAP,
-            POPULAR,
-        )
+        lse_bound = _lse_bound_of(logits, popular_ptr, target, call, POPULAR)
     offs = tl.arange(0, BLOCK)
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
     before = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -126,15 +85,12 @@ def _softmax_rows_kernel(
         column = start + offs
         mask = column < V
         y = tl.load(logits + column, mask=mask, other=0.0)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        z = logits_at(y, column, mask, call)
         z = tl.where(mask, z, float("-inf"))
         if POPULAR > 0:
             bound = tl.exp(tl.minimum(z - lse_bound, 80.0))
             place = multiplier * column.to(tl.uint32) + offset
-            keep = may_be_below(place, bound, 65536.0 / eps)
+            keep = may_be_below(place, bound, 65536.0 / call.eps)
             shifted_bits = keep.to(tl.int32) << (offs % 32)
             packed = tl.sum(tl.reshape(shifted_bits, (BLOCK // 32, 32)), axis=1)
             word = start // 32 + tl.arange(0, BLOCK // 32)
@@ -143,11 +99,11 @@ def _softmax_rows_kernel(
         reference = finite_or(m_new, 0.0)
         scale, difference = tl.exp(m - reference), z - reference
         e = tl.exp(difference)
-        if STATISTICS:
+        if out.entropy_ptr is not None:
             step = tl.where(total > 0, total * (m - reference), 0.0)
             moment = scale * (moment + step) + e * tl.maximum(difference, -1e30)
             before = tl.where(column < target, tl.maximum(before, z), before)
-        if SMOOTHING:
+        if call.label_smoothing is not None:
             # A lane has seen start / BLOCK columns so far.
             step = tl.where(start > 0, (m - reference) * (start // BLOCK), 0.0)
             shifted += step + tl.where(mask, difference, 0.0)
@@ -157,151 +113,103 @@ def _softmax_rows_kernel(
     reference = finite_or(peak, 0.0)
     lanes = finite_or(m, 0.0)
     scale = tl.exp(m - reference)
-    if STATISTICS:
+    moment_sum = 0.0
+    if out.entropy_ptr is not None:
         step = tl.where(total > 0, total * (m - reference), 0.0)
         moment_sum = tl.sum(scale * (moment + step), axis=0)
     shifted_sum = 0.0
-    if SMOOTHING:
+    if call.label_smoothing is not None:
         seen = tl.cdiv(tl.maximum(V - offs, 0), BLOCK)
         shifted_sum = tl.sum(shifted + tl.where(seen > 0, (lanes - reference) * seen, 0.0), axis=0)
     sum_all = tl.sum(scale * total, axis=0)
-    column = tl.minimum(tl.maximum(target, 0), V - 1)  # of a target nobody checked
-    bias = 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column).to(tl.float32)
-    y = tl.load(logits + column)
-    own = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
-    own = tl.where(column == target, own, float("nan"))
-    log_total = tl.log(sum_all)
-    nll, lse, low, loss = token_loss(
-        log_total, reference, own, shifted_sum, V, label_smoothing, z_loss, SMOOTHING, Z_LOSS
-    )
-    tl.store(nll_ptr + row, nll)
-    tl.store(lse_ptr + row, lse)
-    if LOW:
-        tl.store(lse_low_ptr + row, low)
-    tl.store(loss_ptr + row, loss)
-    if STATISTICS:
-        entropy = log_total - moment_sum / sum_all
-        tl.store(entropy_ptr + row, tl.where(entropy < 0, 0.0, entropy))
-        tl.store(correct_ptr + row, (own == peak) & (tl.max(before, axis=0) < own) & (lse == lse))
+    own, valid = _own_logit(logits, target, call)
+    own = tl.where(valid, own, float("nan"))
+    first = (own == peak) & (tl.max(before, axis=0) < own)
+    store_results(out, row, None, sum_all, reference, own, moment_sum, first, shifted_sum, call)
 
 
 @triton.jit(do_not_specialize=["first_row"])
 def _certificate_rows_kernel(
+    call,
     logits_ptr,  # [n, V], raw products
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
     lse_ptr,  # [N]
-    norms_ptr,  # [V], |W_v|^2
+    norms_ptr,  # [V], |W_v|^2, or None
     variance_ptr,  # [N]
-    hidden_variance_ptr,  # [N]
+    hidden_variance_ptr,  # [N], with norms
     first_row,
-    V,
-    inverse_temperature,
-    softcap,
-    eps,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """``sum_{v != target} p (eps - p)^+ slope^2`` of a row, and with ``|W_v|^2`` if asked."""
     local = tl.program_id(0).to(tl.int64)
-    if first_row + local >= tl.load(count_ptr):
+    if first_row + local >= tl.load(call.count_ptr):
         return
-    row = tl.load(order_ptr + first_row + local)
-    target = tl.load(target_ptr + row)
+    row = tl.load(call.order_ptr + first_row + local)
+    target = tl.load(call.target_ptr + row)
     lse = tl.load(lse_ptr + row)
     plain = tl.zeros((BLOCK,), tl.float32)
     normed = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, call.V, BLOCK, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK)
-        mask = column < V
-        y = tl.load(logits_ptr + local * V + column, mask=mask, other=0.0)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        mask = column < call.V
+        y = tl.load(logits_ptr + local * call.V + column, mask=mask, other=0.0)
+        z = logits_at(y, column, mask, call)
         p = tl.exp(z - lse)
-        slope = slope_of(z, inverse_temperature, softcap, HAS_CAP)
-        term = p * tl.maximum(eps - p, 0.0) * slope * slope
+        slope = slope_of(z, call)
+        term = p * tl.maximum(call.eps - p, 0.0) * slope * slope
         term = tl.where(mask & (column != target), term, 0.0)
         plain += term
-        if HAS_NORMS:
+        if norms_ptr is not None:
             normed += term * tl.load(norms_ptr + column, mask=mask, other=0.0)
     tl.store(variance_ptr + row, tl.sum(plain, axis=0))
-    if HAS_NORMS:
+    if norms_ptr is not None:
         tl.store(hidden_variance_ptr + row, tl.sum(normed, axis=0))
 
 
 @triton.jit
 def _gradient_rows_kernel(
+    call,
     logits_ptr,  # [n, V] float32, raw products
     dy_ptr,  # [n, V], in the same memory; a row begins where its logits do
-    bias_ptr,  # [V]
-    target_ptr,  # [n]
     lse_ptr,  # [n]
     lse_low_ptr,  # [n]
     nll_ptr,  # [n]
     coefficient_ptr,  # [n]
-    V,
     stride_dn,
-    inverse_temperature,
-    softcap,
-    label_smoothing,
-    z_loss,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     """``coefficient * dy`` of a row takes the place of its logits."""
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row)
+    target = tl.load(call.target_ptr + row)
     lse = tl.load(lse_ptr + row)
     nll = tl.load(nll_ptr + row)
     coefficient = tl.load(coefficient_ptr + row)
     rest = tl.exp(-tl.load(lse_low_ptr + row))
-    probability, even, own = exact_factors(lse, nll, V, label_smoothing, z_loss)
-    for start in range(0, V, BLOCK):
+    probability, even, own = exact_factors(lse, nll, call)
+    for start in range(0, call.V, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        mask = column < V
-        y = tl.load(logits_ptr + row * V + column, mask=mask, other=0.0)
-        bias = 0.0
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        z = transform(y, bias, inverse_temperature, softcap, HAS_BIAS, HAS_CAP)
+        mask = column < call.V
+        y = tl.load(logits_ptr + row * call.V + column, mask=mask, other=0.0)
+        z = logits_at(y, column, mask, call)
         dz = tl.where(column == target, own, tl.exp(z - lse) * rest * probability - even)
-        dy = dz * slope_of(z, inverse_temperature, softcap, HAS_CAP) * coefficient
+        dy = dz * slope_of(z, call) * coefficient
         # Narrow values are written over logits of this block, or of one before it: all threads
         # must have read theirs.
         tl.debug_barrier()
         tl.store(dy_ptr + row * stride_dn + column, dy.to(OPERAND), mask=mask)
 
 
-def logit_arguments(rows: LogitRows) -> dict[str, object]:
-    """The arguments of kernels that read logits from the buffer."""
-    settings = rows.settings
-    return {
-        "logits_ptr": rows.logits,
-        "bias_ptr": rows.bias,
-        "target_ptr": rows.target,
-        "V": rows.logits.shape[1],
-        "inverse_temperature": 1.0 / settings.temperature,
-        "softcap": settings.softcap or 1.0,
-        "HAS_BIAS": rows.bias is not None,
-        "HAS_CAP": settings.softcap is not None,
-    }
+def call_of_rows(rows: LogitRows) -> Call:
+    """The argument of kernels over logits in a buffer."""
+    return Call.of(rows, rows.order, rows.count, rows.logits.shape[1])
 
 
-def row_arguments(rows: LogitRows) -> dict[str, object]:
+def _row_arguments(rows: LogitRows) -> dict[str, Any]:
     """The arguments of kernels that pass over whole rows of logits."""
     block = max(32, min(2048, triton.next_power_of_2(rows.logits.shape[1])))
-    return logit_arguments(rows) | {"BLOCK": block, "num_warps": 8}
+    call = call_of_rows(rows)
+    return {"call": call, "logits_ptr": rows.logits, "BLOCK": block, "num_warps": 8}
 
 
 def softmax_rows(
@@ -316,44 +224,29 @@ def softmax_rows(
 
     For the arguments see :class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
     """
-    settings = rows.settings
-    capped = settings.softcap is not None and popular is not None
+    capped = rows.settings.softcap is not None and popular is not None
     _softmax_rows_kernel[(rows.logits.shape[0],)](
-        order_ptr=rows.order,
-        count_ptr=rows.count,
         seed_ptr=seed,
         popular_ptr=popular,
         mask_ptr=mask,
         first_row=rows.first_row,
         words=0 if mask is None else mask.shape[1],
-        label_smoothing=settings.label_smoothing,
-        z_loss=settings.z_loss,
-        eps=settings.eps,
-        ORDERED=rows.order is not None,
-        LOW=results["lse_low"].numel() > 0,
-        STATISTICS=settings.return_stats,
-        SMOOTHING=settings.label_smoothing > 0,
-        Z_LOSS=settings.z_loss != 0,
         POPULAR=0 if popular is None else popular.numel(),
         STAGES=loop_stages(),
         **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
-        **{f"{name}_ptr": results[name] for name in ROW_RESULTS},
-        **row_arguments(rows),
+        out=RowResults.of(results),
+        **_row_arguments(rows),
     )
 
 
 def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, Tensor]) -> None:
     """The certificate of the rows of a buffer, once their lse is known."""
     _certificate_rows_kernel[(rows.logits.shape[0],)](
-        order_ptr=rows.order,
-        count_ptr=rows.count,
         norms_ptr=norms,
         **{f"{name}_ptr": results[name] for name in ("lse", "variance", "hidden_variance")},
         first_row=rows.first_row,
-        eps=rows.settings.eps,
-        HAS_NORMS=norms is not None,
         STAGES=loop_stages(),
-        **row_arguments(rows),
+        **_row_arguments(rows),
     )
 
 
@@ -374,7 +267,5 @@ def gradient_rows(
         coefficient_ptr=coefficient,
         stride_dn=dy.stride(0),
         OPERAND=triton_dtype(dy.dtype),
-        label_smoothing=rows.settings.label_smoothing,
-        z_loss=rows.settings.z_loss,
-        **row_arguments(rows),
+        **_row_arguments(rows),
     )

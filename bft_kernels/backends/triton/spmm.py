@@ -19,7 +19,7 @@ from torch import Tensor
 from bft_kernels.backends.common.gemm import as_operand, multiply, scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
-from bft_kernels.backends.triton.configs import interpreted, target
+from bft_kernels.backends.triton.configs import interpreted, target, triton_dtype
 from bft_kernels.backends.triton.device import entry_dz, row_key
 from bft_kernels.backends.triton.inputs import arguments_of
 from bft_kernels.results import Gradients, Saved
@@ -27,44 +27,30 @@ from bft_kernels.results import Gradients, Saved
 
 @triton.jit(do_not_specialize=["capacity"])
 def _spmm_hidden_kernel(
-    hidden_ptr,  # [N, D]
-    weight_ptr,  # [V, D]
-    bias_ptr,  # [V]
-    target_ptr,  # [N]
-    order_ptr,  # [N]
-    count_ptr,  # [1]
+    x,
+    call,
     seed_ptr,  # []
     lse_ptr,  # [N]
     nll_ptr,  # [N]
     grad_ptr,  # [N], upstream
     offsets_ptr,  # [N + 1]
     columns_ptr,  # [capacity]
-    unit_ptr,  # [capacity] float32, dy for unit upstream gradient, with HAS_VALUES
-    keys_ptr,  # [capacity] int32, the column; left alone where thinned out
+    unit_ptr,  # [capacity] float32, dy for unit upstream gradient, or None
+    keys_ptr,  # [capacity] int32, the column; left alone where thinned out; or None
     rows_ptr,  # [capacity] int32; likewise
     values_ptr,  # [capacity] float32, upstream * dy; likewise
-    grad_hidden_ptr,  # [N, D]
-    stride_hn,
-    stride_wv,
+    grad_hidden_ptr,  # [N, D], or None
     capacity,
-    inverse_temperature,
-    softcap,
-    eps,
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,  # not below D
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     OPERAND: tl.constexpr,
-    HAS_VALUES: tl.constexpr,
-    WANTS_HIDDEN: tl.constexpr,
-    WANTS_ENTRIES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program takes a row: thins its list by the final lse, and adds up its row of ``dH``."""
-    if tl.program_id(0) >= tl.load(count_ptr):
+    if tl.program_id(0) >= tl.load(call.count_ptr):
         return
-    row = tl.load(order_ptr + tl.program_id(0))
+    row = tl.load(call.order_ptr + tl.program_id(0))
     begin = tl.load(offsets_ptr + row)
     end = tl.load(offsets_ptr + row + 1)
     if end > capacity:
@@ -72,12 +58,12 @@ def _spmm_hidden_kernel(
     upstream = tl.load(grad_ptr + row)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    if not HAS_VALUES:
-        target = tl.load(target_ptr + row)
+    if unit_ptr is None:
+        target = tl.load(call.target_ptr + row)
         lse = tl.load(lse_ptr + row)
         nll = tl.load(nll_ptr + row)
-        multiplier, offset = row_key(tl.load(seed_ptr), row)
-        h = tl.load(hidden_ptr + row * stride_hn + offs_d, mask=mask_d, other=0.0)
+        key = row_key(tl.load(seed_ptr), row)
+        h = tl.load(x.hidden_ptr + row * x.stride_hn + offs_d, mask=mask_d, other=0.0)
         h = h.to(OPERAND).to(tl.float32)
     sums = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
@@ -85,42 +71,28 @@ def _spmm_hidden_kernel(
         mask_k = offs_k < end
         column = tl.load(columns_ptr + offs_k, mask=mask_k, other=0)
         w = tl.load(
-            weight_ptr + column.to(tl.int64)[:, None] * stride_wv + offs_d[None, :],
+            x.weight_ptr + column.to(tl.int64)[:, None] * x.stride_wv + offs_d[None, :],
             mask=mask_k[:, None] & mask_d[None, :],
             other=0.0,
         )
         w = w.to(OPERAND).to(tl.float32)
-        if HAS_VALUES:
+        if unit_ptr is not None:
             unit = tl.load(unit_ptr + offs_k, mask=mask_k, other=0.0)
             factor = upstream
         else:
-            unit, slope = entry_dz(
-                tl.sum(w * h[None, :], axis=1),
-                bias_ptr,
-                column,
-                mask_k,
-                target,
-                lse,
-                nll,
-                multiplier,
-                offset,
-                inverse_temperature,
-                softcap,
-                eps,
-                HAS_BIAS,
-                HAS_CAP,
-            )
+            y = tl.sum(w * h[None, :], axis=1)
+            unit, slope = entry_dz(y, column, mask_k, target, lse, nll, key, call)
             factor = slope * upstream
         # An infinite upstream would make NaN of what is not kept.
         value = tl.where(unit != 0, unit * factor, 0.0)
         kept = value != 0
-        if WANTS_ENTRIES:
+        if keys_ptr is not None:
             tl.store(keys_ptr + offs_k, column, mask=kept)
             tl.store(rows_ptr + offs_k, row.to(tl.int32), mask=kept)
             tl.store(values_ptr + offs_k, value, mask=kept)
-        if WANTS_HIDDEN:
+        if grad_hidden_ptr is not None:
             sums += tl.where(kept[:, None], w * value[:, None], 0.0)
-    if WANTS_HIDDEN:
+    if grad_hidden_ptr is not None:
         tl.store(grad_hidden_ptr + row * D + offs_d, tl.sum(sums, axis=0), mask=mask_d)
 
 
@@ -131,8 +103,8 @@ def _spmm_weight_kernel(
     rows_ptr,  # [E] int32, sorted by column
     values_ptr,  # [E] float32, sorted likewise
     ranks_ptr,  # [V + 1] int32, below `few` for columns that a dense product takes
-    grad_weight_ptr,  # [V, D]
-    grad_bias_ptr,  # [V] float32
+    grad_weight_ptr,  # [V, D], or None
+    grad_bias_ptr,  # [V] float32, or None
     stride_hn,
     stride_gv,
     few,
@@ -141,8 +113,6 @@ def _spmm_weight_kernel(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
     ADDS: tl.constexpr,
-    WANTS_WEIGHT: tl.constexpr,
-    WANTS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program takes a column: sums up, in the order of rows, its row of ``dW``, and ``db``.
@@ -152,16 +122,16 @@ def _spmm_weight_kernel(
     column = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts_ptr + column)
     end = tl.load(starts_ptr + column + 1)
-    if (ADDS or not WANTS_WEIGHT) and begin == end:
+    if (ADDS or grad_weight_ptr is None) and begin == end:
         return
-    if WANTS_BIAS and tl.program_id(1) == 0:
+    if grad_bias_ptr is not None and tl.program_id(1) == 0:
         total = tl.zeros((BLOCK_K,), tl.float32)
         for start in range(begin, end, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
             total += tl.load(values_ptr + offs_k, mask=offs_k < end, other=0.0)
         before = tl.load(grad_bias_ptr + column)
         tl.store(grad_bias_ptr + column, before + tl.sum(total, axis=0))
-    if WANTS_WEIGHT:
+    if grad_weight_ptr is not None:
         if tl.load(ranks_ptr + column) < few:
             return
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -200,8 +170,8 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
     """
     wants_entries = into.weight is not None or into.bias is not None
     listed = _spmm_hidden(inputs, known, saved, into.hidden, wants_entries)
-    # As many at a time as the budget sorts.
-    step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
+    # As many at a time as the budget sorts; in sixteens, since other parts are not aligned.
+    step = max(1, inputs.call.buffer_bytes // (16 * _SORTING_BYTES)) * 16
     for first in range(0, listed.keys.numel(), step):
         part = Listed(*(values[first : first + step] for values in listed))
         _spmm_weight(inputs, part, into, adds or first > 0)
@@ -234,16 +204,10 @@ def _spmm_hidden(
         grad_ptr=known.grad,
         offsets_ptr=saved.csr_offsets,
         columns_ptr=columns,
-        unit_ptr=values,
-        keys_ptr=listed.keys,
-        rows_ptr=listed.rows,
-        values_ptr=listed.values,
+        unit_ptr=values if values.numel() else None,
+        **{f"{name}_ptr": x if wants_entries else None for name, x in listed._asdict().items()},
         grad_hidden_ptr=grad_hidden,
         capacity=columns.numel(),
-        eps=inputs.call.settings.eps,
-        HAS_VALUES=values.numel() > 0,
-        WANTS_HIDDEN=grad_hidden is not None,
-        WANTS_ENTRIES=wants_entries,
         **_tile(block_d, inputs.weight, warps=8 if block_d >= 2048 else 4),
         **arguments_of(inputs),
     )
@@ -309,10 +273,8 @@ def _spmm_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) ->
         stride_gv=0 if into.weight is None else into.weight.stride(0),
         few=few,
         D=width,
-        OPERAND=arguments_of(inputs)["OPERAND"],
+        OPERAND=triton_dtype(inputs.call.operand),
         ADDS=adds,
-        WANTS_WEIGHT=into.weight is not None,
-        WANTS_BIAS=into.bias is not None,
         **_tile(block_d, inputs.hidden),
     )
 

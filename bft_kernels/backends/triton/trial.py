@@ -3,67 +3,24 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
+from bft_kernels.backends.common import on_device
 from bft_kernels.backends.common import trial as products
-from bft_kernels.backends.triton.configs import precision_for, trial_tile, triton_dtype
-from bft_kernels.backends.triton.device import logit_tile
+from bft_kernels.backends.triton import kernels
+from bft_kernels.problem import Problem
+from bft_kernels.results import Wanted
+from bft_kernels.settings import Settings
 
 
-@triton.jit
-def _trial_kernel(
-    hidden_ptr,  # [BLOCK_N, D]
-    weight_ptr,  # [BLOCK_V, D]
-    out_ptr,  # [BLOCK_N, BLOCK_V]
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of logits: it takes the shared memory and the registers of a forward's."""
-    rows, columns = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_V)
-    z = logit_tile(
-        hidden_ptr + rows * D,
-        weight_ptr,
-        weight_ptr,
-        columns,
-        BLOCK_V,
-        D,
-        1.0,
-        1.0,
-        D=D,
-        BLOCK_N=BLOCK_N,
-        BLOCK_V=BLOCK_V,
-        BLOCK_D=BLOCK_D,
-        HAS_BIAS=False,
-        HAS_CAP=False,
-        OPERAND=OPERAND,
-        PRECISION=PRECISION,
-    )
-    tl.store(out_ptr + rows * BLOCK_V + columns[None, :], z)
-
-
-def logits_of_ones(device: torch.device, operand: torch.dtype | None) -> torch.Tensor:
-    """``[block_n, block_v]`` float32: how many elements a row has, in every place."""
-    tile, dtype = trial_tile(operand), operand or torch.float32
-    width = 4 * tile.block_d
-    hidden = torch.ones(tile.block_n, width, dtype=dtype, device=device)
-    weight = torch.ones(tile.block_v, width, dtype=dtype, device=device)
-    out = torch.empty(tile.block_n, tile.block_v, dtype=torch.float32, device=device)
-    _trial_kernel[(1,)](
-        hidden,
-        weight,
-        out,
-        D=width,
-        OPERAND=triton_dtype(dtype),
-        PRECISION=precision_for(dtype),
-        **tile.constants(),
-    )
-    return out
+def losses_of_ones(device: torch.device, operand: torch.dtype | None) -> torch.Tensor:
+    """``[2]`` float32: the loss of two rows whose 32 logits are equal, made in tiles."""
+    dtype = operand or torch.float32
+    hidden = torch.ones(2, 256, dtype=dtype, device=device)
+    weight = torch.ones(32, 256, dtype=dtype, device=device)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    settings, none = Settings(backend="triton", max_buffer_bytes=1), Wanted(False, False, False)
+    problem = Problem(hidden, weight, target, None, None, settings, dtype, none)
+    return on_device.linear_nll(kernels, problem).loss
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:
@@ -71,4 +28,4 @@ def try_out(device: torch.device, operand: torch.dtype | None) -> None:
     little shared memory, a driver that does not take their code; or what keeps the products.
     """
     products.try_out(device, operand)
-    logits_of_ones(device, operand)
+    losses_of_ones(device, operand)

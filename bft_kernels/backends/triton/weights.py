@@ -212,7 +212,7 @@ def _weigh_kernel(
     token_weight_ptr,  # [N]
     lowest_ptr,  # [N]
     ended_ptr,  # [TILES]
-    num_items_ptr,  # []
+    num_items_ptr,  # [], what is divided by, or None
     coefficient_ptr,  # [N]
     sum_ptr,  # [TILES], of the weighted losses
     sequence_weight_ptr,  # [S]
@@ -227,7 +227,6 @@ def _weigh_kernel(
     GEOMETRIC: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
     COUNTS: tl.constexpr,  # divides by what is counted
-    HAS_ITEMS: tl.constexpr,  # divides by num_items
 ):
     """A program takes a tile of positions or, behind those, as many documents."""
     program = tl.program_id(0)
@@ -270,7 +269,7 @@ def _weigh_kernel(
             else:
                 count = tl.load(before_ptr + N)
             token_scale = tl.div_rn(token_scale, tl.maximum(count, 1).to(tl.float32))
-        if HAS_ITEMS:
+        if num_items_ptr is not None:
             token_scale = tl.div_rn(token_scale, tl.load(num_items_ptr).to(tl.float32))
         labelled = tl.load(labelled_ptr + position, mask=mask, other=0) != 0
         token = tl.load(token_weight_ptr + position, mask=mask, other=0.0)
@@ -290,59 +289,31 @@ def _run(
     normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`; the loss is not added up: ``[TILES]``."""
-    count, sequences = loss.numel(), cu_seqlens.numel() - 1
+    count, sequences, scheme = loss.numel(), cu_seqlens.numel() - 1, str(settings.scheme)
     tiles = triton.cdiv(count, TILE)
-    shared, values = _close_gaps(loss, labelled, cu_seqlens, settings)
-    token_weight, window_confidence, lowest, ended = _make_windows(shared, values, settings)
-    coefficient = torch.empty(count, dtype=torch.float32, device=loss.device)
-    sums = torch.empty(tiles, dtype=torch.float32, device=loss.device)
-    sequence_weight = torch.empty(sequences, dtype=torch.float32, device=loss.device)
-    sequence_confidence = torch.empty(sequences, dtype=torch.float32, device=loss.device)
-    _weigh_kernel[(tiles + triton.cdiv(sequences, TILE),)](
-        token_weight_ptr=token_weight,
-        lowest_ptr=lowest,
-        ended_ptr=ended,
-        num_items_ptr=num_items,
-        coefficient_ptr=coefficient,
-        sum_ptr=sums,
-        sequence_weight_ptr=sequence_weight,
-        sequence_confidence_ptr=sequence_confidence,
-        tiles=tiles,
-        gamma=settings.gamma,
-        BLOCK=TILE,
-        CHUNK=COUNTED,
-        FLAT=settings.scheme in LOCAL_SCHEMES,
-        BY_SEQUENCE=normalize == "sequence",
-        COUNTS=normalize is not None and num_items is None,
-        HAS_ITEMS=num_items is not None,
-        num_warps=2,
-        **shared,
-    )
-    return BalancedLoss(
-        loss=sums,
-        coefficient=coefficient,
-        token_weight=token_weight,
-        window_confidence=window_confidence,
-        sequence_weight=sequence_weight,
-        sequence_confidence=sequence_confidence,
-    )
 
+    def room(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=loss.device)
 
-def _close_gaps(
-    loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, settings: Settings
-) -> tuple[dict[str, object], Tensor]:
-    """What all kernels take, and the values ``[N]`` that windows average, without gaps."""
-    count, sequences = loss.numel(), cu_seqlens.numel() - 1
-    values = torch.empty(count, dtype=torch.float32, device=loss.device)
     shared = {
         "nll_ptr": loss.contiguous(),
         "labelled_ptr": labelled.contiguous(),
         "cu_ptr": cu_seqlens.contiguous(),
-        "before_ptr": torch.empty(count + 1, dtype=torch.int32, device=loss.device),
-        "sequence_ptr": torch.empty(count, dtype=torch.int32, device=loss.device),
+        "before_ptr": room(count + 1, torch.int32),
+        "sequence_ptr": room(count, torch.int32),
         "N": count,
         "S": sequences,
-        "GEOMETRIC": settings.scheme == "bft-v1-code",
+        "GEOMETRIC": scheme == "bft-v1-code",
+    }
+    values, coefficient, sums = room(count), room(count), room(tiles)
+    token_weight, window_confidence = room(count), room(count)
+    sequence_weight, sequence_confidence = room(sequences), room(sequences)
+    of_tiles = {
+        "token_weight_ptr": token_weight,
+        "lowest_ptr": room(count),
+        "ended_ptr": room(tiles, torch.int32),
+        "BLOCK": TILE,
+        "num_warps": 2,
     }
     _close_gaps_kernel[(triton.cdiv(count + 1, NUMBERED),)](
         values_ptr=values,
@@ -351,35 +322,34 @@ def _close_gaps(
         CHUNK=COUNTED,
         **shared,
     )
-    return shared, values
-
-
-def _make_windows(
-    shared: dict[str, object], values: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token weights, window confidences, lowest windows and ended documents by tile."""
-    count, scheme = values.numel(), str(settings.scheme)
-    tiles = triton.cdiv(count, TILE)
-    token_weight = torch.empty(count, dtype=torch.float32, device=values.device)
-    window_confidence = torch.empty(count, dtype=torch.float32, device=values.device)
-    lowest = torch.empty(count, dtype=torch.float32, device=values.device)
-    ended = torch.empty(tiles, dtype=torch.int32, device=values.device)
     _window_kernel[(tiles,)](
         values_ptr=values,
-        token_weight_ptr=token_weight,
         window_confidence_ptr=window_confidence,
-        lowest_ptr=lowest,
-        ended_ptr=ended,
         window=min(settings.window, 2 * count + 2),  # as good as any longer one, and int32
         delta=DELTA,
-        BLOCK=TILE,
         FULL_WINDOWS=scheme.startswith("bft-v1"),
         CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
         RATIO=scheme == "bft",
-        num_warps=2,
+        **of_tiles,
         **shared,
     )
-    return token_weight, window_confidence, lowest, ended
+    _weigh_kernel[(tiles + triton.cdiv(sequences, TILE),)](
+        num_items_ptr=num_items,
+        coefficient_ptr=coefficient,
+        sum_ptr=sums,
+        sequence_weight_ptr=sequence_weight,
+        sequence_confidence_ptr=sequence_confidence,
+        tiles=tiles,
+        gamma=settings.gamma,
+        CHUNK=COUNTED,
+        FLAT=scheme in LOCAL_SCHEMES,
+        BY_SEQUENCE=normalize == "sequence",
+        COUNTS=normalize is not None and num_items is None,
+        **of_tiles,
+        **shared,
+    )
+    weights = token_weight, window_confidence, sequence_weight, sequence_confidence
+    return BalancedLoss(sums, coefficient, *weights)
 
 
 balanced_loss = partial(balanced_loss_by, _run)

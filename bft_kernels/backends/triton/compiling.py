@@ -1,0 +1,35 @@
+"""Launches that compile their kernels and run nothing; see :func:`bft_kernels.warm_up`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.runtime.jit import JITFunction
+
+
+@contextmanager
+def compiling(device: torch.device) -> Iterator[None]:
+    """Kernels launched inside, on tensors without values, are compiled for ``device``.
+
+    Some are compiled at a time if Triton has that mode (from 3.5 on).
+    """
+    compile_or_launch = JITFunction.run
+
+    def run(self: Any, *args: Any, warmup: bool, **how: Any) -> Any:
+        return compile_or_launch(self, *args, warmup=True, **how)
+
+    with ExitStack() as stack:
+        if device.index is not None:
+            stack.enter_context(torch.cuda.device(device))
+        if hasattr(triton, "AsyncCompileMode"):
+            pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+            stack.enter_context(triton.AsyncCompileMode(pool))
+        stack.enter_context(patch.object(JITFunction, "run", run))
+        yield
