@@ -41,6 +41,8 @@ RULES = [
     ),
     Rule(r"\bshare\b ?[=\[]", "token_scale or normalizer", CODE, ("bft_kernels/reference.py",)),
     Rule(r"\bwide\b ?[=:)]", "acc_dtype, or what is wide", CODE),
+    # `weight` is the matrix. In prose a scheme may have weights.
+    Rule(r"\b[Ww]eights\b( [=:&{]|: |\.\w|\[|\()", "weighting", CODE),
 ]
 
 

@@ -110,7 +110,7 @@ def squared_norms(*, problem: Problem, norms_ptr: int, stream: int) -> None: ...
 
 WEIGHT_TILE: int
 
-def balanced_weights(
+def balanced_weighting(
     *,
     loss_ptr: int,
     labelled_ptr: int,

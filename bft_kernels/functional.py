@@ -29,7 +29,7 @@ from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
-from bft_kernels.weighting import balanced_loss, local_weights, weighted_losses
+from bft_kernels.weighting import balanced_loss, local_weighting, weighted_losses
 
 
 def linear_nll(
@@ -266,31 +266,31 @@ def balanced_linear_cross_entropy(
         if in_forward:
             return ops.weighted_loss(problem, scale).loss
         nll = ops.linear_nll(problem).loss
-        scale = scale * local_weights(nll.detach(), labelled, scheme)
+        scale = scale * local_weighting(nll.detach(), labelled, scheme)
         return weighted_losses(nll, scale).sum()
     documents = _documents_of(boundaries, problem, target.shape)
     on_host = boundaries is None or boundaries.device.type == "cpu"
     result: Forward | WeightedLoss
-    weights: BalancedLoss | WeightedLoss
+    weighting: BalancedLoss | WeightedLoss
     if in_forward and (local or (on_host and isinstance(scheme, str))):
         if normalize == "sequence":
             layout = labelled_layout(labelled, documents)
         scale = token_scales(labelled, layout, items, problem.acc_dtype)
         if local:
             result = ops.weighted_loss(problem, scale)
-            weights = _balanced_loss(labelled, result.nll, documents, items, settings)
+            weighting = _balanced_loss(labelled, result.nll, documents, items, settings)
         else:
             apart = boundaries is not None and boundaries.device != documents.device
             result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
-            weights = result
+            weighting = result
         loss = result.loss
     else:
         result = ops.linear_nll(problem)
-        weights = _balanced_loss(labelled, result.loss, documents, items, settings)
-        loss = weights.loss
+        weighting = _balanced_loss(labelled, result.loss, documents, items, settings)
+        loss = weighting.loss
     if not return_stats:
         return loss
-    return loss, balanced_stats(token_stats(problem, result, target.shape), weights, target.shape)
+    return loss, balanced_stats(token_stats(problem, result, target.shape), weighting, target.shape)
 
 
 def _balanced_loss(

@@ -63,13 +63,13 @@ def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.S
 
 
 def balanced_stats(
-    stats: TokenStats, weights: BalancedLoss | WeightedLoss, shape: torch.Size
+    stats: TokenStats, weighting: BalancedLoss | WeightedLoss, shape: torch.Size
 ) -> BalancedTokenStats:
     """The same statistics with the weights."""
     return BalancedTokenStats(
         *stats,
-        window_confidence=weights.window_confidence.view(shape),
-        token_weight=weights.token_weight.view(shape),
-        sequence_confidence=weights.sequence_confidence,
-        sequence_weight=weights.sequence_weight,
+        window_confidence=weighting.window_confidence.view(shape),
+        token_weight=weighting.token_weight.view(shape),
+        sequence_confidence=weighting.sequence_confidence,
+        sequence_weight=weighting.sequence_weight,
     )

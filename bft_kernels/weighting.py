@@ -240,7 +240,7 @@ def window_sums(values: Tensor, start: Tensor, length: Tensor, window: int) -> T
     return total
 
 
-class Weights(NamedTuple):
+class Weighting(NamedTuple):
     """The weights of a batch in which not every position carries a label; 0 where ignored."""
 
     weight: Tensor  # [N], token weight times sequence weight
@@ -257,14 +257,14 @@ def balance(
     cu_seqlens: Tensor,  # [S + 1] over the N positions
     settings: Settings,
     layout: Layout | None = None,  # of labelled, if it is known
-) -> Weights:
+) -> Weighting:
     """Weights from token losses."""
     nll = nll.detach()
     if layout is None and labelled is not None:
         layout = labelled_layout(labelled, cu_seqlens)
     compacted = nll if layout is None else layout.compact(nll)
     cu_labelled = cu_seqlens if layout is None else layout.cu_labelled
-    weights = weigh(
+    weighting = weigh(
         torch.exp(-compacted),
         cu_labelled,
         scheme=settings.scheme,
@@ -272,18 +272,20 @@ def balance(
         gamma=settings.gamma,
         nll=compacted,
     )
-    token, window_confidence = weights.token_weight, weights.window_confidence
-    sequence_weight = weights.sequence_weight
+    token, window_confidence = weighting.token_weight, weighting.window_confidence
+    sequence_weight = weighting.sequence_weight
     if layout is not None:
         token, window_confidence = layout.spread(token), layout.spread(window_confidence)
         of_token = layout.sequence
     else:
         of_token = torch.repeat_interleave(cu_labelled.diff(), output_size=nll.numel())
     joint = token * sequence_weight[of_token] if sequence_weight.numel() else token
-    return Weights(joint, token, window_confidence, sequence_weight, weights.sequence_confidence)
+    return Weighting(
+        joint, token, window_confidence, sequence_weight, weighting.sequence_confidence
+    )
 
 
-def local_weights(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
+def local_weighting(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
     """The weights without documents, ``[N]``: the confidence for ``dft``, else 1."""
     if scheme == "dft":
         return torch.where(labelled, torch.exp(-nll), 0.0)
@@ -304,9 +306,9 @@ def balanced_loss(
 ) -> BalancedLoss:
     """The weighted sum of token losses, with constant weights made from those losses."""
     layout = labelled_layout(labelled, cu_seqlens)
-    weights = balance(loss, labelled, cu_seqlens, settings, layout)
+    weighting = balance(loss, labelled, cu_seqlens, settings, layout)
     by_sequence = layout if settings.normalize == "sequence" else None
     scale = token_scales(labelled, by_sequence, num_items, loss.dtype)
-    coefficient = scale * weights.weight
+    coefficient = scale * weighting.weight
     total = weighted_losses(loss, coefficient).sum()
-    return BalancedLoss(total, coefficient, *weights[1:])
+    return BalancedLoss(total, coefficient, *weighting[1:])

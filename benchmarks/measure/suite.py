@@ -19,7 +19,7 @@ VALUES = (
     "tests/kernels/test_fused.py",
     "tests/kernels/test_gpu_backends.py",
     "tests/kernels/test_triton.py",
-    "tests/kernels/test_gpu_weights.py",
+    "tests/kernels/test_gpu_weighting.py",
 )
 # A process that dies is started again for the rest of its share, but not for ever.
 _STARTS = 4

@@ -376,9 +376,9 @@ void define_rows(py::module_& module) {
     });
 }
 
-// --- scale.cu, weights.cu ------------------------------------------------------------------------
+// --- scale.cu, weighting.cu ------------------------------------------------------------------------
 
-void define_weights(py::module_& module) {
+void define_weighting(py::module_& module) {
     module.attr("WEIGHT_TILE") = kWeightTile;
     launches(module, "scale", [](Given& given) {
         const Type type = type_of(given);
@@ -386,7 +386,7 @@ void define_weights(py::module_& module) {
         given.launch(scale, type, output(given, "x_ptr", count, type, false).at, count,
                      given.floats("factor_ptr", 1));
     });
-    launches(module, "balanced_weights", [](Given& given) {
+    launches(module, "balanced_weighting", [](Given& given) {
         const int64_t n = given.number("N", 0, kMaxRows), s = given.number("S", 0, kMaxRows);
         const int64_t tiles = (n + kWeightTile - 1) / kWeightTile;
         const auto flag = [&](const char* name) { return given.get<bool>(name); };
@@ -394,25 +394,25 @@ void define_weights(py::module_& module) {
                                   given.longs("cu_seqlens_ptr", s + 1), n, s};
         const auto gamma = given.get<double>("gamma");
         bft::check_number("gamma", static_cast<float>(gamma), kSmallest, kLargest);
-        const WeightScheme scheme{given.number("window", 1, std::numeric_limits<int64_t>::max()),
-                                  given.real("delta", 0, kLargest, -1),
-                                  gamma,
-                                  flag("full_windows"),
-                                  flag("geometric"),
-                                  flag("confidence"),
-                                  flag("ratio"),
-                                  flag("flat")};
+        const WeightingScheme scheme{given.number("window", 1, std::numeric_limits<int64_t>::max()),
+                                     given.real("delta", 0, kLargest, -1),
+                                     gamma,
+                                     flag("full_windows"),
+                                     flag("geometric"),
+                                     flag("confidence"),
+                                     flag("ratio"),
+                                     flag("flat")};
         const Normalizer normalizer{flag("by_sequence"), flag("counts"),
                                     given.floats("num_items_ptr")};
-        const WeightScratch scratch{given.array<int>("before_ptr", n + 1),
-                                    given.array<int>("sequence_ptr", n),
-                                    given.floats("values_ptr", n), given.floats("lowest_ptr", n),
-                                    given.array<int>("ended_ptr", tiles)};
-        const Weights weights{
+        const WeightingScratch scratch{given.array<int>("before_ptr", n + 1),
+                                       given.array<int>("sequence_ptr", n),
+                                       given.floats("values_ptr", n), given.floats("lowest_ptr", n),
+                                       given.array<int>("ended_ptr", tiles)};
+        const Weighting weighting{
             given.floats("coefficient_ptr", n),         given.floats("token_weight_ptr", n),
             given.floats("window_confidence_ptr", n),   given.floats("sequence_weight_ptr", s),
             given.floats("sequence_confidence_ptr", s), given.floats("sums_ptr", tiles)};
-        given.launch(balanced_weights, documents, scheme, normalizer, scratch, weights);
+        given.launch(balanced_weighting, documents, scheme, normalizer, scratch, weighting);
     });
 }
 
@@ -426,7 +426,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     define_gradients(module);
     define_lists(module);
     define_rows(module);
-    define_weights(module);
+    define_weighting(module);
 #ifdef BFT_EMULATION
     bft::emulation::define_memory(module);
 #endif

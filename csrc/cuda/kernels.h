@@ -257,7 +257,7 @@ void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind,
 // scale.cu: x [count] times factor [1]; a factor of 1 moves nothing.
 void scale(Type type, void* x, int64_t count, const float* factor, void* stream);
 
-// weights.cu: the weights of Balanced Fine-Tuning, as bft_kernels.weighting specifies them.
+// weighting.cu: the weights of Balanced Fine-Tuning, as bft_kernels.weighting specifies them.
 
 // Positions of a block, and so of an element of `ended` and `sums`.
 constexpr int kWeightTile = 256;
@@ -270,7 +270,7 @@ struct Documents {
     int64_t positions, count;   // N, S
 };
 
-struct WeightScheme {
+struct WeightingScheme {
     int64_t window;  // in labelled tokens
     float delta;     // added to the denominator of a ratio
     double gamma;
@@ -289,7 +289,7 @@ struct Normalizer {
 };
 
 // Room to work in, with as many tiles as hold N positions.
-struct WeightScratch {
+struct WeightingScratch {
     int* before;    // [N + 1], labels before each position
     int* sequence;  // [N], the document of each position; S behind the last
     float* values;  // [N], what windows average, one labelled position after the other
@@ -298,7 +298,7 @@ struct WeightScratch {
 };
 
 // 0 where there is no label, and of documents without one.
-struct Weights {
+struct Weighting {
     float* coefficient;          // [N], what multiplies each token's loss
     float* token_weight;         // [N]
     float* window_confidence;    // [N]
@@ -308,8 +308,8 @@ struct Weights {
 };
 
 // Four launches; nothing waits for the device, and two runs give the same bits.
-void balanced_weights(const Documents& documents, const WeightScheme& scheme,
-                      const Normalizer& normalizer, const WeightScratch& scratch,
-                      const Weights& weights, void* stream);
+void balanced_weighting(const Documents& documents, const WeightingScheme& scheme,
+                        const Normalizer& normalizer, const WeightingScratch& scratch,
+                        const Weighting& weighting, void* stream);
 
 }  // namespace bft::cuda

@@ -84,7 +84,7 @@ CASES = {
         {"problem": 0, "stride_gv": 8, "adds": False} | at("starts", "packed", "grad_weight"),
         {"stride_gv": 7},
     ),
-    "balanced_weights": (
+    "balanced_weighting": (
         WEIGHTS
         | dict.fromkeys(FLAGS, False)
         | {"N": 4, "S": 2, "window": 3, "delta": 1e-8, "gamma": 1.0},

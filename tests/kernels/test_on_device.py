@@ -40,7 +40,7 @@ class TestTheDeviceThatIsNone:
 
     def test_kernels_refuse_tensors_of_the_cpu(self):
         pytest.importorskip("triton", reason="triton is not installed")
-        from bft_kernels.backends.triton.weights import balanced_loss
+        from bft_kernels.backends.triton.weighting import balanced_loss
         from bft_kernels.settings import Settings
 
         loss, labelled = torch.ones(3, device="cpu:7"), torch.ones(3, device="cpu:7").bool()

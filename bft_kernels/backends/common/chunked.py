@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
-from bft_kernels.backends.common.weighted import WeightedSums, WeightFunction, pieces
+from bft_kernels.backends.common.weighted import WeightedSums, WeightingFunction, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
 
@@ -54,7 +54,7 @@ class RowKernels(Protocol):
         """The results over all ``N`` rows."""
 
     @property
-    def weigh(self) -> WeightFunction:
+    def weigh(self) -> WeightingFunction:
         """Token and sequence weights; see :func:`bft_kernels.weighting.balance`."""
 
 
@@ -113,7 +113,7 @@ def weighted_loss(
             operand = gemm.rows(rows.take(hidden, a, b))
             logits = gemm.logits(operand, buffer[: b - a])
             kernels.forward(logits, a, gradient=fits)
-        coefficient = token_scale[piece.first : piece.stop] * sums.weights_of(piece)
+        coefficient = token_scale[piece.first : piece.stop] * sums.token_weights_of(piece)
         sums.add_losses(piece, coefficient)
         for a, b in parts:
             if not fits:

@@ -13,11 +13,11 @@ from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.gemm import gemm_dtype, squared_norms
 from bft_kernels.backends.common.lse_bound import POPULAR, popular_columns
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows, packed, row_results
-from bft_kernels.backends.common.weighted import WeightFunction
+from bft_kernels.backends.common.weighted import WeightingFunction
 from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
 from bft_kernels.settings import Settings
-from bft_kernels.weighting import Weights
+from bft_kernels.weighting import Weighting
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RowFunctions(Protocol):
 
     def weigh(
         self, nll: Tensor, labelled: Tensor | None, cu_seqlens: Tensor, settings: Settings, /
-    ) -> Weights:
+    ) -> Weighting:
         """See :func:`bft_kernels.weighting.balance`."""
 
 
@@ -110,7 +110,7 @@ class GradientRows:
 
     def __init__(self, kernels: RowFunctions, problem: Problem) -> None:
         self.kernels, self.problem = kernels, problem
-        self.weigh: WeightFunction = kernels.weigh
+        self.weigh: WeightingFunction = kernels.weigh
         self.rows = LabelledRows(problem.target, problem.settings.ignore_index)
         self.plan = chunk_plan(problem, self.rows.size, 0)
         self.bias = row_bias(kernels, problem)
@@ -151,7 +151,7 @@ class ForwardRows:
 
     def __init__(self, kernels: RowFunctions, problem: Problem) -> None:
         self.kernels, self.problem = kernels, problem
-        self.weigh: WeightFunction = kernels.weigh
+        self.weigh: WeightingFunction = kernels.weigh
         self.rows = DeviceRows.of(problem.target, problem.settings.ignore_index)
         self.target, self.bias = problem.target.contiguous(), row_bias(kernels, problem)
         count, vocabulary, _ = problem.shape

@@ -28,7 +28,7 @@ from bft_kernels.backends.common.logit_rows import (
 from bft_kernels.backends.common.rows import DeviceRows, KnownRows, packed, row_results
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, Gradients, Saved, Wanted, WeightedLoss
-from bft_kernels.weighting import Weights, local_weights, weighted_losses
+from bft_kernels.weighting import Weighting, local_weighting, weighted_losses
 
 
 class Kernels(RowFunctions, Protocol):
@@ -104,13 +104,13 @@ def weighted_loss(
     results = row_results(problem, problem.shape[0], filled=True)
     kernels.run_tiles(inputs, results)
     nll, labelled = results["nll"], inputs.rows.labelled
-    made = Weights(*[nll.new_empty(0) for _ in Weights._fields])
+    made = Weighting(*[nll.new_empty(0) for _ in Weighting._fields])
     if documents is None:
-        weights = local_weights(nll, labelled, settings.scheme)
+        weighting = local_weighting(nll, labelled, settings.scheme)
     else:
         found = kernels.weigh(nll, labelled, documents.cu_seqlens, settings)
-        weights, made = found.weight, found if problem.statistics else made
-    coefficient = inputs.rows.mask(token_scale.float() * weights)
+        weighting, made = found.weight, found if problem.statistics else made
+    coefficient = inputs.rows.mask(token_scale.float() * weighting)
     types = storage(problem.hidden.dtype), storage(problem.weight.dtype)
     into = _places(kernels, problem, problem.wanted, *types)
     if any(problem.wanted):
@@ -126,7 +126,7 @@ def weighted_loss(
         grad_weight=given(into.weight, types[1], width),
         grad_bias=given(into.bias, torch.float32),
         **{name: results[name] for name in ("nll", "lse", "entropy", "correct")},
-        **dict(zip(Weights._fields[1:], made[1:], strict=True)),
+        **dict(zip(Weighting._fields[1:], made[1:], strict=True)),
     )
 
 

@@ -16,7 +16,7 @@ from bft_kernels.backends.common.rows import LabelledRows, by_position
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import BalancedLoss, Documents, WeightedLoss
 from bft_kernels.settings import Settings
-from bft_kernels.weighting import Weights, local_weights, weighted_losses
+from bft_kernels.weighting import Weighting, local_weighting, weighted_losses
 
 
 class Piece(NamedTuple):
@@ -70,7 +70,7 @@ def pieces(rows: LabelledRows, documents: RowDocuments | None, chunk: int) -> It
 
 
 # nll [n], labelled [n] or None for all, cu_seqlens [s + 1], settings
-WeightFunction = Callable[[Tensor, Tensor | None, Tensor, Settings], Weights]
+WeightingFunction = Callable[[Tensor, Tensor | None, Tensor, Settings], Weighting]
 
 
 class WeightedSums:
@@ -82,7 +82,7 @@ class WeightedSums:
         rows: LabelledRows,
         documents: Documents | None,  # the caller's
         results: dict[str, Tensor],  # [size], by row
-        weigh: WeightFunction,
+        weigh: WeightingFunction,
     ) -> None:
         self.problem, self.rows = problem, rows
         self.documents = None if documents is None else in_rows(rows, documents)
@@ -103,33 +103,33 @@ class WeightedSums:
         tokens = sequences = 0
         if self.keeps and documents is not None:
             tokens, sequences = rows.size, documents.cu_seqlens.numel() - 1
-        self.weights = (
+        self.weighting = (
             zeros(tokens, dtype=acc),  # token_weight
             zeros(tokens, dtype=acc),  # window_confidence
             zeros(sequences, dtype=acc),  # sequence_weight
             zeros(sequences, dtype=acc),  # sequence_confidence
         )
 
-    def weights_of(self, piece: Piece) -> Tensor:
+    def token_weights_of(self, piece: Piece) -> Tensor:
         """Token weight times sequence weight of the rows of a piece, once their nll is known."""
         nll = self.results["nll"][piece.first : piece.stop]
         labelled = self.rows.live(piece.first, piece.stop)
         if piece.cu_seqlens is None:
-            return local_weights(nll, labelled, self.problem.settings.scheme)
-        weights = self.weigh(
+            return local_weighting(nll, labelled, self.problem.settings.scheme)
+        weighting = self.weigh(
             nll, labelled if self.rows.masked else None, piece.cu_seqlens, self.problem.settings
         )
         if self.keeps:
-            self._keep(piece, weights)
-        return weights.weight
+            self._keep(piece, weighting)
+        return weighting.weight
 
-    def _keep(self, piece: Piece, weights: Weights) -> None:
+    def _keep(self, piece: Piece, weighting: Weighting) -> None:
         assert self.documents is not None
         which = self.documents.which
         where = piece.documents if which is None else which[piece.documents]
-        for kept, made in zip(self.weights[:2], weights[1:3], strict=True):
+        for kept, made in zip(self.weighting[:2], weighting[1:3], strict=True):
             kept[piece.first : piece.stop] = made
-        for kept, made in zip(self.weights[2:], weights[3:], strict=True):
+        for kept, made in zip(self.weighting[2:], weighting[3:], strict=True):
             kept[where] = made
 
     def add_losses(self, piece: Piece, coefficient: Tensor) -> None:
@@ -163,7 +163,7 @@ class WeightedSums:
         if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
         spread, problem = self.rows.spread, self.problem
-        token_weight, window_confidence, *of_sequences = self.weights
+        token_weight, window_confidence, *of_sequences = self.weighting
         return WeightedLoss(
             loss=self.loss,
             grad_hidden=spread(self.grad_hidden) if problem.wanted.hidden else self.grad_hidden,
@@ -203,7 +203,7 @@ def weigh_by(
     labelled: Tensor | None,  # [N] bool
     cu_seqlens: Tensor,  # [S + 1]
     settings: Settings,
-) -> Weights:
+) -> Weighting:
     """:func:`bft_kernels.weighting.balance` by a backend's kernels, in float32."""
     labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
-    return Weights(*run(nll, labelled, cu_seqlens, None, settings, None)[1:])
+    return Weighting(*run(nll, labelled, cu_seqlens, None, settings, None)[1:])

@@ -64,7 +64,7 @@ def weighted_loss(
     token_scale = rows.take(token_scale.float(), 0, rows.size)
     for piece in _pieces(rows, sums.documents, plan):
         engine.find_losses(piece)
-        coefficient = token_scale[piece.first : piece.stop] * sums.weights_of(piece)
+        coefficient = token_scale[piece.first : piece.stop] * sums.token_weights_of(piece)
         sums.add_losses(piece, coefficient)
         engine.add_gradients(piece, coefficient)
     engine.end()

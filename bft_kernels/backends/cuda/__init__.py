@@ -3,7 +3,7 @@
 The engine is ``common.on_device``, chunked over the vendor's GEMM or tiled in registers;
 ``kernels`` lists what it is given. The modules follow a call: ``rows`` (chunked) or ``inputs``,
 ``forward`` and ``certificate`` (tiled), then ``spmm`` (the sampled gradient) or ``recompute``
-(the exact one). ``weights`` makes token and sequence weights from losses. All of them reach the
+(the exact one). ``weighting`` makes token and sequence weights from losses. All of them reach the
 kernels through ``native._cuda``.
 """
 

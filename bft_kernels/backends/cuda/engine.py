@@ -8,7 +8,7 @@ from bft_kernels.backends.common import on_device
 from bft_kernels.backends.cuda import kernels
 from bft_kernels.backends.cuda.scale import scale_
 from bft_kernels.backends.cuda.trial import try_out
-from bft_kernels.backends.cuda.weights import balanced_loss
+from bft_kernels.backends.cuda.weighting import balanced_loss
 
 __all__ = [
     "balanced_loss",

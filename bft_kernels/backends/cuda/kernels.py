@@ -10,7 +10,7 @@ from bft_kernels.backends.cuda.native import _cuda
 from bft_kernels.backends.cuda.recompute import recompute
 from bft_kernels.backends.cuda.rows import certificate_rows, gradient_rows, list_rows, softmax_rows
 from bft_kernels.backends.cuda.spmm import spmm
-from bft_kernels.backends.cuda.weights import weigh
+from bft_kernels.backends.cuda.weighting import weigh
 
 __all__ = [
     "ROW_BIAS",

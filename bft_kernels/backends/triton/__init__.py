@@ -4,7 +4,7 @@ The engine is ``common.on_device``; ``kernels`` lists what it is given. The host
 device: rows are counted there, lists have room for what is expected, and what finds no room is
 computed again. The modules follow a call: ``softmax`` (chunked) or ``inputs``, ``lse_bound``,
 ``forward`` and ``certificate`` (tiled), then ``entries`` and ``spmm`` (the sampled gradient) or
-``recompute`` (the exact one). ``weights`` makes token and sequence weights from losses.
+``recompute`` (the exact one). ``weighting`` makes token and sequence weights from losses.
 """
 
 from __future__ import annotations

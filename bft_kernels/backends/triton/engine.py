@@ -9,7 +9,7 @@ from bft_kernels.backends.triton import kernels
 from bft_kernels.backends.triton.compiling import compiling
 from bft_kernels.backends.triton.scale import scale_
 from bft_kernels.backends.triton.trial import try_out
-from bft_kernels.backends.triton.weights import balanced_loss
+from bft_kernels.backends.triton.weighting import balanced_loss
 
 __all__ = [
     "balanced_loss",

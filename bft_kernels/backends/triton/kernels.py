@@ -10,7 +10,7 @@ from bft_kernels.backends.triton.forward import run_tiles
 from bft_kernels.backends.triton.recompute import recompute
 from bft_kernels.backends.triton.softmax import certificate_rows, gradient_rows, softmax_rows
 from bft_kernels.backends.triton.spmm import spmm
-from bft_kernels.backends.triton.weights import weigh
+from bft_kernels.backends.triton.weighting import weigh
 
 __all__ = [
     "ROW_BIAS",

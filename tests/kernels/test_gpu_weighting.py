@@ -265,7 +265,7 @@ def test_an_infinite_loss_of_weight_zero_adds_nothing(kernels):
 @needs_emulation
 @pytest.mark.parametrize("offset", [0, 3, 16])
 def test_labels_may_start_anywhere_and_other_losses_are_not_seen(emulated_device, offset):
-    from bft_kernels.backends.cuda.weights import balanced_loss
+    from bft_kernels.backends.cuda.weighting import balanced_loss
 
     loss, labelled, bounds = draw((100, 768, 20), 0.6)
     how = bounds, None, how_of("bft", 8)
@@ -278,7 +278,7 @@ def test_labels_may_start_anywhere_and_other_losses_are_not_seen(emulated_device
 @needs_emulation
 @every_scheme
 def test_the_order_of_threads_changes_nothing(emulated_device, scheme):
-    from bft_kernels.backends.cuda.weights import balanced_loss
+    from bft_kernels.backends.cuda.weighting import balanced_loss
 
     loss, labelled, bounds = draw((7, 0, 512, 90), 0.7)
     runs = []
@@ -377,7 +377,7 @@ def test_opcheck(triton, rows, fresh_compiler):
 
 
 def test_runs_where_the_backend_runs(triton):
-    from bft_kernels.backends.triton.weights import balanced_loss
+    from bft_kernels.backends.triton.weighting import balanced_loss
 
     wide = torch.zeros(3, dtype=torch.float64, device=DEVICE)
     narrow = wide.float()

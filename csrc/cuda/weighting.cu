@@ -121,7 +121,7 @@ __device__ __forceinline__ double window_sum(Global<const float> values, int beg
 // comes from a scan over lanes, then over the last lane of each warp before, which shared memory
 // has for all threads to read at once.
 __global__ void __launch_bounds__(kThreads)
-    window_kernel(Layout in, WeightScheme scheme, Global<const int> before,
+    window_kernel(Layout in, WeightingScheme scheme, Global<const int> before,
                   Global<const int> sequences, Global<const float> values,
                   Global<float> token_weight, Global<float> window_confidence,
                   Global<float> lowest_windows, Global<int> ended) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
 // Confidence and weight of each document, from the lowest windows of its tiles. A warp owns a
 // document, and its lanes one tile after the other. No shared memory.
 __global__ void __launch_bounds__(kThreads)
-    weigh_documents_kernel(Layout in, WeightScheme scheme, Global<const int> before,
+    weigh_documents_kernel(Layout in, WeightingScheme scheme, Global<const int> before,
                            Global<const float> lowest_windows, Global<float> sequence_weight,
                            Global<float> sequence_confidence) {
     const int64_t sequence = int64_t{blockIdx.x} * kWarps + warp_id();
@@ -262,9 +262,9 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) sums.store(blockIdx.x, sum);
 }
 
-void balanced_weights(const Documents& documents, const WeightScheme& scheme,
-                      const Normalizer& normalizer, const WeightScratch& scratch,
-                      const Weights& weights, void* stream) {
+void balanced_weighting(const Documents& documents, const WeightingScheme& scheme,
+                        const Normalizer& normalizer, const WeightingScratch& scratch,
+                        const Weighting& weighting, void* stream) {
     const int64_t n = documents.positions;
     const Layout layout{documents.loss, documents.labelled, documents.cu_seqlens,
                         static_cast<int>(n), static_cast<int>(documents.count)};
@@ -275,21 +275,21 @@ void balanced_weights(const Documents& documents, const WeightScheme& scheme,
                                                                       : close_gaps_kernel<false>;
     launch(close_gaps, numbering, layout, scheme.geometric, scratch.before, scratch.sequence,
            scratch.values);
-    WeightScheme clipped = scheme;
+    WeightingScheme clipped = scheme;
     clipped.window = std::min(scheme.window, 2 * n);  // as good as any longer one
     launch(window_kernel, {"window", blocks_of(n, kWeightTile), kThreads, kWarpSumsBytes, stream},
-           layout, clipped, scratch.before, scratch.sequence, scratch.values, weights.token_weight,
-           weights.window_confidence, scratch.lowest, scratch.ended);
+           layout, clipped, scratch.before, scratch.sequence, scratch.values,
+           weighting.token_weight, weighting.window_confidence, scratch.lowest, scratch.ended);
     launch(
         weigh_documents_kernel,
         {"weigh_documents", blocks_of(documents.count, kWarps), kThreads, kWarpSumsBytes, stream},
-        layout, scheme, scratch.before, scratch.lowest, weights.sequence_weight,
-        weights.sequence_confidence);
+        layout, scheme, scratch.before, scratch.lowest, weighting.sequence_weight,
+        weighting.sequence_confidence);
     launch(coefficient_kernel,
            {"coefficient", blocks_of(n, kWeightTile), kThreads, kWarpSumsBytes, stream}, layout,
            normalizer, normalizer.num_items, scratch.before, scratch.sequence, scratch.ended,
-           static_cast<int>(ceil_div(n, kWeightTile)), weights.token_weight,
-           weights.sequence_weight, weights.coefficient, weights.sums);
+           static_cast<int>(ceil_div(n, kWeightTile)), weighting.token_weight,
+           weighting.sequence_weight, weighting.coefficient, weighting.sums);
 }
 
 }  // namespace bft::cuda

@@ -348,8 +348,8 @@ def _run(
         **of_tiles,
         **shared,
     )
-    weights = token_weight, window_confidence, sequence_weight, sequence_confidence
-    return BalancedLoss(sums, coefficient, *weights)
+    weighting = token_weight, window_confidence, sequence_weight, sequence_confidence
+    return BalancedLoss(sums, coefficient, *weighting)
 
 
 balanced_loss = partial(balanced_loss_by, _run)

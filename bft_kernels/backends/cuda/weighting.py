@@ -43,7 +43,7 @@ def _run(
     num_items = None if num_items is None else num_items.to(torch.float32)
     before, sequence = room(count + 1, torch.int32), room(count, torch.int32)
     values, lowest, ended = room(count), room(count), room(tiles, torch.int32)
-    _cuda.balanced_weights(
+    _cuda.balanced_weighting(
         loss_ptr=ptr(loss),
         labelled_ptr=ptr(labelled),
         cu_seqlens_ptr=ptr(cu_seqlens),
