@@ -376,7 +376,7 @@ void define_rows(py::module_& module) {
     });
 }
 
-// --- scale.cu, weighting.cu ------------------------------------------------------------------------
+// --- scale.cu, weighting.cu ----------------------------------------------------------------------
 
 void define_weighting(py::module_& module) {
     module.attr("WEIGHT_TILE") = kWeightTile;

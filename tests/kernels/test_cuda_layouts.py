@@ -225,7 +225,7 @@ FOUND = {
         ("", r"LDGSTS\.E\.BYPASS\.128", lambda name: re.findall(r"Lb([01])E", name)[0] == "1"),
     ),
     "rows": (8, ("softmax_rows_kernelILb1", r"VOTE\.ANY ", bool)),
-    "weights": (5, ("close_gaps", r"LDG\.E\.128", whole_vectors)),
+    "weighting": (5, ("close_gaps", r"LDG\.E\.128", whole_vectors)),
 }
 
 
