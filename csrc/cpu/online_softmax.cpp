@@ -30,6 +30,11 @@ double slope_of(const Transform& transform, double z) {
     return 1 - t * t;
 }
 
+// A maximum passes over NaN, so it must be asked for where nothing is above minus infinity.
+bool any_nan(const float* z, int64_t count) {
+    return std::any_of(z, z + count, [](float x) { return std::isnan(x); });
+}
+
 }  // namespace
 
 // The state of one row. A maximum of -inf: nothing was seen yet but masked columns.
@@ -127,7 +132,9 @@ void OnlineSoftmax::add_block(const Block& block, float* keep, float* sums, int6
             const float most =
                 kernel.transform(z, block.columns, block.first_column, settings_.transform);
             double factor = 1;
-            if (std::isnan(most)) row.sum += most;  // where all is NaN there is no maximum
+            if (!(most > -kFloatInfinity) && any_nan(z, block.columns)) {
+                row.sum = std::numeric_limits<double>::quiet_NaN();
+            }
             if (most > row.maximum) {
                 if (settings_.label_smoothing != 0 && block.first_column > 0) {
                     row.shifted_sum += block.first_column * (row.maximum - most);

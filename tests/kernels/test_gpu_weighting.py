@@ -54,7 +54,7 @@ def kernels(request, on_device):
         pytest.importorskip("triton", reason="triton is not installed")
     else:
         request.getfixturevalue("cuda_backend")
-    module = importlib.import_module(f"bft_kernels.backends.{request.param}.weights")
+    module = importlib.import_module(f"bft_kernels.backends.{request.param}.weighting")
     tile = module.TILE if request.param == "triton" else native.kernels().WEIGHT_TILE
     return Kernels(module, tile)
 

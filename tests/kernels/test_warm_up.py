@@ -18,7 +18,7 @@ STEP = """
 import contextlib, sys
 import torch
 from triton import knobs, runtime
-from benchmarks.measure.compiled import TARGETS, _NoDevice
+from benchmarks.measure.compiled import TARGETS, _no_device
 from bft_kernels import autograd, dispatch, ops
 from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, warm_up
 from bft_kernels.backends.triton import engine
@@ -26,7 +26,7 @@ from tests.support.meta_device import FromHost, HostWork
 
 how, balanced = eval(sys.argv[1])
 compiled = []
-runtime.driver.set_active(_NoDevice(TARGETS["sm_90"]))
+runtime.driver.set_active(_no_device(TARGETS["sm_90"]))
 knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
 dispatch.try_out = lambda *_: ""
 torch.autocast = lambda *_, **__: contextlib.nullcontext()

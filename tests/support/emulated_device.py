@@ -53,7 +53,7 @@ class Emulation:
         how = {"seed": self.seed + len(self.launches)} | self.how
         with (
             self.module.memory(merge(known), **how),
-            self.module.memory(unwritten, unwritten=True, **how),
+            self.module.memory(unwritten, **how | {"unwritten": True}),
         ):
             getattr(self.module, name)(**arguments)
 
@@ -61,7 +61,7 @@ class Emulation:
 def is_read(launch, key, arguments):
     """Whether a launch may read what an argument that it writes to already holds."""
     return (
-        key in ("logits_ptr", "grad_bias_ptr")
+        key in ("logits_ptr", "grad_bias_ptr", "x_ptr")
         or (launch, key) in (("thin_rows", "mask_ptr"), ("gradient_rows", "dy_ptr"))
         or (key == "grad_weight_ptr" and arguments["adds"])
         or (key == "sums_ptr" and arguments.get("first_column", 0) > 0)
