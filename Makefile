@@ -66,7 +66,7 @@ static: $(READY)  ## compile every kernel for GPUs that are not here; none may s
 gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, into benchmarks/results/
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu $(ARGS)
 
-bench: $(READY)  ## compare speed with the saved baselines, in multiples of a bare product
+bench: $(READY)  ## compare speed with the saved baselines, in multiples of a GEMM
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=min,median,iqr,rounds $(ARGS)
 
 readme-check: $(READY)  ## run the commands and Python snippets of README.md and docs/
