@@ -22,7 +22,7 @@ inline int64_t check_range(const char* name, int64_t value, int64_t low, int64_t
     return value;
 }
 
-// Not NaN either.
+// Refuses NaN too.
 inline void check_number(const char* name, float value, float low, float high) {
     if (!(value >= low && value <= high)) {
         throw std::invalid_argument(std::string(name) + ": got " + std::to_string(value) +
@@ -43,8 +43,8 @@ T* checked_pointer(const char* name, std::uintptr_t address, int64_t elements) {
     return reinterpret_cast<T*>(address);
 }
 
-// Arguments of a call from Python, by name: each is taken where it is checked, and what nobody took
-// is an error, so that a call cannot misspell one.
+// Arguments of a call from Python, by name. Each argument is marked as taken when it is read; an
+// argument that nothing read is an error, so that a call cannot misspell one.
 class Given {
   public:
     explicit Given(const pybind11::dict& named) : named_(named) {}

@@ -41,7 +41,7 @@ void launches(py::module_& module, const char* name, Launch take_and_launch) {
         "See csrc/cuda/kernels.h. All by name, and the stream as a number.");
 }
 
-// One that is about an object, `problem` or `rows`: take_and_launch(Given&, const Of&).
+// A launch whose first argument is a `problem` or `rows`: take_and_launch(Given&, const Of&).
 template <typename Of, typename Launch>
 void launches_of(py::module_& module, const char* name, Launch take_and_launch) {
     launches(module, name, [take_and_launch](Given& given) {
@@ -50,7 +50,7 @@ void launches_of(py::module_& module, const char* name, Launch take_and_launch) 
     });
 }
 
-// A class of kernels.h, which says what a launch is about: take(Given&) makes one.
+// A class of kernels.h that launches take as that argument: take(Given&) makes one.
 template <typename Take>
 void takes(py::module_& module, const char* name, Take take) {
     using Made = decltype(take(std::declval<Given&>()));
@@ -146,7 +146,7 @@ Splits splits_of(Given& given, const Problem& problem, int64_t rows) {
     return {count, columns};
 }
 
-// `other`: how many rows of tiles the grid has beside those of the block's columns.
+// `other`: the size of the grid's other axis, in rows of the problem or elements of the width.
 GradientBlock block_of(Given& given, const Problem& problem, int64_t other) {
     const auto first = static_cast<int>(given.number("first_column", 0, problem.vocabulary - 1));
     const auto columns = static_cast<int>(given.number("columns", 1, problem.vocabulary - first));

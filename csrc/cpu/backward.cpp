@@ -75,15 +75,16 @@ ByColumn sort_by_column(const Entries& entries, int64_t vocabulary, int threads)
 void spmm_hidden(const Entries& entries, const Matrix& weight, const Matrix& grad_hidden,
                  int threads) {
     const Kernels& kernel = kernels();
-    const auto gather = kernel.weighted_rows[static_cast<int>(weight.type)];
+    const auto weighted_rows = kernel.weighted_rows[static_cast<int>(weight.type)];
     const auto write = kernel.write[static_cast<int>(grad_hidden.type)];
     constexpr int64_t kGrain = 4;
     parallel_for(threads, entries.rows, kGrain, [&](int, int64_t first, int64_t stop) {
         std::vector<float> sum(static_cast<size_t>(weight.width));
         for (int64_t i = first; i < stop; ++i) {
             const int64_t begin = entries.offsets[i];
-            gather(weight.data, weight.stride, entries.columns + begin, entries.values + begin,
-                   entries.offsets[i + 1] - begin, sum.data(), weight.width);
+            weighted_rows(weight.data, weight.stride, entries.columns + begin,
+                          entries.values + begin, entries.offsets[i + 1] - begin, sum.data(),
+                          weight.width);
             kernel.multiply(sum.data(), weight.width, entries.upstream[i]);
             write(element_of(grad_hidden, i, 0), sum.data(), weight.width, false);
         }
@@ -104,7 +105,7 @@ void spmm_weight(const Entries& entries, const Matrix& hidden, const Matrix* gra
         }
     }
     if (grad_weight == nullptr) return;
-    const auto gather = kernel.weighted_rows[static_cast<int>(hidden.type)];
+    const auto weighted_rows = kernel.weighted_rows[static_cast<int>(hidden.type)];
     const auto write = kernel.write[static_cast<int>(grad_weight->type)];
     const int64_t slices = (hidden.width + slice - 1) / slice;
     const int64_t groups = (vocabulary + kColumnGrain - 1) / kColumnGrain;
@@ -119,8 +120,8 @@ void spmm_weight(const Entries& entries, const Matrix& hidden, const Matrix* gra
             const int64_t begin = starts[v];
             const int64_t count = starts[v + 1] - begin;
             if (count == 0 && add) continue;
-            gather(table, hidden.stride, sorted.rows.get() + begin, sorted.values.get() + begin,
-                   count, sum.data(), width);
+            weighted_rows(table, hidden.stride, sorted.rows.get() + begin,
+                          sorted.values.get() + begin, count, sum.data(), width);
             write(element_of(*grad_weight, v, left), sum.data(), width, add);
         }
         kernel.settle();

@@ -1,4 +1,4 @@
-// The backward of the sampled gradient: dH gathers rows of weight, dW gathers rows of hidden.
+// The backward of the sampled gradient, by SpMM: dH from rows of weight, dW from rows of hidden.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Storage of the sampled entries of many rows, which grow while the vocabulary is swept.
+// Storage of the sampled entries of many rows, which grow with each block of the vocabulary.
 //
 // A row's entries are a chain of 128-byte nodes, in the order of their columns. Nodes come from the
 // pool of the thread that adds them and go back to the pool of the thread that drops them, so
@@ -37,7 +37,7 @@ inline void fetch_node(const CandidateNode* node, size_t further = 0) {
     __builtin_prefetch(reinterpret_cast<const void*>(at + 64), ToWrite);
 }
 
-// On cache lines of its own: each thread has one, side by side in an array.
+// Aligned so that pools of different threads, side by side in an array, share no cache line.
 class alignas(128) CandidatePool {
   public:
     CandidateNode* take() {

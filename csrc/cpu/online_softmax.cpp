@@ -152,7 +152,7 @@ void OnlineSoftmax::add_block(const Block& block, float* keep, float* sums, int6
             const bool has_target = place >= 0 && place < block.columns;
             float target_logit = 0;
             if (has_target) {
-                // The target is neither drawn nor certified: to the kernels it is not there.
+                // The target is neither sampled nor certified, so kernels see -inf in its place.
                 target_logit = z[place];
                 z[place] = -kFloatInfinity;
             }

@@ -77,8 +77,8 @@ class OnlineSoftmax {
     // After finish(): entries of all rows, ascending columns in each; offsets [rows + 1].
     void entries(const int64_t* offsets, int32_t* columns, float* values, int threads);
 
-    // After finish(), with the sums of add_exponentials: dH of unit upstream gradient but for the
-    // target's term, which is target_values [rows] times the target's row of weight.
+    // After finish(), from the sums of add_exponentials: dH for unit upstream gradient, without the
+    // target's term. That term is target_values [rows] times the target's row of weight.
     void unit_factors(int64_t first_row, int64_t rows, float* factors, float* target_values) const;
 
   private:

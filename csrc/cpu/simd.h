@@ -168,7 +168,7 @@ inline Words mix32_high(Words x) {
     return (x ^ (x >> 15)) * 0x846CA68Bu;
 }
 
-// All of it.
+// mix32 with its last step.
 inline Words mix32(Words x) {
     x = mix32_high(x);
     return x ^ (x >> 16);
@@ -208,7 +208,7 @@ inline void stream(float* to, Floats x) {
     store(to, x);
 }
 
-// Before another thread reads what was streamed.
+// Call before another thread reads streamed data.
 inline void stream_fence() {
 #if defined(__x86_64__)
     _mm_sfence();

@@ -81,9 +81,9 @@ static_assert(kThreads == 2 * kTileN);
 // lie side by side, and no bank is met twice.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
-    certificate_kernel(Operands<T> in, Shares shares, float eps, Global<const float> lse,
+    certificate_kernel(Operands<T> in, WorkGrid grid, float eps, Global<const float> lse,
                        Global<const float> norms, Global<float> sums) {
-    const auto [row_block, first, there, split, tile0, tile1] = share_of(in, shares);
+    const auto [row_block, first, there, split, tile0, tile1] = work_of(in, grid);
     if (there == 0) return;
 
     CertifiedRows<T> rows;
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         to_logits(z, in, tile * kTileV);
         add_terms(z, rows, in.transform, eps, norms, tile * kTileV, in.vocabulary);
     }
-    const int64_t count = shares.range.count;
+    const int64_t count = grid.range.count;
     store_terms(rows, static_cast<bool>(norms), sums + (split * count + row_block * kTileN),
-                shares.splits * count, there);
+                grid.splits * count, there);
 }
 
 // Adds up the splits of each row, in order. A thread owns a row; rows of a warp are neighbours in
@@ -159,13 +159,13 @@ __global__ void __launch_bounds__(kThreads)
 
 void certificate(const Problem& problem, RowRange range, Splits splits, const Certified& known,
                  float* sums, float* variance, float* hidden_variance, void* stream) {
-    const Shares shares{range, splits.count, splits.columns / kTileV};
+    const WorkGrid grid{range, splits.count, splits.columns / kTileV};
     const unsigned blocks = blocks_of(range.count, kTileN) * splits.count;
     with_type(problem, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(certificate_kernel<T, decltype(aligned)::value>,
                {"certificate", blocks, kThreads, kStagesBytes, stream}, operands_of<T>(problem),
-               shares, known.eps, known.lse, known.norms, sums);
+               grid, known.eps, known.lse, known.norms, sums);
     });
     const unsigned row_blocks = blocks_of(range.count, kThreads);
     launch(add_splits_kernel, {"add_splits", row_blocks, kThreads, 0, stream}, range, splits.count,

@@ -21,7 +21,7 @@ enum Sum {
 
 // One launch: all splits of a part of the rows.
 struct Pass {
-    Shares shares;
+    WorkGrid grid;
     bool statistics, smoothing;
     float overrating;  // 2^16 / eps
 };
@@ -93,8 +93,9 @@ __device__ __forceinline__ void store_bits(Entries<T>& e, int i, float factor,
                                            const RowNotes& notes, int v0, int vocabulary,
                                            const Bits& out) {
     constexpr int kColumns = Entries<T>::kColumns, kWords = kWarpV / 32;
-    // Of steps instead of columns: multiplier * (column + step) + offset, modulo 2^32.
     RowKey key{notes.multiplier.load(e.row(i)), notes.offset.load(e.row(i))};
+    // Offset of the thread's first column: the draw's place is then multiplier * step + this,
+    // modulo 2^32.
     key.offset += key.multiplier * static_cast<uint32_t>(v0 + e.column0());
     const int target = notes.target.load(e.row(i));
 #pragma unroll
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
                               Global<const int64_t> seed, Global<const float> lse_bound,
                               Global<uint32_t> mask) {
-    const auto [row_block, first, there, split, tile0, tile1] = share_of(in, pass.shares);
+    const auto [row_block, first, there, split, tile0, tile1] = work_of(in, pass.grid);
     if (there == 0) return;
     const int64_t local = row_block * kTileN;
 
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (int w = 0; w < kWarpColumns; ++w) notes.before.store(w * kTileN + row, -infinity());
     }
 
-    const int64_t rows = pass.shares.range.count, plane = pass.shares.splits * rows;
+    const int64_t rows = pass.grid.range.count, plane = pass.grid.splits * rows;
     const Global<float> at = sums + (split * rows + local);
     Running<T> state;
     const int64_t row_words = (int64_t{in.vocabulary} + 31) / 32;
@@ -349,7 +350,7 @@ __global__ void __launch_bounds__(kThreads)
     store_row(out, row, whole, own, first, mean, pass.kind);
 }
 
-// A lower bound of each row's lse: its target's logit, less what rounding can make of it. Until a
+// A lower bound of each row's lse: its target's logit, minus the largest rounding error. Until a
 // block arrives at a confident token's target, this keeps the other entries out.
 //
 // A warp owns a row, and its lanes neighbouring elements. No shared memory.

@@ -76,7 +76,7 @@ void linear_nll_forward(const Problem& problem, RowRange range, Splits splits, f
                         const Candidates& candidates, LossKind kind, const RowResults& results,
                         void* stream);
 
-// lse_bound [N], where rows take part: the target's logit, less what rounding can make of it.
+// lse_bound [N], where rows take part: the target's logit, minus the largest rounding error.
 void target_bound(const Problem& problem, float* lse_bound, void* stream);
 
 // certificate.cu: the error certificate of the sampled gradient, in a pass of its own once lse is
@@ -131,13 +131,13 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
                     const GradientBlock& block, float* bias_sums, float* bias, const float* scale,
                     void* stream);
 
-// dy @ W into rows of grad_hidden [N, D]. Blocks of one vocabulary come in order: all but the last
-// leave their sum in `sums` [N, D], all but the first add what is there.
+// dy @ W into rows of grad_hidden [N, D]. Blocks of one vocabulary come in order. Every block but
+// the last stores its sum in `sums` [N, D]. Every block but the first adds the sum stored before.
 void hidden_gradient(const Problem& problem, const GradientBlock& block, float* sums,
                      Output grad_hidden, const float* scale, void* stream);
 
 // dy^T @ H into the block's rows of grad_weight [V, D], which are `stride` elements apart. With
-// `adds` it is added to what is there.
+// `adds` the product is added to grad_weight; otherwise it overwrites it.
 void weight_gradient(const Problem& problem, const GradientBlock& block, Output grad_weight,
                      int64_t stride, bool adds, const float* scale, void* stream);
 
@@ -178,7 +178,7 @@ void column_starts(const int32_t* sorted_keys, int64_t entries, int64_t vocabula
 
 // spmm.cu: the sampled gradient from its lists.
 
-// The widest rows that the gathers take: a thread keeps its part of their sums in registers.
+// The widest rows that SpMM takes: a thread keeps its part of their sums in registers.
 constexpr int kMaxGathered = 16384;
 
 // Which entries are kept: those of the draws.
@@ -187,10 +187,11 @@ struct Sample {
     float eps;
 };
 
-// What the lists came to, [capacity] each, in their order.
+// The entries that are kept, [capacity] each, in the order of the lists. Not written for entries
+// that are dropped.
 struct KeptEntries {
-    int32_t* keys;     // the column; left alone where an entry is not kept
-    uint64_t* packed;  // position of the row, and below it the bits of upstream * dy; likewise
+    int32_t* keys;     // the column
+    uint64_t* packed;  // position of the row, and below it the bits of upstream * dy
 };
 
 // The rows of grad_hidden [N, D], and the entries, of rows that have a list. Either may be null.
@@ -242,7 +243,7 @@ void softmax_rows(const LogitRows& rows, LossKind kind, const RowCandidates& can
 void certificate_rows(const LogitRows& rows, const Certified& known, float* variance,
                       float* hidden_variance, void* stream);
 
-// Of the mask's bits leaves those that are kept by the final lse, and counts them: counts [N].
+// Clears the bits that the final lse does not keep, and counts the others: counts [N].
 void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample, uint32_t* mask,
                int64_t* counts, void* stream);
 
@@ -250,7 +251,7 @@ void thin_rows(const LogitRows& rows, const KnownRows& known, const Sample& samp
 void list_rows(const LogitRows& rows, const KnownRows& known, const Sample& sample,
                const uint32_t* mask, const Lists& lists, void* stream);
 
-// grad * dy over the logits, in the same memory, of a type that is no wider.
+// Writes grad * dy over the logits, in a type that is not wider than float32.
 void gradient_rows(const LogitRows& rows, const KnownRows& known, LossKind kind, Type type,
                    void* dy, int64_t stride_dy, void* stream);
 

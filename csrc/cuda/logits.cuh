@@ -7,7 +7,8 @@
 namespace bft::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-// What rounding can make of a product, as a part of its terms' sizes, and of a bound of lse.
+// The largest rounding error: of a product, relative to the sum of its terms' sizes; of an lse
+// bound, relative to the bound.
 constexpr float kRounding = 1e-5f;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
@@ -69,8 +70,8 @@ __device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
     return p != p ? p : kept;
 }
 
-// By what an entry's exp(z - reference) is multiplied before its draw is compared with it, but for
-// 2^16 / eps: lse is at least `bound`, and what rounding can make of it is allowed for.
+// The factor of exp(z - reference) that gives an upper bound of p, for lse >= bound. A margin for
+// rounding is included.
 __device__ __forceinline__ float overrated(float reference, float bound) {
     return normal_exp(reference - bound + 1e-3f + kRounding * fabsf(bound));
 }

@@ -10,7 +10,7 @@ namespace bft::cuda {
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-// Of a launch whose blocks take so many of the elements each.
+// The number of blocks, if each block takes so many elements.
 constexpr unsigned blocks_of(int64_t elements, int64_t each) {
     return static_cast<unsigned>(ceil_div(elements, each));
 }

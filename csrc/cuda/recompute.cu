@@ -18,9 +18,9 @@ namespace bft::cuda {
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     logit_gradient_kernel(Operands<T> in, RowValues known, GradientKind kind, int first_column,
-                          int vocabulary, Shares shares, Global<const int64_t> seed, Global<T> dy,
+                          int vocabulary, WorkGrid grid, Global<const int64_t> seed, Global<T> dy,
                           int64_t stride, Global<float> bias_sums) {
-    const auto [row_block, first, there, tile, tile0, tile1] = share_of(in, shares);
+    const auto [row_block, first, there, tile, tile0, tile1] = work_of(in, grid);
     if (there == 0) return;
 
     TileLoader<T, Aligned> loader(in, first, there);
@@ -215,14 +215,14 @@ void logit_gradient(const Problem& problem, const KnownRows& known, const Gradie
                     void* stream) {
     if (problem.rows == 0) return;
     const Problem part = part_of(problem, block);
-    const Shares shares{{0, problem.rows}, static_cast<int>(ceil_div(block.columns, kTileV)), 1};
-    const unsigned blocks = blocks_of(problem.rows, kTileN) * shares.splits;
+    const WorkGrid grid{{0, problem.rows}, static_cast<int>(ceil_div(block.columns, kTileV)), 1};
+    const unsigned blocks = blocks_of(problem.rows, kTileN) * grid.splits;
     with_type(part, [&](auto zero, auto aligned) {
         using T = decltype(zero);
         launch(logit_gradient_kernel<T, decltype(aligned)::value>,
                {"logit_gradient", blocks, kThreads, kStagesBytes, stream}, operands_of<T>(part),
                values_of(known), kind, block.first_column, static_cast<int>(problem.vocabulary),
-               shares, kind.seed, static_cast<T*>(block.dy), block.stride,
+               grid, kind.seed, static_cast<T*>(block.dy), block.stride,
                bias == nullptr ? nullptr : bias_sums);
     });
     if (bias == nullptr) return;

@@ -123,7 +123,7 @@ __device__ __forceinline__ Part join_parts(Part part, Shared<float> room) {
     return whole;
 }
 
-// Columns that many rows are likely to have much of, ascending; those that are repeated count once.
+// Columns that are likely in many rows, ascending. A repeated column counts once.
 struct Popular {
     Global<const int64_t> columns;
     int count;
@@ -143,7 +143,7 @@ __device__ __forceinline__ float lower_bound(const BufferRows& in, float own,
     }
     const Part whole = join_parts(part, room);
     float bound = finite_or(whole.maximum, 0.0f) + logf(whole.total);
-    // A logit that is not finite is the business of the rows and columns that have it.
+    // A logit that is not finite must affect only the rows and columns that have it.
     bound = fabsf(bound) < infinity() ? fmaxf(bound, own) : own;
     return bound - kRounding * fabsf(bound) - kRounding;
 }
@@ -172,9 +172,8 @@ __device__ __forceinline__ uint32_t vote(const Span& e, RowKey key, float factor
     return trim_word(own, first, vocabulary, target);
 }
 
-// What a lane knows of the row, and has seen of it. The maximum is the warp's and is the same in
-// all of its lanes; sums are over the lane's own columns, those of z relative to the anchor, which
-// is the target's z where it is finite.
+// What a lane knows and has summed. The maximum is common to the warp. Sums are over the lane's own
+// columns; those of z are relative to the anchor, which is the target's z where it is finite.
 template <bool Emit>
 struct RowState {
     int target;
@@ -343,9 +342,8 @@ __global__ void __launch_bounds__(kThreads)
     });
 }
 
-// grad * dy of a row takes the place of its logits: dy is in the same memory, and a row of it
-// begins where its logits do. What is narrower than a logit is written over logits of these spans,
-// or of some before them: every thread must have read its own.
+// grad * dy overwrites the logits: a row of dy begins where its logits do. A narrow dy may
+// overwrite logits of this round's spans or of earlier ones, so every thread reads its own first.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     gradient_rows_kernel(BufferRows in, RowValues known, LossKind kind, Global<T> dy,

@@ -1,5 +1,5 @@
-// A row's softmax: how partial sums are joined, what they come to, and what the backward makes of
-// it. Kernels that have logits in tiles and those that read them from a buffer share it.
+// A row's softmax: joins partial sums, computes the row's results from them, and has the factors
+// of dz for the backward. Kernels use it for logits in tiles and for logits in a buffer.
 #pragma once
 
 #include "csrc/cuda/kernels.h"
@@ -31,8 +31,8 @@ inline RowOutputs outputs_of(const RowResults& results) {
             results.lse_low, results.entropy, results.correct};
 }
 
-// `own` is the target's z, NaN for a target that nobody checked; first: no column before it has as
-// much; mean: of z - maximum, looked at with label smoothing only.
+// `own`: the target's z, NaN for an unchecked target. `first`: no earlier column has as large a z.
+// `mean`: mean of z - maximum, read only with label smoothing.
 __device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, const Part& whole,
                                           float own, bool first, float mean, LossKind kind) {
     const float reference = finite_or(whole.maximum, 0.0f), log_total = logf(whole.total);
@@ -90,8 +90,8 @@ __device__ __forceinline__ RowEntries row_entries(const RowValues& known, const 
             sample.eps};
 }
 
-// dz = probability * p - even away from the target, and own there; the sampled gradient has own
-// alone.
+// dz = probability * p - even for other columns, and own at the target. The sampled gradient uses
+// own only.
 struct Factors {
     float lse, probability, even, own, upstream;
 };

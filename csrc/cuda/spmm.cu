@@ -104,9 +104,9 @@ struct TeamRows {
     }
 };
 
-// Takes entries [begin, end) batch by batch. Lane k of a warp has the entry of row k of its team's
-// batch, again and again: entry_at(place) gives it, or one that stands for none. fetch(stage,
-// entry) starts to copy the rows of a batch, and use(stage, place, entry) finds them there.
+// Processes entries [begin, end) in batches. Lane k holds the entry of row k % kRows of its team's
+// batch. entry_at(place) returns that entry, or an empty one. fetch(stage, entry) starts the copies
+// of a batch; use(stage, place, entry) reads them.
 template <int Pieces, typename EntryAt, typename Fetch, typename Use>
 __device__ __forceinline__ void take_batches(Team team, int64_t begin, int64_t end,
                                              EntryAt entry_at, Fetch fetch, Use use) {
@@ -224,12 +224,12 @@ struct ListedEntry {
 
 // dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
 //
-// A block owns a row: its teams fetch the listed rows of weight once, for the sum. A list with
-// Values is of what is kept. One without is thinned here, by the final lse: the row of hidden stays
-// in registers, and the fetched rows also give the logits. Of each logit a warp leaves its part in
-// shared memory, one float for each row of the batch; after a barrier every warp of the team adds
-// them up, a lane for each logit. Lanes read neighbouring floats or the same one. Two rooms of
-// parts take turns, so that one barrier a batch is enough.
+// A block owns a row: its teams fetch the listed rows of weight once, for the sum. If the list has
+// values, all its entries are kept. Otherwise the kernel drops entries by the final lse: the row of
+// hidden stays in registers, and the fetched rows also give the logits. Of each logit a warp leaves
+// its part in shared memory, one float for each row of the batch; after a barrier every warp of the
+// team adds them up, a lane for each logit. Lanes read neighbouring floats or the same one. Two
+// rooms of parts take turns, so that one barrier a batch is enough.
 template <typename T, bool Aligned, int Pieces, bool Values>
 __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     spmm_hidden_kernel(Operands<T> in, RowValues known, Sampled sample,
@@ -329,9 +329,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
 // dW and db of sorted entries.
 //
 // A block owns a column, and a slice of the width as wide as its threads' sums: its teams fetch the
-// rows of hidden that kept the column. Most columns have few entries: those of one batch are the
-// first team's, which then joins nobody. db is the first warp's of the first slice, a lane for
-// every 32nd entry.
+// rows of hidden that kept the column. Most columns have few entries. The first team does columns
+// of one batch alone, so no sums are joined. The first warp of the first slice computes db; a lane
+// takes every 32nd entry.
 template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, kBlocks<kFewPieces, Aligned>)
     spmm_weight_kernel(Operands<T> in, Global<const int64_t> starts, Global<const uint64_t> packed,

@@ -23,7 +23,7 @@ constexpr int kRowBytes = 128, kPieces = kRowBytes / 16;
 template <typename T>
 constexpr int kTileD = kRowBytes / static_cast<int>(sizeof(T));
 constexpr uint32_t kStagesBytes = kStages * (kTileN + kTileV) * kRowBytes;
-// Of a warp.
+// Rows and columns of a warp's part; kWarpColumns parts lie side by side.
 constexpr int kWarpN = 32, kWarpV = 64, kWarpColumns = kTileV / kWarpV;
 
 // What every kernel that makes logits reads. Rows of hidden and weight are contiguous.
@@ -77,8 +77,8 @@ __device__ __forceinline__ void fetch_piece(Shared<T> to, Global<const T> row, i
 template <typename T, bool Aligned>
 class TileLoader {
   public:
-    // Of the rows that take part the block has `there`, from `first` on. A thread copies one piece
-    // of every 32nd.
+    // The block has `there` of the rows that take part, from `first` on. A thread copies one piece
+    // of every 32nd row.
     __device__ __forceinline__ TileLoader(const Operands<T>& in, int64_t first, int there)
         : hidden_(0, kStages * kTileN * kTileD<T>),
           weight_(kStages * kTileN * kRowBytes, kStages * kTileV * kTileD<T>),
@@ -115,7 +115,7 @@ class TileLoader {
     __device__ __forceinline__ static int row(int i) {
         return static_cast<int>(threadIdx.x) / kPieces + i * (kThreads / kPieces);
     }
-    // Of the block's row(i), or -1.
+    // Position of the block's row(i), or -1 if there is none.
     __device__ __forceinline__ int position(const Operands<T>& in, int i) const {
         if (row(i) >= there_) return -1;
         return static_cast<int>(in.order.template load<Cache::kReadOnly>(first_ + row(i)));
@@ -157,8 +157,8 @@ class TileLoader {
     int into_;             // the stage it goes to
 };
 
-// Rows that are looked at, among those that take part, and how the vocabulary is shared out.
-struct Shares {
+// The work of a launch: rows, among those that take part, and splits of the vocabulary.
+struct WorkGrid {
     RowRange range;
     int splits, split_tiles;
 };
@@ -166,14 +166,14 @@ struct Shares {
 // Row blocks side by side: their columns are fetched once, and their rows stay in L2.
 constexpr int64_t kGroup = 8;
 
-// What a block of the grid takes.
-struct Share {
+// The work of one block.
+struct BlockWork {
     int64_t row_block, first;  // of the range; its first row, among those that take part
     int there;  // rows, 0 past the last: nobody but the device knows how many take part
     int split, tile0, tile1;
 };
 template <typename T>
-__device__ __forceinline__ Share share_of(const Operands<T>& in, const Shares& of) {
+__device__ __forceinline__ BlockWork work_of(const Operands<T>& in, const WorkGrid& of) {
     const int64_t row_blocks = (of.range.count + kTileN - 1) / kTileN, program = blockIdx.x;
     const int64_t group = program / (kGroup * of.splits) * kGroup;
     const int64_t size = min(row_blocks - group, kGroup), place = program % (kGroup * of.splits);

@@ -29,7 +29,6 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 using std::max;
 using std::min;
 
-inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
