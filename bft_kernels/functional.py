@@ -164,12 +164,13 @@ def linear_cross_entropy(
         z_loss=z_loss,
     )
     problem = make_problem(hidden, weight, target, bias, seed, settings)
-    scale = problem.labelled.to(problem.acc_dtype)
+    labelled = problem.labelled
+    scale = labelled.to(problem.acc_dtype)
     if token_weight is not None:
         _check_token_weight(token_weight, problem, target.shape)
-        scale = torch.where(problem.labelled, token_weight.reshape(-1), 0).to(scale)
+        scale = torch.where(labelled, token_weight.reshape(-1), 0).to(scale)
     if reduction == "mean":
-        scale = scale / problem.labelled.sum().clamp_min(1)
+        scale = scale / labelled.sum().clamp_min(1)
     result: Forward | WeightedLoss
     if reduction != "none" and gradient == "exact" and problem.trains_head:
         result = ops.weighted_loss(problem, scale)
