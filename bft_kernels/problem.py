@@ -70,7 +70,7 @@ class Problem:
             return "none"
         if self.settings.gradient == "sampled":
             return "entries"
-        return "recompute" if self.trains_head else "unit"
+        return "recompute" if self.wanted.weight or self.wanted.bias else "unit"
 
     @property
     def statistics(self) -> bool:
