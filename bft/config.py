@@ -57,7 +57,11 @@ class _Files(_Checked):
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The one list of the loss's options; ``bft_kernels`` says which values they take."""
+    """The options of the loss that ``bft`` offers; ``bft_kernels`` says which values they take.
+
+    All but ``max_buffer_mib`` repeat fields of ``bft_kernels.settings.Settings``, which imports
+    torch; ``bft --help`` must not. A test compares the defaults.
+    """
 
     scheme: Scheme = "bft"
     """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""

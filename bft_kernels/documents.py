@@ -41,11 +41,17 @@ def shift_labels(
 
     Args:
         labels: ``[B, T]`` int64.
-        cu_seqlens: ``[S + 1]`` over the flattened ``B * T`` positions.
+        cu_seqlens: ``[S + 1]`` int32 or int64 over the flattened ``B * T`` positions, on the device
+            of ``labels`` or on the CPU.
         ignore_index: fills the positions without a target.
 
     Returns:
-        ``target [B, T]`` int64.
+        ``target [B, T]`` int64, on the device of ``labels``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its domain; the message names it. The values of
+            ``cu_seqlens`` are checked on the CPU only.
+        RuntimeError: ``cu_seqlens`` would have to be copied while a CUDA graph is captured.
     """
     check_tensor("labels", labels, (None, None), (torch.int64,))
     target = torch.full_like(labels, ignore_index)
@@ -66,12 +72,15 @@ def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
     predecessor's plus one. Padding becomes documents of its own, which hold no labels.
 
     Args:
-        position_ids: ``[B, T]`` int64.
+        position_ids: ``[B, T]`` int32 or int64.
 
     Returns:
-        ``cu_seqlens [S + 1]`` int64 over the flattened positions. On a CPU ``S`` is the number of
-        documents; elsewhere ``S = B * T``, filled up with empty documents, so that the host need
-        not wait for the count.
+        ``cu_seqlens [S + 1]`` int64 over the flattened positions, on the device of the argument. On
+        a CPU ``S`` is the number of documents; elsewhere ``S = B * T``, filled up with empty
+        documents, so that the host need not wait for the count.
+
+    Raises:
+        TypeError, ValueError: the argument has another type, shape or dtype.
     """
     check_tensor("position_ids", position_ids, (None, None), (torch.int32, torch.int64))
     starts = torch.ones_like(position_ids, dtype=torch.bool)
@@ -85,10 +94,13 @@ def cu_seqlens_from_attention_mask(attention_mask: Tensor) -> Tensor:
     The mask is 0 for padding. Elsewhere it is 1, or the document's number (1, 2, ...).
 
     Args:
-        attention_mask: ``[B, T]``, int or bool.
+        attention_mask: ``[B, T]`` bool, int32 or int64.
 
     Returns:
         ``cu_seqlens [S + 1]`` int64, as :func:`cu_seqlens_from_position_ids`.
+
+    Raises:
+        TypeError, ValueError: the argument has another type, shape or dtype.
     """
     check_tensor(
         "attention_mask", attention_mask, (None, None), (torch.bool, torch.int32, torch.int64)

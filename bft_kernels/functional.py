@@ -131,16 +131,17 @@ def linear_cross_entropy(
 
     The token loss is ``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2``, with
     ``a = label_smoothing``. With ``reduction="mean"`` or ``"sum"`` and a trained head the exact
-    gradient is made in the forward pass (3G; on a CPU up to 4G where the byte budget is small) and
-    held until the backward.
+    gradient is made in the forward pass and held until the backward. That takes 3G; with the
+    ``cpu`` and ``cuda`` backends up to 4G where the byte budget is small.
 
     Args:
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the number of labelled
             tokens, also with ``token_weight`` (so that ``token_weight=c`` is DFT).
         label_smoothing: 0 to 1; ``gradient="exact"`` only.
         z_loss: factor of ``lse**2`` (PaLM, arXiv 2204.02311); ``gradient="exact"`` only.
-        token_weight: has target's shape and multiplies the whole token loss. It is a constant: if
-            you need a gradient in the weights, use ``reduction="none"`` and multiply.
+        token_weight: has target's shape and multiplies the whole token loss. It is bfloat16,
+            float16, float32 or float64, whatever the inputs are, and on their device. It is a
+            constant: if you need a gradient in the weights, use ``reduction="none"`` and multiply.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -164,12 +165,13 @@ def linear_cross_entropy(
         z_loss=z_loss,
     )
     problem = make_problem(hidden, weight, target, bias, seed, settings)
-    scale = problem.labelled.to(problem.acc_dtype)
+    labelled = problem.labelled
+    scale = labelled.to(problem.acc_dtype)
     if token_weight is not None:
         _check_token_weight(token_weight, problem, target.shape)
-        scale = torch.where(problem.labelled, token_weight.reshape(-1), 0).to(scale)
+        scale = torch.where(labelled, token_weight.reshape(-1), 0).to(scale)
     if reduction == "mean":
-        scale = scale / problem.labelled.sum().clamp_min(1)
+        scale = scale / labelled.sum().clamp_min(1)
     result: Forward | WeightedLoss
     if reduction != "none" and gradient == "exact" and problem.trains_head:
         result = ops.weighted_loss(problem, scale)
@@ -225,9 +227,11 @@ def balanced_linear_cross_entropy(
             can capture the call.
         normalize: ``"sequence"`` or ``"token"``.
         num_items: the number to divide by: the documents (or labelled tokens) of the whole
-            optimizer step, over its micro-batches and ranks. ``None`` counts this call's. 0 says
-            that the step has no labels: the loss is 0, and a label in the call is an error. On a
-            GPU only ``check=True`` looks for such a label; otherwise the loss is not finite.
+            optimizer step, over its micro-batches and ranks. ``None`` counts this call's. It is at
+            least 0: a number, or a tensor of one element, of any integer or float dtype and on any
+            device. 0 says that the step has no labels: the loss is 0, and a label in the call is an
+            error. On a GPU only ``check=True`` looks for such a label; otherwise the loss is not
+            finite.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 

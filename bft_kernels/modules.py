@@ -45,6 +45,10 @@ class LinearCrossEntropyLoss(_Loss):
         ignore_index, reduction, label_smoothing, z_loss: as in the function.
         options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
             return_stats, hidden_variance`` of the function.
+
+    Raises:
+        TypeError, ValueError: the function has no such option, or its value is out of its domain;
+            the message names it.
     """
 
     _function = staticmethod(linear_cross_entropy)
@@ -76,7 +80,14 @@ class LinearCrossEntropyLoss(_Loss):
         token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenStats]:
-        """``hidden [..., D]``, ``weight [V, D]``, ``target [...]``; see the function."""
+        """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the function does.
+        """
         return linear_cross_entropy(
             hidden,
             weight,
@@ -95,6 +106,10 @@ class BalancedLinearCrossEntropyLoss(_Loss):
         ignore_index, scheme, window, gamma, normalize: as in the function.
         options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
             return_stats, hidden_variance`` of the function.
+
+    Raises:
+        TypeError, ValueError: the function has no such option, or its value is out of its domain;
+            the message names it.
     """
 
     _function = staticmethod(balanced_linear_cross_entropy)
@@ -129,7 +144,14 @@ class BalancedLinearCrossEntropyLoss(_Loss):
         num_items: int | float | Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
-        """``hidden [..., D]``, ``weight [V, D]``, ``target [...]``; see the function."""
+        """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: as the function does.
+        """
         return balanced_linear_cross_entropy(
             hidden,
             weight,

@@ -94,7 +94,8 @@ class Problem:
 
     @property
     def labelled(self) -> Tensor:
-        """``[N]`` bool: which tokens are not ignored."""
+        """``[N]`` bool: which tokens are not ignored. Each access computes it."""
+        # A cached_property takes a lock in Python 3.11, which torch.compile cannot trace.
         return self.target != self.settings.ignore_index
 
     def arguments(self) -> list[Any]:

@@ -1,7 +1,9 @@
 """The options of the loss: one list, from which every layer takes what it needs.
 
-The public functions' keywords, their checks, the schemas of the custom ops, the modules, ``bft``'s
-configuration and the table in docs/loss.md all follow from the fields of :class:`Settings`.
+The public functions' keywords, their checks, the schemas of the custom ops, the modules and the
+table in docs/loss.md all follow from the fields of :class:`Settings`. ``bft``'s configuration does
+not, because ``bft --help`` must not import torch. It repeats seven of the options, and
+``max_buffer_bytes`` in MiB; a test compares the defaults.
 """
 
 from __future__ import annotations

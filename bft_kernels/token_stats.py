@@ -12,27 +12,32 @@ from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 
 
 class TokenStats(NamedTuple):
-    """Detached statistics in the shape of ``target``; ignored tokens have 0 or False."""
+    """Detached statistics in the shape of ``target``; ignored tokens have 0 or False.
 
-    nll: Tensor  # float32
-    lse: Tensor  # float32
-    confidence: Tensor  # float32, exp(-nll)
-    entropy: Tensor  # float32, nats
+    All but ``correct`` are float32, or float64 for float64 inputs.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    confidence: Tensor  # exp(-nll)
+    entropy: Tensor  # nats
     correct: Tensor  # bool; ties go to the lowest index
-    variance: Tensor | None = (
-        None  # sampled: expected squared error of the row of dy, unit upstream
-    )
+    # Sampled: the expected squared error of the row of dy, for unit upstream gradient.
+    variance: Tensor | None = None
     hidden_variance: Tensor | None = None  # the same for the row of dH, when asked for
 
 
 class BalancedTokenStats(NamedTuple):
-    """:class:`TokenStats` and the weights. A sequence without labels has 0 in its fields."""
+    """:class:`TokenStats` and the weights. A sequence without labels has 0 in its fields.
+
+    All but ``correct`` are float32, or float64 for float64 inputs.
+    """
 
     nll: Tensor
     lse: Tensor
     confidence: Tensor
     entropy: Tensor
-    correct: Tensor
+    correct: Tensor  # bool
     variance: Tensor | None
     hidden_variance: Tensor | None
     window_confidence: Tensor  # target's shape

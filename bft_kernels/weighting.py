@@ -88,9 +88,15 @@ def token_weights(
         gamma: exponent of ``bft-v1-code``.
         floor: the ``delta`` added to ``bft``'s denominator.
 
+    Returns:
+        :class:`TokenWeights`, in the dtype and on the device of ``confidence``. They are constants.
+
     Raises:
-        TypeError, ValueError: an argument is out of its domain; the message names it. The values of
-            ``cu_seqlens`` are checked on the CPU only.
+        TypeError, ValueError: an argument is out of its domain, or a callable did not return two
+            tensors of the right shapes; the message names it. Values of tensors are checked on the
+            CPU only.
+        RuntimeError: ``scheme`` is a callable, or ``cu_seqlens`` would have to be copied, while a
+            CUDA graph is captured.
 
     Window sums keep a relative accuracy of 1e-6 in float32, also for tiny confidences (see
     :func:`window_sums`).

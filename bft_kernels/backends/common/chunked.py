@@ -84,7 +84,7 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
 def weighted_loss(
     make: Callable[[Problem], RowKernels],
     problem: Problem,
-    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient, made in the pass of the logits (3G).

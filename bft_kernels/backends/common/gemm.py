@@ -1,7 +1,7 @@
 """GEMMs in blocks, accumulated in float32 (float64 for float64) whatever the inputs.
 
-On a CPU, half-precision products are slow and round their output, so half-precision operands are
-widened block by block. On an accelerator they stay narrow, and the product's output is wide.
+On a CPU, half-precision GEMMs are slow and round their output, so half-precision operands are
+widened block by block. On an accelerator they stay narrow, and the GEMM's output is wide.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def gemm_dtype(operand: torch.dtype, acc_dtype: torch.dtype, device_type: str) -
 
 
 def as_operand(x: Tensor, operand: torch.dtype, acc_dtype: torch.dtype) -> Tensor:
-    """``x`` rounded to ``operand`` and stored in the product's type; a copy only if needed."""
+    """``x`` rounded to ``operand`` and stored in the GEMM's type; a copy only if needed."""
     return x.to(operand).to(gemm_dtype(operand, acc_dtype, x.device.type))
 
 
 def converts(x: Tensor, operand: torch.dtype, acc_dtype: torch.dtype) -> bool:
-    """Whether ``x`` has to be copied to another type, in blocks, before a product."""
+    """Whether ``x`` has to be copied to another type, in blocks, before a GEMM."""
     wanted = gemm_dtype(operand, acc_dtype, x.device.type)
     return not x.dtype == operand == wanted
 
@@ -92,7 +92,7 @@ class Gemm:
 
     Args:
         weight: ``[V, D]``.
-        operand: the type to which the operands of products are rounded.
+        operand: the type to which the operands of GEMMs are rounded.
         acc_dtype: float32 or float64.
         block: rows of ``weight`` that are converted at a time, if it has to be converted.
     """
@@ -101,7 +101,7 @@ class Gemm:
         self, weight: Tensor, operand: torch.dtype, acc_dtype: torch.dtype, block: int
     ) -> None:
         self.weight, self.operand, self.acc_dtype = weight, operand, acc_dtype
-        # Whether blocks of weight are copied to another type before a product.
+        # Whether blocks of weight are copied to another type before a GEMM.
         self.converts = converts(weight, operand, acc_dtype)
         self.block = block if self.converts else weight.shape[0]
 

@@ -83,10 +83,10 @@ class RowFunctions(Protocol):
         self,
         rows: LogitRows,
         dy: Tensor,  # [n, V], in the memory of the logits; a row begins where its logits do
-        lse: Tensor,  # [N]
-        lse_low: Tensor,  # [N] or [0]
-        nll: Tensor,  # [N]
-        coefficient: Tensor,  # [N] float32
+        lse: Tensor,  # [n]
+        lse_low: Tensor,  # [n]
+        nll: Tensor,  # [n]
+        coefficient: Tensor,  # [n] float32
     ) -> None:
         """Writes ``coefficient * dy`` in the place of the logits, in the type of ``dy``.
 

@@ -14,8 +14,8 @@ from bft_kernels.backends.common.gemm import Gemm, squared_norms
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import DeviceRows
 
-# What rounding can make of a float32 product, as a part of the sum of its terms' sizes; and of a
-# bound of lse, as a part of it.
+# The largest rounding error: of a product, relative to the sum of its terms' sizes; of an lse
+# bound, relative to the bound.
 ROUNDING = 1e-5
 
 # How many of the batch's targets lend their columns. 2048 would let through a tenth less.

@@ -92,7 +92,7 @@ def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
 def weighted_loss(
     kernels: Kernels,
     problem: Problem,
-    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient: 3G in chunks, 4G in tiles."""

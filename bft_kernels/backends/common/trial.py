@@ -8,9 +8,9 @@ from bft_kernels.backends.common.gemm import add_product, multiply
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:
-    """Raises an error if ``device`` cannot run the products of 16-bit operands.
+    """Raises an error if ``device`` cannot run the GEMMs of 16-bit operands.
 
-    Torch has these products with a float32 result from 2.8 on for NVIDIA, and from 2.10 on for AMD.
+    Torch has these GEMMs with a float32 result from 2.8 on for NVIDIA, and from 2.10 on for AMD.
     """
     if operand is None or operand.itemsize != 2:
         return

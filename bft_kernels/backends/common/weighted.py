@@ -179,13 +179,13 @@ class WeightedSums:
 
 # loss [N], labelled [N], cu_seqlens [S + 1], num_items [], settings, and what to divide by: by
 # "sequence" or "token", or None where coefficients are the weights. The loss is not added up yet.
-WeightKernels = Callable[
+WeightingKernels = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Settings, str | None], BalancedLoss
 ]
 
 
 def balanced_loss_by(
-    run: WeightKernels,
+    run: WeightingKernels,
     loss: Tensor,  # [N] float32, 0 where ignored
     labelled: Tensor,  # [N] bool
     cu_seqlens: Tensor,  # [S + 1] over the N positions
@@ -198,7 +198,7 @@ def balanced_loss_by(
 
 
 def weigh_by(
-    run: WeightKernels,
+    run: WeightingKernels,
     nll: Tensor,  # [N]
     labelled: Tensor | None,  # [N] bool
     cu_seqlens: Tensor,  # [S + 1]

@@ -9,8 +9,8 @@ from bft_kernels import _cpu
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.cpu.native import (
     Block,
-    KnownRows,
     Operands,
+    RowTargets,
     address,
     each_block,
     has_rows,
@@ -44,7 +44,7 @@ def linear_nll_backward(
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
     blocks = plan(problem, rows, products=3, trains_weight=wanted.weight)
     saved_values = (problem.target, saved.lse, saved.lse_low, saved.nll, grad)
-    known = KnownRows(*[rows.take(x, 0, rows.size).contiguous() for x in saved_values])
+    known = RowTargets(*[rows.take(x, 0, rows.size).contiguous() for x in saved_values])
     bias = None if problem.bias is None else problem.bias.float().contiguous()
     grad_hidden, grad_bias = recompute(
         problem, Operands(problem, rows, blocks), known, bias, grad_weight, add=add
@@ -57,7 +57,7 @@ def linear_nll_backward(
 def recompute(
     problem: Problem,
     operands: Operands,
-    known: KnownRows,
+    known: RowTargets,
     bias: Tensor | None,  # [V] float32
     grad_weight: Tensor | None = None,  # [V, D], written or added to
     *,
@@ -111,7 +111,7 @@ def recompute(
 
 def write_gradient(
     block: Block,
-    rows: KnownRows,
+    rows: RowTargets,
     bias: Tensor | None,
     settings: Settings,
     vocabulary: int,

@@ -13,8 +13,8 @@ from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import recompute
 from bft_kernels.backends.cpu.native import (
     Block,
-    KnownRows,
     Operands,
+    RowTargets,
     address,
     all_blocks,
     each_block,
@@ -75,7 +75,7 @@ def linear_nll(problem: Problem) -> Forward:
     elif wants_unit:
         lse = results["lse"]
         ones = torch.ones_like(lse)
-        known = KnownRows(targets, lse, results["lse_low"], results["nll"], upstream=ones)
+        known = RowTargets(targets, lse, results["lse_low"], results["nll"], upstream=ones)
         grad, _ = recompute(problem, operands, known, bias)
         assert grad is not None
         sums = grad

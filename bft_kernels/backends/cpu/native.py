@@ -50,7 +50,7 @@ def transform(bias: Tensor | None, settings: Settings) -> dict[str, Any]:
     }
 
 
-class KnownRows(NamedTuple):
+class RowTargets(NamedTuple):
     """The values that a row's gradient needs beside its logits; ``[n]`` each, of labelled rows."""
 
     targets: Tensor  # int64
@@ -59,9 +59,9 @@ class KnownRows(NamedTuple):
     nll: Tensor
     upstream: Tensor  # float32, like lse
 
-    def part(self, first: int, stop: int) -> KnownRows:
+    def part(self, first: int, stop: int) -> RowTargets:
         """Rows ``first:stop``."""
-        return KnownRows(*[values[first:stop] for values in self])
+        return RowTargets(*[values[first:stop] for values in self])
 
 
 class Block(NamedTuple):

@@ -22,8 +22,8 @@ from bft_kernels.backends.cpu import team
 from bft_kernels.backends.cpu.backward import write_gradient
 from bft_kernels.backends.cpu.native import (
     Block,
-    KnownRows,
     Operands,
+    RowTargets,
     address,
     finish,
     limits,
@@ -47,7 +47,7 @@ from bft_kernels.weighting import balance
 
 def weighted_loss(
     problem: Problem,
-    token_scale: Tensor,  # [N], the factor of each token's weight: 1/(T_b B), weights over n, ...
+    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
@@ -259,7 +259,7 @@ class _Engine:
         assert self.waiting is not None
         first, stop, sums, wanted = piece.first, piece.stop, self.sums, self.problem.wanted
         part = slice(first, stop)
-        all_rows = KnownRows(
+        all_rows = RowTargets(
             targets=self.targets[part],
             upstream=coefficient.contiguous(),
             **{name: sums.results[name][part] for name in ("lse", "lse_low", "nll")},

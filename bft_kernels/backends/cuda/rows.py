@@ -105,10 +105,10 @@ def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Te
 def gradient_rows(
     rows: LogitRows,
     dy: Tensor,  # [n, V], in the memory of the logits; a row begins where its logits do
-    lse: Tensor,  # [N]
-    lse_low: Tensor,  # [N] or [0]
-    nll: Tensor,  # [N]
-    coefficient: Tensor,  # [N] float32
+    lse: Tensor,  # [n]
+    lse_low: Tensor,  # [n]
+    nll: Tensor,  # [n]
+    coefficient: Tensor,  # [n] float32
 ) -> None:
     """``coefficient * dy`` of the rows takes the place of their logits, in the type of ``dy``."""
     _cuda.gradient_rows(

@@ -13,8 +13,10 @@ from bft_kernels.settings import Settings
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:
-    """Raises what keeps the kernels from ``device``: a module built for other GPUs or for a newer
-    driver, or too little shared memory; or what keeps the products.
+    """Raises the error that stops the kernels or GEMMs on ``device``.
+
+    For example: a module that was built for other GPUs or for a newer driver, or too little shared
+    memory.
     """
     products.try_out(device, operand)
     dtype = operand or torch.float32

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 def compiling(device: torch.device) -> Iterator[None]:
     """Kernels launched inside, on tensors without values, are compiled for ``device``.
 
-    Some are compiled at a time if Triton has that mode (from 3.5 on).
+    They are compiled several at once, with Triton 3.5 or later.
     """
     compile_or_launch = JITFunction.run
 

@@ -213,7 +213,7 @@ def store_results(
     reference,
     own,  # the target's z
     moment,  # sum of exp(z - reference) * (z - reference); only looked at for the entropy
-    first,  # whether no column before the target's has its z, and none a larger one
+    first,  # whether the target is the first column with the largest z
     shifted,  # sum of z - reference; only looked at with label smoothing
     call,
 ):

@@ -23,12 +23,14 @@ from bft_kernels.backends.triton.softmax import call_of_rows
 def load_words(words_ptr, offs, words, V, target):
     """Words of a row's bits, the target's set: it is kept whatever its draw says.
 
-    Bits past the vocabulary may be set, where the draw of a column that is not there is 0.
+    Bits past the vocabulary may be set, because the draw of such a column may be 0. They are
+    cleared here.
     """
     word = tl.load(words_ptr + offs, mask=offs < words, other=0).to(tl.uint32, bitcast=True)
     spare = tl.maximum(tl.minimum((offs + 1) * 32 - V, 31), 0)
     word &= tl.full([], 0xFFFFFFFF, tl.uint32) >> spare.to(tl.uint32)
-    valid = (target >= 0) & (target < V)  # of one nobody checked, the loss is NaN
+    # An unchecked target may lie outside; its loss is NaN.
+    valid = (target >= 0) & (target < V)
     place = tl.where(valid, target, 0)
     bit = tl.full([], 1, tl.uint32) << (place % 32).to(tl.uint32)
     return tl.where(valid & (offs == place // 32), word | bit, word)
@@ -47,7 +49,10 @@ def _count_entries_kernel(
     words,
     BLOCK: tl.constexpr,
 ):
-    """Counts the set bits of a row. With logits it first leaves those of what the lse keeps."""
+    """Counts the set bits of a row.
+
+    If logits are given, bits that the final lse does not keep are cleared first.
+    """
     local = tl.program_id(0).to(tl.int64)
     if first_row + local >= tl.load(call.count_ptr):
         return

@@ -22,7 +22,7 @@ def _lse_bound_kernel(
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """A lower bound of each row's lse: its target's logit, less what rounding can make of it.
+    """A lower bound of each row's lse: its target's logit minus the largest rounding error.
 
     Until a program arrives at a confident token's target, this keeps the other entries out.
     """

@@ -34,7 +34,7 @@ def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
     own, _ = _own_logit(logits, target, call)
     m = tl.max(z, axis=0)
     lse_bound = m + tl.log(tl.sum(tl.exp(z - finite_or(m, 0.0)), axis=0))
-    # A logit that is not finite is the business of the rows and columns that have it.
+    # A logit that is not finite must affect only the rows and columns that have it.
     lse_bound = tl.where(tl.abs(lse_bound) < float("inf"), tl.maximum(lse_bound, own), own)
     return lse_bound - ROUNDING * tl.abs(lse_bound) - ROUNDING
 

@@ -24,8 +24,10 @@ def losses_of_ones(device: torch.device, operand: torch.dtype | None) -> torch.T
 
 
 def try_out(device: torch.device, operand: torch.dtype | None) -> None:
-    """Raises what keeps the kernels from ``device``: no C compiler for what launches them, too
-    little shared memory, a driver that does not take their code; or what keeps the products.
+    """Raises the error that stops the kernels or GEMMs on ``device``.
+
+    For example: no C compiler for the kernels' launcher, too little shared memory, or a driver that
+    does not take their code.
     """
     products.try_out(device, operand)
     losses_of_ones(device, operand)
