@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,22 +26,27 @@ def warm_up(
     balanced: bool = False,
     **options: Any,
 ) -> None:
-    """Compiles the kernels of a training step, some at a time where Triton can; runs none of them.
+    """Compiles the kernels of a training step, several at once with Triton 3.5 or later; runs none.
 
-    A backend without anything to compile returns at once. Call it before other threads use a GPU.
+    A backend without anything to compile returns at once. Call it before other threads use a GPU,
+    and under autocast if the step runs under it: products then have the autocast type.
 
     Args:
         hidden_size, vocab_size: ``D`` and ``V``.
         tokens: tokens of a micro-batch, ignored ones included.
-        dtype: of ``hidden`` and of the products, as autocast makes them.
+        dtype: type of ``hidden``.
         weight_dtype: of ``weight`` and the bias; ``dtype`` if None.
         device: where the step will run.
         bias, train_head: whether there is a bias, and whether ``weight`` and bias are trained.
-        balanced: for :func:`balanced_linear_cross_entropy`, else :func:`linear_cross_entropy`.
-        options: the loss's other options, by name.
+        balanced: for :func:`balanced_linear_cross_entropy`, with boundaries on the CPU or on the
+            device; else for :func:`linear_cross_entropy`.
+        options: the loss's other options, by name. For :func:`linear_nll` give
+            ``reduction="none"``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as the loss does.
+        TypeError: an unknown option, or one of another type.
+        ValueError: an option is out of its domain.
+        RuntimeError: no backend can run.
     """
     settings, device = Settings(**options), torch.device(device)
     if settings.max_buffer_bytes is None:
@@ -55,25 +61,27 @@ def warm_up(
     target = empty(tokens, dtype=torch.int64)
     offset = empty(vocab_size, grad=train_head) if bias else None
     problem = make_problem(hidden, weight, target, offset, None, settings)
-    engine: Any = select(settings.backend, Traits(device, dtype), Traits(device, stored), dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        problem = replace(problem, operand=torch.get_autocast_dtype(device.type))
+    traits = Traits(device, dtype), Traits(device, stored)
+    engine: Any = select(settings.backend, *traits, problem.operand)
     if not hasattr(engine, "compiling"):
         return
-    bounds = empty(2, dtype=torch.int64)
-    documents = None
-    if balanced and settings.scheme not in LOCAL_SCHEMES:
-        documents = Documents(bounds, [0, tokens])
-    scale = empty(tokens, dtype=torch.float32)
+    in_forward = settings.gradient == "exact" and train_head and settings.reduction != "none"
+    local, named = not balanced or settings.scheme in LOCAL_SCHEMES, not callable(settings.scheme)
+    bounds, scale = empty(2, dtype=torch.int64), empty(tokens, dtype=torch.float32)
     with torch.no_grad(), engine.compiling(device):
-        if settings.gradient == "exact" and train_head and settings.reduction != "none":
+        if in_forward and named:
+            documents = None if local else Documents(bounds, [0, tokens])
             made = engine.weighted_loss(problem, scale, documents)
             for gradient in (made.grad_hidden, made.grad_weight, made.grad_bias):
                 engine.scale_(gradient, made.loss)
-            return
-        out = engine.linear_nll(problem)
-        if documents:
-            for items in (None, empty(dtype=torch.float32)):
-                engine.balanced_loss(out.loss, target != 0, bounds, items, settings)
-        if problem.saved != "unit":
-            saved = Saved(*(getattr(out, name) for name in Saved._fields))
-            for grad_weight in (None, empty(vocab_size, hidden_size)):  # written, or added to
-                engine.linear_nll_backward(problem, scale, saved, grad_weight)
+        if not (in_forward and local):  # boundaries on the device, too
+            out = engine.linear_nll(problem)
+            if problem.saved != "unit":
+                saved = Saved(*(getattr(out, name) for name in Saved._fields))
+                for grad_weight in (None, empty(vocab_size, hidden_size)):  # written, or added to
+                    engine.linear_nll_backward(problem, scale, saved, grad_weight)
+        if balanced and named and (settings.return_stats or not local):
+            for items in (None, *(empty(dtype=of) for of in (torch.float32, torch.int64))):
+                engine.balanced_loss(scale, target != 0, bounds, items, settings)

@@ -26,7 +26,7 @@ FRAMES, FILES_DEEP, FILES, CALLS = 6, 4, 10, 70
 
 
 class Counter:
-    """Counts until :meth:`stop`, which what is waited for calls."""
+    """Counts calls until the first GEMM, or the first call into `_cpu`, calls :meth:`stop`."""
 
     def __init__(self):
         self.calls, self.files, self.stack = [], set(), []

@@ -56,6 +56,31 @@ def compiled(module):
     return functions, numbers
 
 
+# Where a function of the bindings begins, and an argument that is taken by a name in quotes.
+BEGINS = re.compile(
+    r'(?:def|launches|launches_of<(?P<of>\w+)>|takes)\(\s*(?:module, )?"(?P<made>\w+)"'
+    r"|(?P<helper>\w+)\(Given&? given|void (?P<other>\w+)\("
+)
+TAKEN = re.compile(r'(?:given\.\w+(?:<[^()]*>)?\(\s*|\w+\(given, |flag\()"(\w+)"')
+
+
+def takers(source):
+    """What each function of the bindings takes by name: by itself, and with its helpers."""
+    begins = list(BEGINS.finditer(source))
+    ends = [*(begin.start() for begin in begins[1:]), len(source)]
+    own, calls = {}, {}
+    for begin, end in zip(begins, ends, strict=True):
+        name, text = begin["made"] or begin["helper"] or begin["other"], source[begin.end() : end]
+        own[name] = {*TAKEN.findall(text)} | ({"stream"} if "given.launch(" in text else set())
+        own[name] |= {"Problem": {"problem"}, "LogitRows": {"rows"}}.get(begin["of"], set())
+        calls[name] = set(re.findall(r"(\w+)\(given\b", text))
+
+    def taken(name):
+        return own[name].union(*(taken(helper) for helper in calls[name] & own.keys()))
+
+    return {name: (own[name], taken(name)) for name in own}
+
+
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
 def test_names_and_arguments_are_those_of_the_module(name, request):
     if name == "_cuda":
@@ -65,13 +90,13 @@ def test_names_and_arguments_are_those_of_the_module(name, request):
         functions, numbers = compiled(pytest.importorskip(f"bft_kernels.{name}"))
     wanted, declared_numbers = declared(name)
     assert (wanted.keys(), declared_numbers) == (functions.keys(), numbers)
-    # What takes its arguments one by one, by name, does not list them; it refuses others.
-    bindings = Path(__file__).parents[2] / "csrc/bindings"
-    source = "".join((bindings / file).read_text() for file in ("checks.h", f"{name[1:]}.cpp"))
-    taken = set(re.findall(r'"(\w+)"', source))
+    # What takes its arguments one by one, by name, does not list them; it refuses others. A helper
+    # may take some more that its caller has no use for.
+    taking = takers((Path(__file__).parents[2] / f"csrc/bindings/{name[1:]}.cpp").read_text())
     for function, (positional, named, defaults) in wanted.items():
         if functions[function] == ([], [], {}) and named:
             assert not positional
-            assert set(named) <= taken, function
+            own, taken = taking[function.removesuffix(".__init__")]
+            assert own <= {*named} <= taken, function
         else:
             assert functions[function] == (positional, named, defaults), function
