@@ -73,6 +73,8 @@ class LinearCrossEntropyLoss(_Loss):
         target: Tensor,
         *,
         bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
         token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -82,6 +84,8 @@ class LinearCrossEntropyLoss(_Loss):
             weight,
             target,
             bias=bias,
+            cu_seqlens=cu_seqlens,
+            num_items=num_items,
             token_weight=token_weight,
             seed=seed,
             **self.settings,
@@ -127,6 +131,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
+        token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
         """``hidden [..., D]``, ``weight [V, D]``, ``target [...]``; see the function."""
@@ -137,6 +142,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
             bias=bias,
             cu_seqlens=cu_seqlens,
             num_items=num_items,
+            token_weight=token_weight,
             seed=seed,
             **self.settings,
         )
