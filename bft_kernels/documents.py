@@ -33,29 +33,30 @@ def boundaries_beside(cu_seqlens: Tensor, device: torch.device) -> Tensor:
 def shift_labels(
     labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100
 ) -> Tensor:
-    """Aligns next-token labels with hidden states: ``target[b, t] = labels[b, t + 1]``.
+    """Aligns next-token labels with hidden states: ``target[..., t] = labels[..., t + 1]``.
 
     The last position of each row has nothing to predict and is ignored. With ``cu_seqlens`` the
     last position of each document is ignored too, so that a document's first token is never
     predicted from the document before it.
 
     Args:
-        labels: ``[B, T]`` int64.
-        cu_seqlens: ``[S + 1]`` int32 or int64 over the flattened ``B * T`` positions, on the device
-            of ``labels`` or on the CPU.
+        labels: ``[..., T]`` int64; ``[T]`` is one row.
+        cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, on the device of
+            ``labels`` or on the CPU.
         ignore_index: fills the positions without a target.
 
     Returns:
-        ``target [B, T]`` int64, on the device of ``labels``.
+        ``target [..., T]`` int64, on the device of ``labels``.
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it. The values of
             ``cu_seqlens`` are checked on the CPU only.
         RuntimeError: ``cu_seqlens`` would have to be copied while a CUDA graph is captured.
     """
-    check_tensor("labels", labels, (None, None), (torch.int64,))
+    shape = labels.shape if isinstance(labels, Tensor) and labels.dim() else (None, None)
+    check_tensor("labels", labels, shape, (torch.int64,))
     target = torch.full_like(labels, ignore_index)
-    target[:, :-1] = labels[:, 1:]
+    target[..., :-1] = labels[..., 1:]
     if cu_seqlens is None:
         return target
     check_cu_seqlens(cu_seqlens, labels.numel(), labels.device)

@@ -39,6 +39,8 @@ def linear_nll(
     *,
     bias: Tensor | None = None,
     ignore_index: int = Settings.ignore_index,
+    shift: bool = Settings.shift,
+    cu_seqlens: Tensor | None = None,
     softcap: float | None = Settings.softcap,
     temperature: float = Settings.temperature,
     gradient: str = Settings.gradient,
@@ -57,9 +59,13 @@ def linear_nll(
     Args:
         hidden: ``[..., D]`` bfloat16, float16, float32 or float64.
         weight: ``[V, D]``, same device. Its dtype may differ, but float64 is not mixed with others.
-        target: ``[...]`` int64, ``0 <= target < V`` or ``ignore_index``.
+        target: ``[...]`` int64, int32 or uint8, ``0 <= target < V`` or ``ignore_index``.
         bias: ``[V]``. Entries of ``-inf`` mask columns of the vocabulary.
         ignore_index: tokens with this target cost nothing, give 0 and get no gradient.
+        shift: ``target [..., T]`` holds the labels as the model reads them: position ``t`` predicts
+            ``target[..., t + 1]``, and the last position of each row predicts nothing.
+        cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, for ``shift`` only: the
+            first token of each document is not predicted from the document before it.
         softcap: ``y -> softcap * tanh(y / softcap)`` before the temperature.
         temperature: divides the logits.
         gradient: ``"exact"``, or ``"sampled"``: an unbiased sparse estimate made in the forward
@@ -89,6 +95,7 @@ def linear_nll(
     """
     settings = Settings(
         ignore_index=ignore_index,
+        shift=shift,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
@@ -99,7 +106,8 @@ def linear_nll(
         return_stats=return_stats,
         hidden_variance=hidden_variance,
     )
-    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    _check_shift(shift, cu_seqlens)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     result = ops.linear_nll(problem)
     loss = result.loss.view(target.shape)
     return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
@@ -112,7 +120,10 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = Settings.ignore_index,
+    shift: bool = Settings.shift,
+    cu_seqlens: Tensor | None = None,
     reduction: str = Settings.reduction,
+    num_items: int | float | Tensor | None = None,
     label_smoothing: float = Settings.label_smoothing,
     z_loss: float = Settings.z_loss,
     token_weight: Tensor | None = None,
@@ -137,11 +148,15 @@ def linear_cross_entropy(
     Args:
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the number of labelled
             tokens, also with ``token_weight`` (so that ``token_weight=c`` is DFT).
+        num_items: what ``"mean"`` divides by instead: the labelled tokens of the whole optimizer
+            step, over its micro-batches and ranks. With 0 the step has no labels: the loss is 0,
+            and a label in the call is an error (on a GPU only ``check=True`` looks for it).
         label_smoothing: 0 to 1; ``gradient="exact"`` only.
         z_loss: factor of ``lse**2`` (PaLM, arXiv 2204.02311); ``gradient="exact"`` only.
         token_weight: has target's shape and multiplies the whole token loss. It is bfloat16,
-            float16, float32 or float64, whatever the inputs are, and on their device. It is a
-            constant: if you need a gradient in the weights, use ``reduction="none"`` and multiply.
+            float16, float32 or float64, whatever the inputs are, and on their device. ``shift``
+            moves it along with the labels. It is a constant: if you need a gradient in the weights,
+            use ``reduction="none"`` and multiply.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -151,6 +166,7 @@ def linear_cross_entropy(
     """
     settings = Settings(
         ignore_index=ignore_index,
+        shift=shift,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
@@ -164,13 +180,20 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    _check_shift(shift, cu_seqlens)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     labelled = problem.labelled
     scale = labelled.to(problem.acc_dtype)
     if token_weight is not None:
-        _check_token_weight(token_weight, problem, target.shape)
-        scale = torch.where(labelled, token_weight.reshape(-1), 0).to(scale)
-    if reduction == "mean":
+        scale = _token_weight(token_weight, problem, target.shape)
+    if num_items is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"num_items: got a number with reduction={reduction!r}, expected None: only 'mean' "
+                "divides"
+            )
+        scale = torch.where(labelled, scale / _items_of(num_items, problem), 0.0)
+    elif reduction == "mean":
         scale = scale / labelled.sum().clamp_min(1)
     result: Forward | WeightedLoss
     if reduction != "none" and gradient == "exact" and problem.trains_head:
@@ -190,12 +213,14 @@ def balanced_linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     ignore_index: int = Settings.ignore_index,
+    shift: bool = Settings.shift,
     scheme: str | SchemeFunction = Settings.scheme,
     window: int = Settings.window,
     gamma: float = Settings.gamma,
     cu_seqlens: Tensor | None = None,
     normalize: str = Settings.normalize,
     num_items: int | float | Tensor | None = None,
+    token_weight: Tensor | None = None,
     softcap: float | None = Settings.softcap,
     temperature: float = Settings.temperature,
     gradient: str = Settings.gradient,
@@ -232,6 +257,9 @@ def balanced_linear_cross_entropy(
             device. 0 says that the step has no labels: the loss is 0, and a label in the call is an
             error. On a GPU only ``check=True`` looks for such a label; otherwise the loss is not
             finite.
+        token_weight: has target's shape and multiplies each token's loss after the scheme. Windows,
+            confidences and the number to divide by do not know of it. It is a constant of any sign,
+            and ``shift`` moves it along with the labels.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -241,6 +269,7 @@ def balanced_linear_cross_entropy(
     """
     settings = Settings(
         ignore_index=ignore_index,
+        shift=shift,
         softcap=softcap,
         temperature=temperature,
         gradient=gradient,
@@ -255,11 +284,12 @@ def balanced_linear_cross_entropy(
         gamma=gamma,
         normalize=normalize,
     )
-    problem = make_problem(hidden, weight, target, bias, seed, settings)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     if not isinstance(scheme, str):
         problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
     items = None if num_items is None else _items_of(num_items, problem)
+    factor = None if token_weight is None else _token_weight(token_weight, problem, target.shape)
     in_forward = gradient == "exact" and problem.trains_head
     local, labelled, layout = scheme in LOCAL_SCHEMES, problem.labelled, None
     if local and not return_stats:
@@ -267,6 +297,8 @@ def balanced_linear_cross_entropy(
             documents = _documents_of(boundaries, problem, target.shape)
             layout = labelled_layout(labelled, documents)
         scale = token_scales(labelled, layout, items, problem.acc_dtype)
+        if factor is not None:
+            scale = scale * factor
         if in_forward:
             return ops.weighted_loss(problem, scale).loss
         nll = ops.linear_nll(problem).loss
@@ -280,6 +312,8 @@ def balanced_linear_cross_entropy(
         if normalize == "sequence":
             layout = labelled_layout(labelled, documents)
         scale = token_scales(labelled, layout, items, problem.acc_dtype)
+        if factor is not None:
+            scale = scale * factor
         if local:
             result = ops.weighted_loss(problem, scale)
             weighting = _balanced_loss(labelled, result.nll, documents, items, settings)
@@ -292,6 +326,8 @@ def balanced_linear_cross_entropy(
         result = ops.linear_nll(problem)
         weighting = _balanced_loss(labelled, result.loss, documents, items, settings)
         loss = weighting.loss
+        if factor is not None:
+            loss = weighted_losses(result.loss, weighting.coefficient * factor).sum()
     if not return_stats:
         return loss
     return loss, balanced_stats(token_stats(problem, result, target.shape), weighting, target.shape)
@@ -352,8 +388,16 @@ def _items_of(num_items: int | float | Tensor, problem: Problem) -> Tensor:
     return items.to(device)
 
 
-def _check_token_weight(token_weight: object, problem: Problem, shape: torch.Size) -> None:
-    """The weight of each token must be a constant.
+def _check_shift(shift: object, cu_seqlens: object) -> None:
+    if cu_seqlens is not None and not shift:
+        raise ValueError(
+            "cu_seqlens: got boundaries with shift=False, expected None: only a shift "
+            "of the labels needs them here"
+        )
+
+
+def _token_weight(token_weight: Tensor, problem: Problem, shape: torch.Size) -> Tensor:
+    """The weight of each token ``[N]``, a constant; 0 where ignored.
 
     Raises:
         TypeError: it is not a tensor of floats.
@@ -361,12 +405,15 @@ def _check_token_weight(token_weight: object, problem: Problem, shape: torch.Siz
         RuntimeError: it has a tangent.
     """
     check_tensor("token_weight", token_weight, shape, FLOAT_DTYPES, problem.hidden.device)
-    assert isinstance(token_weight, Tensor)
     if token_weight.requires_grad:
         raise ValueError(
             "token_weight: got a tensor that requires a gradient, expected a constant: detach it, "
             "or use reduction='none' and multiply"
         )
     check_derivatives(token_weight=token_weight)
+    factor = token_weight
+    if problem.settings.shift:  # a weight belongs to its label
+        factor = torch.nn.functional.pad(token_weight[..., 1:], (0, 1))
     if problem.settings.check and not torch.compiler.is_compiling():
-        check_finite("token_weight", token_weight.reshape(-1, 1), rows=problem.labelled)
+        check_finite("token_weight", factor.reshape(-1, 1), rows=problem.labelled)
+    return torch.where(problem.labelled, factor.reshape(-1), 0).to(problem.acc_dtype)

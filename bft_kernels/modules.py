@@ -77,6 +77,8 @@ class LinearCrossEntropyLoss(_Loss):
         target: Tensor,
         *,
         bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
         token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, TokenStats]:
@@ -93,6 +95,8 @@ class LinearCrossEntropyLoss(_Loss):
             weight,
             target,
             bias=bias,
+            cu_seqlens=cu_seqlens,
+            num_items=num_items,
             token_weight=token_weight,
             seed=seed,
             **self.settings,
@@ -142,6 +146,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
         bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
+        token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
         """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
@@ -159,6 +164,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
             bias=bias,
             cu_seqlens=cu_seqlens,
             num_items=num_items,
+            token_weight=token_weight,
             seed=seed,
             **self.settings,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bft_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, check_waiting
+from bft_kernels.documents import shift_labels
 from bft_kernels.results import Wanted
 from bft_kernels.settings import NAMES, Settings, check_settings, values_of
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
@@ -23,7 +24,7 @@ ACCELERATOR_BUFFER_BYTES = 528 * 2**20
 # exact ``dW`` goes through float32 memory once a chunk, and a larger budget makes fewer chunks.
 LARGE_ACCELERATOR_BUFFER_BYTES = 2 * 2**30
 LARGE_MEMORY_BYTES = 40 * 2**30
-
+NARROW_TARGETS = (torch.int32, torch.uint8)  # taken as int64
 
 _DEFAULTS = values_of(Settings())
 
@@ -163,13 +164,18 @@ def make_problem(
     bias: Tensor | None,  # [V]
     seed: int | Tensor | None,
     settings: Settings,
+    cu_seqlens: Tensor | None = None,  # [S + 1], of the shift
 ) -> Problem:
     """Checks everything that can be checked without values, and flattens the tensors.
+
+    Targets of int32 and uint8 become int64 here; with ``settings.shift`` they move by one.
 
     Raises:
         TypeError, ValueError, RuntimeError: the message names the argument.
     """
     check_derivatives(hidden=hidden, weight=weight, bias=bias)
+    if isinstance(target, Tensor) and target.dtype in NARROW_TARGETS:
+        target = target.long()
     if not _fit(hidden, weight, target, bias):
         check_core(hidden, weight, target, bias)
     # By identity: a value of another type may equal the default.
@@ -179,6 +185,8 @@ def make_problem(
         check_waiting(hidden.device, settings.check)
     if seed is not None:
         _check_seed(seed, hidden)
+    if settings.shift:
+        target = shift_labels(target, cu_seqlens, settings.ignore_index)
     wanted = Wanted(False, False, False)
     if torch.is_grad_enabled():
         of_bias = bias is not None and bias.requires_grad
@@ -238,7 +246,8 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
         )
     if vocabulary >= 2**31:
         raise ValueError(f"weight: got V = {vocabulary}, expected less than 2**31")
-    check_tensor("target", target, hidden.shape[:-1], (torch.int64,), hidden.device)
+    integers = (torch.int64, *NARROW_TARGETS)
+    check_tensor("target", target, hidden.shape[:-1], integers, hidden.device)
     if bias is not None:
         check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
     for name, value in (("weight", weight), ("bias", bias)):

@@ -183,6 +183,7 @@ def balanced_linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     temperature: float = 1.0,
+    token_weight: Tensor | None = None,  # [N], a factor of each token's loss after the scheme
     **weighting: object,  # as in token_coefficients
 ) -> Tensor:
     """``L = (1/B) sum_b s_b (sum_t w_bt nll_bt) / T_b`` with constant weights, a scalar."""
@@ -200,6 +201,8 @@ def balanced_linear_cross_entropy(
     nll = nll[labelled]
     confidence = torch.exp(-nll.detach())
     coefficient = token_coefficients(confidence, before[cu_seqlens.long()], **weighting)  # type: ignore[arg-type]
+    if token_weight is not None:
+        coefficient = coefficient * token_weight[labelled]
     return (coefficient * nll).sum()
 
 

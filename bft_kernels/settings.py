@@ -55,6 +55,9 @@ class Settings:
     ignore_index: int = _option(
         -100, check_int, "tokens with this target cost nothing and get no gradient", low=-(2**63)
     )
+    shift: bool = _option(
+        False, check_bool, "labels are not shifted yet: position `t` predicts `target[..., t + 1]`"
+    )
     softcap: float | None = _option(
         None, check_positive, "`y -> softcap * tanh(y / softcap)`, before the temperature"
     )

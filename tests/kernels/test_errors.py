@@ -73,7 +73,7 @@ CORE = [
     wrong_type("weight", randn(V, D).to(torch.int8), "int8", "float32"),
     wrong("weight", randn(V, D, device="meta"), "meta", "cpu"),
     wrong("target", torch.arange(N + 1), f"({N + 1},)", f"({N})"),
-    wrong_type("target", torch.arange(N).int(), "int32", "int64"),
+    wrong_type("target", torch.arange(N).short(), "int16", "int64"),
     wrong("target", torch.arange(N, device="meta"), "meta", "cpu"),
     wrong("target", torch.arange(N) + V, f"{V}", f"{V - 1}"),
     wrong("target", torch.full((N,), -1), "-1", "ignore_index = -100"),
@@ -190,7 +190,7 @@ WRONG = [
         (token_weights, {"confidence": torch.rand(4), "cu_seqlens": tensor([0, 4])}, case)
         for case in WEIGHTS
     ),
-    (shift_labels, {}, wrong("labels", torch.arange(3), "(3,)", "(any, any)")),
+    (shift_labels, {}, wrong("labels", tensor(3), "()", "(any, any)")),
     (shift_labels, {"labels": LABELS}, wrong("cu_seqlens", tensor([0, 2]), "2", "3")),
     *(
         (function, {}, wrong(name, torch.ones(3, dtype=torch.int64), "(3,)", "(any, any)"))
