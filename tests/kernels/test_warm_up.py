@@ -86,9 +86,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(x, marks=[pytest.mark.slow] if x != "exact" else []) for x in CASES]
-)
+MARKS = {case: [pytest.mark.soak] for case in CASES} | {
+    "exact": [],
+    "boundaries on the device": [pytest.mark.slow],
+    "sampled": [pytest.mark.slow],
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=MARKS[x]) for x in CASES])
 def test_a_step_after_it_compiles_nothing(case):
     command = [sys.executable, "-c", STEP, *CASES[case]]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
