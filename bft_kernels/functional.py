@@ -183,8 +183,9 @@ def linear_cross_entropy(
     _check_shift(shift, cu_seqlens)
     problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     labelled = problem.labelled
-    scale = labelled.to(problem.acc_dtype)
-    if token_weight is not None:
+    if token_weight is None:
+        scale = labelled.to(problem.acc_dtype)
+    else:
         scale = _token_weight(token_weight, problem, target.shape)
     if num_items is not None:
         if reduction != "mean":
@@ -411,9 +412,9 @@ def _token_weight(token_weight: Tensor, problem: Problem, shape: torch.Size) -> 
             "or use reduction='none' and multiply"
         )
     check_derivatives(token_weight=token_weight)
-    factor = token_weight
+    factor, labelled = token_weight, problem.labelled
     if problem.settings.shift:  # a weight belongs to its label
         factor = torch.nn.functional.pad(token_weight[..., 1:], (0, 1))
     if problem.settings.check and not torch.compiler.is_compiling():
-        check_finite("token_weight", factor.reshape(-1, 1), rows=problem.labelled)
-    return torch.where(problem.labelled, factor.reshape(-1), 0).to(problem.acc_dtype)
+        check_finite("token_weight", factor.reshape(-1, 1), rows=labelled)
+    return torch.where(labelled, factor.reshape(-1), 0).to(problem.acc_dtype)

@@ -50,7 +50,7 @@ def warm_up(
     """
     settings, device = Settings(**options), torch.device(device)
     if settings.max_buffer_bytes is None:
-        settings = Settings(**options | {"max_buffer_bytes": default_buffer_bytes(device)})
+        settings = replace(settings, max_buffer_bytes=default_buffer_bytes(device))
     stored = weight_dtype or dtype
 
     def empty(*shape: int, dtype: torch.dtype = stored, grad: bool = False) -> torch.Tensor:
