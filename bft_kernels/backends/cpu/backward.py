@@ -146,7 +146,7 @@ def _from_entries(
     saved: Saved,
     grad_weight: Tensor | None,
 ) -> Gradients:
-    """``dH`` gathers rows of ``weight``, ``dW`` rows of ``hidden``; both are written once."""
+    """``dH = S @ W`` and ``dW = S.T @ H`` for the saved sample ``S``; both are written once."""
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     entries = {
         "rows": hidden.shape[0],
