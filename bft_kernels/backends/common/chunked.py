@@ -129,7 +129,7 @@ def weighted_loss(
 
 
 def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | None:
-    """The factor of a float16 ``dy``, else ``None``; see :func:`scale_for`. No upstream is 1."""
+    """The factor of a float16 ``dy``; ``None`` for other types. ``upstream=None`` means 1."""
     operand = gemm_dtype(problem.operand, problem.acc_dtype, problem.hidden.device.type)
     if operand != torch.float16:
         return None
