@@ -60,7 +60,7 @@ class Gradients(NamedTuple):
 class Documents(NamedTuple):
     """Where documents begin and end, for code that plans on the host and computes on a device."""
 
-    cu_seqlens: Tensor  # [S + 1] int64, beside the tokens
+    cu_seqlens: Tensor  # [S + 1] int64, on the tokens' device
     bounds: list[int]  # the same on the host, known without asking the device
 
 

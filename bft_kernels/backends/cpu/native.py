@@ -51,7 +51,7 @@ def transform(bias: Tensor | None, settings: Settings) -> dict[str, Any]:
 
 
 class RowTargets(NamedTuple):
-    """The values that a row's gradient needs beside its logits; ``[n]`` each, of labelled rows."""
+    """The values that a row's gradient needs besides its logits; ``[n]`` each, of labelled rows."""
 
     targets: Tensor  # int64
     lse: Tensor

@@ -114,7 +114,7 @@ def plan_cpu_blocks(
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
-        narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
+        narrow_gradient: whether blocks of ``dW`` are accumulated in float32, to be rounded once.
         block_bytes: bytes of the caches for one product; see :func:`cpu_block_bytes`.
         threads: how many threads may take blocks by themselves.
     """
@@ -188,8 +188,8 @@ def plan_cpu_weighted(
     """Plans where logits wait for the weights of their tokens.
 
     ``dW`` is a float32 ``[V, D]`` to which nothing is written before the weights are known. A block
-    of its rows has room for ``D`` rows of logits, over the same block of columns. The budget holds
-    whole rows of the other logits.
+    of its rows has room for ``D`` rows of logits, over the same block of columns. The rest of
+    the budget holds whole rows of the other logits.
 
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
