@@ -145,7 +145,7 @@ def _candidates(name: str, device: str) -> tuple[str, ...]:
 
 
 def captures(device: torch.device) -> bool:
-    """Whether ``device`` is a GPU, and a CUDA graph is being captured.
+    """Whether ``device`` is a GPU and a CUDA graph is being captured.
 
     A capture tries nothing out (see :func:`_why_tried`), so its choice must not be remembered.
     """
@@ -183,7 +183,7 @@ def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> E
 def offered(function: str, name: str, x: Traits) -> Any:
     """``function`` of the first engine that can run on ``x``; ``None`` if it has no such function.
 
-    This never raises: losses or gradients exist already, and plain PyTorch can do the rest.
+    No engine is no error: losses or gradients exist already, and plain PyTorch can do the rest.
     """
     choose = _offered.__wrapped__ if captures(x.device) else _offered
     return choose(function, name, x)

@@ -127,7 +127,7 @@ class Traits(NamedTuple):
 
 
 def traits_of(x: Tensor) -> Traits:
-    """The traits of a tensor, with the strides of a matrix if its rows lie unusually."""
+    """The traits of a tensor. A matrix has strides if its rows overlap or are not contiguous."""
     strides = None
     if x.layout == torch.strided and x.dim() == 2:
         (count, width), (rows, columns) = x.shape, x.stride()

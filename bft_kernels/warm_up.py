@@ -40,7 +40,7 @@ def warm_up(
         bias, train_head: whether there is a bias, and whether ``weight`` and bias are trained.
         balanced: whether the loss is :func:`balanced_linear_cross_entropy`, with boundaries on the
             CPU or on the device; otherwise it is :func:`linear_cross_entropy`.
-        options: the loss's other options, by name. :func:`linear_nll` has ``reduction="none"``.
+        options: the loss's other options, by name. Give ``reduction="none"`` for ``linear_nll``.
 
     Raises:
         TypeError: an option is unknown or of another type.

@@ -131,7 +131,7 @@ def at_most_registers(limit: int | None) -> dict[str, int]:
 
 
 def loop_stages() -> int:
-    """Stages of a loop without a product. AMD has no asynchronous copies to shared memory."""
+    """Stages of a loop without a product: 1 on AMD, which has no asynchronous copies."""
     return 3 if target()[0] == "cuda" else 1
 
 
@@ -188,7 +188,7 @@ def precision_for(operand: torch.dtype) -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
-    """The name of a type inside kernels."""
+    """The type inside kernels for a type of torch."""
     return getattr(triton.language, str(dtype).removeprefix("torch."))
 
 
