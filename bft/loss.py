@@ -152,13 +152,13 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     ``targets``, made before by :func:`aligned`, are handed on.
 
     Args:
-        batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
-            ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
+        batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``
+            or multimodal ones ``[3 or 4, B, T]``, ``cu_seqlens [S + 1]`` over the flattened
+            ``B * T`` positions.
         shift: whether ``labels`` are shifted.
 
     Raises:
-        TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
-            several dimensions per token (multimodal rotary positions) without ``cu_seqlens``.
+        TypeError, ValueError: no labels, or shapes or types that do not fit.
     """
     if not is_labelled(batch):
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
@@ -174,17 +174,17 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     if cu_seqlens is None:
         cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is None and positions is not None:
-        if positions.dim() != 2:
-            raise ValueError(
-                f"position_ids: got shape {tuple(positions.shape)}, expected (B, T); with "
-                "positions of several dimensions, say where documents start with cu_seqlens"
-            )
-        if positions.shape not in (rows.shape, (1, rows.shape[1])):
+        fits = positions.shape[-2:] in (rows.shape, (1, rows.shape[1]))
+        if not fits or positions.shape[:-2] not in ((), (3,), (4,)):
             raise ValueError(
                 f"position_ids: got shape {tuple(positions.shape)}, expected {tuple(rows.shape)}, "
-                f"that of {name}, or one row of it"
+                f"that of {name}, one row of it, or 3 or 4 such planes"
             )
-        cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
+        # Of four planes the first holds the text's positions, as in transformers. With only those
+        # of time, height and width, models let all of a row see each other: it is one document.
+        if positions.dim() == 2 or len(positions) == 4:
+            text = positions if positions.dim() == 2 else positions[0]
+            cu_seqlens = cu_seqlens_from_position_ids(text.expand(rows.shape))
     target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
     return Targets(target if shift and name == "labels" else rows, cu_seqlens)
 

@@ -53,6 +53,9 @@ MODELS = {
     # The grouped product of the fused experts knows no float64.
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 3, "experts_implementation": "eager"}),
     "smollm3": ("SmolLM3ForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 6}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
 }
 TRANSFORMS = {
     "gemma2": LogitTransform(0.5, 1.0),
