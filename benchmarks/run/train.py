@@ -52,7 +52,7 @@ class Config(Options):
 
     A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text,
     every token labelled, each row a document. Losses take turns at one model; their times are
-    medians. Peak memory is that of one step in a fresh process. docs/performance.md says what it
+    medians. Peak memory is that of one step in a fresh process. benchmarks/README.md says what it
     counts, and how the largest batch is found.
     """
 
