@@ -41,7 +41,7 @@ def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
 
 
 def reduction(weighting: str) -> str:
-    """The reduction to ask for: the loss's own mean, or none, if the tokens' losses are weighted."""
+    """The reduction to ask for: the loss's own mean, or none if tokens' losses are weighted."""
     return "mean" if weighting == "plain" else "none"
 
 
@@ -162,7 +162,7 @@ def trl_chunked(problem: Problem, weighting: str) -> Tensor:
 
 @peer("verl", AGAIN_EACH, installed="verl: verl.utils.experimental.torch_functional")
 def verl_chunked(problem: Problem, weighting: str) -> Tensor:
-    """verl's fused linear layer for PPO: log-probabilities in chunks of 512 tokens."""
+    """The fused linear layer of verl for PPO: log-probabilities in chunks of 512 tokens."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
     return -FusedLinearForPPO()(*problem.inputs)[0]

@@ -24,7 +24,7 @@ class Config:
     folders: Positional[tuple[Path, ...]] = ()
     """Folders with a loss.csv, scale.csv or train.csv; all of benchmarks/results by default."""
     output: Path | None = None
-    """A folder for the figures, instead of beside the CSVs; several `folders` get one each in it."""
+    """A folder for the figures, instead of beside the CSVs; each of several `folders` gets one."""
     gain: Path | None = None
     """Draw README's figure alone, to this file (docs/gain.png)."""
 
