@@ -221,7 +221,8 @@ def recompute(
     known, scale, row_blocks = work.known, work.scale, triton.cdiv(count, tile.block_n)
     bias_sums = None
     if into.bias is not None:
-        bias_sums = work.dy.new_zeros(row_blocks, work.step, dtype=torch.float32)
+        size = row_blocks, work.step
+        bias_sums = torch.zeros(size, dtype=torch.float32, device=work.dy.device)
     for first, columns in work.blocks():
         block = {"dy_ptr": work.dy, "stride_dy": work.step}
         block |= {"first_column": first, "columns": columns}
