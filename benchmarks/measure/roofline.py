@@ -87,7 +87,7 @@ def product(
 def chunks(shape: Shape, budget: int) -> list[int]:
     """The rows of each chunk of float32 logits that fits into ``budget`` bytes."""
     sizes = shape.tokens, shape.vocabulary, shape.width, 4, budget
-    rows = plan_rows(*sizes, widen=False, scratch=0).chunk_rows
+    rows = plan_rows(*sizes, widen=False).chunk_rows
     full, rest = divmod(shape.tokens, rows)
     return [rows] * full + [rest] * (rest > 0)
 

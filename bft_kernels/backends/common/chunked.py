@@ -140,39 +140,31 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
 
 # --- the memory plan -----------------------------------------------------------------------------
 
-# Elementwise passes of the torch backend run over tiles of about this many logits. On a CPU a tile
-# and its scratch stay in the second-level cache or near it between passes. On a GPU a tile fills
-# the device, and many rows share the cost of its 35 launches.
-TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
-
-
 # A GPU's GEMM computes whole tiles of PRODUCT_ROWS rows. So large chunks are a multiple of it.
 PRODUCT_ROWS, MANY_ROWS = 128, 512
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Blocks of whole rows of logits: ``[chunk_rows, V]``, taken in tiles of ``tile_rows``."""
+    """Blocks of whole rows of logits, ``[chunk_rows, V]``."""
 
     chunk_rows: int
-    tile_rows: int
     weight_rows: int  # rows of ``weight`` that are widened at a time; V if nothing is widened
+    reserved: int  # bytes that the kernels take beside the logits
 
 
-def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
-    """The plan of a call; ``scratch`` is how many temporaries of a tile the kernels hold."""
+def chunk_plan(
+    problem: Problem,
+    rows: int,
+    budget: int | None = None,
+    reserve: Callable[[int], int] = lambda _: 0,
+) -> RowPlan:
+    """The plan of a call; see :func:`plan_rows`."""
     (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
-    on_cpu = problem.hidden.device.type == "cpu"
-    return plan_rows(
-        rows,
-        vocabulary,
-        width,
-        acc.itemsize,
-        budget or problem.buffer_bytes,
-        widen=converts(problem.weight, problem.operand, acc),
-        scratch=scratch,
-        tile_elements=TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS,
-    )
+    widen = converts(problem.weight, problem.operand, acc)
+    budget = budget or problem.buffer_bytes
+    sizes = rows, vocabulary, width, acc.itemsize, budget
+    return plan_rows(*sizes, widen=widen, reserve=reserve)
 
 
 def plan_rows(
@@ -183,8 +175,7 @@ def plan_rows(
     budget: int,
     *,
     widen: bool,
-    scratch: int,
-    tile_elements: int = TILE_ELEMENTS,
+    reserve: Callable[[int], int] = lambda _: 0,
 ) -> RowPlan:
     """Block sizes for passes that need whole rows.
 
@@ -194,23 +185,17 @@ def plan_rows(
         budget: bytes for everything together. At least one row is taken, however small it is.
         widen: whether blocks of ``weight`` are copied to another type first, which takes a
             quarter of the budget.
-        scratch: how many tile-sized temporaries the softmax holds.
-        tile_elements: logits of a tile.
+        reserve: the bytes that the kernels take of those that are left.
     """
     weight_rows = vocabulary
     if widen:
         weight_rows = max(1, min(vocabulary, budget // 4 // (width * itemsize)))
         budget -= budget // 4
-    row_bytes = vocabulary * itemsize
-    tile_rows = max(1, min(rows, tile_elements // vocabulary))
-    # A tile's temporaries come out of the same budget; small budgets get one-row tiles.
-    while tile_rows > 1 and tile_rows * scratch * row_bytes > budget // 2:
-        tile_rows //= 2
-    chunk_rows = (budget - tile_rows * scratch * row_bytes) // row_bytes
+    reserved = reserve(budget)
+    chunk_rows = (budget - reserved) // (vocabulary * itemsize)
     if chunk_rows >= MANY_ROWS:
         chunk_rows -= chunk_rows % PRODUCT_ROWS
-    chunk_rows = max(1, min(rows, chunk_rows))
-    return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
+    return RowPlan(max(1, min(rows, chunk_rows)), weight_rows, reserved)
 
 
 # If this many rows are multiplied at a time, the vendor's GEMM and a pass over its result are
