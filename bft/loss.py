@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft.config import LossOptions, check_int
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
 from bft_kernels.checks import FLOAT_DTYPES, check_finite, check_tensor
+from bft_kernels.settings import Settings, TrainingSettings
+from bft_kernels.values import check_int
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
@@ -40,7 +41,7 @@ LossFunction = Callable[..., tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
-class HeadLoss:
+class HeadLoss(TrainingSettings):
     """The balanced loss of a fused head. See ``bft_kernels.balanced_linear_cross_entropy``.
 
     ``seed`` only matters to ``gradient="sampled"``. ``None`` draws one from torch's CPU generator
@@ -50,15 +51,8 @@ class HeadLoss:
     Raises what ``bft_kernels.BalancedLinearCrossEntropyLoss`` does for an option that cannot be.
     """
 
-    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LossOptions.scheme
-    window: int = LossOptions.window
-    gamma: float = LossOptions.gamma
-    gradient: str = LossOptions.gradient
-    eps: float = LossOptions.eps
+    max_buffer_bytes: int | None = Settings.max_buffer_bytes
     seed: int | None = None
-    backend: str = LossOptions.backend
-    max_buffer_bytes: int | None = None
-    normalize: str = LossOptions.normalize
 
     def __post_init__(self) -> None:
         options = dict(vars(self))

@@ -1,4 +1,4 @@
-"""Argument checks. Each error names the argument, the value that came and what was expected."""
+"""Checks of tensors. Each error names the argument, the value that came and what was expected."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from bft_kernels.values import check_number
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -33,51 +35,6 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: got device {value.device}, expected {device}")
-
-
-def check_type(name: str, value: object, kind: type, what: str) -> None:
-    """Raises unless ``value`` is a ``kind``. The message calls that kind ``what``."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raises unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises unless ``value`` is finite and ``low <= value <= high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (low <= value <= high and value < math.inf):  # isinf cannot be traced
-        expected = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-        raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
-
-
-def check_positive(name: str, value: object, high: float = math.inf) -> None:
-    """Raises unless ``value`` is finite and ``0 < value <= high``."""
-    check_number(name, value, 0, high)
-    if value == 0:
-        raise ValueError(f"{name}: got {value}, expected a number above 0")
-
-
-def check_int(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
-    """Raises unless ``value`` is an int from ``low`` to ``high`` (by default what 64 bits hold)."""
-    # A tuple of types: torch 2.8 does not trace a union of them.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < low:
-        raise ValueError(f"{name}: got {value}, expected at least {low}")
-    if value > high:
-        raise ValueError(f"{name}: got {value}, expected at most {high}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raises unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
 
 
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:

@@ -17,18 +17,13 @@ from torch import Tensor
 
 from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
 from bft_kernels import ops
-from bft_kernels.checks import (
-    FLOAT_DTYPES,
-    check_boundaries,
-    check_finite,
-    check_number,
-    check_tensor,
-)
+from bft_kernels.checks import FLOAT_DTYPES, check_boundaries, check_finite, check_tensor
 from bft_kernels.documents import boundaries_beside, labelled_layout, token_scales
 from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
+from bft_kernels.values import check_number
 from bft_kernels.weighting import balanced_loss, local_weighting, weighted_losses
 
 

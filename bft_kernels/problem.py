@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bft_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, check_waiting
+from bft_kernels.checks import FLOAT_DTYPES, check_tensor, check_waiting
 from bft_kernels.documents import shift_labels
 from bft_kernels.results import Wanted
 from bft_kernels.settings import NAMES, Settings, check_settings, values_of
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
+from bft_kernels.values import check_int
 
 CPU_BUFFER_BYTES = 64 * 2**20
 # 512 MiB of logits, and a bit for each.
@@ -314,7 +315,7 @@ def _operand(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def _check_seed(seed: object, hidden: Tensor) -> None:
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (), (torch.int64,), hidden.device)
-    else:
+    elif not isinstance(seed, torch.SymInt):
         check_int("seed", seed, -(2**63))
 
 

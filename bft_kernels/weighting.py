@@ -12,14 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import (
-    check_capture,
-    check_confidence,
-    check_cu_seqlens,
-    check_int,
-    check_positive,
-    check_tensor,
-)
+from bft_kernels.checks import check_capture, check_confidence, check_cu_seqlens, check_tensor
 from bft_kernels.documents import (
     Layout,
     boundaries_beside,
@@ -31,6 +24,7 @@ from bft_kernels.documents import (
 )
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import SchemeFunction, Settings, check_scheme
+from bft_kernels.values import check_int, check_positive
 
 __all__ = [
     "TokenWeights",

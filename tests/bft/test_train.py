@@ -8,7 +8,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -22,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bft import held_out as held_out_module
 from bft import loss as loss_module
 from bft import train as train_module
-from bft.config import Scheme
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.evaluate import evaluate
 from bft.loss import HeadLoss
 from bft.patch import patch_model
 from bft.records import read_jsonl
 from bft.train import train, training_step
+from bft_kernels.settings import SCHEMES
 from tests.support.batches import assert_gradients, gradients_of
 from tests.support.runs import metrics, on_two_processes, run_python, unevaluated
 
@@ -56,7 +55,7 @@ def test_learns_and_saves_a_model_that_loads(config, precision):
 WEIGHTS = [0.3, None, -2.0, 0.0, 1.5]  # of one record after the other
 
 
-@pytest.mark.parametrize("scheme", get_args(Scheme))
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("normalize", "weights"), [("sequence", [None]), ("token", [None]), ("sequence", WEIGHTS)]
 )
