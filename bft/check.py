@@ -30,6 +30,7 @@ from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
 from bft.records import read_jsonl
+from bft.schemes import load_scheme
 from bft_kernels import reference
 
 SFT = HeadLoss(scheme="sft", normalize="token")
@@ -146,7 +147,7 @@ class _Trial:
         nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
         bounds = nn.functional.pad(labelled.sum(1).cumsum(0), (1, 0))
         coefficients = reference.token_coefficients(
-            torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window
+            torch.exp(-nll.detach()), bounds, scheme=load_scheme(loss.scheme), window=loss.window
         )
         if token_weight is not None:
             coefficients = coefficients * token_weight[labelled]

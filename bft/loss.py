@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft.schemes import load_scheme
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
 from bft_kernels.checks import FLOAT_DTYPES, check_finite, check_tensor
 from bft_kernels.settings import Settings, TrainingSettings
@@ -48,6 +49,9 @@ class HeadLoss(TrainingSettings):
     at every call, which ``torch.manual_seed`` makes repeatable and a checkpoint resumes. A number
     gives every call the same draws, for tests. Ranks differ in both cases.
 
+    ``scheme`` may also be a function's import path, ``package.module:name``; see
+    :mod:`bft.schemes`.
+
     Raises what ``bft_kernels.BalancedLinearCrossEntropyLoss`` does for an option that cannot be.
     """
 
@@ -55,7 +59,7 @@ class HeadLoss(TrainingSettings):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        options = dict(vars(self))
+        options = {**vars(self), "scheme": load_scheme(self.scheme)}
         if options.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
         BalancedLinearCrossEntropyLoss(**options)  # checks them
@@ -89,7 +93,7 @@ class HeadLoss(TrainingSettings):
             num_items=num_items,
             token_weight=token_weight,
             return_stats=True,
-            **{**vars(self), "seed": seed},
+            **{**vars(self), "scheme": load_scheme(self.scheme), "seed": seed},
         )
         return value, stats
 
