@@ -11,6 +11,7 @@ import math
 import pkgutil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bft_kernels.settings import SCHEMES
@@ -47,6 +48,9 @@ def every_document(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     return like.new_ones(cu_seqlens.numel() - 1)
 
 
+_LOADED: dict[str, Any] = {}  # for compiled code, which imports nothing
+
+
 def load_scheme(scheme: Any) -> Any:
     """The function at an import path ``package.module:name``; names and functions as they are.
 
@@ -56,6 +60,8 @@ def load_scheme(scheme: Any) -> Any:
     """
     if not isinstance(scheme, str) or scheme in SCHEMES:
         return scheme
+    if torch.compiler.is_compiling() and scheme in _LOADED:
+        return _LOADED[scheme]
     if ":" not in scheme:
         names = ", ".join(map(repr, SCHEMES))
         path = "the import path of a function, as 'package.module:name'"
@@ -67,4 +73,5 @@ def load_scheme(scheme: Any) -> Any:
         raise ValueError(f"scheme: {scheme!r} cannot be imported ({reason})") from error
     if not callable(found):
         raise TypeError(f"scheme: {scheme!r} is of {type(found)}, expected a function")
+    _LOADED[scheme] = found
     return found

@@ -14,6 +14,7 @@ from bft.head import LogitTransform, UnsupportedModel
 from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+from bft.schemes import load_scheme
 from bft_kernels import reference
 from tests.support.allocations import measure_allocations
 from tests.support.batches import SFT, assert_gradients, gradients_of
@@ -89,7 +90,11 @@ def eager(model, batch, loss):
     target, cu_seqlens, token_weight = batch_targets(batch)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
-    settings = {"scheme": loss.scheme, "window": loss.window, "normalize": loss.normalize}
+    settings = {
+        "scheme": load_scheme(loss.scheme),
+        "window": loss.window,
+        "normalize": loss.normalize,
+    }
     if token_weight is not None:
         settings["token_weight"] = token_weight.flatten()
     return reference.balanced_linear_cross_entropy(
@@ -428,12 +433,22 @@ def test_tuples_positional_arguments_and_other_outputs():
     assert output.past_key_values is not None
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ONE_GRAPH)])
-def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
+@pytest.mark.parametrize(
+    ("compiled", "loss"),
+    [
+        (False, BFT),
+        pytest.param(True, BFT, marks=ONE_GRAPH),
+        pytest.param(True, HeadLoss(scheme="bft.schemes:focal"), marks=ONE_GRAPH),
+    ],
+    ids=["eager", "compiled", "import path"],
+)
+def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled, loss):
     model, batch = build("cohere"), rows()
-    want = eager(model, batch, BFT)
+    if loss is not BFT:
+        batch["token_weight"] = torch.linspace(-1, 2, 3 * LENGTH).view(3, LENGTH)
+    want = eager(model, batch, loss)
     expected = gradients_of(model, want)
-    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
+    patch_model(model, loss, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
     call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     loss = call(**batch).loss
     close(loss, want)
