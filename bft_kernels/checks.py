@@ -40,7 +40,7 @@ def check_tensor(
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
     """Raises unless ``cu_seqlens [S + 1]`` goes from 0 to ``total`` and never falls.
 
-    Values are looked at on a CPU only.
+    Values are checked on a CPU only.
     """
     check_boundaries(cu_seqlens, device)
     assert isinstance(cu_seqlens, Tensor)
@@ -84,7 +84,7 @@ def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
 def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
     """Raises unless ``num_items`` is at least 0, and 0 only in a call without labels.
 
-    Labels on a device are looked at only if ``wait`` allows waiting for it.
+    Labels on a device are read only if ``wait`` allows to wait for the device.
     """
     check_number("num_items", float(num_items), 0)
     visible = wait or labelled.device.type == "cpu"
@@ -96,7 +96,7 @@ def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
 
 
 def check_capture(device: torch.device, got: str, expected: str) -> None:
-    """What needs the host, or its memory, raises while a CUDA graph is captured on ``device``.
+    """Raises in a capture of a CUDA graph on ``device``, for what needs the host or its memory.
 
     A replay repeats the device's work but not the host's. A captured copy from the host's memory
     reads that memory again, whoever owns it by then. Compiled code is captured later, in the ops.
@@ -116,8 +116,7 @@ def check_waiting(device: torch.device, check: object) -> None:
 def check_finite(name: str, value: Tensor, *, rows: Tensor | None = None) -> None:
     """Raises where ``value`` holds a NaN or an infinity. Waits for the device.
 
-    ``rows`` is a mask ``[N]`` of the rows of ``value [N, D]`` that are looked at; ``None`` looks at
-    all.
+    ``rows [N]`` bool: the rows of ``value [N, D]`` to check; ``None`` checks all.
     """
     wrong = ~torch.isfinite(value)
     if rows is not None:

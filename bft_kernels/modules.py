@@ -1,4 +1,4 @@
-"""``nn.Module`` twins of the public functions: they take settings first, tensors at the call."""
+"""``nn.Module`` twins of the public functions: settings when made, tensors when called."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ class LinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, reduction, label_smoothing, z_loss: as in the function.
-        options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
+        options: ``shift, softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
             return_stats, hidden_variance`` of the function.
 
     Raises:
-        TypeError, ValueError: the function has no such option, or its value is out of its domain;
-            the message names it.
+        TypeError, ValueError: an option is unknown or out of its domain; the message names it.
     """
 
     _function = staticmethod(linear_cross_entropy)
@@ -108,12 +107,11 @@ class BalancedLinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, scheme, window, gamma, normalize: as in the function.
-        options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
+        options: ``shift, softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
             return_stats, hidden_variance`` of the function.
 
     Raises:
-        TypeError, ValueError: the function has no such option, or its value is out of its domain;
-            the message names it.
+        TypeError, ValueError: an option is unknown or out of its domain; the message names it.
     """
 
     _function = staticmethod(balanced_linear_cross_entropy)

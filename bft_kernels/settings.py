@@ -83,7 +83,7 @@ class Settings(TrainingSettings):
     """The options of one call, unchecked; see :func:`check_settings`."""
 
     ignore_index: int = _option(
-        -100, check_int, "tokens with this target cost nothing and get no gradient", low=-(2**63)
+        -100, check_int, "tokens with this target have loss 0 and get no gradient", low=-(2**63)
     )
     shift: bool = _option(
         False, check_bool, "labels are not shifted yet: position `t` predicts `target[..., t + 1]`"
@@ -130,7 +130,7 @@ SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Sett
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises unless every option is in its domain and they go together.
+    """Raises unless every option is in its domain and all options go together.
 
     Raises:
         TypeError, ValueError: the message names the option.
