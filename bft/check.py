@@ -30,6 +30,7 @@ from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
 from bft.records import read_jsonl
+from bft.schemes import load_scheme
 from bft_kernels import reference
 
 SFT = HeadLoss(scheme="sft", normalize="token")
@@ -90,6 +91,7 @@ class _Trial:
         self.model, self.tokenizer, self.examples = model, tokenizer, examples
         self.device, self.config = device, config
         self.batch = self._padded(examples)
+        self.token_weight = self.batch.pop("token_weight", None)  # unknown to the model's own loss
         narrow = torch.finfo(next(model.parameters()).dtype).eps > 1e-4
         self.loss_error, self.gradient_error = (2e-2, 1e-1) if narrow else (1e-4, 1e-3)
 
@@ -137,16 +139,18 @@ class _Trial:
     def _weighted(self) -> Iterable[Finding]:
         """The weighted loss, beside the reference formula on the model's own logits."""
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
-        batch = aligned(self.batch)
+        batch = aligned({**self.batch, "token_weight": self.token_weight})
         got = self._with_gradients(fused_loss(self.model, batch, loss)[0])
-        target = batch["targets"].target
+        target, _, token_weight = batch["targets"]
         labelled = target != IGNORE
         log_p = self._logits()[labelled].double().log_softmax(-1)
         nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
         bounds = nn.functional.pad(labelled.sum(1).cumsum(0), (1, 0))
         coefficients = reference.token_coefficients(
-            torch.exp(-nll.detach()), bounds, scheme=loss.scheme, window=loss.window
+            torch.exp(-nll.detach()), bounds, scheme=load_scheme(loss.scheme), window=loss.window
         )
+        if token_weight is not None:
+            coefficients = coefficients * token_weight[labelled]
         want = self._with_gradients((coefficients * nll).sum())
         yield from self._same(f"{loss.scheme} ", "beside the formula on its logits", got, want)
 

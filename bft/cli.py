@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] not in COMMANDS:
         return _usage(arguments)
+    if "" not in sys.path:  # the current folder, as with `python -m bft`: --scheme may look there
+        sys.path.append("")
     name, flags = arguments[0], arguments[1:]
     config_type, run = COMMANDS[name]
     try:

@@ -66,6 +66,7 @@ class _Files(_Checked):
 class LossOptions(TrainingSettings):
     """The options of the loss; ``bft_kernels`` says what they mean and which values they take."""
 
+    scheme: str = _setting("scheme")  # a file of settings holds no function
     max_buffer_mib: int | None = None
     """Memory of the loss's logit blocks; 64 on a CPU, 528 or 2048 on a GPU if not given."""
 

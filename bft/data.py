@@ -135,7 +135,10 @@ def shuffled(size: int, seed: int, epoch: int = 0) -> list[int]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Right-padded batches: `input_ids`, `attention_mask`, `labels`, each [B, T] int64."""
+    """Right-padded batches: `input_ids`, `attention_mask`, `labels`, each [B, T] int64.
+
+    With them comes `token_weight` [B, T] float32, if an example of the batch has weights.
+    """
 
     pad_token_id: int
 
@@ -148,24 +151,39 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         ids = [_row(example.input_ids) for example in examples]
         labels = [_row(example.labels) for example in examples]
-        return {
+        batch = {
             "input_ids": pad_sequence(ids, True, self.pad_token_id),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
             "labels": pad_sequence(labels, True, IGNORE),
         }
+        if weights := _weights(examples):
+            batch["token_weight"] = pad_sequence(weights, True)
+        return batch
 
 
 def collate_packed(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
     """All examples in one row [1, T]: `position_ids` restart, and no first token is a label.
 
+    `token_weight` is there as in :class:`Collator`.
     There is no attention mask: transformers sees the restarts and keeps documents apart.
     """
     ids = [i for example in examples for i in example.input_ids]
     labels = [label for example in examples for label in [IGNORE, *example.labels[1:]]]
     positions = [t for example in examples for t in range(len(example.input_ids))]
     rows = {"input_ids": ids, "labels": labels, "position_ids": positions}
-    return {name: _row(row)[None] for name, row in rows.items()}
+    batch = {name: _row(row)[None] for name, row in rows.items()}
+    if weights := _weights(examples):
+        batch["token_weight"] = torch.cat(weights)[None]
+    return batch
 
 
-def _row(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64, device="cpu")
+def _weights(examples: Sequence[Example]) -> list[torch.Tensor]:
+    """The weights of each example; none at all if no example has any."""
+    if all(example.weights is None for example in examples):
+        return []
+    rows = [example.weights or [1.0] * len(example.labels) for example in examples]
+    return [_row(row, torch.float32) for row in rows]
+
+
+def _row(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")

@@ -7,6 +7,7 @@ without a template gets prompt + completion + end-of-sequence.
 
 import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -20,28 +21,39 @@ class DataError(ValueError):
     """A record that cannot be used: where it stands, what came, and what was expected."""
 
 
+# The factor of the loss of what it belongs to, or one for each labelled token of that.
+Weight = float | list[float]
+
+
 @dataclass(frozen=True)
 class Record:
-    """One line of a JSONL file."""
+    """One line of a JSONL file. Its weight multiplies those that assistant turns have."""
 
     messages: tuple[Mapping[str, Any], ...]
     where: str = "record"  # "train.jsonl:17", for error messages
     pair: tuple[str, str] | None = None  # (prompt, completion) where the record came in that form
     extra: Mapping[str, Any] = field(default_factory=dict)  # the keys that are not ours
     tools: tuple[Mapping[str, Any], ...] = ()  # what the chat template is told of functions
+    weight: Weight | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised record: `input_ids` and `labels` have one length, -100 where no label is."""
+    """One tokenised record: `input_ids` and `labels` have one length, -100 where no label is.
+
+    So have `weights`, the factors of the tokens' losses; None: the record names none.
+    """
 
     input_ids: list[int]
     labels: list[int]
     where: str = field(default="record", compare=False)  # its record's, for error messages
+    weights: list[float] | None = None
 
     def cut(self, length: int) -> Self:
         """The first `length` tokens."""
-        return replace(self, input_ids=self.input_ids[:length], labels=self.labels[:length])
+        weights = None if self.weights is None else self.weights[:length]
+        ids, labels = self.input_ids[:length], self.labels[:length]
+        return replace(self, input_ids=ids, labels=labels, weights=weights)
 
     @property
     def labelled(self) -> int:
@@ -50,7 +62,13 @@ class Example:
 
 
 def encode(record: Record, tokenizer: Any) -> Example:
-    """Renders and tokenises one record, labels on its answers. Raises DataError."""
+    """Renders and tokenises one record, labels and weights on its answers. Raises DataError."""
+    example = _encode(record, tokenizer)
+    weights = _weights(record, example.labels)
+    return example if weights is None else replace(example, weights=weights)
+
+
+def _encode(record: Record, tokenizer: Any) -> Example:
     if not tokenizer.chat_template:
         return _encode_plain(record, tokenizer)
     _check_template_writes(record, tokenizer)
@@ -66,6 +84,47 @@ def encode(record: Record, tokenizer: Any) -> Example:
         ids += piece
         labels += piece[:kept] + [IGNORE] * (len(piece) - kept)
     return Example(ids, labels, record.where)
+
+
+def _weights(record: Record, labels: Sequence[int]) -> list[float] | None:
+    """The factor of each token's loss, 0 where no label is; None if the record names no weight."""
+    of_turns = {
+        f"messages[{index}].weight": message.get("weight")
+        for index, message in enumerate(record.messages)
+        if message["role"] == "assistant"
+    }
+    named = any(weight is not None for weight in of_turns.values())
+    if record.weight is None and not named:
+        return None
+    groups = itertools.groupby(label != IGNORE for label in labels)
+    answers = [sum(group) for labelled, group in groups if labelled]
+    if not named:  # a template may mark something else than one answer a turn
+        of_turns, answers = {"weight": None}, [sum(answers)]
+    if len(answers) != len(of_turns):
+        raise DataError(
+            f"{record.where}: 'weight': the chat template makes {len(answers)} labelled stretches "
+            f"of {len(of_turns)} 'assistant' turns, so a turn's own weight has no place; expected "
+            "one stretch a turn, or one weight of the whole record"
+        )
+    parts = zip(of_turns.items(), answers, strict=True)
+    factors = map(
+        operator.mul,
+        _spread(record.weight, sum(answers), f"{record.where}: 'weight'"),
+        itertools.chain(*(_spread(w, n, f"{record.where}: '{name}'") for (name, w), n in parts)),
+    )
+    return [0.0 if label == IGNORE else next(factors) for label in labels]
+
+
+def _spread(weight: Weight | None, count: int, what: str) -> list[float]:
+    """A factor for each of ``count`` labelled tokens."""
+    if not isinstance(weight, list):
+        return [1.0 if weight is None else float(weight)] * count
+    if len(weight) != count:
+        raise DataError(
+            f"{what}: got {len(weight)} numbers, expected one, or {count}: as many as there are "
+            "labelled tokens, the answer's end among them"
+        )
+    return list(map(float, weight))
 
 
 def prompt_text(record: Record, tokenizer: Any) -> str:
@@ -212,8 +271,9 @@ def _render(record: Record, tokenizer: Any, stop: int, *, prompt: bool = False) 
 def _apply_template(record: Record, tokenizer: Any, stop: int | None = None, **options: Any) -> Any:
     if record.tools:
         options["tools"] = list(record.tools)
+    messages = [{k: v for k, v in m.items() if k != "weight"} for m in record.messages[:stop]]
     try:
-        return tokenizer.apply_chat_template(list(record.messages[:stop]), **options)
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # templates raise whatever they like about roles and their order
         roles = [message["role"] for message in record.messages]
         refused = f"the chat template refused the roles {roles}: {error}"

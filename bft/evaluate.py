@@ -232,6 +232,7 @@ class _Measure:
         target: torch.Tensor,  # [B, T], aligned with hidden
         cu_seqlens: torch.Tensor | None = None,
         num_items: int | torch.Tensor | None = None,
+        token_weight: torch.Tensor | None = None,  # of training; here every label counts once
     ) -> tuple[torch.Tensor, None]:
         labelled = target != IGNORE
         nll, stats = linear_nll(

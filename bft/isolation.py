@@ -38,7 +38,7 @@ def check_documents_apart(
     off ``position_ids``. ``seen`` are kinds of calls that need no trial any more. This one is added
     if the batch could tell: some row holds a labelled document behind another one.
     """
-    target, cu_seqlens = targets
+    target, cu_seqlens = targets[:2]
     assert cu_seqlens is not None
     kind = _kind_of(model, call, target, cu_seqlens, explicit)
     if kind in seen:

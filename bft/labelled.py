@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # The arguments that say where labels and documents lie.
-_LABELS = ("labels", "shift_labels", "targets")
+_LABELS = ("labels", "shift_labels", "targets", "token_weight")
 _PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
+# What trainers of others call token weights. A model's forward would take them and do nothing.
+_MISNAMED = ("token_weights", "loss_weight", "loss_weights", "loss_scale")
 
 
 def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
     """The output of a call, with the loss and without logits; ``own`` is the model's forward."""
     given = {name: call.get(name) for name in _PLACEMENT}
+    for name in _MISNAMED:
+        if call.get(name) is not None and name not in state.parameters:
+            raise TypeError(f"{name}: the fused loss knows no such argument, expected token_weight")
     targets = batch_targets(given, shift=state.shift is not False)
     num_items = _num_items(state.loss, call)
     call = {k: v for k, v in call.items() if k not in _LABELS}
@@ -139,7 +144,10 @@ def _call_head(
                 verify_linear(own, rows, weight, bias)
                 state.verify = False
         parts = Head(weight, bias, softcap, temperature)
-        loss, state.stats = state.loss(hidden, parts, labels, targets.cu_seqlens, num_items)
+        factors = () if targets.token_weight is None else (targets.token_weight.to(hidden.device),)
+        loss, state.stats = state.loss(
+            hidden, parts, labels, targets.cu_seqlens, num_items, *factors
+        )
         return loss
 
     shadowed = name in head.__dict__
@@ -176,4 +184,4 @@ def _share(loss: Any, targets: Targets, num_items: int | Tensor | None) -> Tenso
     if num_items is None or count is None:
         return 1.0
     items = num_items.clamp_min(1) if isinstance(num_items, Tensor) else max(num_items, 1)
-    return count(*targets) / items
+    return count(*targets[:2]) / items

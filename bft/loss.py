@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft.schemes import load_scheme
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
+from bft_kernels.checks import FLOAT_DTYPES, check_finite, check_tensor
 from bft_kernels.settings import Settings, TrainingSettings
 from bft_kernels.values import check_int
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
@@ -33,11 +35,10 @@ class Head:
 
 
 # What a fused head calls, with positional arguments: hidden [B, T, D], head, target [B, T] int64
-# aligned with hidden, cu_seqlens [S + 1] over the B * T positions (None: a row is a document) and
-# num_items. It returns the loss, and what is kept as the statistics of the call.
-LossFunction = Callable[
-    [Tensor, Head, Tensor, Tensor | None, int | Tensor | None], tuple[Tensor, Any]
-]
+# aligned with hidden, cu_seqlens [S + 1] over the B * T positions (None: a row is a document),
+# num_items and, only if the batch holds weights, token_weight [B, T], aligned as target is. It
+# returns the loss, and what is kept as the statistics of the call.
+LossFunction = Callable[..., tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class HeadLoss(TrainingSettings):
     at every call, which ``torch.manual_seed`` makes repeatable and a checkpoint resumes. A number
     gives every call the same draws, for tests. Ranks differ in both cases.
 
+    ``scheme`` may also be a function's import path, ``package.module:name``; see
+    :mod:`bft.schemes`.
+
     Raises what ``bft_kernels.BalancedLinearCrossEntropyLoss`` does for an option that cannot be.
     """
 
@@ -55,7 +59,7 @@ class HeadLoss(TrainingSettings):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        options = dict(vars(self))
+        options = {**vars(self), "scheme": load_scheme(self.scheme)}
         if options.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
         BalancedLinearCrossEntropyLoss(**options)  # checks them
@@ -69,6 +73,7 @@ class HeadLoss(TrainingSettings):
         target: Tensor,  # [B, T] int64
         cu_seqlens: Tensor | None = None,  # [S + 1]
         num_items: int | Tensor | None = None,
+        token_weight: Tensor | None = None,  # [B, T]
     ) -> tuple[Tensor, Any]:
         """The loss, a scalar in float32 (float64 for float64 inputs), and its token statistics.
 
@@ -86,8 +91,9 @@ class HeadLoss(TrainingSettings):
             ignore_index=IGNORE,
             cu_seqlens=cu_seqlens,
             num_items=num_items,
+            token_weight=token_weight,
             return_stats=True,
-            **{**vars(self), "seed": seed},
+            **{**vars(self), "scheme": load_scheme(self.scheme), "seed": seed},
         )
         return value, stats
 
@@ -95,7 +101,7 @@ class HeadLoss(TrainingSettings):
         """What this loss divides by, int64 on ``target``'s device.
 
         That is the number of documents that hold a label, or of labelled tokens. The arguments are
-        what :func:`batch_targets` returns.
+        the first of what :func:`batch_targets` returns: weights change no number of items.
         """
         labelled = target != IGNORE
         if self.normalize == "token":
@@ -134,6 +140,7 @@ class Targets(NamedTuple):
 
     target: Tensor  # [B, T] int64, aligned with the hidden states
     cu_seqlens: Tensor | None  # [S + 1] over the B * T positions; None: a row is a document
+    token_weight: Tensor | None = None  # [B, T], aligned with target
 
 
 def is_labelled(batch: Mapping[str, Any]) -> bool:
@@ -149,12 +156,13 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     ``labels`` are shifted: ``target[b, t] = labels[b, t + 1]``, and the last position of a document
     is ignored, so that no document is predicted from the one before it. ``shift_labels`` are taken
     as they are, and with ``shift=False`` so are ``labels``, as masked models expect them.
-    ``targets``, made before by :func:`aligned`, are handed on.
+    ``token_weight`` lies where the labels lie, and is shifted with them. ``targets``, made before
+    by :func:`aligned`, are handed on.
 
     Args:
         batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``
             or multimodal ones ``[3 or 4, B, T]``, ``cu_seqlens [S + 1]`` over the flattened
-            ``B * T`` positions.
+            ``B * T`` positions, ``token_weight [B, T]`` of floats.
         shift: whether ``labels`` are shifted.
 
     Raises:
@@ -186,12 +194,27 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
             text = positions if positions.dim() == 2 else positions[0]
             cu_seqlens = cu_seqlens_from_position_ids(text.expand(rows.shape))
     target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
-    return Targets(target if shift and name == "labels" else rows, cu_seqlens)
+    shift = shift and name == "labels"
+    target = target if shift else rows
+    return Targets(target, cu_seqlens, _weight_of(batch.get("token_weight"), target, shift))
+
+
+def _weight_of(weight: object, target: Tensor, shift: bool) -> Tensor | None:
+    """A batch's ``token_weight [B, T]`` beside its target; its values are looked at on a CPU."""
+    if weight is None:
+        return None
+    check_tensor("token_weight", weight, target.shape, FLOAT_DTYPES, target.device)
+    assert isinstance(weight, Tensor)
+    if shift:
+        weight = torch.nn.functional.pad(weight[:, 1:], (0, 1))
+    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_finite("token_weight", torch.where(target == IGNORE, 0, weight))
+    return weight
 
 
 def aligned(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch with ``targets`` in place of ``labels``, so that no model shifts them."""
-    rest = {name: value for name, value in batch.items() if name != "labels"}
+    rest = {k: v for k, v in batch.items() if k not in ("labels", "token_weight")}
     return rest | {"targets": batch_targets(batch)}
 
 

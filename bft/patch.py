@@ -81,7 +81,11 @@ class _Forward:
     @property
     def __signature__(self) -> inspect.Signature:
         # Trainer drops the columns that the signature does not name.
-        return inspect.signature(_own_forward(self.model))
+        own = inspect.signature(_own_forward(self.model))
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        weight = inspect.Parameter("token_weight", inspect.Parameter.KEYWORD_ONLY, default=None)
+        rest = list(own.parameters.values())[len(named) :]
+        return own.replace(parameters=[*named, weight, *rest])
 
 
 def _own_forward(model: nn.Module) -> Callable[..., Any]:
@@ -106,7 +110,8 @@ def patch_model(
     the loss raises: see :mod:`bft.guard`.
 
     ``labels`` are aligned as the model's own loss aligns them, shifted or not; ``shift_labels``,
-    ``cu_seqlens`` and restarting ``position_ids`` are honoured (:func:`bft.loss.batch_targets`).
+    ``cu_seqlens`` and restarting ``position_ids`` are honoured (:func:`bft.loss.batch_targets`), as
+    is ``token_weight [B, T]`` beside the labels, which multiplies each token's loss.
     The loss divides by ``num_items`` (documents or labelled tokens, as its ``normalize`` says), or
     by Hugging Face's ``num_items_in_batch``, which counts tokens. A router's auxiliary loss is
     added with the model's coefficient. ``use_cache`` is off with labels unless asked for: a cache

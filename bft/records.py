@@ -5,8 +5,9 @@
 
 A file is UTF-8, with or without a byte-order mark. An assistant turn may have `tool_calls`, beside
 its content or instead of it, and a record of messages `tools`: both go to the chat template, which
-has to write them. `NaN` and `Infinity`, which are no JSON but what Python writes, are read in keys
-that are ignored.
+has to write them. A record and an assistant turn may have a `weight`, a number or a list of them,
+see :class:`bft.encode.Record`. `NaN` and `Infinity`, which are no JSON but what Python writes, are
+read in keys that are ignored.
 """
 
 import errno
@@ -15,10 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bft.encode import DataError, Record
+from bft.encode import DataError, Record, Weight
 from bft_kernels.values import check_int
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
+_LARGEST_WEIGHT = 1e18  # float32 holds the product of two
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 # Who answers, in other formats. Templates write them as they come, and label nothing of them.
 _ALIASES = {"human": "user", "prompter": "user"} | dict.fromkeys(
@@ -113,10 +115,10 @@ def make_record(row: Any, where: str = "record") -> Record:
     if "completion" in row:  # a prompt alone is one of the other keys
         either = "either 'messages' or 'prompt' and 'completion'"
         raise DataError(f"{where}: expected {either}, got both")
-    extra = {key: value for key, value in row.items() if key not in ("messages", "tools")}
+    extra = {key: row[key] for key in row if key not in ("messages", "tools", "weight")}
     _check_characters(extra.get("answer"), where, "answer")
     messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
-    return Record(messages, where, None, extra, tools)
+    return Record(messages, where, None, extra, tools, _weight(row, where, "weight"))
 
 
 def _pair_record(row: dict[str, Any], where: str) -> Record:
@@ -137,8 +139,8 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
         _check_characters(row.get(key), where, key)
     pair = (row["prompt"], row["completion"])
     chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
-    extra = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-    return Record(chat, where, pair, extra)
+    extra = {key: row[key] for key in row if key not in ("prompt", "completion", "weight")}
+    return Record(chat, where, pair, extra, weight=_weight(row, where, "weight"))
 
 
 def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -179,8 +181,23 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
     if role == "assistant" and not calls and not str(content).strip():
         raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
     _check_characters(message, where, name)
+    if _weight(message, where, f"{name}.weight") is not None and role != "assistant":
+        only = "expected it in 'assistant' turns, which alone carry labels"
+        raise DataError(f"{where}: '{name}.weight': got one in a {role!r} turn; {only}")
     # Tables of rows hold null for a key that other rows have; templates ask whether a key is there.
     return {k: v for k, v in message.items() if v is not None or k == "content"}
+
+
+def _weight(row: dict[str, Any], where: str, name: str) -> Weight | None:
+    value: Weight | None = row.get("weight")
+    for number in value if isinstance(value, list) else [] if value is None else [value]:
+        known = isinstance(number, int | float) and not isinstance(number, bool)
+        if not (known and abs(number) <= _LARGEST_WEIGHT):
+            raise DataError(
+                f"{where}: '{name}': expected a number between -1e18 and 1e18, or a list of such, "
+                f"got {_kind(number)}"
+            )
+    return value
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:

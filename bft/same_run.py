@@ -53,10 +53,11 @@ def differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
 
 
 def digest_examples(examples: Iterable[Example]) -> str:
-    """A digest of the tokens and labels that are trained on, wherever their file is."""
+    """A digest of the tokens, labels and weights that are trained on, wherever their file is."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.input_ids, example.labels]).encode())
+        weights = () if example.weights is None else (example.weights,)
+        digest.update(json.dumps([example.input_ids, example.labels, *weights]).encode())
     return digest.hexdigest()[:16]
 
 

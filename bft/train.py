@@ -203,7 +203,7 @@ def training_step(
 ) -> dict[str, float]:
     """Gradients of one optimizer step: those of the one big batch, however it is cut."""
     batches = [aligned(batch) for batch in micro_batches]
-    items = torch.stack([loss.count_items(*batch["targets"]) for batch in batches]).sum()
+    items = torch.stack([loss.count_items(*batch["targets"][:2]) for batch in batches]).sum()
     num_items = accelerator.reduce(items, reduction="sum").clamp_min(1)
     meter = StepMeter(accelerator.device)
     for index, batch in enumerate(batches):

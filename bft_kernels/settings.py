@@ -33,10 +33,10 @@ LOCAL_SCHEMES = ("sft", "dft")  # a token's weight depends on that token alone
 CALLABLE = "callable"  # the scheme of a call whose weights are made outside of the ops
 
 
-def check_scheme(name: str, value: object, choices: tuple[str, ...] = SCHEMES) -> None:
-    """Raises unless ``value`` is one of ``choices`` or a callable."""
+def check_scheme(name: str, value: object) -> None:
+    """Raises unless ``value`` is one of :data:`SCHEMES` or a callable."""
     if isinstance(value, str):
-        check_choice(name, value, choices)
+        check_choice(name, value, SCHEMES)
     elif not callable(value):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
 
@@ -55,8 +55,8 @@ class TrainingSettings:
     """
 
     scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
-        "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`",
-        choices=SCHEMES,
+        "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`, "
+        "or a function (in `bft` its import path, `module:name`)",
     )  # fmt: skip
     window: int = _option(
         256, check_int, "labelled tokens in a window; a quarter of an answer is a good size", low=1

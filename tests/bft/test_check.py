@@ -46,10 +46,10 @@ class Unlabelled(hf.LlamaForCausalLM):
 def checked(tmp_path, checkpoint_of, data_file, fresh_accelerator):
     """Saves a model, runs the command on it, returns its status and each row's verdict."""
 
-    def run(*flags, kind="LlamaForCausalLM"):
+    def run(*flags, kind="LlamaForCausalLM", data=data_file):
         folder = checkpoint_of(tmp_path / kind, kind, num_hidden_layers=1, tie_word_embeddings=True)
         output = tmp_path / "table.json"
-        where = ["--model", str(folder), "--file", str(data_file), "--output", str(output)]
+        where = ["--model", str(folder), "--file", str(data), "--output", str(output)]
         status = main(["check", *where, "--window", "4", *flags])
         rows = json.loads(output.read_text())
         return status, {row["what"]: row["verdict"] for row in rows}
@@ -66,9 +66,14 @@ WEIGHTED = "bft loss, beside the formula on its logits"
 WEIGHTED_GRADIENTS = "bft gradients, beside the formula on its logits"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_all_is_well(checked, dtype, capsys):
-    status, verdicts = checked("--dtype", dtype)
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [("float32", ""), ("bfloat16", ""), ("float32", ', "weight": -0.5}')]
+)
+def test_all_is_well(checked, dtype, weights, data_file, tmp_path, capsys):
+    text = data_file.read_text(encoding="utf-8").replace("}", weights or "}", 2)
+    data = tmp_path / "weighted.jsonl"
+    data.write_text(text, encoding="utf-8")
+    status, verdicts = checked("--dtype", dtype, data=data)
     assert status == 0
     assert set(verdicts.values()) == {"ok"}
     rows = {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,65 @@ def test_a_mark_elsewhere_is_none(tokenizer, other):
     assert encode(record, tokenizer) == expected
 
 
+# --- weights -------------------------------------------------------------------------------------
+
+
+def weighted(record=None, *turns):
+    """The record of CHAT with a weight, and with weights of its answers."""
+    rows = [dict(message) for message in CHAT]
+    for row, weight in zip(rows[2::2], turns, strict=False):
+        row["weight"] = weight
+    return make_record({"messages": rows, "weight": record}, "x:3")
+
+
+# Each answer of CHAT has 6 tokens.
+@pytest.mark.parametrize("template", [None, MARKED, "{{ messages | tojson }}" + MARKED])
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ((0.3,), [0.3] * 12),
+        ((-2, 0), [0] * 6 + [-2] * 6),
+        ((None, None, 0.5), [1] * 6 + [0.5] * 6),
+        ((None, [*range(6)], -1), [*range(6)] + [-1] * 6),
+        (([*range(12)], 2), [0, 2, 4, 6, 8, 10, *range(6, 12)]),
+    ],
+    ids=["record", "a turn of a weighted record", "a turn", "tokens of a turn", "tokens"],
+)
+def test_weights_go_to_labels_and_not_to_the_template(tokenizer, template, weights, expected):
+    tokenizer.chat_template = template or tokenizer.chat_template
+    plain = encode(weighted(), tokenizer)
+    assert plain.weights is None
+    example = encode(weighted(*weights), tokenizer)
+    assert (example.input_ids, example.labels) == (plain.input_ids, plain.labels)
+    of_labels = [
+        w for w, label in zip(example.weights, example.labels, strict=True) if label != IGNORE
+    ]
+    assert of_labels == expected
+    assert sum(example.weights) == sum(expected)
+    assert example.cut(30).weights == example.weights[:30]
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        (([1.0] * 13,), "'weight': got 13 numbers, expected one, or 12"),
+        ((None, []), r"'messages\[2\].weight': got 0 numbers, expected one, or 6"),
+    ],
+)
+def test_a_list_of_weights_that_does_not_fit_is_named(tokenizer, weights, says):
+    with pytest.raises(DataError, match=f"^x:3: {says}"):
+        encode(weighted(*weights), tokenizer)
+
+
+def test_a_turn_without_a_stretch_of_its_own_may_have_no_weight(tokenizer):
+    tokenizer.chat_template = MARKED.replace("'assistant' %}", "'assistant' and loop.last %}", 1)
+    with pytest.raises(
+        DataError, match=r"^x:3: 'weight': .* makes 1 labelled stretches of 2 'assist"
+    ):
+        encode(weighted(None, 1.0), tokenizer)
+    assert sum(encode(weighted([2.0] * 6), tokenizer).weights) == 12
+
+
 # --- tools ---------------------------------------------------------------------------------------
 
 CALLS = (
@@ -275,6 +335,16 @@ def test_padding():
         "attention_mask": [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
         "labels": [[none, 6, 7, none], [8, none, none, none], [none, none, none, 12]],
     }
+
+
+def test_weights_are_a_column_of_batches_that_have_some():
+    batch = [replace(EXAMPLES[0], weights=[0.0, -1.0, 0.5]), *EXAMPLES[1:]]
+    for collate in (Collator(99), collate_packed):
+        assert "token_weight" not in collate(EXAMPLES)
+    padded, packed = (collate(batch)["token_weight"] for collate in (Collator(99), collate_packed))
+    assert padded.dtype == packed.dtype == torch.float32
+    assert padded.tolist() == [[0, -1, 0.5, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    assert packed.tolist() == [[0, -1, 0.5, 1, 1, 1, 1, 1]]
 
 
 def test_the_pad_token_may_be_missing(tokenizer):

@@ -1,5 +1,6 @@
 """Constrained exact match is greedy search along the answers; the loss is the model's own."""
 
+import dataclasses
 import json
 import math
 import operator
@@ -113,7 +114,8 @@ def test_numbers_are_those_of_the_models_own_logits_and_of_greedy_search(tokeniz
     assert result.perplexity == pytest.approx(math.exp(each.mean().item()), rel=1e-5)
     assert result.confidence == pytest.approx((-each).exp().mean().item(), rel=1e-5)
     assert result.token_accuracy == torch.cat(correct).double().mean().item()
-    one_by_one = evaluate(model, tokenizer, records, batch_tokens=1)
+    weighted = [dataclasses.replace(record, weight=-2.0) for record in records]
+    one_by_one = evaluate(model, tokenizer, weighted, batch_tokens=1)  # weights are for training
     assert one_by_one.per_answer == result.per_answer
     assert one_by_one.nll == pytest.approx(result.nll, rel=1e-5)
     assert one_by_one.token_accuracy == result.token_accuracy

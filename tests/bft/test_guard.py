@@ -132,13 +132,19 @@ def once(folder):
 def trainer(tmp_path):
     """A Trainer of a patched model."""
 
-    def make(loss=None, **settings):
+    def make(loss=None, more=(), **settings):
         arguments = hf.TrainingArguments(**once(tmp_path), **settings)
-        data = [{k: v[0] for k, v in rows().items()}] * 2
+        data = [{k: v[0] for k, v in {**rows(), **dict(more)}.items()}] * 2
         sets = {"train_dataset": data, "eval_dataset": data}
         return hf.Trainer(patch_model(llama(), SFT), arguments, compute_loss_func=loss, **sets)
 
     return make
+
+
+def test_a_trainer_hands_token_weights_on(trainer):
+    weight = {"token_weight": torch.full(rows()["labels"].shape, 0.5)}
+    plain, weighted = (trainer(more=more).train().training_loss for more in ((), weight))
+    assert weighted == pytest.approx(plain / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(

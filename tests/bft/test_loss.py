@@ -26,9 +26,9 @@ def problem(rows=3, length=8):
 
 
 def test_labels_are_shifted_within_rows():
-    target, cu_seqlens = batch_targets({"labels": torch.tensor(ROWS)})
+    target, *rest = batch_targets({"labels": torch.tensor(ROWS)})
     assert target.tolist() == [[5, 6, 7, IGNORE], [IGNORE, 8, IGNORE, IGNORE], [IGNORE] * 4]
-    assert cu_seqlens is None
+    assert rest == [None, None]
 
 
 @pytest.mark.parametrize("key", ["position_ids", "cu_seqlens", "cu_seq_lens_q"])
@@ -36,7 +36,10 @@ def test_no_target_crosses_a_document(key):
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     boundaries = torch.tensor([0, 2, 5])
     value = torch.tensor([[0, 1, 0, 1, 2]]) if key == "position_ids" else boundaries
-    target, cu_seqlens = batch_targets({"labels": labels, key: value})
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0, -0.5]])
+    batch = {"labels": labels, key: value, "token_weight": weight}
+    target, cu_seqlens, moved = batch_targets(batch)
+    assert moved.tolist() == [[2.0, 3.0, 4.0, -0.5, 0.0]]
     assert target.tolist() == [[2, IGNORE, 4, 5, IGNORE]]
     assert cu_seqlens is not None
     assert cu_seqlens.tolist() == boundaries.tolist()
@@ -45,8 +48,12 @@ def test_no_target_crosses_a_document(key):
 def test_what_comes_first():
     """Shifted labels, as they are; cu_seqlens, beside position_ids that may have one row."""
     rows = torch.tensor(ROWS)
-    target, _ = batch_targets({"shift_labels": rows, "labels": torch.zeros_like(rows)})
+    weight = torch.full(rows.shape, torch.nan).where(rows == IGNORE, 2.0)
+    weighted = {"labels": torch.zeros_like(rows), "token_weight": weight}
+    target, _, same = batch_targets(weighted | {"shift_labels": rows})
     assert target is rows
+    assert same is weight
+    assert batch_targets({"labels": rows, "token_weight": weight}, shift=False)[2] is weight
     batch = {"labels": torch.tensor(ROWS), "position_ids": torch.arange(4)[None]}
     assert batch_targets(batch)[1].tolist() == [0, 4, 8, 12]
     assert batch_targets(batch | {"cu_seqlens": torch.tensor([0, 12])})[1].tolist() == [0, 12]
@@ -61,6 +68,13 @@ def test_what_comes_first():
         ({"labels": None, "shift_labels": None}, "the batch holds neither labels nor shift_labels"),
         ({"labels": torch.zeros(6).long(), "shift_labels": None}, r"labels: got \(6,\) torch"),
         ({"shift_labels": torch.zeros(2, 3)}, r"shift_labels: got \(2, 3\) torch.float"),
+        ({"token_weight": [1.0]}, "token_weight: got list"),
+        (
+            {"token_weight": torch.ones(2, 2)},
+            r"token_weight: got shape \(2, 2\), expected \(2, 3\)",
+        ),
+        ({"token_weight": torch.ones(2, 3).long()}, "token_weight: got dtype torch.int64"),
+        ({"token_weight": torch.full((2, 3), torch.inf)}, "token_weight: got inf in row 0, colu"),
     ],
 )
 @pytest.mark.parametrize("key", ["labels", "shift_labels"])
@@ -73,7 +87,7 @@ def test_bad_batches_are_refused(key, extra, message):
 
 
 def test_items_are_labelled_documents_or_labelled_tokens():
-    target, _ = batch_targets({"labels": torch.tensor(ROWS)})
+    target = batch_targets({"labels": torch.tensor(ROWS)}).target
     cu_seqlens = torch.tensor([0, 2, 2, 4, 9, 12])
     assert int(HeadLoss().count_items(target)) == 2
     assert int(HeadLoss().count_items(target, cu_seqlens)) == 3
@@ -82,12 +96,17 @@ def test_items_are_labelled_documents_or_labelled_tokens():
     assert int(HeadLoss().count_items(nothing, torch.tensor([0]))) == 0
 
 
-def test_equals_the_reference_over_packed_documents():
+@pytest.mark.parametrize("scheme", ["bft", "dft"])
+@pytest.mark.parametrize("factors", [None, (1.5, -0.5, 0.0)])
+def test_equals_the_reference_over_packed_documents(scheme, factors):
     hidden, head, target = problem()
     cu_seqlens = torch.tensor([0, 3, 3, 14, 24])
-    got, stats = HeadLoss(window=4)(hidden, head, target, cu_seqlens)
+    weight = None if factors is None else torch.tensor(factors)[torch.arange(24) % 3]
+    given = () if weight is None else (None, weight.view_as(target))
+    got, stats = HeadLoss(scheme=scheme, window=4)(hidden, head, target, cu_seqlens, *given)
     args = (hidden.flatten(0, 1), head.weight, target.flatten(), cu_seqlens)
     options = {"softcap": head.softcap, "temperature": head.temperature, "window": 4}
+    options |= {"scheme": scheme, "token_weight": weight}
     want = reference.balanced_linear_cross_entropy(*args, bias=head.bias, **options)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     assert stats.token_weight.shape == target.shape

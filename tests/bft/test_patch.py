@@ -14,6 +14,7 @@ from bft.head import LogitTransform, UnsupportedModel
 from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
+from bft.schemes import load_scheme
 from bft_kernels import reference
 from tests.support.allocations import measure_allocations
 from tests.support.batches import SFT, assert_gradients, gradients_of
@@ -86,13 +87,19 @@ def rows(count=3, seed=0):
 
 def eager(model, batch, loss):
     """The reference loss of the model's own logits: its head is then the identity."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "token_weight")}
     with evaluation_mode(model):  # a patched model trains on no logits
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    target, cu_seqlens = batch_targets(batch)
+    target, cu_seqlens, token_weight = batch_targets(batch)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, target.numel() + 1, target.shape[1])
-    settings = {"scheme": loss.scheme, "window": loss.window, "normalize": loss.normalize}
+    settings = {
+        "scheme": load_scheme(loss.scheme),
+        "window": loss.window,
+        "normalize": loss.normalize,
+    }
+    if token_weight is not None:
+        settings["token_weight"] = token_weight.flatten()
     return reference.balanced_linear_cross_entropy(
         logits, torch.eye(V, dtype=logits.dtype), target.flatten(), cu_seqlens, **settings
     )
@@ -151,7 +158,7 @@ def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     left = {k: torch.stack([v[i].roll(n) for i, n in enumerate(shift)]) for k, v in right.items()}
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp_min(0)
 
-    items = loss.count_items(*batch_targets(packed))
+    items = loss.count_items(*batch_targets(packed)[:2])
     assert int(items) == (3 if normalize == "sequence" else sum(n - 2 for n in lengths))
     whole = model(**right).loss
     expected = gradients_of(model, whole)
@@ -160,6 +167,42 @@ def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
         parts = [model(**b, num_items=items * times).loss for b in batches]
         close(sum(parts), whole)
         assert_gradients(gradients_of(model, *parts), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loss", [BFT, SFT, HeadLoss(scheme="dft")], ids=lambda loss: loss.scheme)
+def test_token_weights_multiply_after_the_scheme(loss, packed):
+    """Of any sign. A document of weight 0 has no gradient, and counts as one."""
+    batch = rows()
+    if packed:
+        batch = {k: batch[k].flatten()[None] for k in ("input_ids", "labels")}
+        batch["position_ids"] = torch.arange(LENGTH).repeat(3)[None]
+    weight = torch.linspace(-1, 2, 3 * LENGTH).view(batch["labels"].shape)
+    assert_fused(build("llama"), batch | {"token_weight": weight}, loss)
+
+    model, ones = patch_model(build("llama"), loss), torch.ones_like(weight)
+    plain = model(**batch).loss
+    assert torch.equal(model(**batch, token_weight=ones).loss, plain)
+    without = ones.flatten(0, 1).clone()
+    without.view(-1)[:LENGTH] = 0
+    got = gradients_of(model, model(**batch, token_weight=without.view_as(weight)).loss)
+    items = loss.count_items(*batch_targets(batch)[:2])
+    batch["labels"].view(-1)[:LENGTH] = IGNORE
+    assert_gradients(got, gradients_of(model, model(**batch, num_items=items).loss))
+
+
+def test_token_weights_that_would_be_lost_are_refused():
+    model, batch = patch_model(build("llama"), BFT), rows()
+    weight = torch.ones(batch["labels"].shape)
+    with pytest.raises(TypeError, match=r"^loss_scale: .*expected token_weight"):
+        model(**batch, loss_scale=weight)
+    parameters = list(inspect.signature(model.forward).parameters)
+    assert parameters[-2:] == ["token_weight", "kwargs"]  # Trainer keeps the column
+    with (
+        use_loss(model, lambda hidden, head, target, bounds, items: hidden.sum()),
+        pytest.raises(TypeError, match="6 were given"),
+    ):
+        model(**batch, token_weight=weight)
 
 
 def test_trainers_count_of_tokens_is_refused_by_a_loss_over_documents():
@@ -393,12 +436,22 @@ def test_tuples_positional_arguments_and_other_outputs():
     assert output.past_key_values is not None
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ONE_GRAPH)])
-def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
+@pytest.mark.parametrize(
+    ("compiled", "loss"),
+    [
+        (False, BFT),
+        pytest.param(True, BFT, marks=ONE_GRAPH),
+        pytest.param(True, HeadLoss(scheme="bft.schemes:focal"), marks=ONE_GRAPH),
+    ],
+    ids=["eager", "compiled", "import path"],
+)
+def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled, loss):
     model, batch = build("cohere"), rows()
-    want = eager(model, batch, BFT)
+    if loss is not BFT:
+        batch["token_weight"] = torch.linspace(-1, 2, 3 * LENGTH).view(3, LENGTH)
+    want = eager(model, batch, loss)
     expected = gradients_of(model, want)
-    patch_model(model, BFT, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
+    patch_model(model, loss, transform=LogitTransform(None, 1 / 0.3), shift=True, verify=False)
     call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     loss = call(**batch).loss
     close(loss, want)

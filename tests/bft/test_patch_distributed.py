@@ -24,12 +24,13 @@ def build():
 
 
 def batch():
-    """Four rows with different numbers of labels; one has none."""
+    """Four rows with different numbers of labels, of which one has none, and with weights."""
     ids = torch.randint(61, (4, 10), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     for row, first in enumerate((1, 4, 10, 6)):
         labels[row, :first] = -100
-    return {"input_ids": ids, "labels": labels}
+    weight = torch.linspace(-1, 2, 40).view(4, 10)
+    return {"input_ids": ids, "labels": labels, "token_weight": weight}
 
 
 def step(model, rows, micro_batches):

@@ -135,6 +135,20 @@ CALL = '{"role": "assistant", "content": null, "tool_calls": '
         ('{"messages": [' + CALL + '[{"a": "\\ud800"}]}]}', "'messages[0].tool_calls[0].a': char"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "'messages[0].content': char"),
         (json.dumps(chat("a", "b", tools="[]")), "'tools': expected a list of objects, got str"),
+        (json.dumps(chat("a", "b", weight="1")), "'weight': expected a number between -1e18 and"),
+        (json.dumps(chat("a", "b", weight=True)), "'weight': expected a number between -1e18 and"),
+        (json.dumps(chat("a", "b", weight=[1, None])), "or a list of such, got nothing"),
+        (ROW[:-1] + ', "weight": NaN}', "'weight': expected a number between -1e18 and 1e18"),
+        (ROW[:-1] + ', "weight": -1e39}', "'weight': expected a number between -1e18 and 1e18"),
+        (ROW[:-1] + f', "weight": 1{"0" * 400}}}', "'weight': expected a number between -1e18"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "weight": 0}]}',
+            "got one in a 'user' turn",
+        ),
+        (
+            '{"messages": [' + CALL + '[{}], "weight": "0"}]}',
+            "'messages[0].weight': expected a num",
+        ),
     ],
 )
 def test_a_bad_line_is_named(path, line, says):

@@ -108,12 +108,12 @@ def test_other_records_another_template_and_another_model_are_refused(
     resumable, checkpoint_of, tmp_path
 ):
     lines = resumable.train_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    lines[3] = lines[3].replace("item 3?", "thing 3?")
     data = tmp_path / "other.jsonl"
-    data.write_text("".join(lines), encoding="utf-8")
     encoded = r"settings: train_file \(as .* template\): saved [^;]*$"
-    with pytest.raises(CheckpointError, match=encoded):
-        train(replace(resumable, train_file=data))
+    for line in (lines[3].replace("item 3?", "thing 3?"), lines[3].replace("}", ', "weight": 0}')):
+        data.write_text("".join([*lines[:3], line, *lines[4:]]), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=encoded):
+            train(replace(resumable, train_file=data))
     model = checkpoint_of(tmp_path / "other", tie_word_embeddings=True)
     other = replace(resumable, model=str(model))
     template = model / "chat_template.jinja"

@@ -1,6 +1,7 @@
 """The loop: it learns, splits of a step agree, and what it saves gives its own numbers."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -51,14 +52,20 @@ def test_learns_and_saves_a_model_that_loads(config, precision):
     assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
 
 
+WEIGHTS = [0.3, None, -2.0, 0.0, 1.5]  # of one record after the other
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize(
+    ("normalize", "weights"), [("sequence", [None]), ("token", [None]), ("sequence", WEIGHTS)]
+)
 def test_splits_of_a_step_give_one_gradient(
-    fresh_accelerator, model_dir, data_file, scheme, normalize
+    fresh_accelerator, model_dir, data_file, scheme, normalize, weights
 ):
     """8 documents at once, in 4 micro-batches, packed: the same loss and gradients, float64."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    dataset = AnswerDataset(read_jsonl(data_file), tokenizer)
+    records = zip(read_jsonl(data_file), itertools.cycle(weights), strict=False)
+    dataset = AnswerDataset([replace(record, weight=w) for record, w in records], tokenizer)
     results = []
     for batch_size, accumulation, packed in ((8, 1, False), (2, 4, False), (8, 1, True), (1, 8, 1)):
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)

@@ -1,0 +1,138 @@
+"""Schemes by import path: the examples are their formulas, and a wrong path is named."""
+
+import math
+import pickle
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+import yaml
+
+from bft import schemes
+from bft.cli import main
+from bft.loss import IGNORE, Head, HeadLoss
+from bft_kernels import reference
+from tests.support.runs import metrics, unevaluated
+
+FORMULAS = {
+    "dft": lambda c: c,
+    "profit": lambda c: float(c >= 0.1),
+    "infosft": lambda c: c * max(0.0, 1 - math.log(c / (1 - c)) / math.log(0.93 / 0.07)),
+    "focal": lambda c: (1 - c) ** 2,
+}
+NAMES = pytest.mark.parametrize("name", FORMULAS)
+
+
+@NAMES
+def test_the_examples_are_their_formulas(name):
+    confidence = torch.tensor(
+        [1e-30, 1e-3, 0.09, 0.11, 0.5, 0.92, 0.94, 0.999], dtype=torch.float64
+    )
+    token, document = getattr(schemes, name)(confidence, torch.tensor([0, 3, 3, 8]))
+    want = torch.tensor([FORMULAS[name](c) for c in confidence.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(token, want, rtol=1e-12, atol=1e-28)
+    assert document.tolist() == [1, 1, 1]
+
+
+@NAMES
+def test_the_examples_are_finite_at_both_ends(name):
+    token, _ = getattr(schemes, name)(torch.tensor([0.0, 1e-45, 1.0]), torch.tensor([0, 3]))
+    ends = {"dft": [0, 1], "profit": [0, 1], "infosft": [0, 0], "focal": [1, 0]}
+    assert token[[0, 2]].tolist() == ends[name]
+    assert token[1] == pytest.approx(ends[name][0], abs=1e-40)
+
+
+@NAMES
+def test_a_loss_by_import_path_is_the_references_with_the_function(name):
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 9, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 5, generator=draw, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(7, (2, 9), generator=draw)
+    target[:, ::4] = IGNORE
+    loss = HeadLoss(scheme=f"bft.schemes:{name}", normalize="token")
+    assert pickle.loads(pickle.dumps(loss)) == loss
+    got, _ = loss(hidden, Head(weight), target)
+    want = reference.balanced_linear_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        target.flatten(),
+        torch.tensor([0, 9, 18]),
+        scheme=getattr(schemes, name),
+        normalize="token",
+    )
+    leaves = (hidden, weight)
+    both = [(value, *torch.autograd.grad(value, leaves)) for value in (got, want)]
+    torch.testing.assert_close(*both, rtol=1e-10, atol=1e-14)
+    if name == "dft":
+        named, _ = HeadLoss(scheme="dft", normalize="token")(hidden, Head(weight), target)
+        torch.testing.assert_close(got, named, rtol=1e-12, atol=0)
+
+
+OWN = """
+from functools import partial
+from bft.schemes import focal
+
+mild = partial(focal, gamma=1.0)
+name = "no function"
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A package of the user's in the current folder."""
+    folder = tmp_path / "my_weights"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("", encoding="utf-8")
+    (folder / "tokens.py").write_text(OWN, encoding="utf-8")
+    (folder / "broken.py").write_text("import bft.nothing_here\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield folder
+    for loaded in [name for name in sys.modules if name.startswith("my_weights")]:
+        del sys.modules[loaded]
+
+
+def test_a_run_takes_a_function_of_the_current_folder_and_resumes(
+    config, flags, own_module, capsys
+):
+    path = "my_weights.tokens:mild"
+    config = unevaluated(config, steps=2, save_every=1)
+    assert main(["train", *flags(config), "--scheme", path]) == 0
+    before = [row["loss"] for row in metrics(config.output_dir, "train")]
+    saved = config.output_dir / "config.yaml"
+    assert yaml.safe_load(saved.read_text(encoding="utf-8"))["scheme"] == path
+    shutil.rmtree(config.output_dir / "checkpoints" / "step-0000002")
+    again = ["train", "--config", str(saved), "--resume"]
+    assert main([*again, "--scheme", "bft.schemes:focal"]) == 2
+    said = 'scheme: saved "my_weights.tokens:mild", given "bft.schemes:focal"'
+    assert said in capsys.readouterr().err
+    assert main(again) == 0
+    assert [row["loss"] for row in metrics(config.output_dir, "train")] == before
+
+
+@pytest.mark.parametrize(
+    ("scheme", "says"),
+    [
+        (
+            "focal",
+            "got 'focal', expected one of 'sft', .* or the import path of a function, as 'pa",
+        ),
+        ("my_weights.tokens", "got 'my_weights.tokens', expected one of 'sft', "),
+        ("my_weight:mild", "'my_weight:mild' cannot be imported .ModuleNotFoundError: No module"),
+        ("my_weights.tokens:mid", "'my_weights.tokens:mid' cannot be .* has no attribute 'mid'"),
+        ("my_weights.tokens:", "'my_weights.tokens:' is of <class 'module'>, expected a function"),
+        ("my_weights.broken:f", "No module named 'bft.nothing_here'"),
+        ("my_weights.tokens:name", "is of <class 'str'>, expected a function"),
+        ("my weights:f", "'my weights:f' cannot be imported .ValueError: invalid format"),
+    ],
+)
+def test_a_path_without_a_function_is_named_before_the_model_loads(
+    config, flags, own_module, capsys, monkeypatch, scheme, says
+):
+    monkeypatch.setattr("bft.train.load_model", lambda _: pytest.fail("the model is loaded"))
+    assert main(["train", *flags(config), f"--scheme={scheme}"]) == 2
+    assert not config.output_dir.exists()
+    printed = capsys.readouterr().err
+    assert re.search(rf"^bft train: --scheme: .*{says}", printed, re.MULTILINE), printed
