@@ -28,7 +28,8 @@ class BFTTrainer(Trainer):
     A step's loss is divided by its documents (``normalize="sequence"``) or labelled tokens, those
     of all its micro-batches, and of all ranks while ``average_tokens_across_devices`` is on. Logs
     hold means of the labelled tokens' ``nll``, ``confidence`` and ``token_weight``, and of the
-    documents' ``sequence_weight``, since the last log, or in the evaluation.
+    documents' ``sequence_weight``, since the last log, or in the evaluation. There, rows that
+    several ranks repeat to fill their last batch count again, which ``eval_loss`` leaves out.
 
     Raises:
         ValueError: an argument that would go past the loss, or of which the loss is not right.
@@ -90,9 +91,13 @@ class BFTTrainer(Trainer):
             )
         self._add(inputs, state.stats)
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The loss is this rank's part of the sum, and gradients are averaged over ranks.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if num_items_in_batch is not None:
+            if not self.model.training:  # Trainer leaves out what is not finite, as its own 0 / 0
+                items = torch.as_tensor(num_items_in_batch, device=loss.device)
+                loss = loss.masked_fill(items == 0, torch.nan)
+            if self.args.average_tokens_across_devices:
+                # It is this rank's part of a sum, and gradients are averaged over ranks.
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def _get_num_items_in_batch(

@@ -68,8 +68,9 @@ def lora(model):
 
 @pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["full", "lora"])
 def test_plain_fine_tuning_is_that_of_the_unpatched_trainer(tmp_path, wrap):
-    """The second step has one micro-batch of two, and the third is of the next epoch."""
+    """The second step has one micro-batch of two, and an evaluated one has no labels."""
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 0.05}
+    settings |= {"per_device_eval_batch_size": 1}
     model = wrap(tiny("LlamaForCausalLM")).double()
     own = make(tmp_path, hf.Trainer, copy.deepcopy(model), **settings)
     ours = make(tmp_path, BFTTrainer, model, TOKEN, **settings)
