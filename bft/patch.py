@@ -98,9 +98,9 @@ def patch_model(
     """Makes ``model(..., labels=...)`` compute ``loss`` with the fused op, in place.
 
     The output then has ``loss`` and ``logits=None``. In ``eval()`` and without gradients it has
-    logits, which are computed if something reads them: see :mod:`bft.logits`. ``generate()`` and
-    calls without labels are the model's own, but a training step that goes past the loss raises:
-    see :mod:`bft.guard`.
+    logits, which are computed if something reads them (:mod:`bft.logits`; not inside of
+    ``torch.compile``). ``generate()`` and calls without labels are the model's own, but a training
+    step that goes past the loss raises: see :mod:`bft.guard`.
 
     ``labels`` are aligned as the model's own loss aligns them, shifted or not; ``shift_labels``,
     ``cu_seqlens`` and restarting ``position_ids`` are honoured (:func:`bft.loss.batch_targets`).

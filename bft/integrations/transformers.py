@@ -154,8 +154,18 @@ class BFTTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means})
         return output
 
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        loss, logits, labels = super().prediction_step(*args, **kwargs)
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        if not prediction_loss_only:  # torch.compile leaves the logits out
+            model = getattr(model, "_orig_mod", model)
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, ignore_keys
+        )
         if isinstance(logits, Tensor):
             logits = logits.detach()  # read now, while the batch is at hand
             self._tell_of(logits)

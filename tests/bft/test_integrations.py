@@ -133,6 +133,20 @@ def test_the_best_model_is_loaded_and_a_sampled_run_is_resumed(tmp_path):
     assert_close(weights(resumed), last, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_and_is_evaluated(tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
+    options = {"window": 4, "compute_metrics": metrics}
+    own, ours = (make(tmp_path, options=options, **s) for s in ({"max_steps": 2}, compiled))
+    for trainer in (own, ours):
+        trainer.train()
+    assert hasattr(ours.model_wrapped, "_orig_mod")
+    assert_close(weights(ours), weights(own))
+    assert ours.evaluate()["eval_mean"] == pytest.approx(own.evaluate()["eval_mean"])
+    ours.compute_metrics = None
+    assert ours.evaluate()["eval_loss"] == pytest.approx(own.evaluate()["eval_loss"])
+
+
 def test_what_would_go_past_the_loss_is_refused(tmp_path, monkeypatch):
     for option, settings in (
         ({"compute_loss_func": lambda *a, **k: a[0].logits.sum()}, {}),
