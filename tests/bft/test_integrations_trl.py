@@ -9,6 +9,7 @@ import trl
 
 from bft.integrations.trl import BFTSFTTrainer
 from bft.logits import DeferredLogits
+from bft.patch import unpatch_model
 from tests.support.batches import chat
 from tests.support.models import tiny
 from tests.support.runs import one_step
@@ -117,14 +118,15 @@ def test_a_mixture_of_experts_has_trls_coefficient(make):
     "kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("chat", "lora"))]
 )
 def test_the_balanced_loss_is_the_same_however_the_step_is_cut(make, kind):
-    """Documents of packed rows are counted, not rows."""
+    """And packed: its documents are counted, not rows."""
     data, settings = KINDS[kind]
-    options, results = {"window": 4}, []
-    rows = 4 if kind == "packed" else 8
-    for size, accumulation in ((rows, 1), (1, rows)):
-        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        trainer = make(BFTSFTTrainer, data, options, **settings | cut | {"max_steps": 1})
-        assert len(trainer.train_dataset) == size * accumulation
+    results = []
+    for cut in (
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "packing": False},
+    ):
+        trainer = make(BFTSFTTrainer, data, {"window": 4}, **settings | cut | {"max_steps": 1})
+        assert (len(trainer.train_dataset) < 8) == (kind == "packed" and trainer.args.packing)
         trainer.train()
         results.append((weights(trainer), trainer.state.log_history[0]))
     (whole, logged), (cut, again) = results
@@ -143,6 +145,9 @@ def test_an_evaluation_gets_the_logits_and_computes_none_for_nobody(make, monkey
     ours.compute_metrics = None
     monkeypatch.setattr(DeferredLogits, "read", None)
     ours.evaluate()
+    ids = torch.tensor([[3, 4, 5]])
+    outputs = unpatch_model(ours.model)(ids, labels=ids)
+    assert type(outputs.logits) is torch.Tensor
 
 
 def test_trls_loss_type_is_refused(make):
