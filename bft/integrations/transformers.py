@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
+from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import has_length
 
 from bft.head import UnsupportedModel
@@ -118,8 +120,7 @@ class BFTTrainer(Trainer):
         documents = self._by_document.count_items(*targets)
         weights = (stats.token_weight, stats.sequence_weight)
         parts = (targets.target != IGNORE, documents, stats.nll, stats.confidence, *weights)
-        device = stats.nll.device
-        sums = torch.stack([part.sum().to(device, torch.float64) for part in parts])
+        sums = torch.stack([part.sum().to(stats.nll) for part in parts])
         training = self.model.training
         before = self._sums.get(training, torch.zeros_like(sums))
         self._sums[training] = before + self.accelerator.reduce(sums, reduction="sum")
@@ -166,21 +167,19 @@ class BFTTrainer(Trainer):
         loss, logits, labels = super().prediction_step(
             model, inputs, prediction_loss_only, ignore_keys
         )
-        if isinstance(logits, Tensor):
-            logits = logits.detach()  # read now, while the batch is at hand
+        if logits is not None:
+            logits = nested_detach(logits)  # read now, while the batch is at hand
             self._tell_of(logits)
         return loss, logits, labels
 
-    def _tell_of(self, logits: Tensor) -> None:
-        """Warns, once, that the logits of all batches will be kept."""
+    def _tell_of(self, logits: Any) -> None:
+        """Warns, once, if the logits of all batches will be kept."""
         reduced = self.preprocess_logits_for_metrics or self.args.batch_eval_metrics
         if reduced or self._logits_told:
             return
         self._logits_told = True
-        nbytes, batches = (
-            logits.nbytes * self.args.world_size,
-            self.callback_handler.eval_dataloader,
-        )
+        nbytes = sum(part.nbytes for part in tree_leaves(logits)) * self.args.world_size
+        batches = self.callback_handler.eval_dataloader
         total = f", {nbytes * len(batches)} in all," if has_length(batches) else ""
         logger.warning(
             "the logits of an evaluation are kept: %d bytes a batch%s because no "
