@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bft.guard import watch
 from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
 from bft.isolation import check_documents_apart
+from bft.logits import DeferredLogits
 from bft.loss import IGNORE, Head, HeadLoss, LossFunction, Targets, batch_targets
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
@@ -26,7 +27,7 @@ _MISNAMED = ("token_weights", "loss_weight", "loss_weights", "loss_scale")
 
 
 def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
-    """The output of a call, with the loss and without logits; ``own`` is the model's forward."""
+    """The output of a call, its logits not computed; ``own`` is the model's forward."""
     given = {name: call.get(name) for name in _PLACEMENT}
     for name in _MISNAMED:
         if call.get(name) is not None and name not in state.parameters:
@@ -69,8 +70,10 @@ def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dic
     auxiliary = _router_loss(model, output)
     if auxiliary is not None:
         loss = loss + _share(state.loss, targets, num_items) * auxiliary.to(loss.device)
-    _tell_of_logits(model, state)
-    output = type(output)(**{**output, "loss": loss, "logits": None})
+    logits = None
+    if not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        logits = _deferred_logits(model, state, head, hidden, stand_in.vocabulary)
+    output = type(output)(**{**output, "loss": loss, "logits": logits})
     return output if as_dict else output.to_tuple()
 
 
@@ -91,18 +94,30 @@ def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -
     state.shift = read_shift(own, state.transform, stand_in.vocabulary, name)
 
 
-def _tell_of_logits(model: Any, state: "State") -> None:
-    """Warns once that an evaluation gets no logits: Trainer's metrics would see an empty tuple."""
-    if model.training or torch.is_grad_enabled() or state.logits_missed:
-        return
+def _deferred_logits(
+    model: Any,
+    state: "State",
+    head: nn.Module,
+    hidden: Tensor,  # [B, T, D]
+    vocabulary: int,
+) -> Tensor | None:
+    """An evaluation's logits, for whom they are read; their first batch is told of."""
     if not isinstance(state.loss, HeadLoss):  # an evaluation of our own, for a while
-        return
-    state.logits_missed = True
-    logger.warning(
-        "%s was evaluated with labels and returned its loss without logits. What reads logits "
-        "(Trainer.predict, compute_metrics) gets none of them: unpatch_model first",
-        type(model).__name__,
-    )
+        return None
+
+    def tell(logits: Tensor) -> None:
+        if not state.logits_told:
+            state.logits_told = True
+            logger.warning(
+                "%s was evaluated with labels, and the logits of the batch were read: %d bytes. "
+                "Trainer keeps those of all batches, unless its preprocess_logits_for_metrics "
+                "returns something smaller",
+                type(model).__name__,
+                logits.nbytes,
+            )
+
+    assert state.transform is not None
+    return DeferredLogits(head, hidden, vocabulary, state.transform, tell)
 
 
 def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:

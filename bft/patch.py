@@ -50,7 +50,7 @@ class State:
     guards: Sequence[RemovableHandle] = ()
     guarded: nn.Module | None = None  # the head that is
     depth: int = 0  # calls that are running, one in the other
-    logits_missed: bool = False  # whether a log line said that an evaluation gets no logits
+    logits_told: bool = False  # whether a log line said that an evaluation reads logits
     stats: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,9 +105,10 @@ def patch_model(
 ) -> Model:
     """Makes ``model(..., labels=...)`` compute ``loss`` with the fused op, in place.
 
-    The output then has ``loss`` and ``logits=None``, in ``train()`` and ``eval()`` alike.
-    ``generate()`` and calls without labels are the model's own, but a training step that goes past
-    the loss raises: see :mod:`bft.guard`.
+    The output then has ``loss`` and ``logits=None``. In ``eval()`` and without gradients it has
+    logits, which are computed if something reads them (:mod:`bft.logits`; not inside of
+    ``torch.compile``). ``generate()`` and calls without labels are the model's own, but a training
+    step that goes past the loss raises: see :mod:`bft.guard`.
 
     ``labels`` are aligned as the model's own loss aligns them, shifted or not; ``shift_labels``,
     ``cu_seqlens`` and restarting ``position_ids`` are honoured (:func:`bft.loss.batch_targets`), as
@@ -162,6 +163,11 @@ def patch_model(
     return model
 
 
+def state_of(model: nn.Module) -> State | None:
+    """What the patch of a model carries; ``None`` without one."""
+    return causal_lm(model).__dict__.get(_STATE)
+
+
 def unpatch_model(model: Model) -> Model:
     """Undoes :func:`patch_model` exactly; does nothing to a model that is not patched.
 
@@ -169,8 +175,7 @@ def unpatch_model(model: Model) -> Model:
         RuntimeError: something wrapped ``forward`` since (``accelerator.prepare`` with mixed
             precision does); unwrap that first.
     """
-    inner = causal_lm(model)
-    state = inner.__dict__.get(_STATE)
+    inner, state = causal_lm(model), state_of(model)
     if state is None:
         return model
     now = inner.__dict__.get("forward")
@@ -189,9 +194,9 @@ def unpatch_model(model: Model) -> Model:
 @contextmanager
 def use_loss(model: Model, loss: LossFunction) -> Iterator[Model]:
     """Within it ``model(..., labels=...)`` computes ``loss``, patched before or not."""
-    state = causal_lm(model).__dict__.get(_STATE)
+    state = state_of(model)
     if state is None:
-        causal_lm(patch_model(model, loss)).__dict__[_STATE].logits_missed = True
+        patch_model(model, loss)
         try:
             yield model
         finally:
@@ -218,7 +223,7 @@ def fused_loss(
 def last_stats(model: nn.Module) -> Any:
     """The statistics of a patched model's last labelled call, or ``None``."""
     # No field of the output: DDP, FSDP and accelerate rebuild outputs of known fields.
-    state = causal_lm(model).__dict__.get(_STATE)
+    state = state_of(model)
     return None if state is None else state.stats
 
 

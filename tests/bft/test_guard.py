@@ -18,6 +18,7 @@ from bft.head import UnsupportedModel
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
 from tests.support.batches import SFT, rows
 from tests.support.models import tiny
+from tests.support.runs import one_step
 
 MODELS = [
     "LlamaForCausalLM",
@@ -122,18 +123,12 @@ def test_a_forward_put_over_the_patch_is_named():
         model(**batch)
 
 
-def once(folder):
-    """Arguments of a trainer that takes one step."""
-    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
-    return {"output_dir": str(folder), "use_cpu": True, "max_steps": 1, **quiet}
-
-
 @pytest.fixture
 def trainer(tmp_path):
     """A Trainer of a patched model."""
 
     def make(loss=None, more=(), **settings):
-        arguments = hf.TrainingArguments(**once(tmp_path), **settings)
+        arguments = hf.TrainingArguments(**one_step(tmp_path), **settings)
         data = [{k: v[0] for k, v in {**rows(), **dict(more)}.items()}] * 2
         sets = {"train_dataset": data, "eval_dataset": data}
         return hf.Trainer(patch_model(llama(), SFT), arguments, compute_loss_func=loss, **sets)
@@ -157,7 +152,7 @@ def test_a_trainer_that_takes_the_labels_out_raises(settings, trainer):
         trainer(**settings).train()
 
 
-def test_a_trainer_that_passes_labels_trains_and_is_told_that_there_are_no_logits(trainer, caplog):
+def test_a_trainer_that_passes_labels_trains_and_is_told_what_its_logits_take(trainer, caplog):
     made = trainer()
     before = made.model.lm_head.weight.detach().clone()
     made.train()
@@ -165,10 +160,10 @@ def test_a_trainer_that_passes_labels_trains_and_is_told_that_there_are_no_logit
     assert last_stats(made.model) is not None
     made.evaluate()
     with caplog.at_level(logging.WARNING):
-        made.predict(made.eval_dataset)
+        predicted = made.predict(made.eval_dataset).predictions
     (told,) = [record.getMessage() for record in caplog.records if "logits" in record.getMessage()]
-    assert "compute_metrics" in told
-    assert "unpatch_model" in told
+    assert f"{predicted.nbytes} bytes" in told
+    assert "preprocess_logits_for_metrics" in told
 
 
 @pytest.fixture
@@ -180,7 +175,7 @@ def sft_trainer(tokenizer, tmp_path):
         text = [{"text": "What does the heart do? It pumps the blood."}] * 4
         return kind(
             patch_model(model, SFT) if patched else model,
-            trl.SFTConfig(**once(tmp_path), bf16=False, max_length=32, **settings),
+            trl.SFTConfig(**one_step(tmp_path), bf16=False, max_length=32, **settings),
             train_dataset=datasets.Dataset.from_list(text),
             processing_class=tokenizer,
         )

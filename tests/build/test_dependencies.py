@@ -25,6 +25,7 @@ FILES = {
     "triton": ["bft_kernels/backends/triton"],
     "": ["bft_kernels"],
     "demo": ["bft/demo"],
+    "trl": ["bft/integrations/trl.py"],
     "train": ["bft"],
     "build": ["setup.py", "csrc/ninja_build.py"],
     "dev": ["benchmarks", "csrc", "tests"],

@@ -64,6 +64,12 @@ def run_python(*arguments, status=0, **environment):
     return done
 
 
+def one_step(folder):
+    """Arguments of transformers' trainers, on the CPU: one step, and nothing saved or shown."""
+    quiet = {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    return {"output_dir": str(folder), "use_cpu": True, "max_steps": 1, **quiet}
+
+
 def on_two_processes(*arguments):
     """Python's arguments to train as torchrun does; ``arguments`` go to ``bft train``."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]

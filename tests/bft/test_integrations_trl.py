@@ -1,0 +1,155 @@
+"""BFTSFTTrainer beside TRL's SFTTrainer."""
+
+import datasets
+import numpy as np
+import peft
+import pytest
+import torch
+import trl
+
+from bft.integrations.trl import BFTSFTTrainer
+from bft.logits import DeferredLogits
+from bft.patch import unpatch_model
+from tests.support.batches import chat
+from tests.support.models import tiny
+from tests.support.runs import one_step
+
+# As of the tokenizer, with the marks of what the assistant wrote.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<|end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+WORDS = "It pumps the blood. It affects the eye, the ear, metabolism and homeostasis."
+ANSWERS = [WORDS[: 8 + 17 * n % 60] for n in range(8)]
+TEXT = [{"text": answer} for answer in ANSWERS]
+CHAT = [chat("yes or no?", "no.", "what?", answer) for answer in ANSWERS]
+PAIRS = [{"prompt": "answer: ", "completion": answer} for answer in ANSWERS]
+LORA = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+KINDS = {
+    "text": (TEXT, {}),
+    "chat": (CHAT, {}),
+    "assistant": (CHAT, {"assistant_only_loss": True}),
+    "completion": (PAIRS, {}),
+    "whole pairs": (PAIRS, {"completion_only_loss": False}),
+    "packed": (PAIRS, {"packing": True, "max_length": 40}),
+    "packed chat": (CHAT, {"packing": True, "max_length": 64, "assistant_only_loss": True}),
+    "padding free": (PAIRS, {"padding_free": True, "max_length": None}),
+    "wrapped": (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
+    "lora": (PAIRS, {"peft_config": LORA}),
+}
+
+
+@pytest.fixture
+def make(tokenizer, tmp_path):
+    """A trainer whose step shows in the weights as it is, two micro-batches a step."""
+    tokenizer.chat_template = TEMPLATE
+    plain = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    plain |= {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    plain |= {"per_device_train_batch_size": 3, "bf16": False, "gradient_checkpointing": False}
+    plain |= {"max_steps": 2, "per_device_eval_batch_size": 2, "max_length": 64}
+
+    def build(kind, data=PAIRS, options=None, model="LlamaForCausalLM", **settings):
+        options = dict(options or {})
+        if "peft_config" in settings:
+            options["peft_config"] = settings.pop("peft_config")
+        if isinstance(model, str):
+            model = tiny(model, vocab_size=len(tokenizer)).double()
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.lm_head.weight)  # confidences of all sizes
+        rows = datasets.Dataset.from_list(data)
+        args = trl.SFTConfig(**one_step(tmp_path) | plain | settings)
+        sets = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+        return kind(model, args, **sets, **options)
+
+    return build
+
+
+def weights(trainer):
+    return {k: p.detach().clone() for k, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_run(ours, own):
+    before = weights(ours)
+    for trainer in (ours, own):
+        trainer.train()
+        trainer.evaluate()
+    got, want = weights(ours), weights(own)
+    way = max(float((want[name] - before[name]).abs().max()) for name in want)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * way)
+    for mine, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
+        for name, value in theirs.items():
+            if not name.endswith(("runtime", "per_second", "preparation_time")):
+                assert mine[name] == pytest.approx(value, rel=1e-4), name
+
+
+FAST = [("dft", "assistant"), ("dft", "packed"), ("dft", "lora"), ("sft", "packed chat")]
+ALL = [(scheme, kind) for scheme in ("sft", "dft") for kind in KINDS]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST]
+
+
+@pytest.mark.parametrize(("scheme", "kind"), FAST + SLOW)
+def test_sft_and_dft_are_those_of_trl(make, scheme, kind):
+    data, settings = KINDS[kind]
+    options = {"scheme": scheme, "normalize": "token"}
+    ours = make(BFTSFTTrainer, data, options, **settings)
+    loss_type = {"sft": "nll", "dft": "dft"}[scheme]
+    assert_same_run(ours, make(trl.SFTTrainer, data, loss_type=loss_type, **settings))
+    logged = ours.state.log_history[0]
+    assert logged["confidence"] == pytest.approx(logged["token_weight"]) or scheme == "sft"
+
+
+def test_a_mixture_of_experts_has_trls_coefficient(make):
+    options = {"scheme": "dft", "normalize": "token"}
+    experts = {"num_local_experts": 3, "experts_implementation": "eager", "vocab_size": 400}
+    settings = {"gradient_accumulation_steps": 1, "router_aux_loss_coef": 0.5}
+    ours, own = (
+        make(kind, model=tiny("MixtralForCausalLM", **experts), **settings, **more)
+        for kind, more in (
+            (BFTSFTTrainer, {"options": options}),
+            (trl.SFTTrainer, {"loss_type": "dft"}),
+        )
+    )
+    assert_same_run(ours, own)
+
+
+@pytest.mark.parametrize(
+    "kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("chat", "lora"))]
+)
+def test_the_balanced_loss_is_the_same_however_the_step_is_cut(make, kind):
+    """And packed: its documents are counted, not rows."""
+    data, settings = KINDS[kind]
+    results = []
+    for cut in (
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "packing": False},
+    ):
+        trainer = make(BFTSFTTrainer, data, {"window": 4}, **settings | cut | {"max_steps": 1})
+        assert (len(trainer.train_dataset) < 8) == (kind == "packed" and trainer.args.packing)
+        trainer.train()
+        results.append((weights(trainer), trainer.state.log_history[0]))
+    (whole, logged), (cut, again) = results
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-7)
+    for name in ("loss", "nll", "confidence", "token_weight", "sequence_weight"):
+        assert again[name] == pytest.approx(logged[name], rel=1e-4)
+    assert 0 < logged["sequence_weight"] < 1
+
+
+def test_an_evaluation_gets_the_logits_and_computes_none_for_nobody(make, monkeypatch):
+    metrics = {"compute_metrics": lambda found: {"mean": float(found.predictions.mean())}}
+    ours, own = (make(kind, options=metrics) for kind in (BFTSFTTrainer, trl.SFTTrainer))
+    want, got = (trainer.predict(trainer.eval_dataset).predictions for trainer in (own, ours))
+    np.testing.assert_array_equal(got, want)
+    assert ours.evaluate()["eval_mean"] == own.evaluate()["eval_mean"]
+    ours.compute_metrics = None
+    monkeypatch.setattr(DeferredLogits, "read", None)
+    ours.evaluate()
+    ids = torch.tensor([[3, 4, 5]])
+    outputs = unpatch_model(ours.model)(ids, labels=ids)
+    assert type(outputs.logits) is torch.Tensor
+
+
+def test_trls_loss_type_is_refused(make):
+    with pytest.raises(ValueError, match=r"^loss_type: got 'dft', expected none: scheme='dft' and"):
+        make(BFTSFTTrainer, loss_type="dft")
