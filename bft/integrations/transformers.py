@@ -108,7 +108,7 @@ class BFTTrainer(Trainer):
         """What the loss of these micro-batches is divided by: documents or labelled tokens."""
         if not batch_samples:
             return None
-        counts = [self.head_loss.count_items(*batch_targets(batch)) for batch in batch_samples]
+        counts = [self.head_loss.count_items(*batch_targets(batch)[:2]) for batch in batch_samples]
         items = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices:
             items = self.accelerator.reduce(items, reduction="sum")
@@ -117,7 +117,7 @@ class BFTTrainer(Trainer):
     def _add(self, inputs: dict[str, Any], stats: Any) -> None:
         """A call's sums over labelled tokens and documents, added to those of its kind."""
         targets = batch_targets(inputs)
-        documents = self._by_document.count_items(*targets)
+        documents = self._by_document.count_items(*targets[:2])
         weights = (stats.token_weight, stats.sequence_weight)
         parts = (targets.target != IGNORE, documents, stats.nll, stats.confidence, *weights)
         sums = torch.stack([part.sum().to(stats.nll) for part in parts])

@@ -46,7 +46,8 @@ NOT_IMPORTED = {
 # What a document tells of the kernels: `bft` stands on it, so that their inside can change.
 DOCUMENTED = {
     "bft_kernels": {*bft_kernels.__all__, "__version__", "reference"},
-    "bft_kernels.settings": {"Settings", "TrainingSettings"},
+    "bft_kernels.checks": {"FLOAT_DTYPES", "check_finite", "check_tensor"},
+    "bft_kernels.settings": {"SCHEMES", "Settings", "TrainingSettings"},
     "bft_kernels.values": {"check_int", "check_number"},
     "bft_kernels.weighting": {
         "token_weights",
