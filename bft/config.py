@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from bft_kernels.settings import TrainingSettings
+from bft_kernels.settings import LOCAL_SCHEMES, SCHEMES, TrainingSettings
 from bft_kernels.values import check_int, check_number
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class TrainConfig(LossOptions, _Files):
     packing: bool = False
     """Put a micro-batch's documents in one row instead of padding them."""
     seed: int = 0
-    """Of the order of records, new parameters and draws; from 0 below 2**32."""
+    """Seeds the order of records, new parameters and draws; from 0 below 2**32."""
 
     lora_rank: int = 0
     """Train LoRA adapters of this rank instead of all parameters; 0 is full fine-tuning."""
@@ -254,7 +254,7 @@ _NEEDS = {
     "eval_limit": "eval_file",
 }
 ONLY_WITH = {
-    "window": ("scheme", ("bft", "bft-v1", "bft-v1-code")),
+    "window": ("scheme", tuple(name for name in SCHEMES if name not in LOCAL_SCHEMES)),
     "gamma": ("scheme", ("bft-v1-code",)),
     "eps": ("gradient", ("sampled",)),
 }

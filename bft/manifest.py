@@ -1,4 +1,4 @@
-"""The last file written into a checkpoint: what it is of, and the size and checksum of each file.
+"""A checkpoint's last file: the run that it is of, and the size and checksum of each other file.
 
 It ends with a checksum of itself. All are CRC-32, three times as fast as SHA-256: they tell damage,
 not malice.
@@ -13,7 +13,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, step: int, identity: dict[str, Any]) -> None:
-    """Completes a checkpoint: what it is of, and what every file of ``folder`` must look like."""
+    """Completes a checkpoint: which run it is of, and how each file of ``folder`` must look."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         for path in sorted(folder.rglob("*"))

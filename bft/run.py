@@ -78,7 +78,7 @@ def _before_writing(run: Run) -> None:
     name = broken_parameter(run.accelerator, run.model)
     if name is not None:
         raise NonFinite(
-            f"{name} is not finite any more; nothing is saved of it. "
+            f"{name} is not finite any more; the model is not saved. "
             "Start anew with a lower learning rate"
         )
     on_main(run.accelerator, lambda: give_room(run.config.output_dir))

@@ -1,6 +1,7 @@
 """Fused linear cross-entropy with per-token confidence, and Balanced Fine-Tuning's loss."""
 
-import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,16 +35,24 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and the kernels when a public name is asked for, not for a command's help."""
-    if name not in __all__:
+    """Imports torch and what is public when it is first asked for; a command's help needs none."""
+    if name in __all__:
+        _import_public()
+        return globals()[name]
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for home in ("functional", "modules", "weighting", "installation", "precompile", "workspace"):
-        module = importlib.import_module(f"bft_kernels.{home}")
-        if name in vars(module):
-            globals()[name] = vars(module)[name]
-            break
-    return globals()[name]
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})
+
+
+def _import_public() -> None:
+    for home in ("functional", "installation", "modules", "precompile", "weighting", "workspace"):
+        module = vars(importlib.import_module(f"{__name__}.{home}"))
+        globals().update({name: module[name] for name in __all__ if name in module})
+
+
+if "torch" in sys.modules:  # then it costs little, and saved programs find the custom ops
+    _import_public()

@@ -18,7 +18,7 @@ from torch import Tensor
 from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
 from bft_kernels import ops
 from bft_kernels.checks import FLOAT_DTYPES, check_boundaries, check_finite, check_tensor
-from bft_kernels.documents import boundaries_beside, labelled_layout, token_scales
+from bft_kernels.documents import Layout, boundaries_beside, labelled_layout, token_scales
 from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
@@ -312,7 +312,7 @@ def balanced_linear_cross_entropy(
             scale = scale * factor
         if local:
             result = ops.weighted_loss(problem, scale)
-            weighting = _balanced_loss(labelled, result.nll, documents, items, settings)
+            weighting = _balanced_loss(labelled, result.nll, documents, items, settings, layout)
         else:
             apart = boundaries is not None and boundaries.device != documents.device
             result = ops.weighted_loss(problem, scale, documents, boundaries if apart else None)
@@ -330,12 +330,21 @@ def balanced_linear_cross_entropy(
 
 
 def _balanced_loss(
-    labelled: Tensor, nll: Tensor, documents: Tensor, items: Tensor | None, settings: Settings
+    labelled: Tensor,
+    nll: Tensor,
+    documents: Tensor,
+    items: Tensor | None,
+    settings: Settings,
+    layout: Layout | None = None,
 ) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless the scheme is a callable."""
-    if isinstance(settings.scheme, str):
+    """See :func:`bft_kernels.weighting.balanced_loss`.
+
+    It is an op, unless the scheme is a callable or the ``layout`` is known on a CPU.
+    """
+    known = layout is not None and nll.device.type == "cpu" and not torch.compiler.is_compiling()
+    if isinstance(settings.scheme, str) and not known:
         return ops.balanced_loss(nll, labelled, documents, items, settings)
-    return balanced_loss(nll, labelled, documents, items, settings)
+    return balanced_loss(nll, labelled, documents, items, settings, layout)
 
 
 def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor | None:

@@ -43,8 +43,8 @@ class LinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, reduction, label_smoothing, z_loss: as in the function.
-        options: ``shift, softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
-            return_stats, hidden_variance`` of the function.
+        options: the function's other keywords that are fields of
+            :class:`bft_kernels.settings.Settings`.
 
     Raises:
         TypeError, ValueError: an option is unknown or out of its domain; the message names it.
@@ -107,8 +107,8 @@ class BalancedLinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, scheme, window, gamma, normalize: as in the function.
-        options: ``shift, softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
-            return_stats, hidden_variance`` of the function.
+        options: the function's other keywords that are fields of
+            :class:`bft_kernels.settings.Settings`.
 
     Raises:
         TypeError, ValueError: an option is unknown or out of its domain; the message names it.

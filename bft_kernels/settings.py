@@ -1,8 +1,8 @@
 """The options of the loss: one list, from which every layer takes what it needs.
 
-The public functions' keywords, their checks, the schemas of the custom ops, the modules, the table
-in docs/loss.md, ``bft.HeadLoss`` and the flags of ``bft`` follow from the fields of
-:class:`Settings`. This file imports no torch, so that ``bft --help`` is quick.
+The defaults and checks of the public functions' keywords, the schemas of the custom ops, the
+modules, the table in docs/loss.md, ``bft.HeadLoss`` and the flags of ``bft`` follow from the fields
+of :class:`Settings`. This file imports no torch, so that ``bft --help`` is quick.
 """
 
 from __future__ import annotations

@@ -303,9 +303,10 @@ def balanced_loss(
     cu_seqlens: Tensor,  # [S + 1] over the N positions
     num_items: Tensor | None,  # []
     settings: Settings,
+    layout: Layout | None = None,  # of labelled, if it is known
 ) -> BalancedLoss:
     """The weighted sum of token losses, with constant weights made from those losses."""
-    layout = labelled_layout(labelled, cu_seqlens)
+    layout = layout or labelled_layout(labelled, cu_seqlens)
     weighting = balance(loss, labelled, cu_seqlens, settings, layout)
     by_sequence = layout if settings.normalize == "sequence" else None
     scale = token_scales(labelled, by_sequence, num_items, loss.dtype)

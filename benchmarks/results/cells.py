@@ -84,7 +84,7 @@ def steps(folder: str, model: str) -> Cells:
     timed = [row for row in rows if not row["limit_bytes"]]
     limits = sorted({int(row["limit_bytes"]) for row in rows if row["limit_bytes"]})
     batches = " or ".join(dict.fromkeys(row["batch"] for row in timed))
-    heading = ["", f"step of {batches}, s", "of it the head", "peak GiB"]
+    heading = ["", f"step of {batches}, s", "the head's part", "peak GiB"]
     cells = [heading + [f"fit in {limit / 2**30:g} GiB" for limit in limits]]
     for weighting, loss in grouped(rows, "weighting", "loss"):
         step = find(timed, weighting=weighting, loss=loss)

@@ -16,12 +16,17 @@ from pathlib import Path
 import pytest
 
 from bft import HeadLoss
-from bft_kernels import settings
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    settings,
+)
 
 ROOT = Path(__file__).parents[2]
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 PACKAGES = ("bft_kernels", "bft")
-IMPORT = re.compile(r"^from (bft\w*(?:\.\w+)*) import \(?([\w,\s]+?)\)?$", re.MULTILINE)
+IMPORT = re.compile(r"^from (bft\w*(?:\.\w+)*) import (\([^)]+\)|[\w, ]+)$", re.MULTILINE)
 MODULE = re.compile(r"\b(typing|pathlib)\.(_\w+\.)?")
 DOTTED = re.compile(r"`(bft_kernels(?:\.\w+)+|bft\.(?!py\b)\w+(?:\.\w+)*)\(")
 
@@ -54,7 +59,7 @@ def imported_by_docs():
     for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = document.read_text(encoding="utf-8")
         for module, names in IMPORT.findall(text):
-            found |= {(module, name.strip()) for name in names.split(",") if name.strip()}
+            found |= {(module, name) for name in re.findall(r"\w+", names)}
         for dotted in DOTTED.findall(text):
             module, _, name = dotted.rpartition(".")
             found.add((module, name))
@@ -117,6 +122,12 @@ def test_the_options_of_bft_are_settings_of_the_loss():
         assert [field.metadata for field in inherited] == [field.metadata for field in chosen]
         assert own | {field.name for field in chosen} == set(ours.__dataclass_fields__)
     assert HeadLoss.max_buffer_bytes is LossOptions.max_buffer_mib is None
+
+
+def test_each_setting_is_a_keyword_of_a_function():
+    functions = (linear_nll, linear_cross_entropy, balanced_linear_cross_entropy)
+    keywords = {name for function in functions for name in inspect.signature(function).parameters}
+    assert set(settings.NAMES) <= keywords
 
 
 def test_the_table_of_options_is_that_of_the_settings():

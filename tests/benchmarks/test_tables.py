@@ -87,7 +87,7 @@ def test_steps_and_largest_batches(tmp_path, monkeypatch):
         "other,full,False,bft,exact,4,9,1,1,1,,,,\n"
     )
     assert cells.steps(".", "m") == [
-        ["", "step of 4, s", "of it the head", "peak GiB", "fit in 4 GiB", "fit in 8 GiB"],
+        ["", "step of 4, s", "the head's part", "peak GiB", "fit in 4 GiB", "fit in 8 GiB"],
         ["exact, weighted by BFT", "2.50", "0.750", "3.00", "at least 9", "30"],
     ]
     with pytest.raises(ValueError, match="found no row with model 'x', mode 'full'"):

@@ -18,6 +18,7 @@ from bft_kernels.results import Saved, Wanted
 from bft_kernels.settings import Settings, values_of
 from tests.support.losses import assert_same_loss
 from tests.support.problems import OLD_COMPILER, call_of, draw_problem, op_arguments
+from tests.support.runs import run_python
 
 OPTIONS = {"eps": 0.05, "max_buffer_bytes": 4096, "return_stats": True}
 TRAINED = (True, True, True)
@@ -201,3 +202,18 @@ def test_a_loss_is_exported_saved_and_loaded(kind, gradient, tmp_path):
     gradients = want.gradients(expected)
     for name, gradient in got.gradients(value).items():
         assert torch.equal(gradient, gradients[name])
+
+
+def test_a_process_that_imports_the_package_loads_a_program(tmp_path):
+    p = draw_problem(13, 5, 11)
+    program = torch.export.export(LinearCrossEntropyLoss(), p.args)
+    torch.export.save(program, tmp_path / "loss.pt2")
+    code = f"import torch, bft_kernels; torch.export.load({str(tmp_path / 'loss.pt2')!r})"
+    assert run_python("-c", code).returncode == 0
+
+
+def test_submodules_are_attributes_of_the_package():
+    code = "import bft_kernels, sys; assert 'torch' not in sys.modules\n"
+    code += "bft_kernels.weighting.shift_labels, bft_kernels.reference, bft_kernels.info()\n"
+    code += "assert not hasattr(bft_kernels, 'nothing')"
+    assert run_python("-c", code).returncode == 0

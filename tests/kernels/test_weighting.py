@@ -3,6 +3,7 @@
 import math
 from fractions import Fraction
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bft_kernels import balanced_linear_cross_entropy, reference, token_weights, weighting
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    documents,
+    functional,
+    reference,
+    token_weights,
+    weighting,
+)
 from bft_kernels.settings import SCHEMES, Settings
 
 LENGTHS = [(1,), (5,), (0, 3, 0, 0, 17, 1, 2), (40, 7, 64), (0,), (0, 0), ()]
@@ -315,3 +323,18 @@ def test_empty_batches():
     assert weighting.shift_labels(none).shape == (0, 4)
     assert weighting.shift_labels(none.T).shape == (4, 0)
     assert weighting.shift_labels(none, torch.tensor([0])).shape == (0, 4)
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("return_stats", [False, True], ids=["loss", "statistics"])
+@pytest.mark.parametrize("scheme", ["sft", "dft"])
+def test_where_labels_lie_is_found_once(scheme, return_stats, normalize, monkeypatch):
+    found = Mock(side_effect=documents.labelled_layout)
+    for module in (functional, weighting):
+        monkeypatch.setattr(module, "labelled_layout", found)
+    p = draw_problem(12, 5, 11)
+    options = {"return_stats": return_stats, "backend": "torch", "scheme": scheme}
+    balanced_linear_cross_entropy(
+        p.hidden[None], p.weight, p.target[None], normalize=normalize, **options
+    )
+    assert found.call_count == (return_stats or normalize == "sequence")
