@@ -25,6 +25,7 @@ FILES = {
     "triton": ["bft_kernels/backends/triton"],
     "": ["bft_kernels"],
     "demo": ["bft/demo"],
+    "trackers": ["bft/trackers.py"],
     "train": ["bft"],
     "build": ["setup.py", "csrc/ninja_build.py"],
     "dev": ["benchmarks", "csrc", "tests"],
