@@ -18,7 +18,7 @@ EVENTS, WANDB = "tensorboard", "wandb"  # folders of a run
 PROJECT = "bft"
 
 
-def trackers_of(config: TrainConfig) -> list[GeneralTracker]:
+def trackers_of(config: TrainConfig) -> list[GeneralTracker] | None:
     """The trackers that the configuration names; nothing is started or written yet.
 
     Raises:
@@ -39,7 +39,7 @@ def trackers_of(config: TrainConfig) -> list[GeneralTracker]:
         trackers.append(WandBTracker(PROJECT, name=folder.name, dir=str(folder), mode=mode))
     if "trackio" in config.trackers:
         trackers.append(TrackioTracker(PROJECT, name=folder.name))
-    return trackers
+    return trackers or None
 
 
 def start_trackers(
