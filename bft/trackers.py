@@ -73,7 +73,8 @@ def track(trackers: list[Any], values: dict[str, Any], step: int) -> None:
         else:
             from trackio import Histogram
         drawn = [Histogram(np_histogram=(c, _edges(c))) for c in histograms.values()]
-        tracker.log(numbers | dict(zip(histograms, drawn, strict=True)), step=step)
+        # Not tracker.log: accelerate before 1.14 tells trackio no step.
+        tracker.tracker.log(numbers | dict(zip(histograms, drawn, strict=True)), step=step)
 
 
 def _edges(counts: list[float]) -> list[float]:
