@@ -9,13 +9,12 @@ from types import MethodType
 import peft
 import pytest
 import torch
-import transformers as hf
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed import HashStore, destroy_process_group, init_process_group
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, linear
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.functional import cross_entropy, linear, pad
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
@@ -26,21 +25,23 @@ from bft.patch import fused_loss, patch_model
 from tests.support.batches import rows
 from tests.support.models import tiny
 
+BATCH = rows()
+IDS, LABELS = BATCH["input_ids"], BATCH["labels"]
 DFT = HeadLoss(scheme="dft", normalize="token")  # far from cross-entropy on random weights
 patch = functools.partial(patch_model, loss=DFT)
+WAY_OUT = r"fused_loss\(model, batch, loss\)\[0\]|patch_model\(\.\.\., shift=True\)"
 # Without measurements, which torch.compile would follow for a while.
-at_once = functools.partial(patch, transform=LogitTransform(), shift=True, verify=False)
-WAY_OUT = r"fused_loss\(model, batch, loss\)\[0\]"
+patch_at_once = functools.partial(patch, transform=LogitTransform(), shift=True, verify=False)
 
 
 @pytest.fixture
 def model():
-    return tiny("LlamaForCausalLM")
+    return tiny("LlamaForCausalLM", num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    return fused_loss(tiny("LlamaForCausalLM"), rows(), DFT)[0].item()
+    return fused_loss(tiny("LlamaForCausalLM", num_hidden_layers=1), BATCH, DFT)[0].item()
 
 
 @pytest.fixture(autouse=True)
@@ -49,36 +50,43 @@ def _fresh(fresh_accelerator):
     torch.compiler.reset()
 
 
-def theirs(logits, labels):
+def theirs(logits, labels=LABELS, **_):
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def custom(logits, labels, **_):
-    return theirs(logits, labels)
+def liger(model, input_ids, labels=LABELS, **_):
+    """As fused losses of others: the body, and the head's weight."""
+    return theirs(linear(model.base_model(input_ids=input_ids)[0], model.lm_head.weight), labels)
 
 
-def liger(model, input_ids, labels=None, **_):
-    """As a fused loss of others: the body, and the head's weight."""
-    hidden = model.base_model(input_ids=input_ids)[0]
-    return hf.modeling_outputs.CausalLMOutput(
-        loss=theirs(linear(hidden, model.lm_head.weight), labels)
-    )
+def layer_by_layer(model):
+    body, hidden = model.model, model.model.embed_tokens(IDS)
+    angles = body.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+    for layer in body.layers:
+        hidden = layer(hidden, position_embeddings=angles)
+    return theirs(linear(body.norm(hidden), model.lm_head.weight))
 
 
-def lora(model, **settings):
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], **settings))
+def put(model, name, value):
+    setattr(model, name, value)
+    return model
+
+
+def trl_head(model):
+    add_fused_lm_head(model)
+    return model
+
+
+def lora(model):
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def bfloat16(model):
+    return Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
 
 
 def compiled(model):
     return torch.compile(model, backend="eager")
-
-
-def called(prepare, model, batch):
-    """The model as ``prepare`` made it, called before and after the patch."""
-    prepared = prepare(model)
-    prepared(**batch).loss.backward()
-    at_once(model)
-    return prepared(**batch).loss
 
 
 def compiled_in_place(model):
@@ -86,181 +94,112 @@ def compiled_in_place(model):
     return model
 
 
+def called_before(prepare):
+    """A way that calls what ``prepare`` makes of a model before the patch, too."""
+
+    def way(model):
+        prepared = prepare(model)
+        prepared(**BATCH).loss.backward()
+        patch_at_once(model)
+        return prepared(**BATCH).loss
+
+    return way
+
+
 def in_one_process(way):
     """A way that needs torch's processes."""
 
-    @functools.wraps(way)
-    def run(model, batch):
+    def run(model):
         init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         try:
-            return way(model, batch)
+            return way(model)
         finally:
             destroy_process_group()
 
     return run
 
 
-def on_bfloat16(model):
-    return Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-
-
-def virtual_tokens(model):
-    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
-    return peft.get_peft_model(model, settings)
-
-
 OURS = {
-    "call": lambda m, b: patch(m)(**b).loss,
-    "tuple": lambda m, b: patch(m)(b["input_ids"], labels=b["labels"], return_dict=False)[0],
-    "shift_labels": lambda m, b: (
-        patch(m)(
-            b["input_ids"],
-            shift_labels=torch.nn.functional.pad(b["labels"][:, 1:], (0, 1), value=-100),
-        ).loss
+    "call": lambda m: patch(m)(**BATCH).loss,
+    "tuple": lambda m: patch(m)(IDS, labels=LABELS, return_dict=False)[0],
+    "shift_labels": lambda m: patch(m)(IDS, shift_labels=pad(LABELS[:, 1:], (0, 1), value=-100))[0],
+    "inputs_embeds": lambda m: patch(m)(inputs_embeds=m.model.embed_tokens(IDS), labels=LABELS)[0],
+    "hidden states, too": lambda m: patch(m)(**BATCH, output_hidden_states=True).loss,
+    "forward": lambda m: patch(m).forward(**BATCH).loss,
+    "function of forward": lambda m: patch(m).forward.__func__(m, **BATCH).loss,
+    "unwrapped forward": lambda m: inspect.unwrap(patch(m).forward)(**BATCH).loss,
+    "Module.__call__": lambda m: torch.nn.Module.__call__(patch(m), **BATCH).loss,
+    "functional_call": lambda m: functional_call(patch(m), dict(m.named_parameters()), (), BATCH),
+    "loss_function": lambda m: patch(put(m, "loss_function", theirs))(**BATCH).loss,
+    "checkpoint": lambda m: checkpoint(patch(m).forward, IDS, labels=LABELS, use_reentrant=False),
+    "checkpoints": lambda m: patch(m).gradient_checkpointing_enable() or m(**BATCH).loss,
+    "copy": lambda m: copy.copy(patch(m))(**BATCH).loss,
+    "deepcopy": lambda m: copy.deepcopy(patch(m))(**BATCH).loss,
+    "pickle": lambda m: pickle.loads(pickle.dumps(patch(m)))(**BATCH).loss,
+    "DDP, patch": in_one_process(lambda m: patch(DDP(m))(**BATCH).loss),
+    "patch, DDP": in_one_process(lambda m: DDP(patch(m))(**BATCH).loss),
+    "PEFT, patch": lambda m: patch(lora(m))(**BATCH).loss,
+    "PEFT, call, patch": called_before(lora),
+    "patch, PEFT": lambda m: lora(patch(m))(**BATCH).loss,
+    "bfloat16, call, patch": called_before(bfloat16),
+    "patch, bfloat16": lambda m: bfloat16(patch(m))(**BATCH).loss,
+    "bfloat16, unwrapped": lambda m: (
+        extract_model_from_parallel(bfloat16(patch(m)), keep_fp32_wrapper=False)(**BATCH).loss
     ),
-    "forward": lambda m, b: patch(m).forward(**b).loss,
-    "function of forward": lambda m, b: patch(m).forward.__func__(m, **b).loss,
-    "unwrapped forward": lambda m, b: inspect.unwrap(patch(m).forward)(**b).loss,
-    "Module.__call__": lambda m, b: torch.nn.Module.__call__(patch(m), **b).loss,
-    "inputs_embeds": lambda m, b: (
-        patch(m)(inputs_embeds=m.get_input_embeddings()(b["input_ids"]), labels=b["labels"]).loss
-    ),
-    "hidden states beside labels": lambda m, b: patch(m)(**b, output_hidden_states=True).loss,
-    "checkpoint of the call": lambda m, b: checkpoint(
-        lambda: m(**b).loss, use_reentrant=patch(m) is None
-    ),
-    "gradient checkpointing": lambda m, b: (m.gradient_checkpointing_enable(), patch(m)(**b).loss)[
-        1
-    ],
-    "functional_call": lambda m, b: (
-        functional_call(patch(m), dict(m.named_parameters()), (), b).loss
-    ),
-    "loss_function": lambda m, b: (setattr(m, "loss_function", custom), patch(m)(**b).loss)[1],
-    "deepcopy": lambda m, b: copy.deepcopy(patch(m))(**b).loss,
-    "copy": lambda m, b: copy.copy(patch(m))(**b).loss,
-    "pickle": lambda m, b: pickle.loads(pickle.dumps(patch(m)))(**b).loss,
-    "DDP, then patch": in_one_process(lambda m, b: patch(DistributedDataParallel(m))(**b).loss),
-    "patch, then DDP": in_one_process(lambda m, b: DistributedDataParallel(patch(m))(**b).loss),
-    "PEFT, then patch": lambda m, b: patch(lora(m))(**b).loss,
-    "patch, then PEFT": lambda m, b: lora(patch(m))(**b).loss,
-    "PEFT, called, then patch": functools.partial(called, lora),
-    "accelerate, then patch": functools.partial(called, on_bfloat16),
-    "patch, then accelerate": lambda m, b: on_bfloat16(patch(m))(**b).loss,
-    "accelerate, unwrapped": lambda m, b: (
-        extract_model_from_parallel(on_bfloat16(patch(m)), keep_fp32_wrapper=False)(**b).loss
-    ),
-    "compile, called, then patch": functools.partial(called, compiled),
-    "compile in place, called, then patch": functools.partial(called, compiled_in_place),
-    "patch, then compile": lambda m, b: compiled(at_once(m))(**b).loss,
+    "compile, call, patch": called_before(compiled),
+    "compile in place, call, patch": called_before(compiled_in_place),
 }
-
-
-@pytest.mark.parametrize("way", OURS)
-def test_ours_ran(way, model, expected):
-    value = OURS[way](model, rows())
-    assert value.item() == pytest.approx(expected, rel=2e-2 if "accelerate" in way else 1e-5)
-    value.backward()
-
-
-def layer_by_layer(model, batch):
-    body = model.model
-    hidden = body.embed_tokens(batch["input_ids"])
-    angles = body.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
-    for layer in body.layers:
-        hidden = layer(hidden, position_embeddings=angles)
-    return theirs(linear(body.norm(hidden), model.lm_head.weight), batch["labels"])
-
-
-def bound_before(model, batch):
-    forward = model.forward
-    patch(model)
-    return forward(**batch).loss
-
-
-def trl_head(model, batch):
-    add_fused_lm_head(model)
-    return model(**batch, fused_lm_head=True).loss
-
-
-def over_the_class(model, batch):
-    patch(model).forward = MethodType(type(model).forward, model)
-    return model(**batch).loss
-
-
-class Wrapper(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.inner = model
-
-    def forward(self, input_ids, labels):
-        return theirs(self.inner(input_ids).logits, labels)
-
-
-def no_labels(**options):
-    return lambda m, b: theirs(patch(m)(b["input_ids"], **options).logits, b["labels"])
-
-
 ERRORS = {
-    "logits": no_labels(),
-    "logits beside no labels": no_labels(labels=None),
-    "logits of a cache": no_labels(use_cache=True),
-    "last hidden states": lambda m, b: theirs(
-        m.lm_head(patch(m)(b["input_ids"], output_hidden_states=True).hidden_states[-1]),
-        b["labels"],
+    "logits": lambda m: theirs(patch(m)(IDS).logits),
+    "logits of a cache": lambda m: theirs(patch(m)(IDS, use_cache=True).logits),
+    "logits in a tuple": lambda m: theirs(patch(m)(IDS, return_dict=False)[0]),
+    "loss_function": lambda m: m.loss_function(patch(m)(IDS).logits, LABELS, vocab_size=61),
+    "hidden states": lambda m: m.lm_head(patch(m)(IDS, output_hidden_states=True)[1][-1]),
+    "generate": lambda m: inspect.unwrap(patch(m).generate)(m, IDS, max_new_tokens=1),
+    "class's forward": lambda m: type(m).forward(patch(m), **BATCH).loss,
+    "its forward before": lambda m: (m.forward, patch(m))[0](**BATCH).loss,
+    "class's forward put over": lambda m: put(patch(m), "forward", MethodType(type(m).forward, m))(
+        **BATCH
     ),
-    "logits in a tuple": lambda m, b: patch(m)(b["input_ids"], return_dict=False)[0].sum(),
-    "loss_function": lambda m, b: m.loss_function(
-        logits=patch(m)(b["input_ids"]).logits, labels=b["labels"], vocab_size=61
-    ),
-    "a module around": lambda m, b: Wrapper(patch(m))(**b),
-    "class's forward": lambda m, b: type(m).forward(patch(m), **b).loss,
-    "forward bound before": bound_before,
-    "class's forward over the patch": over_the_class,
-    "body": lambda m, b: liger(patch(m), **b).loss,
-    "decoder": lambda m, b: patch(m).get_decoder()(b["input_ids"])[0].sum(),
-    "body's forward": lambda m, b: patch(m).model.forward(b["input_ids"])[0].sum(),
-    "layer by layer": lambda m, b: layer_by_layer(patch(m), b),
-    "head": lambda m, b: patch(m).lm_head(torch.zeros(1, 2, 16)).sum(),
-    "checkpoint of the body": lambda m, b: checkpoint(
-        patch(m).model, b["input_ids"], use_reentrant=False
-    )[0].sum(),
-    "checkpoint of the body, reentrant": lambda m, b: m.lm_head(
-        checkpoint(patch(m).model, b["input_ids"], use_reentrant=True)[0]
-    ).sum(),
-    "functional_call of the body": lambda m, b: functional_call(
-        patch(m).model, dict(m.model.named_parameters()), b["input_ids"]
-    )[0].sum(),
-    "generate with gradients": lambda m, b: inspect.unwrap(patch(m).generate)(
-        m, b["input_ids"], max_new_tokens=1
-    ),
-    "body of a deepcopy": lambda m, b: liger(copy.deepcopy(patch(m)), **b).loss,
-    "body of a copy": lambda m, b: liger(copy.copy(patch(m)), **b).loss,
-    "body of a pickle": lambda m, b: liger(pickle.loads(pickle.dumps(patch(m))), **b).loss,
-    "body in PEFT": lambda m, b: liger(lora(patch(m)).get_base_model(), **b).loss,
-    "body in DDP": in_one_process(
-        lambda m, b: liger(DistributedDataParallel(patch(m)).module, **b)
-    ),
-    "logits of DDP": in_one_process(
-        lambda m, b: DistributedDataParallel(patch(m))(b["input_ids"]).logits.sum()
-    ),
-    "logits of accelerate": lambda m, b: on_bfloat16(patch(m))(b["input_ids"]).logits.sum(),
-    "logits of compile": lambda m, b: compiled(patch(m))(b["input_ids"]).logits.sum(),
-    "compiled body": lambda m, b: compiled(patch(m).model)(b["input_ids"])[0].sum(),
-    "Liger over the patch": lambda m, b: (
-        setattr(patch(m), "forward", MethodType(liger, m)),
-        m(**b),
-    )[1],
-    "patch over Liger": lambda m, b: (setattr(m, "forward", MethodType(liger, m)), patch(m)(**b))[
-        1
-    ],
-    "TRL's head over the patch": lambda m, b: trl_head(patch(m), b),
-    "patch over TRL's head": lambda m, b: (add_fused_lm_head(m), patch(m)(**b, fused_lm_head=True))[
-        1
-    ],
+    "body": lambda m: liger(patch(m), IDS),
+    "body's forward": lambda m: patch(m).model.forward(IDS)[0].sum(),
+    "layer by layer": lambda m: layer_by_layer(patch(m)),
+    "decoder": lambda m: theirs(patch(m).get_decoder()(IDS)[0]),
+    "head": lambda m: theirs(patch(m).lm_head(torch.zeros(2, 12, 16))),
+    "functional_call": lambda m: functional_call(patch(m), dict(m.named_parameters()), IDS),
+    "functional body": lambda m: functional_call(patch(m).model, dict(m.model.state_dict()), IDS),
+    "checkpoint": lambda m: checkpoint(patch(m), IDS, use_reentrant=False).logits.sum(),
+    "checkpoint of the body": lambda m: checkpoint(patch(m).model, IDS, use_reentrant=False),
+    "reentrant body": lambda m: m.lm_head(checkpoint(patch(m).model, IDS, use_reentrant=True)[0]),
+    "body of a copy": lambda m: liger(copy.copy(patch(m)), IDS),
+    "body of a deepcopy": lambda m: liger(copy.deepcopy(patch(m)), IDS),
+    "body of a pickle": lambda m: liger(pickle.loads(pickle.dumps(patch(m))), IDS),
+    "DDP": in_one_process(lambda m: theirs(DDP(patch(m))(IDS).logits)),
+    "body in DDP": in_one_process(lambda m: liger(DDP(patch(m)).module, IDS)),
+    "PEFT": lambda m: theirs(lora(patch(m))(input_ids=IDS).logits),
+    "body in PEFT": lambda m: liger(lora(patch(m)).get_base_model(), IDS),
+    "bfloat16": lambda m: theirs(bfloat16(patch(m))(IDS).logits),
+    "compile": lambda m: theirs(compiled(patch(m))(IDS).logits),
+    "compiled body": lambda m: theirs(compiled(patch(m).model)(IDS)[0]),
+    "patch, Liger": lambda m: put(patch(m), "forward", MethodType(liger, m))(**BATCH),
+    "Liger, patch": lambda m: patch(put(m, "forward", MethodType(liger, m)))(**BATCH),
+    "patch, TRL": lambda m: trl_head(patch(m))(**BATCH, fused_lm_head=True),
+    "TRL, patch": lambda m: patch(trl_head(m))(**BATCH, fused_lm_head=True),
 }
+
+
+# torch.compile takes most of the time; of a patched model it is in test_patch.
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=pytest.mark.slow) if "in place" in w else w for w in OURS]
+)
+def test_ours_ran(way, model, expected):
+    value = OURS[way](model)
+    value = getattr(value, "loss", value)
+    assert value.item() == pytest.approx(expected, rel=2e-2 if "bfloat16" in way else 1e-5)
+    value.backward()
 
 
 @pytest.mark.parametrize("way", ERRORS)
 def test_an_error_names_the_way_out(way, model):
     with pytest.raises((Bypassed, UnsupportedModel), match=WAY_OUT):
-        ERRORS[way](model, rows())
+        ERRORS[way](model)
