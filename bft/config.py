@@ -57,7 +57,7 @@ class _Files(_Checked):
     eval_file: Path | None = None
     """JSONL to evaluate on; an `answer` key adds constrained exact match."""
     output_dir: Path = Path("runs/bft")
-    """Gets the model, checkpoints, metrics.jsonl, TensorBoard events and this configuration."""
+    """Gets the model, checkpoints, metrics.jsonl, trackers' files and this configuration."""
     model: str = "smollm2-135m"
     """A built-in name, a checkpoint folder or a hub id."""
 
@@ -131,12 +131,16 @@ class TrainConfig(LossOptions, _Files):
     """Go on from the newest checkpoint in `output_dir`, with the settings of its run."""
     overwrite: bool = False
     """Remove the older run that `output_dir` holds: its checkpoints, model, metrics.jsonl,
-    config.yaml and TensorBoard events."""
+    config.yaml and trackers' files."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is infinite or NaN: stop, or leave that step's update out. The
     learning rate's schedule moves on, and metrics.jsonl counts such steps as `skipped`."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """More trackers, which have to be installed; wandb is offline unless WANDB_MODE says more."""
+    histogram_every: int = 10
+    """Steps between histograms of the confidences and document weights of a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

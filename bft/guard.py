@@ -6,8 +6,8 @@ the head of a model that trains (``training``, gradients enabled) raise outside 
 forward.
 
 ``no_grad``, ``eval()`` and ``generate()`` are left alone, and so is a backward pass: activation
-checkpointing runs parts of the model again there. Not seen is a call of ``model.model.forward``
-instead of ``model.model``, or of one layer after the other.
+checkpointing runs parts of the model again there. Not seen is a body whose first layer does not
+run as a module, or runs without gradients, beside a product with the head's weight.
 """
 
 import copy
@@ -73,13 +73,16 @@ def check_labelled(model: nn.Module, state: "State") -> None:
 def watch(model: Any, state: "State", head: nn.Module) -> None:
     """Puts guards on the model's body and its ``head``, in place of older ones."""
     unwatch(state)
-    body = getattr(model, "base_model", model)
-    if body is model and hasattr(model, "get_decoder"):
-        body = model.get_decoder()
-    parts = [("head", head)]
-    if isinstance(body, nn.Module) and body is not model:
-        parts.append(("body", body))
-    state.guards = [m.register_forward_pre_hook(Guard(model, state, part)) for part, m in parts]
+    bodies = [getattr(model, "base_model", model)]
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else bodies[0]
+    if isinstance(decoder, nn.Module):  # its first layer runs in a call of its forward, too
+        stacks = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
+        bodies += [decoder, *next(stacks, [])[:1]]
+    parts = {head: "head"} | {body: "body" for body in bodies if body is not model}
+    state.guards = [
+        module.register_forward_pre_hook(Guard(model, state, part))
+        for module, part in parts.items()
+    ]
     state.guarded = head
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bft.loss import IGNORE
+from bft.loss import IGNORE, Targets
 from bft_kernels import BalancedTokenStats
 
 logger = logging.getLogger(__name__)
+
+LOW_CONFIDENCE = 0.5  # a window's, under which its token is part of a low-confidence run
+HISTOGRAM_BINS = 20  # of equal width over [0, 1]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -37,33 +41,90 @@ class StepMeter:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.started = time.perf_counter()
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros((), dtype=torch.float64, device=device)  # of the parts of add
+        self.sampled = False
 
-    def add(self, loss: torch.Tensor, target: torch.Tensor, stats: BalancedTokenStats) -> None:
-        """One micro-batch: its part of the step's loss, its ``target [B, T]``, its statistics."""
-        of_labels = (target != IGNORE, stats.nll, stats.confidence, stats.correct)
-        parts = (loss.detach(), target.numel(), *(values.sum() for values in of_labels))
-        self.sums += torch.stack(
-            [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
+    def add(
+        self, loss: Tensor, targets: Targets, stats: BalancedTokenStats, normalize: str
+    ) -> None:
+        """One micro-batch: its part of the step's loss, and what that was made of."""
+        target, document = targets.target.flatten(), _documents(targets)
+        labelled, confidence = target != IGNORE, stats.confidence.flatten()
+        labels = torch.zeros_like(stats.sequence_weight, dtype=torch.float64)  # [S]
+        labels.index_add_(0, document, labelled.double())
+        low = labelled & (stats.window_confidence.flatten() < LOW_CONFIDENCE)
+        # A token's share in the gradient of the loss, but for what all tokens are divided by.
+        share = stats.token_weight.flatten().double() * stats.sequence_weight[document]
+        if targets.token_weight is not None:
+            share = torch.where(labelled, share * targets.token_weight.flatten(), 0.0)
+        if normalize == "sequence":
+            share = share / labels[document].clamp_min(1)
+        self.sampled = stats.variance is not None
+        parts = (
+            loss.detach(),
+            target.numel(),
+            *(part.sum() for part in (labelled, stats.nll, confidence, stats.correct, low)),
+            _run_starts(low, labelled, document).sum(),
+            (labels > 0).sum(),
+            stats.sequence_weight.sum(),
+            0.0 if stats.variance is None else (share.square() * stats.variance.flatten()).sum(),
+            (share * (1 - confidence)).square().sum(),
         )
+        values = [torch.as_tensor(part, dtype=torch.float64, device=self.device) for part in parts]
+        counts = (_counts(confidence, labelled), _counts(stats.sequence_weight, labels > 0))
+        self.sums = self.sums + torch.cat([torch.stack(values), *counts])
 
-    def read(self, accelerator: Any) -> dict[str, float]:
-        """The step's weighted loss, counts, and means over labels (nll in nats), of all ranks."""
+    def read(self, accelerator: Any) -> dict[str, Any]:
+        """The step's weighted loss, counts, means (nll in nats) and histograms, of all ranks."""
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
-        loss, tokens, labelled, nll, confidence, correct = sums
+        loss, tokens, labelled, nll, confidence, correct, low, low_runs, *rest = sums
+        documents, document_weight, error, square, *counts = rest
         seconds = time.perf_counter() - self.started
         labels = max(labelled, 1.0)
-        return {
+        values = {
             "loss": loss,
             "tokens": tokens,
             "labelled": labelled,
+            "documents": documents,
             "nll": nll / labels,
             "confidence": confidence / labels,
             "token_accuracy": correct / labels,
+            "low_confidence": low / labels,
+            "low_run_tokens": low / max(low_runs, 1.0),
+            "document_weight": document_weight / max(documents, 1.0),
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "peak_gib": peak_memory_bytes(self.device) / 2**30,
+            "confidence_histogram": counts[:HISTOGRAM_BINS],
+            "document_weight_histogram": counts[HISTOGRAM_BINS:],
         }
+        if self.sampled:
+            values["sampled_error"] = math.sqrt(error / square) if square else 0.0
+        return values
+
+
+def _documents(targets: Targets) -> Tensor:
+    """The document of each position, ``[B * T]``."""
+    position = torch.arange(targets.target.numel(), device=targets.target.device)
+    if targets.cu_seqlens is None:
+        return position // targets.target.shape[1]
+    ends = targets.cu_seqlens[1:].to(position).contiguous()
+    return torch.searchsorted(ends, position, right=True)
+
+
+def _run_starts(low: Tensor, labelled: Tensor, document: Tensor) -> Tensor:
+    """Where a run of low labels starts: the label before it is not low, or another document's."""
+    position = torch.arange(len(low), device=low.device)
+    before = torch.where(labelled, position, -1).cummax(0).values.roll(1)
+    before[:1] = -1
+    return low & ~((before >= 0) & low[before] & (document[before] == document))
+
+
+def _counts(values: Tensor, counted: Tensor) -> Tensor:
+    """A histogram over [0, 1]; what lies outside is in the first or the last bin."""
+    place = (values * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
+    counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64, device=values.device)
+    return counts.index_add_(0, place, counted.double())
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -132,7 +193,7 @@ class MetricLog:
         self.waiting: list[str] = []
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes a row. Its numbers go to ``track`` as well, for TensorBoard to draw."""
+        """Writes a row. What is named in it goes to ``track`` as well, for trackers to draw."""
         row = {"kind": kind, "step": step, **values}
         self.rows.append(row)
         if self.enabled:
@@ -144,8 +205,7 @@ class MetricLog:
                 if len(self.waiting) == 1:
                     logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
         if self.track is not None:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            self.track(numbers, step)
+            self.track({f"{kind}/{name}": value for name, value in values.items()}, step)
 
     def _append(self, lines: bytes) -> None:
         """Writes all of the lines, or none."""

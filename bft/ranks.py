@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from bft.config import TrainConfig
+from bft.trackers import trackers_of
 
 Value = TypeVar("Value")
 
@@ -18,6 +19,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     """The run's processes, devices and mixed precision.
 
     Raises:
+        SettingError: a tracker is not installed.
         RuntimeError: a launcher started several processes that accelerate does not join.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -26,7 +28,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=on_cpus,
         mixed_precision=config.mixed_precision,
-        log_with="tensorboard" if config.tensorboard else None,
+        log_with=trackers_of(config),
         project_dir=str(config.output_dir),
     )
     if accelerator.num_processes != launched and launched > 1:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bft.checkpoint import CHECKPOINTS, STEP_FOLDER, WriteError, checkpoint_folders
-from bft.config import SettingError, TrainConfig, plain
+from bft.config import SettingError, TrainConfig
 from bft.metrics import MetricLog, naming
 from bft.ranks import largest, on_main
+from bft.trackers import EVENTS, WANDB, start_trackers
 
 if TYPE_CHECKING:
     from bft.run import Run
@@ -29,7 +30,6 @@ MODEL = "model"
 ADAPTER = "rescued-adapter"  # where a full disk took nothing larger
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
-EVENTS = "tensorboard"
 LOCK = ".lock"
 ROOM = ".room"  # set aside for what is written next
 _MIB = 2**20
@@ -71,26 +71,20 @@ def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
 
 
 def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
-    """Opens metrics.jsonl and TensorBoard and writes the configuration beside them."""
+    """Opens metrics.jsonl and the trackers and writes the configuration beside them."""
     if not config.resume:  # of a run that may be overwritten, or of a start that failed
         on_main(accelerator, lambda: remove_old_run(config.output_dir))
     log = MetricLog(
         config.output_dir / METRICS,
         enabled=accelerator.is_main_process,
         resumed_step=first,
-        track=accelerator.log if config.tensorboard else None,
+        track=start_trackers(accelerator, config),
     )
     if accelerator.is_main_process:
         # How this start found its folder is no setting for another start with the same file.
         settings = dataclasses.replace(config, resume=False, overwrite=False)
         with naming(config.output_dir / CONFIG):
             (config.output_dir / CONFIG).write_text(settings.to_yaml(), encoding="utf-8")
-    if config.tensorboard:
-        values = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in plain(config).items()
-        }
-        accelerator.init_trackers("tensorboard", config=values)
     return log
 
 
@@ -250,7 +244,7 @@ def _check_free(config: TrainConfig) -> None:
     names = [str(path.relative_to(folder)) for path in remains]
     log = folder / METRICS
     stepped = log.exists() and '"kind": "train"' in log.read_text(encoding="utf-8")
-    if not stepped and set(names) <= {CONFIG, METRICS, EVENTS}:
+    if not stepped and set(names) <= {CONFIG, METRICS, EVENTS, WANDB}:
         return  # of a start that failed, or this start's own settings
     if MODEL in names and METRICS not in names:
         raise SettingError(
@@ -276,6 +270,6 @@ def _remains(folder: Path) -> list[Path]:
     """The files and folders of a run that the folder holds, also unfinished ones."""
     steps = sorted((folder / CHECKPOINTS).glob("*"))
     found = [path for path in steps if STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
-    whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS)
+    whole = (MODEL, ADAPTER, METRICS, CONFIG, EVENTS, WANDB)
     cut_short = [f".{name}.partial" for name in (MODEL, ADAPTER, METRICS)] + [f".{MODEL}.previous"]
     return found + [path for name in (*whole, *cut_short) if (path := folder / name).exists()]

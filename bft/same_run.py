@@ -17,7 +17,7 @@ from bft.encode import Example
 from bft.head import causal_lm
 
 # Where a run reads and writes, what it reports and how it computes: none of it changes a number.
-_WHERE = ("output_dir", "resume", "overwrite", "tensorboard")
+_WHERE = ("output_dir", "resume", "overwrite", "tensorboard", "trackers", "histogram_every")
 _REPORTS = ("eval_file", "eval_every", "eval_limit", "save_every", "keep_checkpoints")
 _HOW = ("backend", "max_buffer_mib", "gradient_checkpointing", "on_nonfinite")
 # These are compared as what they are, not as how they were given: examples, contents, steps.

@@ -169,6 +169,8 @@ def take_steps(
             values["grad_norm"] = clip(accelerator, run.model, config.max_grad_norm)
             values["learning_rate"] = run.schedule.get_last_lr()[0]
             values["skipped"] = float(not update(run, step, values))
+            if not due(step + 1, config.histogram_every):
+                values = {k: value for k, value in values.items() if not isinstance(value, list)}
             log.write("train", step + 1, values)
             progress.set_postfix_str(
                 f"loss {values['loss']:.4f}, nll {values['nll']:.3f}, "
@@ -200,7 +202,7 @@ def training_step(
     model: nn.Module,
     loss: HeadLoss,
     micro_batches: list[dict[str, Tensor]],
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Gradients of one optimizer step: those of the one big batch, however it is cut."""
     batches = [aligned(batch) for batch in micro_batches]
     items = torch.stack([loss.count_items(*batch["targets"][:2]) for batch in batches]).sum()
@@ -211,11 +213,11 @@ def training_step(
         with nullcontext() if last else accelerator.no_sync(model):
             output = model(**batch, num_items=num_items)
             accelerator.backward(undo_rank_mean(output.loss))
-        meter.add(output.loss, batch["targets"].target, last_stats(model))
+        meter.add(output.loss, batch["targets"], last_stats(model), loss.normalize)
     return meter.read(accelerator)
 
 
-def update(run: Run, step: int, values: dict[str, float]) -> bool:
+def update(run: Run, step: int, values: dict[str, Any]) -> bool:
     """The optimizer's step; False if it was left out because a number is not finite."""
     accelerator, wrong = run.accelerator, what_is_not_finite(run.accelerator, values)
     if wrong is None:

@@ -27,6 +27,7 @@ FILES = {
     "": ["bft_kernels"],
     "demo": ["bft/demo"],
     "trl": ["bft/integrations/trl.py"],
+    "trackers": ["bft/trackers.py"],
     "train": ["bft"],
     "build": ["setup.py", "csrc/ninja_build.py"],
     "dev": ["benchmarks", "csrc", "tests"],
