@@ -41,7 +41,7 @@ def check_type(name: str, value: object, kind: type, what: str) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -11,6 +11,7 @@ code. Autocast makes them narrow.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ def linear_nll(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
+    out_dtype: torch.dtype | None = Settings.out_dtype,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
@@ -83,9 +85,11 @@ def linear_nll(
             checked wherever that takes no waiting.
         return_stats: also return :class:`TokenStats`.
         hidden_variance: with ``sampled``, also fill that statistic.
+        out_dtype: a float type for the loss, such as that of ``hidden``. It is rounded at the end;
+            statistics and gradients are those of the unrounded loss.
 
     Returns:
-        ``[...]`` float32 (float64 for float64 inputs), or ``(nll, stats)``.
+        ``[...]`` float32 (float64 for float64 inputs) or ``out_dtype``, or ``(nll, stats)``.
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it.
@@ -105,11 +109,12 @@ def linear_nll(
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
     )
     _check_shift(shift, cu_seqlens)
     problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     result = ops.linear_nll(problem)
-    loss = result.loss.view(target.shape)
+    loss = _rounded(result.loss.view(target.shape), settings)
     return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
 
 
@@ -137,7 +142,9 @@ def linear_cross_entropy(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
-) -> Tensor | tuple[Tensor, TokenStats]:
+    out_dtype: torch.dtype | None = Settings.out_dtype,
+    return_z_loss: bool = Settings.return_z_loss,
+) -> Tensor | tuple[Any, ...]:
     """Cross-entropy of a linear layer's logits, a drop-in for ``linear`` + ``cross_entropy``.
 
     The token loss is ``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2``, with
@@ -157,12 +164,15 @@ def linear_cross_entropy(
             float16, float32 or float64, whatever the inputs are, and on their device. ``shift``
             moves it along with the labels. It is a constant: if you need a gradient in the weights,
             use ``reduction="none"`` and multiply.
+        return_z_loss: also return the part of the loss that ``z_loss`` makes, reduced as the loss
+            is. It is detached (as in Liger): the loss contains it, and has its gradient.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
     Returns:
-        A scalar, or target's shape for ``"none"``; float32 (float64 for float64 inputs). With
-        ``return_stats=True``: ``(loss, TokenStats)``.
+        A scalar, or target's shape for ``"none"``; float32 (float64 for float64 inputs) or
+        ``out_dtype``. With ``return_z_loss=True`` or ``return_stats=True`` a tuple: the loss, the
+        part of the z-loss in the same type, :class:`TokenStats`, as far as they are asked for.
     """
     settings = Settings(
         ignore_index=ignore_index,
@@ -176,6 +186,8 @@ def linear_cross_entropy(
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
+        return_z_loss=return_z_loss,
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -200,11 +212,26 @@ def linear_cross_entropy(
     if reduction != "none" and gradient == "exact" and problem.trains_head:
         result = ops.weighted_loss(problem, scale)
         loss = result.loss
-        return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
-    result = ops.linear_nll(problem)
-    loss = weighted_losses(result.loss, scale)
-    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
-    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
+    else:
+        result = ops.linear_nll(problem)
+        loss = _reduced(weighted_losses(result.loss, scale), settings, target.shape)
+    found: list[Any] = [loss]
+    if return_z_loss:
+        part = z_loss * result.lse.detach().square()
+        found.append(_reduced(weighted_losses(part, scale), settings, target.shape))
+    found = [_rounded(value, settings) for value in found]
+    if return_stats:
+        found.append(token_stats(problem, result, target.shape))
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def _reduced(losses: Tensor, settings: Settings, shape: torch.Size) -> Tensor:
+    """The sum of weighted losses ``[N]``, or all of them in target's ``shape``."""
+    return losses.view(shape) if settings.reduction == "none" else losses.sum()
+
+
+def _rounded(loss: Tensor, settings: Settings) -> Tensor:
+    return loss if settings.out_dtype is None else loss.to(settings.out_dtype)
 
 
 def balanced_linear_cross_entropy(
@@ -232,6 +259,7 @@ def balanced_linear_cross_entropy(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
+    out_dtype: torch.dtype | None = Settings.out_dtype,
 ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
     """The Balanced Fine-Tuning loss (arXiv 2511.21075), with constant weights.
 
@@ -265,7 +293,7 @@ def balanced_linear_cross_entropy(
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs). With ``return_stats=True``:
+        A scalar, float32 (float64 for float64 inputs) or ``out_dtype``. With ``return_stats=True``:
         ``(loss, BalancedTokenStats)``.
     """
     settings = Settings(
@@ -280,6 +308,7 @@ def balanced_linear_cross_entropy(
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
         scheme=scheme,
         window=window,
         gamma=gamma,
@@ -301,10 +330,10 @@ def balanced_linear_cross_entropy(
         if factor is not None:
             scale = scale * factor
         if in_forward:
-            return ops.weighted_loss(problem, scale).loss
+            return _rounded(ops.weighted_loss(problem, scale).loss, settings)
         nll = ops.linear_nll(problem).loss
         scale = scale * local_weighting(nll.detach(), labelled, scheme)
-        return weighted_losses(nll, scale).sum()
+        return _rounded(weighted_losses(nll, scale).sum(), settings)
     documents = _documents_of(boundaries, problem, target.shape)
     on_host = boundaries is None or boundaries.device.type == "cpu"
     result: Forward | WeightedLoss
@@ -329,6 +358,7 @@ def balanced_linear_cross_entropy(
         loss = weighting.loss
         if factor is not None:
             loss = weighted_losses(result.loss, weighting.coefficient * factor).sum()
+    loss = _rounded(loss, settings)
     if not return_stats:
         return loss
     return loss, balanced_stats(token_stats(problem, result, target.shape), weighting, target.shape)

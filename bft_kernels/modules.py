@@ -14,7 +14,7 @@ from bft_kernels.functional import (
     linear_cross_entropy,
 )
 from bft_kernels.settings import SchemeFunction, Settings, check_settings
-from bft_kernels.token_stats import BalancedTokenStats, TokenStats
+from bft_kernels.token_stats import BalancedTokenStats
 
 
 class _Loss(torch.nn.Module):
@@ -43,8 +43,7 @@ class LinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, reduction, label_smoothing, z_loss: as in the function.
-        options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
-            return_stats, hidden_variance`` of the function.
+        options: all other settings of the function, such as ``softcap`` and ``return_stats``.
 
     Raises:
         TypeError, ValueError: the function has no such option, or its value is out of its domain;
@@ -81,7 +80,7 @@ class LinearCrossEntropyLoss(_Loss):
         num_items: int | float | Tensor | None = None,
         token_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, TokenStats]:
+    ) -> Tensor | tuple[Any, ...]:
         """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
 
         Returns:
@@ -108,8 +107,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
 
     Args:
         ignore_index, scheme, window, gamma, normalize: as in the function.
-        options: ``softcap, temperature, gradient, eps, backend, max_buffer_bytes, check,
-            return_stats, hidden_variance`` of the function.
+        options: all other settings of the function, such as ``softcap`` and ``return_stats``.
 
     Raises:
         TypeError, ValueError: the function has no such option, or its value is out of its domain;

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bft_kernels.checks import (
+    FLOAT_DTYPES,
     check_bool,
     check_choice,
     check_int,
@@ -99,6 +101,10 @@ class Settings:
     hidden_variance: bool = _option(
         False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
     )
+    out_dtype: torch.dtype | None = _option(  # noqa: RUF009  as the others
+        None, check_choice, "type of the loss; by default that of the sums", choices=FLOAT_DTYPES
+    )
+    return_z_loss: bool = _option(False, check_bool, "also return the z-loss's part of the loss")
 
 
 NAMES = tuple(option.name for option in fields(Settings))
@@ -113,6 +119,7 @@ _SCHEMA_TYPES = {
     "bool | None": "bool?",
     "str": "str",
     "str | SchemeFunction": "str",
+    "torch.dtype | None": "ScalarType?",
 }
 # The part of the ops' schemas that carries the settings.
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings))

@@ -106,6 +106,7 @@ CORE = [
     wrong_type("check", "yes", "bool"),
     wrong_type("return_stats", 1, "bool"),
     wrong("hidden_variance", True, "sampled"),
+    wrong("out_dtype", torch.int64, "int64", "torch.float16"),
     # Values that equal the default, of another type.
     wrong_type("temperature", True, "number"),
     wrong_type("ignore_index", -100.0, "int"),
