@@ -44,21 +44,26 @@ def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
     result, problem = Forward(*output), ops.as_problem(tensors, rest)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*result[1:])
-    ctx.rest, ctx.saved = rest, problem.saved
+    attached = ("loss", *problem.settings.differentiable)
+    ctx.mark_non_differentiable(
+        *[x for name, x in zip(Forward._fields, result, strict=True) if name not in attached]
+    )
+    ctx.rest, ctx.saved, ctx.attached = rest, problem.saved, len(attached) > 1
     if ctx.saved == "unit":
         ctx.save_for_backward(problem.target, result.unit)
     else:
         saved = [getattr(result, name) for name in Saved._fields]
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*tensors, *saved, *([result.entropy] if ctx.attached else []))
     ctx.hidden_dtype = problem.hidden.dtype
     ctx.ignore_index = problem.settings.ignore_index
 
 
-def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     wanted = _needed(ctx, _OF_NLL)
-    if grad is None:
+    given: Any = Forward(*grads)
+    grad = given.loss
+    if grad is None and given.lse is None and given.entropy is None:
         return _gradients(ctx, _OF_NLL, None, None, None)
     if ctx.saved == "none" or (ctx.saved == "unit" and (wanted.weight or wanted.bias)):
         raise RuntimeError(
@@ -70,7 +75,9 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
         return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
     kept = ctx.saved_tensors  # may be read only once
-    tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:])
+    tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:][: len(Saved._fields)])
+    if ctx.attached:
+        grad = _with_statistics((grad, given.lse, given.entropy), kept[-1], saved.lse)
     weight, bias = tensors[1], tensors[3]
     rest = (*ctx.rest[:-3], *wanted)
     into = _gradient_to_add_to(weight) if wanted.weight else None
@@ -90,6 +97,21 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         dw if wanted.weight else None,
         None if db is None or not wanted.bias else db.to(bias.dtype),
     )
+
+
+def _with_statistics(
+    grads: tuple[Tensor | None, ...],  # upstream of the loss, of lse and of the entropy
+    entropy: Tensor,  # [N], or [0] if it has no gradient
+    lse: Tensor,  # [N]
+) -> Tensor:  # [3, N]
+    """What :func:`bft_kernels.ops.linear_nll_backward` takes where statistics have a gradient.
+
+    ``d lse / dz_v = p_v``, and ``dH / dz_v = -p_v (z_v - lse + H)`` for the entropy ``H``.
+    """
+    of_loss, of_p, of_entropy = [torch.zeros_like(lse) if x is None else x for x in grads]
+    if entropy.numel():
+        of_p = of_p - of_entropy * entropy
+    return torch.stack([of_loss, of_p, -of_entropy])
 
 
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:

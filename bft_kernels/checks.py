@@ -35,7 +35,7 @@ def check_tensor(
         raise ValueError(f"{name}: got device {value.device}, expected {device}")
 
 
-def check_type(name: str, value: object, kind: type, what: str) -> None:
+def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
     """Raises unless ``value`` is a ``kind``. The message calls that kind ``what``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")

@@ -10,6 +10,7 @@ code. Autocast makes them narrow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,6 +54,7 @@ def linear_nll(
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
     out_dtype: torch.dtype | None = Settings.out_dtype,
+    differentiable: Sequence[str] = Settings.differentiable,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
@@ -87,6 +89,10 @@ def linear_nll(
         hidden_variance: with ``sampled``, also fill that statistic.
         out_dtype: a float type for the loss, such as that of ``hidden``. It is rounded at the end;
             statistics and gradients are those of the unrounded loss.
+        differentiable: ``"lse"``, ``"entropy"`` or both: these statistics are returned (it implies
+            ``return_stats``) and have gradients; ``gradient="exact"`` only. Plain PyTorch computes
+            the backward of such a call in blocks, whatever the backend: 4G with a trained head, 3G
+            with a frozen one, and nothing of ``[N, V]``.
 
     Returns:
         ``[...]`` float32 (float64 for float64 inputs) or ``out_dtype``, or ``(nll, stats)``.
@@ -107,15 +113,16 @@ def linear_nll(
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
-        return_stats=return_stats,
+        return_stats=return_stats or bool(differentiable),
         hidden_variance=hidden_variance,
         out_dtype=out_dtype,
+        differentiable=differentiable,
     )
     _check_shift(shift, cu_seqlens)
     problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
     result = ops.linear_nll(problem)
     loss = _rounded(result.loss.view(target.shape), settings)
-    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
+    return (loss, token_stats(problem, result, target.shape)) if settings.return_stats else loss
 
 
 def linear_cross_entropy(

@@ -32,7 +32,7 @@ from bft_kernels.checks import (
     check_items,
     check_waiting,
 )
-from bft_kernels.dispatch import Engine, captures, offered, select
+from bft_kernels.dispatch import Engine, captures, engine, offered, select
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, check_values, storage, traits_of
@@ -186,8 +186,12 @@ def linear_nll_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
 def linear_nll_backward(
     problem: Problem, grad: Tensor, saved: Saved, grad_weight: Tensor | None = None
 ) -> Gradients:
-    """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
-    backend = _engine(problem)
+    """The backward on real tensors; adds to ``grad_weight`` in place if it is given.
+
+    With differentiable statistics ``grad`` is ``[3, N]``, the factors of ``nll``'s gradient, of
+    ``p_v`` and of ``p_v (z_v - lse)``. Plain PyTorch computes that in blocks for every backend.
+    """
+    backend = engine("torch") if problem.settings.differentiable else _engine(problem)
     with own_settings(problem.hidden):
         return backend.linear_nll_backward(problem, grad, saved, grad_weight)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 class Forward(NamedTuple):
     """Results of ``linear_nll``."""
 
-    loss: Tensor  # [N] acc, the only differentiable one
+    loss: Tensor  # [N] acc, differentiable; lse and entropy are where that is asked for
     nll: Tensor  # [N] acc
     lse: Tensor  # [N] acc
     lse_low: Tensor  # [N] acc, the part of lse that rounding cut off; for a recomputing backward

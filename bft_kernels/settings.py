@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -39,6 +39,14 @@ def check_scheme(name: str, value: object) -> None:
         check_choice(name, value, SCHEMES)
     elif not callable(value):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
+
+
+def check_names(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is a tuple or a list of some of ``choices``."""
+    check_type(name, value, (tuple, list), "a tuple of names")
+    assert isinstance(value, (tuple, list))
+    for one in value:
+        check_choice(name, one, choices)
 
 
 def _option(default: Any, check: Callable[..., None], text: str, **limits: Any) -> Any:
@@ -105,6 +113,9 @@ class Settings:
         None, check_choice, "type of the loss; by default that of the sums", choices=FLOAT_DTYPES
     )
     return_z_loss: bool = _option(False, check_bool, "also return the z-loss's part of the loss")
+    differentiable: Sequence[str] = _option(
+        (), check_names, "statistics with a gradient: `lse`, `entropy`", choices=("lse", "entropy")
+    )
 
 
 NAMES = tuple(option.name for option in fields(Settings))
@@ -120,6 +131,7 @@ _SCHEMA_TYPES = {
     "str": "str",
     "str | SchemeFunction": "str",
     "torch.dtype | None": "ScalarType?",
+    "Sequence[str]": "str[]",
 }
 # The part of the ops' schemas that carries the settings.
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings))
@@ -136,11 +148,11 @@ def check_settings(settings: Settings) -> None:
         if value is not default:
             check(name, value)
     if settings.gradient == "sampled":
-        for name in ("label_smoothing", "z_loss"):
+        for name, none in (("label_smoothing", 0), ("z_loss", 0), ("differentiable", ())):
             if getattr(settings, name):
                 raise ValueError(
-                    f"{name}: got {getattr(settings, name)} with gradient='sampled', expected 0: "
-                    "the sample and its certificate are those of p - onehot(target). Use "
+                    f"{name}: got {getattr(settings, name)!r} with gradient='sampled', expected "
+                    f"{none}: the sample and its certificate are those of p - onehot(target). Use "
                     "gradient='exact'"
                 )
     elif settings.hidden_variance:

@@ -12,7 +12,9 @@ from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 
 
 class TokenStats(NamedTuple):
-    """Detached statistics in the shape of ``target``; ignored tokens have 0 or False.
+    """Statistics in the shape of ``target``; ignored tokens have 0 or False.
+
+    They are detached, except ``lse`` and ``entropy`` where the call's ``differentiable`` has them.
 
     All but ``correct`` are float32, or float64 for float64 inputs.
     """
@@ -49,8 +51,9 @@ class BalancedTokenStats(NamedTuple):
 def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.Size) -> TokenStats:
     """The statistics from a call's results, in the ``shape`` of its target."""
 
-    def shaped(values: Tensor) -> Tensor:
-        return values.detach().view(shape)
+    def shaped(values: Tensor, name: str = "") -> Tensor:
+        attached = name in problem.settings.differentiable
+        return (values if attached else values.detach()).view(shape)
 
     variance = hidden_variance = None
     if isinstance(result, Forward):
@@ -58,9 +61,9 @@ def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.S
         hidden_variance = shaped(result.hidden_variance) if problem.hidden_variance else None
     return TokenStats(
         nll=shaped(result.nll),
-        lse=shaped(result.lse),
+        lse=shaped(result.lse, "lse"),
         confidence=shaped(torch.where(problem.labelled, torch.exp(-result.nll), 0.0)),
-        entropy=shaped(result.entropy),
+        entropy=shaped(result.entropy, "entropy"),
         correct=shaped(result.correct),
         variance=variance,
         hidden_variance=hidden_variance,

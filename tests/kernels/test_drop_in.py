@@ -1,5 +1,6 @@
 """Arguments for callers of other losses: a step's number of items, unshifted labels, weights, types
-of the loss, and the z-loss by itself."""
+of the loss, and the z-loss by itself.
+"""
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_the_z_loss_by_itself(reduction, frozen):
     token = factor * reference.linear_nll(*p.args, bias=p.bias, z_loss=1e-2)
     expected = token - factor * reference.linear_nll(*p.args, bias=p.bias)
     expected = expected if reduction == "none" else expected.sum() / (number or 1)
-    assert not part.requires_grad and stats.lse.shape == (23,)
+    assert not part.requires_grad
+    assert stats.lse.shape == (23,)
     assert_close(part, expected)
     assert torch.equal(linear_cross_entropy(*p.args, z_loss=1e-2, **how), loss)
     plain, nothing = linear_cross_entropy(*p.args, return_z_loss=True, **how)
@@ -211,7 +213,8 @@ def test_the_loss_in_another_type(name, gradient, return_stats):
     if return_stats:
         assert wide[1].nll.dtype == narrow[1].nll.dtype == torch.float32
         wide, narrow = wide[0], narrow[0]
-    assert wide.dtype == torch.float32 and narrow.dtype == torch.bfloat16
+    assert wide.dtype == torch.float32
+    assert narrow.dtype == torch.bfloat16
     assert torch.equal(wide.bfloat16(), narrow)
     for one, other in zip(*[p.gradients(x.sum()).values() for x in (wide, narrow)], strict=True):
         assert torch.equal(one, other)

@@ -106,6 +106,9 @@ CORE = [
     wrong_type("check", "yes", "bool"),
     wrong_type("return_stats", 1, "bool"),
     wrong("hidden_variance", True, "sampled"),
+    wrong_type("differentiable", "lse", "str", "tuple"),
+    wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
+    wrong("differentiable", ("lse",), "('lse',)", "gradient='exact'", gradient="sampled"),
     wrong("out_dtype", torch.int64, "int64", "torch.float16"),
     # Values that equal the default, of another type.
     wrong_type("temperature", True, "number"),

@@ -190,6 +190,18 @@ def test_logits_that_are_not_finite_or_large(engine, how):
         assert bool(stats.correct[0]) == right, row
 
 
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
+def test_statistics_have_gradients(engine, frozen):
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    found = []
+    for own, how in ((p.copy(device=engine.device), engine.how), (p, {"backend": "torch"})):
+        names = ("lse", "entropy")
+        nll, stats = linear_nll(*own.args, bias=own.bias, differentiable=names, **how)
+        loss = nll.sum() + stats.lse.square().sum() - (stats.entropy * nll.detach()).sum()
+        found.append({k: g.cpu() for k, g in own.gradients(loss).items()} | {"": loss.cpu()})
+    assert_close(*found, 2e-5)
+
+
 def spread_out(x, pad):
     """The same values in rows with NaN before and behind them: aligned if ``pad`` is."""
     width = x.shape[1]

@@ -21,6 +21,7 @@ CASES = {  # options, gradients
         {"softcap": 4.0, "temperature": 0.8, "z_loss": 0.1, "label_smoothing": 0.1},
         TRAINED,
     ),
+    "statistics": ({"differentiable": ("lse", "entropy")}, TRAINED),
     "unit": ({}, (True, False, False)),
     "entries": ({"gradient": "sampled", "hidden_variance": True}, TRAINED),
 }
@@ -85,6 +86,11 @@ def per_token(hidden, weight, target, **how):
     return (nll.sin() * stats.confidence).sum() + statistic.sum()
 
 
+def with_statistics(hidden, weight, target):
+    nll, stats = linear_nll(hidden, weight, target, differentiable=("lse", "entropy"), softcap=9.0)
+    return (nll + stats.lse.square() - 0.1 * stats.entropy).sum()
+
+
 def balanced(hidden, weight, target):
     loss, stats = balanced_linear_cross_entropy(hidden, weight, target, window=4, return_stats=True)
     return loss + stats.sequence_weight.sum()
@@ -100,6 +106,7 @@ def balanced_callable(hidden, weight, target):
 COMPILED = {
     "mean": partial(linear_cross_entropy, label_smoothing=0.1, z_loss=0.01),
     "per token": partial(per_token, softcap=9.0),
+    "per token, with statistics": with_statistics,
     "per token, sampled": partial(per_token, **SAMPLED),
     "balanced": balanced,
     "balanced, sampled": partial(balanced_linear_cross_entropy, window=4, **SAMPLED),
