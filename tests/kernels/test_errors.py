@@ -106,14 +106,16 @@ CORE = [
     wrong_type("check", "yes", "bool"),
     wrong_type("return_stats", 1, "bool"),
     wrong("hidden_variance", True, "sampled"),
-    wrong_type("differentiable", "lse", "str", "tuple"),
-    wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
-    wrong("differentiable", ("lse",), "('lse',)", "gradient='exact'", gradient="sampled"),
     wrong("out_dtype", torch.int64, "int64", "torch.float16"),
     # Values that equal the default, of another type.
     wrong_type("temperature", True, "number"),
     wrong_type("ignore_index", -100.0, "int"),
     wrong_type("check", 0, "bool"),
+]
+UNREDUCED = [
+    wrong_type("differentiable", "lse", "str", "tuple"),
+    wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
+    wrong("differentiable", ("lse",), "('lse',)", "gradient='exact'", gradient="sampled"),
 ]
 REDUCED = [
     wrong("reduction", "median", "'none', 'mean', 'sum'"),
@@ -188,6 +190,7 @@ LOSSES = (linear_nll, linear_cross_entropy, balanced_linear_cross_entropy)
 LABELS = torch.zeros(1, 3, dtype=torch.int64)
 WRONG = [
     *((function, good(), case) for function in LOSSES for case in CORE),
+    *((linear_nll, good(), case) for case in UNREDUCED),
     *((linear_cross_entropy, good(), case) for case in REDUCED),
     *((balanced_linear_cross_entropy, good(), case) for case in BALANCED),
     *(

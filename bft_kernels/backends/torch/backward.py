@@ -16,7 +16,7 @@ from bft_kernels.problem import Problem
 from bft_kernels.results import Gradients, Saved
 from bft_kernels.settings import Settings
 
-_LOG_P_FLOOR = -1e4  # exp of it is 0 in every type
+_LEAST_LOG_P = -1e4  # exp of it is 0 in every type
 
 
 def linear_nll_backward(
@@ -110,10 +110,10 @@ def _logit_gradient(
     if of_statistics:
         of_p, of_pz = of_statistics
         of_p = of_p - of_pz * lse_low
-        # Below the floor p is 0, and 0 * -inf is not.
-        own = of_p - of_pz * nll.clamp(max=-_LOG_P_FLOOR)
+        # Below this p is 0, and 0 * -inf is not.
+        own = of_p - of_pz * nll.clamp(max=-_LEAST_LOG_P)
         at_target = grad * at_target + torch.exp(-nll) * own
-        y.clamp_(min=_LOG_P_FLOOR)
+        y.clamp_(min=_LEAST_LOG_P)
         factor = torch.addcmul((grad + of_p)[:, None], y, of_pz[:, None])
         y.exp_().mul_(factor)
         grad = torch.ones_like(grad)
