@@ -79,6 +79,7 @@ class LinearCrossEntropyLoss(_Loss):
         cu_seqlens: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
         token_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
@@ -97,6 +98,7 @@ class LinearCrossEntropyLoss(_Loss):
             cu_seqlens=cu_seqlens,
             num_items=num_items,
             token_weight=token_weight,
+            class_weight=class_weight,
             seed=seed,
             **self.settings,
         )

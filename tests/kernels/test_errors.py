@@ -128,6 +128,18 @@ REDUCED = [
     wrong_type("token_weight", torch.ones(N).long(), "int64", "float32"),
     wrong("token_weight", torch.full((N,), NAN), "nan in row 0", "finite", check=True),
     wrong("token_weight", torch.ones(N, requires_grad=True), "requires a gradient", "constant"),
+    wrong("class_weight", torch.ones(N), f"({N},)", f"({V})"),
+    wrong_type("class_weight", [1.0] * V, "list", "Tensor"),
+    wrong("class_weight", torch.full((V,), NAN), "nan in position 0", "finite", check=True),
+    wrong("class_weight", torch.ones(V, requires_grad=True), "requires a gradient", "constant"),
+    wrong(
+        "class_weight",
+        torch.ones(V),
+        "label_smoothing=0.1",
+        "softcap=2.0",
+        label_smoothing=0.1,
+        softcap=2.0,
+    ),
 ]
 BALANCED = [
     wrong("scheme", "best", "'bft'"),

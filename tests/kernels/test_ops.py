@@ -91,6 +91,12 @@ def with_statistics(hidden, weight, target):
     return (nll + stats.lse.square() - 0.1 * stats.entropy).sum()
 
 
+def class_weighted(hidden, weight, target):
+    w = torch.linspace(0.5, 2, weight.shape[0], dtype=weight.dtype)
+    how = {"label_smoothing": 0.1, "z_loss": 0.01, "return_z_loss": True, "out_dtype": weight.dtype}
+    return linear_cross_entropy(hidden, weight, target, class_weight=w, **how)[0]
+
+
 def balanced(hidden, weight, target):
     loss, stats = balanced_linear_cross_entropy(hidden, weight, target, window=4, return_stats=True)
     return loss + stats.sequence_weight.sum()
@@ -105,6 +111,7 @@ def balanced_callable(hidden, weight, target):
 
 COMPILED = {
     "mean": partial(linear_cross_entropy, label_smoothing=0.1, z_loss=0.01),
+    "mean, class weights": class_weighted,
     "per token": partial(per_token, softcap=9.0),
     "per token, with statistics": with_statistics,
     "per token, sampled": partial(per_token, **SAMPLED),
