@@ -495,7 +495,7 @@ def _class_weights(class_weight: Tensor, problem: Problem) -> tuple[Tensor, Tens
     Raises:
         ValueError: smoothing together with a softcap; otherwise as a constant does.
     """
-    vocabulary, settings = problem.shape[1], problem.settings
+    vocabulary, settings = problem.weight.shape[0], problem.settings
     _check_constant("class_weight", class_weight, (vocabulary,), problem)
     if settings.softcap is not None and settings.label_smoothing:
         raise ValueError(
