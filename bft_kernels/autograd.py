@@ -46,7 +46,7 @@ def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     ctx.set_materialize_grads(False)
     attached = ("loss", *problem.settings.differentiable)
     ctx.mark_non_differentiable(
-        *[x for name, x in zip(Forward._fields, result, strict=True) if name not in attached]
+        *[x for name, x in zip(Forward._fields, output, strict=False) if name not in attached]
     )
     ctx.rest, ctx.saved, ctx.attached = rest, problem.saved, len(attached) > 1
     if ctx.saved == "unit":
@@ -208,9 +208,10 @@ def _keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-torch.library.register_autograd(
-    "bft_kernels::linear_nll", _linear_nll_backward, setup_context=_setup_linear_nll
-)
+for _op in ("linear_nll", "linear_nll_top_k"):
+    torch.library.register_autograd(
+        f"bft_kernels::{_op}", _linear_nll_backward, setup_context=_setup_linear_nll
+    )
 torch.library.register_autograd(
     "bft_kernels::weighted_loss", _weighted_loss_backward, setup_context=_setup_weighted_loss
 )

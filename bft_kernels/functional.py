@@ -55,6 +55,7 @@ def linear_nll(
     hidden_variance: bool = Settings.hidden_variance,
     out_dtype: torch.dtype | None = Settings.out_dtype,
     differentiable: Sequence[str] = Settings.differentiable,
+    top_k: int = Settings.top_k,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
@@ -93,6 +94,9 @@ def linear_nll(
             ``return_stats``) and have gradients; ``gradient="exact"`` only. Plain PyTorch computes
             the backward of such a call in blocks, whatever the backend: 4G with a trained head, 3G
             with a frozen one, and nothing of ``[N, V]``.
+        top_k: also return ids and log-probabilities of that many most probable tokens (it implies
+            ``return_stats``), from the same pass over chunks of whole rows. The ``cpu`` backend,
+            whose blocks hold no whole rows, leaves the forward of such a call to plain PyTorch.
 
     Returns:
         ``[...]`` float32 (float64 for float64 inputs) or ``out_dtype``, or ``(nll, stats)``.
@@ -113,13 +117,16 @@ def linear_nll(
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
-        return_stats=return_stats or bool(differentiable),
+        return_stats=return_stats or bool(differentiable) or top_k != 0,
         hidden_variance=hidden_variance,
         out_dtype=out_dtype,
         differentiable=differentiable,
+        top_k=top_k,
     )
     _check_shift(shift, cu_seqlens)
     problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
+    if top_k > weight.shape[0]:
+        raise ValueError(f"top_k: got {top_k}, expected at most V = {weight.shape[0]}")
     result = ops.linear_nll(problem)
     loss = _rounded(result.loss.view(target.shape), settings)
     return (loss, token_stats(problem, result, target.shape)) if settings.return_stats else loss

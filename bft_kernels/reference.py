@@ -93,6 +93,21 @@ def token_stats(
     }
 
 
+def top_k(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # [N, k] each
+    """Ids and log-probabilities of the most probable tokens. Ties go to the lowest index."""
+    z = logits(hidden, weight, bias, softcap, temperature)
+    ids = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return ids, torch.log_softmax(z, dim=-1).gather(1, ids)
+
+
 # --- the weights ---------------------------------------------------------------------------------
 
 

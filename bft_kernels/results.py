@@ -28,6 +28,9 @@ class Forward(NamedTuple):
     # backward.
     csr_columns: Tensor  # [E] int32
     csr_values: Tensor  # [E] acc, dy for unit upstream gradient; or [0]
+    # With top_k, which is the work of an op of its own:
+    top_ids: Tensor | None = None  # [N, k] int64
+    top_log_probs: Tensor | None = None  # [N, k] acc
 
 
 class Saved(NamedTuple):

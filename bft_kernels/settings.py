@@ -116,6 +116,7 @@ class Settings:
     differentiable: Sequence[str] = _option(
         (), check_names, "statistics with a gradient: `lse`, `entropy`", choices=("lse", "entropy")
     )
+    top_k: int = _option(0, check_int, "how many of the most probable tokens to return", low=0)
 
 
 NAMES = tuple(option.name for option in fields(Settings))

@@ -113,6 +113,9 @@ CORE = [
     wrong_type("check", 0, "bool"),
 ]
 UNREDUCED = [
+    wrong("top_k", -1, "at least 0"),
+    wrong("top_k", V + 1, f"at most V = {V}"),
+    wrong_type("top_k", 2.0, "int"),
     wrong_type("differentiable", "lse", "str", "tuple"),
     wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
     wrong("differentiable", ("lse",), "('lse',)", "gradient='exact'", gradient="sampled"),

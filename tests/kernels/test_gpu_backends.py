@@ -12,7 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    reference,
+)
 from bft_kernels.backends.common import logit_rows, on_device
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.rows import DeviceRows
@@ -200,6 +205,28 @@ def test_statistics_have_gradients(engine, frozen):
         loss = nll.sum() + stats.lse.square().sum() - (stats.entropy * nll.detach()).sum()
         found.append({k: g.cpu() for k, g in own.gradients(loss).items()} | {"": loss.cpu()})
     assert_close(*found, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "how", "frozen"),
+    spared([{}, SAMPLED], [(), ("weight", "bias")], plain=lambda how, frozen: not how),
+    indirect=["engine"],
+    ids=str,
+)
+def test_the_most_probable_tokens(engine, how, frozen):
+    """From the engine's own pass, which is one in chunks; the backward does not notice."""
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    how, own = {"softcap": 9.0, **engine.how, **how}, p.copy(device=engine.device)
+    nll, stats = linear_nll(*own.args, bias=own.bias, top_k=5, **how)
+    wide = p.of_labelled()
+    log_p = reference.logits(wide.hidden, wide.weight, wide.bias, 9.0).log_softmax(1)
+    found = stats.top_ids.cpu()[p.labelled], stats.top_log_probs.cpu()[p.labelled]
+    assert_close(found[1], log_p.topk(5).values, 1e-5)
+    assert_close(found[1], log_p.gather(1, found[0]), 1e-5)
+    assert not bool(((stats.top_ids < 0) == (own.target != -100)[:, None]).any())
+    same = p.copy(device=engine.device)
+    want = same.gradients(linear_nll(*same.args, bias=same.bias, **how).sum())
+    assert_close(own.gradients(nll.sum()), want, 1e-5)
 
 
 def spread_out(x, pad):

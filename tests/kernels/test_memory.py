@@ -30,6 +30,7 @@ PATHS = {
         (),
         lambda p, **how: linear_nll(*p.args, differentiable=("entropy",), **how)[1].entropy.sum(),
     ),
+    "top k": ((), lambda p, **how: linear_nll(*p.args, top_k=3, **how)[0].sum()),
     "unit": (("weight",), lambda p, **how: linear_nll(*p.args, **how).sum()),
     "weighted": ((), lambda p, **how: linear_cross_entropy(*p.args, z_loss=1e-4, **how)),
     "balanced": ((), packed),

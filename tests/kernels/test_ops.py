@@ -22,6 +22,7 @@ CASES = {  # options, gradients
         TRAINED,
     ),
     "statistics": ({"differentiable": ("lse", "entropy")}, TRAINED),
+    "top k": ({"top_k": 3}, TRAINED),
     "unit": ({}, (True, False, False)),
     "entries": ({"gradient": "sampled", "hidden_variance": True}, TRAINED),
 }
@@ -42,7 +43,9 @@ def drawn_call(name, rows, bias, dtype=torch.float64):
 @pytest.mark.parametrize("rows", [0, 13])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_linear_nll(name, rows, bias, dtype):
-    torch.library.opcheck(ops.linear_nll_op, op_arguments(drawn_call(name, rows, bias, dtype)))
+    call = drawn_call(name, rows, bias, dtype)
+    op = ops.linear_nll_top_k_op if call.settings.top_k else ops.linear_nll_op
+    torch.library.opcheck(op, op_arguments(call))
 
 
 @pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
@@ -87,8 +90,10 @@ def per_token(hidden, weight, target, **how):
 
 
 def with_statistics(hidden, weight, target):
-    nll, stats = linear_nll(hidden, weight, target, differentiable=("lse", "entropy"), softcap=9.0)
-    return (nll + stats.lse.square() - 0.1 * stats.entropy).sum()
+    how = {"differentiable": ("lse", "entropy"), "softcap": 9.0, "top_k": 2}
+    nll, stats = linear_nll(hidden, weight, target, **how)
+    top = stats.top_log_probs.sum() + stats.top_ids.sum()
+    return (nll + stats.lse.square() - 0.1 * stats.entropy).sum() + top
 
 
 def class_weighted(hidden, weight, target):
