@@ -6,16 +6,17 @@ Settings are checked where they are made.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from bft_kernels.settings import TrainingSettings
+from bft_kernels.values import check_int, check_number
+
 if TYPE_CHECKING:
     from bft.loss import HeadLoss
-
-Scheme = Literal["sft", "dft", "bft", "bft-v1", "bft-v1-code"]
 
 
 class SettingError(ValueError):
@@ -29,16 +30,22 @@ class _Checked:
 
     def __post_init__(self) -> None:
         settings: Any = self
-        for field in fields(settings):
-            name, value = field.name, getattr(self, field.name)
+        for option in fields(settings):
+            name, value = option.name, getattr(self, option.name)
             if value is None:
                 continue
-            if field.type in ("int", "int | None"):
-                check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, _LARGEST))
-            elif field.type in ("float", "float | None"):
-                _check_number(name, value, _HIGHEST.get(name, math.inf))
+            if option.type in ("int", "int | None"):
+                check_int(name, value, _LOWEST.get(name, 1), _HIGHEST.get(name, 2**63 - 1))
+            elif option.type in ("float", "float | None"):
+                check_number(name, value, 0.0, _HIGHEST.get(name, math.inf))
             if name in _ABOVE_0 and value == 0:
                 raise ValueError(f"{name}: got {value}, expected a number above 0")
+
+
+def _setting(name: str) -> Any:
+    """The loss's option of this name, with its default, its choices and its help."""
+    (option,) = (option for option in fields(TrainingSettings) if option.name == name)
+    return field(default=option.default, metadata=option.metadata)
 
 
 @dataclass(frozen=True)
@@ -56,27 +63,9 @@ class _Files(_Checked):
 
 
 @dataclass(frozen=True)
-class LossOptions:
-    """The options of the loss that ``bft`` offers; ``bft_kernels`` says which values they take.
+class LossOptions(TrainingSettings):
+    """The options of the loss; ``bft_kernels`` says what they mean and which values they take."""
 
-    All but ``max_buffer_mib`` repeat fields of ``bft_kernels.settings.Settings``, which imports
-    torch; ``bft --help`` must not. A test compares the defaults.
-    """
-
-    scheme: Scheme = "bft"
-    """Token and sequence weights: bft, dft, sft, or the first versions of BFT."""
-    window: int = 256
-    """Labelled tokens in a confidence window; about a quarter of an answer is a good size."""
-    gamma: float = 1.0
-    """Exponent of bft-v1-code."""
-    normalize: Literal["sequence", "token"] = "sequence"
-    """Divide by the optimizer step's documents, or by its labelled tokens."""
-    gradient: Literal["exact", "sampled"] = "exact"
-    """The loss's gradient: the formula's, or its unbiased sparse estimate."""
-    eps: float = 2**-12
-    """Sampled gradient: entries with a probability below this are sampled."""
-    backend: str = "auto"
-    """Backend of the loss, see `bft info`."""
     max_buffer_mib: int | None = None
     """Memory of the loss's logit blocks; 64 on a CPU, 528 or 2048 on a GPU if not given."""
 
@@ -84,8 +73,8 @@ class LossOptions:
         """The loss that these options describe; raises what ``HeadLoss`` raises."""
         from bft.loss import HeadLoss  # and torch, without which --help is quick
 
-        options = {field.name: getattr(self, field.name) for field in fields(LossOptions)}
-        mib = options.pop("max_buffer_mib")
+        options = {field.name: getattr(self, field.name) for field in fields(TrainingSettings)}
+        mib = self.max_buffer_mib
         return HeadLoss(**options, max_buffer_bytes=None if mib is None else mib * 2**20)
 
 
@@ -187,8 +176,8 @@ class DemoConfig(_Checked):
     """Gets the model, the metrics, table.md and figure.png."""
     model: Literal["smollm2-135m", "gemma3-270m"] = "smollm2-135m"
     """gemma3-270m is under the Gemma Terms of Use and has to be installed first."""
-    scheme: Scheme = LossOptions.scheme
-    gradient: Literal["exact", "sampled"] = LossOptions.gradient
+    scheme: str = _setting("scheme")
+    gradient: str = _setting("gradient")
     steps: int = 20
     eval_limit: int = 128
     """Held-out questions."""
@@ -227,10 +216,8 @@ class CheckConfig(_Checked):
     """Records to try; their logits are held, [tokens, vocabulary]."""
     max_length: int | None = 256
     """Documents are cut to this many tokens."""
-    scheme: Scheme = LossOptions.scheme
-    """Weights of the weighted loss."""
-    window: int = LossOptions.window
-    """Labelled tokens in a confidence window."""
+    scheme: str = _setting("scheme")
+    window: int = _setting("window")
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters."""
     seed: int = 0
@@ -257,7 +244,6 @@ class InfoConfig:
 # Whole numbers are 1 or more, others 0 or more, except these.
 _LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
-_LARGEST = 2**63 - 1
 _ABOVE_0 = ("epochs", "lora_alpha")
 # Settings that do nothing without another one, or beside some of its values.
 _NEEDS = {
@@ -271,24 +257,6 @@ ONLY_WITH = {
     "gamma": ("scheme", ("bft-v1-code",)),
     "eps": ("gradient", ("sampled",)),
 }
-
-
-def check_int(name: str, value: object, low: int, high: int = _LARGEST) -> None:
-    """Raises TypeError or ValueError unless ``value`` is an int of ``low`` to ``high``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < low:
-        raise ValueError(f"{name}: got {value}, expected at least {low}")
-    if value > high:
-        raise ValueError(f"{name}: got {value}, expected at most {high}")
-
-
-def _check_number(name: str, value: object, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (0 <= value <= high and math.isfinite(value)):
-        expected = "at least 0.0" if math.isinf(high) else f"between 0.0 and {high}"
-        raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
 
 
 def plain(config: Any) -> dict[str, Any]:

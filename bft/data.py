@@ -12,9 +12,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from bft.config import check_int
 from bft.encode import DataError, Example, Record, encode
 from bft.loss import IGNORE
+from bft_kernels.values import check_int
 
 logger = logging.getLogger(__name__)
 

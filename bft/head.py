@@ -95,7 +95,9 @@ def check_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
         if value is None:
             continue
         # By exact type: quantised parameters are subclasses, some of a floating-point dtype.
-        if value.dtype not in _DTYPES or type(value) not in (Tensor, nn.Parameter):
+        # An export passes stand-ins of its own for them.
+        plain = torch.compiler.is_exporting() or type(value) in (Tensor, nn.Parameter)
+        if value.dtype not in _DTYPES or not plain:
             raise UnsupportedModel(
                 f"head: the {name} of {kind} is a {type(value).__name__} of {value.dtype}, "
                 "expected a plain float tensor: quantised or tensor-parallel heads are not "

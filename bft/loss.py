@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft.config import LossOptions, check_int
 from bft_kernels import BalancedLinearCrossEntropyLoss, balanced_linear_cross_entropy, linear_nll
+from bft_kernels.settings import Settings, TrainingSettings
+from bft_kernels.values import check_int
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
@@ -40,7 +41,7 @@ LossFunction = Callable[
 
 
 @dataclass(frozen=True)
-class HeadLoss:
+class HeadLoss(TrainingSettings):
     """The balanced loss of a fused head. See ``bft_kernels.balanced_linear_cross_entropy``.
 
     ``seed`` only matters to ``gradient="sampled"``. ``None`` draws one from torch's CPU generator
@@ -50,15 +51,8 @@ class HeadLoss:
     Raises what ``bft_kernels.BalancedLinearCrossEntropyLoss`` does for an option that cannot be.
     """
 
-    scheme: str | Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = LossOptions.scheme
-    window: int = LossOptions.window
-    gamma: float = LossOptions.gamma
-    gradient: str = LossOptions.gradient
-    eps: float = LossOptions.eps
+    max_buffer_bytes: int | None = Settings.max_buffer_bytes
     seed: int | None = None
-    backend: str = LossOptions.backend
-    max_buffer_bytes: int | None = None
-    normalize: str = LossOptions.normalize
 
     def __post_init__(self) -> None:
         options = dict(vars(self))
@@ -158,13 +152,13 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     ``targets``, made before by :func:`aligned`, are handed on.
 
     Args:
-        batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``,
-            ``cu_seqlens [S + 1]`` over the flattened ``B * T`` positions.
+        batch: ``labels`` or ``shift_labels [B, T]`` int64, ``position_ids [B, T]`` or ``[1, T]``
+            or multimodal ones ``[3 or 4, B, T]``, ``cu_seqlens [S + 1]`` over the flattened
+            ``B * T`` positions.
         shift: whether ``labels`` are shifted.
 
     Raises:
-        TypeError, ValueError: no labels, shapes or types that do not fit, or ``position_ids`` of
-            several dimensions per token (multimodal rotary positions) without ``cu_seqlens``.
+        TypeError, ValueError: no labels, or shapes or types that do not fit.
     """
     if not is_labelled(batch):
         raise ValueError("labels: the batch holds neither labels nor shift_labels")
@@ -180,17 +174,17 @@ def batch_targets(batch: Mapping[str, Any], *, shift: bool = True) -> Targets:
     if cu_seqlens is None:
         cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is None and positions is not None:
-        if positions.dim() != 2:
-            raise ValueError(
-                f"position_ids: got shape {tuple(positions.shape)}, expected (B, T); with "
-                "positions of several dimensions, say where documents start with cu_seqlens"
-            )
-        if positions.shape not in (rows.shape, (1, rows.shape[1])):
+        fits = positions.shape[-2:] in (rows.shape, (1, rows.shape[1]))
+        if not fits or positions.shape[:-2] not in ((), (3,), (4,)):
             raise ValueError(
                 f"position_ids: got shape {tuple(positions.shape)}, expected {tuple(rows.shape)}, "
-                f"that of {name}, or one row of it"
+                f"that of {name}, one row of it, or 3 or 4 such planes"
             )
-        cu_seqlens = cu_seqlens_from_position_ids(positions.expand(rows.shape))
+        # Of four planes the first holds the text's positions, as in transformers. With only those
+        # of time, height and width, models let all of a row see each other: it is one document.
+        if positions.dim() == 2 or len(positions) == 4:
+            text = positions if positions.dim() == 2 else positions[0]
+            cu_seqlens = cu_seqlens_from_position_ids(text.expand(rows.shape))
     target = shift_labels(rows, cu_seqlens, IGNORE)  # checks that the boundaries fit, too
     return Targets(target if shift and name == "labels" else rows, cu_seqlens)
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bft.config import check_int
 from bft.encode import DataError, Record
+from bft_kernels.values import check_int
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
 _ROLES = ("system", "developer", "user", "assistant", "tool")

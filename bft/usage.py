@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -31,13 +31,7 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
         gone = {_INSTEAD[flag] for flag in typed & _INSTEAD.keys()}
         of_file = yaml_flags(file, config_type)
         flags = [flag for flag in of_file if flag.partition("=")[0] not in gone] + flags
-    # tyro would tell what our checks say in a form of its own, without the option's name.
-    unchecked = type(
-        config_type.__name__,
-        (config_type,),
-        {"__post_init__": lambda self: None, "__doc__": config_type.__doc__},
-    )
-    values = vars(tyro.cli(unchecked, args=flags, prog=prog))
+    values = vars(tyro.cli(flags_of(config_type), args=flags, prog=prog))
     try:
         config = config_type(**values)
     except (ValueError, TypeError) as error:
@@ -50,6 +44,26 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
             )
     _check_paths(config)
     return config
+
+
+def flags_of(config_type: type[Any]) -> type[Any]:
+    """The configuration as tyro reads it: the loss's settings have their choices and their help.
+
+    It checks nothing: tyro would tell what our checks say in a form of its own, without the
+    option's name.
+    """
+    told = []
+    types = typing.get_type_hints(config_type)
+    for option in dataclasses.fields(config_type):
+        if text := option.metadata.get("help"):
+            choices = option.metadata["choices"]
+            kind = Literal[choices] if choices else types[option.name]
+            text = f"{text[0].upper()}{text[1:]}.".replace("`", "")
+            told.append((option.name, Annotated[kind, tyro.conf.arg(help=text)]))
+    namespace = {"__post_init__": lambda self: None, "__doc__": config_type.__doc__}
+    return dataclasses.make_dataclass(
+        config_type.__name__, told, bases=(config_type,), namespace=namespace, frozen=True
+    )
 
 
 # A typed flag, and the one of a file that it overrides beside its own.

@@ -12,7 +12,7 @@ from bft_kernels.dispatch import offered
 from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
-# Where the ops' arguments of Problem begin, and how many of them are tensors.
+# Where a problem's arguments begin in each op's, and how many of them are tensors.
 _OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, 5
 # Elements scaled at a time: a gradient of a narrow type is scaled in float32, block by block.
 _SCALE_BLOCK = 2**22
@@ -117,9 +117,9 @@ def _with_statistics(
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
     """``weight.grad``, if autograd would add a returned gradient to it; otherwise ``None``.
 
-    Adding to it here saves the second ``[V, D]`` tensor of gradient accumulation. It would not be
-    the same for a non-leaf, under ``torch.autograd.grad`` (which must leave ``.grad`` alone), with
-    hooks that want to see the gradient, or while tracing.
+    Adding to it here saves the second ``[V, D]`` tensor of gradient accumulation. That would be
+    wrong for a non-leaf, under ``torch.autograd.grad`` (which must leave ``.grad`` alone), with
+    hooks that must see the gradient, and while tracing.
     """
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
@@ -178,8 +178,8 @@ def _balanced_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any
 def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """``gradient * factor`` in ``dtype``.
 
-    It works in place, unless the graph is kept or ``factor`` is a batch of factors
-    (``is_grads_batched``).
+    It works in place, unless the graph is kept or traced, ``gradient`` is a subclass of Tensor, or
+    ``factor`` is a batch of factors (``is_grads_batched``).
     """
     functorch = torch._C._functorch
     batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)

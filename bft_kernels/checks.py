@@ -1,4 +1,4 @@
-"""Argument checks. Each error names the argument, the value that came and what was expected."""
+"""Checks of tensors. Each error names the argument, the value that came and what was expected."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from bft_kernels.values import check_number
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -35,55 +37,10 @@ def check_tensor(
         raise ValueError(f"{name}: got device {value.device}, expected {device}")
 
 
-def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
-    """Raises unless ``value`` is a ``kind``. The message calls that kind ``what``."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
-
-
-def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raises unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def check_number(name: str, value: object, low: float, high: float = math.inf) -> None:
-    """Raises unless ``value`` is finite and ``low <= value <= high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-    if not (low <= value <= high and value < math.inf):  # isinf cannot be traced
-        expected = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-        raise ValueError(f"{name}: got {value}, expected a finite number {expected}")
-
-
-def check_positive(name: str, value: object, high: float = math.inf) -> None:
-    """Raises unless ``value`` is finite and ``0 < value <= high``."""
-    check_number(name, value, 0, high)
-    if value == 0:
-        raise ValueError(f"{name}: got {value}, expected a number above 0")
-
-
-def check_int(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
-    """Raises unless ``value`` is an int from ``low`` to ``high`` (by default what 64 bits hold)."""
-    # A tuple of types: torch 2.8 does not trace a union of them.
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
-    if value < low:
-        raise ValueError(f"{name}: got {value}, expected at least {low}")
-    if value > high:
-        raise ValueError(f"{name}: got {value}, expected at most {high}")
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raises unless ``value`` is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a bool")
-
-
 def check_cu_seqlens(cu_seqlens: object, total: int, device: torch.device) -> None:
     """Raises unless ``cu_seqlens [S + 1]`` goes from 0 to ``total`` and never falls.
 
-    Values are looked at on a CPU only.
+    Values are checked on a CPU only.
     """
     check_boundaries(cu_seqlens, device)
     assert isinstance(cu_seqlens, Tensor)
@@ -127,7 +84,7 @@ def check_boundary_values(cu_seqlens: Tensor, total: int) -> None:
 def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
     """Raises unless ``num_items`` is at least 0, and 0 only in a call without labels.
 
-    Labels on a device are looked at only if ``wait`` allows waiting for it.
+    Labels on a device are read only if ``wait`` allows to wait for the device.
     """
     check_number("num_items", float(num_items), 0)
     visible = wait or labelled.device.type == "cpu"
@@ -139,7 +96,7 @@ def check_items(num_items: Tensor, labelled: Tensor, wait: bool) -> None:
 
 
 def check_capture(device: torch.device, got: str, expected: str) -> None:
-    """What needs the host, or its memory, raises while a CUDA graph is captured on ``device``.
+    """Raises in a capture of a CUDA graph on ``device``, for what needs the host or its memory.
 
     A replay repeats the device's work but not the host's. A captured copy from the host's memory
     reads that memory again, whoever owns it by then. Compiled code is captured later, in the ops.
@@ -159,8 +116,7 @@ def check_waiting(device: torch.device, check: object) -> None:
 def check_finite(name: str, value: Tensor, *, rows: Tensor | None = None) -> None:
     """Raises where ``value`` holds a NaN or an infinity. Waits for the device.
 
-    ``rows`` is a mask ``[N]`` of the rows of ``value [N, D]`` that are looked at; ``None`` looks at
-    all.
+    ``rows [N]`` bool: the rows of ``value [N, D]`` to check; ``None`` checks all.
     """
     wrong = ~torch.isfinite(value)
     if rows is not None:

@@ -5,8 +5,8 @@ reason, and says so once in the log. If a forced backend cannot run, the call ra
 the backend's reasons. Nothing falls back silently.
 
 Only a call shows what an installation lacks: a C compiler for Triton, code for this GPU, a driver
-that is new enough, shared memory. So a backend makes a small call before its first one on a GPU
-(``try_out`` of its engine). The error of that call is a reason, too; ``auto`` warns of it once.
+that is new enough, shared memory. So a backend makes a small call before its first real one on a
+GPU (``try_out`` of its engine). That call's error is a reason, too; ``auto`` warns of it once.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ class Engine(Protocol):
     def weighted_loss(
         self,
         problem: Problem,
-        token_scale: Tensor,  # [N], what multiplies each token's weight
+        token_scale: Tensor,  # [N], the factor of each token's weight
         documents: Documents | None,  # None for weights local to a token
     ) -> WeightedLoss: ...
 
 
 @functools.cache
 def backend_package(name: str) -> Any:
-    """The package that says whether a backend applies; see :mod:`bft_kernels.backends`.
+    """The package that says whether a backend can run; see :mod:`bft_kernels.backends`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {BACKENDS}")
@@ -83,12 +83,12 @@ def why_not(
     """Reasons why backend ``name`` cannot run on these tensors; empty if it can.
 
     Args:
-        name: of the backend.
-        hidden, weight: the tensors that it is asked to take.
-        operand: the type to which its products' operands are rounded, if that is not their own.
+        name: the backend's name.
+        hidden, weight: the tensors of the call, or their traits.
+        operand: the type to which operands of GEMMs are rounded; by default the common type.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     hidden = traits_of(hidden) if isinstance(hidden, Tensor) else hidden
     weight = traits_of(weight) if isinstance(weight, Tensor) else weight
@@ -98,12 +98,12 @@ def why_not(
 
 
 def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> list[str]:
-    """What the backend's small call on a GPU raised; without ``operand`` it tries any product."""
+    """The error of a backend's small call on a GPU, if any; see :func:`try_out`."""
     if device.type != "cuda":
         return []
     call = name, device, operand
     if call not in _tried and captures(device):
-        return []  # code cannot be loaded now; the call itself will say so
+        return []  # no code can be loaded in a capture; the call itself will raise
     failure = try_out(*call)
     _tried.add(call)
     return [failure] if failure else []
@@ -112,20 +112,20 @@ def _why_tried(name: str, device: torch.device, operand: torch.dtype | None) -> 
 _tried: set[tuple[str, torch.device, torch.dtype | None]] = set()
 
 
-# Parts of errors that say nothing about a backend: others have the memory, or the process has a
-# setting.
+# An error with one of these parts says nothing about a backend: the memory is taken, or a setting
+# of the process forbids the call.
 _PASSING = ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory", "CUBLAS_WORKSPACE_CONFIG")
 
 
 @functools.cache
 def try_out(name: str, device: torch.device, operand: torch.dtype | None) -> str:
-    """The error of a backend's small call on a device; empty if there was none."""
+    """A small call's error; empty if there is none. Without ``operand`` it tries no 16-bit GEMM."""
     try:
         x = torch.zeros((), device=device, dtype=torch.float32)
         with own_settings(x), torch.no_grad():
             getattr(engine(name), "try_out", lambda *_: None)(device, operand)
     except torch.OutOfMemoryError:
-        raise  # this is no property of the backend
+        raise  # a lack of memory is no property of the backend
     except Exception as error:
         if any(passing in str(error) for passing in _PASSING):
             raise
@@ -136,7 +136,7 @@ def try_out(name: str, device: torch.device, operand: torch.dtype | None) -> str
 
 
 def _candidates(name: str, device: str) -> tuple[str, ...]:
-    """Backends that ``name`` may mean on a type of device, in order."""
+    """The backends that ``name`` stands for on a type of device, in order of preference."""
     if name != "auto":
         backend_package(name)
         return (name,)
@@ -145,9 +145,9 @@ def _candidates(name: str, device: str) -> tuple[str, ...]:
 
 
 def captures(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured, if ``device`` is a GPU.
+    """Whether ``device`` is a GPU and a CUDA graph is being captured.
 
-    Then nothing is tried (see :func:`_why_tried`), so a choice must not be remembered.
+    A capture tries nothing out (see :func:`_why_tried`), so its choice must not be remembered.
     """
     return (
         device.type == "cuda"
@@ -161,7 +161,7 @@ def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> E
     """The engine to run. For the arguments see :func:`why_not`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
         RuntimeError: the forced backend, or every backend, has a reason not to run.
     """
     refusals = {}
@@ -181,9 +181,9 @@ def select(name: str, hidden: Traits, weight: Traits, operand: torch.dtype) -> E
 
 
 def offered(function: str, name: str, x: Traits) -> Any:
-    """A function of the first engine that may run on ``x``; ``None`` if it does not offer it.
+    """``function`` of the first engine that can run on ``x``; ``None`` if it has no such function.
 
-    The losses or gradients are there already, so no backend is refused here.
+    No engine is no error: losses or gradients exist already, and plain PyTorch can do the rest.
     """
     choose = _offered.__wrapped__ if captures(x.device) else _offered
     return choose(function, name, x)

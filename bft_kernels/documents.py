@@ -1,6 +1,6 @@
 """Documents in a batch: their boundaries, and where their labelled tokens lie.
 
-The weights call a document a sequence. The boundaries are ``cu_seqlens [S + 1]``: cumulative
+Names of weights call a document a sequence. The boundaries are ``cu_seqlens [S + 1]``: cumulative
 lengths over all flattened positions, from 0 to the number of positions. Documents may be empty.
 """
 
@@ -18,7 +18,7 @@ def boundaries_beside(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """``cu_seqlens`` as int64 on ``device``.
 
     Raises:
-        RuntimeError: they would have to be copied while a CUDA graph is captured.
+        RuntimeError: ``cu_seqlens`` would have to be copied while a CUDA graph is captured.
     """
     if cu_seqlens.device != device:
         check_capture(
@@ -67,10 +67,10 @@ def shift_labels(
 
 
 def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Document boundaries of rows in which ``position_ids`` restart, as packing makes them.
+    """Document boundaries of packed rows, whose ``position_ids`` restart at each document.
 
-    A document starts at the beginning of each row and wherever a position is not its
-    predecessor's plus one. Padding becomes documents of its own, which hold no labels.
+    A document starts at the beginning of each row and wherever a position is not one more than the
+    position before it. Padding becomes documents of its own, which hold no labels.
 
     Args:
         position_ids: ``[B, T]`` int32 or int64.
@@ -98,7 +98,7 @@ def cu_seqlens_from_attention_mask(attention_mask: Tensor) -> Tensor:
         attention_mask: ``[B, T]`` bool, int32 or int64.
 
     Returns:
-        ``cu_seqlens [S + 1]`` int64, as :func:`cu_seqlens_from_position_ids`.
+        ``cu_seqlens [S + 1]`` int64, as in :func:`cu_seqlens_from_position_ids`.
 
     Raises:
         TypeError, ValueError: the argument has another type, shape or dtype.
@@ -162,10 +162,9 @@ def token_scales(
 ) -> Tensor:  # [N]
     """The factor of each token's weight and loss; 0 where ignored.
 
-    With a ``layout`` of ``labelled`` it is ``1 / T_b`` for the ``T_b`` labels of the token's
-    document, divided by the number of documents with labels. Without, it is 1 divided by the number
-    of labels.
-    ``num_items`` takes the place of this batch's number of documents or labels.
+    With a ``layout`` of ``labelled`` it is ``1 / (T_b B)``, for ``T_b`` labels in the token's
+    document and ``B`` documents with labels. Without one it is 1 over the number of labels.
+    ``num_items`` takes the place of ``B``, or of that number.
     """
     if layout is not None:
         lengths = layout.cu_labelled.diff()

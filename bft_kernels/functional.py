@@ -1,11 +1,11 @@
 """The public functions: per-token loss, reduced cross-entropy and the balanced loss.
 
-All take ``hidden [..., D]``, ``weight [V, D]`` and ``target [...]``, already aligned: the caller
-shifts the labels for next-token prediction (see :func:`bft_kernels.weighting.shift_labels`). Logits
-exist only in blocks of ``max_buffer_bytes``. Sums over ``V`` and ``N`` and the gradients of blocks
-are accumulated in float32, whatever the inputs (float64 inputs stay float64). Products of float32
-are float32, whatever :func:`torch.set_float32_matmul_precision` and ``fp32_precision`` allow other
-code. Autocast makes them narrow.
+All take ``hidden [..., D]``, ``weight [V, D]`` and ``target [...]``. With ``shift=True`` they shift
+the labels for next-token prediction; otherwise the caller has aligned them. Logits exist only in
+blocks of ``max_buffer_bytes``. Sums over ``V`` and ``N`` and the gradients of blocks are
+accumulated in float32, whatever the inputs (in float64 for float64). Products of float32 are
+float32, whatever :func:`torch.set_float32_matmul_precision` and ``fp32_precision`` allow elsewhere.
+Autocast makes them narrow.
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ from torch import Tensor
 
 from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
 from bft_kernels import ops
-from bft_kernels.checks import (
-    FLOAT_DTYPES,
-    check_boundaries,
-    check_finite,
-    check_number,
-    check_tensor,
-)
+from bft_kernels.checks import FLOAT_DTYPES, check_boundaries, check_finite, check_tensor
 from bft_kernels.documents import boundaries_beside, labelled_layout, token_scales
 from bft_kernels.problem import Problem, check_derivatives, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
+from bft_kernels.values import check_number
 from bft_kernels.weighting import balanced_loss, local_weighting, weighted_losses
 
 
@@ -66,7 +61,7 @@ def linear_nll(
         weight: ``[V, D]``, same device. Its dtype may differ, but float64 is not mixed with others.
         target: ``[...]`` int64, int32 or uint8, ``0 <= target < V`` or ``ignore_index``.
         bias: ``[V]``. Entries of ``-inf`` mask columns of the vocabulary.
-        ignore_index: tokens with this target cost nothing, give 0 and get no gradient.
+        ignore_index: tokens with this target have loss 0 and get no gradient.
         shift: ``target [..., T]`` holds the labels as the model reads them: position ``t`` predicts
             ``target[..., t + 1]``, and the last position of each row predicts nothing.
         cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, for ``shift`` only: the
@@ -80,14 +75,14 @@ def linear_nll(
         seed: the seed of the sample: an int64, or an int64 tensor ``[]`` on the device. ``None``
             draws one from torch's generator of that device.
         backend: ``"auto"`` or a backend's name, see :func:`bft_kernels.info`.
-        max_buffer_bytes: budget of the blocks. The default is 64 MiB on a CPU and 528 MiB on a GPU,
-            or 2 GiB on a GPU with more than 40 GiB.
+        max_buffer_bytes: bytes of the blocks of logits. By default 64 MiB on a CPU and 528 MiB on a
+            GPU, or 2 GiB on a GPU with more than 40 GiB.
         check: ``True`` checks all values: targets, boundaries, and that labelled rows of
             ``hidden``, ``weight`` and ``bias`` are finite (it waits for a GPU). ``False`` checks
             none. ``None`` checks those targets and boundaries that lie on the CPU. ``num_items`` is
             checked wherever that takes no waiting.
         return_stats: also return :class:`TokenStats`.
-        hidden_variance: with ``sampled``, also fill that statistic.
+        hidden_variance: with ``sampled``, also fill the statistic of that name.
         out_dtype: a float type for the loss, such as that of ``hidden``. It is rounded at the end;
             statistics and gradients are those of the unrounded loss.
         differentiable: ``"lse"``, ``"entropy"`` or both: these statistics are returned (it implies
@@ -164,21 +159,21 @@ def linear_cross_entropy(
 
     The token loss is ``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2``, with
     ``a = label_smoothing``. With ``reduction="mean"`` or ``"sum"`` and a trained head the exact
-    gradient is made in the forward pass and held until the backward. That takes 3G; with the
-    ``cpu`` and ``cuda`` backends up to 4G where the byte budget is small.
+    gradient is made in the forward pass and held until the backward. That takes 3G, or up to
+    4G with the ``cpu`` and ``cuda`` backends if the byte budget is small.
 
     Args:
         reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the number of labelled
             tokens, also with ``token_weight`` (so that ``token_weight=c`` is DFT).
-        num_items: what ``"mean"`` divides by instead: the labelled tokens of the whole optimizer
-            step, over its micro-batches and ranks. With 0 the step has no labels: the loss is 0,
-            and a label in the call is an error (on a GPU only ``check=True`` looks for it).
+        num_items: a number, or a tensor of one element, that ``"mean"`` divides by instead: the
+            labelled tokens of the whole optimizer step, over its micro-batches and ranks. 0 says
+            that the step has no labels; see :func:`balanced_linear_cross_entropy`.
         label_smoothing: 0 to 1; ``gradient="exact"`` only.
         z_loss: factor of ``lse**2`` (PaLM, arXiv 2204.02311); ``gradient="exact"`` only.
-        token_weight: has target's shape and multiplies the whole token loss. It is bfloat16,
-            float16, float32 or float64, whatever the inputs are, and on their device. ``shift``
-            moves it along with the labels. It is a constant: if you need a gradient in the weights,
-            use ``reduction="none"`` and multiply.
+        token_weight: a factor of each whole token loss, in target's shape. It is bfloat16, float16,
+            float32 or float64, whatever the inputs are, and on their device. ``shift`` moves it
+            along with the labels. It is a constant: if you need a gradient in the weights, use
+            ``reduction="none"`` and multiply.
         class_weight: ``[V]``, torch's ``weight``, of the types of ``token_weight`` and as constant.
             The token loss is ``(1 - a) w_target nll + a mean_v w_v (lse - z_v) + z_loss * lse**2``,
             and the mean divides by the labelled tokens' sum of ``w_target`` (by 1 if that is 0).
@@ -327,16 +322,16 @@ def balanced_linear_cross_entropy(
         L = ( sum_b s_b sum_t w_bt nll_bt ) / n                  normalize="token"
 
     over the labelled tokens of each document. A document without labels adds nothing and is not
-    counted in ``B``; a batch without any gives 0, attached to the graph.
+    counted in ``B``. A batch without labels gives 0, attached to the graph.
 
     Args:
         scheme, window, gamma: see :func:`bft_kernels.weighting.token_weights`. A callable
-            ``f(confidence, cu_seqlens) -> (token_weight, sequence_weight)`` sees labelled tokens.
+            ``f(confidence, cu_seqlens) -> (token_weight, sequence_weight)`` gets labelled tokens.
         cu_seqlens: ``[S + 1]`` int32 or int64 over all flattened positions, ignored ones included.
             Without it each row of a 2-D ``target`` is one document, and a 1-D ``target`` is one.
             It may lie on the CPU while the tensors lie on a GPU. Then documents that fit the budget
-            get their exact gradient in the forward pass (3G) on the GPU as well, but no CUDA graph
-            can capture the call.
+            get their exact gradient in the forward pass (3G), as without ``cu_seqlens``, but no
+            CUDA graph can capture the call.
         normalize: ``"sequence"`` or ``"token"``.
         num_items: the number to divide by: the documents (or labelled tokens) of the whole
             optimizer step, over its micro-batches and ranks. ``None`` counts this call's. It is at
@@ -344,9 +339,9 @@ def balanced_linear_cross_entropy(
             device. 0 says that the step has no labels: the loss is 0, and a label in the call is an
             error. On a GPU only ``check=True`` looks for such a label; otherwise the loss is not
             finite.
-        token_weight: has target's shape and multiplies each token's loss after the scheme. Windows,
-            confidences and the number to divide by do not know of it. It is a constant of any sign,
-            and ``shift`` moves it along with the labels.
+        token_weight: a factor of each token's loss after the scheme, in target's shape. It changes
+            no window, no confidence and no number to divide by. It is a constant of any sign, and
+            ``shift`` moves it along with the labels.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
@@ -425,18 +420,18 @@ def balanced_linear_cross_entropy(
 def _balanced_loss(
     labelled: Tensor, nll: Tensor, documents: Tensor, items: Tensor | None, settings: Settings
 ) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless a callable must be seen."""
+    """See :func:`bft_kernels.weighting.balanced_loss`; an op, unless the scheme is a callable."""
     if isinstance(settings.scheme, str):
         return ops.balanced_loss(nll, labelled, documents, items, settings)
     return balanced_loss(nll, labelled, documents, items, settings)
 
 
 def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor | None:
-    """``[S + 1]`` int64 if it was given; ``None`` if the documents are the rows of ``shape``."""
+    """``cu_seqlens [S + 1]`` as int64; ``None`` if the documents are the rows of ``shape``."""
     if cu_seqlens is not None:
         check_boundaries(cu_seqlens, problem.hidden.device)
         check = problem.settings.check
-        # Looking at boundaries on the CPU waits for nothing.
+        # Reading boundaries on the CPU waits for no device.
         if check or (cu_seqlens.device.type == "cpu" and check is not False):
             return ops.documents(cu_seqlens, problem.target.numel())
         return cu_seqlens.long()
@@ -449,7 +444,7 @@ def _boundaries_of(cu_seqlens: Tensor | None, problem: Problem, shape: torch.Siz
 
 
 def _documents_of(boundaries: Tensor | None, problem: Problem, shape: torch.Size) -> Tensor:
-    """``[S + 1]`` int64 beside the tokens; they are made there unless the caller gave them."""
+    """``[S + 1]`` int64 on the tokens' device: the boundaries given, or those of the rows."""
     device = problem.hidden.device
     if boundaries is not None:
         return boundaries_beside(boundaries, device)
@@ -459,7 +454,7 @@ def _documents_of(boundaries: Tensor | None, problem: Problem, shape: torch.Size
 
 
 def _items_of(num_items: int | float | Tensor, problem: Problem) -> Tensor:
-    """``num_items`` as a tensor ``[]`` beside the tokens."""
+    """``num_items`` as a tensor ``[]`` on the tokens' device."""
     device = problem.hidden.device
     if isinstance(num_items, Tensor):
         if num_items.numel() != 1:

@@ -1,4 +1,4 @@
-"""``nn.Module`` twins of the public functions: they take settings first, tensors at the call."""
+"""``nn.Module`` twins of the public functions: settings when made, tensors when called."""
 
 from __future__ import annotations
 
@@ -46,8 +46,7 @@ class LinearCrossEntropyLoss(_Loss):
         options: all other settings of the function, such as ``softcap`` and ``return_stats``.
 
     Raises:
-        TypeError, ValueError: the function has no such option, or its value is out of its domain;
-            the message names it.
+        TypeError, ValueError: an option is unknown or out of its domain; the message names it.
     """
 
     _function = staticmethod(linear_cross_entropy)
@@ -112,8 +111,7 @@ class BalancedLinearCrossEntropyLoss(_Loss):
         options: all other settings of the function, such as ``softcap`` and ``return_stats``.
 
     Raises:
-        TypeError, ValueError: the function has no such option, or its value is out of its domain;
-            the message names it.
+        TypeError, ValueError: an option is unknown or out of its domain; the message names it.
     """
 
     _function = staticmethod(balanced_linear_cross_entropy)

@@ -5,8 +5,8 @@ Three forward ops call the backends:
 ``bft_kernels::linear_nll``
     gives per-token losses and statistics, and what its backward needs;
 ``bft_kernels::weighted_loss``
-    gives a weighted sum of token losses. The weights are known, or become known inside a block of
-    logits, so that it makes the gradients in the same pass, for 3G instead of 4G;
+    gives a weighted sum of token losses. Since the weights are known, or become known inside a
+    block of logits, it makes the gradients in the same pass, for 3G instead of 4G;
 ``bft_kernels::balanced_loss``
     gives a weighted sum of token losses that exist already, and makes the weights from them.
 
@@ -59,14 +59,14 @@ def _fields(record: type, stop: int | None = None) -> str:
 
 
 def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
-    """A problem from an op's arguments: ``_TENSORS`` and the rest, ``Problem.arguments``."""
+    """A problem from an op's arguments: ``_TENSORS``, then those of ``Problem.arguments``."""
     hidden, weight, target, bias, seed = tensors
     return Problem(hidden, weight, target, bias, seed, *problems.split(rest))
 
 
 def _engine(problem: Problem) -> Engine:
     hidden, weight = traits_of(problem.hidden), traits_of(problem.weight)
-    # The device's type is asked here, too: a call on a CPU does without looking at dispatch.
+    # The device's type is tested here too, so that a call on a CPU does not call `captures`.
     now = hidden.device.type == "cuda" and captures(hidden.device)
     choose = select.__wrapped__ if now else select
     return choose(problem.settings.backend, hidden, weight, problem.operand)
@@ -87,7 +87,7 @@ def _check(problem: Problem) -> None:
 
 @torch.library.custom_op("bft_kernels::documents", mutates_args=())
 def documents(cu_seqlens: Tensor, total: int) -> Tensor:
-    """``cu_seqlens`` as int64, with checked values. As an op, compiled code checks them too."""
+    """``cu_seqlens`` as int64, with checked values: an op, so that compiled code checks too."""
     check_waiting(cu_seqlens.device, True)
     check_boundary_values(cu_seqlens, total)
     return cu_seqlens.to(torch.int64, copy=True)
@@ -100,7 +100,7 @@ def _(cu_seqlens: Tensor, total: int) -> Tensor:
 
 @torch.library.custom_op("bft_kernels::num_items", mutates_args=())
 def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
-    """``items []`` beside ``labelled [N]``, with a checked value; an op like :func:`documents`."""
+    """``items []``, checked, on the device of ``labelled [N]``; an op like :func:`documents`."""
     device = labelled.device
     check_waiting(device, wait)
     if items.device != device:
@@ -110,7 +110,7 @@ def num_items(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
             f"a number, or a tensor on {device} that a replay may find changed",
         )
     check_items(items, labelled, wait)
-    if items.device.type == "cpu":  # a value takes no copy
+    if items.device.type == "cpu":  # a number needs no copy
         return torch.full((), items.item(), dtype=items.dtype, device=device)
     return items.to(device, copy=True, non_blocking=True)
 
@@ -275,12 +275,12 @@ def weighted_loss(
     problem: Problem,
     token_scale: Tensor,  # [N], the factor of each token's weight
     cu_seqlens: Tensor | None = None,  # [S + 1] int64; None for weights local to a token
-    bounds: Tensor | None = None,
+    bounds: Tensor | None = None,  # [S + 1] int64 on the CPU
 ) -> WeightedLoss:
     """The weighted sum, and the gradients that are made along with it.
 
-    ``cu_seqlens`` lies beside the tokens. ``bounds`` are the same on the CPU. If the tokens are on
-    an accelerator and ``bounds`` is ``None``, all documents are equally long.
+    ``cu_seqlens`` lies on the tokens' device, and ``bounds`` are the same boundaries. If the tokens
+    are on an accelerator and ``bounds`` is ``None``, all documents are equally long.
     """
     p = problem
     tensors = p.hidden, p.weight, p.target, p.bias, None

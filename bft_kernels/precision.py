@@ -1,8 +1,8 @@
 """Settings of the process that make matrix products less exact do not reach a loss's products.
 
 A process can allow TF32 and bfloat16 inside float32 products, and float16 sums. A loss promises
-float32, and its backward must draw again what its forward drew. So a loss takes its products in a
-narrow type only if autocast or the tensors' own type asks for it.
+float32, and its backward must draw the same sample as its forward. So a loss takes its products in
+a narrow type only if autocast or the tensors' own type asks for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PLAIN = ("none", "ieee")  # values of `fp32_precision` that leave float32 as it
 
 
 def own_settings(x: Tensor) -> AbstractContextManager[object]:
-    """Sets the device of ``x``, no autocast, and products that are as exact as their type."""
+    """A context on the device of ``x``: no autocast, and products as exact as their type."""
     if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
         return _exact
     stack = contextlib.ExitStack()
@@ -36,8 +36,8 @@ def own_settings(x: Tensor) -> AbstractContextManager[object]:
 class _Exact:
     """Clears the settings when a first thread enters, and restores them when the last one leaves.
 
-    Autograd runs the backward of each device in its own thread. If each thread saved the settings,
-    they would be restored in the order in which the threads end.
+    Autograd runs the backward of each device in its own thread. If each thread saved and restored
+    the settings, the last to end could restore what another had cleared.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def _sum_in_float32() -> list[Undo]:
 
 
 def _multiply_in_float32() -> list[Undo]:
-    """For float32 operands. Returns the steps that bring back the old settings, in their order."""
+    """For float32 operands. Returns the steps that restore the old settings, in their order."""
     if not hasattr(torch.backends, "fp32_precision"):  # before torch 2.9
         return _highest()
     backends: Any = torch.backends
@@ -85,7 +85,7 @@ def _multiply_in_float32() -> list[Undo]:
     # and torch raises where the two disagree.
     undo = _highest()
     for (place, above), value in zip(places, before, strict=True):
-        # An inherited value is not set here, so that it still follows the one above.
+        # An inherited value is restored as "none", so that it still follows the setting above.
         own = "none" if value == above.fp32_precision else value
         undo.append(functools.partial(_set_precision, place, own))
         place.fp32_precision = "ieee"
@@ -97,10 +97,10 @@ def _set_precision(place: Any, value: str) -> None:
 
 
 def _highest() -> list[Undo]:
-    """Sets ``torch.set_float32_matmul_precision`` to highest, if the precision was set by it."""
+    """Sets the precision by its old name to highest, unless only its new name was set."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by its new name only
+    except RuntimeError:  # only the new name was set
         return []
     if before == "highest":
         return []

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bft_kernels.checks import FLOAT_DTYPES, check_int, check_tensor, check_waiting
+from bft_kernels.checks import FLOAT_DTYPES, check_tensor, check_waiting
 from bft_kernels.documents import shift_labels
 from bft_kernels.results import Wanted
 from bft_kernels.settings import NAMES, Settings, check_settings, values_of
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
+from bft_kernels.values import check_int
 
 CPU_BUFFER_BYTES = 64 * 2**20
 # 512 MiB of logits, and a bit for each.
@@ -37,11 +38,11 @@ class Problem:
     weight: Tensor  # [V, D]
     target: Tensor  # [N] int64
     bias: Tensor | None  # [V]
-    seed: Tensor | None  # [] int64, of the sampled gradient
+    seed: Tensor | None  # [] int64, for the sampled gradient
     settings: Settings
     # The type that operands of GEMMs are rounded to. Sums are in acc_dtype.
     operand: torch.dtype
-    wanted: Wanted  # gradients: of the forward, or of this backward
+    wanted: Wanted  # gradients to prepare in a forward, or to make in a backward
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
@@ -128,7 +129,7 @@ class Traits(NamedTuple):
 
 
 def traits_of(x: Tensor) -> Traits:
-    """The traits of a tensor. Those of a matrix also say how its rows lie."""
+    """The traits of a tensor. A matrix has strides if its rows overlap or are not contiguous."""
     strides = None
     if x.layout == torch.strided and x.dim() == 2:
         (count, width), (rows, columns) = x.shape, x.stride()
@@ -140,7 +141,7 @@ def traits_of(x: Tensor) -> Traits:
 def storage(dtype: torch.dtype) -> torch.dtype:
     """The type in which a gradient of ``dtype`` is kept until its upstream gradient is known.
 
-    float16 has too little range below 1. A loss scale can only arrive with the backward, which is
+    float16 has too little range below 1. A loss scale arrives only with the backward, which is
     too late for values that have already become 0.
     """
     return torch.float32 if dtype == torch.float16 else dtype
@@ -165,7 +166,7 @@ def make_problem(
     bias: Tensor | None,  # [V]
     seed: int | Tensor | None,
     settings: Settings,
-    cu_seqlens: Tensor | None = None,  # [S + 1], of the shift
+    cu_seqlens: Tensor | None = None,  # [S + 1], for the shift
 ) -> Problem:
     """Checks everything that can be checked without values, and flattens the tensors.
 
@@ -268,7 +269,7 @@ def check_derivatives(**tensors: object) -> None:
         RuntimeError: the call is inside a transform of ``torch.func``, or one of ``tensors``
             carries a tangent of forward mode.
     """
-    # Tensors inside a transform do not say truly whether they require a gradient.
+    # Inside a transform a tensor's requires_grad cannot be trusted.
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "torch.func: got a call inside a transform (vmap, grad, vjp, jvp, jacrev, jacfwd or "
@@ -303,7 +304,7 @@ def check_values(target: Tensor, vocabulary: int, ignore_index: int) -> None:
 
 
 def _operand(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The type to which the operands of products are rounded, as autocast would round them."""
+    """The type to which the operands of GEMMs are rounded, as autocast would round them."""
     device = hidden.device.type
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     available = device != "meta"  # torch 2.8 does not trace torch.amp.is_autocast_available
@@ -315,7 +316,7 @@ def _operand(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def _check_seed(seed: object, hidden: Tensor) -> None:
     if isinstance(seed, Tensor):
         check_tensor("seed", seed, (), (torch.int64,), hidden.device)
-    else:
+    elif not isinstance(seed, torch.SymInt):
         check_int("seed", seed, -(2**63))
 
 

@@ -1,7 +1,7 @@
-"""The specification: the core op, the weights, both gradients, the sampling hash, in plain PyTorch.
+"""The specification in plain PyTorch: core op, weights, both gradients and the sampling hash.
 
-This code is written to be read. It runs in any floating dtype, and the tests compare with float64
-as the truth. It holds the full ``[N, V]`` logits and loops over sequences in Python. Nothing else
+This code is written to be read. It runs in any floating dtype, and its float64 results are the
+tests' truth. It holds the full ``[N, V]`` logits and loops over sequences in Python. Nothing else
 in the package repeats these formulas, and nothing here imports the fast code.
 
 Notation: ``N`` tokens, ``D`` hidden size, ``V`` vocabulary size, ``y = hidden @ weight.T + bias``,
@@ -112,9 +112,9 @@ def top_k(
 
 
 def window_means(values: Sequence[float], window: int, scheme: str) -> list[float]:
-    """Mean of the window that belongs to each token of one sequence.
+    """The means of one sequence's windows.
 
-    The windows of ``bft`` are centred, ``[t - g//2, t + g - g//2 - 1]``, and clipped at the ends.
+    ``bft`` has one for each token ``t``, ``[t - g//2, t + g - g//2 - 1]``, clipped at the ends.
     ``bft-v1`` has only full windows, listed by their first token; a sequence shorter than ``g`` is
     one window.
     """
@@ -138,7 +138,7 @@ def sequence_weights(
 ) -> tuple[Tensor, float]:
     """Token weights ``w [T]`` and the sequence weight ``s`` of one sequence.
 
-    ``dft``: arXiv 2508.05629. ``bft``: arXiv 2511.21075 v3. ``bft-v1``: the text of v1 and v2.
+    ``dft``: arXiv 2508.05629. ``bft``: arXiv 2511.21075 v3. ``bft-v1``: the text of its v1 and v2.
     ``bft-v1-code``: the authors' released code, whose window mean is geometric.
     """
     c = confidence.double().tolist()
@@ -170,7 +170,7 @@ def token_coefficients(
     normalize: str = "sequence",
     num_items: float | None = None,
 ) -> Tensor:  # [n]
-    """The constant that multiplies each token's nll: ``s w / (T B)``, or ``s w / n`` by token."""
+    """The constant factor of each nll: ``s w / (T B)``, or ``s w / n`` for ``"token"``."""
     bounds = cu_seqlens.tolist()
     lengths = [stop - first for first, stop in itertools.pairwise(bounds)]
     sequences = sum(length > 0 for length in lengths)
@@ -257,11 +257,11 @@ def uniforms(seed: int, rows: Sequence[int], columns: Tensor) -> Tensor:
         x = mix32(((key >> 32) | 1) * column + (key & 0xFFFFFFFF))
         u = (float32(x >> 8) + 0.5) * 2^-24                 float32, round to nearest even
 
-    ``seed`` is the two's complement of an int64, ``row`` the position in the flattened input,
-    ``column`` the vocabulary index. The row's key is a multiplier *and* an offset. With only an
+    ``seed`` is the two's complement of an int64, ``row`` is a position in the flattened input, and
+    ``column`` is a vocabulary index. The row's key is a multiplier *and* an offset. With only an
     offset (or an exclusive or), rows whose keys lie within ``V`` of each other would draw shifted
-    copies of each other. In a batch of 2048 rows that happens to hundreds of pairs. Columns are
-    multiplied modulo 2^32 in int64, so they must lie below 2^31.
+    copies of each other. In a batch of 2048 rows that would happen to more than a hundred pairs.
+    Columns are multiplied in int64, so they must lie below 2^31.
     """
     draws = []
     for row in rows:

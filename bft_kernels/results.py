@@ -1,6 +1,6 @@
 """The records that the ops return and pass on.
 
-``acc`` is float32, or float64 for float64 inputs. A tensor that nobody asked for has size 0 in its
+``acc`` is float32, or float64 for float64 inputs. A tensor that is not wanted has size 0 in its
 first dimension.
 """
 
@@ -63,7 +63,7 @@ class Gradients(NamedTuple):
 class Documents(NamedTuple):
     """Where documents begin and end, for code that plans on the host and computes on a device."""
 
-    cu_seqlens: Tensor  # [S + 1] int64, beside the tokens
+    cu_seqlens: Tensor  # [S + 1] int64, on the tokens' device
     bounds: list[int]  # the same on the host, known without asking the device
 
 
@@ -78,7 +78,7 @@ class WeightedLoss(NamedTuple):
     lse: Tensor  # [N] acc
     entropy: Tensor  # [N] acc
     correct: Tensor  # [N] bool
-    # With statistics, of a scheme that looks at documents:
+    # Only with statistics, and for a scheme that looks at documents; otherwise of size 0:
     token_weight: Tensor  # [N] acc
     window_confidence: Tensor  # [N] acc
     sequence_weight: Tensor  # [S] acc
@@ -86,7 +86,7 @@ class WeightedLoss(NamedTuple):
 
 
 class BalancedLoss(NamedTuple):
-    """Results of ``balanced_loss``; the weights are 0 where ignored and without labels."""
+    """Results of ``balanced_loss``; ignored tokens and documents without labels weigh 0."""
 
     loss: Tensor  # [] acc, the only differentiable one
     coefficient: Tensor  # [N] acc, the factor of each token's loss

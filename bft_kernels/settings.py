@@ -1,9 +1,8 @@
 """The options of the loss: one list, from which every layer takes what it needs.
 
-The public functions' keywords, their checks, the schemas of the custom ops, the modules and the
-table in docs/loss.md all follow from the fields of :class:`Settings`. ``bft``'s configuration does
-not, because ``bft --help`` must not import torch. It repeats seven of the options, and
-``max_buffer_bytes`` in MiB; a test compares the defaults.
+The public functions' keywords, their checks, the schemas of the custom ops, the modules, the table
+in docs/loss.md, ``bft.HeadLoss`` and the flags of ``bft`` follow from the fields of
+:class:`Settings`. This file imports no torch, so that ``bft --help`` is quick.
 """
 
 from __future__ import annotations
@@ -12,13 +11,9 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from bft_kernels.checks import (
-    FLOAT_DTYPES,
+from bft_kernels.values import (
     check_bool,
     check_choice,
     check_int,
@@ -27,18 +22,30 @@ from bft_kernels.checks import (
     check_type,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor, dtype
+else:
+    Tensor = dtype = Any
+
 SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
 LOCAL_SCHEMES = ("sft", "dft")  # a token's weight depends on that token alone
 CALLABLE = "callable"  # the scheme of a call whose weights are made outside of the ops
 
 
-def check_scheme(name: str, value: object) -> None:
-    """Raises unless ``value`` is one of :data:`SCHEMES` or a callable."""
+def check_scheme(name: str, value: object, choices: tuple[str, ...] = SCHEMES) -> None:
+    """Raises unless ``value`` is one of ``choices`` or a callable."""
     if isinstance(value, str):
-        check_choice(name, value, SCHEMES)
+        check_choice(name, value, choices)
     elif not callable(value):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
+
+
+def check_float_type(name: str, value: object) -> None:
+    """Raises unless ``value`` is one of the dtypes that ``hidden`` may have."""
+    from bft_kernels.checks import FLOAT_DTYPES  # and torch, see above
+
+    check_choice(name, value, FLOAT_DTYPES)
 
 
 def check_names(name: str, value: object, choices: Sequence[str]) -> None:
@@ -51,19 +58,47 @@ def check_names(name: str, value: object, choices: Sequence[str]) -> None:
 
 def _option(default: Any, check: Callable[..., None], text: str, **limits: Any) -> Any:
     """A field: its default, how a value is checked, and a line of documentation."""
-    check = functools.partial(check, **limits) if limits else check
-    return field(default=default, metadata={"check": check, "help": text})
+    metadata = {"check": functools.partial(check, **limits) if limits else check, "help": text}
+    return field(default=default, metadata={**metadata, "choices": limits.get("choices")})
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The options of one call, unchecked; see :func:`check_settings`.
+class TrainingSettings:
+    """The options that a training run chooses. ``bft``'s flags and ``bft.HeadLoss`` inherit them.
 
     Field names are those of the public keywords, and class attributes are their defaults.
     """
 
+    scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
+        "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`",
+        choices=SCHEMES,
+    )  # fmt: skip
+    window: int = _option(
+        256, check_int, "labelled tokens in a window; a quarter of an answer is a good size", low=1
+    )
+    gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`")
+    gradient: str = _option(
+        "exact", check_choice, "`exact`, or `sampled`: an unbiased sparse estimate",
+        choices=("exact", "sampled"),
+    )  # fmt: skip
+    eps: float = _option(
+        2**-12, check_positive, "`sampled` always keeps an entry with `p >= eps`", high=1.0
+    )
+    backend: str = _option(
+        "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
+    )
+    normalize: str = _option(
+        "sequence", check_choice, "divide by documents (`sequence`) or by labels (`token`)",
+        choices=("sequence", "token"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings(TrainingSettings):
+    """The options of one call, unchecked; see :func:`check_settings`."""
+
     ignore_index: int = _option(
-        -100, check_int, "tokens with this target cost nothing and get no gradient", low=-(2**63)
+        -100, check_int, "tokens with this target have loss 0 and get no gradient", low=-(2**63)
     )
     shift: bool = _option(
         False, check_bool, "labels are not shifted yet: position `t` predicts `target[..., t + 1]`"
@@ -80,25 +115,6 @@ class Settings:
         "mean", check_choice, "`mean` over labelled tokens, `sum` or `none`",
         choices=("none", "mean", "sum"),
     )  # fmt: skip
-    scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
-        "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`"
-    )
-    window: int = _option(256, check_int, "length of a window in labelled tokens", low=1)
-    gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`")
-    normalize: str = _option(
-        "sequence", check_choice, "divide by documents (`sequence`) or by labels (`token`)",
-        choices=("sequence", "token"),
-    )  # fmt: skip
-    gradient: str = _option(
-        "exact", check_choice, "`exact`, or `sampled`: an unbiased sparse estimate",
-        choices=("exact", "sampled"),
-    )  # fmt: skip
-    eps: float = _option(
-        2**-12, check_positive, "`sampled` always keeps an entry with `p >= eps`", high=1.0
-    )
-    backend: str = _option(
-        "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
-    )
     max_buffer_bytes: int | None = _option(
         None, check_int, "budget of the blocks of logits; the default depends on the device", low=1
     )
@@ -109,8 +125,8 @@ class Settings:
     hidden_variance: bool = _option(
         False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
     )
-    out_dtype: torch.dtype | None = _option(  # noqa: RUF009  as the others
-        None, check_choice, "type of the loss; by default that of the sums", choices=FLOAT_DTYPES
+    out_dtype: dtype | None = _option(  # noqa: RUF009  as the others
+        None, check_float_type, "type of the loss; by default that of the sums"
     )
     return_z_loss: bool = _option(False, check_bool, "also return the z-loss's part of the loss")
     differentiable: Sequence[str] = _option(
@@ -131,7 +147,7 @@ _SCHEMA_TYPES = {
     "bool | None": "bool?",
     "str": "str",
     "str | SchemeFunction": "str",
-    "torch.dtype | None": "ScalarType?",
+    "dtype | None": "ScalarType?",
     "Sequence[str]": "str[]",
 }
 # The part of the ops' schemas that carries the settings.
@@ -139,7 +155,7 @@ SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Sett
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises unless every option is in its domain and they go together.
+    """Raises unless every option is in its domain and all options go together.
 
     Raises:
         TypeError, ValueError: the message names the option.

@@ -24,9 +24,9 @@ class TokenStats(NamedTuple):
     confidence: Tensor  # exp(-nll)
     entropy: Tensor  # nats
     correct: Tensor  # bool; ties go to the lowest index
-    # Sampled: the expected squared error of the row of dy, for unit upstream gradient.
+    # If sampled: the expected squared error of the row of dy, for unit upstream gradient.
     variance: Tensor | None = None
-    hidden_variance: Tensor | None = None  # the same for the row of dH, when asked for
+    hidden_variance: Tensor | None = None  # the same for the row of dH, if it is wanted
     # The most probable tokens [..., k] when asked for, the best first; -1 and 0 where ignored.
     top_ids: Tensor | None = None  # int64; ties go to the lowest index
     top_log_probs: Tensor | None = None
@@ -81,7 +81,7 @@ def token_stats(problem: Problem, result: Forward | WeightedLoss, shape: torch.S
 def balanced_stats(
     stats: TokenStats, weighting: BalancedLoss | WeightedLoss, shape: torch.Size
 ) -> BalancedTokenStats:
-    """The same statistics with the weights."""
+    """``stats`` together with the weights, those of tokens in ``shape``."""
     return BalancedTokenStats(
         *stats[:-2],  # of the most probable tokens it says nothing
         window_confidence=weighting.window_confidence.view(shape),

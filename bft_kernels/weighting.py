@@ -1,8 +1,8 @@
 """Token and sequence weights over packed documents (Balanced Fine-Tuning, arXiv 2511.21075).
 
-This is tensor code only: it has no Python loop over documents and no host synchronisation.
-``cu_seqlens [S + 1]``, the cumulative lengths, say where documents lie; documents may be empty.
-Autograd takes all weights as constants.
+This is tensor code without a Python loop over documents. Only a callable scheme makes the host wait
+for the device. ``cu_seqlens [S + 1]``, the cumulative lengths, say where documents lie; documents
+may be empty. Autograd takes all weights as constants.
 """
 
 from __future__ import annotations
@@ -12,14 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import (
-    check_capture,
-    check_confidence,
-    check_cu_seqlens,
-    check_int,
-    check_positive,
-    check_tensor,
-)
+from bft_kernels.checks import check_capture, check_confidence, check_cu_seqlens, check_tensor
 from bft_kernels.documents import (
     Layout,
     boundaries_beside,
@@ -31,6 +24,7 @@ from bft_kernels.documents import (
 )
 from bft_kernels.results import BalancedLoss
 from bft_kernels.settings import SchemeFunction, Settings, check_scheme
+from bft_kernels.values import check_int, check_positive
 
 __all__ = [
     "TokenWeights",
@@ -125,7 +119,7 @@ def weigh(
 ) -> TokenWeights:
     """:func:`token_weights` without its checks, and with room for padding behind the last token.
 
-    ``nll`` still has the value of a confidence that is too small for its type.
+    ``nll`` keeps the digits of a confidence that is too small for its type.
     """
     confidence = confidence.detach()  # no_grad leaves a tangent of forward mode
     count = confidence.numel()
@@ -145,8 +139,8 @@ def weigh(
         start = torch.maximum(position - window // 2, first)
         length = torch.minimum(position + (window - window // 2), stop) - start
     if name == "bft-v1-code":
-        # A mean of logarithms has a relative error, but its exponential needs a small absolute
-        # error. So the sum is float64, where the device has it.
+        # Rounding makes a relative error in a mean of logarithms, but its exponential needs a
+        # small absolute error. So the sum is float64, where the device has it.
         acc_dtype = torch.float32 if confidence.device.type == "mps" else torch.float64
         values = confidence.to(acc_dtype).log() if nll is None else -nll.to(acc_dtype)
         local = (window_sums(values, start, length, window) / length).exp().to(confidence.dtype)
@@ -292,7 +286,7 @@ def balance(
 
 
 def local_weighting(nll: Tensor, labelled: Tensor, scheme: object) -> Tensor:
-    """The weights without documents, ``[N]``: the confidence for ``dft``, else 1."""
+    """Weights ``[N]`` that need no documents: the confidence for ``dft``, else 1; 0 if ignored."""
     if scheme == "dft":
         return torch.where(labelled, torch.exp(-nll), 0.0)
     return labelled.to(nll.dtype)

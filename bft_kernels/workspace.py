@@ -1,7 +1,7 @@
-"""Memory for logits that wait. It is kept from one call to the next.
+"""Memory for logits that wait for their weights. It is kept from one call to the next.
 
 The system clears each page of fresh memory before its first use. For 200 MiB that takes as long as
-a quarter of a product. The process keeps one block, as large as the largest call needed.
+a quarter of a GEMM. The process keeps one block, as large as the largest call needed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _kept: list[Tensor] = []  # at most one, except while calls run side by side
 
 
 def borrow(count: int) -> Tensor:
-    """``count`` floats or more, of any values. Nobody else uses them until they are given back."""
+    """Float32 ``[count]`` or longer, of any values, for this caller until it is given back."""
     space = _kept.pop() if _kept else torch.empty(0, dtype=torch.float32, device="cpu")
     if space.numel() >= count:
         return space

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bft import HeadLoss
 from bft_kernels import settings
 
 ROOT = Path(__file__).parents[2]
@@ -63,10 +64,11 @@ def imported_by_docs():
 def commands():
     """Each command of ``bft`` with its flags, their types and defaults."""
     from bft.cli import COMMANDS
+    from bft.usage import flags_of
 
     for command, (config, _) in COMMANDS.items():
         yield f"bft {command}"
-        types = typing.get_type_hints(config)
+        types = typing.get_type_hints(flags_of(config))
         for field in dataclasses.fields(config):
             needed = field.default is dataclasses.MISSING
             default = "required" if needed else f"= {str(field.default)!r}"
@@ -106,13 +108,15 @@ def test_what_is_public_is_imported_by_its_name(package):
 
 
 def test_the_options_of_bft_are_settings_of_the_loss():
-    """`bft --help` does without torch, so its defaults are written down once more."""
+    """Each flag and each field of HeadLoss is the very field of the one list."""
     from bft.config import LossOptions
 
-    ours = {field.name: field.default for field in dataclasses.fields(LossOptions)}
-    assert ours.pop("max_buffer_mib") is settings.Settings.max_buffer_bytes
-    assert ours == {name: getattr(settings.Settings, name) for name in ours}
-    assert len(ours) == 7
+    chosen = dataclasses.fields(settings.TrainingSettings)
+    for ours, own in ((LossOptions, {"max_buffer_mib"}), (HeadLoss, {"max_buffer_bytes", "seed"})):
+        inherited = [field for field in dataclasses.fields(ours) if field.name not in own]
+        assert [field.metadata for field in inherited] == [field.metadata for field in chosen]
+        assert own | {field.name for field in chosen} == set(ours.__dataclass_fields__)
+    assert HeadLoss.max_buffer_bytes is LossOptions.max_buffer_mib is None
 
 
 def test_the_table_of_options_is_that_of_the_settings():

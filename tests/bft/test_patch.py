@@ -53,6 +53,9 @@ MODELS = {
     # The grouped product of the fused experts knows no float64.
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 3, "experts_implementation": "eager"}),
     "smollm3": ("SmolLM3ForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 6}),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "olmo2": ("Olmo2ForCausalLM", {}),
 }
 TRANSFORMS = {
     "gemma2": LogitTransform(0.5, 1.0),
@@ -400,6 +403,45 @@ def test_a_transform_may_be_given_and_torch_compile_takes_one_graph(compiled):
     loss = call(**batch).loss
     close(loss, want)
     assert_gradients(gradients_of(model, loss), expected)
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=[ONE_GRAPH, pytest.mark.slow])])
+def test_the_forward_is_exported_with_its_loss(strict):
+    model, batch = patch_model(build("llama"), BFT), rows()
+    want = model(**batch).loss  # the first call measures
+    program = torch.export.export(model, (), batch, strict=strict)
+    close(program.module()(**batch).loss, want)
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    program = torch.export.export(model.eval(), (), inputs, strict=strict)
+    close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, float("inf")], ids=str)
+def test_gradients_are_scaled_and_unscaled(scale):
+    """As for float16: a step whose gradients overflow changes nothing."""
+    model, batch = patch_model(build("llama"), BFT), rows()
+    expected = gradients_of(model, model(**batch).loss)
+    before = model.lm_head.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.zero_grad()
+    scaler.scale(model(**batch).loss).backward()
+    scaler.unscale_(optimizer)
+    if scale < float("inf"):
+        assert_gradients(gradients_of(model), expected)
+    scaler.step(optimizer)
+    assert torch.equal(model.lm_head.weight, before) == (scale == float("inf"))
+
+
+def test_a_patched_model_saves_what_it_would_unpatched(tmp_path):
+    model, batch = patch_model(build("llama"), BFT), rows()
+    want = model(**batch).loss
+    model.save_pretrained(tmp_path)
+    twin = type(model).from_pretrained(tmp_path, dtype=model.dtype)
+    assert {n for n, _ in twin.named_parameters()} == {n for n, _ in model.named_parameters()}
+    own = twin(**batch)
+    assert own.logits is not None
+    close(patch_model(twin, BFT)(**batch).loss, want)
 
 
 def test_wrong_calls_are_refused():

@@ -7,7 +7,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -21,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bft import held_out as held_out_module
 from bft import loss as loss_module
 from bft import train as train_module
-from bft.config import Scheme
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.evaluate import evaluate
 from bft.loss import HeadLoss
 from bft.patch import patch_model
 from bft.records import read_jsonl
 from bft.train import train, training_step
+from bft_kernels.settings import SCHEMES
 from tests.support.batches import assert_gradients, gradients_of
 from tests.support.runs import metrics, on_two_processes, run_python, unevaluated
 
@@ -52,7 +51,7 @@ def test_learns_and_saves_a_model_that_loads(config, precision):
     assert model.generate(ids, max_new_tokens=2).shape[1] > ids.shape[1]
 
 
-@pytest.mark.parametrize("scheme", get_args(Scheme))
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 def test_splits_of_a_step_give_one_gradient(
     fresh_accelerator, model_dir, data_file, scheme, normalize

@@ -45,6 +45,8 @@ NOT_IMPORTED = {
 # What a document tells of the kernels: `bft` stands on it, so that their inside can change.
 DOCUMENTED = {
     "bft_kernels": {*bft_kernels.__all__, "__version__", "reference"},
+    "bft_kernels.settings": {"Settings", "TrainingSettings"},
+    "bft_kernels.values": {"check_int", "check_number"},
     "bft_kernels.weighting": {
         "token_weights",
         "shift_labels",

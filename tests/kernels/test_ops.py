@@ -6,7 +6,14 @@ from functools import partial
 import pytest
 import torch
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll, ops
+from bft_kernels import (
+    BalancedLinearCrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    ops,
+)
 from bft_kernels.results import Saved, Wanted
 from bft_kernels.settings import Settings, values_of
 from tests.support.losses import assert_same_loss
@@ -198,3 +205,18 @@ def test_compiled_code_checks_the_number_of_items(frozen, fresh_compiler):
 @pytest.mark.parametrize("items", [torch.tensor(3), torch.tensor(2.5)], ids=str)
 def test_opcheck_num_items(items):
     torch.library.opcheck(ops.num_items, (items, torch.tensor([True, False]), False))
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("kind", [LinearCrossEntropyLoss, BalancedLinearCrossEntropyLoss])
+def test_a_loss_is_exported_saved_and_loaded(kind, gradient, tmp_path):
+    p, path = draw_problem(13, 5, 11), tmp_path / "loss.pt2"
+    loss, options = kind(gradient=gradient, eps=0.05), {"seed": torch.tensor(3)}
+    torch.export.save(torch.export.export(loss, p.args, options), path)
+    got, want = p.copy(), p.copy()
+    value = torch.export.load(path).module()(*got.args, **options)
+    expected = loss(*want.args, **options)
+    assert torch.equal(value, expected)
+    gradients = want.gradients(expected)
+    for name, gradient in got.gradients(value).items():
+        assert torch.equal(gradient, gradients[name])

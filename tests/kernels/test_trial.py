@@ -210,7 +210,7 @@ def test_no_memory_is_no_reason(error, monkeypatch):
     monkeypatch.setattr(engine, "try_out", full)
     with pytest.raises(type(error)):
         tried("torch")
-    info_module = importlib.import_module("bft_kernels.info")
+    info_module = importlib.import_module("bft_kernels.installation")
     monkeypatch.setattr(info_module, "why_not", lambda *_: tried("torch"))
     (reason,) = info_module._reasons(info_module.BACKENDS[0], "cpu")
     assert reason == f"not tried: {error}"

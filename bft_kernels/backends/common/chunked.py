@@ -42,7 +42,7 @@ class RowKernels(Protocol):
         """Takes the online softmax; fills in results and, if wanted, sample and certificate.
 
         ``gradient`` says that :meth:`gradient` follows. ``collect=False`` says that the results are
-        already known and are not wanted again.
+        filled in already.
         """
 
     def gradient(self, logits: Tensor, first: int, coefficient: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ class RowKernels(Protocol):
 
 
 def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
+    """Losses and statistics of every labelled row, and what ``problem.saved`` says is kept."""
     kernels = make(problem)
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
     gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
@@ -89,7 +89,7 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
 def weighted_loss(
     make: Callable[[Problem], RowKernels],
     problem: Problem,
-    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
+    token_scale: Tensor,  # [N], the factor of each token's weight; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient, made in the pass of the logits (3G).
@@ -134,7 +134,7 @@ def weighted_loss(
 
 
 def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | None:
-    """The factor of a float16 ``dy``; see :func:`scale_for`. ``upstream=None`` is 1."""
+    """The factor of a float16 ``dy``; ``None`` for other types. ``upstream=None`` means 1."""
     operand = gemm_dtype(problem.operand, problem.acc_dtype, problem.hidden.device.type)
     if operand != torch.float16:
         return None
@@ -151,7 +151,7 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
 TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
 
 
-# A tile of a GPU's product has this many rows, filled or not. So large chunks are a multiple of it.
+# A GPU's GEMM computes whole tiles of PRODUCT_ROWS rows. So large chunks are a multiple of it.
 PRODUCT_ROWS, MANY_ROWS = 128, 512
 
 
@@ -197,8 +197,8 @@ def plan_rows(
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
         itemsize: bytes of an accumulator element.
         budget: bytes for everything together. At least one row is taken, however small it is.
-        widen: whether blocks of ``weight`` are copied to another type first (a quarter of the
-            budget).
+        widen: whether blocks of ``weight`` are copied to another type first, which takes a
+            quarter of the budget.
         scratch: how many tile-sized temporaries the softmax holds.
         tile_elements: logits of a tile.
     """
@@ -226,6 +226,6 @@ CHUNK_ROWS = 256
 def takes_chunks(rows: int, vocabulary: int, budget: int) -> bool:
     """Whether kernels on a device should get their logits in a buffer, chunk by chunk.
 
-    A logit takes 4 bytes, and for the sampled gradient a bit.
+    A logit takes 4 bytes, and one more bit with the sampled gradient.
     """
     return min(rows, CHUNK_ROWS) * vocabulary * 33 // 8 <= budget

@@ -1,4 +1,4 @@
-"""Room for the lists of the sampled gradient. The host knows it, whatever the device finds."""
+"""Room for the lists of the sampled gradient. The host knows its size beforehand."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ def capacity_for(rows: int, vocabulary: int, eps: float) -> int:
     """The number of entries that the lists of ``rows`` rows have room for.
 
     Text keeps 70, 190 and 480 entries a token for ``eps`` of 2^-8, 2^-10 and 2^-12. The bound of
-    lse lets through twice as many, and there is room for three times as many. Flat distributions
-    keep ``1 / eps``. Rows that find no room are computed again, tile by tile.
+    lse lets through twice as many, and there is room for 2.4 to 3.2 times as many. Flat
+    distributions keep ``1 / eps``. Rows that find no room are computed again, tile by tile.
     """
     return rows * int(min(vocabulary, max(64, 8 * eps**-0.6) + 1))
 
 
 def offsets_of(counts: Tensor, out: Tensor | None = None) -> Tensor:
-    """``[N + 1]``: where the entries of each row begin. Rows that end past the room have none.
+    """``[N + 1]``: where the entries of each row begin. Rows that end past the room list none.
 
     If ``out`` is given, it is filled in; it must begin with 0.
     """

@@ -1,7 +1,7 @@
 """GEMMs in blocks, accumulated in float32 (float64 for float64) whatever the inputs.
 
 On a CPU, half-precision GEMMs are slow and round their output, so half-precision operands are
-widened block by block. On an accelerator they stay narrow, and the GEMM's output is wide.
+widened block by block. On an accelerator they stay narrow, and the GEMM's output is float32.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _PRODUCT_ELEMENTS = 2**22
 def add_product(
     out: Tensor, a: Tensor, b: Tensor, factor: Tensor | None = None, *, adds: bool = True
 ) -> None:
-    """``out += a @ b``, times a ``factor []`` that is known on the device only.
+    """``out += factor * (a @ b)``, for a ``factor []`` that only the device knows.
 
-    Without ``adds`` it is ``out = a @ b``, whatever ``out`` holds.
+    Without ``adds`` the product is written, whatever ``out`` holds.
     """
     if not adds:
         multiply(a, b, out.dtype, out=out)
@@ -74,7 +74,7 @@ def scale_for(upstream: Tensor, lse: Tensor, temperature: float, z_loss: float) 
 
     Args:
         upstream: ``[n]``, the factor of the gradient of each row's loss.
-        lse: ``[n]``; not looked at without ``z_loss``.
+        lse: ``[n]``, read only with ``z_loss``.
     """
     if upstream.numel() == 0:
         return upstream.new_ones((), dtype=torch.float32)

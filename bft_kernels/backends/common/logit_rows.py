@@ -25,12 +25,12 @@ class LogitRows:
     """Raw products in a buffer, and the rows to which they belong.
 
     With ``order`` the rows are those of ``order`` from ``first_row`` on, and only the first
-    ``count`` of ``order`` are labelled. Without it they are the rows as they come.
+    ``count`` of ``order`` are labelled. Without it they are ``target``'s from ``first_row`` on.
     """
 
-    logits: Tensor  # [n, V] float32, a row contiguous
+    logits: Tensor  # [n, V] float32, contiguous rows
     target: Tensor  # [N] int64, by position
-    bias: Tensor | None  # [V], in the kernels' ROW_BIAS
+    bias: Tensor | None  # [V], of the kernels' type ROW_BIAS
     settings: Settings
     first_row: int = 0  # the place of the buffer's first row among all
     order: Tensor | None = None  # [N] int64, positions of the rows
@@ -73,9 +73,9 @@ class RowFunctions(Protocol):
     def list_rows(
         self, rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]
     ) -> None:
-        """Appends the entries whose bit is set and that ``lse`` and ``nll`` keep to the lists.
+        """Appends to the lists the entries whose bit is set and that the final lse keeps.
 
-        The lists are ``columns`` and ``values``. Rows that end past their room have no list, but
+        The lists are ``columns`` and ``values``. Rows that end past their room list nothing, but
         ``counts`` and ``offsets`` include them.
         """
 
@@ -156,7 +156,7 @@ class ForwardRows:
         self.target, self.bias = problem.target.contiguous(), row_bias(kernels, problem)
         count, vocabulary, _ = problem.shape
         sampled = problem.saved == "entries"
-        # A bit for each logit.
+        # The mask takes a bit for each logit.
         budget = problem.buffer_bytes * 32 // 33 if sampled else None
         self.plan = chunk_plan(problem, count, 0, budget)
         self.results = forward_results(kernels, problem, with_values=True)

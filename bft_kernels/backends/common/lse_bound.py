@@ -1,4 +1,4 @@
-"""A bound of lse that is known before the first logit.
+"""A lower bound of lse that is known before the first logit.
 
 Every split of the vocabulary tests its entries against the bound until its own sum is larger.
 Without a bound, the splits of 8192 tokens let through 16 times as many entries as are kept
@@ -14,16 +14,16 @@ from bft_kernels.backends.common.gemm import Gemm, squared_norms
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import DeviceRows
 
-# The largest rounding error: of a product, relative to the sum of its terms' sizes; of an lse
-# bound, relative to the bound.
+# The largest rounding error of a product, relative to the sum of its terms' magnitudes, and of a
+# bound of lse, relative to the bound.
 ROUNDING = 1e-5
 
-# How many of the batch's targets lend their columns. 2048 would let through a tenth less.
+# How many of the batch's targets the bound sums over. 2048 would let through a tenth less.
 POPULAR = 1024
 
 
 def popular_columns(target: Tensor, rows: DeviceRows, vocabulary: int, few: int) -> Tensor:
-    """``[few]`` int64: targets of labelled rows at even distances, ascending, some repeated.
+    """``[few]`` int64: the targets of evenly spaced labelled rows, ascending, some repeated.
 
     A label of some tokens of the batch is likely for other tokens too.
     """
@@ -34,7 +34,7 @@ def popular_columns(target: Tensor, rows: DeviceRows, vocabulary: int, few: int)
 
 
 def raise_bounds(bounds: Tensor, inputs: Inputs) -> Tensor:
-    """The larger of ``bounds [N]`` and the sum over the batch's own targets."""
+    """The larger of ``bounds [N]`` and the bound from the batch's own targets."""
     if bounds.numel() == 0:
         return bounds
     few = min(POPULAR, bounds.numel())
@@ -52,8 +52,8 @@ def _sums_over(inputs: Inputs, columns: Tensor) -> Tensor:
     bias = None if inputs.bias is None else inputs.bias[columns].float()
     repeated = torch.nn.functional.pad(columns[1:] == columns[:-1], (1, 0))[:few]
     gemm = Gemm(weight, inputs.call.operand, torch.float32, max(1, few))
-    # The vendor's GEMM rounds in another way than the tiles do. This is the largest error of
-    # either, as a part of |h| |w|. Float32 is never TF32 here; see `precision`.
+    # The vendor's GEMM rounds in another way than the tiles do. The margin covers the largest error
+    # of either, relative to |h| |w|. Float32 is never TF32 here; see `precision`.
     longest = squared_norms(weight, torch.float32, inputs.call.buffer_bytes).max().sqrt()
     found = torch.empty(count, dtype=torch.float32, device=columns.device)
     step = max(1, inputs.call.buffer_bytes // (16 * max(few, width)))

@@ -1,8 +1,8 @@
 """The engine of backends whose kernels run on a device: in chunks of logits, or in tiles.
 
 If the byte budget has room for chunks of logits, the vendor's GEMM makes them in a buffer
-(``chunked``). Tiles of logits never leave the kernel that makes them. They take the least memory
-and are computed again for the gradient. The host never waits for the device.
+(``chunked``). Otherwise kernels make tiles of logits that never leave them. Tiles take the least
+memory and are computed again for the gradient. The host never waits for the device.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Kernels(RowFunctions, Protocol):
         """The operands as the kernels below take them."""
 
     def written(self, dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
-        """The type in which gradients of ``dtype`` are written if products are of ``operand``."""
+        """The type in which gradients of ``dtype`` are written if GEMMs take ``operand``."""
 
     def run_tiles(self, inputs: Inputs, results: dict[str, Tensor]) -> None:
         """The forward in tiles. It fills in the tensors of :func:`forward_results`."""
@@ -71,7 +71,7 @@ class Kernels(RowFunctions, Protocol):
 
 
 def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
+    """Losses and statistics of every labelled row, and what ``problem.saved`` says is kept."""
     wants_unit = problem.saved == "unit"
     if _in_chunks(kernels, problem, gradients=wants_unit):
         rows = GradientRows if wants_unit else ForwardRows
@@ -92,7 +92,7 @@ def linear_nll(kernels: Kernels, problem: Problem) -> Forward:
 def weighted_loss(
     kernels: Kernels,
     problem: Problem,
-    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
+    token_scale: Tensor,  # [N], the factor of each token's weight; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient: 3G in chunks, 4G in tiles."""

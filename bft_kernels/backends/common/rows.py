@@ -1,4 +1,4 @@
-"""The rows of the input that carry a label, and the values that are known of each."""
+"""The rows of the input that carry a label, and the values that are known for each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LabelledRows:
                 self.index = index
         self.size = target.numel() if self.index is None else self.index.numel()
         self.total = target.numel()
-        self.copies = self.masked or self.index is not None  # whether take() copies
+        self.copies = self.masked or self.index is not None
 
     def positions(self, first: int, stop: int) -> Tensor:
         """Positions in the flattened input, int64."""
@@ -79,13 +79,13 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """The labelled rows, in order, and their number. Only the device knows both.
+    """The labelled rows, in order, and their number. Only the device knows them.
 
     A host that counted them would wait for the device. So labelled rows are listed first, their
     number stays on the device, and programs whose rows lie past it return at once.
     """
 
-    order: Tensor  # [N] int64, positions of the labelled rows, then the last position
+    order: Tensor  # [N] int64, positions of the labelled rows, then the last position, repeated
     count: Tensor  # [1] int64
     labelled: Tensor  # [N] bool
     through: Tensor  # [N] int64, labelled rows up to and with each position
@@ -104,7 +104,7 @@ class DeviceRows:
         return DeviceRows.chosen(target != ignore_index)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Values of labelled rows (the first ``count`` of ``values [N]``), put at positions."""
+        """The first ``count`` of ``values [N]``, at the positions of the labelled rows; else 0."""
         return self.mask(values[(self.through - 1).clamp_(min=0)])
 
     @staticmethod
@@ -177,7 +177,7 @@ def packed(
     if rows is not None:
         results = by_position(problem, rows, results, names)
         unit = None if unit is None else rows.spread(unit, dtype)
-    if problem.saved == "unit":  # the gradient, which needed it, is made
+    if problem.saved == "unit":  # the gradient that needed it exists already
         results = results | {"lse_low": new(0, dtype=problem.acc_dtype)}
     lists = lists or {
         "csr_offsets": new(0, dtype=torch.int64),

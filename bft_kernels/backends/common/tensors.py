@@ -1,4 +1,4 @@
-"""Reasons why our own kernels cannot take some tensors, on any backend."""
+"""Reasons why a backend's own kernels cannot take some tensors."""
 
 from __future__ import annotations
 

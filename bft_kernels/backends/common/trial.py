@@ -1,4 +1,4 @@
-"""A small call that is made before the first one on a GPU; see ``dispatch``."""
+"""A small call that is made before the first real one on a GPU; see ``dispatch``."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
     first: int
     stop: int
-    # Boundaries of its documents, from 0, beside the rows; None for weights local to a token.
+    # Boundaries of its documents, from 0, on the rows' device; None for weights local to a token.
     cu_seqlens: Tensor | None = None  # [s + 1]
     documents: slice = slice(0)  # its documents among those of RowDocuments
 
@@ -177,8 +177,8 @@ class WeightedSums:
         )
 
 
-# loss [N], labelled [N], cu_seqlens [S + 1], num_items [], settings, and what to divide by: by
-# "sequence" or "token", or None where coefficients are the weights. The loss is not added up yet.
+# loss [N], labelled [N], cu_seqlens [S + 1], num_items [], settings, and what normalizes:
+# "sequence", "token", or None where coefficients are the weights. The loss is not summed yet.
 WeightingKernels = Callable[
     [Tensor, Tensor, Tensor, Tensor | None, Settings, str | None], BalancedLoss
 ]

@@ -76,7 +76,7 @@ def recompute(
     grad_bias = torch.zeros(vocabulary, dtype=torch.float32, device="cpu") if wanted.bias else None
     if grad_weight is not None and count == 0 and not add:
         grad_weight.zero_()
-    narrow: dict[int, Tensor] = {}  # blocks of dW that are accumulated beside it
+    narrow: dict[int, Tensor] = {}  # blocks of dW while they are accumulated in float32
 
     def take(block: Block) -> None:
         part = slice(block.first_row, block.stop_row)
@@ -146,7 +146,7 @@ def _from_entries(
     saved: Saved,
     grad_weight: Tensor | None,
 ) -> Gradients:
-    """``dH`` gathers rows of ``weight``, ``dW`` rows of ``hidden``; both are written once."""
+    """``dH = S @ W`` and ``dW = S.T @ H`` for the saved sample ``S``; both are written once."""
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     entries = {
         "rows": hidden.shape[0],

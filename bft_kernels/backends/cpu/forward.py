@@ -31,7 +31,7 @@ _ROWS_AT_A_TIME = 64
 
 
 def linear_nll(problem: Problem) -> Forward:
-    """Losses and statistics of every labelled row, and the saved tensors of ``problem.saved``."""
+    """Losses and statistics of every labelled row, and what ``problem.saved`` says is kept."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     wants_unit = problem.saved == "unit"
     blocks = plan(problem, rows, products=2 if wants_unit else 1, trains_weight=False)
@@ -54,7 +54,7 @@ def linear_nll(problem: Problem) -> Forward:
         lse_bound=lse_bound,
         norms=norms,
     )
-    # With smoothing dy has a second part, which cannot be taken along in the sum of the first.
+    # With smoothing dy has a second term, which the sum of the first cannot include.
     unit = wants_unit and not problem.settings.label_smoothing
     width = problem.shape[2]
     sums = torch.zeros(rows.size if unit else 0, width, dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-"""Calls of ``bft_kernels._cpu``: tensors to addresses, settings to keywords."""
+"""Calls of ``bft_kernels._cpu``: tensors become addresses, and settings become keywords."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def transform(bias: Tensor | None, settings: Settings) -> dict[str, Any]:
 
 
 class RowTargets(NamedTuple):
-    """The values that a row's gradient needs beside its logits; ``[n]`` each, of labelled rows."""
+    """The values that a row's gradient needs besides its logits; ``[n]`` each, of labelled rows."""
 
     targets: Tensor  # int64
     lse: Tensor
@@ -160,7 +160,7 @@ class Operands:
         return self._take(first, stop) if self.all_rows is None else self.all_rows[first:stop]
 
     def columns(self, step: int, first: int, stop: int) -> Tensor:
-        """Rows of ``weight``, ``[stop - first, D]``, the plan's columns or fewer.
+        """Rows of ``weight``, ``[stop - first, D]``: at most ``plan.columns`` rows.
 
         If they are widened, step ``step + CPU_REACH`` overwrites them, or the next step if the plan
         has no team.
@@ -178,7 +178,7 @@ class Operands:
 def each_block(
     operands: Operands, visit: Callable[[Block], None], *, in_turn: bool = False
 ) -> None:
-    """Calls ``visit`` for every product. It lies in a buffer that its worker uses again.
+    """Calls ``visit`` for every block of products, in a buffer that its worker uses again.
 
     If the plan has a team, parts of the rows are computed at the same time. Each part takes the
     blocks of the vocabulary in their order. If they are ``in_turn``, the parts also go through each
@@ -204,7 +204,7 @@ def each_block(
 
 
 def all_blocks(softmax: _cpu.OnlineSoftmax, operands: Operands) -> None:
-    """Takes all blocks through ``softmax``; the buffer is gone afterwards."""
+    """Adds all blocks to ``softmax``, and frees their buffer."""
     each_block(
         operands,
         lambda block: softmax.add(block.arguments(), threads=block.threads, worker=block.worker),
@@ -213,7 +213,7 @@ def all_blocks(softmax: _cpu.OnlineSoftmax, operands: Operands) -> None:
 
 def make_softmax(
     problem: Problem,
-    targets: Tensor,  # [n], of its rows
+    targets: Tensor,  # [n], of the rows
     bias: Tensor | None,  # [V] float32
     workers: int,
     *,
@@ -221,9 +221,9 @@ def make_softmax(
     lse_bound: Tensor | None = None,  # [n], likewise
     norms: Tensor | None = None,  # [V], for hidden_variance
 ) -> _cpu.OnlineSoftmax:
-    """The state of a forward, to which ``workers`` workers add blocks at once.
+    """The state of a forward, to which ``workers`` workers add blocks at the same time.
 
-    The tensors must outlive it.
+    The tensors must outlive the state.
     """
     settings = problem.settings
     return _cpu.OnlineSoftmax(
@@ -245,7 +245,7 @@ def make_softmax(
 
 
 def finish(softmax: _cpu.OnlineSoftmax, count: int, problem: Problem) -> dict[str, Tensor]:
-    """The results of its rows, ``[count]`` each; empty if not wanted."""
+    """The results of the ``count`` rows of ``softmax``, ``[count]`` each; empty if not wanted."""
     results = row_results(problem, count)
     if problem.saved == "entries":
         results["counts"] = torch.empty(count, dtype=torch.int64, device="cpu")

@@ -36,7 +36,7 @@ CPU_TEAM_ROWS = 128
 CPU_REACH = 2
 
 # The sampled ``dW`` gathers rows of ``hidden`` in slices of at least this many of its columns: 512
-# bytes of float32, eight lines of a cache.
+# bytes of float32, eight cache lines.
 CPU_SLICE = 128
 
 
@@ -67,9 +67,9 @@ PIECE_STEP = 32
 
 
 def _stretch(room: int, rows: int) -> int:
-    """How many times as many columns a block of ``rows`` has as a block of ``room`` rows.
+    """The factor by which a block of ``rows`` rows has more columns than one of ``room`` rows.
 
-    This is at most 8: two passes of the softmax over 4096 floats stay in a first-level cache.
+    It is at most 8: two passes of the softmax over 4096 floats stay in a first-level cache.
     """
     return max(1, min(8, room // max(1, rows)))
 
@@ -114,7 +114,7 @@ def plan_cpu_blocks(
         widens: whether blocks of ``weight`` are copied to float32 first.
         copies: whether rows of ``hidden`` are copied first.
         products: how many products use a block of logits.
-        narrow_gradient: whether blocks of ``dW`` are accumulated beside it, to be rounded once.
+        narrow_gradient: whether blocks of ``dW`` are accumulated in float32, to be rounded once.
         block_bytes: bytes of the caches for one product; see :func:`cpu_block_bytes`.
         threads: how many threads may take blocks by themselves.
     """
@@ -146,7 +146,7 @@ def cpu_team(rows: int, threads: int) -> int:
 
 
 def cpu_part(rows: int, room: int, team: int) -> int:
-    """Rows of a block that has room for ``room``. Parts are even, and a team has two for each."""
+    """Rows of a block that has room for ``room``. Parts are even; a team has two a thread."""
     if team > 1:
         parts = max(-(-rows // room), min(2 * team, rows // CPU_TEAM_ROWS))
         room = -(-rows // parts)
@@ -157,8 +157,8 @@ def cpu_part(rows: int, room: int, team: int) -> int:
 class CpuWeightedPlan:
     """Blocks of the weighted loss, and how many rows keep their logits after their softmax."""
 
-    # Rows for which a block has room. A block that waits in the gradient has in_gradient, if that
-    # is more.
+    # Rows for which a block has room. A block that waits in the gradient has in_gradient
+    # rows, if that is more.
     rows: int
     columns: int  # columns of a block in the first pass, for the softmax
     group: int  # how many such blocks make one of the gradient, which goes through two products
@@ -188,8 +188,8 @@ def plan_cpu_weighted(
     """Plans where logits wait for the weights of their tokens.
 
     ``dW`` is a float32 ``[V, D]`` to which nothing is written before the weights are known. A block
-    of its rows has room for the same block of columns, for ``D`` rows of logits. The rest of the
-    budget holds whole rows.
+    of its rows has room for ``D`` rows of logits, over the same block of columns. The rest of
+    the budget holds whole rows of the other logits.
 
     Args:
         rows, vocabulary, width: ``N``, ``V`` and ``D``.
@@ -225,7 +225,7 @@ def plan_cpu_weighted(
     widened = int(((CPU_REACH if team > 1 else 1) + 0.5) * width * widens)  # of a column
     if in_gradient:  # a block of them is read before dW is written
         block_columns = min(block_columns, elements // 2 // in_gradient)
-    if in_gradient > blocks.rows:  # it comes beside the threads' own blocks
+    if in_gradient > blocks.rows:  # it is in memory with the threads' own blocks
         own = team * blocks.rows if team > 1 else 0
         block_columns = min(
             block_columns, (elements - 2 * width * copies * own) // (in_gradient + own + widened)

@@ -3,7 +3,7 @@
 If all threads work on each GEMM and each softmax of a loop, they meet every few milliseconds. When
 the system puts a thread aside, because others use its core, that thread holds up all. The threads
 that wait spin, and so use up the time that they are given. Here the threads meet only once. Each
-takes the next block that may be taken, with products and loops of one thread.
+takes the next free block, and computes its product and its loops alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Blocks:
     """Tells which block comes next. A block is a part of the rows and a step of the vocabulary.
 
     A part's steps are taken in their order, one at a time. No part is ``reach`` steps or more ahead
-    of another, so that data which the parts of a step share is needed for ``reach`` steps only. The
+    of another, so that data that the parts of a step share is needed for ``reach`` steps only. The
     results do not depend on which thread computes a block, or when.
 
     Args:
@@ -32,7 +32,7 @@ class Blocks:
     def __init__(self, parts: int, steps: int, reach: int, *, in_turn: bool = False) -> None:
         self.parts, self.steps = parts, steps
         self.reach, self.in_turn = reach, in_turn
-        self._step = [0] * parts  # for each part its next step, or the step that is taken
+        self._step = [0] * parts  # for each part its next step, or the one that is being computed
         self._idle = set(range(parts if steps else 0))
         self._ended = False
         self._changed = threading.Condition()
@@ -62,7 +62,7 @@ class Blocks:
         return self.in_turn and part > 0 and self._step[part - 1] == self._step[part]
 
     def done(self, part: int) -> None:
-        """Says that the step of ``part`` that a thread took is done."""
+        """Marks the step of ``part`` that a thread took as done."""
         with self._changed:
             self._step[part] += 1
             if self._step[part] < self.steps:

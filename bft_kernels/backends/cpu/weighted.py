@@ -47,7 +47,7 @@ from bft_kernels.weighting import balance
 
 def weighted_loss(
     problem: Problem,
-    token_scale: Tensor,  # [N], what each token's weight is multiplied by; see `token_scales`
+    token_scale: Tensor,  # [N], the factor of each token's weight; see `token_scales`
     documents: Documents | None,  # None for weights local to a token
 ) -> WeightedLoss:
     """The loss and its gradients for unit upstream gradient."""
@@ -108,7 +108,7 @@ class _Waiting:
     def parts(
         self, first: int, stop: int, columns: tuple[int, int]
     ) -> Iterator[tuple[int, int, Tensor | None]]:
-        """Rows ``first:stop`` of a block, by the place where they wait: their bounds and place."""
+        """The parts of a block's rows ``first:stop``: bounds, and the memory where they wait."""
         width = columns[1] - columns[0]
         for begin, end, memory, per_column in self.places:
             a, b = max(first, begin), min(stop, end)
@@ -120,7 +120,7 @@ class _Waiting:
 
 
 class _Task(NamedTuple):
-    """A block of a piece, the worker that computes it, and with how many threads."""
+    """A block of a piece, the worker that computes it, and how many threads it uses."""
 
     rows: tuple[int, int]
     columns: tuple[int, int]
@@ -131,7 +131,7 @@ class _Task(NamedTuple):
 
 
 class _Engine:
-    """Takes pieces of the batch. Each logit is looked at while its block is in cache."""
+    """Computes pieces of the batch. Each logit is read while its block is in cache."""
 
     def __init__(
         self, problem: Problem, rows: LabelledRows, plan: CpuWeightedPlan, sums: WeightedSums
@@ -167,8 +167,7 @@ class _Engine:
     def _rows_in_gradient(self, count: int) -> int:
         """How many of the first piece's rows wait in ``dW``. They are one part, see :meth:`_parts`.
 
-        If the part would be too large by a few rows, these give up their place and are computed
-        again.
+        If the part would be a few rows too large, those rows do not wait there.
         """
         rows, members = min(count, self.plan.in_gradient), cpu_team(count, self.plan.team)
         most = _largest_part(count, members)
@@ -223,7 +222,7 @@ class _Engine:
         team.run(blocks, task, members)
 
     def _operand(self, first: int, rows: tuple[int, int]) -> Tensor:
-        """Rows of the piece that starts at row ``first``."""
+        """The operand of ``rows`` of the piece that starts at row ``first``."""
         assert self.waiting is not None
         if rows[1] <= self.waiting.rows:
             return self.operand[slice(*rows)]
@@ -264,7 +263,7 @@ class _Engine:
             upstream=coefficient.contiguous(),
             **{name: sums.results[name][part] for name in ("lse", "lse_low", "nll")},
         )
-        known = functools.cache(all_rows.part)  # few different parts, over and over
+        known = functools.cache(all_rows.part)  # the same few parts, over and over
         direct = sums.grad_hidden.dtype == torch.float32
         _, vocabulary, width = self.problem.shape
         grad_hidden = (
@@ -296,7 +295,7 @@ class _Engine:
             if wanted.bias:
                 sums.grad_bias[slice(*columns)] += dy.sum(dim=0)
 
-        # The first part holds all rows that wait in dW, since dW is then written there.
+        # The first part holds all rows that wait in dW, since its product overwrites them there.
         least, block_columns = self.waiting.in_gradient, self.columns * self.plan.group
         self._run(stop - first, least, block_columns, compute, in_turn=True)
         if wanted.hidden and not direct:

@@ -1,10 +1,10 @@
 """CUDA C++ kernels, compiled ahead of time: the fast path on a GPU without Triton.
 
-The engine is ``common.on_device``, chunked over the vendor's GEMM or tiled in registers;
-``kernels`` lists what it is given. The modules follow a call: ``rows`` (chunked) or ``inputs``,
-``forward`` and ``certificate`` (tiled), then ``spmm`` (the sampled gradient) or ``recompute``
-(the exact one). ``weighting`` makes token and sequence weights from losses. All of them reach the
-kernels through ``native._cuda``.
+The engine is ``common.on_device``: it works in chunks, with the vendor's GEMM, or in tiles, in
+registers. ``kernels`` lists what it takes. The modules follow a call: ``rows`` (chunked) or
+``inputs``, ``forward`` and ``certificate`` (tiled), then ``spmm`` (the sampled gradient) or
+``recompute`` (the exact one). ``weighting`` makes token and sequence weights from losses. All of
+them reach the kernels through ``native._cuda``.
 """
 
 from __future__ import annotations

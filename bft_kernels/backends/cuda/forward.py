@@ -1,5 +1,6 @@
-"""The tiled forward: losses and statistics of every row that takes part, and the lists of what may
-be kept. Nothing depends on the order in which blocks run.
+"""The tiled forward: losses and statistics of labelled rows, and lists of entries that may be kept.
+
+Nothing depends on the order in which thread blocks run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,7 @@ from bft_kernels.backends.cuda.recompute import TILE
 
 
 def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
-    """The whole forward, in tiles.
-
-    Args:
-        inputs: of the call.
-        results: zeros ``[N]``, or ``[0]``, by the names of ``Forward``; room for the lists.
-    """
+    """The whole forward, in tiles. It fills in the tensors of ``forward_results``."""
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     if call.saved == "entries":
         lse_bounds = find_bounds(inputs)
@@ -51,11 +47,11 @@ def _forward(
     """One pass over the logits of the rows ``first_row`` to ``first_row + rows``.
 
     Args:
-        inputs: of the call.
+        inputs: the inputs of the call.
         results: ``[N]`` by the names of ``Forward``, or ``[0]``.
-        first_row, rows: among those that take part, of which there may be fewer.
-        lse_bounds: ``[N]`` float32, lower bounds of lse, for a mask.
-        mask: ``[rows, ceil(V / 32)]`` int32, where bits of the entries that may be kept go.
+        first_row, rows: the range of labelled rows; it may end past the last one.
+        lse_bounds: ``[N]`` float32, lower bounds of lse; only with ``mask``.
+        mask: ``[rows, ceil(V / 32)]`` int32, gets a bit for each entry that may be kept.
     """
     settings, device = inputs.settings, inputs.hidden.device
     splits, columns = splits_of(inputs, rows)
@@ -84,7 +80,7 @@ def _forward(
 
 
 def find_bounds(inputs: Inputs) -> Tensor:
-    """``[N]`` float32, defined for rows that take part: lower bounds of lse."""
+    """``[N]`` float32: lower bounds of lse, defined for labelled rows."""
     lse_bounds = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.hidden.device)
     _cuda.target_bound(problem=operands_of(inputs), lse_bound_ptr=out(lse_bounds), stream=stream())
     return raise_bounds(lse_bounds, inputs)

@@ -11,7 +11,7 @@ from bft_kernels.problem import Problem
 
 
 def make_inputs(problem: Problem) -> Inputs:
-    """The operands, both of one type: stored in another, they are copied for the call."""
+    """The operands in the type of GEMMs; those stored in another type are copied."""
     made = Inputs.of(
         replace(
             problem,
@@ -24,7 +24,7 @@ def make_inputs(problem: Problem) -> Inputs:
 
 
 def operands_of(inputs: Inputs) -> _cuda.Problem:
-    """What kernels that make logits read. It keeps no tensor alive."""
+    """The argument of kernels that make logits. It keeps no tensor alive."""
     call, (count, vocabulary, width) = inputs.call, inputs.shape
     return _cuda.Problem(
         hidden_ptr=ptr(inputs.hidden),
@@ -45,6 +45,6 @@ def operands_of(inputs: Inputs) -> _cuda.Problem:
 
 
 def splits_of(inputs: Inputs, rows: int) -> tuple[int, int]:
-    """How many parts of the vocabulary a pass over ``rows`` rows has, and columns of each."""
+    """How many parts of the vocabulary a pass over ``rows`` rows has, and their columns."""
     processors = native.processors(inputs.hidden.device)
     return _cuda.forward_splits(rows, inputs.shape[1], processors)

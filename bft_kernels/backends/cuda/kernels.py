@@ -1,4 +1,4 @@
-"""What the engine is given; see :class:`bft_kernels.backends.common.on_device.Kernels`."""
+"""What the engine takes; see :class:`bft_kernels.backends.common.on_device.Kernels`."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def written(dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
 
 
 def gathers(width: int) -> bool:
-    """A thread keeps its part of a row's sums in registers."""
+    """Whether a thread has registers for its part of a row's sums."""
     return width <= _cuda.MAX_GATHERED

@@ -1,4 +1,4 @@
-"""``bft_kernels._cuda``: how tensors reach it.
+"""How tensors reach ``bft_kernels._cuda``.
 
 A launch is a call like ``_cuda.squared_norms(problem=..., norms_ptr=out(norms), stream=stream())``.
 Its arguments are declared in ``bft_kernels/_cuda.pyi``, where the type checker finds them. A tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Where tensors must be. Tests run the kernels on a CPU, in an emulation.
 DEVICE = "cuda"
-# Numbers of the operands' types.
+# The numbers by which kernels know the operands' types.
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 else:
 
     class _Kernels:
-        """The compiled module, imported by its first use: it need not be built."""
+        """The compiled module, imported at its first use: it may not be built."""
 
         def __getattr__(self, name):
             return getattr(kernels(), name)
@@ -40,7 +40,7 @@ else:
 
 
 def ptr(x: Tensor | None) -> int:
-    """The address of what a kernel reads; 0 for what is not there or empty."""
+    """The address of what a kernel reads; 0 for ``None`` or an empty tensor."""
     return address(x, writable=False)
 
 
@@ -60,7 +60,7 @@ def stream() -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device."""
+    """The number of multiprocessors of a device; 4 for a CPU that emulates one."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

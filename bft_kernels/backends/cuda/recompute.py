@@ -21,13 +21,7 @@ def recompute(
 ) -> None:
     """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
 
-    Args:
-        inputs: of the call, or of some of its rows.
-        known: of all rows.
-        seed: ``[]``, for the sampled gradient; None for the exact one.
-        into: of the operands' type or float32 each; None where not wanted. Rows of ``dH`` are
-            written, ``db`` is added to.
-        adds: whether ``dW`` is added to; otherwise it is written.
+    For the arguments see :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`.
     """
     count, vocabulary, width = inputs.shape
     call, operand = inputs.call, inputs.call.operand

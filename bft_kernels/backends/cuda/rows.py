@@ -1,4 +1,4 @@
-"""Passes over rows of logits that lie in a buffer, where a GEMM left them: a block a row.
+"""Passes over rows of logits that a GEMM left in a buffer; a thread block takes a row.
 
 The buffer holds raw products in float32. Nothing waits for the device. For the arguments see
 :class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
@@ -14,7 +14,7 @@ from bft_kernels.backends.cuda.native import TYPES, _cuda, out, ptr, stream
 
 
 def _native(rows: LogitRows) -> _cuda.LogitRows:
-    """What kernels take. It keeps no tensor alive."""
+    """The rows as an argument of kernels. It keeps no tensor alive."""
     return _cuda.LogitRows(
         logits_ptr=out(rows.logits),
         stride_ln=rows.logits.stride(0),
@@ -39,7 +39,7 @@ def softmax_rows(
     popular: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Losses and statistics of the rows, and the bits of what may be kept of them."""
+    """Losses and statistics of the rows, and a bit for each entry that may be kept."""
     _cuda.softmax_rows(
         rows=_native(rows),
         loss_ptr=out(results["loss"]),
@@ -73,7 +73,7 @@ def certificate_rows(rows: LogitRows, norms: Tensor | None, results: dict[str, T
 
 
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
-    """Appends what is kept of the set bits to ``columns`` and ``values``."""
+    """Appends the kept entries among the set bits to ``columns`` and ``values``."""
     native, eps = _native(rows), rows.settings.eps
     lse, nll, counts = results["lse"], results["nll"], results["counts"]
     _cuda.thin_rows(

@@ -8,7 +8,7 @@ from bft_kernels.backends.cuda.native import TYPES, _cuda, out, ptr, stream
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor []``, contiguous, rounded once; the host does not learn the factor."""
+    """``x *= factor []`` for a contiguous ``x``, rounded once. The host never reads the factor."""
     factor = factor.float()
     _cuda.scale(
         x_ptr=out(x),

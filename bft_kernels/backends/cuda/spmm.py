@@ -1,9 +1,9 @@
 """The sampled gradient from its lists: ``dH`` row by row, ``dW`` column by column.
 
-The backward looks at each listed column once: it fetches that row of ``weight`` and, where the list
-came without values, forms the logit again and decides by the final lse; it adds to ``dH`` while the
-row is in registers. What is kept is sorted by column for ``dW``. Nothing depends on the order in
-which blocks run.
+The backward fetches the row of ``weight`` of each listed column once. If the list has no values, it
+computes the logit again, and the final lse decides whether the entry is kept. It adds the row to
+``dH`` while it is in registers. Kept entries are sorted by column for ``dW``. The order in which
+thread blocks run changes nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from bft_kernels.backends.cuda.inputs import operands_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import Gradients, Saved
 
-# What sorting takes, bytes an entry: keys and entries, and both once more in order.
+# The bytes that sorting takes for an entry: keys and entries, unsorted and sorted.
 _SORTING_BYTES = 24
 
 
 def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool) -> None:
     """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
 
-    With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
+    With ``adds``, ``dW`` is added to; otherwise it is written. ``db`` is added to.
     """
     columns, device = saved.csr_columns, saved.csr_columns.device
     wants_entries = into.weight is not None or into.bias is not None
@@ -48,7 +48,7 @@ def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, add
         is_float32=into.hidden is not None and into.hidden.dtype == torch.float32,
         stream=stream(),
     )
-    # As many at a time as the budget sorts.
+    # As many entries at a time as the budget has room to sort.
     step = max(1, inputs.call.buffer_bytes // _SORTING_BYTES)
     for first in range(0, places, step):
         part = slice(first, min(first + step, places))

@@ -1,4 +1,4 @@
-"""A small call, made before the first one on a GPU; see ``dispatch``."""
+"""A small call that is made before the first real one on a GPU; see ``dispatch``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def try_out(device: torch.device, operand: torch.dtype | None) -> None:
     hidden = torch.ones(2, 16, dtype=dtype, device=device)
     weight = torch.ones(32, 16, dtype=dtype, device=device)
     target = torch.zeros(2, dtype=torch.int64, device=device)
-    # Tiles, which take most of shared memory.
+    # A budget of 1 byte asks for tiles, which take the most shared memory.
     settings = Settings(eps=2**-10, backend="cuda", max_buffer_bytes=1)
     wanted = Wanted(hidden=True, weight=True, bias=False)
     problem = Problem(hidden, weight, target, None, None, settings, dtype, wanted)

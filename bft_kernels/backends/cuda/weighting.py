@@ -22,7 +22,7 @@ def _run(
     settings: Settings,
     normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`; the loss is not added up: ``[tiles]``."""
+    """See :func:`bft_kernels.weighting.balanced_loss`; its loss is ``[tiles]`` sums."""
     count, sequences, device = loss.numel(), cu_seqlens.numel() - 1, loss.device
     tiles = -(-count // _cuda.WEIGHT_TILE)
 

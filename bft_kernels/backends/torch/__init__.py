@@ -1,8 +1,7 @@
-"""The backend that always works: plain PyTorch in blocks under the byte budget, on any device.
+"""The backend for any device: plain PyTorch, in blocks under the byte budget.
 
 On an accelerator ``gradient="sampled"`` reads counts back to the host: the number of kept entries,
-once a tile, and the sizes of the parts that its backward sorts. The balanced loss copies boundaries
-to the device.
+once a tile, and the sizes of the parts that its backward sorts.
 """
 
 from __future__ import annotations

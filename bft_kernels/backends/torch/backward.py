@@ -40,7 +40,7 @@ def linear_nll_backward(
 def _recompute(
     problem: Problem, grad: Tensor, saved: Saved, rows: LabelledRows, grad_weight: Tensor | None
 ) -> Gradients:
-    """Gradients from recomputed logits. Vocabulary blocks are outside, row blocks inside.
+    """Gradients from recomputed logits, one block of the vocabulary after the other.
 
     So ``dW`` is written once, block by block. Only ``dH`` is accumulated over blocks, in a float32
     ``N x D``. A row-wise order would need a float32 ``V x D``.
@@ -202,8 +202,6 @@ def add_weighted_rows(
     budget: int,
 ) -> None:
     """``out[g] += sum_e value[e] * table[index[e]]`` over the entries of group ``g``.
-
-    ``index`` may be int32 while there are fewer than 2^31 entries.
 
     Sums are in the type of ``value`` and in the order of the entries, so they are the same from run
     to run. A table of that type is read in place, by blocks of groups. A table of another type is

@@ -1,4 +1,4 @@
-"""The chunked engine's passes over rows of logits, in plain PyTorch, by tiles that fit a cache."""
+"""The chunked engine's passes over rows of logits, in plain PyTorch, tile by tile."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The fast path on a GPU: Triton kernels, chunked over the vendor's GEMM or tiled in registers.
 
-The engine is ``common.on_device``; ``kernels`` lists what it is given. The host never waits for the
-device: rows are counted there, lists have room for what is expected, and what finds no room is
-computed again. The modules follow a call: ``softmax`` (chunked) or ``inputs``, ``lse_bound``,
+The engine is ``common.on_device``; ``kernels`` lists what it takes. The host never waits for the
+device: the device counts the rows, lists have room for the expected entries, and rows without room
+are computed again. The modules follow a call: ``softmax`` (chunked) or ``inputs``, ``lse_bound``,
 ``forward`` and ``certificate`` (tiled), then ``entries`` and ``spmm`` (the sampled gradient) or
 ``recompute`` (the exact one). ``weighting`` makes token and sequence weights from losses.
 """

@@ -1,4 +1,4 @@
-"""The error certificate of the sampled gradient, in a pass of its own once lse is known."""
+"""The error certificate of the sampled gradient, in a pass of its own when lse is known."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from triton.runtime.jit import JITFunction
 
 @contextmanager
 def compiling(device: torch.device) -> Iterator[None]:
-    """Kernels launched inside, on tensors without values, are compiled for ``device``.
+    """A context in which launches, on tensors without values, only compile for ``device``.
 
-    They are compiled several at once, with Triton 3.5 or later.
+    Several kernels are compiled at the same time with Triton 3.5 or later.
     """
     compile_or_launch = JITFunction.run
 

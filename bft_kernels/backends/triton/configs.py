@@ -26,10 +26,10 @@ class Tile:
     block_n: int
     block_v: int  # a multiple of 64
     block_d: int
-    group: int  # row blocks side by side; for dW blocks of columns
+    group: int  # row blocks (for dW blocks of columns) that run side by side
     num_warps: int
     num_stages: int
-    registers: int | None = None  # that a thread may have, where the compiler would take too few
+    registers: int | None = None  # a thread's limit, where the compiler's own is too low
 
     def constants(self) -> dict[str, int]:
         """Arguments of a launch."""
@@ -60,12 +60,12 @@ AMD = "amd"  # the family of all of AMD's processors, whatever their name
 _PRODUCTS = Tile(128, 64, 128, 1, 8, 3), Tile(64, 128, 128, 8, 8, 3)
 _MIXED_PRODUCTS = Tile(128, 32, 128, 1, 8, 3), Tile(32, 128, 128, 8, 8, 3)
 _WIDE_PRODUCTS = Tile(64, 32, 64, 1, 4, 3), Tile(32, 64, 64, 8, 4, 3)
-# Of mma.sync, and of the instructions that came after it.
+# Float32 operands: for mma.sync, and for the asynchronous instructions that came after it.
 _WIDE = Tiles(Tile(64, 64, 16, 8, 4, 4, registers=255), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
 _WIDE_ASYNC = Tiles(Tile(64, 64, 32, 8, 4, 3), Tile(32, 64, 32, 8, 4, 3), *_WIDE_PRODUCTS)
-# By compute capability, from this one on. Chosen by what the compiler makes of them: no form of any
-# kernel spills registers; see `python -m benchmarks static`. 86, 89 and 120 have 99 KiB of shared
-# memory a program, less than 80.
+# The key is the lowest compute capability that takes the entry, and the bytes above. No form of any
+# kernel spills registers with these tiles; see `python -m benchmarks static`. 86, 89 and 120 have
+# 99 KiB of shared memory a program, less than 80.
 SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
     (80, NARROW): Tiles(
         Tile(128, 128, 32, 8, 8, 4), Tile(64, 64, 32, 8, 4, 4, registers=200), *_PRODUCTS
@@ -110,10 +110,10 @@ SHIPPED: dict[tuple[int | str, tuple[int, int]], Tiles] = {
     ),
 }
 # Rows whose length is no multiple of 16 elements are loaded an element or two at a time, which
-# takes more registers. By the bytes of an element.
+# takes more registers. The key is the bytes of an element.
 UNALIGNED, WIDE_UNALIGNED = Tile(64, 64, 32, 8, 4, 2), Tile(32, 64, 16, 8, 4, 2, registers=255)
 _UNALIGNED = {2: UNALIGNED, 4: WIDE_UNALIGNED}
-# Small enough that tests have many of them.
+# It is so small that tests have many tiles.
 INTERPRETED = Tile(16, 64, 16, 2, 1, 1)
 
 
@@ -131,16 +131,14 @@ def at_most_registers(limit: int | None) -> dict[str, int]:
 
 
 def loop_stages() -> int:
-    """How many blocks a loop without a product loads ahead; one on AMD's processors, which have no
-    asynchronous copies to shared memory.
-    """
+    """Stages of a loop without a product: 1 on AMD, which has no asynchronous copies."""
     return 3 if target()[0] == "cuda" else 1
 
 
 def has_whole_words(operand: torch.dtype) -> bool:
-    """Whether a thread has 32 columns side by side of a product: those of sm_100's tensor memory.
+    """Whether a thread has 32 adjacent columns of a product, as in sm_100's tensor memory.
 
-    The interpreter takes both ways, one for each width of type.
+    In the interpreter the type decides, so that tests run both ways.
     """
     _, arch = ("cuda", 100) if interpreted() else target()
     return operand.itemsize == 2 and isinstance(arch, int) and 100 <= arch < 120
@@ -190,18 +188,18 @@ def precision_for(operand: torch.dtype) -> str:
 
 
 def triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
-    """The name of a type inside kernels."""
+    """The type inside kernels for a type of torch."""
     return getattr(triton.language, str(dtype).removeprefix("torch."))
 
 
 def processors(x: Tensor) -> int:
-    """Multiprocessors of the device ``x`` is on."""
+    """The number of multiprocessors of the device of ``x``; 4 in the interpreter."""
     if x.device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
 
 
 def splits_for(row_blocks: int, tiles: int, x: Tensor) -> int:
-    """The number of parts of the vocabulary: enough for four waves, and at most one a tile."""
+    """The number of parts of the vocabulary: enough for four waves, at most one a tile."""
     wanted = -(-4 * processors(x) // max(1, row_blocks))
     return max(1, min(wanted, tiles))

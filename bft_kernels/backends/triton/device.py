@@ -21,7 +21,7 @@ ROUNDING = tl.constexpr(lse_bound.ROUNDING)
 def dot(a, b, sums, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     """``sums + a @ b``, the operands rounded to ``OPERAND``, accumulated in float32."""
     a, b = a.to(OPERAND), b.to(OPERAND)
-    if INTERPRETED:  # whose dot takes the bits of a bfloat16 for an integer
+    if INTERPRETED:  # its dot would take the bits of a bfloat16 for an integer
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
@@ -70,13 +70,13 @@ def uniform(bits):
 
 @triton.jit
 def may_be_below(place, x, factor):
-    """Whether the draw of an entry could be below ``x * factor / 2^16``: always true where it is.
+    """Whether the draw of an entry may be below ``x * factor / 2^16``: always true where it is.
 
-    ``place`` is its ``multiplier * column + offset``, uint32.
+    ``place`` is the entry's ``multiplier * column + offset``, uint32.
 
-    The draw's upper 16 bits, as the last digits of a float from 2^23 on, need neither the hash's
-    last step nor a conversion. They let through one entry in 65,536 whatever its ``x`` is. Rounding
-    to nearest keeps the order: of ``u16 <= y``, ``2^23 + u16`` is not above ``2^23 + y`` rounded.
+    The draw's upper 16 bits become the last digits of a float from 2^23 on. That needs neither the
+    hash's last step nor a conversion. One entry in 65,536 passes whatever its ``x`` is. Rounding to
+    nearest keeps the order: if ``u16 <= y``, ``2^23 + u16`` is not above the rounded ``2^23 + y``.
     """
     high = (mix32_high(place) >> 16) + 0x4B000000  # the bits of 2^23
     limit = tl.fma(x, factor, tl.full([], 8388608.0, tl.float32))
@@ -91,7 +91,7 @@ def normal_exp(x):
 
 @triton.jit
 def exact_tanh(x):
-    """Within a few ulp near 0 too, where ``1 - 2 / (exp(2x) + 1)`` alone would lose all digits."""
+    """``tanh(x)`` within a few ulp, near 0 too, where ``1 - 2 / (exp(2x) + 1)`` has no digits."""
     magnitude = tl.abs(x)
     e = normal_exp(-2.0 * magnitude)
     far = (1.0 - e) / (1.0 + e)
@@ -107,7 +107,7 @@ def exact_tanh(x):
 
 @triton.jit
 def transform(y, bias, call):
-    """``z`` of ``y``; ``bias`` is anything that broadcasts, and is not looked at without one."""
+    """``z`` of ``y``. ``bias`` broadcasts to ``y``, and is ignored if the call has no bias."""
     if call.bias_ptr is not None:
         y += bias
     if call.softcap is not None:
@@ -136,7 +136,7 @@ def slope_of(z, call):
 
 @triton.jit
 def expm1_down(x):
-    """``exp(x) - 1`` for ``x <= 0``, whose digits survive near 0."""
+    """``exp(x) - 1`` for ``x <= 0``, with all digits near 0 too."""
     series = 1.0 + x * 0.125  # Horner, of sum x^k / (k + 1)!
     for k in tl.static_range(7, 1, -1):
         series = 1.0 + x * series * (1.0 / k)
@@ -217,7 +217,7 @@ def store_results(
     shifted,  # sum of z - reference; only looked at with label smoothing
     call,
 ):
-    """Stores what a row's sums give: losses, lse and what rounding took from it, statistics."""
+    """Stores the results that follow from a row's sums: losses, lse, lse_low and statistics."""
     log_total = tl.log(total)
     nll = log_total - (own - reference)
     nll = tl.where(nll < 0, 0.0, nll)  # keeps a NaN
@@ -254,7 +254,7 @@ def exact_factors(lse, nll, call):
 
 @triton.jit
 def sampled_dz(p, bits, at_target, own, eps):
-    """The sampled gradient: 0 where the draw lets an entry go, NaN where ``p`` is."""
+    """The sampled gradient: 0 where the draw drops an entry, NaN where ``p`` is NaN."""
     kept = tl.where(uniform(bits) * eps < p, tl.maximum(p, eps), 0.0)
     return tl.where(at_target, own, tl.where(p != p, p, kept))
 

@@ -1,7 +1,7 @@
 """The lists of the sampled gradient: from bits to columns.
 
-The forward leaves one bit for each entry that may be kept. Here its set bits become lists of
-columns, row by row, in room whose size the host knows; nothing depends on the order in which
+The forward leaves one bit for each entry that may be kept. Here the set bits become lists of
+columns, row by row, in memory whose size the host knows. Nothing depends on the order in which
 programs run.
 """
 
@@ -21,7 +21,7 @@ from bft_kernels.backends.triton.softmax import call_of_rows
 
 @triton.jit
 def load_words(words_ptr, offs, words, V, target):
-    """Words of a row's bits, the target's set: it is kept whatever its draw says.
+    """Words of a row's bits. The target's bit is set: it is kept whatever its draw says.
 
     Bits past the vocabulary may be set, because the draw of such a column may be 0. They are
     cleared here.
@@ -86,7 +86,7 @@ def _count_entries_kernel(
 def _list_entries_kernel(
     call,
     logits_ptr,  # [R, V], raw products, or None
-    mask_ptr,  # [R, WORDS]; with logits, of what is kept
+    mask_ptr,  # [R, WORDS]; with logits, of the kept entries
     seed_ptr,  # []; this, the next two and values with logits only
     lse_ptr,  # [N]
     nll_ptr,  # [N]
@@ -98,7 +98,7 @@ def _list_entries_kernel(
     capacity,
     BLOCK: tl.constexpr,
 ):
-    """Columns of the set bits, ascending; of a row that does not fit, none."""
+    """Lists the columns of a row's set bits, ascending, unless the row finds no room."""
     local = tl.program_id(0).to(tl.int64)
     if first_row + local >= tl.load(call.count_ptr):
         return
@@ -142,7 +142,7 @@ def list_candidates(
 
 
 def list_rows(rows: LogitRows, mask: Tensor, seed: Tensor, results: dict[str, Tensor]) -> None:
-    """Appends what is kept of the set bits of ``mask [R, WORDS]`` to ``columns`` and ``values``."""
+    """Appends the kept entries among the bits of ``mask [R, WORDS]`` to columns and values."""
     _append(call_of_rows(rows), mask, rows.first_row, results, rows.logits, seed)
 
 

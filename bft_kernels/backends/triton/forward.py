@@ -1,7 +1,7 @@
-"""The tiled forward: logits live in registers, and leave them as a few sums for each row.
+"""The tiled forward: logits live in registers, and only a few sums for each row leave them.
 
-The vocabulary is cut into splits, so that few rows fill the chip too. A program takes a block of
-rows and a split, and goes over its tiles of columns with running sums; a second, small kernel joins
+The vocabulary is cut into splits, so that few rows fill the GPU too. A program takes a block of
+rows and a split, and goes over its tiles of columns with running sums. A second, small kernel joins
 the splits of each row, always in the same order. For the sampled gradient a tile leaves one bit for
 each entry that may be kept: 32 to a word, so that nothing is compacted in registers.
 """
@@ -36,7 +36,7 @@ TOTAL = tl.constexpr(1)  # e = exp(z - maximum)
 MOMENT = tl.constexpr(2)  # e * (z - maximum), for the entropy
 SHIFTED = tl.constexpr(3)  # z - maximum, for label smoothing
 TARGET = tl.constexpr(4)  # the target's z, in the split that has it; undefined elsewhere
-BEFORE = tl.constexpr(5)  # the largest z of the split in a column before the target's; likewise
+BEFORE = tl.constexpr(5)  # below TARGET exactly if all z before the target's in the split are
 SUMS = 6
 
 
@@ -73,9 +73,9 @@ def _store_bits(
 def _linear_nll_forward_kernel(
     x,
     call,
-    seed_ptr,  # []; this and the next two where something may be kept
+    seed_ptr,  # []; this and the next two for the sampled gradient only
     lse_bound_ptr,  # [N], a lower bound of lse
-    mask_ptr,  # [R, WORDS], entries that may be kept, or None
+    mask_ptr,  # [R, WORDS], a bit for each entry that may be kept, or None
     sums_ptr,  # [SUMS, SPLITS, R]
     first_row,  # of the R rows of this launch, among the labelled
     rows,  # R
@@ -116,8 +116,8 @@ def _linear_nll_forward_kernel(
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, BLOCK_V))):
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         z = logit_tile(x, call, row, offs_v, D, BLOCK_D, OPERAND, PRECISION)
-        # One tile in many holds a target or is cut off by the end of the vocabulary. Only there is
-        # a target's logit looked for, with those before it, and are columns masked.
+        # One tile in many holds a target or is cut off by the end of the vocabulary. Only there the
+        # program looks for a target's logit and for those before it, and masks columns.
         at = target - tile * BLOCK_V
         here = (at >= 0) & (at < BLOCK_V) & mask_n
         if (tl.max(here.to(tl.int32), axis=0) > 0) | ((tile + 1) * BLOCK_V > V):
@@ -132,20 +132,20 @@ def _linear_nll_forward_kernel(
                 tl.store(at_sum + BEFORE * plane, tl.maximum(lower, m), mask=here)
 
         m_new = tl.maximum(m, tl.max(z, axis=1))
-        # exp(-inf - (-inf)) where nothing finite came yet.
+        # Where nothing finite came yet, exp(-inf - (-inf)) would be NaN.
         reference = finite_or(m_new, 0.0)
         # Powers of 2, from one multiply-add: its product is not rounded, and the base is exact.
         new_base = reference * LOG2E
         if mask_ptr is not None:
-            # What came before this tile bounds the final lse from below, so that p is overrated;
-            # without this tile's own sum, no entry has to wait for it.
+            # The sum before this tile bounds the final lse from below, so that p is overrated. This
+            # tile's own sum is left out, so that no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
             overrated = tl.exp(reference - bound + 1e-3 + ROUNDING * tl.abs(bound)) * (
                 65536.0 / call.eps
             )
         power = tl.fma(z, LOG2E, -new_base[:, None])
         e = tl.exp2(power)
-        # The base grows, but for that of 0 which stands for -inf: then the total is 0.
+        # The base falls only from the 0 that stands for -inf, and then the total is 0.
         scale = tl.exp2(tl.minimum(base - new_base, 0.0))
         if STATISTICS:
             step = tl.where(total > 0, total * (base - new_base), 0.0)
@@ -160,8 +160,8 @@ def _linear_nll_forward_kernel(
         m, base = m_new, new_base
         if mask_ptr is not None:
             mask_rows = mask_ptr + local.to(tl.int64)[:, None] * words
-            # Every other word, so that a thread holds the draws of half as many entries, and all of
-            # them are its own.
+            # Each half takes every other word, so that a thread holds the draws of half as many
+            # entries, and all of them are its own.
             pairs = tl.reshape(e, (BLOCK_N, BLOCK_V // 64, 2, 32))
             even, odd = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
             for half in tl.static_range(1, -1, -1):  # fewer instructions than the other order
@@ -200,9 +200,9 @@ def _combine_kernel(
     splits,
     split_columns,
     BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,  # that are looked at side by side
+    SPLITS: tl.constexpr,  # how many are read at a time
 ):
-    """Joins the splits of each row, in order, and stores what the row gives."""
+    """Joins the splits of each row, in order, and stores the row's results."""
     V = call.V
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = (local < rows) & (first_row + local < tl.load(call.count_ptr))
@@ -213,7 +213,7 @@ def _combine_kernel(
     target = tl.load(call.target_ptr + row, mask=mask, other=0)
     holder = tl.minimum(tl.maximum(target // split_columns, 0), splits - 1)
     own = tl.load(at + TARGET * step + holder * rows, mask=mask, other=0.0)
-    own = tl.where((target >= 0) & (target < V), own, float("nan"))  # a target nobody checked
+    own = tl.where((target >= 0) & (target < V), own, float("nan"))  # an unchecked target
 
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, splits, SPLITS):
@@ -265,9 +265,9 @@ def _forward(
     lse_bounds: Tensor | None = None,  # [N], for a mask
     mask: Tensor | None = None,
 ) -> None:
-    """Results of the labelled rows ``first_row`` to ``first_row + rows``, as far as there are.
+    """Results of the labelled rows ``first_row`` to ``first_row + rows``, or to the last one.
 
-    In ``mask [rows, ceil(V / 32)]`` int32 go the bits of the entries that may be kept.
+    ``mask [rows, ceil(V / 32)]`` int32 gets a bit for each entry that may be kept.
     """
     call = inputs.call
     splits = splits_of(inputs, rows)
@@ -296,12 +296,7 @@ def _forward(
 
 
 def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
-    """The whole forward, in tiles.
-
-    Args:
-        inputs: of the call.
-        results: zeros ``[N]``, or ``[0]``, by the names of ``Forward``; room for the lists.
-    """
+    """The whole forward, in tiles. It fills in the tensors of ``forward_results``."""
     call, (count, vocabulary, _) = inputs.call, inputs.shape
     if call.saved == "entries":
         lse_bounds = find_bounds(inputs)

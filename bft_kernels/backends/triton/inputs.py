@@ -73,7 +73,7 @@ class Splits:
 
 
 def splits_of(inputs: Inputs, rows: int) -> Splits:
-    """How ``rows`` of the rows are shared out."""
+    """How ``rows`` rows and the vocabulary are shared out among programs."""
     tile = tile_for(inputs.call, inputs.hidden, inputs.weight)
     row_blocks = triton.cdiv(rows, tile.block_n)
     tiles = triton.cdiv(inputs.shape[1], tile.block_v)
@@ -87,7 +87,7 @@ def call_of(inputs: Inputs) -> Call:
 
 
 def arguments_of(inputs: Inputs) -> dict[str, Any]:
-    """What every kernel that makes logits takes."""
+    """The arguments that every kernel that makes logits takes."""
     hidden, weight = inputs.hidden, inputs.weight
     return {
         "call": call_of(inputs),
@@ -98,13 +98,13 @@ def arguments_of(inputs: Inputs) -> dict[str, Any]:
 
 
 def tile_arguments(inputs: Inputs, tile: Tile) -> dict[str, Any]:
-    """What every kernel that makes logits in tiles takes."""
+    """The arguments that every kernel that makes logits in tiles takes."""
     precision = precision_for(inputs.call.operand)
     return arguments_of(inputs) | tile.constants() | {"PRECISION": precision}
 
 
 class RowResults(NamedTuple):
-    """Results of rows, ``[N]`` each; ``None`` for a statistic that nobody wants."""
+    """Results of rows, ``[N]`` each; ``None`` for a statistic that is not wanted."""
 
     loss_ptr: Tensor
     nll_ptr: Tensor

@@ -1,4 +1,4 @@
-"""What the engine is given; see :class:`bft_kernels.backends.common.on_device.Kernels`."""
+"""What the engine takes; see :class:`bft_kernels.backends.common.on_device.Kernels`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bound of lse that is there before the first logit; see ``common.lse_bound``."""
+"""A lower bound of lse that is known before the first logit; see ``common.lse_bound``."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _lse_bound_kernel(
 
 
 def find_bounds(inputs: Inputs) -> Tensor:
-    """``[N]`` float32, defined for labelled rows: lower bounds of lse."""
+    """``[N]`` float32: lower bounds of lse, defined for labelled rows."""
     count, _, width = inputs.shape
     lse_bounds = torch.empty(count, dtype=torch.float32, device=inputs.hidden.device)
     block = min(1024, triton.next_power_of_2(width))

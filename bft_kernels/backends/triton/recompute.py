@@ -1,10 +1,10 @@
 """The backward from recomputed logits: ``dy`` in blocks of the vocabulary, then two products.
 
-Three kernels. The first makes a block ``dy [R, C]`` of the logits' gradient, in the type of the
-operands, for all rows and as many columns as the byte budget allows. The second adds ``dy @ W`` to
-``dH``, the third ``dy.T @ H`` to a block of rows of ``dW``. Each element of each result belongs to
-one program, so there are no locks and no atomics, and two runs give the same bits. How many rows
-there are only the device knows: programs past the tiles of that many return at once.
+The first kernel makes a block ``dy [R, C]`` of the logits' gradient in the operands' type, for all
+rows and as many columns as the byte budget allows. The second adds ``dy @ W`` to ``dH``. The
+third adds ``dy.T @ H`` to a block of rows of ``dW``. Each element of each result belongs to one
+program, so there are no locks and no atomics, and two runs give the same bits. Only the device
+knows the number of rows; programs whose rows lie past it return at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _logit_gradient_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``upstream * dy`` of a tile, exact or as the sampled gradient has it."""
+    """``upstream * dy`` of a tile, exact or sampled."""
     tiles = tl.cdiv(columns, BLOCK_V)
     block, tile = swizzle(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tiles, GROUP)
     count = tl.load(call.count_ptr)
@@ -214,12 +214,7 @@ def recompute(
 ) -> None:
     """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
 
-    Args:
-        inputs: of the call, or of some of its rows.
-        known: of all rows.
-        seed: ``[]``, for the sampled gradient; None for the exact one.
-        into: None where not wanted. Rows of ``dH`` are written, ``db`` is added to.
-        adds: whether ``dW`` is added to; otherwise it is written.
+    For the arguments see :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`.
     """
     count, vocabulary, width = inputs.shape
     call = inputs.call
@@ -245,7 +240,7 @@ def recompute(
     for first in range(0, vocabulary, step):
         columns = min(step, vocabulary - first)
         block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
-        if columns % unit:  # products take whole tiles
+        if columns % unit:  # the products read whole tiles
             dy.view(count, step)[:, columns : triton.cdiv(columns, unit) * unit].zero_()
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,

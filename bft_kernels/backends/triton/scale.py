@@ -20,7 +20,7 @@ def _scale_kernel(
     BLOCK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """``x * factor`` in float32; a factor of 1, that of ``loss.backward()``, moves nothing."""
+    """``x * factor`` in float32; a factor of 1, as in ``loss.backward()``, moves nothing."""
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
@@ -32,7 +32,7 @@ def _scale_kernel(
 
 
 def scale_(x: Tensor, factor: Tensor) -> None:
-    """``x *= factor []``, contiguous, rounded once; the host does not learn the factor."""
+    """``x *= factor []`` for a contiguous ``x``, rounded once. The host never reads the factor."""
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK * STEPS),)
         _scale_kernel[grid](x, factor, x.numel(), BLOCK=BLOCK, STEPS=STEPS)

@@ -1,4 +1,4 @@
-"""Kernels over rows of logits that lie in a buffer, a program a row."""
+"""Kernels over rows of logits that lie in a buffer. A program takes a row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bft_kernels.backends.triton.inputs import Call, RowResults
 
 @triton.jit
 def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
-    """A lower bound of lse from a row's logits: its target's, or the sum over a few columns."""
+    """A lower bound of lse: the larger of the target's logit and the lse of a few columns."""
     place = tl.arange(0, POPULAR)
     column = tl.load(popular_ptr + place)
     repeated = column == tl.load(popular_ptr + place - 1, mask=place > 0, other=-1)
@@ -41,7 +41,7 @@ def _lse_bound_of(logits, popular_ptr, target, call, POPULAR: tl.constexpr):
 
 @triton.jit
 def _own_logit(logits, target, call):
-    """The target's logit, and whether the target is a column; one nobody checked may be none."""
+    """The target's logit, and whether the target is a column: an unchecked one may not be."""
     column = tl.minimum(tl.maximum(target, 0), call.V - 1)
     return logits_at(tl.load(logits + column), column, True, call), column == target
 
@@ -50,17 +50,17 @@ def _own_logit(logits, target, call):
 def _softmax_rows_kernel(
     call,
     logits_ptr,  # [n, V], raw products
-    seed_ptr,  # []; this and the next two where something may be kept
+    seed_ptr,  # []; this and the next two for the sampled gradient only
     popular_ptr,  # [POPULAR] int64, ascending columns
-    mask_ptr,  # [n, WORDS], entries that may be kept
+    mask_ptr,  # [n, WORDS], a bit for each entry that may be kept
     out,  # RowResults
     first_row,
     words,
     BLOCK: tl.constexpr,  # a multiple of 32
-    POPULAR: tl.constexpr,  # 0: nothing may be kept
+    POPULAR: tl.constexpr,  # 0: there is no sample
     STAGES: tl.constexpr,
 ):
-    """A program reads the logits of a row once: loss, statistics, and what may be kept."""
+    """A program reads a row's logits once, for loss, statistics and entries that may be kept."""
     local = tl.program_id(0).to(tl.int64)
     row = first_row + local
     if call.order_ptr is not None:
@@ -79,8 +79,8 @@ def _softmax_rows_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     moment = tl.zeros((BLOCK,), tl.float32)
     shifted = tl.zeros((BLOCK,), tl.float32)
-    # Each lane keeps sums of its own; they are joined once, at the end. Two blocks are on their way
-    # while one is used.
+    # Each lane keeps sums of its own, which are joined once, at the end. Two blocks are being
+    # loaded while one is used.
     for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         column = start + offs
         mask = column < V
@@ -220,7 +220,7 @@ def softmax_rows(
     popular: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> None:
-    """Losses and statistics of the rows, and the bits of what may be kept of them.
+    """Losses and statistics of the rows, and a bit for each entry that may be kept.
 
     For the arguments see :class:`bft_kernels.backends.common.logit_rows.RowFunctions`.
     """
@@ -233,7 +233,7 @@ def softmax_rows(
         words=0 if mask is None else mask.shape[1],
         POPULAR=0 if popular is None else popular.numel(),
         STAGES=loop_stages(),
-        **at_most_registers(96 if capped else None),  # 80, without it, spill 8 bytes on sm_100
+        **at_most_registers(96 if capped else None),  # at 80, its own choice, sm_100 spills 8 bytes
         out=RowResults.of(results),
         **_row_arguments(rows),
     )

@@ -1,10 +1,10 @@
 """The sampled gradient from its lists: ``dH`` row by row, ``dW`` column by column.
 
-The backward looks at each listed column once: it fetches that row of ``weight`` and, where the
-list came without values, forms the logit again and decides by the final lse; it adds to ``dH``
-while the row is in registers. What is kept is sorted by column for ``dW``. Rows are fetched ahead
-of their sums; each thread keeps its own until the last. Nothing depends on the order in which
-programs run.
+The backward fetches the row of ``weight`` of each listed column once. If the list has no values, it
+computes the logit again, and the final lse decides whether the entry is kept. It adds the row to
+``dH`` while it is in registers. Kept entries are sorted by column for ``dW``. Rows are fetched
+before they are summed, and each thread keeps its own sums up to the last row. The order in which
+programs run changes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _spmm_hidden_kernel(
     offsets_ptr,  # [N + 1]
     columns_ptr,  # [capacity]
     unit_ptr,  # [capacity] float32, dy for unit upstream gradient, or None
-    keys_ptr,  # [capacity] int32, the column; left alone where thinned out; or None
+    keys_ptr,  # [capacity] int32, the column; not written where thinned out; or None
     rows_ptr,  # [capacity] int32; likewise
     values_ptr,  # [capacity] float32, upstream * dy; likewise
     grad_hidden_ptr,  # [N, D], or None
@@ -47,7 +47,7 @@ def _spmm_hidden_kernel(
     OPERAND: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program takes a row: thins its list by the final lse, and adds up its row of ``dH``."""
+    """A program takes a row: it thins the list by the final lse, and sums the row of ``dH``."""
     if tl.program_id(0) >= tl.load(call.count_ptr):
         return
     row = tl.load(call.order_ptr + tl.program_id(0))
@@ -115,9 +115,9 @@ def _spmm_weight_kernel(
     ADDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """A program takes a column: sums up, in the order of rows, its row of ``dW``, and ``db``.
+    """A program takes a column: it sums a row of ``dW`` and an element of ``db`` in row order.
 
-    With ADDS the row is added to, otherwise it is written, entries or none.
+    With ADDS the row is added to; otherwise it is written, even if it has no entries.
     """
     column = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts_ptr + column)
@@ -156,7 +156,7 @@ def _spmm_weight_kernel(
 
 
 class Listed(NamedTuple):
-    """What the lists came to, once thinned; ``[capacity]`` each, in the order of the lists."""
+    """The lists after thinning; ``[capacity]`` each, in the order of the lists."""
 
     keys: Tensor  # int32, the column; V where there is no entry
     rows: Tensor  # int32; undefined where there is no entry
@@ -166,11 +166,11 @@ class Listed(NamedTuple):
 def spmm(inputs: Inputs, known: KnownRows, saved: Saved, into: Gradients, *, adds: bool) -> None:
     """``dH = S @ W`` and ``dW = S.T @ H`` of the listed entries, and the sums ``db``.
 
-    With ``adds`` ``dW`` is added to, otherwise written; ``db`` is added to.
+    With ``adds``, ``dW`` is added to; otherwise it is written. ``db`` is added to.
     """
     wants_entries = into.weight is not None or into.bias is not None
     listed = _spmm_hidden(inputs, known, saved, into.hidden, wants_entries)
-    # As many at a time as the budget sorts; in sixteens, since other parts are not aligned.
+    # As many entries at a time as the budget sorts: a multiple of 16, so that parts are aligned.
     step = max(1, inputs.call.buffer_bytes // (16 * _SORTING_BYTES)) * 16
     for first in range(0, listed.keys.numel(), step):
         part = Listed(*(values[first : first + step] for values in listed))
@@ -214,32 +214,32 @@ def _spmm_hidden(
     return listed
 
 
-# What a warp fetches at a time, bytes: more would spill its sums, less would leave it waiting. And
-# what all tiles that are on their way may take of shared memory, of which the smallest devices give
-# a program 99 KiB.
+# The bytes that a warp fetches at a time: more would spill its sums, less would leave it waiting.
+# And the bytes of shared memory for all tiles that are being loaded; the smallest devices give a
+# program 99 KiB.
 _WARP_BYTES = 4096
 _TILES_BYTES = 96 * 1024
 
 
 def _tile(block_d: int, source: Tensor, warps: int = 4) -> dict[str, int]:
-    """How many rows of ``source`` a program takes at a time, 16 at most, and what that asks for."""
+    """How many rows of ``source`` a program takes at a time, 16 at most, and launch options."""
     if interpreted():
         return {"BLOCK_K": 16, "BLOCK_D": block_d, "STAGES": 1, "num_warps": 1}
     row_bytes = block_d * source.itemsize
     rows = max(1, min(16, warps * _WARP_BYTES // row_bytes))
     stages = max(1, min(3, _TILES_BYTES // (rows * row_bytes)))
-    if target()[0] == "hip":  # has no copies to shared memory that go on by themselves
+    if target()[0] == "hip":  # has no asynchronous copies to shared memory
         stages = 1
     return {"BLOCK_K": rows, "BLOCK_D": block_d, "STAGES": stages, "num_warps": warps}
 
 
-# Columns kept by more rows than others take a dense product: a program that gathered thousands of
-# rows one after the other would be the last to end.
+# This many columns, those with the most entries, take a dense product: a program that gathered
+# thousands of rows one after the other would be the last to end.
 DENSE_COLUMNS = 256
 
 
-# What sorting takes, bytes an entry: keys, places and both once more for the sort's own use, and
-# rows and values in order.
+# The bytes that sorting takes for an entry: keys, places and both once more for the sort's own use,
+# and rows and values in order.
 _SORTING_BYTES = 40
 
 
@@ -258,7 +258,7 @@ def _spmm_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) ->
         ranks = torch.full((vocabulary + 1,), few, dtype=torch.int32, device=device)
         ranks[dense] = torch.arange(few, dtype=torch.int32, device=device)
         _dense_weight(inputs, dense, ranks, listed, into.weight, adds)
-    # Most columns have few entries: many programs at once, of few warps, wait for their first rows.
+    # Most columns have few entries. So programs have few warps, and many wait at the same time.
     block_d = min(2048, triton.next_power_of_2(width))
     slices = triton.cdiv(width, block_d) if into.weight is not None else 1
     _spmm_weight_kernel[(vocabulary, slices)](
@@ -291,7 +291,7 @@ def _fill_table_kernel(
     few,
     BLOCK: tl.constexpr,
 ):
-    """Entries of a few columns go to a table."""
+    """Copies the entries of a few columns to a table."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < places
     key = tl.load(keys_ptr + place, mask=mask, other=0)
@@ -307,7 +307,7 @@ def _dense_weight(
 ) -> None:
     """``dW[dense] = P @ H``, or ``+=``: ``P [K, N]`` holds the entries of columns ``dense [K]``.
 
-    ``ranks [V + 1]`` are their places in ``dense``, or K.
+    ``ranks [V + 1]`` are the places of columns in ``dense``, or K.
     """
     count = inputs.shape[0]
     few, places = dense.numel(), listed.keys.numel()

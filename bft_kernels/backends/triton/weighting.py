@@ -1,8 +1,8 @@
 """Token and sequence weights, each token's coefficient, and the loss, in three launches.
 
-``_close_gaps_kernel`` numbers the labelled positions and lists what windows average without gaps.
+``_close_gaps_kernel`` numbers the labelled positions and lists their values without gaps.
 ``_window_kernel`` makes the windows, the token weights and, tile by tile, the lowest window of each
-document. ``_weigh_kernel`` joins the tiles of a document, and weighs its tokens and itself. A
+document. ``_weigh_kernel`` joins the tiles of a document, and weighs it and its tokens. A
 document is spread over as many programs as it has tiles of positions. Nothing waits for the device,
 and nothing depends on the order in which programs run.
 """
@@ -23,13 +23,13 @@ from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import DELTA
 
 # Positions of a program in the first kernel, labels it counts at a time, and positions (or
-# documents) of a program in the others. In the interpreter, so few that tests have many programs.
+# documents) of a program in the others. In the interpreter they are few: tests have many programs.
 NUMBERED, COUNTED, TILE = (16, 32, 32) if interpreted() else (256, 2048, 64)
 
 
 @triton.jit
 def _confidence(nll):
-    """``exp(-nll)``, rounded once: float32's own loses digits where the loss is large."""
+    """``exp(-nll)``, rounded once: float32's ``exp`` loses digits where the loss is large."""
     return tl.exp(-nll.to(tl.float64)).to(tl.float32)
 
 
@@ -49,15 +49,15 @@ def _close_gaps_kernel(
     cu_ptr,  # [S + 1]
     before_ptr,  # [N + 1] int32, labels before each position
     sequence_ptr,  # [N] int32, the document of each position; S behind the last
-    values_ptr,  # [N], what windows average, one labelled position after the other
+    values_ptr,  # [N], values that windows average, of labelled positions without gaps
     N,
     S,
-    steps,  # that a search of S + 1 places takes
+    steps,  # how many a search of S + 1 places takes
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     GEOMETRIC: tl.constexpr,
 ):
-    """A program counts the labels before its block by itself: that is less than a launch costs."""
+    """A program counts the labels before its block by itself: a launch would cost more."""
     first = tl.program_id(0) * BLOCK
     found = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, first, CHUNK):
@@ -188,7 +188,7 @@ def _lowest_windows(lowest_ptr, begin, end, BLOCK: tl.constexpr):
     tile = begin // BLOCK
     tiles = tl.max(tl.where(end > begin, (end - 1) // BLOCK - tile + 1, 0), axis=0)
     for k in range(0, tiles, 8):
-        # Eight loads under way at a time: a long document has many tiles.
+        # Eight loads go on at a time, since a long document has many tiles.
         for i in tl.static_range(8):
             here = (tile + k + i) * BLOCK
             last = tl.minimum(here + BLOCK, end) - 1
@@ -212,7 +212,7 @@ def _weigh_kernel(
     token_weight_ptr,  # [N]
     lowest_ptr,  # [N]
     ended_ptr,  # [TILES]
-    num_items_ptr,  # [], what is divided by, or None
+    num_items_ptr,  # [], the normalizer, or None
     coefficient_ptr,  # [N]
     sum_ptr,  # [TILES], of the weighted losses
     sequence_weight_ptr,  # [S]
@@ -226,9 +226,9 @@ def _weigh_kernel(
     FLAT: tl.constexpr,  # documents weigh 1
     GEOMETRIC: tl.constexpr,
     BY_SEQUENCE: tl.constexpr,
-    COUNTS: tl.constexpr,  # divides by what is counted
+    COUNTS: tl.constexpr,  # divides by the documents or labels of this batch
 ):
-    """A program takes a tile of positions or, behind those, as many documents."""
+    """A program takes a tile of positions; programs past the last tile take as many documents."""
     program = tl.program_id(0)
     position = program * BLOCK + tl.arange(0, BLOCK)
     mask = position < N
@@ -288,7 +288,7 @@ def _run(
     settings: Settings,
     normalize: str | None,  # None: coefficients are the weights
 ) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`; the loss is not added up: ``[TILES]``."""
+    """See :func:`bft_kernels.weighting.balanced_loss`; its loss is ``[TILES]`` sums."""
     count, sequences, scheme = loss.numel(), cu_seqlens.numel() - 1, str(settings.scheme)
     tiles = triton.cdiv(count, TILE)
 

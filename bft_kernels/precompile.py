@@ -1,4 +1,4 @@
-"""What compiles at the first step of a loss is compiled before it."""
+"""Compiles, before the first step of a loss, what that step would compile."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ def warm_up(
 ) -> None:
     """Compiles the kernels of a training step, several at once with Triton 3.5 or later; runs none.
 
-    A backend without anything to compile returns at once. Call it before other threads use a GPU,
-    and under autocast if the step runs under it: products then have the autocast type.
+    With a backend that compiles nothing it returns at once. Call it before other threads use a GPU,
+    and under autocast if the step runs under autocast: products then have the autocast type.
 
     Args:
         hidden_size, vocab_size: ``D`` and ``V``.
         tokens: tokens of a micro-batch, ignored ones included.
         dtype: type of ``hidden``.
-        weight_dtype: of ``weight`` and the bias; ``dtype`` if None.
-        device: where the step will run.
+        weight_dtype: type of ``weight`` and the bias; ``dtype`` if None.
+        device: the device of the step.
         bias, train_head: whether there is a bias, and whether ``weight`` and bias are trained.
-        balanced: for :func:`balanced_linear_cross_entropy`, with boundaries on the CPU or on the
-            device; else for :func:`linear_cross_entropy`.
-        options: the loss's other options, by name. For :func:`linear_nll` give
-            ``reduction="none"``.
+        balanced: whether the loss is :func:`balanced_linear_cross_entropy`, with boundaries on the
+            CPU or on the device; otherwise it is :func:`linear_cross_entropy`.
+        options: the loss's other options, by name. Give ``reduction="none"`` for ``linear_nll``.
 
     Raises:
-        TypeError: an unknown option, or one of another type.
+        TypeError: an option is unknown or of another type.
         ValueError: an option is out of its domain.
         RuntimeError: no backend can run.
     """
@@ -76,7 +75,7 @@ def warm_up(
             made = engine.weighted_loss(problem, scale, documents)
             for gradient in (made.grad_hidden, made.grad_weight, made.grad_bias):
                 engine.scale_(gradient, made.loss)
-        if not (in_forward and local):  # boundaries on the device, too
+        if not (in_forward and local):  # also for boundaries on the device
             out = engine.linear_nll(problem)
             if problem.saved != "unit" and not settings.differentiable:
                 saved = Saved(*(getattr(out, name) for name in Saved._fields))

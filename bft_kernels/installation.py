@@ -23,8 +23,8 @@ def info() -> dict[str, Any]:
     Returns:
         A dictionary of ``versions``, ``devices``, ``extensions`` and ``backends``.
         ``backends[name][device]`` lists reasons, and is empty where the backend runs. On the
-        current GPU a small call finds that out. Other GPUs are not used, so that no memory is taken
-        on them; there only their properties tell.
+        current GPU a small call finds that out. Other GPUs are judged by their properties alone, so
+        that no memory is taken on them.
     """
     devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
@@ -63,7 +63,7 @@ def _reasons(backend: str, device: str) -> list[str]:
         return reasons
     try:
         return why_not(backend, probe, probe)
-    except RuntimeError as error:  # such as a GPU whose memory others have
+    except RuntimeError as error:  # such as that the GPU's memory is taken
         return [f"not tried: {str(error).splitlines()[0]}"]
 
 
