@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
 from bft_kernels import ops
-from bft_kernels.checks import FLOAT_DTYPES, check_boundaries, check_finite, check_tensor
+from bft_kernels.checks import check_boundaries
 from bft_kernels.documents import boundaries_beside, labelled_layout, token_scales
-from bft_kernels.problem import Problem, check_derivatives, make_problem
+from bft_kernels.factors import class_weights, or_one, token_factor, with_class_weights
+from bft_kernels.problem import Problem, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
@@ -177,8 +178,8 @@ def linear_cross_entropy(
         class_weight: ``[V]``, torch's ``weight``, of the types of ``token_weight`` and as constant.
             The token loss is ``(1 - a) w_target nll + a mean_v w_v (lse - z_v) + z_loss * lse**2``,
             and the mean divides by the labelled tokens' sum of ``w_target`` (by 1 if that is 0).
-            Smoothing or a z-loss makes the call one of 4G and needs a copy of ``weight`` in the
-            type of sums; smoothing with a softcap is refused.
+            Smoothing or a z-loss makes the call one of 4G, and smoothing copies ``weight`` in the
+            type of sums. Smoothing with a softcap is refused.
         return_z_loss: also return the part of the loss that ``z_loss`` makes, reduced as the loss
             is. It is detached (as in Liger): the loss contains it, and has its gradient.
 
@@ -213,8 +214,8 @@ def linear_cross_entropy(
     if token_weight is None:
         scale = labelled.to(problem.acc_dtype)
     else:
-        scale = _token_weight(token_weight, problem, target.shape)
-    classes = None if class_weight is None else _class_weights(class_weight, problem)
+        scale = token_factor(token_weight, problem, target.shape)
+    classes = None if class_weight is None else class_weights(class_weight, problem)
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(
@@ -223,13 +224,13 @@ def linear_cross_entropy(
             )
         scale = torch.where(labelled, scale / _items_of(num_items, problem), 0.0)
     elif reduction == "mean":
-        scale = scale / (labelled.sum().clamp_min(1) if classes is None else _or_one(classes[1]))
+        scale = scale / (labelled.sum().clamp_min(1) if classes is None else or_one(classes[1]))
     composed = classes is not None and (label_smoothing > 0 or z_loss > 0)
     if classes is not None and not composed:
         scale = scale * classes[1]
     result: Forward | WeightedLoss
     if classes is not None and composed:
-        result, losses = _composed(problem, *classes)
+        result, losses = with_class_weights(problem, *classes)
         loss = _reduced(weighted_losses(losses, scale), settings, target.shape)
     elif reduction != "none" and gradient == "exact" and problem.trains_head:
         result = ops.weighted_loss(problem, scale)
@@ -245,37 +246,6 @@ def linear_cross_entropy(
     if return_stats:
         found.append(token_stats(problem, result, target.shape))
     return tuple(found) if len(found) > 1 else found[0]
-
-
-def _or_one(of_label: Tensor) -> Tensor:
-    """The sum of the labels' class weights, or 1 if it is 0."""
-    total = of_label.sum()
-    return total.masked_fill(total == 0, 1)
-
-
-def _composed(
-    problem: Problem,
-    w: Tensor,  # [V], class weights
-    of_label: Tensor,  # [N], those of the labels
-) -> tuple[Forward, Tensor]:
-    """A forward, and token losses ``[N]`` with class weights that are no multiple of ``nll``.
-
-    ``sum_v w_v z_v`` without a softcap is ``(h . W^T w + b . w) / temperature``.
-    """
-    settings, acc = problem.settings, problem.acc_dtype
-    plain = replace(settings, label_smoothing=0.0, z_loss=0.0, differentiable=("lse",))
-    result = ops.linear_nll(replace(problem, settings=plain))
-    losses = (1 - settings.label_smoothing) * weighted_losses(result.loss, of_label)
-    if settings.label_smoothing:
-        hidden = problem.hidden.masked_fill(~problem.labelled[:, None], 0)  # it may hold NaN there
-        hidden, weight = [x.to(problem.operand).to(acc) for x in (hidden, problem.weight)]
-        with torch.autocast(w.device.type, enabled=False):
-            logits = hidden @ (weight.T @ w)
-            if problem.bias is not None:
-                logits = logits + problem.bias.to(acc) @ w
-        smooth = w.sum() * result.lse - logits / settings.temperature
-        losses = losses + settings.label_smoothing / w.numel() * smooth
-    return result, losses + settings.z_loss * result.lse.square()
 
 
 def _reduced(losses: Tensor, settings: Settings, shape: torch.Size) -> Tensor:
@@ -372,7 +342,7 @@ def balanced_linear_cross_entropy(
         problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
     items = None if num_items is None else _items_of(num_items, problem)
-    factor = None if token_weight is None else _token_weight(token_weight, problem, target.shape)
+    factor = None if token_weight is None else token_factor(token_weight, problem, target.shape)
     in_forward = gradient == "exact" and problem.trains_head
     local, labelled, layout = scheme in LOCAL_SCHEMES, problem.labelled, None
     if local and not return_stats:
@@ -478,53 +448,3 @@ def _check_shift(shift: object, cu_seqlens: object) -> None:
             "cu_seqlens: got boundaries with shift=False, expected None: only a shift "
             "of the labels needs them here"
         )
-
-
-def _token_weight(token_weight: Tensor, problem: Problem, shape: torch.Size) -> Tensor:
-    """The weight of each token ``[N]``, a constant; 0 where ignored. Raises as a constant does."""
-    _check_constant("token_weight", token_weight, shape, problem)
-    factor, labelled = token_weight, problem.labelled
-    if problem.settings.shift:  # a weight belongs to its label
-        factor = torch.nn.functional.pad(token_weight[..., 1:], (0, 1))
-    if problem.settings.check and not torch.compiler.is_compiling():
-        check_finite("token_weight", factor.reshape(-1, 1), rows=labelled)
-    return torch.where(labelled, factor.reshape(-1), 0).to(problem.acc_dtype)
-
-
-def _class_weights(class_weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The class weights ``[V]``, and those of the labels ``[N]``: constants; 0 where ignored.
-
-    Raises:
-        ValueError: smoothing together with a softcap; otherwise as a constant does.
-    """
-    vocabulary, settings = problem.weight.shape[0], problem.settings
-    _check_constant("class_weight", class_weight, (vocabulary,), problem)
-    if settings.softcap is not None and settings.label_smoothing:
-        raise ValueError(
-            f"class_weight: got a tensor with label_smoothing={settings.label_smoothing} and "
-            f"softcap={settings.softcap}, expected at most two of the three: a weighted sum of "
-            "capped logits is no product with a sum of rows"
-        )
-    if settings.check and not torch.compiler.is_compiling():
-        check_finite("class_weight", class_weight)
-    # A target out of range is the op's to report.
-    own = class_weight[problem.target.clamp(0, vocabulary - 1)]
-    acc = problem.acc_dtype
-    return class_weight.to(acc), torch.where(problem.labelled, own, 0).to(acc)
-
-
-def _check_constant(name: str, value: Tensor, shape: Sequence[int], problem: Problem) -> None:
-    """Checks a tensor of factors.
-
-    Raises:
-        TypeError: it is not a tensor of floats.
-        ValueError: it has another shape or device, requires a gradient, or is not finite.
-        RuntimeError: it has a tangent.
-    """
-    check_tensor(name, value, shape, FLOAT_DTYPES, problem.hidden.device)
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: got a tensor that requires a gradient, expected a constant: detach it, "
-            "or use reduction='none' and multiply"
-        )
-    check_derivatives(**{name: value})
