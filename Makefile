@@ -1,6 +1,6 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later: each puts what it needs into .venv
-# first, and a second run finds it ready. BFT_BUILD (see setup.py) says what is compiled; if it is not
-# given, the CPU's backend, and where there is a GPU or for the slow tests CUDA's too.
+# `make demo` and `make test` need only Python 3.11 or later: each first puts what it needs into .venv,
+# and a second run finds it ready. BFT_BUILD (see setup.py) says what is compiled. If it is not given,
+# the CPU backend is, and the CUDA backend too if there is a GPU, or for the slow tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,8 +27,8 @@ demo: $(RUNS) $(COMPILED_DEMO)  ## fine-tune a real model on real biomedical que
 	$(BIN)/bft demo
 	@$(ACTIVATE)
 
-# Two processes of one thread each: most tests are too small to share out. What measures time or
-# memory is marked slow, and runs alone, with all threads.
+# Two processes of one thread each, because most tests are too small for several threads. Tests that
+# measure time or memory are marked slow; they run alone, with all threads.
 test: $(READY)  ## run the tests, except the slow ones; ARGS="-k name" goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not soak" -n 2 --dist worksteal $(ARGS)
 
@@ -36,7 +36,7 @@ test-slow: $(TOOLS) $(COMPILED_ALL)  ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not soak" $(ARGS)
 
 SEEDS ?= 1 2 3 4 5 6 7 8 9 10
-soak: $(READY)  ## run what takes hours: full matrices, the kernel tests with each of SEEDS
+soak: $(READY)  ## run the tests that take hours: full matrices, the kernel tests with each of SEEDS
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 --dist worksteal $(ARGS)
 	set -e; for seed in $(SEEDS); do OMP_NUM_THREADS=1 BFT_TEST_SEED=$$seed \
 	    $(BIN)/python -m pytest tests/kernels -m "not slow" -n 2 --dist worksteal; done
@@ -59,10 +59,10 @@ format-check: $(TOOLS)  ## fail if `make format` would change anything
 types: $(TOOLS)  ## check the type annotations
 	$(BIN)/mypy
 
-static: $(READY)  ## compile every kernel for GPUs that are not here; none may spill or grow
+static: $(READY)  ## compile the kernels for several GPUs, without one; none may spill or grow
 	$(BIN)/python -m benchmarks static
 
-# Without network: PYTHON's own torch, Triton, numpy and pytest will do, and it compiles for itself.
+# Needs no network: PYTHON's own torch, Triton, numpy and pytest are enough, and it compiles for itself.
 gpu:  ## on a GPU, with PYTHON as it is (it needs torch): tests, speed, memory, into benchmarks/results/
 	PYTHONPATH=. $(PYTHON) -m benchmarks gpu $(ARGS)
 

@@ -2,7 +2,7 @@
 
 BFT_BUILD chooses:
 
-    auto (default)  what this machine can compile, with the reason for what it leaves out
+    auto (default)  each module that this machine can compile, with the reason for those left out
     cpu             bft_kernels._cpu, or an error
     cuda            bft_kernels._cpu and bft_kernels._cuda, or an error
     none            pure Python: needs neither a compiler nor pybind11 nor ninja
@@ -31,10 +31,10 @@ _ON_CUDA = (
 
 
 class BuildExt(NinjaBuildExt):
-    """What a module that cannot be built means: an error, except in auto mode."""
+    """Treats a module that cannot be built as an error, except in auto mode."""
 
     def build_extensions(self):
-        """Build each module; keep in self.extensions those that are there to be installed."""
+        """Build each module; keep in self.extensions those that were built."""
         for ext in list(self.extensions):
             if ext.name.endswith("_cuda"):
                 print(_ON_CUDA, file=sys.stderr)
@@ -51,7 +51,7 @@ class BuildExt(NinjaBuildExt):
 
 
 def extension(name):
-    """bft_kernels._NAME: the kernels of csrc/NAME and their binding."""
+    """Return bft_kernels._NAME: the kernels of csrc/NAME and their binding."""
     kernels = [path for kind in ("cpp", "cu") for path in glob(f"csrc/{name}/*.{kind}")]
     return Extension(f"bft_kernels._{name}", [f"csrc/bindings/{name}.cpp", *sorted(kernels)])
 

@@ -2,8 +2,8 @@
 
     words.py FILE...    by default all tracked files
 
-Each rule is a regular expression, the word to take instead, and where it holds: prefixes of paths,
-without those that are allowed.
+Each rule is a regular expression, the word to take instead, and where it holds: prefixes of paths.
+Paths with the prefixes that a rule allows are left out.
 """
 
 import re

@@ -1,1 +1,1 @@
-"""Speed and memory of the fused loss against its peers, in one run, on whatever device is there."""
+"""Compares speed and memory of the fused loss and its peers, in one run, on any device."""

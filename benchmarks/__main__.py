@@ -1,4 +1,4 @@
-"""``python -m benchmarks COMMAND``; what each does is said in its module in ``benchmarks.run``."""
+"""``python -m benchmarks COMMAND``; the modules of ``benchmarks.run`` describe the commands."""
 
 import importlib
 import pkgutil
@@ -8,7 +8,7 @@ from benchmarks import run
 
 
 def main() -> None:
-    """Runs one command, and imports no other: a GPU machine may lack what those need."""
+    """Runs one command, and imports no other: a GPU machine may lack what the others need."""
     names = [module.name for module in pkgutil.iter_modules(run.__path__)]
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         raise SystemExit(f"python -m benchmarks: expected one of {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""Options and reports of the pytest-benchmark suite: ratios to G beside the saved ones."""
+"""Options and reports of the pytest-benchmark suite: ratios to 1G beside the saved ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.results import baseline
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _KEPT, _STATS = ("name", "group", "extra_info"), ("min", "median", "iqr", "rounds")
-# Name of the test, its ratio, and the saved one if there is any.
+# The name of the test, its ratio, and the saved ratio if there is one.
 _RATIOS = pytest.StashKey[list[tuple[str, float, float | None]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where the baseline is, and whether to write it."""
+    """Adds the options: where the baseline is, and whether to write it."""
     group = parser.getgroup("baseline")
     path = baseline.BASELINES / f"{DEVICE}.json"
     group.addoption("--baseline", type=Path, default=path, help="saved ratios (%(default)s)")
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before pytest-benchmark looks at its options."""
+    """Sets options before pytest-benchmark reads them."""
     config.stash[_RATIOS] = []
     if config.getoption("rebase"):
         path: Path = config.getoption("baseline")
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keeps the file small, and the name of the machine out of it."""
+    """Keeps the file small, and leaves out the name of the machine."""
     output_json["machine_info"] = {
         "processor": output_json["machine_info"].get("cpu", {}).get("brand_raw", ""),
         "threads": torch.get_num_threads(),
@@ -53,7 +53,7 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
 
 @pytest.fixture
 def check_ratio(request: pytest.FixtureRequest) -> Any:
-    """Fails a test of this package whose ratio to G is too far above the saved one."""
+    """Fails a test of this package if its ratio to 1G is too far above the saved one."""
     option = request.config.getoption
     saved = {} if option("rebase") else baseline.load(option("baseline"))
 
@@ -70,7 +70,7 @@ def check_ratio(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The ratios."""
+    """Prints the ratios."""
     if ratios := config.stash[_RATIOS]:
         terminalreporter.section("multiples of the bare GEMM (1G)")
     width = max((len(name) for name, *_ in ratios), default=0)

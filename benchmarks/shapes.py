@@ -23,13 +23,13 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of 1G, one product of all three sizes."""
+        """The flops of 1G, one product of all three sizes."""
         return 2 * self.tokens * self.width * self.vocabulary
 
 
 TOKENS = 2048
-# The output embeddings of models (benchmarks/README.md has the source of each), rows of padding
-# included: they are multiplied like others.
+# The output embeddings of models (benchmarks/README.md has the source of each). Rows of padding are
+# included, because they are multiplied like the others.
 SHAPES = {
     "tiny": Shape(256, 128, 8192),
     "smollm2-135m": Shape(TOKENS, 576, 49_152),
@@ -50,7 +50,7 @@ SHAPES = {
     "gpt-oss-20b": Shape(TOKENS, 2880, 201_088),
     "deepseek-v3": Shape(TOKENS, 7168, 129_280),
 }
-# What `gpu` measures, in order of importance: when time runs out, the last ones are missing.
+# What `gpu` measures, the most important first: if time runs out, the last ones are missing.
 ON_A_GPU = (
     Shape(8192, 4096, 131_072),
     Shape(8192, 4096, 151_936),
@@ -58,12 +58,12 @@ ON_A_GPU = (
     Shape(16_384, 2048, 248_320),
     Shape(1024, 4096, 128_256),
 )
-# For Triton's interpreter, which takes about a second for a step of this.
+# For Triton's interpreter, which takes about a second for a step of this shape.
 REHEARSAL = (Shape(8, 16, 64),)
 
 
 def shape_of(text: str) -> Shape:
-    """By the name of a head, or by its sizes: rows x width x vocabulary; ValueError for others."""
+    """The shape of a head's name, or of sizes, rows x width x vocabulary; ValueError for others."""
     if text in SHAPES:
         return SHAPES[text]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
@@ -75,14 +75,14 @@ def shape_of(text: str) -> Shape:
 
 
 def name_of(shape: Shape) -> str:
-    """Of the model that has such a head; empty if none of ``SHAPES`` has."""
+    """The name of the model with such a head; empty if none of ``SHAPES`` has it."""
     own = (name for name, head in SHAPES.items() if replace(head, tokens=shape.tokens) == shape)
     return next(own, "")
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Real inputs: a file that :func:`load_recorded` reads, cut to so many tokens."""
+    """Real inputs: a file that :func:`load_recorded` reads, and how many of its tokens are used."""
 
     path: Path
     tokens: int
@@ -90,14 +90,14 @@ class Recorded:
 
 Source = Shape | Recorded
 
-# Logits of one token have standard deviation _SPREAD around the frequency of each id, which falls
-# as a power of its rank; up to _PULL is added for the target. At V 151,936 that keeps 342, 133 and
-# 50 entries a token with eps 2^-12, 2^-10 and 2^-8; confidences are 0.50 in the mean, above 0.9 for
-# 40% of tokens, and the nll is 3.3. A 0.5B model on abstracts of PubMed keeps 335, 133 and 50.
+# Logits of one token have standard deviation _SPREAD around the logarithm of each id's frequency,
+# which falls as a power of its rank; up to _PULL is added for the target. At V 151,936 this keeps
+# 342, 133 and 50 entries a token with eps 2^-12, 2^-10 and 2^-8. The mean confidence is 0.50, that
+# of 40% of the tokens is above 0.9, the nll is 3.3. A 0.5B model on PubMed keeps 335, 133 and 50.
 _SPREAD, _EXPONENT, _OFFSET, _PULL = 3.3, 1.3, 10, 26.0
-# The element of every hidden state that the frequencies are read with.
+# The element of every hidden state that multiplies the frequencies.
 _CARRIER = 128.0
-_ROWS = 8192  # of weight, made at a time
+_ROWS = 8192  # so many rows of weight are made at a time
 _RECORDED = (
     "expected a file of `python -m benchmarks record`, or of torch.save((hidden, weight, target), "
     "path): hidden [N, D], weight [V, D], int64 target [N] from 0 to V - 1"
@@ -116,7 +116,7 @@ def load_recorded(path: Path) -> tuple[Tensor, Tensor, Tensor]:
         fits = hidden.shape == (*target.shape, *weight.shape[1:]) and hidden.ndim == 2
         fits &= hidden.is_floating_point() and target.dtype == torch.int64 and target.numel() > 0
         fits = fits and 0 <= int(target.min()) <= int(target.max()) < weight.shape[0]
-    except (AttributeError, TypeError, ValueError):  # no three tensors
+    except (AttributeError, TypeError, ValueError):  # these are not three tensors
         got, fits = [type(found).__name__], False
     if not fits:
         raise ValueError(f"inputs: got {path} with {', '.join(got)}, {_RECORDED}")
@@ -125,18 +125,18 @@ def load_recorded(path: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of the loss."""
+    """The inputs of a loss."""
 
     hidden: Tensor  # [N, D], requires a gradient
     weight: Tensor  # [V, D], requires a gradient
     target: Tensor  # [N]
-    # For weights that look at documents.
-    document: int = 128  # tokens of each
+    # For weightings that depend on documents.
+    document: int = 128  # tokens of each document
     window: int = 256
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As every loss takes them."""
+        """The three tensors that every loss takes."""
         return self.hidden, self.weight, self.target
 
     @property
@@ -150,9 +150,9 @@ class Problem:
 
 
 def make_problem(source: Source, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
-    """The one set-up of speed and memory measurements: recorded, or synthetic of some shape.
+    """Makes the problem for every measurement of speed and memory: recorded, or of some shape.
 
-    Synthetic inputs are of :func:`text_like`.
+    Inputs of a shape are synthetic, made by :func:`text_like`.
     """
     if isinstance(source, Shape):
         return text_like(source, dtype, device, seed)
@@ -165,14 +165,14 @@ def make_problem(source: Source, dtype: torch.dtype, device: str, seed: int = 0)
 
 
 def text_like(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
-    """Inputs with frequent and rare ids, certain and uncertain tokens, made on the device.
+    """Makes inputs with frequent and rare ids, certain and uncertain tokens, on the device.
 
-    How many entries the sampled gradient keeps, and on how few columns they fall, decides what it
-    costs: inputs without structure would keep several times as many, spread evenly.
+    The sampled gradient costs more if it keeps more entries, or if they lie in more columns. Inputs
+    without structure would keep several times as many, spread evenly.
     """
     generator = torch.Generator(device).manual_seed(seed)
     how: dict[str, Any] = {"generator": generator, "device": device}
-    rank = torch.arange(1, shape.vocabulary + 1, device=device)  # ids go by rank
+    rank = torch.arange(1, shape.vocabulary + 1, device=device)  # ids are in order of rank
     frequency = -_EXPONENT * (rank + _OFFSET).log()  # its logarithm
     weight = torch.empty(shape.vocabulary, shape.width, dtype=dtype, device=device)
     for rows in weight.split(_ROWS):
@@ -188,7 +188,7 @@ def text_like(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> P
 
 @torch.no_grad()
 def expected_entries(problem: Problem, eps: float, rows: int = 256) -> float:
-    """How many entries a token the sampled gradient is expected to keep, over the first rows."""
+    """How many entries a token the sampled gradient should keep on average, for the first rows."""
     hidden, target = problem.hidden[:rows].float(), problem.target[:rows, None]
     blocks = [hidden @ part.float().T for part in problem.weight.split(_ROWS)]
     kept = torch.cat(blocks, 1).softmax(1).div_(eps).clamp_(max=1)

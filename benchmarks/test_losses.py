@@ -1,4 +1,4 @@
-"""Whether losses became slower, as ratios to the bare GEMM: ``make bench``."""
+"""Tests whether losses became slower, by their ratios to the bare GEMM: ``make bench``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROUNDS = 7
 
 
 def measured() -> list[Case]:
-    """Ours in every mode, peers where weighted is compared with weighted; only who runs here."""
+    """Our losses in every mode, and weighted losses of peers; only those that run here."""
     quick = [one for one in PROVIDERS.values() if not one.compiles]
     ours, peers = ([x.name for x in quick if bool(x.backend) == own] for own in (True, False))
     asked = [*cases(ours, ["plain"], ["both"]), *cases(ours, ["bft"], MODES)]
@@ -38,16 +38,16 @@ def _problem(shape: str) -> Problem:
 
 @functools.cache
 def _bare(shape: str) -> Callable[[], None]:
-    """The bare GEMM in its fastest blocking."""
+    """A run of the bare GEMM in its fastest blocking."""
     problem = _problem(shape)
     blocking = fastest_blocking(problem, DEVICE, repeats=5)
     return functools.partial(bare_product, problem, *blocking)
 
 
 def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tuple[float, float]:
-    """Rounds of a step, the bare GEMM before each: the ratio, and the spread of the latter.
+    """Times rounds of a step and of the bare GEMM: their ratio, and the spread of the latter.
 
-    The ratio is that of the fastest rounds: what others compute meanwhile only ever adds.
+    The ratio is that of the fastest rounds, because other programs only ever add time.
     """
     bare: list[float] = []
     benchmark.group = shape
@@ -59,7 +59,7 @@ def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tupl
     )
     if benchmark.disabled:
         pytest.skip("benchmarks are disabled")
-    del bare[0]  # before the warm-up
+    del bare[0]  # of the warm-up
     ratio = benchmark.stats.stats.min / min(bare)
     benchmark.extra_info["times_g"] = ratio
     return ratio, timing(bare).spread
@@ -70,13 +70,13 @@ def _ratio(run: Callable[[Problem], Tensor], shape: str, benchmark: Any) -> tupl
     "case", measured(), ids=lambda case: f"{case.provider}, {case.weighting}, {case.mode}"
 )
 def test_loss(case: Case, shape: str, benchmark: Any, check_ratio: Any) -> None:
-    """Of one provider, weighting and mode."""
+    """A step of one provider, weighting and mode."""
     ratio, spread = _ratio(case, shape, benchmark)
     check_ratio(ratio, spread, ours=bool(PROVIDERS[case.provider].backend))
 
 
 def test_weighting(benchmark: Any, check_ratio: Any) -> None:
-    """Token and sequence weights alone, of documents of 128 tokens."""
+    """Token and sequence weights alone, for documents of 128 tokens."""
 
     def weights(problem: Problem) -> Tensor:
         confidence = torch.linspace(0, 1, problem.target.numel(), device=DEVICE)

@@ -1,4 +1,4 @@
-"""A setuptools build_ext that compiles C++ and CUDA with ninja, or all of it each time without.
+"""A setuptools build_ext that compiles C++ and CUDA: what changed with ninja, all without it.
 
 CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured; nvcc reads NVCC_APPEND_FLAGS by itself. As in
 torch's extensions, TORCH_CUDA_ARCH_LIST says which GPUs are compiled for, and MAX_JOBS how many
@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError
 
-# What the user's own flags say comes later on the command line, and wins.
+# The user's own flags come later on the command line, and win.
 COMMON_FLAGS = "-std=c++17 -O3 -I."
 # One for each generation of GPUs, and none below the first: kernels need its instructions.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -37,7 +37,7 @@ CUDA_NAMES = {
     "Blackwell+Tegra": "11.0",
 }
 _FAILED = "the compiler failed, its messages are above"
-# Added where a C++ file's name ends in the key: files that are compiled once an instruction set.
+# Flags of files that are compiled for one instruction set, by the end of the file's name.
 INSTRUCTION_SETS = {
     "_avx2": "-mavx2 -mfma",
     # GCC 12 takes its own _mm512_undefined_ps for a mistake.
@@ -99,7 +99,7 @@ def _compile_all(folder, commands, link, target):
 
     objects = [str(folder / f"{source}.o") for source in commands]
     compiling = [f"{command} -c {shlex.quote(source)}" for source, command in commands.items()]
-    # In a container fewer processors may be used than there are.
+    # A container may have fewer processors than the machine.
     mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
     with ThreadPoolExecutor(_jobs() or len(mine)) as pool:
         try:
@@ -111,11 +111,11 @@ def _compile_all(folder, commands, link, target):
 
 
 def _pybind11():
-    """Return the folder of pybind11's headers: its own, or that of the copy which torch has."""
+    """Return the folder of pybind11's headers: of the package, or of the copy in torch."""
     try:
         import pybind11
     except ImportError:
-        torch = importlib.util.find_spec("torch")  # which is not imported
+        torch = importlib.util.find_spec("torch")  # does not import it
         for folder in (torch and torch.submodule_search_locations) or ():
             if Path(folder, "include", "pybind11").is_dir():
                 return str(Path(folder, "include"))
@@ -134,11 +134,11 @@ def _extra(source):
 
 
 def _host_commands(includes):
-    """Return what compiles and what links C++, without threads: see csrc/cpu/parallel.h."""
+    """Return the commands that compile and link C++; no OpenMP: see csrc/cpu/parallel.h."""
     cxx = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), "c++")
     if shutil.which(shlex.split(cxx)[0]) is None:
         raise CompileError(f"no C++ compiler {cxx!r}: install one, or set CXX")
-    # ISO mode would leave multiplications and additions apart.
+    # Without it ISO mode makes no fused multiply-add.
     flags = f"{COMMON_FLAGS} -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra"
     flags += "".join(f" -isystem {shlex.quote(path)}" for path in includes)
     shared = "-shared -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
@@ -147,7 +147,7 @@ def _host_commands(includes):
 
 
 def _jobs():
-    """Return MAX_JOBS; None where the number of processors decides."""
+    """Return MAX_JOBS, or None: then the number of processors decides."""
     jobs = os.environ.get("MAX_JOBS")
     if not jobs:
         return None
@@ -157,7 +157,7 @@ def _jobs():
 
 
 def _cuda_commands():
-    """Return what compiles and what links CUDA, for those architectures that this nvcc knows."""
+    """Return the commands that compile and link CUDA for architectures that this nvcc knows."""
     home = os.environ.get("CUDA_HOME")
     if (nvcc := shutil.which("nvcc", path=f"{home}/bin" if home else None)) is None:
         where = f"in CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
@@ -169,8 +169,8 @@ def _cuda_commands():
         flags += " --threads 0"
     nvcc = shlex.quote(nvcc)
     compile_cu = f"{nvcc} {COMMON_FLAGS} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall {flags}"
-    # nvcc links, because it knows where its runtime is; statically, so that the module can be
-    # imported where there is no CUDA runtime, and beside any other version of it.
+    # nvcc links, because it knows where its runtime is. It links it statically, so that the module
+    # can be imported without a CUDA runtime, and beside any other version of it.
     return compile_cu, f"{nvcc} -shared -cudart static"
 
 
@@ -197,9 +197,9 @@ def _architecture_flags(nvcc, known):
 
 
 def _listed_architectures(asked, nvcc, known):
-    """Return TORCH_CUDA_ARCH_LIST's architectures, such as 90a, and whether PTX is wanted of each.
+    """Return TORCH_CUDA_ARCH_LIST's architectures, such as 90a, and whether each gets PTX too.
 
-    What is too old for the kernels is left out: images set the variable for all that they build.
+    Those too old for the kernels are left out: images set the variable for all that they build.
     """
     wanted = {}
     for entry in re.split("[; ]+", asked.strip("; ")):
@@ -209,7 +209,7 @@ def _listed_architectures(asked, nvcc, known):
             if match and number < CUDA_ARCHITECTURES[0]:
                 print(f"TORCH_CUDA_ARCH_LIST: {version} is left out: kernels need 8.0")
                 continue
-            # Features of one architecture exist since 9.0, those of a family since 10.0.
+            # Variants of one architecture (a) exist since 9.0, those of a family (f) since 10.0.
             if number not in known or number < {"": 0, "a": 90, "f": 100}[match[3]]:
                 versions = [f"{x // 10}.{x % 10}" for x in sorted(known)]
                 raise OptionError(

@@ -7,9 +7,9 @@
 //     bits(key, column)   = mix32(multiplier * column + offset)              32 bits, modulo 2^32
 //     u                   = (float32(bits >> 8) + 0.5f) * 2^-24              in (0, 1]
 //
-// The seed and the row (the position in the flattened input) are 64 bits wide, negative seeds stand
-// for their two's complement; the column is the vocabulary index. The sum with 0.5f rounds to
-// nearest even, which makes 1 the largest u.
+// The seed and the row (the position in the flattened input) are 64 bits wide; a negative seed is
+// its two's complement. The column is the vocabulary index. The sum with 0.5f rounds to nearest
+// even, which makes 1 the largest u.
 //
 // Each row has a multiplier of its own because an offset, or an xor, is not enough: rows whose keys
 // lie within V of each other would then draw shifted copies of the same numbers.
@@ -41,13 +41,13 @@ BFT_HOST_DEVICE uint32_t mix32_high(uint32_t x) {
     return (x ^ (x >> 15)) * 0x846CA68B;
 }
 
-// lowbias32: two multiplications, so that an entry stays cheap where 32-bit ones are fast.
+// lowbias32: two multiplications, which are cheap where 32-bit ones are fast.
 BFT_HOST_DEVICE uint32_t mix32(uint32_t x) {
     x = mix32_high(x);
     return x ^ (x >> 16);
 }
 
-// Derive once a row and keep in registers: all of the hash's 64-bit arithmetic is in here.
+// Derive it once a row and keep it in registers: it takes all of the hash's 64-bit arithmetic.
 struct RowKey {
     uint32_t multiplier;  // odd, so that no two columns of a row collide
     uint32_t offset;

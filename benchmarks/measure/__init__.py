@@ -1,1 +1,1 @@
-"""How seconds, memory and errors are measured."""
+"""Measures seconds, memory and errors."""

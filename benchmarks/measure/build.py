@@ -1,4 +1,4 @@
-"""Compiles the extension beside what else runs."""
+"""Compiles the extension while other parts run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from benchmarks.results.folder import Folder
 
 
 class Build:
-    """Compiles the extension beside everything else.
+    """Compiles the extension while everything else runs.
 
-    On a GPU ``bft_kernels._cuda`` for that GPU alone; it replaces an older one when it is whole. A
-    rehearsal compiles ``_cpu``, and leaves it where it was built.
+    On a GPU that is ``bft_kernels._cuda`` for this GPU alone; it replaces an older one when it is
+    whole. A rehearsal compiles ``_cpu``, and leaves it in its build folder.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.folder, self.started = folder, time.monotonic()
         self.built = ROOT / "build" / f"gpu-{folder.device}"
         settings = {"BFT_BUILD": folder.device}
-        if folder.device == "cuda":  # images set the variable, for every GPU
+        if folder.device == "cuda":  # images set the variable for every GPU
             settings["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))
         else:
             settings["CXXFLAGS"] = "-O0"
@@ -35,7 +35,7 @@ class Build:
         self.process = start(command, folder.env | settings, self.log)
 
     def finish(self, until: float) -> None:
-        """Waits, and notes why there is no module of this build if there is none."""
+        """Waits for the build, and notes the reason if it made no module."""
         try:
             code = self.process.wait(max(0.0, until - time.monotonic()))
             status, reason = ("ok", "") if code == 0 else ("failed", tail(self.log))
@@ -55,7 +55,7 @@ class Build:
             self.folder.failure("build", reason)
         elif status == "cut":
             self.folder.cut.append(f"build: {reason}")
-        # It comes first: _cpu, after it, may be what failed.
+        # _cuda is built before _cpu, which may be the one that failed.
         installs = status in ("ok", "failed") and device == "cuda"
         for built in self.built.glob("lib/bft_kernels/_cuda*.so") if installs else ():
             target = ROOT / "bft_kernels" / built.name

@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not here, and reads what the compiler produced."""
+"""Compiles kernels for a GPU without one, and reads what the compiler produced."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import torch
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as far as these figures need it."""
+    """The properties of a GPU that these figures need."""
 
     backend: str
     arch: int | str
     warp: int
     registers: int  # of a multiprocessor, 32 bits each
     shared: int  # bytes that a program may have
-    brief: bool = False  # differs from sm_90 in its tiles: only kernels that have such are compiled
+    brief: bool = False  # compile only kernels with tiles: the others are those of sm_90
 
 
 # The vendors' tuning guides.
@@ -48,7 +48,7 @@ class Usage:
 
     target: str
     kernel: str
-    operands: str  # types, or nothing for kernels without products
+    operands: str  # types; empty for kernels without products
     switches: tuple[str, ...]  # what distinguishes this form of the kernel
     multiplies: bool  # whether its source has a matrix product
     tensor_core: bool  # whether its machine code has an instruction for that
@@ -56,35 +56,35 @@ class Usage:
     spilled: int  # bytes of local memory of a thread
     shared: int  # bytes of a program
     warps: int
-    narrow: str = ""  # what should move 16 bytes at once and does not
+    narrow: str = ""  # the access that should move 16 bytes at once and does not
     budgeted: bool = True  # whether it is held to the budget of its kernel
 
     @property
     def key(self) -> str:
-        """Names the kernel in the budget."""
+        """The name of the kernel in the budget."""
         return " ".join(filter(None, (self.kernel, self.operands)))
 
     @property
     def name(self) -> str:
-        """Names the form."""
+        """The name of the form."""
         return " ".join((self.target, self.key, *self.switches))
 
     @property
     def fits(self) -> bool:
-        """Whether a multiprocessor holds a program. Registers are given out in eights."""
+        """Whether a multiprocessor has room for a program. Registers are given out in eights."""
         target = TARGETS[self.target]
         registers = in_eights(self.registers) * target.warp * self.warps
         return registers <= target.registers and self.shared <= target.shared
 
 
 def in_eights(registers: int) -> int:
-    """The registers that a thread is given, of those that it needs."""
+    """The registers that a thread gets if it needs so many."""
     return -(-registers // 8) * 8
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of a Triton kernel, and the form of the kernel that it needs, which tells it apart."""
+    """A call of a Triton kernel; two are equal if they need the same form of the kernel."""
 
     run: Callable[[], Any] = field(compare=False)  # compiles
     kernel: str
@@ -93,7 +93,7 @@ class Launch:
     types: frozenset[tuple[str, str]]  # of the tensors
 
     def contains(self, other: Launch) -> bool:
-        """Whether the other form's code is a part of this one's, but for its types' names."""
+        """Whether the other form's code is a part of this one's, whatever the types."""
         return (
             self.kernel == other.kernel
             and self.switches >= other.switches
@@ -102,12 +102,12 @@ class Launch:
 
     @property
     def tiled(self) -> bool:
-        """Whether it makes tiles of a product, whose sizes go by the target."""
+        """Whether it makes tiles of a product, whose sizes depend on the target."""
         return any(name == "BLOCK_N" for name, _ in self.sizes)
 
     @property
     def operands(self) -> str:
-        """Bits of an element of a product's operands, and of the tensors they are read from."""
+        """Bits of an element of a product's operands, and of the tensors that they come from."""
         sizes = dict(self.sizes)
         if "OPERAND" not in sizes:
             return ""
@@ -122,7 +122,7 @@ def _no_device(target: Target) -> Any:
 
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget(target.backend, target.arch, target.warp),
-        get_current_device=lambda: target.arch,  # by which Triton keeps what it compiled
+        get_current_device=lambda: target.arch,  # the key under which Triton keeps what it compiled
         get_current_stream=lambda device=None: 0,
         get_active_torch_device=lambda: torch.device("meta"),
     )
@@ -151,11 +151,11 @@ def rehearsed(target: Target, calls: Iterable[Callable[[], None]]) -> list[Launc
 
 
 def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> Launch:
-    """What is told by a kernel's arguments, of which the constants' names are in capitals."""
+    """The form that a kernel's arguments need; names of constants are in capitals."""
     switches, sizes, types = set(), {}, {}
     records = [value._asdict() for value in given.values() if isinstance(value, tuple)]
     for key, value in functools.reduce(operator.or_, records, given).items():
-        if isinstance(value, torch.Tensor):  # what need not be there is a switch
+        if isinstance(value, torch.Tensor):  # an optional tensor is a switch
             sizes[key], types[key] = value.itemsize, str(value.dtype)
             switches.add(key.removesuffix("_ptr"))
         elif isinstance(value, float):
@@ -173,9 +173,9 @@ def _launch(compiling: Callable[[], Any], name: str, given: dict[str, Any]) -> L
 
 
 def chosen(launches: list[Launch]) -> list[Launch]:
-    """Forms that no other contains, of equals the first; and some in which each switch is off.
+    """Forms that no other contains, the first of equal ones; and forms with each switch off.
 
-    A switch may choose between two pieces of code, so what lies behind "else" is compiled too, once
+    A switch may choose between two pieces of code, so the code behind "else" is compiled too, once
     for each kind of operands.
     """
     switches: dict[str, set[str]] = {}
@@ -200,7 +200,7 @@ def chosen(launches: list[Launch]) -> list[Launch]:
 
 
 def compile_cases(name: str, full: bool) -> list[Usage]:
-    """Kernels for one target: the chosen forms, held to a budget, and with ``full`` all others."""
+    """Compiles the chosen forms for one target, held to a budget; with ``full`` all others too."""
     from benchmarks.measure.rehearsal import CASES, GATE
 
     target = TARGETS[name]
@@ -240,7 +240,7 @@ def usage_of(name: str, launch: Launch) -> Usage:
 
 
 def cuobjdump(cubin: Path, *flags: str) -> str:
-    """What Triton's copy of the tool prints."""
+    """The output of Triton's copy of the tool."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -1,4 +1,4 @@
-"""Compiles the kernels of ``csrc/cuda`` for GPUs that are not here, and reads nvcc's output."""
+"""Compiles the kernels of ``csrc/cuda`` for GPUs, without one, and reads nvcc's output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks.measure.compiled import MMA, Usage, cuobjdump
 from csrc import ninja_build
 
 ROOT = Path(__file__).parents[2]
-# What begins the names of these kernels, beside those of Triton's.
+# The names of these kernels begin with this, unlike those of Triton's.
 PREFIX = "cuda: "
-# All have one code, of mma.sync. sm_90 takes as many registers as any, within a few; sm_100 and
-# sm_120 take fewer.
+# All targets have the same code, of mma.sync. No other takes more than a few registers more than
+# sm_90; sm_100 and sm_120 take fewer.
 GATE = ("sm_90",)
 ALL = (*GATE, "sm_80", "sm_89", "sm_100", "sm_120")
 TYPES = {"float": "f32", "unsigned int": "u32", "__nv_bfloat16": "bf16", "__half": "f16"}
@@ -38,23 +38,23 @@ class _Kernel:
 
     switches: tuple[str, ...]  # template parameters after the type, if it has one
     typed: bool
-    tiled: bool  # by tile.cuh or products.cuh: operands come through shared memory
+    tiled: bool  # it uses tile.cuh or products.cuh: operands come through shared memory
 
 
 def why_not() -> str | None:
-    """What is missing to compile; None if nothing is."""
+    """The tool that is missing for compiling; None if none is."""
     return next(
         (f"no {name} on PATH" for name in ("nvcc", "c++filt") if not shutil.which(name)), None
     )
 
 
 def compile_sources(targets: Sequence[str]) -> list[Usage]:
-    """Every kernel of every file for those of the targets that nvcc knows."""
+    """Compiles every kernel of every file for the targets that nvcc knows."""
     command = ["nvcc", "--list-gpu-arch"]
     known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     jobs = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # The longest files first, so that no processor is left with one.
+        # The longest files first, so that none is left for the end.
         sources = sorted(ROOT.glob("csrc/cuda/*.cu"), key=lambda x: x.name, reverse=True)
         for target in targets:
             if target.replace("sm_", "compute_") not in known:
@@ -65,7 +65,7 @@ def compile_sources(targets: Sequence[str]) -> list[Usage]:
 
 
 def compile_source(target: str, source: Path) -> list[Usage]:
-    """Every kernel of one file for one target."""
+    """Compiles every kernel of one file for one target."""
     flags = ninja_build.COMMON_FLAGS.split()
     with tempfile.TemporaryDirectory() as folder:
         probe, cubin = Path(folder, "probe.cu"), Path(folder, "probe.cubin")
@@ -73,7 +73,7 @@ def compile_source(target: str, source: Path) -> list[Usage]:
         command = ["nvcc", *flags, f"-arch={target}", "-cubin", "-keep", f"-keep-dir={folder}"]
         subprocess.run([*command, "-o", cubin, probe], cwd=ROOT, check=True)
         ptx = Path(folder, "probe.ptx").read_text()
-        # Of CUB's kernels nothing is asked: their names do not begin so.
+        # CUB's kernels, whose names do not begin so, are left out.
         ours = r"(?:void )?(bft::cuda::.*?)"
         resources = _demangled(cuobjdump(cubin, "-res-usage"))
         used = re.findall(rf"Function {ours}:\s+REG:(\d+) STACK:(\d+)", resources)
@@ -85,7 +85,7 @@ def compile_source(target: str, source: Path) -> list[Usage]:
 
 
 def _probe(source: Path) -> str:
-    """The file, and the sizes of its launches as variables, whose values are found in the PTX."""
+    """The file with the sizes of its launches as variables, whose values the PTX then has."""
     sizes = {}
     for kernel, threads, shared in _LAUNCH.findall(source.read_text()):
         sizes |= {f"threads_{kernel}": threads, f"shared_{kernel}": shared}
@@ -115,13 +115,13 @@ def _demangled(text: str) -> str:
 def _usage(
     target: str, function: str, code: str, registers: int, spilled: int, sizes: dict[str, int]
 ) -> Usage:
-    """What one kernel takes: its name demangled, its code, and the probe's variables say it."""
+    """What one kernel takes, from its demangled name, its code and the probe's variables."""
     match = re.search(r"::(\w+)_kernel(?:<([^>]*)>)?\(", function)
     assert match, f"{function}: expected bft::cuda::NAME_kernel"
     kernel, values = match[1], match[2].split(", ") if match[2] else []
     known = _kernels()[kernel]
     operand = values.pop(0) if known.typed else ""
-    # A number is told with its name, and a switch only where it is on.
+    # A number comes with its name, and a switch only if it is on.
     switches = [
         switch if value == "true" else f"{switch}={TYPES.get(value, value)}"
         for switch, value in zip(known.switches, values, strict=True)
@@ -147,6 +147,6 @@ def _usage(
 def _wide(code: str, what: str) -> bool:
     """Whether there is a load, or a copy to shared memory, of 16 bytes at once.
 
-    A copy is a load, too: ``LDGSTS`` is one of ``LDG``.
+    A copy counts as a load, too: ``LDGSTS`` begins with ``LDG``.
     """
     return bool(re.search(rf"\b{what}(?:STS)?(?:\.\w+)*\.128\b", code))

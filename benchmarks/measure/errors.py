@@ -1,4 +1,4 @@
-"""How far losses and gradients are from exact ones, and how far a sampled one is expected to be."""
+"""Errors of losses and gradients, and the expected error of a sampled gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.shapes import Problem
 from bft_kernels import linear_nll
 
 ROWS = 64
-_BLOCK = 8192  # rows of a gradient compared at a time
+_BLOCK = 8192  # rows of a gradient that are compared at a time
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -29,18 +29,18 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def first_rows(problem: Problem, rows: int = ROWS) -> Problem:
-    """Its first tokens with the whole head."""
+    """The problem's first tokens with the whole head."""
     hidden = problem.hidden.detach()[:rows].clone().requires_grad_()
     return replace(problem, hidden=hidden, target=problem.target[:rows])
 
 
-# Rows of dH that are compared, and of dW in groups, whose worst error counts.
+# The rows of dH that are compared, and those of dW in groups; the worst group's error counts.
 Rows = tuple[slice | Tensor, tuple[slice | Tensor, ...]]
 EVERYTHING: Rows = (slice(None), (slice(None),))
 
 
 def some_rows(problem: Problem) -> Rows:
-    """About 64 tokens, frequent ids and the rarest targets; ids go by rank."""
+    """About 64 tokens, frequent ids and the rarest targets; ids are in order of rank."""
     every = max(1, problem.target.numel() // 64)
     return slice(None, None, every), (slice(64), problem.target.unique()[-64:])
 
@@ -50,18 +50,18 @@ class Truth:
     """A problem's exact loss, and rows of its gradients."""
 
     loss: Tensor  # []
-    hidden: Tensor  # [N, D], or those of its rows that are compared
-    weight: tuple[Tensor, ...]  # [V, D], likewise, in groups
-    coefficient: Tensor  # [N], what the weighting multiplies each nll by
+    hidden: Tensor  # [N, D], or only the rows that are compared
+    weight: tuple[Tensor, ...]  # [V, D], or only the rows that are compared, in groups
+    coefficient: Tensor  # [N], the factor of each nll by the weighting
     rows: Rows
 
 
 def truth(
     problem: Problem, weighting: str, dtype: torch.dtype = torch.float64, rows: Rows = EVERYTHING
 ) -> Truth:
-    """By the torch backend, itself tested against the specification.
+    """Computes the truth by the torch backend, which is tested against the specification.
 
-    In float64 it takes ``16 V D`` bytes; rows that are only some are copied to the CPU.
+    In float64 it takes ``16 V D`` bytes; if only some rows are compared, the CPU keeps a copy.
     """
     hidden = problem.hidden.detach().to(dtype).requires_grad_()
     weight = problem.weight.detach().to(dtype).requires_grad_()
@@ -77,7 +77,7 @@ def truth(
 
 
 def step_errors(case: Case, problem: Problem, expected: Truth) -> dict[str, float]:
-    """Relative errors of a step's loss and of the gradients that it makes."""
+    """The relative errors of a step's loss and of the gradients that it makes."""
     found = {"error_loss": relative_error(step(case, problem), expected.loss)}
     hidden, weight = problem.hidden.grad, problem.weight.grad
     if hidden is not None:

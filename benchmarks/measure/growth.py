@@ -1,4 +1,4 @@
-"""Times that grow with tokens and vocabulary as ``a V D + b N V D``."""
+"""Fits times that grow with tokens and vocabulary by ``a V D + b N V D``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def predict(shape: Shape, fixed: float, slope: float) -> float:
 
 
 def can_fit(shapes: Iterable[Shape]) -> bool:
-    """Whether both slopes show: there are two values of N, and two of V."""
+    """Whether both slopes can be told: there are two values of N, and two of V."""
     sizes = [(shape.tokens, shape.vocabulary) for shape in shapes]
     return all(len(set(values)) > 1 for values in zip(*sizes, strict=True))
 
 
 def fit(shapes: list[Shape], times: Sequence[float]) -> tuple[float, float]:
-    """``a`` and ``b`` that make the sum of squared relative deviations least."""
+    """The ``a`` and ``b`` with the smallest sum of squared relative deviations."""
     each = np.array(times) / [predict(shape, 1, 0) for shape in shapes]  # a + b N
     slope, fixed = np.polyfit([shape.tokens for shape in shapes], each, 1, w=1 / each)
     return float(fixed), float(slope)

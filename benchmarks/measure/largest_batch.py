@@ -1,4 +1,4 @@
-"""The largest batch of a fine-tuning step under a limit of memory, by trying."""
+"""Finds the largest batch of a fine-tuning step under a limit of memory, by trying."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def attempt(
 ) -> Outcome:
     """Runs one step on ``ids [B, T]`` in a fresh process, which is killed at the limit.
 
-    That is in bytes of the process's resident set on a CPU, of the device's allocator on a GPU.
-    Patience is in seconds from the start of the step on.
+    The limit is in bytes, of the process's resident set on a CPU and of the device's allocator on a
+    GPU. ``patience`` is in seconds from the start of the step on.
     """
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -32,7 +32,7 @@ def attempt(
     sender.close()
     try:
         failed = receiver.recv()
-        if failed is not None:  # before the step
+        if failed is not None:  # it failed before the step
             return failed
         return _watch(process, receiver, limit if job.device == "cpu" else None, patience)
     except EOFError:
@@ -53,14 +53,14 @@ def _watch(process: Any, receiver: Connection, limit: int | None, patience: floa
         if time.monotonic() > until:
             return Outcome("slow", reason=f"took longer than {patience:g} s")
     outcome = receiver.recv()
-    # The highest mark also tells of a peak between two looks.
+    # The process's own peak also counts what rose between two looks.
     if limit is not None and outcome.peak is not None and outcome.peak > limit:
         return Outcome("over", outcome.peak)
     return outcome
 
 
 def next_batch(batch: int) -> int:
-    """The next larger one that is told apart: one more below 16, about 5% more above."""
+    """The next larger batch to try: one more below 16, about 5% more above."""
     return batch + max(1, round(batch / 20))
 
 
@@ -69,9 +69,9 @@ def largest_batch(
 ) -> tuple[int, str]:
     """The largest batch for which ``run`` says that it fits, by doubling and then by halves.
 
-    Both it and a batch of at most :func:`next_batch` of it, which does not fit, were run; none
-    above ``cap``. ``peaks`` has the bytes of every completed batch, of smaller limits too, and gets
-    those of this search. With the batch, 0 if not even one fits, comes what did not fit.
+    It was run, and so was a batch of at most its :func:`next_batch`, which does not fit. None above
+    ``cap`` is run. ``peaks`` has the bytes of completed batches, also of smaller limits, and gets
+    those of this search. Returns the batch, 0 if not even one fits, and what did not fit.
     """
     fits = max((batch for batch, peak in peaks.items() if peak <= limit), default=0)
     fails: int | None = None

@@ -1,4 +1,4 @@
-"""Peak memory of a step, in a process of its own where that counts all that the process holds."""
+"""Peak memory of a step, in a fresh process, because on a CPU all of a process's memory counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.shapes import Problem, Shape, Source, make_problem
 
 
 def keep_memory() -> None:
-    """Has the C library keep what is freed, so that only the first run touches fresh pages.
+    """Makes the C library keep freed memory, so that only the first run touches fresh pages.
 
     By default glibc returns large tensors to the system, and a step pays for fresh pages anew
     (docs/performance.md). RuntimeError if the C library is not glibc, or refuses.
@@ -23,10 +23,10 @@ def keep_memory() -> None:
 
 
 def return_memory() -> None:
-    """Has the C library return every tensor of 128 KiB and more to the system when it is freed.
+    """Makes the C library return every tensor of 128 KiB and more to the system when it is freed.
 
-    By default that bound grows with the tensors that are freed, and those below it are cut from
-    larger blocks: what a step takes at its highest then differs from run to run by as much as 40%.
+    By default that bound grows with the tensors that are freed, and smaller ones are cut from
+    larger blocks. The peak of a step then differs from run to run by as much as 40%.
     """
     _mallopt("return_memory", {-3: 2**17})  # M_MMAP_THRESHOLD of malloc.h; setting it fixes it
 
@@ -41,7 +41,7 @@ def _mallopt(name: str, settings: dict[int, int]) -> None:
 
 
 def release(device: str) -> None:
-    """Gives back what was freed, which must not pass for memory in use."""
+    """Gives back freed memory, so that it does not count as memory in use."""
     if device == "cuda":
         torch.cuda.empty_cache()
     else:
@@ -49,12 +49,12 @@ def release(device: str) -> None:
 
 
 def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
-    """Bytes in use now, or at most since the last reset."""
+    """The bytes in use now, or their peak since the last reset."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    if reset:  # makes the kernel forget the highest mark of the set-up
+    if reset:  # makes the kernel forget the peak of the set-up
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
     field = "VmHWM" if peak else "VmRSS"
@@ -64,7 +64,7 @@ def in_use(device: str, *, reset: bool = False, peak: bool = False) -> int:
 
 
 def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str) -> int:
-    """Peak bytes of one step beyond the inputs and their gradients."""
+    """The peak bytes of one step beyond the inputs and their gradients."""
     problem.hidden.grad = problem.weight.grad = None
     synchronize(device)
     release(device)
@@ -78,7 +78,7 @@ def peak_of_step(run: Callable[[Problem], Tensor], problem: Problem, device: str
 
 
 def extra_memory(case: Case, source: Source, dtype: torch.dtype, device: str) -> int:
-    """:func:`peak_of_step` of a fresh process."""
+    """:func:`peak_of_step`, to be called in a fresh process."""
     # Libraries and thread pools are loaded before the baseline is read.
     step(case, make_problem(Shape(8, 16, 64), dtype, device))
     return peak_of_step(case, make_problem(source, dtype, device), device)

@@ -1,4 +1,4 @@
-"""What every command that measures is asked, and what none reports: times of a busy machine."""
+"""The options of every command that measures; all refuse to report times of a busy machine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ import torch
 from benchmarks.measure.timing import Timing
 from benchmarks.results.environment import environment
 
-# Interquartile range over median of the bare GEMM above which a machine is too noisy.
+# The spread of the bare GEMM, interquartile range over median, above which a machine is too noisy.
 MOST_SPREAD = 0.15
-# Of the 1-minute load average over the cores, at the start: more means that others are computing.
+# The 1-minute load average a core, at the start, above which other programs are computing.
 MOST_LOAD = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """On what is measured, how, and where to."""
+    """Where to measure, how, and where to write."""
 
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     keep_memory: bool = False
-    """Time with freed memory kept in the process: without the system's work for fresh pages."""
+    """Keep freed memory in the process, so that times have no system work for fresh pages."""
     force: bool = False
     """Measure and report on a busy machine too."""
     output: Path | None = None
-    """Append long-form CSV here."""
+    """Append the results to this CSV file, in long form."""
 
     def facts(self) -> dict[str, Any]:
-        """Environment and load average; SystemExit where others compute, without ``force``."""
+        """Environment and load; SystemExit if other programs compute, without ``force``."""
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         if load > MOST_LOAD * cores:
             most = f"expected up to {MOST_LOAD * cores:.1f}: others are computing, or your own run"
@@ -42,7 +42,7 @@ class Options:
 
 
 def check_spread(bare: Timing, most: float, force: bool, where: str = "") -> None:
-    """SystemExit where the bare GEMM's time differs from turn to turn, without ``force``."""
+    """SystemExit if the bare GEMM's time differs too much from turn to turn, without ``force``."""
     if bare.spread > most:
         _refuse(
             f"{where}the bare GEMM took {bare.seconds:.4f} s with a spread (interquartile range "

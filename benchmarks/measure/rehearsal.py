@@ -1,4 +1,4 @@
-"""Calls that between them use every form of every kernel, on tensors without values."""
+"""Calls that together use every form of every kernel, on tensors without values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bft_kernels.problem import ACCELERATOR_BUFFER_BYTES, Problem
 from bft_kernels.results import Documents, Saved, Wanted
 from bft_kernels.settings import SCHEMES, Settings
 
-# N, D and V of the published figures.
+# The N, D and V of published figures.
 ROWS, WIDTH, VOCABULARY = 8192, 4096, 131_072
-# Budgets with which the forward keeps logits in a buffer, and in registers.
+# Budgets: the forward keeps logits in a buffer with the first, and in registers with the second.
 CHUNKS, TILES = ACCELERATOR_BUFFER_BYTES, 100 * 2**20
 
 
@@ -25,13 +25,13 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def ours(
     operand: torch.dtype,  # of the products
-    hidden_dtype: torch.dtype | None = None,  # of the tensors, where autocast rounds them
+    hidden_dtype: torch.dtype | None = None,  # of the tensors, if autocast rounds them
     weight_dtype: torch.dtype | None = None,
     *,
     width: int = WIDTH,
     transformed: bool = False,  # with a bias, a softcap and smoothing
 ) -> None:
-    """Forward and backward of every mode, `dW` made anew and added to one that is there."""
+    """Forward and backward of every mode; `dW` is new, or added to an existing one."""
     from bft_kernels.backends.triton.engine import linear_nll, linear_nll_backward, weighted_loss
 
     hidden = _empty(ROWS, width, dtype=hidden_dtype or operand)
@@ -63,7 +63,7 @@ def ours(
 
 
 def weights() -> None:
-    """Weights and loss of token losses, of every scheme and normaliser."""
+    """Weights and loss from token losses, for every scheme and normaliser."""
     from bft_kernels.backends.triton.engine import balanced_loss
 
     loss, labelled = _empty(ROWS), _empty(ROWS, dtype=torch.bool)
@@ -91,7 +91,7 @@ CASES: dict[str, Callable[[], None]] = {
     "weights": weights,
 }
 # What the gate compiles: a tile for each kind of operands, with and without a softcap. Left out are
-# mixtures of types, whose tiles it has, and rows of odd length, whose tile is the same everywhere.
+# mixtures of types, whose tiles it has, and rows of odd length, whose tile all targets share.
 GATE = (
     *("bf16", "bf16 transformed", "fp16", "fp32", "fp32 transformed"),
     *("bf16 of fp32", "bf16 of fp32 transformed", "weights"),

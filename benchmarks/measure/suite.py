@@ -1,4 +1,4 @@
-"""Tests on a device, shared out to processes that may die or be cut off."""
+"""Runs tests on a device, divided among processes that may die or be cut off."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.measure import suite_plugin
 from benchmarks.measure.processes import kill_group, start, tail
 from benchmarks.results.folder import Folder
 
-# One step, capture, synchronisation and the hash, in this order.
+# One step, capture in a graph, synchronisation and the hash, in this order.
 FIRST = ("tests/gpu/test_first_steps.py",)
 VALUES = (
     "tests/kernels/test_fused.py",
@@ -21,7 +21,7 @@ VALUES = (
     "tests/kernels/test_triton.py",
     "tests/kernels/test_gpu_weighting.py",
 )
-# A process that dies is started again for the rest of its share, but not for ever.
+# A process that dies is started again for the rest of its share, at most so many times in all.
 _STARTS = 4
 _POLL = 0.1
 _SUMMARY = 5.0  # seconds between two summaries
@@ -29,16 +29,16 @@ _SUMMARY = 5.0  # seconds between two summaries
 
 @dataclass(frozen=True)
 class Suite:
-    """Some tests, and in how many processes they run."""
+    """Some tests, and the number of processes that run them."""
 
     title: str
     files: tuple[str, ...]
-    selected: str  # as by pytest -k
+    selected: str  # an expression of pytest -k
     processes: int
 
 
 def run_suite(suite: Suite, folder: Folder, until: float) -> None:
-    """Runs pytest until a time; ``tests.jsonl`` says how each test ended."""
+    """Runs pytest, at most until a time; ``tests.jsonl`` says how each test ended."""
     folder.say(f"{suite.title}, for up to {max(0.0, until - time.monotonic()):.0f} s")
     known, shown = suite_plugin.read(folder.tests), time.monotonic()
     shares = [_run_share(suite, folder, place) for place in range(suite.processes)]
@@ -77,7 +77,7 @@ def _log(suite: Suite, folder: Folder, place: int) -> Path:
 
 
 def _run_share(suite: Suite, folder: Folder, place: int) -> Generator[bool, None, None]:
-    """Some of the tests, in one process at a time, which starts anew where it died; until closed.
+    """Runs some of the tests in a process, and the rest in another one if it dies; until closed.
 
     Yields while tests run.
     """

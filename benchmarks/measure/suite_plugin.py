@@ -1,7 +1,7 @@
-"""A plugin of pytest: a share of the tests, the most telling first, and outcomes as they come.
+"""A plugin of pytest: a share of the tests, the most telling first, with outcomes as they come.
 
-Every test has a line of JSON as soon as it is selected, another when it starts and another when it
-ends: whenever a run is killed, the last lines say what passed and what was running.
+Every test gets a line of JSON when it is selected, another when it starts and another when it ends.
+So the last lines of a run that was killed say what passed and what was running.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-# Variables of the environment: where outcomes go; "place/of how many"; whose child this is.
+# Variables of the environment: the file for outcomes; "place/number of shares"; the parent.
 OUTCOMES, SHARE, PARENT = "BFT_GPU_OUTCOMES", "BFT_GPU_SHARE", "BFT_GPU_PARENT"
-# Exit status where an error has made the device useless to the process.
+# The exit status after an error that has made the device useless to the process.
 DEVICE_LOST = 77
 _DETAIL = 6000  # characters
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Appends a line for each row, all in one call: other processes write to the file, too."""
+    """Appends a line for each row in one call, because other processes write to the file, too."""
     with path.open("ab", buffering=0) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -47,7 +47,7 @@ def count_cut(rows: Mapping[str, dict[str, Any]]) -> int:
 
 
 def told(rows: Mapping[str, dict[str, Any]]) -> str:
-    """How many ended how."""
+    """How many tests ended in which way."""
     counts, cut = Counter(row["outcome"] for row in rows.values()), count_cut(rows)
     ended = ", ".join(f"{counts[how]} {how}" for how in ("passed", "failed", "skipped"))
     return ended + (f", {cut} cut" if cut else "")
@@ -56,8 +56,8 @@ def told(rows: Mapping[str, dict[str, Any]]) -> str:
 def place_of(name: str, count: int) -> int:
     """Which of the shares a test belongs to, the same in every process.
 
-    Cases of one test use much the same kernels of Triton, which each process compiles for itself:
-    they stay together, and a process compiles 100 of 470 where it would compile 130.
+    Cases of one test use much the same Triton kernels, which each process compiles for itself. So
+    they stay together, and a process compiles 100 of 470 kernels instead of 130.
     """
     if "offsets_beyond" in name:  # takes gigabytes: never two at once
         return 0
@@ -72,9 +72,9 @@ def _write(test: str, outcome: str, **row: Any) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps this process's share without what an earlier one did, and orders it.
+    """Keeps this process's share, without the tests that an earlier process ran, and orders it.
 
-    First comes one case of every test, then a second one: what is cut is more of the same.
+    First comes one case of every test, then a second one, so that a cut loses more of the same.
     """
     place, count = map(int, os.environ[SHARE].split("/"))
     path = Path(os.environ[OUTCOMES])
@@ -100,7 +100,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Says what runs, and stops where nobody waits for it any more."""
+    """Writes what runs; stops if the parent process is gone."""
     if os.getppid() != int(os.environ[PARENT]):
         os._exit(1)
     _write(nodeid, "started")
@@ -120,5 +120,5 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def _shortened(reason: Any) -> str:
-    """The end of a traceback, which says what went wrong, or why a test is skipped."""
+    """The end of a traceback, which says what failed, or why a test is skipped."""
     return str(reason[2] if isinstance(reason, tuple) else reason)[-_DETAIL:]

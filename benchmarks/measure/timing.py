@@ -19,16 +19,16 @@ from benchmarks.providers.registry import Case, find
 from benchmarks.shapes import Problem, Shape
 
 Blocking = tuple[int | None, int | None]
-# Rows and columns of the blocks in which the bare GEMM is tried; None: all of them.
+# Rows and columns of the blocks in which the bare GEMM is tried; None for all of them.
 BLOCKINGS: dict[str, tuple[Blocking, ...]] = {
     "cpu": ((None, None), (512, None), (None, 4096), (None, 1024), (1024, 512), (512, 1024)),
     "cuda": ((None, None), (None, 16_384), (None, 4096), (2048, None)),
 }
-_LEAST_TURNS = 3  # that are timed whatever the time
+_LEAST_TURNS = 3  # so many are timed even if time is short
 
 
 def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
-    """Forward and the gradients, of a loss that has any; the loss ``[]``."""
+    """Runs the forward, and the backward if the loss has gradients; returns the loss ``[]``."""
     problem.hidden.grad = problem.weight.grad = None
     loss = run(problem)
     if loss.requires_grad:
@@ -37,13 +37,13 @@ def step(run: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
 
 
 def synchronize(device: str) -> None:
-    """Waits for a device that runs behind the host."""
+    """Waits until a device that runs behind the host has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall time of one run, the device's work included."""
+    """The wall time of one run, the device's work included."""
     synchronize(device)
     started = time.perf_counter()
     run()
@@ -53,7 +53,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 @torch.no_grad()
 def bare_product(problem: Problem, rows: int | None, columns: int | None) -> None:
-    """All logits, block by block in one reused buffer."""
+    """Computes all logits, block by block in one reused buffer."""
     hidden, weight = problem.hidden, problem.weight
     rows, columns = rows or hidden.shape[0], columns or weight.shape[0]
     buffer = hidden.new_empty(min(rows, hidden.shape[0]) * min(columns, weight.shape[0]))
@@ -65,7 +65,7 @@ def bare_product(problem: Problem, rows: int | None, columns: int | None) -> Non
 
 @dataclass(frozen=True)
 class Timing:
-    """Of repeated runs, as columns of a row."""
+    """The times of repeated runs, as columns of a row."""
 
     seconds: float  # median
     spread: float  # interquartile range over the median
@@ -75,7 +75,7 @@ class Timing:
 
 
 def timing(samples: list[float]) -> Timing:
-    """Median and spread of at least one time."""
+    """The timing of at least one sample."""
     median, spread = statistics.median(samples), 0.0
     if len(samples) > 1:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -91,10 +91,10 @@ def time_turns(
     lasting: float = 0.0,
     until: float = math.inf,
 ) -> dict[Any, Timing]:
-    """Times of each run, in turns so that noise hits all alike; a first turn warms up.
+    """Times the runs in turns, so that noise hits all alike; a first turn warms up.
 
-    Short turns are repeated until ``lasting`` seconds have passed. From ``until``, of
-    ``time.monotonic()``, on three turns are enough.
+    Short turns are repeated until ``lasting`` seconds have passed. After ``until``, a time of
+    ``time.monotonic()``, three turns are enough.
     """
     samples: dict[Any, list[float]] = {name: [] for name in runs}
     started = time.monotonic()
@@ -112,7 +112,7 @@ def time_turns(
 def time_all(
     problem: Problem, device: str, repeats: int, cases: Sequence[Case]
 ) -> tuple[Timing, dict[Case, Timing]]:
-    """1G, which is the fastest of the ``BLOCKINGS`` of the bare GEMM, and each case."""
+    """Times 1G, the fastest of the ``BLOCKINGS`` of the bare GEMM, and each case."""
     partial, blockings = functools.partial, BLOCKINGS[device]
     runs = {blocking: partial(bare_product, problem, *blocking) for blocking in blockings}
     runs |= {case: partial(step, case, problem) for case in cases}
@@ -121,7 +121,7 @@ def time_all(
 
 
 def fastest_blocking(problem: Problem, device: str, repeats: int = 2) -> Blocking:
-    """The one of 1G, of those for which there is memory."""
+    """The fastest blocking of the bare GEMM, among those for which there is memory."""
     runs = {}
     for blocking in BLOCKINGS[device]:
         run = functools.partial(bare_product, problem, *blocking)
@@ -133,7 +133,7 @@ def fastest_blocking(problem: Problem, device: str, repeats: int = 2) -> Blockin
 
 
 def fastest_option(case: Case, problem: Problem, device: str) -> Case:
-    """The case with the fastest of its provider's options, if there are several."""
+    """The case with the fastest option of its provider, if there are several."""
     options = [replace(case, option=option) for option in find(case.provider).options]
     if len(options) == 1:
         return options[0]
@@ -144,7 +144,7 @@ def fastest_option(case: Case, problem: Problem, device: str) -> Case:
 def rates(
     taken: Timing, bare: Timing, shape: Shape, itemsize: int, case: Case | None = None
 ) -> dict[str, Any]:
-    """Columns of a time, as multiples of 1G and a second; of 1G itself without ``case``."""
+    """Columns of a time: multiples of 1G, and rates a second; of 1G itself without ``case``."""
     hidden, weight = shape.tokens * shape.width, shape.vocabulary * shape.width
     gradients = {"forward": 0, "both": hidden + weight, "frozen": hidden}
     moved = hidden + weight + (gradients[case.mode] if case else 0)

@@ -1,4 +1,4 @@
-"""What the processes of ``python -m benchmarks train`` do: real steps, on rows of real text."""
+"""The work of the processes of ``python -m benchmarks train``: real steps on rows of real text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WARM_UP = 16  # tokens of the step that makes the optimizer's state
 
 @dataclass(frozen=True)
 class Job:
-    """The step: everything but the loss and the tokens."""
+    """A step, without its loss and its tokens."""
 
     settings: TrainConfig
     device: str
@@ -42,15 +42,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one step in a process of its own."""
+    """The outcome of one step in a process of its own."""
 
     status: Literal["fits", "over", "slow", "failed"]
-    peak: int | None = None  # bytes, if it was completed
+    peak: int | None = None  # bytes, if the step was completed
     reason: str = ""
 
 
 class Clock:
-    """Seconds between the parts of a step; on a GPU each part ends when its work is done."""
+    """Measures the seconds of a step's parts; on a GPU a part ends when its work is done."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -62,7 +62,7 @@ class Clock:
         self.since = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """The part ends now, and the next begins."""
+        """Ends the part now; the next one begins."""
         synchronize(self.device)
         now = time.perf_counter()
         self.parts[part] = now - self.since
@@ -75,7 +75,7 @@ class Clock:
 
 
 class Stepper:
-    """A model and its AdamW. Losses take turns at the model's head."""
+    """A model with its AdamW; losses take turns at its head."""
 
     def __init__(self, job: Job) -> None:
         self.device, self.settings = job.device, job.settings
@@ -89,14 +89,14 @@ class Stepper:
         self.clock = Clock(job.device)
 
     def step(self, label: str, ids: Tensor) -> Tensor:
-        """Forward, backward, clipping and the optimizer's step on ``ids [B, T]``; the loss.
+        """Runs forward, backward, clipping and optimizer on ``ids [B, T]``; returns the loss.
 
-        ``clock.parts`` has the seconds of each of :data:`benchmarks.results.schema.PARTS`.
+        ``clock.parts`` then has the seconds of each of :data:`benchmarks.results.schema.PARTS`.
         """
         ids = ids.to(self.device)
         self.clock.start()
         with self._at_head(find(label).make(self.settings)):
-            # A cache would cost memory that has nothing to do with the loss.
+            # A cache of keys and values would take memory that has nothing to do with the loss.
             loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
             self.clock.lap("head_forward")
             loss.backward()
@@ -109,7 +109,7 @@ class Stepper:
 
     @contextmanager
     def _at_head(self, loss: LossFunction | None) -> Iterator[None]:
-        """The model computes ``loss`` within; ``None``: its own."""
+        """Within this context the model computes ``loss``, or its own if that is ``None``."""
         if loss is None:
             with self.model.get_output_embeddings().register_forward_pre_hook(
                 lambda _, inputs: self.clock.enter_head(inputs[0])
@@ -118,7 +118,7 @@ class Stepper:
             return
 
         def watched(hidden: Tensor, head: Head, *targets: Any) -> tuple[Tensor, Any]:
-            # What the patch measures on its first call is not measured in every step.
+            # The patch measures this on its first call, and not again in every step.
             self.transform = LogitTransform(head.softcap, head.temperature)
             self.clock.enter_head(hidden)
             return loss(hidden, head, *targets)
@@ -134,9 +134,9 @@ class Stepper:
 def time_steps(
     job: Job, labels: list[str], turns: Tensor, keep: bool
 ) -> dict[str, list[dict[str, float]] | str]:
-    """Seconds of the parts of each loss's steps, in turns; of a loss that fails, why.
+    """Seconds of the parts of each loss's steps, in turns; the reason if a loss fails.
 
-    The first turn warms up. Every loss of a turn sees the same ``[turns, B, T]`` token ids.
+    The first turn warms up. Of the token ids ``[turns, B, T]`` all losses of a turn see the same.
     """
     _be_quiet()
     if keep:
@@ -155,10 +155,10 @@ def time_steps(
 
 
 def send_peak(sender: Connection, job: Job, label: str, ids: Tensor, limit: int | None) -> None:
-    """One step on ``ids [B, T]``; sends ``None`` when it starts, then its :class:`Outcome`.
+    """Runs a step on ``ids [B, T]``; sends ``None`` when it starts, then its :class:`Outcome`.
 
-    A short step goes before it, so that the optimizer's state is there, as in every step of a
-    training but its first. What loading the model took at its highest is forgotten.
+    A short step before it makes the optimizer's state, which all but the first step of a training
+    have. The peak of loading the model does not count.
     """
     _be_quiet()
     try:
@@ -167,7 +167,7 @@ def send_peak(sender: Connection, job: Job, label: str, ids: Tensor, limit: int 
         stepper = Stepper(job)
         stepper.step(label, ids[:1, :_WARM_UP])
         release(job.device)
-        if job.device == "cuda" and limit is not None:  # on a CPU the parent watches over it
+        if job.device == "cuda" and limit is not None:  # on a CPU the parent watches the memory
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
         in_use(job.device, reset=True)
@@ -182,7 +182,7 @@ def send_peak(sender: Connection, job: Job, label: str, ids: Tensor, limit: int 
 
 
 def _be_quiet() -> None:
-    """The parent tells what goes on."""
+    """Turns off progress bars and warnings of transformers: the parent reports progress."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -190,7 +190,7 @@ def _be_quiet() -> None:
 
 
 def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
-    """Token ids, one document after the other: lines of a text file, or the demo's records."""
+    """Token ids of one document after the other: lines of a text file, or the demo's records."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(pretrained(settings.model)))
@@ -208,7 +208,7 @@ def documents(settings: TrainConfig, texts: Path | None) -> Iterator[list[int]]:
 
 
 def token_rows(documents: Iterable[list[int]], length: int, count: int) -> Tensor:
-    """``[count, length]`` token ids: documents joined and cut, again and again; or SystemExit."""
+    """Token ids ``[count, length]`` of joined documents, repeated if too few; or SystemExit."""
     tokens = itertools.chain.from_iterable(documents)
     found = list(itertools.islice(tokens, count * length))
     full = len(found) // length

@@ -26,15 +26,15 @@ DTYPE = torch.bfloat16
 TURNS = 11
 _WORKSPACE = 2 * 2**30
 _SMALLEST = 1024
-# A provider that takes its process down is tried again on other shapes, but not for ever.
+# A provider that takes down its process so often is not tried on other shapes any more.
 _STRIKES = 2
-# Starting a process costs about as much time as measuring two providers.
+# Starting a process takes about as long as measuring so many providers.
 _START = 2
-# Most families need less than their share of the time: one may take this much of it.
+# A family may take so many times its share, because most families need less than theirs.
 _OVERDRAFT = 1.5
-# Of the time, what Triton's kernels get: there are the most of them.
+# Triton's kernels get so many shares of the time, because there are the most of them.
 _WEIGHT = {"bft triton": 2}
-# An allocator does not get all of a device's memory.
+# The part of a device's memory that an allocator gets.
 _USABLE = 0.9
 
 Measured = Iterator[tuple[Job, dict[str, Any]]]
@@ -42,12 +42,12 @@ Measured = Iterator[tuple[Job, dict[str, Any]]]
 
 @dataclass
 class Family:
-    """Providers that share a process, and which of them took one down how often."""
+    """Providers that share a process, and how often each of them took one down."""
 
     jobs: list[Job]
     end: float
     limit: float  # seconds of one job
-    strikes: dict[Case, list[str]] = field(default_factory=dict)  # how it ended, each time
+    strikes: dict[Case, list[str]] = field(default_factory=dict)  # how the process ended, each time
 
 
 def measure_all(
@@ -57,7 +57,7 @@ def measure_all(
     cases: Sequence[Case],
     turns: int = TURNS,
 ) -> None:
-    """A row for every case and shape; whatever is not measured by ``end`` is cut."""
+    """Writes a row for every case and shape; one that is not measured by ``end`` is cut."""
     asked = {fit(shape, _room(folder.device)): shape for shape in shapes}
     families: dict[str, list[Case]] = {}
     for case in cases:
@@ -70,7 +70,7 @@ def measure_all(
     for place, members in enumerate(families.values()):
         now = time.monotonic()
         share = _OVERDRAFT * (end - now) * weights[place] / sum(weights[place:])
-        # One that hangs must leave some time for the others of its family.
+        # A provider that hangs must leave some time for the others of its family.
         limit = share if len(members) == 1 else share / 3
         jobs = [Job(member, shape) for shape in asked for member in members]
         for job, row in _measure(Family(jobs, min(end, now + share), limit), folder, turns):
@@ -80,10 +80,10 @@ def measure_all(
 def compile_ahead(
     folder: Folder, end: float, shapes: Sequence[Shape], cases: Sequence[Case], processes: int
 ) -> None:
-    """A step of each of ours, in several processes: Triton keeps what they compile on disk.
+    """Runs a step of each of ours, in several processes: Triton keeps what they compile on disk.
 
-    Kernels are compiled for a width: one shape of each will do. What fails here fails again where
-    it is measured.
+    Kernels are compiled for a width, so one shape of each width is enough. What fails here fails
+    again when it is measured.
     """
     room = _room(folder.device)
     widths = list({shape.width: fit(shape, room) for shape in reversed(shapes)}.values())
@@ -101,33 +101,33 @@ def compile_ahead(
 
 
 def needed(shape: Shape) -> int:
-    """Bytes for inputs and gradients, a gradient of ``weight`` in float32 and 2 GiB."""
+    """The bytes of inputs and gradients, of a float32 gradient of ``weight``, and 2 GiB."""
     weight = shape.vocabulary * shape.width
     return 4 * (shape.tokens * shape.width + weight) + 4 * weight + _WORKSPACE
 
 
 def fit(shape: Shape, memory: float) -> Shape:
-    """The shape, its tokens and vocabulary halved until a fused loss in 16 bits has room for it."""
+    """The shape, with tokens and vocabulary halved until a fused loss in 16 bits has room."""
     while needed(shape) > memory and min(shape.tokens, shape.vocabulary) > _SMALLEST:
         shape = Shape(shape.tokens // 2, shape.width, shape.vocabulary // 2)
     return shape
 
 
 def _room(device: str) -> float:
-    """Bytes for all processes; on a CPU they are not counted."""
+    """The bytes that all processes may take; without limit on a CPU."""
     if device == "cpu":
         return math.inf
     return _USABLE * torch.cuda.get_device_properties(0).total_memory
 
 
 def _missing(folder: Folder, case: Case) -> str:
-    """Why no process need be started; its process looks closer."""
+    """Why no process need be started for a case; the process itself looks closer."""
     reasons = folder.reasons.get(find(case.provider).backend, "")
     return why_not_at_all(case, folder.device) or reasons
 
 
 def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, Any]) -> None:
-    """Turns what a process reports into a row of the results."""
+    """Writes what a process reports as a row of the results."""
     detail, status = row.pop("detail", row.get("reason", "")), row["status"]
     shape, whole = job.shape, asked[job.shape]
     where = {"shape": name_of(shape), "inputs": "synthetic", "memory_kept": False}
@@ -137,7 +137,7 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
     folder.row(job.case.columns | asdict(shape) | where | row)
     if "seconds" in row:
         folder.say(f"{job}: {row['seconds']:.4f} s, {row['times_g']:.2f} G")
-    # That a peer has no room is a result about it, and no failure.
+    # If a peer runs out of memory, that is a result, not a failure.
     no_room = status == "out of memory" and not find(job.case.provider).backend
     if status == "unavailable" or no_room:
         folder.say(f"{job}: {status}: {row['reason']}")
@@ -148,7 +148,7 @@ def _write(folder: Folder, asked: dict[Shape, Shape], job: Job, row: dict[str, A
 
 
 def _measure(family: Family, folder: Folder, turns: int, title: str = "") -> Measured:
-    """Starts processes until every job of a family has its row."""
+    """Starts processes until every job of a family has a row."""
     while family.jobs:
         left = family.end - time.monotonic()
         if left <= 0:
@@ -186,7 +186,7 @@ def _measure(family: Family, folder: Folder, turns: int, title: str = "") -> Mea
 def _receive(
     family: Family, process: subprocess.Popen[bytes], connection: Connection
 ) -> tuple[dict[str, Any], bool]:
-    """The next row, and whether the process can go on: it is not dead or out of time."""
+    """The next row, and whether the process can continue: it is neither dead nor out of time."""
     allowed = min(family.limit, max(0.0, family.end - time.monotonic()))
     try:
         if connection.poll(allowed):

@@ -1,4 +1,4 @@
-"""The process in which providers are measured: it may die without taking other results along."""
+"""The process that measures providers: it may die, and other results stay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.measure.processes import explain, first_line
 from benchmarks.providers.registry import Case, Provider, find, why_not
 from benchmarks.shapes import Problem, Shape, expected_entries, text_like
 
-# Relative error of a loss whose terms and sums are float32; peers also sum in 16 bits.
+# The largest relative error of a loss in float32; peers also sum in 16 bits.
 LOSS_TOLERANCE = 0.01
 
 
@@ -42,20 +42,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process is told."""
+    """The task of a process."""
 
     jobs: tuple[Job, ...]
     dtype: torch.dtype
     device: str
-    seconds: float  # that it has for all jobs
+    seconds: float  # the time for all jobs
     turns: int
 
 
 def serve(descriptor: int) -> None:
     """Measures the jobs that come over a connection, and sends back a row for each.
 
-    With the row it sends whether the device is still usable. Where it is not the process ends; its
-    parent starts another one for the jobs that are left.
+    With the row it sends whether the device is still usable. If it is not, the process ends, and
+    its parent starts another one for the other jobs.
     """
     faulthandler.enable()
     connection = Connection(descriptor)
@@ -66,14 +66,14 @@ def serve(descriptor: int) -> None:
         row, lives = _attempt(job, task, time.monotonic() + share)
         connection.send((row, lives))
         if not lives:
-            os._exit(1)  # leaving in order would wait for the device
+            os._exit(1)  # a normal exit would wait for the device
 
 
 def _attempt(job: Job, task: Task, until: float) -> tuple[dict[str, Any], bool]:
-    """A row, whatever happens, and whether the device is still usable."""
+    """A row in any case, and whether the device is still usable."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # code for any shape, made for the second one, is slower
+        torch.compiler.reset()  # code for any shape, made at the second shape, is slower
     if task.device == "cuda":
         torch.cuda.empty_cache()
     try:
@@ -90,7 +90,7 @@ def _attempt(job: Job, task: Task, until: float) -> tuple[dict[str, Any], bool]:
 
 
 def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
-    """Errors, interleaved times and peak memory of one provider."""
+    """Measures errors, interleaved times and peak memory of one provider."""
     device, provider = task.device, find(job.case.provider)
     if reason := why_not(job.case, device, task.dtype):
         return {"status": "unavailable", "reason": reason}
@@ -101,7 +101,7 @@ def measure(job: Job, task: Task, until: float) -> dict[str, Any]:
     timing.step(case, problem)
     timing.synchronize(device)
     row["first_seconds"] = time.perf_counter() - started
-    if task.turns == 0:  # it was to be compiled
+    if task.turns == 0:  # the task was to compile
         return row
     row |= _checked(case, problem, job.shape, task)
     if provider.eps is not None:
@@ -126,7 +126,7 @@ def _truth(shape: Shape, dtype: torch.dtype, device: str, weighting: str) -> Tru
 
 
 def _checked(case: Case, problem: Problem, shape: Shape, task: Task) -> dict[str, Any]:
-    """Relative errors, and status "wrong" where they are no rounding, sampling or filtering."""
+    """Relative errors; status "wrong" if rounding, sampling or filtering do not explain them."""
     provider = find(case.provider)
     try:
         expected = _truth(shape, task.dtype, task.device, case.weighting)
@@ -134,7 +134,7 @@ def _checked(case: Case, problem: Problem, shape: Shape, task: Task) -> dict[str
         return {"reason": "gradients not checked: no memory for the torch backend's"}
     errors = step_errors(case, problem, expected)
     limits = {"error_loss": LOSS_TOLERANCE} if provider.backend else {}
-    # Written so that a NaN is wrong.
+    # The comparison is written so that a NaN is wrong.
     wrong = [
         f"{name} is {value:.3g}, expected up to {limits.get(name, provider.allowed)}"
         for name, value in errors.items()
@@ -144,7 +144,7 @@ def _checked(case: Case, problem: Problem, shape: Shape, task: Task) -> dict[str
 
 
 def _memory(provider: Provider, case: Case, problem: Problem, device: str) -> dict[str, Any]:
-    """Peak bytes of a step beyond inputs and gradients, and entries a token in its lists."""
+    """The peak bytes of a step beyond inputs and gradients, and its listed entries a token."""
     offsets = (problem.target.numel() + 1,)
     listed: list[Tensor] = []
 

@@ -1,1 +1,1 @@
-"""Who is compared."""
+"""The losses that are compared."""

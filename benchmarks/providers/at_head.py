@@ -16,7 +16,7 @@ from bft.loss import IGNORE, Head, LossFunction
 
 
 def _at_head(case: Case, window: int) -> LossFunction:
-    """What ``python -m benchmarks loss`` measures; rows of a batch ``[B, T]`` are documents."""
+    """The loss that a case measures, at a head; rows of a batch ``[B, T]`` are documents."""
 
     def loss(hidden: Tensor, head: Head, target: Tensor, *_: Any) -> tuple[Tensor, Any]:
         if head.bias is not None or head.softcap is not None or head.temperature != 1:
@@ -49,12 +49,12 @@ class StepLoss:
         return f"{self.name}, {self.weighting}"
 
     def why_missing(self, device: str, dtype: torch.dtype = torch.float32) -> str:
-        """Why it cannot run here, empty if it can."""
+        """Why the loss cannot run here; empty if it can."""
         case = Case(self.name, self.weighting)
         return "" if self.name in OURS else why_not(case, device, dtype)
 
     def make(self, settings: TrainConfig) -> LossFunction | None:
-        """What :func:`bft.patch_model` puts at the model's head, or ``None``: the model's own."""
+        """The loss that :func:`bft.patch_model` takes; ``None`` for the model's own."""
         if self.name in OURS:
             plain = {"scheme": "sft", "normalize": "token"}
             scheme: dict[str, Any] = plain if self.weighting == "plain" else {"scheme": "bft"}
@@ -68,5 +68,5 @@ LOSSES = tuple(StepLoss(name, weighting) for weighting in ("plain", "bft") for n
 
 
 def find(label: str) -> StepLoss:
-    """By :attr:`StepLoss.label`."""
+    """The loss with this :attr:`StepLoss.label`."""
     return next(loss for loss in LOSSES if loss.label == label)

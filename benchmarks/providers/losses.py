@@ -1,7 +1,7 @@
-"""The losses that are compared: one function each, from a problem and a weighting.
+"""The losses that are compared: each is a function of a problem and a weighting.
 
-It returns the loss, or each token's ``nll``, which is weighted then. A function with ``peer`` above
-it is all that another peer needs.
+It returns the loss, or each token's ``nll``, which is then weighted. To add a peer, write such a
+function with ``peer`` above it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bft_kernels.weighting import balanced_loss
 
 
 def documents(problem: Problem) -> Tensor:
-    """Boundaries of the problem's documents, ``[S + 1]``, on the CPU."""
+    """The boundaries of the problem's documents, ``[S + 1]``, on the CPU."""
     count = problem.target.numel()
     return torch.tensor([*range(0, count, problem.document), count])
 
 
 def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
-    """The loss ``[]`` from each token's ``nll [N]``; one that is reduced already stays as it is."""
+    """The loss ``[]`` from each token's ``nll [N]``; a reduced loss stays as it is."""
     if nll.dtype != torch.float64:
         nll = nll.float()
     if nll.ndim == 0 or weighting == "plain":
@@ -41,12 +41,12 @@ def weigh(nll: Tensor, weighting: str, problem: Problem) -> Tensor:
 
 
 def reduction(weighting: str) -> str:
-    """What to ask of a loss that can reduce: its own mean, or the tokens' losses to weigh."""
+    """The reduction to ask for: the loss's own mean, or none if tokens' losses are weighted."""
     return "mean" if weighting == "plain" else "none"
 
 
 def ours(problem: Problem, weighting: str, **how: Any) -> Tensor:
-    """This package's; without gradients with every statistic, as an evaluation wants them."""
+    """This package's losses; without gradients they give every statistic, as for an evaluation."""
     how.setdefault("return_stats", not torch.is_grad_enabled())
     if weighting == "plain":
         result = linear_cross_entropy(*problem.inputs, **how)
@@ -63,7 +63,7 @@ def _eager(hidden: Tensor, weight: Tensor, target: Tensor, how: str) -> Tensor:
 
 @peer("eager", KEPT, priority=2)
 def eager(problem: Problem, weighting: str) -> Tensor:
-    """All logits at once."""
+    """The loss from all logits at once."""
     return _eager(*problem.inputs, reduction(weighting))
 
 
@@ -74,7 +74,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 @peer("compiled eager", KEPT, compiles=True, priority=4)
 def compiled(problem: Problem, weighting: str) -> Tensor:
-    """Eager, compiled; its weights are not."""
+    """The eager loss, compiled; its weighting is not compiled."""
     return _compiled()(*problem.inputs, reduction(weighting))
 
 
@@ -99,7 +99,7 @@ def torch_chunked(problem: Problem, weighting: str, **options: Any) -> Tensor:
     priority=2,
 )
 def cut_cross_entropy(problem: Problem, weighting: str) -> Tensor:
-    """Apple's; off a GPU its implementation for torch.compile."""
+    """Apple's loss; without a GPU its implementation for torch.compile."""
     from cut_cross_entropy import linear_cross_entropy
 
     implementation = "cce" if problem.hidden.is_cuda else "torch_compile"
@@ -132,7 +132,7 @@ def liger_scaled(problem: Problem, weighting: str) -> Tensor:
     "liger fused", KEPT, AGAIN, "liger-kernel: liger_kernel.transformers", gpu_only=True, priority=2
 )
 def liger_fused(problem: Problem, weighting: str) -> Tensor:
-    """Liger's fused linear cross-entropy; DFT is an option of its own."""
+    """Liger's fused linear cross-entropy, which has an option for DFT."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     how = {"use_token_scaling": True} if weighting == "dft" else {}
@@ -162,7 +162,7 @@ def trl_chunked(problem: Problem, weighting: str) -> Tensor:
 
 @peer("verl", AGAIN_EACH, installed="verl: verl.utils.experimental.torch_functional")
 def verl_chunked(problem: Problem, weighting: str) -> Tensor:
-    """The fused linear layer for PPO of verl: log-probabilities in chunks of 512 tokens."""
+    """The fused linear layer of verl for PPO: log-probabilities in chunks of 512 tokens."""
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
     return -FusedLinearForPPO()(*problem.inputs)[0]
@@ -174,10 +174,10 @@ def verl_chunked(problem: Problem, weighting: str) -> Tensor:
     installed="quack-kernels: quack.linear_cross_entropy",
     weightings=("plain",),
     gpu_only=True,
-    priority=4,  # tunes itself for long
+    priority=4,  # takes long to tune itself
 )
 def quack(problem: Problem, weighting: str) -> Tensor:
-    """QuACK's chunked linear cross-entropy, by its own choice of pipeline."""
+    """QuACK's chunked linear cross-entropy, which chooses its pipeline itself."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(*problem.inputs)

@@ -1,4 +1,4 @@
-"""What is to know of a loss to compare it with others."""
+"""What must be known about a loss to compare it with others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 Run = Callable[..., Tensor]  # of a Problem and its weighting, see losses.py
 
-# plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The confidence
-# and the weights are constants to the gradient.
+# plain: the mean. dft: the mean of confidence x nll. bft: balanced, over documents. The gradient
+# takes confidences and weights as constants.
 WEIGHTINGS = ("plain", "dft", "bft")
 # forward: no gradients. both: dH and dW. frozen: dH, of a head that is not trained (LoRA).
 MODES = ("forward", "both", "frozen")
 
-Products = tuple[int, int, int]  # in each of MODES, in G
-# All logits are kept, or they are computed again for a gradient: for one product, or for each.
+Products = tuple[int, int, int]  # for each of MODES, in G
+# Logits are all kept, or computed again for the gradients: once, or once for each gradient.
 KEPT, AGAIN, AGAIN_EACH = (1, 3, 2), (1, 4, 3), (1, 4, 4)
 
 
@@ -27,29 +27,29 @@ class Provider:
     """One loss to compare."""
 
     name: str
-    # Ways to run it by name; of several the fastest here is reported.
+    # The ways to run it, by name; the fastest one is reported.
     options: Mapping[str, Run]
-    # Products that the method must do: of the mean, and of a weighted loss.
+    # The products that the method must do for the mean, and for a weighted loss.
     plain: Products
     weighted: Products
     weightings: tuple[str, ...] = WEIGHTINGS
-    modes: tuple[str, ...] = MODES  # of the others a backend's "exact" has the figures
-    distribution: str = ""  # that it is installed from
-    module: str = ""  # what must be importable
+    modes: tuple[str, ...] = MODES  # for the others see the backend's "exact"
+    distribution: str = ""  # the distribution to install
+    module: str = ""  # the module that must be importable
     gpu_only: bool = False
-    compiles: bool = False  # is slow to start
-    backend: str = ""  # of this package
+    compiles: bool = False  # it is slow to start
+    backend: str = ""  # of this package, if it is ours
     eps: float | None = None  # of a sampled gradient
-    allowed: float = 0.2  # relative error that passes for rounding, sampling or filtering
-    priority: int = 3  # who comes first where time is short
+    allowed: float = 0.2  # largest relative error by rounding, sampling or filtering
+    priority: int = 3  # the order if time is short
 
     @property
     def family(self) -> str:
-        """Providers of one share a process."""
+        """The family; its providers share a process."""
         return f"bft {self.backend}" if self.backend else self.name
 
     def products(self, weighting: str, mode: str) -> int:
-        """In G."""
+        """The products of a weighting and mode, in G."""
         return (self.plain if weighting == "plain" else self.weighted)[MODES.index(mode)]
 
 
@@ -64,10 +64,10 @@ def peer(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     **more: Any,
 ) -> Callable[[Run], Run]:
-    """Lists a loss, ``installed`` from a distribution that has a module: ``"trl: trl.kernels"``.
+    """Lists a loss. ``installed`` names a distribution and its module: ``"trl: trl.kernels"``.
 
-    ``weighted`` products are those of the mean if not given, ``options`` the arguments of each way
-    to run it, and ``more`` fields of :class:`Provider`.
+    Without ``weighted`` its products are those of the mean. ``options`` has the arguments of each
+    way to run it, and ``more`` has fields of :class:`Provider`.
     """
     more["distribution"], _, more["module"] = installed.partition(": ")
 

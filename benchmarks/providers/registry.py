@@ -1,4 +1,4 @@
-"""The list of providers, ours among them; what is asked of them, and why one cannot run here."""
+"""The list of providers, ours included; the cases to measure, and why one cannot run here."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SAMPLED: dict[str, Any] = {"gradient": "sampled", "seed": 0}
 
 @dataclass(frozen=True)
 class Case:
-    """What one row of the results is about."""
+    """What one row of the results measures."""
 
     provider: str
     weighting: str = "plain"
     mode: str = "both"
-    option: str = ""  # one of the provider's; empty: its first
+    option: str = ""  # one of the provider's; empty for its first
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The loss ``[]``."""
+        """Computes the loss ``[]``."""
         options = find(self.provider).options
         run = options[self.option or next(iter(options))]
         problem = problem.frozen() if self.mode == "frozen" else problem
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def columns(self) -> dict[str, str]:
-        """Of a row of results."""
+        """The columns that name the case in a row of results."""
         return {"provider": self.provider, "weighting": self.weighting, "mode": self.mode}
 
     @property
@@ -52,8 +52,8 @@ class Case:
 
 
 def _ours(backend: str) -> list[Provider]:
-    """Both gradients of a backend, and what else of it is worth a row."""
-    # An exact weighted loss whose documents do not fit the budget computes up to 1G again.
+    """A backend's exact and sampled gradients, and its other rows."""
+    # If its documents do not fit the budget, an exact weighted loss computes up to 1G again.
     exact = AGAIN if backend == "cuda" else KEPT
 
     def one(label: str, modes: tuple[str, ...] = ("both", "frozen"), **how: Any) -> Provider:
@@ -86,7 +86,7 @@ PROVIDERS: dict[str, Provider] = {
 
 
 def find(name: str) -> Provider:
-    """By its name, or one's own mean over tokens as ``module:function``; or else ValueError."""
+    """The provider of this name, or your own loss as ``module:function``; or else ValueError."""
     if name in PROVIDERS:
         return PROVIDERS[name]
     module, separator, function = name.partition(":")
@@ -101,7 +101,7 @@ def find(name: str) -> Provider:
 
 
 def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str]) -> list[Case]:
-    """Every combination in the tables' order, weighted beside weighted; ValueError for no name."""
+    """Every combination in the order of the tables; ValueError for an unknown name."""
     for name in names:
         find(name)
     for argument, got, known in (("weightings", weightings, WEIGHTINGS), ("modes", modes, MODES)):
@@ -114,7 +114,7 @@ def cases(names: Sequence[str], weightings: Sequence[str], modes: Sequence[str])
 
 
 def telling_cases(names: Sequence[str]) -> list[Case]:
-    """For where time is short: ours balanced in every mode, peers their mean; important first."""
+    """Cases if time is short, important ones first: ours balanced in every mode, peers' means."""
     found = []
     for provider in sorted(map(find, names), key=lambda one: one.priority):
         modes = ("both", "frozen", "forward") if provider.backend else ("both",)
@@ -124,7 +124,7 @@ def telling_cases(names: Sequence[str]) -> list[Case]:
 
 
 def why_not_at_all(case: Case, device: str) -> str:
-    """Why it cannot run on a kind of device, as far as that shows without importing anything."""
+    """Why it cannot run on a kind of device, as far as one can tell without importing anything."""
     provider = find(case.provider)
     if case.weighting not in provider.weightings:
         return f"it computes {' and '.join(provider.weightings)} only, no losses of tokens to weigh"
@@ -140,7 +140,7 @@ def why_not_at_all(case: Case, device: str) -> str:
 
 
 def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
-    """Why it cannot run here, as far as that shows without running it; empty if it can."""
+    """Why it cannot run here, as far as one can tell without running it; empty if it can."""
     provider, reason = find(case.provider), why_not_at_all(case, device)
     if reason:
         return reason
@@ -152,6 +152,6 @@ def why_not(case: Case, device: str, dtype: torch.dtype) -> str:
     if provider.backend:
         probe = torch.empty(1, 1, device=device, dtype=dtype)
         reasons = backend_why_not(provider.backend, probe, probe)
-        # One tensor stands for both: what is wrong with it is said of hidden already.
+        # One tensor stands for both, so its faults are said once, of hidden.
         return "; ".join(one for one in reasons if not one.startswith("weight "))
     return ""

@@ -1,1 +1,1 @@
-"""What was measured: its columns, tables and figures, and the data of each machine."""
+"""The results: their columns, tables and figures, and the data of each machine."""

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 BASELINES = Path(__file__).with_name("baselines")
-# A baseline holds on other machines: what is no product weighs up to a fifth more where products
-# are fast, and small shapes are measured to a tenth.
+# A baseline must hold on other machines. Where products are fast, ratios are up to a fifth higher,
+# and the times of small shapes vary by a tenth.
 TOLERANCE = 1.35
 
 
 def load(path: Path) -> dict[str, float]:
-    """Ratios by the test's name, from a file of pytest-benchmark; none if there is no file."""
+    """Ratios by name of test, from a file of pytest-benchmark; none if there is no file."""
     if not path.exists():
         return {}
     saved = json.loads(path.read_text(encoding="utf-8"))
@@ -20,7 +20,7 @@ def load(path: Path) -> dict[str, float]:
 
 
 def complaint(ratio: float, stored: float | None) -> str:
-    """What to say of a ratio that is too large for the one stored; empty if it is not."""
+    """The complaint about a ratio that is too large for the stored one; empty if it is not."""
     if stored is None or ratio <= TOLERANCE * stored:
         return ""
     return (

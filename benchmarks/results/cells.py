@@ -1,4 +1,4 @@
-"""Cells of the tables of docs/, from the CSVs; the heading comes first."""
+"""Makes the cells of the tables in docs/ from the CSVs; the heading comes first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Cells = list[list[str]]
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a table of losses: what it is called, and the rows that it shows."""
+    """A line of a table of losses: its label, and the rows that it shows."""
 
     label: str
     provider: str
@@ -22,20 +22,20 @@ class Line:
     bold: bool = False
 
     def of(self, rows: Iterable[Row], shape: str) -> Row:
-        """The row of one shape."""
+        """The row that it shows for one shape."""
         what = {"provider": self.provider, "weighting": self.weighting, "mode": self.mode}
         return find(rows, **what, shape=shape)
 
 
 def losses(folder: str, tokens: int, models: Mapping[str, str], lines: Sequence[Line]) -> Cells:
-    """Times in multiples of 1G and MiB of extra memory, of a folder of benchmarks/results.
+    """Times in multiples of 1G and MiB of extra memory, from a folder of benchmarks/results.
 
-    The table has lines by models, which are called by what ``models`` says for their shape.
+    Each model has a column; ``models`` has its name by its shape.
     """
     rows = measured(folder, "loss.csv", tokens)
     heading, product = [""], ["1G, seconds"]
     for shape, name in models.items():
-        # Of the run that the first line is of; other modes may have been run apart.
+        # 1G is that of the first line's run; other modes may have been run separately.
         first = lines[0].of(rows, shape)
         heading += [f"{name}, `V` {int(first['vocabulary']):,}", "MiB"]
         product += [f"{number(first, 'g_seconds'):.3f}", ""]
@@ -50,7 +50,7 @@ def losses(folder: str, tokens: int, models: Mapping[str, str], lines: Sequence[
 def repeated(
     folder: str, tokens: int, models: Mapping[str, str], lines: Sequence[Line], second: str
 ) -> Cells:
-    """Multiples of 1G in two runs, and the second, in the file ``second``, over the first."""
+    """Multiples of 1G in two runs, and the ratio of that in file ``second`` to the other."""
     cells = [["", *(title for name in models.values() for title in (name, "again", "ratio"))]]
     runs = [measured(folder, file, tokens) for file in ("loss.csv", second)]
     for line in lines:
@@ -63,9 +63,9 @@ def repeated(
 
 
 def all_modes(folder: str, tokens: int, shape: str) -> Cells:
-    """All providers on one model: times in multiples of 1G and MiB, a mode beside the other.
+    """All providers on one model: times in multiples of 1G and MiB, with a column for each mode.
 
-    A provider that could not run has its reason in the CSV.
+    The CSV has the reason of a provider that could not run.
     """
     rows = where(measured(folder, "loss.csv", tokens), shape=shape, weighting="bft")
     modes = ("both", "frozen", "forward")
@@ -78,7 +78,7 @@ def all_modes(folder: str, tokens: int, shape: str) -> Cells:
 
 def steps(folder: str, model: str) -> Cells:
     """Steps of full fine-tuning: time, peak memory, and the largest batch under each limit."""
-    # The reasons of those that cannot run are in the file.
+    # A row with a reason is of a loss that could not run.
     what = {"model": model, "mode": "full", "gradient_checkpointing": "False", "reason": ""}
     rows = where(read(RESULTS / folder / "train.csv"), **what)
     timed = [row for row in rows if not row["limit_bytes"]]
@@ -105,7 +105,7 @@ def steps(folder: str, model: str) -> Cells:
 
 
 def growth(folder: str, provider: str) -> Cells:
-    """Seconds and multiples of the bare GEMM: tokens by vocabularies."""
+    """Seconds and multiples of the bare GEMM, by tokens and vocabularies."""
     what = {"provider": provider, "weighting": "bft", "mode": "both"}
     rows = where(read(RESULTS / folder / "scale.csv"), **what)
     vocabularies = list(dict.fromkeys(row["vocabulary"] for row in rows))
@@ -121,13 +121,13 @@ def growth(folder: str, provider: str) -> Cells:
 
 
 def measured(folder: str, file: str, tokens: int) -> list[Row]:
-    """Rows in float32 of real inputs with memory kept."""
+    """The rows in float32 of real inputs with memory kept."""
     how = {"dtype": "float32", "inputs": "recorded", "memory_kept": "True"}
     return where(read(RESULTS / folder / file), tokens=str(tokens), **how)
 
 
 def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
-    """The rows that say this, or ValueError; a column that an older file lacks is empty."""
+    """The rows with these values, or ValueError; a column that an older file lacks is empty."""
     found = [row for row in rows if key(row, wanted) == tuple(wanted.values())]
     if not found:
         told = ", ".join(f"{column} {value!r}" for column, value in wanted.items() if value)
@@ -136,7 +136,7 @@ def where(rows: Iterable[Row], **wanted: str) -> list[Row]:
 
 
 def find(rows: Iterable[Row], **wanted: str) -> Row:
-    """The last written row that says this: a later run replaces an earlier one."""
+    """The last written row with these values: a later run replaces an earlier one."""
     return where(rows, **wanted)[-1]
 
 

@@ -1,4 +1,4 @@
-"""With what something was measured: commit, device and versions."""
+"""The environment of a measurement: commit, device and versions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 ABSENT = "not installed"
-# Beside torch, Triton and this package.
+# Packages beside torch, Triton and this one.
 _OTHERS = ("transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels", "verl")
 
 
 def version(distribution: str) -> str:
-    """Of an installed package, or that it is not."""
+    """The version of a package, or that it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -24,7 +24,7 @@ def version(distribution: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Commit, device, thread count and versions; of peers those that are installed."""
+    """Commit, device, thread count and versions, also those of installed peers."""
     others = {name: version(name) for name in _OTHERS}
     return {
         "commit": _commit(),
@@ -41,7 +41,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the working tree, marked if that has changed; empty outside a repository."""
+    """The commit of the working tree, marked if that has changed; empty outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     how = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
     try:
@@ -51,7 +51,7 @@ def _commit() -> str:
 
 
 def _processor() -> str:
-    """The processor's own name, where the system tells it."""
+    """The processor's own name, if the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

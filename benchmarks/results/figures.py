@@ -1,7 +1,7 @@
 """What all figures share: one narrow column of panels, colours, bars and files.
 
-A figure is as wide as a phone whatever it shows, so that its letters are never scaled below what
-can be read. What is ours has a colour, peers are grey.
+Every figure is as wide as a phone, so that its letters are never scaled until they cannot be read.
+Ours has a colour; peers are grey.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from matplotlib.figure import Figure
 _WIDTH = 3.6  # inches
 _INK = "#222222"
 _PEER = "#666666"
-# Okabe and Ito's, which the colour-blind can tell apart; by a word of the provider's name.
+# Colours of Okabe and Ito, for the colour-blind, by a word of the provider's name.
 _OURS = {"triton": "#D55E00", "cuda": "#009E73", "torch": "#CC79A7"}
 _OTHER_OURS = "#0072B2"
-# Of the parts of a bar: neighbours differ in lightness and by hatches.
+# The colours and hatches of a bar's parts: neighbours differ in lightness and in hatches.
 _PARTS = {"#bbbbbb": "", "#E69F00": "////", "#D55E00": "", "#999999": "////", "#56B4E9": ""}
 _ROW = 0.25  # inches of a bar and of its line of text
 _AXIS = 0.5  # inches of the axis below bars
 _LINE = 0.16  # inches of a line of a title
-_LETTERS = 44  # that a line of a title has room for
+_LETTERS = 44  # for so many a line of a title has room
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.edgecolor": _INK,
@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name stays a $
 }
 
 
@@ -52,7 +52,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bar:
-    """One provider, of one value or of parts that add up."""
+    """The bar of one provider, with one value or with parts that add up."""
 
     label: str
     values: Sequence[float]
@@ -66,14 +66,14 @@ def ours(provider: str) -> bool:
 
 
 def colour(bar: Bar) -> str:
-    """One for each backend of ours, one for all peers."""
+    """The colour: one for each backend of ours, one for all peers."""
     if not bar.ours:
         return _PEER
     return next((c for word, c in _OURS.items() if word in bar.label.split()), _OTHER_OURS)
 
 
 def render(panels: Sequence[Panel]) -> Figure:
-    """All panels, one below the other; ValueError if there are none."""
+    """Draws all panels, one below the other; ValueError if there are none."""
     if not panels:
         raise ValueError("panels: got none, expected some")
     titles = [
@@ -84,7 +84,7 @@ def render(panels: Sequence[Panel]) -> Figure:
     heights = [panel.height + _LINE * (2 + title.count("\n")) for panel, title in drawn]
     with rc_context(STYLE):
         figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained", facecolor="white")
-        # Subfigures: each has margins of its own.
+        # Subfigures, because each has its own margins.
         parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
         for (panel, title), part in zip(drawn, parts, strict=True):
             part.suptitle(title, fontsize=8.5, fontweight="bold", x=0.02, ha="left")
@@ -93,7 +93,7 @@ def render(panels: Sequence[Panel]) -> Figure:
 
 
 def save(figure: Figure, path: Path, dpi: int = 200) -> Path:
-    """Writes a PNG, which changes with what it shows only; returns its name."""
+    """Writes a PNG, which changes only if what it shows does; returns its path."""
     written = path.with_suffix(".png")
     with rc_context(STYLE):
         figure.savefig(written, dpi=dpi, metadata={"Software": None})
@@ -104,7 +104,7 @@ def bars(
     title: str,
     given: Sequence[Bar],
     label: str,  # of the axis
-    parts: Sequence[str] = (),  # what the values of a bar are, where it is made of several
+    parts: Sequence[str] = (),  # the names of a bar's parts, if it has several
     unit: float | None = None,  # a value to mark with a line
 ) -> Panel:
     """Horizontal bars, the first on top; the name and the text of each stand above it."""
@@ -129,7 +129,7 @@ def bars(
 
 
 def _stack(axes: Any, given: Sequence[Bar], parts: Sequence[str]) -> None:
-    """Light to dark would say more or less; hatches tell neighbours apart without colours too."""
+    """Stacks the parts of each bar; hatches tell neighbours apart without colours, too."""
     starts = np.zeros(len(given))
     for index, (name, (face, hatch)) in enumerate(zip(parts, _PARTS.items(), strict=False)):
         values = np.array([bar.values[index] for bar in given])
@@ -139,13 +139,13 @@ def _stack(axes: Any, given: Sequence[Bar], parts: Sequence[str]) -> None:
 
 
 def legend_above(axes: Any, columns: int, **more: Any) -> None:
-    """Between the title and the axes, from the left."""
+    """Puts the legend between the title and the axes, on the left."""
     where = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "alignment": "left"}
     axes.legend(fontsize=7.5, ncols=columns, frameon=False, **where, **more)
 
 
 def _scale_of(axes: Any, numbers: Sequence[float]) -> None:
-    """Logarithmic where a linear axis would squash the small ones, if all are positive."""
+    """Makes the axis logarithmic if a linear one would squash small numbers and none is <= 0."""
     if max(numbers) > 20 * min(numbers) > 0:
         axes.set(xscale="log", xlim=(min(numbers) / 1.5, max(numbers)))
     else:
@@ -153,14 +153,14 @@ def _scale_of(axes: Any, numbers: Sequence[float]) -> None:
 
 
 def _names(axes: Any, given: Sequence[Bar]) -> None:
-    """Above each of several horizontal bars its name, on the left, and its text, on the right."""
+    """Writes above each horizontal bar its name, on the left, and its text, on the right."""
     how = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 7.5}
     how["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
     for place, bar in enumerate(given):
         how["fontweight"] = "bold" if bar.ours else "normal"
         for x, words, side in ((0, bar.label, "left"), (1, bar.text, "right")):
             text = axes.annotate(words, (x, place - 0.22), ha=side, **how)
-            text.set_in_layout(False)  # it is inside the axes, and measuring it takes long
+            text.set_in_layout(False)  # it is inside the axes, and measuring it is slow
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(given) - 0.6, -0.95)

@@ -1,4 +1,4 @@
-"""The folder of a run that may be killed at any second: every result is written when it exists."""
+"""The folder of a run that may be killed at any time: every result is written at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from benchmarks.results.environment import environment
 from benchmarks.results.schema import append, full
 
-# Seconds for what each backend tries.
+# Seconds for the small calls that try each backend.
 _LOOK = 60
 _QUERY = (
     "name,driver_version,pstate,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,power.draw,"
@@ -29,25 +29,25 @@ _QUERY = (
 
 @dataclass
 class Folder:
-    """Where results go, and what went wrong so far.
+    """The folder for results, and what failed so far.
 
-    Rows, outcomes and failures are added to files when they are known; what is written anew
-    replaces its file when it is whole. So a run that is killed leaves what it had found.
+    Rows, outcomes and failures are added to files when they are known. Every other file is written
+    whole before it replaces the old one. So a run that is killed leaves what it had found.
     """
 
     path: Path
     device: str  # cuda or cpu
     started: float = field(default_factory=time.monotonic)
     failed: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)  # no time was left for it
+    cut: list[str] = field(default_factory=list)  # what there was no time for
     rows: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)  # that every row names
-    noted: dict[str, Any] = field(default_factory=dict)  # what environment.json has
+    facts: dict[str, Any] = field(default_factory=dict)  # the values that every row has
+    noted: dict[str, Any] = field(default_factory=dict)  # the content of environment.json
     reasons: dict[str, str] = field(default_factory=dict)  # why our backends cannot run
     summarize: Callable[[Folder], None] = lambda folder: None
 
     def __post_init__(self) -> None:
-        """Makes the folder; one that holds results stays as it is, and the next is named ``-2``."""
+        """Makes the folder; if it has results already, another one that is named ``-2``."""
         asked, number = self.path, 1
         while self.path.exists() and any(self.path.iterdir()):
             number += 1
@@ -55,12 +55,12 @@ class Folder:
         (self.path / "logs").mkdir(parents=True)
 
     def log(self, name: str) -> Path:
-        """What a process prints."""
+        """The file for the output of a process."""
         return self.path / "logs" / f"{name}.txt"
 
     @property
     def env(self) -> dict[str, str]:
-        """Of the processes: Triton's interpreter is for the rehearsal, on a CPU, only."""
+        """The environment of processes: only a rehearsal on a CPU has Triton's interpreter."""
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if self.device == "cpu":
@@ -69,11 +69,11 @@ class Folder:
 
     @property
     def tests(self) -> Path:
-        """How each test ended, see :mod:`benchmarks.measure.suite_plugin`."""
+        """The file of the tests' outcomes; see :mod:`benchmarks.measure.suite_plugin`."""
         return self.path / "tests.jsonl"
 
     def write(self, name: str, text: str) -> None:
-        """A file of the folder, which is never there in part."""
+        """Writes a file of the folder, which is never there in part."""
         part = self.path / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, self.path / name)
@@ -101,7 +101,7 @@ class Folder:
         self.write("environment.json", json.dumps(self.noted, indent=1, default=str) + "\n")
 
     def environment(self) -> None:
-        """Writes environment.json, and keeps what every row names of it."""
+        """Writes environment.json, and keeps the values that every row has."""
         self.facts = environment(self.device) | {"load": os.getloadavg()[0]}
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.note(started=now, **self.facts, nvidia_smi=nvidia_smi())
@@ -111,18 +111,18 @@ class Folder:
             self.note(capability=(of.major, of.minor))
 
     def look(self) -> None:
-        """Notes ``bft_kernels.info()``, which tries each backend, from a process: it may hang."""
+        """Notes ``bft_kernels.info()`` from a process: it tries each backend and may hang."""
         code = "import json; from bft_kernels import info; print(json.dumps(info()))"
         command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
         found: dict[str, Any] = {}
         try:
             how = {"capture_output": True, "text": True, "timeout": _LOOK, "check": True}
             found = json.loads(subprocess.run(command, cwd=root, env=self.env, **how).stdout)
-        except subprocess.SubprocessError as error:  # it failed, or was not done in time
+        except subprocess.SubprocessError as error:  # it failed, or took too long
             self.failure("info", f"{error}\n{error.stderr}")
         self.note(bft_kernels=found)
         device = "cuda:0" if self.device == "cuda" else "cpu"
-        # The small call has two tensors of one kind: what is wrong with them is said once.
+        # The small call has two tensors of one kind, so their faults are said once.
         self.reasons = {
             name: "; ".join(r for r in devices.get(device, ()) if not r.startswith("weight "))
             for name, devices in found.get("backends", {}).items()
@@ -130,7 +130,7 @@ class Folder:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Driver, clocks, power and temperature of torch's first GPU, where the tool is there."""
+    """Driver, clocks, power and temperature of torch's first GPU, if the tool is installed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"missing": "no nvidia-smi on PATH"}
@@ -151,5 +151,5 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def slug(name: str) -> str:
-    """A name for a folder: ``NVIDIA H100 80GB HBM3`` is ``nvidia-h100-80gb-hbm3``."""
+    """The name of a folder: ``NVIDIA H100 80GB HBM3`` becomes ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -28,7 +28,7 @@ _SHADES = {True: ("#0B4F7D", "#0072B2", "#56B4E9"), False: ("#555555", "#888888"
 
 
 def draw() -> Figure:
-    """Bars of each provider, one a model: bare GEMMs, and MiB; ValueError if a row is missing."""
+    """Draws bars of each provider, one a model: time and memory; ValueError if a row is missing."""
     rows = read(FOLDER / "loss.csv")
     found = {
         (shape, provider): find(rows, provider=provider, shape=shape, weighting="bft", mode="both")

@@ -1,4 +1,4 @@
-"""Rows of loss.csv as they are shown: cells of a table, and who could not run and why."""
+"""Shows rows of loss.csv: cells of a table, and the providers that could not run and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 
 
 def figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
-    """What writes a column's value in units of ``unit``; nothing where there is none."""
+    """A function that writes a column's value in units of ``unit``; empty if there is none."""
 
     def text(row: Row) -> str:
         value = row.get(column, "")
@@ -21,12 +21,12 @@ def figure(column: str, form: str, unit: float = 1.0) -> Callable[[Row], str]:
 
 
 def _entries(row: Row) -> str:
-    """Expected, and listed by the forward."""
+    """The expected entries, and those that the forward lists."""
     kept, listed = (figure(f"{name}_per_token", ".0f")(row) for name in ("entries", "listed"))
     return f"{kept} ({listed})" if listed else kept
 
 
-# What a heading stands for.
+# The function for each heading.
 FIGURES: dict[str, Callable[[Row], str]] = {
     "ms": figure("seconds", ",.2f", 1e-3),
     "±": figure("spread", ".0%"),
@@ -43,22 +43,22 @@ FIGURES: dict[str, Callable[[Row], str]] = {
 
 
 def label(row: Row) -> str:
-    """The provider, and which of its options was the fastest."""
+    """The provider, with its fastest option."""
     return f"{row['provider']} ({row['options']})" if row.get("options") else row["provider"]
 
 
 def sizes(row: Row) -> str:
-    """Of a row's problem."""
+    """The sizes of a row's problem."""
     return f"N {row['tokens']}, D {row['width']}, V {row['vocabulary']}, {row['dtype']}"
 
 
 def timed(rows: Iterable[Row]) -> list[Row]:
-    """Those that have a time."""
+    """The rows that have a time."""
     return [row for row in rows if row.get("seconds", "") != ""]
 
 
 def reasons(rows: Iterable[Row]) -> list[str]:
-    """Who has no figures and why, in one line where the reason is the same."""
+    """Providers without figures and why, in one line if the reason is the same."""
     together: dict[tuple[str, str], list[str]] = {}
     for (provider, reason), same in grouped(rows, "provider", "reason").items():
         where = ", ".join(f"{row['weighting']} {row['mode']}" for row in same)
@@ -68,7 +68,7 @@ def reasons(rows: Iterable[Row]) -> list[str]:
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table: figures right, and left a first column without a heading, which holds labels."""
+    """A table: figures on the right; a first column without heading has labels on the left."""
     heading, *lines = (
         "|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in cells
     )
@@ -77,7 +77,7 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
 
 
 def show(title: str, cells: Sequence[Sequence[str]], left: int = 0) -> None:
-    """Prints a table, right-aligned but for its first columns and those without a heading."""
+    """Prints a table, right-aligned except the first columns and those without a heading."""
     from rich import box, table
     from rich.console import Console
 
@@ -87,6 +87,6 @@ def show(title: str, cells: Sequence[Sequence[str]], left: int = 0) -> None:
         made.add_column(column, justify="left" if text else "right", no_wrap=bool(column))
     for line in cells[1:]:
         made.add_row(*line)
-    # Not cut to the 80 columns that rich takes a file to have.
+    # Without the 80 columns that rich assumes for a file.
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(made)

@@ -1,4 +1,4 @@
-"""Panels of what `loss`, `gpu`, `scale` and `train` wrote."""
+"""Makes panels of what `loss`, `gpu`, `scale` and `train` wrote."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from benchmarks.results.schema import PARTS, WEIGHTINGS, Row, digits, grouped, k
 from benchmarks.shapes import Shape
 
 Figures = dict[str, list[Panel]]  # by the name of the file
-# Rows that agree in these are timed on one problem. Files of `gpu` have no names of shapes.
+# Rows that agree in these were timed on one problem. Files of `gpu` have no names of shapes.
 PROBLEM = ("shape", "tokens", "width", "vocabulary", "dtype", "inputs", "memory_kept")
-# And in these, steps of one training.
+# Rows that agree in these are steps of one training.
 TRAINED = ("weighting", "model", "mode", "length", "dtype", "gradient_checkpointing")
-# And in these, times of one growth.
+# Rows that agree in these are times of one growth.
 SCALED = ("provider", "weighting", "mode", "dtype", "memory_kept")
-# What the losses of `train` that are this package's are called.
+# The names of this package's losses in `train`.
 _TRAINED_OURS = ("exact", "sampled")
-# 1G is the unit, and the weights alone are no loss.
+# 1G is the unit, and the weighting alone is no loss.
 _NO_LOSSES = ("1G", "bft weighting")
 GIB = 2**30
 _SIZES = {"tokens": "N", "width": "D", "vocabulary": "V"}
 
 
 def loss_figures(rows: Sequence[Row]) -> Figures:
-    """One a weighting and mode, and one of all that `gpu` wrote: multiples of 1G by problem."""
+    """Multiples of 1G by problem: a figure for each weighting and mode, and one for `gpu`."""
     found: Figures = defaultdict(list)
     for kind, same_kind in grouped(timed(rows), "weighting", "mode").items():
         for same in grouped(same_kind, *PROBLEM).values():
@@ -52,9 +52,9 @@ def _cost(row: Row) -> str:
 
 
 def timed(rows: Sequence[Row]) -> list[Row]:
-    """Of every loss that was timed and right.
+    """The bars of losses that were timed and right.
 
-    Those of `gpu`, which times ours balanced beside the peers' mean, have both in their name.
+    `gpu` times ours balanced beside the peers' mean, so its bars have the weighting in their name.
     """
     found: list[Row] = []
     for row in rows:
@@ -68,7 +68,7 @@ def timed(rows: Sequence[Row]) -> list[Row]:
 
 
 def problem_title(row: Row) -> str:
-    """The name and the sizes, and how it was measured."""
+    """The name and sizes of a problem, and how it was measured."""
     name = f"{row['shape']}, " if row.get("shape") else ""
     told = f"N {int(row['tokens']):,}, D {int(row['width']):,}, {row['dtype']}"
     told += f", {row['inputs']} inputs" if row.get("inputs") else ""
@@ -100,7 +100,7 @@ def _growth(title: str, measured: Mapping[Shape, float], axis: str, by: str) -> 
     title = f"{title}: growth with {_SIZES[axis]}, {_SIZES[third]} {held:,}"
 
     def draw(axes: Any) -> None:
-        # The light end of the colours would not be seen on white.
+        # The light end of the colours could not be seen on white.
         shades = colormaps["viridis"](np.linspace(0, 0.8, len(steps)))
         for step, shade, marker in zip(steps, shades, "osD^vP*X" * len(steps), strict=False):
             own = sorted((s for s in kept if getattr(s, by) == step), key=lambda s: s.flops)
@@ -149,7 +149,7 @@ def train_figures(rows: Sequence[Row]) -> Figures:
 
 
 def _trained(rows: Sequence[Row], *columns: str) -> list[Bar]:
-    """Losses of train.csv, the largest first; beside a speed stands the memory it took."""
+    """Bars of losses of train.csv, the largest first; beside a speed stands the peak memory."""
     found = []
     for row in rows:
         own = row["loss"].split(" ", 1)[0] in _TRAINED_OURS or ours(row["loss"])
@@ -161,11 +161,11 @@ def _trained(rows: Sequence[Row], *columns: str) -> list[Bar]:
 
 
 def _training(row: Row) -> str:
-    """The model of a row of train.csv, what of it is trained, and how tokens are weighted."""
+    """A row's model, what part of it is trained, and how tokens are weighted."""
     return told(row, ("model", "mode", "gradient_checkpointing", "weighting"))
 
 
 def told(row: Row, columns: Sequence[str]) -> str:
-    """What a row says in these columns, in words."""
+    """The values of a row in these columns, in words."""
     words = WEIGHTINGS | {"True": "checkpointed", "False": ""}
     return ", ".join(filter(None, (words.get(text, text) for text in key(row, columns))))

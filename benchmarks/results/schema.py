@@ -1,4 +1,4 @@
-"""The CSVs of ``benchmarks/results``: long form, one row a measurement; written, read, checked."""
+"""Writes, reads and checks the CSVs of ``benchmarks/results``: one row a measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent
-# Of loss.csv; benchmarks/README.md says what they are.
+# The columns of loss.csv; benchmarks/README.md says what they are.
 # fmt: off
 COLUMNS = (
     "provider", "weighting", "mode", "status",
@@ -23,24 +23,24 @@ COLUMNS = (
     "options", "reason",
 )
 # fmt: on
-# Of a step of fine-tuning, in their order, whose seconds `train` writes. The head is the product,
+# The parts of a fine-tuning step, in order; `train` writes their seconds. The head is the product,
 # the loss, and their gradients.
 PARTS = ("layers_forward", "head_forward", "head_backward", "layers_backward", "optimizer")
-# Of train.csv what is filled in when it is measured.
+# The columns of train.csv that are filled in after a measurement.
 # fmt: off
 STEP_COLUMNS = (
     "batch", "seconds", "spread", *(f"{part}_seconds" for part in PARTS), "tokens_per_second",
     "peak_bytes", "limit_bytes", "largest_batch", "note", "reason",
 )
 # fmt: on
-# In the order in which they are shown: the balanced loss is what the package is for.
+# In the order in which they are shown; the balanced loss is the purpose of the package.
 WEIGHTINGS = {"bft": "weighted by BFT", "dft": "weighted by DFT", "plain": "not weighted"}
 
 Row = Mapping[str, str]
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """ValueError for a file with other columns: rows of two kinds could not be read."""
+    """ValueError if a file has other columns, because rows of two kinds could not be read."""
     if not path.exists():
         return
     with path.open(newline="", encoding="utf-8") as file:
@@ -65,7 +65,7 @@ def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def full(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of loss.csv with all columns in their order, empty if unsaid; ValueError for others."""
+    """A row of loss.csv with all columns in order, empty if not given; ValueError for others."""
     unknown = row.keys() - set(COLUMNS)
     if unknown:
         raise ValueError(f"loss.csv has no column {', '.join(sorted(unknown))}")
@@ -73,7 +73,7 @@ def full(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a CSV, none if there is no such file; ValueError where fields are missing."""
+    """All rows of a CSV; none if there is no such file; ValueError if fields are missing."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -88,7 +88,7 @@ def read(path: Path) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float | None:
-    """A finite figure, None where there is none or no such column; ValueError for a word."""
+    """A finite figure; None if there is none or no such column; ValueError for a word."""
     text = row.get(column, "")
     try:
         value = float(text) if text else math.nan
@@ -98,12 +98,12 @@ def number(row: Row, column: str) -> float | None:
 
 
 def key(row: Row, columns: Iterable[str]) -> tuple[str, ...]:
-    """What a row says in these columns; a column that an older file lacks is empty."""
+    """The values of a row in these columns; a column that an older file lacks is empty."""
     return tuple(row.get(column, "") for column in columns)
 
 
 def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by what they say in these columns, in the order of the first of each."""
+    """Rows by their values in these columns, in the order of each value's first row."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(key(row, columns), []).append(row)
@@ -111,7 +111,7 @@ def grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[str, ...], list[Ro
 
 
 def latest(rows: Iterable[Row], *columns: str) -> list[Row]:
-    """Of rows that agree in these columns the last written: a later run replaces an earlier one."""
+    """The last written of rows that agree in these columns: a later run replaces an earlier one."""
     return list({key(row, columns): row for row in rows}.values())
 
 

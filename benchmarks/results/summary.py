@@ -1,4 +1,4 @@
-"""Figures and summary of one run of ``python -m benchmarks gpu``."""
+"""Writes figures and summary of one run of ``python -m benchmarks gpu``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHOWN = [name for name in FIGURES if name not in ("Gflop/s", "GB/s")]
 
 
 def draw_figures(folder: Folder) -> None:
-    """Writes those of ``plot`` where matplotlib is installed; RuntimeError if nothing was timed."""
+    """Writes the figures of ``plot`` if matplotlib is installed; RuntimeError without a time."""
     if find_spec("matplotlib") is None:
         folder.say(
             "no figures: matplotlib is not installed; `python -m benchmarks plot` draws them"
@@ -35,7 +35,7 @@ def draw_figures(folder: Folder) -> None:
 
 
 def write_summary(folder: Folder) -> None:
-    """Writes summary.md from what there is by now."""
+    """Writes summary.md from the results so far."""
     facts = defaultdict(str, folder.facts)
     blocks = [
         f"# {facts['device'] or folder.device}",
@@ -58,7 +58,7 @@ def write_summary(folder: Folder) -> None:
 
 
 def _tables(rows: list[Row]) -> list[str]:
-    """Timed rows from fast to slow, then the others with their reasons."""
+    """Tables of the timed rows, the fastest first, then the other rows with their reasons."""
     blocks, ranked = [], sorted(timed(rows), key=lambda row: row["seconds"])
     if rows[0]["scaled_down_from"]:
         blocks.append(f"Scaled down from {rows[0]['scaled_down_from']}: the device has no room.")

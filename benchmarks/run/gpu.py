@@ -1,11 +1,11 @@
 """``python -m benchmarks gpu``: tests, speed, memory and figures of a GPU in one command.
 
-Needs no network, and of packages torch, Triton, numpy and pytest. In this order: one sampled step,
-capture in a CUDA graph and synchronisation, the hash, values, speed and memory; ``_cuda`` is
-compiled for the GPU that is there meanwhile. Writes ``environment.json``, ``tests.jsonl``,
-``loss.csv``, figures, ``summary.md``, ``failures.txt`` and ``logs`` into
-``benchmarks/results/<name of the GPU>/``, each line when it is known: a run that is killed leaves
-what it had found. A folder that has results stays as it is, the next one is named ``-2``.
+It needs no network, and only torch, Triton, numpy and pytest. In this order it looks at one sampled
+step, capture in a CUDA graph and synchronisation, the hash, values, speed and memory. Meanwhile
+``_cuda`` is compiled for this GPU. It writes ``environment.json``, ``tests.jsonl``, ``loss.csv``,
+figures, ``summary.md``, ``failures.txt`` and ``logs`` into ``benchmarks/results/<name of the
+GPU>/``, each line when it is known, so that a run that is killed leaves what it had found. A folder
+that has results stays as it is; the next one is named ``-2``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.results.schema import RESULTS
 from benchmarks.results.summary import draw_figures, write_summary
 from benchmarks.shapes import ON_A_GPU, REHEARSAL
 
-# By when a part must be done, of all the time; what one leaves goes to the next.
+# The part of the time by which each must be done; time that one leaves goes to the next.
 _BY = {
     "triton first": 0.15,
     "triton values": 0.35,
@@ -41,9 +41,9 @@ _BY = {
     "compiling": 0.65,
     "speed": 0.97,
 }
-# Compiling kernels is most of the tests' time, and goes on beside the GPU.
+# Most of the tests' time is the compiler's, which runs on the CPU.
 _PROCESSES = 16
-# Of each backend's tests; a rehearsal takes what the interpreter does in seconds.
+# The tests of each backend; a rehearsal takes those that the interpreter runs in seconds.
 _SELECTED = {"first": "{0}", "values": "{0} and not spill"}
 _REHEARSED = {
     "first": "{0} and (graph and chunks-sampled or region2)",
@@ -54,7 +54,7 @@ _PROVIDERS = tuple(name for name, provider in PROVIDERS.items() if provider.back
 
 @dataclass(frozen=True)
 class Config:
-    """What :func:`parse` tells of."""
+    """The settings; :func:`parse` describes them."""
 
     minutes: float = 9
     dry_run: bool = False
@@ -64,12 +64,12 @@ class Config:
 
 
 def parse(arguments: list[str], prog: str) -> Config:
-    """Reads the command line; tyro, which reads the others', may not be installed here."""
+    """Reads the command line, without tyro, which may not be installed here."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=kind)
     parser.set_defaults(**dataclasses.asdict(Config()))
     add, either = parser.add_argument, argparse.BooleanOptionalAction
-    add("--minutes", type=float, help="for everything; what does not fit is cut (%(default)s)")
+    add("--minutes", type=float, help="time for everything; what does not fit is cut (%(default)s)")
     add("--dry-run", action=either, help="rehearse on the CPU: tiny shapes, Triton's interpreter")
     add("--output", type=Path, help="instead of a folder named after the GPU; --dry-run needs it")
     names = ", ".join(map(repr, _PROVIDERS))
@@ -80,7 +80,7 @@ def parse(arguments: list[str], prog: str) -> Config:
 
 
 def main(config: Config) -> None:
-    """Tries every part; SystemExit with status 1 if something failed."""
+    """Runs every part; SystemExit with status 1 if something failed."""
     if not config.minutes > 0:
         raise SystemExit(f"minutes: got {config.minutes}, expected a positive number")
     path = _path(config)
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
 
 
 def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], object]]:
-    """What is done, in its order."""
+    """The parts of the run, in order."""
     cases = telling_cases(config.providers)
     shapes, turns = (REHEARSAL, 1) if config.dry_run else (ON_A_GPU, TURNS)
     processes = 2 if config.dry_run else min(_PROCESSES, len(os.sched_getaffinity(0)))
@@ -119,7 +119,7 @@ def _parts(config: Config, folder: Folder) -> dict[str, Callable[[], object]]:
         if backend == "cuda" and missing:
             folder.say(f"{title}: not run, there is no bft_kernels._cuda")
             return
-        # Of the first steps the order counts.
+        # The first steps must run in their order.
         files, count = (FIRST, 1) if which == "first" else (VALUES, processes)
         suite = Suite(title, files, selected[which].format(backend), count)
         run_suite(suite, folder, until(title))

@@ -29,44 +29,44 @@ _MODES = {
     "both": "forward, dH and dW",
     "frozen": "forward and dH, frozen head",
 }
-# Of the figures those for which a terminal has room.
+# The figures for which a terminal has room.
 _SHOWN = ("ms", "±", "x G", "Gflop/s", "GB/s", "MiB", "err dH", "err dW")
-_SIDES = ("hidden", "weight")  # that have gradients
+_SIDES = ("hidden", "weight")  # these have gradients
 
 
 @dataclass(frozen=True)
 class Config(Options):
-    """Providers, weightings and modes beside the bare GEMM 1G of the same run.
+    """Times providers, weightings and modes beside the bare GEMM 1G of the same run.
 
-    Who cannot run is listed with the reason. benchmarks/README.md has the rules of measuring.
+    Providers that cannot run are listed with the reason. benchmarks/README.md has the rules.
     """
 
     shapes: tuple[str, ...] = ("smollm2-135m",)
     """Sizes of your own, rows x width x vocabulary as in 1500x320x20000, or heads of models
     (benchmarks/README.md lists them) or tiny; inputs are synthetic."""
     inputs: tuple[Path, ...] = ()
-    """Instead of shapes: inputs of real models, of `python -m benchmarks record` or your own
+    """Instead of shapes: files of real inputs, from `python -m benchmarks record` or your own
     (benchmarks/README.md has the format)."""
     tokens: int | None = None
-    """Rows, instead of 2048, or of the first of a shape's sizes."""
+    """Rows, instead of 2048 or of the rows that a shape names."""
     dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] = ("float32",)
     providers: tuple[str, ...] = tuple(PROVIDERS)
     weightings: tuple[str, ...] = ("plain", "bft")
-    """The mean (plain), weighted by confidence (dft), balanced (bft)."""
+    """The loss: the mean (plain), weighted by confidence (dft), balanced (bft)."""
     modes: tuple[str, ...] = ("both",)
-    """No gradients (forward), dH and dW (both), dH of a frozen head (frozen)."""
+    """The gradients: none (forward), dH and dW (both), dH of a frozen head (frozen)."""
     repeats: int = 5
     memory: bool = True
     """Measure extra memory, each in a fresh process."""
     errors: bool = True
-    """Compare gradients of 64 tokens with float64; takes 16 bytes an entry of the head."""
+    """Compare gradients of 64 tokens with float64's; this takes 16 bytes an entry of the head."""
     max_spread: float = MOST_SPREAD
-    """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median,
+    """Refuse to report if the bare GEMM's interquartile range exceeds this part of its median,
     or if the machine is busy at the start."""
 
 
 def main(config: Config) -> None:
-    """Measures, prints and writes; SystemExit says what is refused."""
+    """Measures, prints and writes; SystemExit if the machine is too noisy or a setting is wrong."""
     try:
         asked = cases(config.providers, config.weightings, config.modes)
         sources = dict(_sources(config))
@@ -103,14 +103,14 @@ def _measure(
     """A row for 1G and for each case."""
     dtype = getattr(torch, dtype_name)
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # code for any shape, made for the second one, is slower
+        torch.compiler.reset()  # code for any shape, made at the second shape, is slower
     problem = make_problem(source, dtype, config.device)
     shape = problem.shape
     where: Row = {"shape": name, "dtype": dtype_name, "memory_kept": config.keep_memory}
     where["inputs"] = "synthetic" if isinstance(source, Shape) else "recorded"
     where |= asdict(shape) | {"reason": ""}
     rows: dict[Case, Row] = {}
-    running: dict[Case, Case] = {}  # with the option that is the fastest here
+    running: dict[Case, Case] = {}  # with the fastest option here
     for case in _progress(asked, f"{name}: first runs"):
         reason = why_not(case, config.device, dtype)
         rows[case] = where | case.columns | {"status": "unavailable", "reason": reason}
@@ -119,7 +119,7 @@ def _measure(
         try:
             running[case] = fastest_option(case, problem, config.device)
             step(running[case], problem)
-        except Exception as error:  # whatever a peer raises is its reason
+        except Exception as error:  # whatever a peer raises is the reason
             running.pop(case, None)
             rows[case] |= {"status": "failed", "reason": f"failed: {explain(error)}"}
     bare, times = time_all(problem, config.device, config.repeats, list(running.values()))
@@ -131,7 +131,7 @@ def _measure(
         _add_errors(rows, problem, running)
     del problem
     if config.device == "cuda":
-        torch.cuda.empty_cache()  # the processes that follow need the room
+        torch.cuda.empty_cache()  # the next processes need the room
     for case in _progress(running if config.memory else (), f"{name}: memory"):
         try:
             job = running[case], source, dtype, config.device
@@ -143,7 +143,7 @@ def _measure(
 
 
 def _add_errors(rows: dict[Case, Row], problem: Problem, running: dict[Case, Case]) -> None:
-    """Of each case's first tokens; one weighting's truth is held at a time."""
+    """Adds the errors of each case's first tokens; one weighting's truth is held at a time."""
     part = first_rows(problem)
     for weighting in dict.fromkeys(case.weighting for case in running):
         expected = truth(part, weighting)
@@ -154,7 +154,7 @@ def _add_errors(rows: dict[Case, Row], problem: Problem, running: dict[Case, Cas
 
 
 def _show(rows: Sequence[Row], device: str) -> None:
-    """A table a weighting and mode, and below them who could not run and why."""
+    """Prints a table for each weighting and mode, then the providers that could not run and why."""
     bare, *others = rows
     kept = ", memory kept" if bare["memory_kept"] else ""
     title = f"{bare['shape']} ({bare['inputs']} inputs): {sizes(bare)}, {device}{kept}"

@@ -1,4 +1,4 @@
-"""``python -m benchmarks plot``: figures of what `loss`, `gpu`, `scale` and `train` wrote."""
+"""``python -m benchmarks plot``: draws what `loss`, `gpu`, `scale` and `train` wrote."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from benchmarks.results.figures import render, save
 from benchmarks.results.panels import growth_figures, loss_figures, train_figures
 from benchmarks.results.schema import RESULTS, read
 
-# What `loss` and `gpu`, `scale` and `train` write, and what draws it.
+# The files that `loss` and `gpu`, `scale`, and `train` write, and what draws them.
 FILES = {"loss.csv": loss_figures, "scale.csv": growth_figures, "train.csv": train_figures}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time and memory, growth, fine-tuning steps and largest batches, as PNG."""
+    """Draws time and memory, growth, fine-tuning steps and largest batches, as PNG."""
 
     folders: Positional[tuple[Path, ...]] = ()
-    """With loss.csv, scale.csv or train.csv in them; all of benchmarks/results by default."""
+    """Folders with a loss.csv, scale.csv or train.csv; all of benchmarks/results by default."""
     output: Path | None = None
-    """Instead of beside the CSVs: a folder, with one below it for each of several `folders`."""
+    """A folder for the figures, instead of beside the CSVs; each of several `folders` gets one."""
     gain: Path | None = None
     """Draw README's figure alone, to this file (docs/gain.png)."""
 
 
 def main(config: Config) -> None:
-    """Draws and says what it wrote; SystemExit for a folder without a CSV."""
+    """Draws, and prints what it wrote; SystemExit for a folder without a CSV."""
     if config.gain is not None:
         print(save(gain.draw(), config.gain, dpi=150))
         return
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
 
 
 def result_folders(given: Sequence[Path]) -> list[Path]:
-    """Those given, or all under ``benchmarks/results`` that hold a CSV."""
+    """The folders given, or all under ``benchmarks/results`` that hold a CSV."""
     if not given:
         return sorted({path.parent for name in FILES for path in RESULTS.glob(f"*/{name}")})
     for folder in given:

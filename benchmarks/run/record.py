@@ -1,4 +1,4 @@
-"""``python -m benchmarks record``: hidden states, head and targets of a real model on real text."""
+"""``python -m benchmarks record``: saves hidden states, head and targets of a model on a text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_LONGEST = 256  # targets of one document; the rest of it is left out
+_LONGEST = 256  # targets of one document; the rest of the document is left out
 
 
 @dataclass(frozen=True)
 class Config:
-    """Runs a causal language model over documents and saves what its loss would be given.
+    """Runs a causal language model over documents and saves the inputs of its loss.
 
-    The file is what ``python -m benchmarks loss --inputs`` takes.
+    ``python -m benchmarks loss --inputs`` takes the file.
     """
 
     texts: Path
-    """Documents, with blank lines between them."""
+    """A text file of documents, with blank lines between them."""
     output: Path
     model: str = "smollm2-135m"
     """A name that `bft train --model` takes, or a folder."""
@@ -28,7 +28,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Records; SystemExit if the text is too short."""
+    """Records the inputs; SystemExit if the text is too short."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from bft.load import pretrained
@@ -58,6 +58,6 @@ def main(config: Config) -> None:
 
 
 def documents(texts: Path) -> Iterator[str]:
-    """Paragraphs of a text file, each on one line."""
+    """The paragraphs of a text file, each on one line."""
     paragraphs = texts.read_text(encoding="utf-8").split("\n\n")
     yield from filter(None, (" ".join(one.split()) for one in paragraphs))

@@ -20,7 +20,7 @@ from benchmarks.results.loss_table import figure, show
 from benchmarks.results.schema import append
 from benchmarks.shapes import Shape, make_problem
 
-# What a shape is measured for: medians of a few short times would be noise.
+# A shape is measured for so long, because medians of a few short times would be noise.
 _LEAST_SECONDS = 3.0
 _FIGURES = {
     "N": figure("tokens", ".0f"),
@@ -41,10 +41,10 @@ _FITTED = {
 class Config(Options):
     """Fits the seconds of forward, dH and dW to a V D + b N V D over a grid of N, V and D.
 
-    a is told as passes over dW: times of doubling a [V, D] tensor in place, read and written. b is
-    told as a multiple of the bare GEMM's own slope, fitted to its times in the same run. The
-    bare GEMM is in blocks of 1024 x 512 here: not always the fastest, 1G, but of one kind.
-    Nothing is fitted without two values of N and two of V.
+    a is given in passes over dW, the time of doubling a [V, D] tensor in place. b is given as a
+    multiple of the bare GEMM's own slope, fitted to its times in the same run. The bare GEMM is in
+    blocks of 1024 x 512 here for all shapes, which is not always the fastest, 1G. Nothing is fitted
+    without two values of N and two of V.
     """
 
     provider: str = "bft triton sampled" if torch.cuda.is_available() else "bft cpu sampled"
@@ -55,14 +55,14 @@ class Config(Options):
     vocabularies: tuple[int, ...] = (32_768, 131_072, 524_288)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     repeats: int = 3
-    """At least; short ones are repeated for three seconds."""
+    """At least so many turns; short ones are repeated for three seconds."""
     max_spread: float = MOST_SPREAD
-    """Refuse to report if the bare GEMM's interquartile range exceeds this share of its median
+    """Refuse to report if the bare GEMM's interquartile range exceeds this part of its median
     on any shape, or if the machine is busy at the start."""
 
 
 def main(config: Config) -> None:
-    """Measures, fits and prints; SystemExit says what is refused."""
+    """Measures, fits and prints; SystemExit if the machine is too noisy or a setting is wrong."""
     try:
         (case,) = cases([config.provider], [config.weighting], [config.mode])
     except ValueError as error:
@@ -86,12 +86,12 @@ def main(config: Config) -> None:
 
 
 def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
-    """Fills ``fitted_seconds`` in; what the slopes are."""
+    """Fills in ``fitted_seconds``; returns a line about the slopes."""
     fixed, slope = fit(shapes, [row["seconds"] for row in rows])
     bare_fixed, bare_slope = fit(shapes, [row["bare_product_seconds"] for row in rows])
     for shape, row in zip(shapes, rows, strict=True):
         row["fitted_seconds"] = predict(shape, fixed, slope)
-    # The slope of a pass over dW in V D, that is its seconds an element.
+    # The slope of a pass over dW in V D, which is its seconds an element.
     a_pass = statistics.median(
         row["pass_seconds"] / (row["vocabulary"] * row["width"]) for row in rows
     )
@@ -102,7 +102,7 @@ def _fit(shapes: list[Shape], rows: list[dict[str, Any]]) -> str:
 
 
 def _measure(config: Config, case: Case, shape: Shape, facts: dict[str, Any]) -> dict[str, Any]:
-    """A row: of the loss, of the bare GEMM and of a pass over dW, interleaved."""
+    """A row of times of the loss, the bare GEMM and a pass over dW, in turns."""
     problem = make_problem(shape, getattr(torch, config.dtype), config.device)
     like_gradient = torch.ones_like(problem.weight, requires_grad=False)
     runs: dict[str, Callable[[], object]] = {

@@ -1,12 +1,11 @@
-"""``python -m benchmarks static``: what the compiler makes of every shipped kernel, without a GPU.
+"""``python -m benchmarks static``: compiles every shipped kernel without a GPU and judges it.
 
 Each call of the Triton backend is rehearsed on meta tensors, with a driver that names a target and
 has no device: kernels are compiled for the types, strides and constants of a real call, and never
-launched. That no value is read on the way also proves that the host never waits for the device.
-The kernels of ``csrc/cuda`` are compiled by nvcc, where there is one.
+launched. No value is read on the way, which also proves that the host never waits for the device.
+nvcc, if there is one, compiles the kernels of ``csrc/cuda``.
 
-Few forms of a kernel stand for the others, and ``full`` compiles those too: see
-``compiled.chosen``.
+A few forms of a kernel stand for the others (``compiled.chosen``); ``full`` compiles all.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from benchmarks.measure.compiled import TARGETS, Usage, compile_cases, in_eights
 from benchmarks.results.loss_table import show
 
 BUDGET = Path(__file__).parents[1] / "static_budget.json"
-# Registers and bytes of shared memory by kernel and target: the most of its forms.
+# Registers and bytes of shared memory by kernel and target: the most that a form takes.
 Budget = dict[str, dict[str, list[int]]]
 
 
@@ -37,14 +36,14 @@ class Config:
     only: Literal["triton", "cuda"] | None = None
     """Only Triton's kernels, or only those of csrc/cuda."""
     full: bool = False
-    """All forms for all targets. Those that are compiled only now have no budget, but may not
-    spill either."""
+    """Compile all forms for all targets. Those that are not compiled otherwise have no budget, but
+    may not spill either."""
     record: bool = False
     """Write the budget instead of comparing with it."""
 
 
 def main(config: Config) -> None:
-    """Compiles, prints and compares; SystemExit if a kernel is not as it must be."""
+    """Compiles, prints and compares; SystemExit if a kernel spills or breaks its budget."""
     for target in config.targets:
         if target not in TARGETS:
             raise SystemExit(f"targets: got {target!r}, expected some of {', '.join(TARGETS)}")
@@ -52,10 +51,10 @@ def main(config: Config) -> None:
     if config.only != "triton":
         found += _of_cuda(config)
     if config.only != "cuda":
-        # Processes of their own: Triton compiles in this one's threads, one kernel at a time.
+        # In processes, because in threads Triton would compile one kernel at a time.
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-            # The longest first.
+            # The longest compilation first.
             targets = sorted(config.targets, key=lambda target: TARGETS[target].brief)
             jobs = [pool.submit(compile_cases, target, config.full) for target in targets]
             found += [usage for job in jobs for usage in job.result()]
@@ -79,7 +78,7 @@ def _of_cuda(config: Config) -> list[Usage]:
 
 
 def most(found: Iterable[Usage]) -> Budget:
-    """The most registers and shared memory that a form takes, of those held to a budget."""
+    """The most registers and shared memory that a form takes, among forms with a budget."""
     budget: Budget = {}
     for usage in found:
         if usage.budgeted:
@@ -90,7 +89,7 @@ def most(found: Iterable[Usage]) -> Budget:
 
 
 def updated(budget: Budget, found: list[Usage]) -> Budget:
-    """The new figures of the targets that were compiled, and of others what they were."""
+    """The budget with new figures of the targets that were compiled."""
     compiled = {(usage.target, _is_cuda(usage.key)) for usage in found}
     new = most(found)
     merged = {}
@@ -106,13 +105,13 @@ def _is_cuda(key: str) -> bool:
 
 
 def text_of(budget: Budget) -> str:
-    """JSON with a line for each kernel."""
+    """The budget as JSON, with a line for each kernel."""
     lines = [f" {json.dumps(key)}: {json.dumps(figures)}" for key, figures in budget.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def complaints(found: Iterable[Usage], budget: Budget) -> list[str]:
-    """What is not as it must be, a line each."""
+    """A line for each fault: a spill, a lost instruction, a broken budget."""
     wrong = []
     for usage in found:
         registers, shared = usage.registers, usage.shared

@@ -1,4 +1,4 @@
-"""``python -m benchmarks tables``: writes the tables of docs/performance.md from CSVs."""
+"""``python -m benchmarks tables``: writes the tables of docs/performance.md from the CSVs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from benchmarks.results.loss_table import markdown
 from benchmarks.results.schema import RESULTS
 
 PAGE = RESULTS.parents[1] / "docs" / "performance.md"
-# Around each table, so that it is found again; a reader of the page does not see them.
+# Around each table, so that it is found again; readers of the page do not see these comments.
 _BEGIN = "<!-- table {name}: python -m benchmarks tables -->"
 _END = "<!-- end of table -->"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Writes the tables between the markers of the page anew from benchmarks/results."""
+    """Writes the tables of the page again from benchmarks/results."""
 
     check: bool = False
-    """Write nothing; fail where the page does not say what the CSVs say."""
+    """Write nothing; fail if the page does not say what the CSVs say."""
 
 
 _MODELS = {
@@ -48,7 +48,7 @@ LINES = (
 )
 
 _MEASURED = "epyc-zen5", 2048
-# By the name in its markers.
+# Each table by the name in its markers.
 TABLES: dict[str, Callable[[], list[list[str]]]] = {
     "measured": lambda: losses(*_MEASURED, _MODELS, LINES),
     "again": lambda: repeated(*_MEASURED, _MODELS, LINES, "loss-again.csv"),
@@ -60,7 +60,7 @@ TABLES: dict[str, Callable[[], list[list[str]]]] = {
 
 
 def main(config: Config) -> None:
-    """Writes, or checks; SystemExit if the page is not up to date then."""
+    """Writes or checks the page; SystemExit if a check finds an old table."""
     old = new = PAGE.read_text(encoding="utf-8")
     for name, cells in TABLES.items():
         try:
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
 
 
 def replace(text: str, name: str, table: str) -> str:
-    """The page with this table between its markers; ValueError if it has them not once."""
+    """The page with this table between its markers; ValueError unless it has them once."""
     begin = _BEGIN.format(name=name)
     between = re.compile(rf"({re.escape(begin)}\n).*?(\n{re.escape(_END)})", re.DOTALL)
     text, count = between.subn(lambda found: f"{found[1]}{table}{found[2]}", text)

@@ -50,18 +50,18 @@ _LARGEST: Figures = {
 class Config(Options):
     """Times real steps of fine-tuning with each loss, and finds the largest batch that fits.
 
-    A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text,
-    every token labelled, each row a document. Losses take turns at one model; their times are
-    medians. Peak memory is that of one step in a fresh process. docs/performance.md says what it
+    A step is forward, backward, clipping and AdamW, of a Hugging Face model on rows of real text.
+    Every token is labelled, and each row is a document. Losses take turns at one model; times are
+    medians. Peak memory is that of one step in a fresh process. benchmarks/README.md says what it
     counts, and how the largest batch is found.
     """
 
     model: str = "smollm2-135m"
     """A name that `bft train --model` takes, or a folder."""
     texts: Path | None = None
-    """Documents, one a line; without it the demo's questions with their answers."""
+    """A file of documents, one a line; without it the demo's questions with their answers."""
     losses: tuple[str, ...] = tuple(n for n in NAMES if n != "cut-cross-entropy")
-    """Those that are compiled (cut-cross-entropy off a GPU) are slow to start: ask by name."""
+    """The losses. Name cut-cross-entropy to have it too: without a GPU it is slow to start."""
     weightings: tuple[Literal["plain", "bft"], ...] = ("plain", "bft")
     """The mean over tokens, or Balanced Fine-Tuning's weights."""
     batch: int = 4
@@ -76,7 +76,7 @@ class Config(Options):
     """Recompute activations in the backward."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     repeats: int = 3
-    """Steps of each loss that are timed, after one that warms up; 0: no times."""
+    """Steps of each loss that are timed, after one that warms up; 0 for no times."""
     memory: bool = True
     """Measure the peak memory of a step with `batch` sequences."""
     limit: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Config(Options):
     max_batch: int = 1024
     """The largest batch to try."""
     patience: float = 600.0
-    """Seconds that a step may take in that search. A longer one ends it: at least so many fit."""
+    """Seconds that a step may take in that search. A longer step ends it with "at least"."""
 
     def __post_init__(self) -> None:
         for name, low in {"batch": 1, "length": 2, "repeats": 0, "max_batch": 1}.items():
@@ -97,11 +97,11 @@ class Config(Options):
         self.limits()
 
     def limits(self) -> list[int]:
-        """Bytes, ascending."""
+        """The limits in bytes, ascending."""
         return sorted(parse_bytes(limit) for limit in self.limit)
 
     def job(self) -> Job:
-        """The step."""
+        """The step to measure."""
         settings = TrainConfig(
             train_file=self.texts or cache_root() / "hpo" / "train.jsonl",
             model=self.model,
@@ -114,7 +114,7 @@ class Config(Options):
 
 
 def main(config: Config) -> None:
-    """Measures, prints, and writes if asked to; SystemExit says what is refused."""
+    """Measures, prints, and writes if asked to; SystemExit if a setting is wrong."""
     facts = config.facts() | {"repeats": config.repeats}
     job = config.job()
     rows = max(config.batch * (config.repeats + 1), config.max_batch)
@@ -136,7 +136,7 @@ def main(config: Config) -> None:
 
 
 def _row(config: Config, loss: StepLoss) -> Row:
-    """All columns of a measurement but the environment's, those still to be filled empty."""
+    """All columns of a measurement but the environment's; those to be filled in are empty."""
     what = {
         "loss": loss.name,
         "weighting": loss.weighting,
@@ -152,7 +152,7 @@ def _row(config: Config, loss: StepLoss) -> Row:
 
 
 def _measure(config: Config, job: Job, losses: list[StepLoss], ids: Tensor) -> dict[StepLoss, Row]:
-    """Times and peaks with ``config.batch`` of ``ids [rows, length]``, or why there are none."""
+    """Times and peaks with ``config.batch`` of ``ids [rows, length]``, or the reasons for none."""
     samples: dict[str, list[dict[str, float]] | str] = {}
     dtype = getattr(torch, config.dtype)
     reasons = {x.label: x.why_missing(config.device, dtype) for x in losses}
@@ -185,7 +185,7 @@ def _measure(config: Config, job: Job, losses: list[StepLoss], ids: Tensor) -> d
 
 
 def _search(config: Config, job: Job, losses: list[StepLoss], ids: Tensor) -> list[Row]:
-    """The largest batch of each loss under each limit, of ``ids [rows, length]``."""
+    """Finds the largest batch of ``ids [rows, length]`` for each loss and limit."""
     rows = []
     for loss in losses:
         peaks: dict[int, int] = {}
@@ -215,7 +215,7 @@ def _say(loss: StepLoss, batch: int, outcome: Outcome, under: str = "") -> None:
 
 
 def parse_bytes(text: str) -> int:
-    """``"8GiB"`` as bytes; SystemExit if it is not a positive number and a unit."""
+    """``"8GiB"`` as bytes; SystemExit unless it is a positive number and a unit."""
     try:
         value = convert_file_size_to_int(int(text) if text.isdigit() else text)
     except (ValueError, OverflowError):

@@ -1,5 +1,5 @@
-// Argument checks of the bindings. Kernels trust what they are given; what comes from Python is
-// checked here. std::invalid_argument becomes ValueError.
+// Argument checks of the bindings. Kernels trust their arguments, so those that come from Python
+// are checked here. std::invalid_argument becomes ValueError.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -67,13 +67,13 @@ class Given {
     int64_t number(const char* name, int64_t low, int64_t high) {
         return check_range(name, get<int64_t>(name), low, high);
     }
-    // With `otherwise` outside of the range it must be given.
+    // If `otherwise` is outside of the range, the argument must be given.
     float real(const char* name, float low, float high, float otherwise) {
         const float value = get(name, otherwise);
         check_number(name, value, low, high);
         return value;
     }
-    // An array of `elements` T. Without a number of elements it may be missing: null.
+    // An array of `elements` T. Without a number of elements it may be missing, and is then null.
     template <typename T>
     T* array(const char* name, int64_t elements = 0) {
         return checked_pointer<T>(name, get<std::uintptr_t>(name, 0), elements);
@@ -99,7 +99,7 @@ class Given {
         const pybind11::gil_scoped_release unlocked;
         function(arguments...);
     }
-    // The same with a stream behind them.
+    // The same, with the stream as the last argument.
     template <typename Function, typename... Arguments>
     void launch(Function function, const Arguments&... arguments) {
         auto* stream = reinterpret_cast<void*>(get<std::uintptr_t>("stream"));

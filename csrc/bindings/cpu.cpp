@@ -1,6 +1,6 @@
 // bft_kernels._cpu: arrays come as addresses and sizes, so that no torch header is needed.
-// Functions release the GIL, and those with many arguments take them by name: see the headers of
-// csrc/cpu.
+// Functions release the GIL. Those with many arguments take them by name; the headers of csrc/cpu
+// describe them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -183,7 +183,7 @@ class OnlineSoftmax {
         bft::check_range("rows", rows, 0, rows_ - first_row);
     }
 
-    // With more than one thread a block has the softmax to itself.
+    // While a block is taken by several threads, no other block is.
     bft::cpu::Team checked_team(int threads, int worker) const {
         bft::check_range("worker", worker, 0, settings_.workers - 1);
         if (worker > 0) bft::check_range("threads", threads, 1, 1);

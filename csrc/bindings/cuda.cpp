@@ -21,15 +21,15 @@ using namespace bft::cuda;
 
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();  // also what a grid counts
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();  // also the largest grid
 // Numbers of rows and columns are 32-bit in kernels, those of the last tile included.
 constexpr int64_t kMaxRows = kMaxInt - 1024, kMaxVocabulary = kMaxRows;
 constexpr int64_t kMaxStride = int64_t{1} << 48;
 constexpr float kSmallest = std::numeric_limits<float>::min();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-// A launch of kernels.h, which says what it does: take_and_launch(Given&). Arrays are named as
-// there and end in _ptr; those that are not wanted may be 0 or left out.
+// Binds a launch that kernels.h describes: take_and_launch(Given&). Names of arrays are those of
+// kernels.h and _ptr; an array that is not wanted may be 0 or left out.
 template <typename Launch>
 void launches(py::module_& module, const char* name, Launch take_and_launch) {
     module.def(
@@ -41,7 +41,7 @@ void launches(py::module_& module, const char* name, Launch take_and_launch) {
         "See csrc/cuda/kernels.h. All by name, and the stream as a number.");
 }
 
-// A launch whose first argument is a `problem` or `rows`: take_and_launch(Given&, const Of&).
+// Binds a launch whose first argument is a `problem` or `rows`: take_and_launch(Given&, const Of&).
 template <typename Of, typename Launch>
 void launches_of(py::module_& module, const char* name, Launch take_and_launch) {
     launches(module, name, [take_and_launch](Given& given) {
@@ -50,7 +50,7 @@ void launches_of(py::module_& module, const char* name, Launch take_and_launch) 
     });
 }
 
-// A class of kernels.h that launches take as that argument: take(Given&) makes one.
+// Binds a class of kernels.h that launches take as that argument: take(Given&) makes one.
 template <typename Take>
 void takes(py::module_& module, const char* name, Take take) {
     using Made = decltype(take(std::declval<Given&>()));
@@ -77,7 +77,7 @@ Output gradient(Given& given, const char* name, int64_t elements, Type type) {
     return output(given, name, elements, type, given.get("is_float32", false));
 }
 
-// Only looked at where something is sampled.
+// It is read only if something is sampled.
 float eps_of(Given& given, bool sampled = true) {
     return sampled ? given.real("eps", 0x1p-30f, 1, 0) : given.get("eps", 1.0f);
 }
@@ -104,7 +104,7 @@ RowResults results_of(Given& given, int64_t rows) {
     return results;
 }
 
-// What the forward left of each row, and the upstream gradient.
+// What the forward stored for each row, and the upstream gradient.
 KnownRows known_of(Given& given, int64_t rows, bool with_grad = true) {
     return {given.floats("lse_ptr", rows), given.floats("lse_low_ptr"),
             given.floats("nll_ptr", rows), given.floats("grad_ptr", with_grad ? rows : 0)};
@@ -114,7 +114,7 @@ Sample sample_of(Given& given, int64_t rows) {
     return {given.longs("seed_ptr", rows > 0), eps_of(given)};
 }
 
-// norms and hidden_variance come together.
+// norms and hidden_variance are given together, or neither is.
 std::pair<Certified, float*> certified(Given& given, int64_t rows) {
     const Certified known{given.floats("lse_ptr", rows), given.floats("norms_ptr"), eps_of(given)};
     float* hidden_variance = given.floats("hidden_variance_ptr");
@@ -165,7 +165,7 @@ void define_forward(py::module_& module) {
         const int64_t n = given.number("N", 0, kMaxRows);
         const int64_t v = given.number("V", 1, kMaxVocabulary);
         const Type type = type_of(given);
-        // Operands are read by rows: the address is one of elements, whatever their number.
+        // Rows have strides: their number says only whether there must be an address.
         return Problem{type,
                        output(given, "hidden_ptr", n, type, false).at,
                        output(given, "weight_ptr", v, type, false).at,
@@ -254,7 +254,7 @@ void define_gradients(py::module_& module) {
 
 // --- lists.cu, spmm.cu ---------------------------------------------------------------------------
 
-// CUB numbers what it sorts with 32 bits.
+// CUB numbers the entries that it sorts with 32 bits.
 int64_t entries_of(Given& given) { return given.number("E", 0, kMaxInt); }
 int64_t vocabulary_of(Given& given) { return given.number("V", 1, kMaxVocabulary); }
 

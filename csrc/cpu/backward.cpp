@@ -45,7 +45,7 @@ ByColumn sort_by_column(const Entries& entries, int64_t vocabulary, int threads)
                  });
     for (int64_t v = 0; v < vocabulary; ++v) starts[v + 1] += starts[v];
 
-    // Ranges of columns with about as many entries each; `next` is where a column goes on.
+    // Ranges of columns with about as many entries each; `next` has the place of a column's next.
     std::vector<int64_t> bounds{0};
     for (int thread = 1; thread < threads; ++thread) {
         const int64_t* bound =

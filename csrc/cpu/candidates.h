@@ -2,7 +2,7 @@
 //
 // A row's entries are a chain of 128-byte nodes, in the order of their columns. Nodes come from the
 // pool of the thread that adds them and go back to the pool of the thread that drops them, so
-// memory follows the entries that are there, at most one half-empty node a row apart.
+// memory is that of the entries, and of at most one partly empty node a row.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,9 @@ namespace bft::cpu {
 struct Candidate {
     static constexpr uint32_t kUncounted = uint32_t{1} << 31;
 
-    // The vocabulary index; kUncounted is set while the certificate's sums do not hold the entry.
+    // The vocabulary index; kUncounted is set while the certificate's sums lack the entry.
     uint32_t tagged_column;
-    float logit;  // after the last thinning the value of dy
+    float logit;  // after the last thinning it is the value of dy
 
     uint32_t column() const { return tagged_column & ~kUncounted; }
     bool uncounted() const { return tagged_column & kUncounted; }
@@ -29,7 +29,7 @@ struct CandidateNode {
     Candidate entries[kEntries];
 };
 
-// Fetches the two lines of the node that lies so many further on; there may be none.
+// Prefetches the two cache lines of the node `further` nodes on, which need not exist.
 template <bool ToWrite>
 inline void fetch_node(const CandidateNode* node, size_t further = 0) {
     const auto at = reinterpret_cast<uintptr_t>(node) + further * sizeof(CandidateNode);
@@ -46,7 +46,7 @@ class alignas(128) CandidatePool {
             free_ = node->next;
         } else {
             if (unused_ == 0) grow();
-            node = slabs_.back().get() + (kSlab - unused_--);  // in the order in which they lie
+            node = slabs_.back().get() + (kSlab - unused_--);  // in the order of their addresses
             fetch_node<true>(node, kAhead);
         }
         node->next = nullptr;
@@ -77,7 +77,7 @@ class Candidates {
   public:
     uint32_t count() const { return count_; }
 
-    // Fetches what add() will write to.
+    // Prefetches what add() will write to.
     void prefetch() const { fetch_node<true>(last_); }
 
     // Appends entry(0), ..., entry(count - 1).
@@ -86,7 +86,7 @@ class Candidates {
         CandidateNode* node = last_;
         uint32_t place = count_ % CandidateNode::kEntries;
         for (int64_t k = 0; k < count; ++k) {
-            if (place == 0) {  // the last node is full, or there is none
+            if (place == 0) {  // the last node is full, or the chain has none
                 node = pool.take();
                 (last_ == nullptr ? first_ : last_->next) = node;
                 last_ = node;
@@ -97,7 +97,7 @@ class Candidates {
         count_ += static_cast<uint32_t>(count);
     }
 
-    // Fetches what each() will read first.
+    // Prefetches what each() will read first.
     void prefetch_first() const { fetch_node<false>(first_); }
 
     // visit(entry) for each entry, in order.
@@ -138,7 +138,7 @@ class Candidates {
         cut(kept, last, pool);
     }
 
-    // Puts entry(0), ..., entry(count - 1) in place of all entries, of which there are no fewer.
+    // Replaces all entries by entry(0), ..., entry(count - 1), which are not more.
     template <typename Entry>
     void replace(int64_t count, Entry entry, CandidatePool& pool) {
         CandidateNode* last = nullptr;
@@ -155,7 +155,7 @@ class Candidates {
     void clear(CandidatePool& pool) { cut(0, nullptr, pool); }
 
   private:
-    // Gives back what lies behind the last node in use, null if there is none.
+    // Gives back the nodes behind the last one in use; all nodes if that is null.
     void cut(uint32_t count, CandidateNode* last, CandidatePool& pool) {
         CandidateNode* rest = last == nullptr ? first_ : last->next;
         while (rest != nullptr) {

@@ -20,7 +20,7 @@ const Kernels& table();
 
 namespace {
 
-// Best first.
+// The tables that this processor runs, the best first.
 std::vector<const Kernels*> runnable() {
     std::vector<const Kernels*> tables;
 #if defined(__x86_64__)

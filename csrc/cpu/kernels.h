@@ -8,7 +8,7 @@
 
 namespace bft::cpu {
 
-// What an array of places needs beyond the places themselves.
+// An array of places has room for so many more than the places themselves.
 constexpr int64_t kPadding = 16;
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
@@ -44,7 +44,7 @@ struct Kernels {
 
     // y -> z in place; returns the largest z.
     float (*transform)(float* y, int64_t count, int64_t first_column, const Transform&);
-    // e and its sums; out may be z. What comes after z in memory is fetched.
+    // e and its sums; out may be z. What follows z in memory is prefetched.
     ExponentialSums (*exponentials)(const float* z, int64_t count, float maximum, float* out);
     // The sum of z - maximum.
     float (*sum)(const float* z, int64_t count, float maximum);
@@ -60,12 +60,12 @@ struct Kernels {
     // eps. `kept` has room for `count` and kPadding more.
     int64_t (*survivors)(const uint32_t* columns, const float* logits, int64_t count, float maximum,
                          float log_sum, RowKey key, float eps, float* p, uint32_t* kept);
-    // Over the entries of e < threshold; norms [count] may be null.
+    // Sums over the entries with e < threshold; norms [count] may be null.
     SmallSums (*small_sums)(const float* e, const float* z, int64_t count, float threshold,
                             const Transform&, const float* norms);
     // e *= softcap's slope at z.
     void (*multiply_slope)(float* e, const float* z, int64_t count, const Transform&);
-    // z -> dy but for the target's entry; dy may be z.
+    // z -> dy, except at the target; dy may be z.
     void (*gradient)(const float* z, float* dy, int64_t count, const GradientRow&,
                      const Transform&);
     // out[j] *= factor.
@@ -73,13 +73,13 @@ struct Kernels {
     // sum[j] = sum_k value[k] * table[index[k] * stride + j], in the order of k.
     void (*weighted_rows[3])(const void* table, int64_t stride, const int32_t* index,
                              const float* value, int64_t count, float* sum, int64_t width);
-    // out[j] = x[j], or out[j] += x[j], rounded to the type of out once. May pass by the caches:
-    // call `settle` before another thread reads.
+    // out[j] = x[j], or out[j] += x[j], rounded to the type of out once. It may bypass the
+    // caches: call `settle` before another thread reads.
     void (*write[3])(void* out, const float* x, int64_t count, bool add);
     void (*settle)();
 };
 
-// The best that this processor runs, or the one chosen by select_kernels.
+// The best kernels that this processor runs, or those chosen by select_kernels.
 const Kernels& kernels();
 
 // Names of the instruction sets that were compiled and that this processor runs, best first.

@@ -47,7 +47,7 @@ inline float slope_factor(const Transform& transform) {
 }
 
 float largest(const float* x, int64_t count) {
-    constexpr int64_t kChains = 4;  // as many as hide the latency of a maximum
+    constexpr int64_t kChains = 4;  // enough to hide the latency of a maximum
     Floats most[kChains];
     for (Floats& chain : most) chain = splat(-kInfinity);
     int64_t j = 0;
@@ -113,11 +113,11 @@ int64_t draw_below(const float* e, int64_t count, uint32_t first_column, RowKey 
     Words x = lane_numbers() * key.multiplier + (first_column * key.multiplier + key.offset);
     const uint32_t step = key.multiplier * static_cast<uint32_t>(kLanes);
     // In units of 2^-31. The margin is the most that the low 16 bits, which are not mixed, and the
-    // rounding of u can be off: it makes one candidate too many of 65,536 entries.
+    // rounding of u can be off: it lets one entry in 65,536 through without need.
     const float scale = factor * 0x1p31f, margin = 0x1p15f + 256;
     int64_t found = 0;
     const auto test = [&](Floats scaled) {
-        const Words bits = mix32_high(x) >> 1;  // one below 2^31 has a vector instruction to float
+        const Words bits = mix32_high(x) >> 1;  // below 2^31 one instruction converts it
         x += step;
         return less_mask(__builtin_convertvector(bit_cast<Ints>(bits), Floats), scaled);
     };
@@ -175,7 +175,7 @@ SmallSums small_sums(const float* e, const float* z, int64_t count, float thresh
         Floats term = x < threshold ? x : Floats{};
         const Floats value = term;
         if (to_tanh != 0) {
-            // A target stands here as -inf, which has no slope.
+            // A target is -inf here, which has no slope.
             const Floats slope = slope_at(load_lanes(z + j, lanes), to_tanh);
             term = x > 0.0f ? term * (slope * slope) : Floats{};
         }
@@ -226,7 +226,7 @@ inline void weighted_strip(const T* table, int64_t stride, const int32_t* index,
     for (int r = 0; r < kVectors; ++r) store(sum + r * kLanes, x[r]);
 }
 
-// Strips as wide as keeps two multipliers busy for the latency of a sum; a load a product.
+// Strips are wide enough to keep two multipliers busy for the latency of a sum, a load a product.
 template <typename T>
 void weighted_rows(const void* table_, int64_t stride, const int32_t* index, const float* value,
                    int64_t count, float* sum, int64_t width) {

@@ -30,20 +30,20 @@ double slope_of(const Transform& transform, double z) {
     return 1 - t * t;
 }
 
-// A maximum passes over NaN, so it must be asked for where nothing is above minus infinity.
+// A maximum ignores NaN, so NaN must be looked for where no value is above minus infinity.
 bool any_nan(const float* z, int64_t count) {
     return std::any_of(z, z + count, [](float x) { return std::isnan(x); });
 }
 
 }  // namespace
 
-// The state of one row. A maximum of -inf: nothing was seen yet but masked columns.
+// The state of one row. If the maximum is -inf, only masked columns were seen so far.
 struct OnlineSoftmax::Row {
     double sum = 0;          // of e = exp(z - maximum)
     double moment = 0;       // of e * (z - maximum)
     double shifted_sum = 0;  // of z - maximum
-    // The certificate: sums over entries below eps but the target, of e and e^2 times slope^2, and
-    // the same times |W_v|^2.
+    // For the certificate: sums over the entries below eps, without the target, of e and e^2 times
+    // slope^2, and the same times |W_v|^2.
     double small[2] = {0, 0};
     double weighted_small[2] = {0, 0};
     double maximum = -kDoubleInfinity;
@@ -62,7 +62,7 @@ struct OnlineSoftmax::Row {
     double lse() const { return maximum + log_sum; }
 };
 
-// One a thread, on cache lines of its own.
+// Each thread has one, on cache lines of its own.
 struct alignas(128) OnlineSoftmax::Scratch {
     std::vector<float> exponentials;
     std::vector<uint32_t> hits;
@@ -188,7 +188,7 @@ void OnlineSoftmax::add_block(const Block& block, float* keep, float* sums, int6
     });
 }
 
-// Rows come round once a block of the vocabulary, long after their state has left the caches.
+// A row is visited once a block of the vocabulary, long after its state has left the caches.
 void OnlineSoftmax::fetch_ahead(int64_t row, int64_t stop) const {
     if (row + 1 < stop) rows_[row + 1].candidates.prefetch();
     if (row + 2 < stop) {
@@ -206,7 +206,7 @@ void OnlineSoftmax::take_target(Row& row, float logit) const {
     if (e > 0) row.moment += e * below;
 }
 
-// Makes the sums relative to a larger maximum; *factor is what they are multiplied by.
+// Makes the sums relative to a larger maximum: they are multiplied by *factor.
 void OnlineSoftmax::raise_maximum(Row& row, double maximum, double* factor) const {
     *factor = 0;
     if (!row.empty()) {
@@ -224,7 +224,7 @@ void OnlineSoftmax::raise_maximum(Row& row, double maximum, double* factor) cons
         row.bound_sum = std::exp(row.lse_bound - maximum);
 }
 
-// What exp(z - maximum) is multiplied by to be at least p / eps.
+// The factor that makes exp(z - maximum) at least p / eps.
 float OnlineSoftmax::draw_factor(const Row& row) const {
     const double bound = std::max(row.sum, row.bound_sum);
     const double factor = kSlack / (bound * settings_.eps);
@@ -263,8 +263,8 @@ void OnlineSoftmax::find_candidates(Row& row, const float* z, const float* e, co
     }
 }
 
-// Probabilities of a row's candidates, given a logarithm of the sum, and which ones are kept: their
-// places in order; returns how many.
+// Fills in the probabilities of a row's candidates, given the logarithm of the sum, and the places
+// of those that are kept, in order; returns how many they are.
 int64_t OnlineSoftmax::draw_again(const Row& row, double log_sum, Scratch& scratch) const {
     scratch.reserve_candidates(row.candidates.count());
     uint32_t* column = scratch.columns.data();
@@ -381,8 +381,8 @@ void OnlineSoftmax::finish(int64_t first_row, int64_t rows, const SoftmaxResults
     });
 }
 
-// Keeps what a second pass would have kept, with the value of dy in place of the logit, and adds
-// the entries that the certificate's sums do not hold yet.
+// Keeps the entries that a second pass would have kept, with the value of dy in place of the logit,
+// and adds to the certificate's sums the entries that they lack.
 void OnlineSoftmax::thin_for_good(Row& row, Scratch& scratch, CandidatePool& pool, double* variance,
                                   double* weighted) const {
     const int64_t survivors = draw_again(row, row.log_sum, scratch);
@@ -475,7 +475,7 @@ void gradient_block(const GradientSettings& settings, const Block& block, int th
             const double upstream = settings.upstream[i] * unit;
             const double extra =
                 2.0 * settings.z_loss * (double{settings.lse[i]} + settings.lse_low[i]);
-            // What rounding took from lse is a factor of the whole row.
+            // The part of lse that rounding cut off is a factor of the whole row.
             const double scale = upstream * (1 + extra) * std::exp(-double{settings.lse_low[i]});
             kernel.gradient(z, dy, block.columns,
                             {settings.lse[i], static_cast<float>(scale),

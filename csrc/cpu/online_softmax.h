@@ -1,10 +1,10 @@
-// The forward: logits come block by block of the vocabulary, and after the last one every row's
-// loss, statistics and sampled gradient are known, though no block was looked at twice.
+// The forward: logits come in blocks of the vocabulary. After the last block every row's loss,
+// statistics and sampled gradient are known, though no block was looked at twice.
 //
 // A row's sums are relative to the largest logit so far and are rescaled when it rises (online
-// softmax). Entries are tested against a lower bound of lse, which lets too many through, and are
-// thinned with the same draws when the bound has risen; what is left at the end is the set that a
-// second pass would have kept.
+// softmax). Entries are tested against a lower bound of lse, which lets too many through. They are
+// thinned with the same draws when the bound has risen. The entries left at the end are those that
+// a second pass would have kept.
 //
 // In a block the sums are float32, over its columns only; from block to block they are double.
 #pragma once
@@ -38,7 +38,7 @@ struct Block {
     int64_t first_column, columns;
 };
 
-// Where results go, one value a row; null where one is not wanted.
+// Where results go, one value a row; null for one that is not wanted.
 struct SoftmaxResults {
     float *loss, *nll, *lse, *lse_low, *entropy;
     bool* correct;
@@ -68,7 +68,7 @@ class OnlineSoftmax {
     void add(const Block& block, float* keep, Team team);
 
     // The same, and leaves slope * exp(z - m) in place of the products, 0 at the target, where m is
-    // the largest logit so far; sums [rows, width], which are relative to the m before, are scaled.
+    // the largest logit so far; sums [rows, width], relative to the previous m, are rescaled.
     void add_exponentials(const Block& block, float* sums, int64_t width, Team team);
 
     // After the last block. Sampled entries are thinned for good.
@@ -102,7 +102,7 @@ class OnlineSoftmax {
 
     SoftmaxSettings settings_;
     std::vector<Row> rows_;
-    std::vector<CandidatePool> pools_;  // one a thread or worker
+    std::vector<CandidatePool> pools_;  // one for each thread or worker
 };
 
 // The exact gradient dy of rows whose lse is known; see the fields.

@@ -26,7 +26,7 @@ struct OpenMP {
     }
 };
 
-// Looked up at the first loop, when whatever brings a runtime has long been loaded.
+// Looked up at the first loop: by then any library that brings a runtime is loaded.
 const OpenMP& openmp() {
     static const OpenMP runtime;
     return runtime;

@@ -2,8 +2,8 @@
 //
 // PyTorch's wheels bring a libgomp of their own. A module linked to the system's would run a second
 // pool of threads beside it, and each pool spins between its loops on the cores that the other
-// needs. So nothing is linked: the runtime's entry is looked up among the symbols that are loaded,
-// and where there is none, std::thread takes over.
+// needs. So nothing is linked: the runtime's entry is looked up among the loaded symbols, and if
+// there is none, std::thread takes over.
 #pragma once
 
 #include <atomic>
@@ -13,14 +13,14 @@ namespace bft::cpu {
 
 using ThreadBody = void (*)(void* context, int thread, int team);
 
-// body(context, thread, team) on `team` threads, numbered from 0: as many as were asked for, or
-// what the runtime gives. What a body throws is thrown here, once all have ended.
+// Calls body(context, thread, team) on `team` threads, numbered from 0: as many as were asked for,
+// or as the runtime gives. What a body throws is thrown here when all have ended.
 void run_threads(int threads, ThreadBody body, void* context);
 
 // Whether an OpenMP runtime was found.
 bool has_openmp();
 
-// body(thread, first, stop) for pieces of 0..count of at most `grain`, on any thread in any order.
+// Calls body(thread, first, stop) for pieces of 0..count of at most `grain`, in any order.
 template <typename Body>
 void parallel_for(int threads, int64_t count, int64_t grain, Body body) {
     if (threads <= 1 || count <= grain) {
@@ -47,9 +47,9 @@ void parallel_for(int threads, int64_t count, int64_t grain, Body body) {
         &context);
 }
 
-// body(thread, first, stop) for one piece of 0..count a thread, the same one every time: what the
-// vendor's GEMM leaves in a core's cache, row by row, is found there, and the next product finds
-// its output's lines where it left them. Dynamic pieces made the product 15% slower.
+// Calls body(thread, first, stop) for one piece of 0..count a thread, the same one every time. So a
+// thread finds in its core's cache the rows that the vendor's GEMM left there, and the next GEMM
+// finds the lines of its output where it left them. Dynamic pieces made the GEMM 15% slower.
 template <typename Body>
 void parallel_static(int threads, int64_t count, Body body) {
     struct Context {

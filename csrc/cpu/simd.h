@@ -4,8 +4,8 @@
 //     BFT_ISA     a namespace of its own, so that no two compilations share a symbol
 //     BFT_LANES   floats in a vector: 16 with AVX-512, 8 with AVX2, 4 elsewhere
 //
-// Everything is internal to the file for the same reason: an inline function that the linker keeps
-// once must not be the copy made of instructions that this processor lacks.
+// Everything is internal to the file for the same reason: of an inline function the linker keeps
+// one copy, which must not be made of instructions that this processor lacks.
 #pragma once
 
 #include <cstdint>
@@ -75,7 +75,7 @@ inline Floats maximum(Floats a, Floats b) {
     return a > b ? a : b;
 }
 
-// Halves onto each other: log2(lanes) steps, and small rounding errors.
+// Combines the two halves until one number is left: log2(lanes) steps, and small rounding errors.
 template <typename Combine>
 inline float horizontal(Floats x, Combine combine) {
     float lanes[kLanes];
@@ -112,7 +112,7 @@ inline uint32_t less_mask(Floats a, Floats b) {
 // Appends the lanes whose bit is set, as first + lane, to places[found...]; returns the new number.
 // May write kLanes numbers, whatever the bits are.
 inline int64_t append_lanes(uint32_t bits, int64_t first, uint32_t* places, int64_t found) {
-#if defined(__x86_64__) && BFT_LANES == 16  // no branch to be guessed wrong
+#if defined(__x86_64__) && BFT_LANES == 16  // no branch to mispredict
     const Words place = lane_numbers() + static_cast<uint32_t>(first);
     const __m512i packed =
         _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), bit_cast<__m512i>(place));
@@ -141,7 +141,7 @@ inline Floats exp_down(Floats x) {
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * (f * f) + (f + 1.0f);
-    // The low bits of `shifted` hold n; a product (and no sum of exponents) keeps NaN a NaN.
+    // The low bits of `shifted` hold n. A product keeps a NaN; adding to the exponent would not.
     const Words scale = (bit_cast<Words>(shifted) << 23) + 0x3F800000u;
     return x < -87.3f ? Floats{} : p * bit_cast<Floats>(scale);
 }
@@ -200,7 +200,7 @@ inline Floats widen(const Float16* from) {
 
 inline void narrow(float* to, Floats x) { store(to, x); }
 
-// A store past the caches, of a vector that nobody will read soon; `to` is aligned to the vector.
+// A store that bypasses the caches, for data not read soon; `to` is aligned to the vector.
 inline void stream(float* to, Floats x) {
 #if defined(__x86_64__)
     return BFT_INTRINSIC(stream_ps)(to, BFT_NATIVE(x));
@@ -208,7 +208,7 @@ inline void stream(float* to, Floats x) {
     store(to, x);
 }
 
-// Call before another thread reads streamed data.
+// Must be called before another thread reads streamed data.
 inline void stream_fence() {
 #if defined(__x86_64__)
     _mm_sfence();

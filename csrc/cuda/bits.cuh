@@ -5,7 +5,7 @@
 
 namespace bft::cuda {
 
-// Words of the mask that a lane asks for before it looks at one: rows are far apart in memory.
+// Words of the mask that a lane loads before it looks at one: rows are far apart in memory.
 constexpr int kWordsAhead = 8;
 
 // A warp's part of a row's words: those from `begin` to `end`.
@@ -17,7 +17,7 @@ struct RowBits {
         return at < end ? words.load<Cache::kReadOnly>(at) : 0;
     }
 
-    // How many are set. Lanes own neighbouring words.
+    // How many bits are set. Lanes own neighbouring words.
     __device__ __forceinline__ int count() const {
         int found = 0;
         for (int first = begin + lane_id(); first < end; first += 32 * kWordsAhead) {
@@ -27,9 +27,9 @@ struct RowBits {
         return __reduce_add_sync(kAllLanes, found);
     }
 
-    // emit(place, column) for each bit that is set, in ascending order of columns and places. Sums
-    // over the lanes before it tell a lane where its columns go. Most words are empty: lanes that
-    // all have one write nothing.
+    // Calls emit(place, column) for each bit that is set, in ascending order of columns and places.
+    // Sums over the lanes before it tell a lane where its columns go. Most words are empty: if all
+    // lanes have empty ones, nothing is written.
     template <typename Emit>
     __device__ __forceinline__ void list(int64_t place, Emit emit) const {
         for (int first = begin; first < end; first += 32 * kWordsAhead) {
@@ -40,7 +40,7 @@ struct RowBits {
             for (int i = 0; i < kWordsAhead; ++i) {
                 if (!__any_sync(kAllLanes, ahead[i] != 0)) continue;
                 const int own = __popc(ahead[i]);
-                int through = own;  // of this lane and those before it
+                int through = own;  // the sum of this lane and those before it
 #pragma unroll
                 for (int step = 1; step < 32; step *= 2) {
                     const int before = __shfl_up_sync(kAllLanes, through, step);

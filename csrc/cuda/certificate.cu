@@ -6,10 +6,10 @@
 
 namespace bft::cuda {
 
-// Planes of [SPLITS, R] float32 that splits leave.
+// Planes of [SPLITS, R] float32 that the splits write.
 enum CertificateSum { kPlain, kNormed };
 
-// A thread's rows: what is known of them, and its own sums.
+// A thread's rows: their known values, and the thread's own sums.
 template <typename T>
 struct CertifiedRows {
     static constexpr int kRows = Entries<T>::kRows;
@@ -17,7 +17,7 @@ struct CertifiedRows {
     int target[kRows];  // -1 for one that is not in the vocabulary
 };
 
-// Adds a tile's terms.
+// Adds the terms of a tile.
 template <typename T>
 __device__ __forceinline__ void add_terms(Entries<T>& z, CertifiedRows<T>& rows,
                                           const Transform& transform, float eps,
@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_terms(Entries<T>& z, CertifiedRows<T>& rows,
     }
 }
 
-// From each thread's sums to those of the block's rows, through the stages' memory: first the lanes
+// Joins the threads' sums to those of the block's rows, through the stages' memory: first the lanes
 // that share a row, then the warps that do, in the order of their columns.
 template <typename T>
 __device__ __forceinline__ void store_terms(const CertifiedRows<T>& rows, bool normed,
@@ -71,14 +71,14 @@ __device__ __forceinline__ void store_terms(const CertifiedRows<T>& rows, bool n
 }
 static_assert(kThreads == 2 * kTileN);
 
-// Sums of p (eps - p)^+ slope^2 over a split of the vocabulary but the target, for a block of rows;
-// with norms also those of the terms times |W_v|^2.
+// Sums of p (eps - p)^+ slope^2 over a split of the vocabulary without the target, for a block of
+// rows; with norms also the sums of these terms times |W_v|^2.
 //
-// A block owns kTileN of the rows that take part and the tiles of one split, warps, threads and
-// stages what tile.cuh says. lse, target and sums of a thread's rows stay in its registers from
-// tile to tile, over its own columns; norms of a column are read by all lanes that share it at
-// once. Sums are joined at the end, where each of the two planes has a thread for each row: they
-// lie side by side, and no bank is met twice.
+// A block owns kTileN of the rows that take part and the tiles of one split; tile.cuh says what
+// warps, threads and stages own. lse, target and sums of a thread's rows, over its own columns,
+// stay in its registers from tile to tile. All lanes that share a column read its norm at once.
+// Sums are joined at the end, where each of the two planes has a thread for each row: they lie side
+// by side, without bank conflicts.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     certificate_kernel(Operands<T> in, WorkGrid grid, float eps, Global<const float> lse,
@@ -111,8 +111,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 grid.splits * count, there);
 }
 
-// Adds up the splits of each row, in order. A thread owns a row; rows of a warp are neighbours in
-// the sums. No shared memory.
+// Adds up the splits of each row, in order. A thread owns a row; the rows of a warp are neighbours
+// in the sums. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     add_splits_kernel(RowRange range, int splits, Global<const float> sums,
                       Global<const int64_t> order, Global<const int64_t> row_count,
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kThreads)
     if (hidden_variance) hidden_variance.store(row, total(kNormed));
 }
 
-// |W_v|^2 of each row of weight. A warp owns a row, and its lanes neighbouring pieces of 16 bytes,
-// or elements where rows do not start at multiples of that. No shared memory.
+// |W_v|^2 of each row of weight. A warp owns a row, and its lanes own neighbouring pieces of 16
+// bytes, or elements if rows do not start at multiples of 16 bytes. No shared memory.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     squared_norms_kernel(Operands<T> in, Global<float> norms) {

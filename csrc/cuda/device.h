@@ -1,9 +1,9 @@
 // What kernels use beyond plain CUDA C++, and the only file with PTX in it: memory through typed
 // accessors, asynchronous copies, ldmatrix and mma. Needs sm_80.
 //
-// Kernels reach memory through Global<T> and Shared<T> only. Compiled by nvcc these are a pointer
-// and an offset. Compiled by the host's compiler, tests/cuda/emulation implements the same names
-// and checks every access.
+// Kernels reach memory through Global<T> and Shared<T> only. For nvcc these are a pointer and an
+// offset. For the host's compiler tests/cuda/emulation implements the same names and checks every
+// access.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ struct alignas(sizeof(T) * N) Vector {
 
 enum class Cache {
     kDefault,
-    kReadOnly,   // memory that nobody writes during the launch (ld.global.nc)
+    kReadOnly,   // memory that nothing writes during the launch (ld.global.nc)
     kStreaming,  // not needed again: evicted first
 };
 
@@ -79,7 +79,7 @@ class Global {
     __device__ __forceinline__ void store(int64_t i, T value) const {
         store_as<C>(i, value);
     }
-    // N elements from element i on, whose address is a multiple of their size.
+    // N elements from element i on; their address must be a multiple of their size in bytes.
     template <int N, Cache C = Cache::kDefault>
     __device__ __forceinline__ Vector<std::remove_const_t<T>, N> load_vector(int64_t i) const {
         return load_as<Vector<std::remove_const_t<T>, N>, C>(i);
@@ -114,8 +114,8 @@ class Global {
 
 extern __shared__ __align__(128) unsigned char dynamic_shared[];
 
-// An array in the dynamic shared memory, from a byte offset on. The number of elements costs
-// nothing here: the emulation checks it.
+// An array in the dynamic shared memory, from a byte offset on. The number of elements is not used
+// here: the emulation checks it.
 template <typename T>
 class Shared {
   public:
@@ -136,7 +136,7 @@ class Shared {
         using Word = WordOf<Vector<T, N> >;
         *at<Word>(i) = bits_as<Word>(value);
     }
-    // What PTX takes for the address.
+    // The address as PTX takes it.
     __device__ __forceinline__ uint32_t address() const {
         return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)) + offset_;
     }
@@ -150,9 +150,9 @@ class Shared {
     uint32_t offset_;
 };
 
-// Starts to copy Bytes (4, 8 or 16, and both addresses multiples of it) of which only the first
-// `valid` are read; the rest is zero. Nobody sees them before the issuing thread has waited, and
-// other threads not before a barrier after that.
+// Starts to copy Bytes (4, 8 or 16; both addresses are multiples of it), of which only the first
+// `valid` are read; the rest is zero. The issuing thread sees them when it has waited, and other
+// threads see them after a barrier that follows.
 template <int Bytes, typename T, typename U>
 __device__ __forceinline__ void cp_async(Shared<T> to, Global<U> from, int valid = Bytes) {
     static_assert(std::is_same_v<T, std::remove_const_t<U> >);
@@ -172,14 +172,14 @@ __device__ __forceinline__ void cp_async(Shared<T> to, Global<U> from, int valid
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until all but the last N groups of this thread are there.
+// Waits until all but the last N groups of this thread have arrived.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 8 x 8 matrices of 2-byte elements into fragments: lane 8 m + r gives the address of row r of
-// matrix m. All lanes of the warp must call; it orders no memory.
+// Loads 8 x 8 matrices of 2-byte elements into fragments: lane 8 m + r gives the address of row r
+// of matrix m. All lanes of the warp must call it; it orders no memory accesses.
 template <typename T>
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], Shared<T> row) {
     static_assert(sizeof(T) == 2);
@@ -240,7 +240,7 @@ __device__ __forceinline__ T from_float(float x) {
     if constexpr (std::is_same_v<T, float>) return x;
 }
 
-// Two elements as a register of a fragment: the first is its low half.
+// Two elements as a register of a fragment; the first is its low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>);

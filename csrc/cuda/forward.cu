@@ -1,4 +1,4 @@
-// The tiled forward: logits live in registers, and leave them as a few sums for each row.
+// The tiled forward: logits stay in registers; only a few sums for each row leave them.
 #include <algorithm>
 
 #include "csrc/cuda/kernels.h"
@@ -9,14 +9,14 @@
 
 namespace bft::cuda {
 
-// Sums that a split leaves for each row, planes of [SPLITS, R] float32.
+// Sums that a split writes for each row, planes of [SPLITS, R] float32.
 enum Sum {
     kMaximum,  // of z
     kTotal,    // e = exp(z - maximum)
     kMoment,   // e * (z - maximum), for the entropy
     kShifted,  // z - maximum, for label smoothing; minus infinity counts as a maximum of 0
     kTarget,   // the target's z, in the split that has it; undefined elsewhere
-    kBefore,   // the largest z of the split in a column before the target's; likewise
+    kBefore,   // the largest z before the target's column, in that split too
 };
 
 // One launch: all splits of a part of the rows.
@@ -26,7 +26,7 @@ struct Pass {
     float overrating;  // 2^16 / eps
 };
 
-// What the block knows of its rows, and what it finds beside the sums, after the stages.
+// What the block knows of its rows, and what it finds beside the sums; in memory after the stages.
 struct RowNotes {
     Shared<int> target{kStagesBytes, kTileN};  // -1 for one that is not in the vocabulary
     Shared<uint32_t> multiplier{kStagesBytes + 4 * kTileN, kTileN};  // of the draws
@@ -36,21 +36,21 @@ struct RowNotes {
 };
 constexpr uint32_t kForwardShared = kStagesBytes + 16 * kTileN + 4 * kWarpColumns * kTileN;
 
-// Running sums of a thread's rows. The maximum is the warp's, and is the same in all lanes that
-// share the row; the others are over the thread's own columns. Total and moment are of powers of
-// 2 relative to base(): one multiply-add gives the power, whose product is not rounded.
+// Running sums of a thread's rows. The maximum is that of the warp, the same in all lanes that
+// share the row; the others are over the thread's own columns. Total and moment are of powers of 2
+// relative to base(): one multiply-add gives the power, and its product is not rounded.
 template <typename T>
 struct Running {
     static constexpr int kRows = Entries<T>::kRows;
     float maximum[kRows], total[kRows], moment[kRows], shifted[kRows];
-    int columns;  // seen by the thread
+    int columns;  // that the thread has seen
 
     __device__ __forceinline__ static float base(float maximum) {
         return finite_or(maximum, 0.0f) * kLog2E;
     }
 };
 
-// The target's z, and the largest before it, of the rows whose target lies in this tile.
+// Finds the target's z, and the largest z before it, for rows whose target lies in this tile.
 template <typename T>
 __device__ __forceinline__ void find_targets(Entries<T>& z, const Running<T>& state,
                                              const RowNotes& notes, int v0, Global<float> own) {
@@ -87,15 +87,15 @@ struct Bits {
     int rows;
 };
 
-// e of one row, one bit an entry: 32 columns to a word, gathered from the lanes that share the row.
+// One bit for each e of a row: a word has 32 columns, gathered from the lanes that share the row.
 template <typename T>
 __device__ __forceinline__ void store_bits(Entries<T>& e, int i, float factor,
                                            const RowNotes& notes, int v0, int vocabulary,
                                            const Bits& out) {
     constexpr int kColumns = Entries<T>::kColumns, kWords = kWarpV / 32;
     RowKey key{notes.multiplier.load(e.row(i)), notes.offset.load(e.row(i))};
-    // Offset of the thread's first column: the draw's place is then multiplier * step + this,
-    // modulo 2^32.
+    // The offset of the thread's first column: the place of a draw is then multiplier * step plus
+    // this offset, modulo 2^32.
     key.offset += key.multiplier * static_cast<uint32_t>(v0 + e.column0());
     const int target = notes.target.load(e.row(i));
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ __forceinline__ void store_bits(Entries<T>& e, int i, float factor,
     }
 }
 
-// Adds a tile of z, which becomes e, to the sums; with Emit leaves its bits.
+// Adds a tile of z, which becomes e, to the sums; with Emit it writes the bits.
 template <typename T, bool Emit>
 __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const Pass& pass,
                                          const RowNotes& notes, int v0, int vocabulary,
@@ -129,7 +129,7 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) peak = fmaxf(peak, z.at(i, j));
         peak = max_lanes<kLanes>(peak);
-        // exp(-inf - (-inf)) where nothing finite came yet.
+        // Avoids exp(-inf - (-inf)) while nothing finite came.
         const float reference = finite_or(peak, 0.0f);
         const float base = state.base(peak), fall = state.base(before) - base;
         if (pass.smoothing) {
@@ -140,8 +140,8 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
             }
             state.shifted[i] += shifted;
         }
-        // What came before this tile bounds the final lse from below, so that p is overrated;
-        // without this tile's own sum, no entry has to wait for it.
+        // The sum before this tile bounds the final lse from below, so that p is overrated. The
+        // tile's own sum is left out, so that no entry has to wait for it.
         float factor = 0;
         if constexpr (Emit) {
             const float earlier = __logf(sum_lanes<kLanes>(state.total[i]));
@@ -149,7 +149,7 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
                 fmaxf(finite_or(before, 0.0f) + earlier, notes.lse_bound.load(z.row(i)));
             factor = overrated(reference, bound) * pass.overrating;
         }
-        // 0 * exp2(fall) where nothing came yet, whatever the fall from 0 is.
+        // 0 while nothing came, whatever the fall from 0 is.
         const float scale = before == -infinity() ? 0.0f : exp2_approx(fall);
         float total = 0, moment = 0;
 #pragma unroll
@@ -157,7 +157,7 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
             const float power = fmaf(z.at(i, j), kLog2E, -base);
             const float e = exp2_approx(power);
             total += e;
-            moment = fmaf(e, fmaxf(power, -1e30f), moment);  // no 0 * -inf
+            moment = fmaf(e, fmaxf(power, -1e30f), moment);  // avoids 0 * -inf
             z.at(i, j) = e;
         }
         const float step = state.total[i] > 0 ? state.total[i] * fall : 0.0f;
@@ -170,13 +170,13 @@ __device__ __forceinline__ void add_tile(Entries<T>& z, Running<T>& state, const
     for (int j = 0; j < kColumns; ++j) state.columns += z.step(j) < left;
 }
 
-// Columns of the warps at warp_column() = offset, of the tiles from v0 to v1.
+// How many columns the warps at warp_column() = offset have, in the tiles from v0 to v1.
 __device__ __forceinline__ float columns_between(int v0, int v1, int vocabulary, int offset) {
     const int full = min(v1, vocabulary) - v0, rest = full % kTileV;
     return static_cast<float>(full / kTileV * kWarpV + min(max(rest - offset, 0), kWarpV));
 }
 
-// From each thread's sums to those of the block's rows, through the stages' memory: first the lanes
+// Joins the threads' sums to those of the block's rows, through the stages' memory: first the lanes
 // that share a row, then the warps that do, in the order of their columns.
 template <typename T>
 __device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
@@ -234,14 +234,14 @@ __device__ __forceinline__ void store_sums(Running<T>& state, const Pass& pass,
     }
 }
 
-// Sums of z over a split of the vocabulary, for a block of rows; with Emit also the mask.
+// The sums of z over a split of the vocabulary, for a block of rows; with Emit also the mask.
 //
-// A block owns kTileN of the rows that take part and the tiles of one split, warps and threads what
-// tile.cuh says. Statistics stay in a thread's registers from tile to tile, and only the maximum
-// is shared by the lanes of a row in each: their sums, and those of the two warps of a row, are
+// A block owns kTileN of the rows that take part and the tiles of one split; tile.cuh says what
+// warps and threads own. Statistics stay in a thread's registers from tile to tile. In each tile
+// the lanes of a row share only the maximum: their sums, and those of the two warps of a row, are
 // joined once, at the end. Beside the stages shared memory has what is known of each row
-// (RowNotes): lanes that read it have rows of their own, or the same one, so that no bank is met
-// twice. A warp that meets a target stores its z at once; no two write the same word.
+// (RowNotes): lanes that read it have rows of their own, or the same one, so there are no bank
+// conflicts. A warp that finds a target stores its z at once; no two warps write the same word.
 template <typename T, bool Aligned, bool Emit>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_nll_forward_kernel(Operands<T> in, Pass pass, Global<float> sums,
@@ -306,8 +306,8 @@ struct Combine {
     LossKind kind;
 };
 
-// Joins the splits of each row, in order, and stores what the row gives. A thread owns a row; rows
-// of a warp are neighbours in every plane of the sums. No shared memory.
+// Joins the splits of each row, in order, and stores the row's results. A thread owns a row; the
+// rows of a warp are neighbours in every plane of the sums. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     combine_kernel(Combine pass, Global<const float> sums, Global<const int64_t> target,
                    Global<const int64_t> order, Global<const int64_t> row_count, RowOutputs out) {
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kThreads)
     const bool known = label >= 0 && label < pass.vocabulary;
     const int holder = known ? static_cast<int>(label / pass.split_columns) : 0;
     const auto of_holder = at + holder * pass.range.count;
-    // NaN for a target that nobody checked.
+    // NaN for an unchecked target outside of the vocabulary.
     const float own = known ? of_holder.load(kTarget * plane) : __uint_as_float(0x7FFFFFFF);
 
     float maximum = -infinity(), earlier = -infinity();
@@ -350,10 +350,10 @@ __global__ void __launch_bounds__(kThreads)
     store_row(out, row, whole, own, first, mean, pass.kind);
 }
 
-// A lower bound of each row's lse: its target's logit, minus the largest rounding error. Until a
-// block arrives at a confident token's target, this keeps the other entries out.
+// A lower bound of each row's lse: its target's logit, minus the largest rounding error. It keeps
+// out the other entries of a confident token before a block arrives at the target.
 //
-// A warp owns a row, and its lanes neighbouring elements. No shared memory.
+// A warp owns a row, and its lanes own neighbouring elements. No shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     target_bound_kernel(Operands<T> in, Global<float> lse_bound) {
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(kThreads)
     lse_bound.store(row, z - kRounding * fabsf(z));
 }
 
-// Waves of blocks that a launch is cut into, at least: the last one leaves few processors idle.
+// A launch has at least so many waves of blocks, so that the last one leaves few processors idle.
 constexpr int64_t kWaves = 4;
 
 Splits splits_for(int64_t rows, int64_t vocabulary, int processors) {

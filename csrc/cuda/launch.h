@@ -14,8 +14,8 @@
 
 namespace bft::cuda {
 
-// Turns the error of a launch into an exception. What goes wrong while the kernel runs shows at a
-// later synchronisation, as with every CUDA library.
+// Turns the error of a launch into an exception. An error while the kernel runs shows at a later
+// synchronisation, as with every CUDA library.
 inline void check_launch(const char* kernel, cudaError_t error) {
     if (error != cudaSuccess) {
         throw std::runtime_error(std::string(kernel) + ": the CUDA launch failed: " +
@@ -25,20 +25,20 @@ inline void check_launch(const char* kernel, cudaError_t error) {
 
 struct Launch {
     const char* kernel;  // its name in messages
-    dim3 grid;           // of zero blocks: nothing is launched, where CUDA sees an error
+    dim3 grid;           // of zero blocks: nothing is launched, though CUDA sees an error
     dim3 block;
-    size_t shared_bytes;  // dynamic; above 48 KiB where the device has it
+    size_t shared_bytes;  // dynamic; above 48 KiB if the device has it
     void* stream;         // a cudaStream_t
 };
 
-// kernel<<<...>>>(arguments...), which must convert to the kernel's parameters, checked. Compiled
-// by the host's compiler it runs the kernel in the emulation, and has finished when it returns.
+// kernel<<<...>>>(arguments...) with a check for errors; arguments must convert to the kernel's
+// parameters. The host's compiler makes it run the kernel in the emulation until that has ended.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
     if (how.grid.x == 0) return;
 #ifdef __CUDACC__
     if (how.shared_bytes > 48 << 10) {
-        // What fails here, fails the launch.
+        // If this fails, the launch fails, too.
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(how.shared_bytes));
     }

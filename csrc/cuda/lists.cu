@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
     if (lane_id() == 0) counts.store(row, found);
 }
 
-// Columns of the set bits of each row, ascending; of a row that does not fit, none. A warp owns a
-// row. No shared memory.
+// Lists the columns of the set bits of each row, ascending, or none if the row does not fit. A warp
+// owns a row. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     list_entries_kernel(RowRange range, Global<const int64_t> order,
                         Global<const int64_t> row_count, Global<const uint32_t> mask, int words,
@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(kThreads)
               [&](int64_t to, int column) { columns.store(to, column); });
 }
 
-// The first entry of each column among sorted keys, and behind the last column their number.
+// The first entry of each column among sorted keys, and after the last column their number.
 //
-// A thread owns a column and searches: neighbours, whose searches end near each other, read the
-// same lines. No shared memory.
+// A thread owns a column and searches for it. The searches of neighbours end near each other and
+// read the same cache lines. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     column_starts_kernel(Global<const int32_t> keys, int64_t entries, int64_t vocabulary,
                          Global<int64_t> starts) {

@@ -1,4 +1,4 @@
-// What becomes of one logit: device functions that the forward and the backward share.
+// Functions of one logit, which the forward and the backward share.
 #pragma once
 
 #include "csrc/cuda/device.h"
@@ -7,8 +7,8 @@
 namespace bft::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-// The largest rounding error: of a product, relative to the sum of its terms' sizes; of an lse
-// bound, relative to the bound.
+// The largest rounding error: of a dot product, relative to the sum of its terms' sizes; of a bound
+// of lse, relative to the bound.
 constexpr float kRounding = 1e-5f;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000)
 // exp(x), 0 below the normal range.
 __device__ __forceinline__ float normal_exp(float x) { return exp2_approx(x * kLog2E); }
 
-// x, or `instead` where it is minus infinity, so that no -inf - (-inf) arises.
+// x, or `instead` if x is minus infinity, so that no -inf - (-inf) arises.
 __device__ __forceinline__ float finite_or(float x, float instead) {
     return x == -infinity() ? instead : x;
 }
@@ -47,7 +47,7 @@ struct Transform {
     __device__ __forceinline__ float logit(float y) const {
         return (softcap > 0 ? cap(y) : y) * inverse_temperature;
     }
-    // dz/dy where the logit is z.
+    // dz/dy of the logit z.
     __device__ __forceinline__ float slope(float z) const {
         if (softcap == 0) return inverse_temperature;
         const float t = z / (softcap * inverse_temperature);
@@ -55,16 +55,16 @@ struct Transform {
     }
 };
 
-// Whether the draw of an entry could be below x * factor / 2^16: true where it is, and seldom where
+// Whether the draw of an entry could be below x * factor / 2^16: true if it is, and seldom if it is
 // not. `place` is its multiplier * column + offset. The draw's upper 16 bits, as the last digits of
 // a float from 2^23 on, need neither the hash's last step nor a conversion; they let through one
-// entry in 65,536 whatever its x is. Rounding to nearest keeps the order: of u16 <= y, 2^23 + u16
-// is not above 2^23 + y rounded.
+// entry in 65,536 whatever its x is. Rounding to nearest keeps the order: if u16 <= y, 2^23 + u16
+// is not above the rounded 2^23 + y.
 __device__ __forceinline__ bool may_be_below(uint32_t place, float x, float factor) {
     return __uint_as_float((mix32_high(place) >> 16) + 0x4B000000) <= fmaf(x, factor, 0x1p23f);
 }
 
-// The sampled gradient away from the target: 0 where the draw lets an entry go, NaN where p is.
+// The sampled gradient away from the target: 0 if the draw drops the entry, NaN if p is NaN.
 __device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
     const float kept = draw * eps < p ? fmaxf(p, eps) : 0.0f;
     return p != p ? p : kept;
@@ -76,8 +76,8 @@ __device__ __forceinline__ float overrated(float reference, float bound) {
     return normal_exp(reference - bound + 1e-3f + kRounding * fabsf(bound));
 }
 
-// A word of the mask, of the 32 columns from `first` on: the target's bit is set, bits past the
-// vocabulary are not.
+// A word of the mask, for the 32 columns from `first` on: sets the target's bit, and clears the
+// bits past the vocabulary.
 __device__ __forceinline__ uint32_t trim_word(uint32_t word, int first, int vocabulary,
                                               int target) {
     const int left = vocabulary - first;
@@ -85,7 +85,7 @@ __device__ __forceinline__ uint32_t trim_word(uint32_t word, int first, int voca
     return left < 32 ? word & (left > 0 ? (1u << left) - 1 : 0) : word;
 }
 
-// An entry's part of the certificate.
+// The term of an entry in the certificate.
 __device__ __forceinline__ float variance_term(float z, float lse, float eps,
                                                const Transform& transform) {
     const float p = normal_exp(z - lse), slope = transform.slope(z);

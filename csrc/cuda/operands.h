@@ -1,4 +1,4 @@
-// From a problem to the arguments and the instance of a kernel.
+// Turns a problem into the arguments and the instance of a kernel.
 #pragma once
 
 #include <type_traits>
@@ -40,7 +40,7 @@ bool rows_aligned(const void* first, int64_t stride) {
     return reinterpret_cast<uintptr_t>(first) % 16 == 0 && stride * sizeof(T) % 16 == 0;
 }
 
-// run(T()): the type of the operands.
+// Calls run(T()) with the type of the operands.
 template <typename Run>
 void with_operands(Type type, Run run) {
     if (type == Type::kFloat32) run(float());
@@ -48,8 +48,8 @@ void with_operands(Type type, Run run) {
     if (type == Type::kFloat16) run(fp16());
 }
 
-// run(T(), std::bool_constant<Aligned>()): the type of the operands, and whether all of their rows
-// can be copied 16 bytes at a time.
+// Calls run(T(), std::bool_constant<Aligned>()) with the type of the operands, and whether all of
+// their rows can be copied 16 bytes at a time.
 template <typename Run>
 void with_type(const Problem& problem, Run run) {
     with_operands(problem.type, [&](auto zero) {
@@ -63,7 +63,7 @@ void with_type(const Problem& problem, Run run) {
     });
 }
 
-// run(T* or float*): the gradient's place, by its type.
+// Calls run(T* or float*) with the gradient's place, by its type.
 template <typename T, typename Run>
 void with_output(const Output& output, Run run) {
     if (output.is_float32) {

@@ -1,12 +1,12 @@
 // Tiles of products over rows: sums [128, 128] = a b, where the depth of b runs across its rows.
 //
-// Blocks, warps and threads own what they do in tile.cuh; in float32 a thread has four rows side by
-// side, and columns in fours. A stage holds as much of the depth: 64 halves or 32 floats. An
-// operand whose depth runs along its rows lies as in tile.cuh. In one whose depth runs across
-// them, a row of the stage has the 128 elements of one place in the depth. For halves, whose rows
-// take two rounds of the banks, its pieces lie in the order piece ^ (row % 8): a transposed matrix
-// of ldmatrix is one piece of eight consecutive rows, and meets no bank twice. Floats are read from
-// one row at a time, side by side, and need no such order.
+// Blocks, warps and threads own the same as in tile.cuh, but in float32 a thread has four rows side
+// by side, and columns in fours. A stage holds as much of the depth as there: 64 halves or 32
+// floats. An operand whose depth runs along its rows lies as in tile.cuh. If the depth runs across
+// the rows, a row of the stage has the 128 elements of one place in the depth. Rows of halves take
+// two rounds of the banks, so their pieces lie in the order piece ^ (row % 8): a transposed matrix
+// of ldmatrix is one piece of eight consecutive rows, and has no bank conflicts. Floats are read
+// from one row at a time, side by side, and need no such order.
 #pragma once
 
 #include "csrc/cuda/tile.cuh"
@@ -14,7 +14,7 @@
 namespace bft::cuda {
 
 // Fills a stage of an operand whose depth runs across rows, with kTileV columns from column0 on.
-// row_at(k) gives a row's offset in x, or -1 for one that is not there.
+// row_at(k) gives a row's offset in x, or -1 if there is no such row.
 template <bool Aligned, typename T, typename RowAt>
 __device__ __forceinline__ void fetch_across(Shared<T> to, Global<const T> x, int column0,
                                              int columns, RowAt row_at) {
@@ -30,7 +30,7 @@ __device__ __forceinline__ void fetch_across(Shared<T> to, Global<const T> x, in
     }
 }
 
-// Sums of a thread. Across: the depth of a runs across its rows, too.
+// The sums of a thread. Across: the depth of a runs across its rows, too.
 template <typename T, bool Across>
 struct Sums : Entries<T> {
     __device__ __forceinline__ static int column(int j) {
@@ -54,7 +54,7 @@ struct Sums<float, Across> {
     __device__ __forceinline__ void add(Shared<float> left, Shared<float> right) {
 #pragma unroll 1
         for (int k0 = 0; k0 < kTileD<float>; k0 += 4) {
-            Vector<float, 4> a[4];  // of row i, or with Across of place i in the depth
+            Vector<float, 4> a[4];  // of row i, or, with Across, of place i in the depth
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int to =
@@ -96,7 +96,7 @@ __device__ __forceinline__ Sums<T, Across> sum_products(int steps, Shared<T> lef
     for (int step = 0; step < kStages - 1; ++step) next(step);
     for (int step = 0; step < steps; ++step) {
         cp_async_wait<kStages - 2>();
-        __syncthreads();  // everyone's copies are there, and the stage read last is free
+        __syncthreads();  // all copies have arrived, and the stage read last is free
         const int stage = into + 1 == kStages ? 0 : into + 1;
         next(step + kStages - 1);
         sums.add(left + stage * kStage, right + stage * kStage);

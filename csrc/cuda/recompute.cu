@@ -9,12 +9,12 @@
 
 namespace bft::cuda {
 
-// upstream * dy of a tile [128 rows, 128 columns] of a block, exact or as the sampled gradient has
-// it, 0 past the block's columns, and the tile's sums over its rows.
+// upstream * dy of a tile [128 rows, 128 columns] of a block, exact or sampled, 0 past the block's
+// columns; and the tile's sums over its rows.
 //
-// Blocks, warps, threads and shared memory are as in the forward, with one tile each. The sums of a
-// column are joined by the lanes that share it, then by warps through the stages' memory, 128
-// floats side by side for each.
+// Blocks, warps, threads and shared memory are as in the forward, with one tile a block. The lanes
+// that share a column join its sums, then the warps do through the stages' memory, 128 floats side
+// by side for each.
 template <typename T, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     logit_gradient_kernel(Operands<T> in, RowValues known, GradientKind kind, int first_column,
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     bias_sums.store(row_block * stride + v0 + column, sum);
 }
 
-// Adds the sums of the row blocks, in order, to db. A thread owns a column, neighbours read
+// Adds the sums of the row blocks, in order, to db. A thread owns a column; neighbours read
 // neighbouring addresses. No shared memory.
 __global__ void __launch_bounds__(kThreads, 1)
     bias_gradient_kernel(Global<const int64_t> row_count, Global<const float> bias_sums,
@@ -107,8 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     bias.store(column, bias.load(column) + sum);
 }
 
-// A tile [128 rows, 128 of the width] of dH, over the columns of a block: dy, whose depth runs
-// along its rows, times W, whose depth runs across them; see products.cuh.
+// A tile [128 rows, 128 columns of the width] of dH, over the columns of a block: dy, whose depth
+// runs along its rows, times W, whose depth runs across them; see products.cuh.
 template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     hidden_gradient_kernel(Operands<T> in, Global<const T> dy, int64_t stride, Global<float> sums,
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// A tile [128 columns of the block, 128 of the width] of dW, over all rows that take part: dy and
-// H, the depths of both across their rows; see products.cuh.
+// A tile [128 columns of the block, 128 columns of the width] of dW, over all rows that take part:
+// dy^T times H, the depths of both across their rows; see products.cuh.
 template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_gradient_kernel(Operands<T> in, Global<const T> dy, int64_t stride,
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// The problem whose vocabulary is the block.
+// The same problem with the block as its vocabulary.
 static Problem part_of(const Problem& problem, const GradientBlock& block) {
     Problem part = problem;
     const int64_t bytes = problem.type == Type::kFloat32 ? 4 : 2;

@@ -2,9 +2,9 @@
 // result is written by one thread, which adds in a fixed order.
 //
 // A block of eight warps owns a row. A warp takes a span of 256 neighbouring columns at a time, in
-// turn with the other warps, and a lane every 32nd of them: eight loads of the warp, 128 bytes
-// side by side each, are on their way at once. It matters neither where rows begin nor what number
-// of columns they have. A vote of the warp is a word of the mask.
+// turn with the other warps, and a lane takes every 32nd of them: eight loads of the warp, 128
+// bytes side by side each, are on their way at once. Rows may begin anywhere and have any number of
+// columns. A vote of the warp is a word of the mask.
 //
 // Shared memory has a few numbers of each warp, side by side, which all threads read at once.
 #include "csrc/cuda/bits.cuh"
@@ -17,7 +17,7 @@ namespace bft::cuda {
 
 constexpr int kLaneColumns = 8, kSpan = 32 * kLaneColumns;
 
-// The buffer's rows, as kernels reach them.
+// The buffer's rows, as kernels access them.
 struct BufferRows {
     Global<const float> logits;  // [n, V], raw products
     int64_t stride;
@@ -29,7 +29,7 @@ struct BufferRows {
     int vocabulary;
     Transform transform;
 
-    // Of the block's row; -1 where it does not count.
+    // The position of the block's row; -1 if the row does not count.
     __device__ __forceinline__ int64_t position() const {
         const int64_t at = first_row + blockIdx.x;
         if (!order) return at;
@@ -50,16 +50,16 @@ struct BufferRows {
     }
 };
 
-// A lane's columns of a span, which are 32 apart.
+// A lane's columns of a span; they are 32 apart.
 struct Span {
     float z[kLaneColumns];
-    int column0, left;  // the lane's first column, and how many columns there are from it on
+    int column0, left;  // the lane's first column, and how many columns follow from it on
 
     __device__ __forceinline__ bool known(int i) const { return 32 * i < left; }
     __device__ __forceinline__ int column(int i) const { return column0 + 32 * i; }
 };
 
-// z of the span from column v0 on, minus infinity past the vocabulary.
+// z of the span that starts at column v0; minus infinity past the vocabulary.
 __device__ __forceinline__ Span load_span(const BufferRows& in, int v0) {
     Span span;
     span.column0 = v0 + lane_id();
@@ -85,17 +85,17 @@ __device__ __forceinline__ Span load_span(const BufferRows& in, int v0) {
     return span;
 }
 
-// use(v0) for the first column of each span of the warp.
+// Calls use(v0) with the first column of each span of the warp.
 template <typename Use>
 __device__ __forceinline__ void for_spans(int vocabulary, Use use) {
-    // Columns that are left, because a column past the last one need not be an int.
+    // Counts the columns that are left, because a column past the last may not fit an int.
     for (int left = vocabulary - warp_id() * kSpan; left > 0; left -= kWarps * kSpan) {
         use(vocabulary - left);
     }
 }
 
-// Joins the parts that threads have of the row, in order; the same in all threads. All of the block
-// must call.
+// Joins the threads' parts of the row, in order; all threads get the same. All threads of the block
+// must call it.
 constexpr int kPartNumbers = 4 * kWarps;
 __device__ __forceinline__ Part join_parts(Part part, Shared<float> room) {
     const float peak = max_lanes<32>(part.maximum);
@@ -143,12 +143,12 @@ __device__ __forceinline__ float lower_bound(const BufferRows& in, float own,
     }
     const Part whole = join_parts(part, room);
     float bound = finite_or(whole.maximum, 0.0f) + logf(whole.total);
-    // A logit that is not finite must affect only the rows and columns that have it.
+    // A logit that is not finite must not affect other rows and columns than its own.
     bound = fabsf(bound) < infinity() ? fmaxf(bound, own) : own;
     return bound - kRounding * fabsf(bound) - kRounding;
 }
 
-// For the mask: which entries may be kept.
+// For the mask: decides which entries may be kept.
 struct RowDraws {
     Global<const int64_t> seed;
     Popular popular;
@@ -156,7 +156,7 @@ struct RowDraws {
     Global<uint32_t> mask;
 };
 
-// A word of the mask for each lane, of the 32 columns that the warp has at i = lane.
+// A word of the mask for each lane: for the 32 columns that the warp has at i = lane.
 __device__ __forceinline__ uint32_t vote(const Span& e, RowKey key, float factor, int v0,
                                          int vocabulary, int target) {
     uint32_t own = 0;
@@ -167,29 +167,29 @@ __device__ __forceinline__ uint32_t vote(const Span& e, RowKey key, float factor
         const uint32_t word = __ballot_sync(kAllLanes, may_be_below(place, e.z[i], factor));
         if (lane_id() == i) own = word;
     }
-    // Lanes past the words have none, and their columns need not be ints.
+    // Lanes past the words have no word, and their columns may not fit an int.
     const int first = v0 + 32 * min(lane_id(), kLaneColumns);
     return trim_word(own, first, vocabulary, target);
 }
 
-// What a lane knows and has summed. The maximum is common to the warp. Sums are over the lane's own
-// columns; those of z are relative to the anchor, which is the target's z where it is finite.
+// What a lane knows, and its sums. The maximum is that of the warp. Sums are over the lane's own
+// columns; those of z are relative to the anchor, which is the target's z if that is finite.
 template <bool Emit>
 struct RowState {
     int target;
-    float anchor = 0, bound = 0;  // bound: of lse, from below; with Emit
+    float anchor = 0, bound = 0;  // bound: a lower bound of lse, with Emit
     RowKey key{1, 0};
     Part seen{-infinity(), 0, 0, 0};
-    float earlier = -infinity();  // the largest before the target
+    float earlier = -infinity();  // the largest z before the target
 
-    // By what e is multiplied before its draw is compared with it. What the warp has seen bounds
-    // the final lse too, so that no entry has to wait for it.
+    // The factor of e before it is compared with its draw. What the warp has seen also bounds the
+    // final lse, so that no entry has to wait for that.
     __device__ __forceinline__ float factor(float reference) const {
         const float sum = __logf(sum_lanes<32>(seen.total));
         return overrated(reference, fmaxf(finite_or(seen.maximum, 0.0f) + sum, bound));
     }
 
-    // Adds a span of z, which becomes e; returns its words of the mask.
+    // Adds a span of z, which becomes e; returns the span's words of the mask.
     __device__ __forceinline__ uint32_t add(Span& span, int v0, int vocabulary, bool smoothing,
                                             float overrating, Shared<float> own_logit) {
         float peak = seen.maximum;
@@ -207,7 +207,7 @@ struct RowState {
             if (smoothing && span.known(i)) seen.shifted += z - anchor;
             const float e = normal_exp(difference);
             total += e;
-            moment = fmaf(e, fmaxf(difference, -1e30f), moment);  // no 0 * -inf
+            moment = fmaf(e, fmaxf(difference, -1e30f), moment);  // avoids 0 * -inf
             span.z[i] = e;
         }
         const float scale = normal_exp(fall), step = seen.total > 0 ? seen.total * fall : 0.0f;
@@ -218,7 +218,7 @@ struct RowState {
     }
 };
 
-// The online softmax of a row: losses, statistics, and with Emit the bits of what may be kept.
+// The online softmax of a row: losses, statistics, and with Emit the bits of possible entries.
 constexpr uint32_t kSoftmaxBytes = 4 * (2 * kPartNumbers + kWarps + 1);
 template <bool Emit>
 __global__ void __launch_bounds__(kThreads)
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads)
     const Shared<float> room(0, kPartNumbers), popular_room(4 * kPartNumbers, kPartNumbers);
     const Shared<float> before(8 * kPartNumbers, kWarps);
     const Shared<float> own_logit(8 * kPartNumbers + 4 * kWarps, 1);
-    // NaN for a target that nobody checked.
+    // NaN for an unchecked target outside of the vocabulary.
     if (threadIdx.x == 0) own_logit.store(0, __uint_as_float(0x7FFFFFFF));
     __syncthreads();
 
@@ -293,8 +293,8 @@ __global__ void __launch_bounds__(kThreads)
     if (norms) hidden_variance.store(row, normed);
 }
 
-// Leaves the bits of what is kept by the final lse, and counts them. A thread owns a word: few bits
-// are set.
+// Clears the bits that the final lse does not keep, and counts the others. A thread owns a word,
+// in which few bits are set.
 constexpr uint32_t kCountsBytes = 4 * kWarps;
 __global__ void __launch_bounds__(kThreads)
     thin_rows_kernel(BufferRows in, RowValues known, Sampled sample, Global<uint32_t> mask,
@@ -319,8 +319,8 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) counts.store(row, found);
 }
 
-// Columns and values of the set bits of a row, ascending; of a row that does not fit, none. Warps
-// own equal parts of the words, in order.
+// Lists the columns and values of the set bits of a row, ascending, or none if the row does not
+// fit. Warps own equal parts of the words, in order.
 __global__ void __launch_bounds__(kThreads)
     list_rows_kernel(BufferRows in, RowValues known, Sampled sample, Global<const uint32_t> mask,
                      Global<const int64_t> offsets, Global<int32_t> columns, Global<float> values,
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // grad * dy overwrites the logits: a row of dy begins where its logits do. A narrow dy may
-// overwrite logits of this round's spans or of earlier ones, so every thread reads its own first.
+// overwrite logits of this round's spans or of earlier ones, so every thread first reads its own.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     gradient_rows_kernel(BufferRows in, RowValues known, LossKind kind, Global<T> dy,

@@ -1,4 +1,4 @@
-// A gradient that was made in the forward, times its upstream gradient.
+// Multiplies a gradient that was made in the forward by its upstream gradient.
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
@@ -6,13 +6,13 @@
 
 namespace bft::cuda {
 
-// Pieces of 16 bytes that a thread takes: few blocks start where there is nothing to do.
+// Pieces of 16 bytes that a thread takes: so few blocks start if there is nothing to do.
 constexpr int kSteps = 16;
 
 // x times the factor, rounded once. A factor of 1, that of loss.backward(), moves nothing.
 //
-// A thread owns pieces of x, a block's width apart; neighbours own neighbouring ones. Whole: they
-// begin at multiples of 16 bytes. No shared memory.
+// A thread owns pieces of x that are a block's width apart; neighbours own neighbouring pieces.
+// Whole: the pieces begin at multiples of 16 bytes. No shared memory.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     scale_kernel(Global<T> x, int64_t count, bool whole, Global<const float> factor) {

@@ -1,5 +1,5 @@
-// A row's softmax: joins partial sums, computes the row's results from them, and has the factors
-// of dz for the backward. Kernels use it for logits in tiles and for logits in a buffer.
+// A row's softmax: joins partial sums, computes the row's results from them, and gives the factors
+// of dz for the backward. It serves logits in tiles and logits in a buffer.
 #pragma once
 
 #include "csrc/cuda/kernels.h"
@@ -31,8 +31,8 @@ inline RowOutputs outputs_of(const RowResults& results) {
             results.lse_low, results.entropy, results.correct};
 }
 
-// `own`: the target's z, NaN for an unchecked target. `first`: no earlier column has as large a z.
-// `mean`: mean of z - maximum, read only with label smoothing.
+// `own`: the target's z, NaN if the target is not in the vocabulary. `first`: no earlier column has
+// as large a z. `mean`: the mean of z - maximum, read only with label smoothing.
 __device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, const Part& whole,
                                           float own, bool first, float mean, LossKind kind) {
     const float reference = finite_or(whole.maximum, 0.0f), log_total = logf(whole.total);
@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_row(const RowOutputs& out, int64_t row, co
     }
 }
 
-// What the forward left of each row, [N] each by position, and the upstream gradient.
+// What the forward stored for each row, and the upstream gradient, [N] each by position.
 struct RowValues {
     Global<const float> lse, lse_low, nll, grad;
 };
@@ -65,7 +65,7 @@ inline RowValues values_of(const KnownRows& known) {
     return {known.lse, known.lse_low, known.nll, known.grad};
 }
 
-// Entries of one row, by its final lse.
+// The entries of one row, by its final lse.
 struct RowEntries {
     int64_t target;
     RowKey key;

@@ -1,17 +1,17 @@
 // The sampled gradient from its lists: dH row by row, dW column by column. Each element of each
 // result is written by one thread, which adds in a fixed order.
 //
-// A block of eight warps is cut into teams, of one, two, four or eight warps: as many as a row of
-// the width needs. A team takes kBatch rows of the other matrix at a time, in turn with the other
-// teams. Of each row its threads have pieces of 16 bytes: one side by side, the next a team's width
-// further on, `Pieces` of them, whose sums stay in registers.
+// A block of eight warps is divided into teams of one, two, four or eight warps: as many as a row
+// of the width needs. A team takes kBatch rows of the other matrix at a time, in turn with the
+// other teams. A thread has `Pieces` pieces of 16 bytes of each row: the first beside those of its
+// neighbours, the next a team's width further on. Their sums stay in registers.
 //
-// Rows come by cp.async while those before them are in use: memory answers late, and a block that
-// waits has a batch on its way, 32 KiB. A thread copies what it reads itself, so that no barrier is
-// needed for it. Shared memory has the pieces of one number of a row side by side, in the order of
-// threads: neither copies nor loads meet a bank twice. The sums of the teams go through the same
-// memory at the end, laid out likewise as vectors of four floats, and are joined in order by the
-// threads of the first team.
+// cp.async copies rows while those before them are in use: memory answers late, and a block that
+// waits has a batch of 32 KiB on its way. A thread copies the pieces that it reads, so that no
+// barrier is needed for them. Shared memory has the threads' first pieces of a row side by side, in
+// the order of the threads, then their second ones: copies and loads have no bank conflicts. At the
+// end the sums of the teams go through the same memory, laid out alike as vectors of four floats,
+// and the threads of the first team join them in order.
 #include "csrc/cuda/kernels.h"
 #include "csrc/cuda/launch.h"
 #include "csrc/cuda/operands.h"
@@ -23,36 +23,36 @@ namespace bft::cuda {
 template <typename T>
 constexpr int kSize = 16 / static_cast<int>(sizeof(T));  // elements of a piece
 // Rows that a team takes at a time, and batches that are on their way meanwhile. The widest rows
-// leave room for none: the smallest devices give a block 99 KiB.
+// leave no room for a batch: the smallest devices give a block 99 KiB.
 template <int Pieces>
 constexpr int kBatch = Pieces < 8 ? 8 / Pieces : 1;
 template <int Pieces>
 constexpr int kAhead = Pieces < 16 ? 1 : 0;
-// Processors with 99 KiB of shared memory have room for one block.
+// Multiprocessors with 99 KiB of shared memory have room for one block.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
 constexpr bool kRoomForOne = true;
 #else
 constexpr bool kRoomForOne = false;
 #endif
-// Blocks that share a processor.
+// Blocks that share a multiprocessor.
 template <int Pieces, bool Aligned>
 constexpr int kBlocks = kRoomForOne || Pieces >= 8 ? 1
                         : Pieces < 4 && Aligned    ? 3
                                                    : 2;
-// Pieces of rows that may leave room for several teams; all others take the whole block.
+// Rows of up to so many pieces a thread may have several teams; wider ones take the whole block.
 constexpr int kFewPieces = 2;
-// The widest row, or slice of one, of so few pieces.
+// The widest row, or slice of a row, of so few pieces.
 template <typename T>
 constexpr int kSliceD = kFewPieces * kSize<T> * kThreads;
 
-// Shared memory: the rows, then parts of logits, two rooms of them.
+// Shared memory: the rows, then two rooms for parts of logits.
 constexpr uint32_t kRowsBytes = 16 * kThreads * 16;
 constexpr uint32_t kPartsBytes = 2 * kWarps * kBatch<kFewPieces> * 4;
 constexpr uint32_t kRowsAndPartsBytes = kRowsBytes + kPartsBytes;
 
 struct Team {
-    int warps;  // of each
+    int warps;  // of each team
     __device__ __forceinline__ int threads() const { return 32 * warps; }
     __device__ __forceinline__ int count() const { return kWarps / warps; }
     __device__ __forceinline__ int rank() const {
@@ -61,7 +61,7 @@ struct Team {
     __device__ __forceinline__ int thread() const {
         return static_cast<int>(threadIdx.x) % threads();
     }
-    // Where a thread's piece begins in the row.
+    // The element at which a thread's piece begins in the row.
     template <typename T>
     __device__ __forceinline__ int element(int piece) const {
         return (piece * threads() + thread()) * kSize<T>;
@@ -91,7 +91,7 @@ struct TeamRows {
 #pragma unroll
             for (int p = 0; p < Pieces; ++p) fetch_one(p);
         } else {
-#pragma unroll 1  // registers are for the sums
+#pragma unroll 1  // registers are needed for the sums
             for (int p = 0; p < Pieces; ++p) fetch_one(p);
         }
     }
@@ -125,7 +125,7 @@ __device__ __forceinline__ void take_batches(Team team, int64_t begin, int64_t e
         const int into = (stage + kAhead<Pieces>) % kStages;
         fetch(into, fetched);
         cp_async_commit();
-        coming = entry_at(place + kStages * step);  // long before its rows are asked for
+        coming = entry_at(place + kStages * step);  // long before its rows are fetched
         cp_async_wait<kAhead<Pieces>>();
         use(stage, place, kAhead<Pieces> > 0 ? entry : fetched);
         entry = fetched;
@@ -149,8 +149,8 @@ struct PieceSums {
             for (int i = 0; i < kSize<T>; ++i) at[p][i] = fmaf(value, x.at[i], at[p][i]);
         }
     }
-    // Adds those of the other teams to the first one's. All threads of the block must call. Each
-    // stores where its own pieces were: others may still have use for theirs.
+    // Adds the sums of the other teams to those of the first. All threads of the block must call
+    // it. Each stores where its own pieces were, because others may still need theirs.
     __device__ __forceinline__ void join(Team team) {
         if (Pieces > kFewPieces || team.count() == 1) return;
         constexpr int kVectors = kSize<T> / 4;
@@ -183,7 +183,7 @@ struct PieceSums {
             }
         }
     }
-    // Writes, or adds to, a row: the first team does. Whole: it is made of pieces of 16 bytes.
+    // The first team writes, or adds to, a row. Whole: the row consists of pieces of 16 bytes.
     template <typename Out>
     __device__ __forceinline__ void store(Team team, Global<Out> row, int depth, bool whole,
                                           bool adds) const {
@@ -216,20 +216,20 @@ struct PieceSums {
     }
 };
 
-// A listed entry; its column is -1 where there is none.
+// A listed entry; its column is -1 if there is none.
 struct ListedEntry {
     int column;
-    float value;  // dy for unit upstream gradient, where the list has values
+    float value;  // dy for unit upstream gradient, if the list has values
 };
 
-// dH of the listed entries, of the operands' type or in float32, and the entries that are kept.
+// dH of the listed entries, in the operands' type or in float32, and the entries that are kept.
 //
-// A block owns a row: its teams fetch the listed rows of weight once, for the sum. If the list has
-// values, all its entries are kept. Otherwise the kernel drops entries by the final lse: the row of
-// hidden stays in registers, and the fetched rows also give the logits. Of each logit a warp leaves
-// its part in shared memory, one float for each row of the batch; after a barrier every warp of the
-// team adds them up, a lane for each logit. Lanes read neighbouring floats or the same one. Two
-// rooms of parts take turns, so that one barrier a batch is enough.
+// A block owns a row: its teams fetch the listed rows of weight once and add them up. If the list
+// has values, all its entries are kept. Otherwise the kernel drops entries by the final lse: the
+// row of hidden stays in registers, and the fetched rows also give the logits. A warp writes its
+// part of each logit to shared memory, one float for each row of the batch. After a barrier every
+// warp of the team adds the parts up, a lane for each logit. Lanes read neighbouring floats or the
+// same one. Two rooms for parts take turns, so that one barrier a batch is enough.
 template <typename T, bool Aligned, int Pieces, bool Values>
 __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
     spmm_hidden_kernel(Operands<T> in, RowValues known, Sampled sample,
@@ -265,14 +265,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
         return ListedEntry{columns.load<Cache::kReadOnly>(at), unit};
     };
     const auto fetch = [&](int stage, ListedEntry entry) {
-#pragma unroll(Values ? 2 : kRows)  // all four spill 8 bytes on sm_100
+#pragma unroll(Values ? 2 : kRows)  // unrolling all four spills 8 bytes on sm_100
         for (int k = 0; k < kRows; ++k) {
             const int64_t other = __shfl_sync(kAllLanes, entry.column, k);
             const auto from = in.weight + (other >= 0 ? other * in.stride_wv : 0);
             rows.fetch(stage, k, from, in.depth, other >= 0);
         }
     };
-    // dy of a lane's entry, by the final lse.
+    // dy of a lane's entry by the final lse.
     const auto decide = [&](int stage, int column) {
         float dots[kRows] = {};
 #pragma unroll
@@ -328,10 +328,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Pieces, Aligned>)
 
 // dW and db of sorted entries.
 //
-// A block owns a column, and a slice of the width as wide as its threads' sums: its teams fetch the
-// rows of hidden that kept the column. Most columns have few entries. The first team does columns
-// of one batch alone, so no sums are joined. The first warp of the first slice computes db; a lane
-// takes every 32nd entry.
+// A block owns a column, and a slice of the width as wide as its threads' sums. Its teams fetch the
+// rows of hidden that kept the column. Most columns have few entries: if they are one batch, the
+// first team takes them alone, and no sums are joined. The first warp of the first slice computes
+// db; a lane takes every 32nd entry.
 template <typename T, typename Out, bool Aligned>
 __global__ void __launch_bounds__(kThreads, kBlocks<kFewPieces, Aligned>)
     spmm_weight_kernel(Operands<T> in, Global<const int64_t> starts, Global<const uint64_t> packed,
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kFewPieces, Aligned>)
     sums.store(team, grad_weight + (column * stride_gv + d0), depth, whole, adds);
 }
 
-// The narrowest team whose threads have few pieces of a row, or else the whole block.
+// The smallest team whose threads have few pieces of a row, or else the whole block.
 template <typename T>
 static Team team_for(int64_t depth) {
     int warps = 1;
@@ -390,7 +390,7 @@ static Team team_for(int64_t depth) {
     return {warps};
 }
 
-// run(std::integral_constant<int, Pieces>()): how many pieces of a row a thread has.
+// Calls run(std::integral_constant<int, Pieces>()): a thread has so many pieces of a row.
 template <typename T, int Pieces = kFewPieces, typename Run>
 static void with_pieces(int64_t depth, Run run) {
     constexpr int kWidest = Pieces * kSize<T> * kThreads;
@@ -400,7 +400,7 @@ static void with_pieces(int64_t depth, Run run) {
     run(std::integral_constant<int, Pieces>());
 }
 
-// Whether rows of the depth, `stride` elements of Out apart, are pieces of 16 bytes of both types.
+// Whether rows, `stride` elements of Out apart, consist of pieces of 16 bytes in both types.
 template <typename T, typename Out>
 static bool rows_whole(const void* first, int64_t stride, int64_t depth) {
     return depth % kSize<T> == 0 && rows_aligned<Out>(first, stride);

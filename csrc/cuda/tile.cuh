@@ -1,16 +1,16 @@
 // A tile of raw products y [kTileN, kTileV] = hidden weight^T, which stays in registers.
 //
-// A block of eight warps owns the tile, a warp 32 rows and 64 columns of it (warps 2r and 2r + 1
-// share rows), and a thread 64 entries, 4 rows x 16 columns: as mma.m16n8k16 deals them out, or
-// every eighth row and fourth column in float32. Row i of a thread is row(i); column j is column0()
-// + step(j), where the step is known to the compiler and takes no register.
+// A block of eight warps owns the tile. A warp owns 32 rows and 64 columns of it (warps 2r and
+// 2r + 1 share rows), and a thread 64 entries, 4 rows x 16 columns: as mma.m16n8k16 distributes
+// them, or, in float32, every eighth row and fourth column. Row i of a thread is row(i). Column j
+// is column0() + step(j), where the step is known to the compiler and takes no register.
 //
 // Shared memory holds kStages stages, in each of which a row of either operand has 128 bytes: 64
-// halves or 32 floats of the depth. They are filled by cp.async, two stages ahead of the products,
-// and across the ends of tiles. The eight 16-byte pieces of a row lie in the order piece ^ (row %
-// 8). So eight lanes that read or write one piece of eight consecutive rows (a matrix of ldmatrix),
-// of fewer (a quarter of a warp that loads float4), or all pieces of one row (cp.async) meet no
-// bank twice.
+// halves or 32 floats of the depth. cp.async fills them two stages ahead of the products, also
+// beyond the end of a tile. The eight 16-byte pieces of a row lie in the order piece ^ (row % 8).
+// So there are no bank conflicts when eight lanes access one piece of eight consecutive rows (a
+// matrix of ldmatrix), of fewer rows (a quarter of a warp that loads float4), or all pieces of one
+// row (cp.async).
 #pragma once
 
 #include "csrc/cuda/kernels.h"
@@ -26,14 +26,14 @@ constexpr uint32_t kStagesBytes = kStages * (kTileN + kTileV) * kRowBytes;
 // Rows and columns of a warp's part; kWarpColumns parts lie side by side.
 constexpr int kWarpN = 32, kWarpV = 64, kWarpColumns = kTileV / kWarpV;
 
-// What every kernel that makes logits reads. Rows of hidden and weight are contiguous.
+// What every kernel that makes logits reads. Each row of hidden and weight is contiguous.
 template <typename T>
 struct Operands {
     Global<const T> hidden;           // [N, D]
     Global<const T> weight;           // [V, D]
     Global<const float> bias;         // [V], or null
     Global<const int64_t> target;     // [N]
-    Global<const int64_t> order;      // [N], rows that take part, then others
+    Global<const int64_t> order;      // [N], the rows that take part, then the others
     Global<const int64_t> row_count;  // [1], how many take part
     int64_t stride_hn, stride_wv;     // in elements
     int vocabulary, depth;
@@ -53,8 +53,8 @@ __device__ __forceinline__ int place_across(int row, int piece) {
     return row * kTileV + (sizeof(T) == 2 ? piece ^ row % 8 : piece) * kSize;
 }
 
-// Copies 16 bytes of a row, from element d on; what is past the depth, or not there, is zero.
-// Without Aligned the row may start at any element: it is read one by one.
+// Copies 16 bytes of a row, from element d on. Past the depth, or if there is no row, it is zero.
+// Without Aligned the row may start at any element, and is read element by element.
 template <bool Aligned, typename T>
 __device__ __forceinline__ void fetch_piece(Shared<T> to, Global<const T> row, int d, int depth,
                                             bool there) {
@@ -73,7 +73,7 @@ __device__ __forceinline__ void fetch_piece(Shared<T> to, Global<const T> row, i
     }
 }
 
-// Fills the stages: tile after tile of columns, for the rows of one block.
+// Fills the stages tile by tile of the columns, for the rows of one block.
 template <typename T, bool Aligned>
 class TileLoader {
   public:
@@ -87,16 +87,16 @@ class TileLoader {
 #pragma unroll
         for (int i = 0; i < kCopies; ++i) rows_[i] = Aligned ? position(in, i) : 0;
     }
-    // Starts at tile `tile`, and ends before tile `last`.
+    // Starts at tile `tile`, to end before tile `last`.
     __device__ __forceinline__ void start(const Operands<T>& in, int tile, int last) {
         tile_ = tile, last_ = last, d_ = 0, into_ = 0;
 #pragma unroll
         for (int i = 0; i < kStages - 1; ++i) fetch(in);
     }
-    // The next stage of products, once it is there; the one after the next is asked for.
+    // Waits for the next stage of products and returns it; starts to copy the one after the next.
     __device__ __forceinline__ int next(const Operands<T>& in) {
         cp_async_wait<kStages - 2>();
-        __syncthreads();  // everyone's copies are there, and the stage read last is free
+        __syncthreads();  // all copies have arrived, and the stage read last is free
         const int stage = into_ + 1 == kStages ? 0 : into_ + 1;
         fetch(in);
         return stage;
@@ -152,7 +152,7 @@ class TileLoader {
     Shared<T> hidden_, weight_;
     int64_t first_;
     int there_;
-    int rows_[kCopies];    // positions, or -1; with Aligned
+    int rows_[kCopies];    // positions, or -1; only with Aligned
     int tile_, last_, d_;  // what is fetched next
     int into_;             // the stage it goes to
 };
@@ -163,13 +163,13 @@ struct WorkGrid {
     int splits, split_tiles;
 };
 
-// Row blocks side by side: their columns are fetched once, and their rows stay in L2.
+// So many row blocks go together: their columns are fetched once, and their rows stay in L2.
 constexpr int64_t kGroup = 8;
 
 // The work of one block.
 struct BlockWork {
     int64_t row_block, first;  // of the range; its first row, among those that take part
-    int there;  // rows, 0 past the last: nobody but the device knows how many take part
+    int there;                 // rows, 0 past the last: only the device knows how many take part
     int split, tile0, tile1;
 };
 template <typename T>
@@ -196,8 +196,8 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
 
-// The sum of what the first `count` warps of the block have, in order, each the same in all of its
-// lanes. `parts` holds kWarps elements, which nobody else uses.
+// The sum over the first `count` warps of the block, in order, of a number that is the same in all
+// lanes of a warp. `parts` holds kWarps elements that nothing else uses.
 template <typename T>
 __device__ __forceinline__ T sum_warps(T of_warp, Shared<T> parts, int count = kWarps) {
     if (lane_id() == 0) parts.store(warp_id(), of_warp);
@@ -207,10 +207,10 @@ __device__ __forceinline__ T sum_warps(T of_warp, Shared<T> parts, int count = k
     return sum;
 }
 
-// The entries of a thread: by tensor cores, float32 sums of products of halves.
+// The entries of a thread: float32 sums of products of halves, from tensor cores.
 template <typename T>
 struct Entries {
-    static constexpr int kRows = 4, kColumns = 16, kLanes = 4;  // kLanes lanes share rows
+    static constexpr int kRows = 4, kColumns = 16, kLanes = 4;  // so many lanes share rows
     float sums[2][8][4];
 
     __device__ __forceinline__ float& at(int i, int j) {
@@ -221,7 +221,7 @@ struct Entries {
     }
     __device__ __forceinline__ static int column0() { return warp_column() + lane_id() % 4 * 2; }
     __device__ __forceinline__ static constexpr int step(int j) { return j / 2 * 8 + j % 2; }
-    // Of stages whose depth runs along their rows, or across them; see products.cuh.
+    // Takes stages whose depth runs along their rows, or across them; see products.cuh.
     template <bool LeftAcross = false, bool RightAcross = false>
     __device__ __forceinline__ void add_products(Shared<T> left, Shared<T> right) {
         const int lane = lane_id();
@@ -259,7 +259,7 @@ struct Entries {
     }
 };
 
-// In float32: no tensor core keeps its digits.
+// In float32, without tensor cores, because they do not keep its precision.
 template <>
 struct Entries<float> {
     static constexpr int kRows = 4, kColumns = 16, kLanes = 4;

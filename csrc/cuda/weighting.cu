@@ -1,6 +1,6 @@
-// Token and sequence weights, what multiplies each token's loss, and the loss, by tiles of
+// Token and sequence weights, the coefficient of each token's loss, and the loss, by tiles of
 // positions. A document is spread over as many blocks as it has tiles, and nothing depends on the
-// order in which they run.
+// order in which blocks run.
 #include <algorithm>
 
 #include "csrc/cuda/kernels.h"
@@ -10,32 +10,32 @@
 
 namespace bft::cuda {
 
-constexpr uint32_t kWarpSumsBytes = 2 * kWarps * 4;  // two numbers of each
+constexpr uint32_t kWarpSumsBytes = 2 * kWarps * 4;  // two numbers of each warp
 static_assert(kThreads == kWeightTile);
 
-// Documents, as kernels reach them. Numbers of positions and documents are 32-bit.
+// Documents, as kernels access them. Numbers of positions and documents are 32-bit.
 struct Layout {
     Global<const float> loss;
     Global<const bool> labelled;
     Global<const int64_t> cu_seqlens;
     int positions, count;
 
-    // A boundary as a position inside the batch.
+    // A boundary, clipped to a position inside the batch.
     __device__ __forceinline__ int bound(int64_t at) const {
         const int64_t end = positions;
         return static_cast<int>(min(max(cu_seqlens.load<Cache::kReadOnly>(at), int64_t{0}), end));
     }
 };
 
-// exp(-loss), rounded once: float32's own loses digits where the loss is large.
+// exp(-loss), rounded once: exp in float32 loses digits if the loss is large.
 __device__ __forceinline__ float confidence_of(float loss) {
     return static_cast<float>(exp(-static_cast<double>(loss)));
 }
 
-// The smaller one, or NaN where one is: minima of the hardware drop it.
+// The smaller one, or NaN if one of them is: the hardware's minimum drops a NaN.
 __device__ __forceinline__ float lower(float a, float b) { return b < a || b != b ? b : a; }
 
-// How many of the 16 positions from `at` on carry a label: a bool is 0 or 1.
+// How many of the 16 positions from `at` on have a label: a bool is 0 or 1.
 template <bool Aligned>
 __device__ __forceinline__ int count_labels(Global<const bool> labelled, int64_t at) {
     int found = 0;
@@ -54,9 +54,9 @@ __device__ __forceinline__ int count_labels(Global<const bool> labelled, int64_t
 // Numbers the labelled positions, lists what windows average without gaps, and finds the document
 // of each position.
 //
-// A block owns kThreads positions, a thread one of them. It counts the labels before its positions
-// by itself, 16 to a thread at a time: that is less than a launch costs. Shared memory has two
-// numbers of each warp, which all threads read at once.
+// A block owns kThreads positions, a thread one of them. Each block counts all labels before its
+// positions itself, 16 a thread at a time, which costs less than a launch would. Shared memory has
+// two numbers of each warp, which all threads read at once.
 template <bool Aligned>
 __global__ void __launch_bounds__(kThreads)
     close_gaps_kernel(Layout in, bool geometric, Global<int> before, Global<int> sequence,
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads)
 // The sum of values from begin to end.
 //
 // Values of one sign are added in pairs, eight to a float32: three roundings, however long the
-// window and however small the values. Logarithms need an absolute accuracy, and are widened before
-// they are added.
+// window and however small the values. Logarithms need an absolute accuracy, so they are widened
+// before they are added.
 __device__ __forceinline__ double window_sum(Global<const float> values, int begin, int end,
                                              bool geometric) {
     double total = 0;
@@ -116,10 +116,10 @@ __device__ __forceinline__ double window_sum(Global<const float> values, int beg
 
 // Window confidences, token weights and, tile by tile, the lowest window of each document.
 //
-// A block owns a tile of positions, a thread one of them: neighbours read neighbouring values, a
-// window each. Positions of a document lie side by side, so that the lowest window up to a position
-// comes from a scan over lanes, then over the last lane of each warp before, which shared memory
-// has for all threads to read at once.
+// A block owns a tile of positions, a thread one of them and its window; neighbours read
+// neighbouring values. Positions of a document lie side by side. So the lowest window up to a
+// position comes from a scan over lanes, then over the last lanes of the warps before, which are in
+// shared memory and which all threads read at once.
 __global__ void __launch_bounds__(kThreads)
     window_kernel(Layout in, WeightingScheme scheme, Global<const int> before,
                   Global<const int> sequences, Global<const float> values,
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
     float lowest = inside ? local : infinity();
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-        // The first lanes meet themselves, which changes nothing.
+        // The first lanes get their own value, which changes nothing.
         const float other = __shfl_up_sync(kAllLanes, lowest, step);
         const int owner = __shfl_up_sync(kAllLanes, sequence, step);
         if (owner == sequence) lowest = lower(lowest, other);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Confidence and weight of each document, from the lowest windows of its tiles. A warp owns a
-// document, and its lanes one tile after the other. No shared memory.
+// document, and its lanes take its tiles in turn. No shared memory.
 __global__ void __launch_bounds__(kThreads)
     weigh_documents_kernel(Layout in, WeightingScheme scheme, Global<const int> before,
                            Global<const float> lowest_windows, Global<float> sequence_weight,
@@ -218,9 +218,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Coefficients, and sums of coefficient * loss over tiles.
 //
-// A block owns a tile of positions, a thread one of them. Each block adds up the documents of all
-// tiles by itself, where it divides by their number. Shared memory has two numbers of each warp,
-// which all threads read at once.
+// A block owns a tile of positions, a thread one of them. If the loss is divided by the number of
+// documents, each block adds up those of all tiles itself. Shared memory has two numbers of each
+// warp, which all threads read at once.
 __global__ void __launch_bounds__(kThreads)
     coefficient_kernel(Layout in, Normalizer normalizer, Global<const float> num_items,
                        Global<const int> before, Global<const int> sequences,
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads)
             coefficient = token_scale * (token_weight.load<Cache::kReadOnly>(position) *
                                          sequence_weight.load<Cache::kReadOnly>(sequence));
         }
-        // Where a weight is 0 an infinite loss must not turn the sum into NaN.
+        // If a weight is 0, an infinite loss must not turn the sum into NaN.
         if (coefficient != 0) weighted = coefficient * in.loss.load<Cache::kReadOnly>(position);
     }
     if (known) coefficients.store(position, coefficient);
@@ -276,7 +276,7 @@ void balanced_weighting(const Documents& documents, const WeightingScheme& schem
     launch(close_gaps, numbering, layout, scheme.geometric, scratch.before, scratch.sequence,
            scratch.values);
     WeightingScheme clipped = scheme;
-    clipped.window = std::min(scheme.window, 2 * n);  // as good as any longer one
+    clipped.window = std::min(scheme.window, 2 * n);  // a longer one covers no more
     launch(window_kernel, {"window", blocks_of(n, kWeightTile), kThreads, kWarpSumsBytes, stream},
            layout, clipped, scratch.before, scratch.sequence, scratch.values,
            weighting.token_weight, weighting.window_confidence, scratch.lowest, scratch.ended);

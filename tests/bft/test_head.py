@@ -149,8 +149,9 @@ def test_a_linear_head_passes_and_another_does_not(dtype):
     head = nn.Linear(512, 1000).to(dtype)
     hidden = torch.randn(3, 512).to(dtype)
     verify_linear(head, hidden, head.weight, head.bias)
-    with pytest.raises(UnsupportedModel, match="differs from hidden @ weight"):
-        verify_linear(lambda h: head(h) * 1.02, hidden, head.weight, head.bias)
+    for own in (lambda h: head(h) * 1.02, lambda h: head(h)[None], lambda h: head(h)[:, :7]):
+        with pytest.raises(UnsupportedModel, match="differs from hidden @ weight"):
+            verify_linear(own, hidden, head.weight, head.bias)
     with pytest.raises(UnsupportedModel, match="differs from hidden @ weight"):
         verify_linear(head, hidden, head.weight, None)
 

@@ -9,7 +9,7 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bft_kernels.backends.common.chunked import DEVICE_TILE_ELEMENTS, plan_rows
+from bft_kernels.backends.common.chunked import plan_rows
 from bft_kernels.backends.cpu.plan import (
     CPU_PASS_ROWS,
     CPU_REACH,
@@ -25,19 +25,24 @@ from bft_kernels.backends.cpu.plan import (
     plan_cpu_weighted,
 )
 from bft_kernels.backends.torch.backward import plan_columns
+from bft_kernels.backends.torch.rows import Tiles
 
 sizes = st.integers(1, 20_000)
 budgets = st.integers(1, 2**28)
 threads = st.sampled_from([1, 2, 3, 16])
 
 
-@given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(0, 5))
-def test_row_blocks(rows, vocabulary, width, budget, widen, scratch):
-    plan = plan_rows(rows, vocabulary, width, 4, budget, widen=widen, scratch=scratch)
-    assert 1 <= plan.tile_rows <= plan.chunk_rows <= rows
-    assert 1 <= plan.weight_rows <= vocabulary
-    taken = plan.chunk_rows + plan.tile_rows * scratch
-    assert plan.chunk_rows == 1 or taken * vocabulary * 4 <= budget
+@given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(1, 5), st.booleans())
+def test_row_blocks(rows, vocabulary, width, budget, widen, scratch, on_cpu):
+    tiles = Tiles.of(rows, vocabulary, 4, scratch, on_cpu=on_cpu)
+    for reserve in (tiles.reserve, lambda _: 0):
+        plan = plan_rows(rows, vocabulary, width, 4, budget, widen=widen, reserve=reserve)
+        assert 1 <= plan.chunk_rows <= rows
+        assert 1 <= plan.weight_rows <= vocabulary
+        taken = plan.chunk_rows * vocabulary * 4 + plan.reserved
+        assert plan.chunk_rows == 1 or taken <= budget
+        if plan.reserved:
+            assert 1 <= tiles.rows(plan) <= plan.chunk_rows
 
 
 @given(sizes, sizes, sizes, budgets, st.booleans(), st.integers(0, 2))
@@ -189,8 +194,8 @@ def test_pieces_are_worth_their_passes_or_not_made():
 
 def test_tiles_of_a_gpu_are_few():
     """A launch costs microseconds: tiles of two rows made 4,096 of them, 35 launches each."""
-    how = {"widen": False, "scratch": 2, "tile_elements": DEVICE_TILE_ELEMENTS}
-    plan = plan_rows(8192, 131_072, 4096, 4, 528 * 2**20, **how)
-    tiles = -(-plan.chunk_rows // plan.tile_rows) * -(-8192 // plan.chunk_rows)
-    assert tiles <= 32
-    assert (plan.chunk_rows + 2 * plan.tile_rows) * 131_072 * 4 <= 528 * 2**20
+    tiles = Tiles.of(8192, 131_072, 4, 2, on_cpu=False)
+    sizes = 8192, 131_072, 4096, 4, 528 * 2**20
+    plan = plan_rows(*sizes, widen=False, reserve=tiles.reserve)
+    assert -(-plan.chunk_rows // tiles.rows(plan)) * -(-8192 // plan.chunk_rows) <= 32
+    assert (plan.chunk_rows + 2 * tiles.rows(plan)) * 131_072 * 4 <= 528 * 2**20

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
-from bft_kernels.backends.common.top_k import SCRATCH, TopLogits
+from bft_kernels.backends.common.top_k import SHARE, TopLogits
 from bft_kernels.backends.common.weighted import WeightedSums, WeightingFunction, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
@@ -69,7 +69,7 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
     unit = None
     if problem.saved == "unit":
         unit = hidden.new_empty(rows.size, hidden.shape[1], dtype=storage(hidden.dtype))
-    top = TopLogits(problem, rows, plan.tile_rows) if problem.settings.top_k else None
+    top = TopLogits(problem, rows) if problem.settings.top_k else None
     for first in range(0, rows.size, max(1, chunk)):
         stop = min(first + chunk, rows.size)
         operand = gemm.rows(rows.take(hidden, first, stop))
@@ -145,39 +145,33 @@ def _scale(problem: Problem, upstream: Tensor | None, lse: Tensor) -> Tensor | N
 
 # --- the memory plan -----------------------------------------------------------------------------
 
-# Elementwise passes of the torch backend run over tiles of about this many logits. On a CPU a tile
-# and its scratch stay in the second-level cache or near it between passes. On a GPU a tile fills
-# the device, and many rows share the cost of its 35 launches.
-TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
-
-
 # A GPU's GEMM computes whole tiles of PRODUCT_ROWS rows. So large chunks are a multiple of it.
 PRODUCT_ROWS, MANY_ROWS = 128, 512
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Blocks of whole rows of logits: ``[chunk_rows, V]``, taken in tiles of ``tile_rows``."""
+    """Blocks of whole rows of logits, ``[chunk_rows, V]``."""
 
     chunk_rows: int
-    tile_rows: int
     weight_rows: int  # rows of ``weight`` that are widened at a time; V if nothing is widened
+    reserved: int  # bytes that the kernels take beside the logits
 
 
-def chunk_plan(problem: Problem, rows: int, scratch: int, budget: int | None = None) -> RowPlan:
-    """The plan of a call; ``scratch`` is how many temporaries of a tile the kernels hold."""
+def chunk_plan(
+    problem: Problem,
+    rows: int,
+    budget: int | None = None,
+    reserve: Callable[[int], int] = lambda _: 0,
+) -> RowPlan:
+    """The plan of a call; see :func:`plan_rows`."""
     (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
-    on_cpu = problem.hidden.device.type == "cpu"
-    return plan_rows(
-        rows,
-        vocabulary,
-        width,
-        acc.itemsize,
-        budget or problem.buffer_bytes,
-        widen=converts(problem.weight, problem.operand, acc),
-        scratch=scratch + SCRATCH * (problem.settings.top_k > 0),
-        tile_elements=TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS,
-    )
+    widen = converts(problem.weight, problem.operand, acc)
+    budget = budget or problem.buffer_bytes
+    if problem.settings.top_k:
+        budget -= budget // SHARE
+    sizes = rows, vocabulary, width, acc.itemsize, budget
+    return plan_rows(*sizes, widen=widen, reserve=reserve)
 
 
 def plan_rows(
@@ -188,8 +182,7 @@ def plan_rows(
     budget: int,
     *,
     widen: bool,
-    scratch: int,
-    tile_elements: int = TILE_ELEMENTS,
+    reserve: Callable[[int], int] = lambda _: 0,
 ) -> RowPlan:
     """Block sizes for passes that need whole rows.
 
@@ -199,23 +192,17 @@ def plan_rows(
         budget: bytes for everything together. At least one row is taken, however small it is.
         widen: whether blocks of ``weight`` are copied to another type first, which takes a
             quarter of the budget.
-        scratch: how many tile-sized temporaries the softmax holds.
-        tile_elements: logits of a tile.
+        reserve: the bytes that the kernels take of those that are left.
     """
     weight_rows = vocabulary
     if widen:
         weight_rows = max(1, min(vocabulary, budget // 4 // (width * itemsize)))
         budget -= budget // 4
-    row_bytes = vocabulary * itemsize
-    tile_rows = max(1, min(rows, tile_elements // vocabulary))
-    # A tile's temporaries come out of the same budget; small budgets get one-row tiles.
-    while tile_rows > 1 and tile_rows * scratch * row_bytes > budget // 2:
-        tile_rows //= 2
-    chunk_rows = (budget - tile_rows * scratch * row_bytes) // row_bytes
+    reserved = reserve(budget)
+    chunk_rows = (budget - reserved) // (vocabulary * itemsize)
     if chunk_rows >= MANY_ROWS:
         chunk_rows -= chunk_rows % PRODUCT_ROWS
-    chunk_rows = max(1, min(rows, chunk_rows))
-    return RowPlan(chunk_rows, min(tile_rows, chunk_rows), weight_rows)
+    return RowPlan(max(1, min(rows, chunk_rows)), weight_rows, reserved)
 
 
 # If this many rows are multiplied at a time, the vendor's GEMM and a pass over its result are

@@ -112,7 +112,7 @@ class GradientRows:
         self.kernels, self.problem = kernels, problem
         self.weigh: WeightingFunction = kernels.weigh
         self.rows = LabelledRows(problem.target, problem.settings.ignore_index)
-        self.plan = chunk_plan(problem, self.rows.size, 0)
+        self.plan = chunk_plan(problem, self.rows.size)
         self.bias = row_bias(kernels, problem)
         self.targets = self.rows.take(problem.target, 0, self.rows.size).contiguous()
         self.results = row_results(problem, self.rows.size)
@@ -158,7 +158,7 @@ class ForwardRows:
         sampled = problem.saved == "entries"
         # The mask takes a bit for each logit.
         budget = problem.buffer_bytes * 32 // 33 if sampled else None
-        self.plan = chunk_plan(problem, count, 0, budget)
+        self.plan = chunk_plan(problem, count, budget)
         self.results = forward_results(kernels, problem, with_values=True)
         self.popular = self.mask = self.norms = None
         if sampled:

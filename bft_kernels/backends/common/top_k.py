@@ -9,15 +9,17 @@ from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
 from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
 
-# Temporaries of a tile, in logits: a copy, and two int64 for each.
-SCRATCH = 5
+# Temporaries of a tile, in logits: a copy, and two int64 for each. They take a share of the budget.
+SCRATCH, SHARE = 5, 4
 
 
 class TopLogits:
     """The ``top_k`` largest logits of each row and their columns, the largest first."""
 
-    def __init__(self, problem: Problem, rows: LabelledRows | DeviceRows, tile_rows: int) -> None:
-        self.problem, self.rows, self.tile_rows = problem, rows, tile_rows
+    def __init__(self, problem: Problem, rows: LabelledRows | DeviceRows) -> None:
+        self.problem, self.rows = problem, rows
+        row_bytes = SCRATCH * problem.shape[1] * problem.acc_dtype.itemsize
+        self.tile_rows = max(1, problem.buffer_bytes // SHARE // row_bytes)
         shape = rows.size, problem.settings.top_k
         self.ids = problem.target.new_zeros(shape)
         self.values = problem.hidden.new_zeros(shape, dtype=problem.acc_dtype)

@@ -15,7 +15,7 @@ from bft_kernels.backends.common.gemm import Gemm
 from bft_kernels.backends.common.rows import LabelledRows, by_position
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import BalancedLoss, Documents, WeightedLoss
-from bft_kernels.settings import Settings
+from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import Weighting, local_weighting, weighted_losses
 
 
@@ -177,11 +177,58 @@ class WeightedSums:
         )
 
 
-# loss [N], labelled [N], cu_seqlens [S + 1], num_items [], settings, and what normalizes:
-# "sequence", "token", or None where coefficients are the weights. The loss is not summed yet.
-WeightingKernels = Callable[
-    [Tensor, Tensor, Tensor, Tensor | None, Settings, str | None], BalancedLoss
-]
+class SchemeFlags(NamedTuple):
+    """What kernels that weigh are told of a scheme, and of what is divided by."""
+
+    full_windows: bool
+    geometric: bool
+    confidence: bool  # the token weight is the confidence
+    ratio: bool  # or the confidence over its window's; else 1
+    flat: bool  # documents weigh 1
+    by_sequence: bool
+    counts: bool  # divides by what is counted
+
+    @staticmethod
+    def of(settings: Settings, normalize: str | None, num_items: Tensor | None) -> SchemeFlags:
+        """With ``normalize=None`` coefficients are the weights."""
+        scheme = str(settings.scheme)
+        return SchemeFlags(
+            full_windows=scheme.startswith("bft-v1"),
+            geometric=scheme == "bft-v1-code",
+            confidence=scheme in ("dft", "bft-v1", "bft-v1-code"),
+            ratio=scheme == "bft",
+            flat=scheme in LOCAL_SCHEMES,
+            by_sequence=normalize == "sequence",
+            counts=normalize is not None and num_items is None,
+        )
+
+
+class WeightingInputs(NamedTuple):
+    """What kernels that weigh are given; each tensor is contiguous."""
+
+    loss: Tensor  # [N] float32, 0 where ignored
+    labelled: Tensor  # [N] bool
+    cu_seqlens: Tensor  # [S + 1] over the N positions
+    num_items: Tensor | None  # []
+    settings: Settings
+    flags: SchemeFlags
+
+    def vectors(self, tile: int) -> dict[str, Tensor]:
+        """What kernels fill in that take ``tile`` positions at a time."""
+        count, sequences = self.loss.numel(), self.cu_seqlens.numel() - 1
+        tiles = -(-count // tile)
+        numbers = {"before": count + 1, "sequence": count, "ended": tiles}
+        floats = {"sums": tiles, "sequence_weight": sequences, "sequence_confidence": sequences}
+        for name in ("values", "lowest", "coefficient", "token_weight", "window_confidence"):
+            floats[name] = count
+        return {
+            name: self.loss.new_empty(size, dtype=dtype)
+            for sizes, dtype in ((numbers, torch.int32), (floats, torch.float32))
+            for name, size in sizes.items()
+        }
+
+
+WeightingKernels = Callable[[WeightingInputs], dict[str, Tensor]]  # the vectors, filled in
 
 
 def balanced_loss_by(
@@ -193,8 +240,10 @@ def balanced_loss_by(
     settings: Settings,
 ) -> BalancedLoss:
     """:func:`bft_kernels.weighting.balanced_loss` by a backend's kernels, in float32."""
-    made = run(loss, labelled, cu_seqlens, num_items, settings, settings.normalize)
-    return made._replace(loss=made.loss.sum())
+    flags = SchemeFlags.of(settings, settings.normalize, num_items)
+    given = loss.contiguous(), labelled.contiguous(), cu_seqlens.contiguous()
+    made = run(WeightingInputs(*given, num_items, settings, flags))
+    return BalancedLoss(made["sums"].sum(), *[made[name] for name in BalancedLoss._fields[1:]])
 
 
 def weigh_by(
@@ -206,4 +255,7 @@ def weigh_by(
 ) -> Weighting:
     """:func:`bft_kernels.weighting.balance` by a backend's kernels, in float32."""
     labelled = torch.ones_like(nll, dtype=torch.bool) if labelled is None else labelled
-    return Weighting(*run(nll, labelled, cu_seqlens, None, settings, None)[1:])
+    flags = SchemeFlags.of(settings, None, None)
+    given = nll.contiguous(), labelled.contiguous(), cu_seqlens.contiguous()
+    made = run(WeightingInputs(*given, None, settings, flags))
+    return Weighting(*[made[name] for name in BalancedLoss._fields[1:]])

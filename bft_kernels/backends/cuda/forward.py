@@ -11,6 +11,7 @@ from torch import Tensor
 from bft_kernels.backends.common.csr import offsets_of
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.lse_bound import raise_bounds
+from bft_kernels.backends.common.tiles import candidate_masks
 from bft_kernels.backends.cuda.certificate import certify
 from bft_kernels.backends.cuda.inputs import operands_of, splits_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
@@ -18,21 +19,15 @@ from bft_kernels.backends.cuda.recompute import TILE
 
 
 def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
-    """The whole forward, in tiles. It fills in the tensors of ``forward_results``."""
-    call, (count, vocabulary, _) = inputs.call, inputs.shape
-    if call.saved == "entries":
+    """See :meth:`bft_kernels.backends.common.on_device.Kernels.run_tiles`."""
+    if inputs.call.saved == "entries":
         lse_bounds = find_bounds(inputs)
-        words = -(-vocabulary // 32)
-        step = TILE * max(1, call.buffer_bytes // (4 * words) // TILE)
-        size = min(step, count), words
-        mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
-        for first in range(0, count, step):
-            part = mask[: min(step, count - first)]
-            _forward(inputs, results, first, part.shape[0], lse_bounds, part)
-            _list_candidates(inputs, part, first, results)
+        for first, mask in candidate_masks(inputs, TILE):
+            _forward(inputs, results, first, mask.shape[0], lse_bounds, mask)
+            _list_candidates(inputs, mask, first, results)
     else:
-        _forward(inputs, results, 0, count)
-    if call.variance:
+        _forward(inputs, results, 0, inputs.shape[0])
+    if inputs.call.variance:
         certify(inputs, results)
 
 

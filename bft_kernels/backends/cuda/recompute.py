@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
+from bft_kernels.backends.common.tiles import Recomputation
 from bft_kernels.backends.cuda.inputs import operands_of
 from bft_kernels.backends.cuda.native import _cuda, out, ptr, stream
 from bft_kernels.results import Gradients
@@ -19,47 +19,31 @@ TILE = 128
 def recompute(
     inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
 ) -> None:
-    """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
-
-    For the arguments see :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`.
-    """
-    count, vocabulary, width = inputs.shape
-    call, operand = inputs.call, inputs.call.operand
-    device = inputs.hidden.device
-    blocks = call.buffer_bytes // max(1, count * operand.itemsize) // TILE
-    step = min(-(-vocabulary // TILE), max(1, blocks)) * TILE
-    dy = torch.empty(count * step, dtype=operand, device=device)
-    row_blocks = -(-count // TILE)
+    """See :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`."""
+    settings, rows = inputs.settings, -(-inputs.shape[0] // TILE)
+    work = Recomputation.of(inputs, known, into, TILE)
     bias_sums = torch.empty(
-        0 if into.bias is None else row_blocks * step, dtype=torch.float32, device=device
+        0 if into.bias is None else rows * work.step, dtype=torch.float32, device=work.dy.device
     )
-    several = into.hidden is not None and step < vocabulary
-    sums = torch.empty(count * width if several else 0, dtype=torch.float32, device=device)
-    scale = None
-    if operand == torch.float16:
-        grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
-        scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
-        known = known._replace(grad=known.grad * scale)
-    problem = operands_of(inputs)
-    for first in range(0, vocabulary, step):
-        columns = min(step, vocabulary - first)
+    known, problem = work.known, operands_of(inputs)
+    for first, columns in work.blocks():
         _cuda.logit_gradient(
             problem=problem,
             first_column=first,
             columns=columns,
-            dy_ptr=out(dy),
-            stride_dy=step,
+            dy_ptr=out(work.dy),
+            stride_dy=work.step,
             lse_ptr=ptr(known.lse),
             lse_low_ptr=ptr(known.lse_low),
             nll_ptr=ptr(known.nll),
             grad_ptr=ptr(known.grad),
-            label_smoothing=call.settings.label_smoothing,
-            z_loss=call.settings.z_loss,
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
             seed_ptr=ptr(seed),
-            eps=call.settings.eps,
+            eps=settings.eps,
             bias_sums_ptr=out(bias_sums),
             grad_bias_ptr=out(into.bias),
-            scale_ptr=ptr(scale),
+            scale_ptr=ptr(work.scale),
             stream=stream(),
         )
         if into.hidden is not None:
@@ -67,12 +51,12 @@ def recompute(
                 problem=problem,
                 first_column=first,
                 columns=columns,
-                dy_ptr=ptr(dy),
-                stride_dy=step,
-                sums_ptr=out(sums),
+                dy_ptr=ptr(work.dy),
+                stride_dy=work.step,
+                sums_ptr=out(work.sums),
                 grad_hidden_ptr=out(into.hidden),
                 is_float32=into.hidden.dtype == torch.float32,
-                scale_ptr=ptr(scale),
+                scale_ptr=ptr(work.scale),
                 stream=stream(),
             )
         if into.weight is not None:
@@ -80,12 +64,12 @@ def recompute(
                 problem=problem,
                 first_column=first,
                 columns=columns,
-                dy_ptr=ptr(dy),
-                stride_dy=step,
+                dy_ptr=ptr(work.dy),
+                stride_dy=work.step,
                 grad_weight_ptr=out(into.weight),
                 stride_gv=into.weight.stride(0),
                 is_float32=into.weight.dtype == torch.float32,
                 adds=adds,
-                scale_ptr=ptr(scale),
+                scale_ptr=ptr(work.scale),
                 stream=stream(),
             )

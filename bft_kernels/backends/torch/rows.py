@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.common.chunked import chunk_plan
+from bft_kernels.backends.common.chunked import RowPlan, chunk_plan
 from bft_kernels.backends.common.gemm import squared_norms
 from bft_kernels.backends.common.rows import LabelledRows, packed, row_results
 from bft_kernels.backends.torch.sampling import row_keys, scaled_uniforms
@@ -20,6 +22,11 @@ from bft_kernels.checks import check_capture
 from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
 from bft_kernels.weighting import balance
+
+# Elementwise passes run over tiles of about this many logits. On a CPU a tile and its scratch stay
+# in the second-level cache or near it between passes. On a GPU a tile fills the device, and many
+# rows share the cost of its 35 launches.
+TILE_ELEMENTS, DEVICE_TILE_ELEMENTS = 2**18, 2**25
 
 
 class TorchRows:
@@ -39,7 +46,11 @@ class TorchRows:
         self.rows = LabelledRows(problem.target, self.settings.ignore_index)
         acc, capped = problem.acc_dtype, self.settings.softcap is not None
         draws = self.sampled or problem.variance
-        self.plan = chunk_plan(problem, self.rows.size, 5 if draws else 2 + capped)
+        size, on_cpu = self.rows.size, problem.hidden.device.type == "cpu"
+        scratch = 5 if draws else 2 + capped
+        tiles = Tiles.of(size, problem.shape[1], acc.itemsize, scratch, on_cpu=on_cpu)
+        self.plan = chunk_plan(problem, size, reserve=tiles.reserve)
+        self.tile_rows = tiles.rows(self.plan)
         self.bias = None if problem.bias is None else problem.bias.to(acc)
         self.targets = self.rows.take(problem.target, 0, self.rows.size)
         self.results = row_results(problem, self.rows.size)
@@ -54,10 +65,10 @@ class TorchRows:
         """Losses, statistics, sample and certificate; with ``gradient`` also ``dy``."""
         if self.scratch is None:
             self.scratch = Scratch.make(
-                logits, self.plan.tile_rows, slope=self.slopes, sample=self.sampled
+                logits, self.tile_rows, slope=self.slopes, sample=self.sampled
             )
-        for a in range(0, logits.shape[0], self.plan.tile_rows):
-            y = logits[a : a + self.plan.tile_rows]
+        for a in range(0, logits.shape[0], self.tile_rows):
+            y = logits[a : a + self.tile_rows]
             begin, stop = first + a, first + a + y.shape[0]
             tile = softmax_tile(y, self.targets[begin:stop], self.bias, self.settings, self.scratch)
             nll = tile.nll
@@ -127,6 +138,31 @@ class TorchRows:
         """The results over all ``N`` rows."""
         lists = self.entries.packed(self.problem, self.rows) if self.sampled else None
         return packed(self.problem, self.results, unit, lists, self.rows)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of whole rows of a chunk. Their temporaries come out of the same budget."""
+
+    most: int  # rows of a tile
+    row_bytes: int  # of a row's temporaries
+
+    @staticmethod
+    def of(rows: int, vocabulary: int, itemsize: int, scratch: int, *, on_cpu: bool) -> Tiles:
+        """For ``scratch`` temporaries, each as large as the tile."""
+        elements = TILE_ELEMENTS if on_cpu else DEVICE_TILE_ELEMENTS
+        return Tiles(max(1, min(rows, elements // vocabulary)), scratch * vocabulary * itemsize)
+
+    def reserve(self, budget: int) -> int:
+        """Bytes of the temporaries: half the budget at most, or those of one row."""
+        rows = self.most
+        while rows > 1 and rows * self.row_bytes > budget // 2:
+            rows //= 2
+        return rows * self.row_bytes
+
+    def rows(self, plan: RowPlan) -> int:
+        """Rows of a tile, once the chunks are known."""
+        return min(plan.chunk_rows, plan.reserved // self.row_bytes)
 
 
 class Entries:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bft_kernels.backends.common.inputs import Inputs
+from bft_kernels.backends.common.tiles import candidate_masks
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, tile_for
 from bft_kernels.backends.triton.device import (
@@ -296,20 +297,14 @@ def _forward(
 
 
 def run_tiles(inputs: Inputs, results: dict[str, Tensor]) -> None:
-    """The whole forward, in tiles. It fills in the tensors of ``forward_results``."""
-    call, (count, vocabulary, _) = inputs.call, inputs.shape
-    if call.saved == "entries":
+    """See :meth:`bft_kernels.backends.common.on_device.Kernels.run_tiles`."""
+    if inputs.call.saved == "entries":
         lse_bounds = find_bounds(inputs)
-        words = triton.cdiv(vocabulary, 32)
-        step = tile_for(call, inputs.hidden, inputs.weight).block_n
-        step *= max(1, call.buffer_bytes // (4 * words) // step)
-        size = min(step, count), words
-        mask = torch.empty(size, dtype=torch.int32, device=inputs.hidden.device)
-        for first in range(0, count, step):
-            part = mask[: min(step, count - first)]
-            _forward(inputs, results, first, part.shape[0], lse_bounds, part)
-            list_candidates(inputs, part, first, results)
+        unit = tile_for(inputs.call, inputs.hidden, inputs.weight).block_n
+        for first, mask in candidate_masks(inputs, unit):
+            _forward(inputs, results, first, mask.shape[0], lse_bounds, mask)
+            list_candidates(inputs, mask, first, results)
     else:
-        _forward(inputs, results, 0, count)
-    if call.variance:
+        _forward(inputs, results, 0, inputs.shape[0])
+    if inputs.call.variance:
         certify(inputs, results)

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.common.gemm import scale_for
 from bft_kernels.backends.common.inputs import Inputs
 from bft_kernels.backends.common.rows import KnownRows
+from bft_kernels.backends.common.tiles import Recomputation
 from bft_kernels.backends.triton.configs import product_tiles, tile_for
 from bft_kernels.backends.triton.device import (
     dot,
@@ -212,36 +212,23 @@ def _weight_gradient_kernel(
 def recompute(
     inputs: Inputs, known: KnownRows, seed: Tensor | None, into: Gradients, *, adds: bool
 ) -> None:
-    """Writes or adds the gradients of the rows that ``inputs.rows`` lists.
-
-    For the arguments see :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`.
-    """
+    """See :meth:`bft_kernels.backends.common.on_device.Kernels.recompute`."""
     count, vocabulary, width = inputs.shape
-    call = inputs.call
-    operand = call.operand
-    tile = tile_for(call, inputs.hidden, inputs.weight)
-    for_hidden, for_weight = product_tiles(operand, inputs.hidden, inputs.weight)
+    tile = tile_for(inputs.call, inputs.hidden, inputs.weight)
+    for_hidden, for_weight = product_tiles(inputs.call.operand, inputs.hidden, inputs.weight)
     unit = max(tile.block_v, for_hidden.block_v, for_weight.block_v)  # powers of two
-    device = inputs.hidden.device
-    blocks = call.buffer_bytes // max(1, count * operand.itemsize) // unit
-    step = min(triton.cdiv(vocabulary, unit), max(1, blocks)) * unit
-    row_blocks = triton.cdiv(count, tile.block_n)
-    dy = torch.empty(count * step, dtype=operand, device=device)
+    work = Recomputation.of(inputs, known, into, unit)
+    known, scale, row_blocks = work.known, work.scale, triton.cdiv(count, tile.block_n)
     bias_sums = None
     if into.bias is not None:
-        bias_sums = torch.zeros(row_blocks, step, dtype=torch.float32, device=device)
-    several = into.hidden is not None and step < vocabulary
-    sums = torch.empty(count if several else 0, width, dtype=torch.float32, device=device)
-    scale = None
-    if operand == torch.float16:
-        grad, lse = inputs.rows.mask(known.grad), inputs.rows.mask(known.lse)
-        scale = scale_for(grad, lse, call.settings.temperature, call.settings.z_loss)
-        known = known._replace(grad=known.grad * scale)
-    for first in range(0, vocabulary, step):
-        columns = min(step, vocabulary - first)
-        block = {"dy_ptr": dy, "stride_dy": step, "first_column": first, "columns": columns}
-        if columns % unit:  # the products read whole tiles
-            dy.view(count, step)[:, columns : triton.cdiv(columns, unit) * unit].zero_()
+        size = row_blocks, work.step
+        bias_sums = torch.zeros(size, dtype=torch.float32, device=work.dy.device)
+    for first, columns in work.blocks():
+        block = {"dy_ptr": work.dy, "stride_dy": work.step}
+        block |= {"first_column": first, "columns": columns}
+        if columns % unit:  # products take whole tiles
+            whole = triton.cdiv(columns, unit) * unit
+            work.dy.view(count, work.step)[:, columns:whole].zero_()
         _logit_gradient_kernel[(row_blocks * triton.cdiv(columns, tile.block_v),)](
             seed_ptr=seed,
             lse_ptr=known.lse,
@@ -259,7 +246,7 @@ def recompute(
         if into.hidden is not None:
             slices = triton.cdiv(width, for_hidden.block_d)
             _hidden_gradient_kernel[(triton.cdiv(count, for_hidden.block_n) * slices,)](
-                sums_ptr=sums,
+                sums_ptr=work.sums,
                 grad_hidden_ptr=into.hidden,
                 scale_ptr=scale,
                 FIRST=first == 0,

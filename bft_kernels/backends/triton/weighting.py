@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bft_kernels.backends.common.weighted import balanced_loss_by, weigh_by
+from bft_kernels.backends.common.weighted import WeightingInputs, balanced_loss_by, weigh_by
 from bft_kernels.backends.triton.configs import interpreted
-from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import LOCAL_SCHEMES, Settings
 from bft_kernels.weighting import DELTA
 
 # Positions of a program in the first kernel, labels it counts at a time, and positions (or
@@ -214,7 +211,7 @@ def _weigh_kernel(
     ended_ptr,  # [TILES]
     num_items_ptr,  # [], the normalizer, or None
     coefficient_ptr,  # [N]
-    sum_ptr,  # [TILES], of the weighted losses
+    sums_ptr,  # [TILES], of the weighted losses
     sequence_weight_ptr,  # [S]
     sequence_confidence_ptr,  # [S]
     N,
@@ -277,79 +274,55 @@ def _weigh_kernel(
         tl.store(coefficient_ptr + position, coefficient, mask=mask)
         # Where a weight is 0 an infinite loss must not turn the sum into NaN.
         nll = tl.load(nll_ptr + position, mask=mask & (coefficient != 0), other=0.0)
-        tl.store(sum_ptr + program, tl.sum(coefficient * nll, axis=0))
+        tl.store(sums_ptr + program, tl.sum(coefficient * nll, axis=0))
 
 
-def _run(
-    loss: Tensor,
-    labelled: Tensor,
-    cu_seqlens: Tensor,
-    num_items: Tensor | None,
-    settings: Settings,
-    normalize: str | None,  # None: coefficients are the weights
-) -> BalancedLoss:
-    """See :func:`bft_kernels.weighting.balanced_loss`; its loss is ``[TILES]`` sums."""
-    count, sequences, scheme = loss.numel(), cu_seqlens.numel() - 1, str(settings.scheme)
-    tiles = triton.cdiv(count, TILE)
+def _run(given: WeightingInputs) -> dict[str, Tensor]:
+    """See :class:`WeightingInputs`."""
+    count, sequences = given.loss.numel(), given.cu_seqlens.numel() - 1
+    made, flags, tiles = given.vectors(TILE), given.flags, triton.cdiv(count, TILE)
 
-    def room(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=loss.device)
+    def taken(*names: str) -> dict[str, Tensor]:
+        return {f"{name}_ptr": made[name] for name in names}
 
     shared = {
-        "nll_ptr": loss.contiguous(),
-        "labelled_ptr": labelled.contiguous(),
-        "cu_ptr": cu_seqlens.contiguous(),
-        "before_ptr": room(count + 1, torch.int32),
-        "sequence_ptr": room(count, torch.int32),
+        "nll_ptr": given.loss,
+        "labelled_ptr": given.labelled,
+        "cu_ptr": given.cu_seqlens,
         "N": count,
         "S": sequences,
-        "GEOMETRIC": scheme == "bft-v1-code",
+        "GEOMETRIC": flags.geometric,
+        **taken("before", "sequence"),
     }
-    values, coefficient, sums = room(count), room(count), room(tiles)
-    token_weight, window_confidence = room(count), room(count)
-    sequence_weight, sequence_confidence = room(sequences), room(sequences)
-    of_tiles = {
-        "token_weight_ptr": token_weight,
-        "lowest_ptr": room(count),
-        "ended_ptr": room(tiles, torch.int32),
-        "BLOCK": TILE,
-        "num_warps": 2,
-    }
+    of_tiles = {"BLOCK": TILE, "num_warps": 2, **taken("token_weight", "lowest", "ended"), **shared}
     _close_gaps_kernel[(triton.cdiv(count + 1, NUMBERED),)](
-        values_ptr=values,
         steps=sequences.bit_length(),
         BLOCK=NUMBERED,
         CHUNK=COUNTED,
+        **taken("values"),
         **shared,
     )
     _window_kernel[(tiles,)](
-        values_ptr=values,
-        window_confidence_ptr=window_confidence,
-        window=min(settings.window, 2 * count + 2),  # as good as any longer one, and int32
+        window=min(given.settings.window, 2 * count + 2),  # as good as any longer one, and int32
         delta=DELTA,
-        FULL_WINDOWS=scheme.startswith("bft-v1"),
-        CONFIDENCE=scheme in ("dft", "bft-v1", "bft-v1-code"),
-        RATIO=scheme == "bft",
+        FULL_WINDOWS=flags.full_windows,
+        CONFIDENCE=flags.confidence,
+        RATIO=flags.ratio,
+        **taken("values", "window_confidence"),
         **of_tiles,
-        **shared,
     )
     _weigh_kernel[(tiles + triton.cdiv(sequences, TILE),)](
-        num_items_ptr=num_items,
-        coefficient_ptr=coefficient,
-        sum_ptr=sums,
-        sequence_weight_ptr=sequence_weight,
-        sequence_confidence_ptr=sequence_confidence,
+        num_items_ptr=given.num_items,
         tiles=tiles,
-        gamma=settings.gamma,
+        gamma=given.settings.gamma,
         CHUNK=COUNTED,
-        FLAT=scheme in LOCAL_SCHEMES,
-        BY_SEQUENCE=normalize == "sequence",
-        COUNTS=normalize is not None and num_items is None,
+        FLAT=flags.flat,
+        BY_SEQUENCE=flags.by_sequence,
+        COUNTS=flags.counts,
+        **taken("coefficient", "sums", "sequence_weight", "sequence_confidence"),
         **of_tiles,
-        **shared,
     )
-    weighting = token_weight, window_confidence, sequence_weight, sequence_confidence
-    return BalancedLoss(sums, coefficient, *weighting)
+    return made
 
 
 balanced_loss = partial(balanced_loss_by, _run)
