@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bft_kernels import ops
 from bft_kernels.dispatch import offered
-from bft_kernels.problem import traits_of
+from bft_kernels.problem import Problem, traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
 # Where a problem's arguments begin in each op's, and how many of them are tensors.
@@ -76,7 +76,10 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
     kept = ctx.saved_tensors  # may be read only once
     tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:][: len(Saved._fields)])
-    if ctx.attached:
+    of_target = given.lse if ctx.saved == "entries" else None  # lse = nll + z_target
+    if of_target is not None:
+        grad = of_target if grad is None else grad + of_target
+    elif ctx.attached and ctx.saved == "recompute":
         grad = _with_statistics((grad, given.lse, given.entropy), kept[-1], saved.lse)
     weight, bias = tensors[1], tensors[3]
     rest = (*ctx.rest[:-3], *wanted)
@@ -90,6 +93,10 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         dh, dw, db = added.hidden, None, added.bias
     else:
         dh, dw, db = ops.linear_nll_backward_op(grad, *saved, *tensors, *rest)
+    if of_target is not None:
+        targets = _targets_listed(saved, ops.as_problem(tensors, rest))
+        more = ops.linear_nll_backward_op(of_target, *targets, *tensors, *rest)
+        dh, dw, db = [b if a is None else a + b for a, b in zip((dh, dw, db), more, strict=True)]
     return _gradients(
         ctx,
         _OF_NLL,
@@ -112,6 +119,20 @@ def _with_statistics(
     if entropy.numel():
         of_p = of_p - of_entropy * entropy
     return torch.stack([of_loss, of_p, -of_entropy])
+
+
+def _targets_listed(saved: Saved, problem: Problem) -> Saved:
+    """The lists of a sample that is the gradient of each token's ``z_target``: one entry a row."""
+    (count, vocabulary, _), settings = problem.shape, problem.settings
+    slope = torch.full_like(saved.lse, 1 / settings.temperature)
+    if settings.softcap is not None:
+        tanh = (saved.lse - saved.nll) * (settings.temperature / settings.softcap)
+        slope = (1 - tanh.square()) / settings.temperature
+    return saved._replace(
+        csr_offsets=torch.arange(count + 1, dtype=torch.int64, device=slope.device),
+        csr_columns=problem.target.clamp(0, vocabulary - 1).to(torch.int32),
+        csr_values=slope,
+    )
 
 
 def _gradient_to_add_to(weight: Tensor) -> Tensor | None:

@@ -87,9 +87,10 @@ def linear_nll(
         out_dtype: a float type for the loss, such as that of ``hidden``. It is rounded at the end;
             statistics and gradients are those of the unrounded loss.
         differentiable: ``"lse"``, ``"entropy"`` or both: these statistics are returned (it implies
-            ``return_stats``) and have gradients; ``gradient="exact"`` only. Plain PyTorch computes
-            the backward of such a call in blocks, whatever the backend: 4G with a trained head, 3G
-            with a frozen one, and nothing of ``[N, V]``.
+            ``return_stats``) and have gradients. With ``exact``, plain PyTorch computes the
+            backward of such a call in blocks, whatever the backend: 4G with a trained head, 3G with
+            a frozen one, and nothing of ``[N, V]``. With ``sampled`` lse has the gradient of the
+            sampled ``nll`` plus that of ``z_target``, so it is unbiased; the entropy is refused.
         top_k: also return ids and log-probabilities of that many most probable tokens (it implies
             ``return_stats``), from the same pass over chunks of whole rows. The ``cpu`` backend,
             whose blocks hold no whole rows, leaves the forward of such a call to plain PyTorch.

@@ -218,10 +218,11 @@ def linear_nll_backward(
 ) -> Gradients:
     """The backward on real tensors; adds to ``grad_weight`` in place if it is given.
 
-    With differentiable statistics ``grad`` is ``[3, N]``, the factors of ``nll``'s gradient, of
-    ``p_v`` and of ``p_v (z_v - lse)``. Plain PyTorch computes that in blocks for every backend.
+    ``grad`` is ``[N]``. For an exact gradient with differentiable statistics it is ``[3, N]``, the
+    factors of ``nll``'s gradient, of ``p_v`` and of ``p_v (z_v - lse)``: plain PyTorch computes
+    that in blocks for every backend.
     """
-    backend = engine("torch") if problem.settings.differentiable else _engine(problem)
+    backend = engine("torch") if grad.dim() > 1 else _engine(problem)
     with own_settings(problem.hidden):
         return backend.linear_nll_backward(problem, grad, saved, grad_weight)
 

@@ -165,13 +165,18 @@ def check_settings(settings: Settings) -> None:
         if value is not default:
             check(name, value)
     if settings.gradient == "sampled":
-        for name, none in (("label_smoothing", 0), ("z_loss", 0), ("differentiable", ())):
+        for name in ("label_smoothing", "z_loss"):
             if getattr(settings, name):
                 raise ValueError(
-                    f"{name}: got {getattr(settings, name)!r} with gradient='sampled', expected "
-                    f"{none}: the sample and its certificate are those of p - onehot(target). Use "
+                    f"{name}: got {getattr(settings, name)} with gradient='sampled', expected 0: "
+                    "the sample and its certificate are those of p - onehot(target). Use "
                     "gradient='exact'"
                 )
+        if "entropy" in settings.differentiable:
+            raise ValueError(
+                "differentiable: got 'entropy' with gradient='sampled', expected 'lse' or nothing: "
+                "the sample is no estimate of the entropy's gradient. Use gradient='exact'"
+            )
     elif settings.hidden_variance:
         raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
 

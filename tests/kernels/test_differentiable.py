@@ -101,3 +101,40 @@ def test_masked_columns_have_no_part(softcap):
     _, stats = linear_nll(*p.args, bias=p.bias, differentiable=BOTH)
     gradients = p.gradients((stats.lse + stats.entropy).sum())
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_sampled_lse_has_the_sampled_gradient_of_nll_and_that_of_the_label(options, backend):
+    """So it is unbiased as the former is, and it adds to gradients that are there."""
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    for shape in SHAPES:
+        p, how = drawn(shape, options, dtype=dtype)
+        own, found = p.labelled, []
+        factor = torch.randn(shape[0], dtype=dtype)
+        z = reference.logits(p.hidden[own], p.weight, p.bias, **how)
+        of_label = (factor[own] * z.gather(1, p.target[own, None]).squeeze(1)).sum()
+        how |= {"gradient": "sampled", "eps": 0.3, "seed": 5, "backend": backend}
+        _, stats = nll(p, differentiable=("lse",), **how)
+        loss = (factor * nll(p, **how)).sum()
+        for scalar in ((factor * stats.lse).sum(), of_label + loss):
+            for leaf in p.leaves.values():
+                leaf.grad = torch.ones_like(leaf)
+            scalar.backward()
+            found.append({name: leaf.grad for name, leaf in p.leaves.items()})
+        assert_close(*found, 1e-12 if backend == "torch" else 1e-5, f"{shape}")
+
+
+def test_a_sampled_lse_is_unbiased():
+    p = draw_problem(6, 4, 12, ignored=0.2)
+    _, exact = linear_nll(*p.args, differentiable=("lse",))
+    want, seeds = p.gradients(exact.lse.square().sum()), 300
+    how = {"gradient": "sampled", "eps": 0.5, "differentiable": ("lse",)}
+    drawn = [
+        p.gradients(linear_nll(*p.args, seed=seed, **how)[1].lse.square().sum())
+        for seed in range(seeds)
+    ]
+    for name in want:
+        values = torch.stack([gradient[name] for gradient in drawn])
+        deviation = (values.mean(0) - want[name]).abs()
+        assert bool((deviation <= 6 * values.std(0) / math.sqrt(seeds) + 1e-9).all()), name

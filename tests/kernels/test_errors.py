@@ -118,7 +118,7 @@ UNREDUCED = [
     wrong_type("top_k", 2.0, "int"),
     wrong_type("differentiable", "lse", "str", "tuple"),
     wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
-    wrong("differentiable", ("lse",), "('lse',)", "gradient='exact'", gradient="sampled"),
+    wrong("differentiable", ("entropy",), "'entropy'", "gradient='exact'", gradient="sampled"),
 ]
 REDUCED = [
     wrong("reduction", "median", "'none', 'mean', 'sum'"),

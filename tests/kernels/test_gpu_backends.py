@@ -23,6 +23,7 @@ from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.rows import DeviceRows
 from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
 from bft_kernels.dispatch import _candidates
+from tests.support.losses import nll as nll_of
 from tests.support.problems import DTYPES, assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import clear_seed, sampled_options
 from tests.support.soak import soaked
@@ -193,6 +194,21 @@ def test_logits_that_are_not_finite_or_large(engine, how):
                 assert not bool(value.isfinite()), (row, name)
         right = bool(logits.argmax() == target[row].cpu()) and bool(want["lse"].isfinite())
         assert bool(stats.correct[0]) == right, row
+
+
+@pytest.mark.parametrize(
+    ("engine", "frozen"),
+    spared([(), ("weight", "bias")], plain=lambda frozen: False),
+    indirect=["engine"],
+    ids=str,
+)
+def test_a_sampled_lse_has_a_gradient(engine, frozen):
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    how, found = sampled_options(p), []
+    for own, backend in ((p.copy(device=engine.device), engine.backend), (p, "torch")):
+        _, stats = nll_of(own, differentiable=("lse",), backend=backend, **how)
+        found.append({k: g.cpu() for k, g in own.gradients(stats.lse.square().sum()).items()})
+    assert_close(*found, 2e-5)
 
 
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])

@@ -103,6 +103,11 @@ def with_statistics(hidden, weight, target):
     return (nll + stats.lse.square() - 0.1 * stats.entropy).sum() + top
 
 
+def sampled_lse(hidden, weight, target):
+    _, stats = linear_nll(hidden, weight, target, differentiable=("lse",), softcap=9.0, **SAMPLED)
+    return stats.lse.square().sum()
+
+
 def class_weighted(hidden, weight, target):
     w = torch.linspace(0.5, 2, weight.shape[0], dtype=weight.dtype)
     how = {"label_smoothing": 0.1, "z_loss": 0.01, "return_z_loss": True, "out_dtype": weight.dtype}
@@ -126,6 +131,7 @@ COMPILED = {
     "mean, class weights": class_weighted,
     "per token": partial(per_token, softcap=9.0),
     "per token, with statistics": with_statistics,
+    "lse, sampled": sampled_lse,
     "per token, sampled": partial(per_token, **SAMPLED),
     "balanced": balanced,
     "balanced, sampled": partial(balanced_linear_cross_entropy, window=4, **SAMPLED),
