@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import dispatch, ops
-from bft_kernels.backends.cuda import native
+from bft_kernels.backends.cuda import inputs, native
 from tests.cuda.emulation import build
 from tests.support.assembled import assemble_for
 from tests.support.emulated_device import Address, Emulation
@@ -207,7 +207,7 @@ def emulated_device(emulated, monkeypatch, seed):
     emulation = Emulation(emulated, seed)
     monkeypatch.setattr(native, "DEVICE", "cpu")
     monkeypatch.setattr(native, "kernels", lambda: emulation)
-    monkeypatch.setattr(native, "processors", lambda _: 1 + seed % 3)
+    monkeypatch.setattr(inputs, "processors", lambda _: 1 + seed % 3)
     monkeypatch.setattr(native, "address", Address)
     return emulation
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bft_kernels import ops
-from bft_kernels.backends.cuda import native
+from bft_kernels.backends.cuda import inputs, native
 
 WIDTH, VOCABULARY = 16, 300
 OPS = [op for op in vars(ops).values() if isinstance(op, torch.library.CustomOpDef)]
@@ -159,7 +159,7 @@ def put_under(backend, request, monkeypatch):
         monkeypatch.setattr(native, "kernels", lambda: module)
         monkeypatch.setattr(native, "address", module.address)
         monkeypatch.setattr(native, "DEVICE", "cpu")  # it has no stream
-        monkeypatch.setattr(native, "processors", lambda _: 132)
+        monkeypatch.setattr(inputs, "processors", lambda _: 132)
     implementation = importlib.import_module(f"bft_kernels.backends.{backend}.engine")
     monkeypatch.setattr(ops, "select", lambda *_: implementation)
     if backend != "torch":

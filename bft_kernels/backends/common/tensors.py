@@ -1,4 +1,4 @@
-"""Reasons why a backend's own kernels cannot take some tensors."""
+"""What tensors and devices our own kernels take, on any backend."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def why_not_capability(tensor: Traits) -> list[str]:
     if capability < (8, 0):
         return [f"the device has compute capability {capability}, it takes (8, 0) on"]
     return []
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 4 if it has no GPU, where tests run the kernels."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

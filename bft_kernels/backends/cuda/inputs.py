@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bft_kernels.backends.common.inputs import Inputs
-from bft_kernels.backends.cuda import native
+from bft_kernels.backends.common.tensors import processors
 from bft_kernels.backends.cuda.native import TYPES, _cuda, ptr
 from bft_kernels.problem import Problem
 
@@ -45,6 +45,5 @@ def operands_of(inputs: Inputs) -> _cuda.Problem:
 
 
 def splits_of(inputs: Inputs, rows: int) -> tuple[int, int]:
-    """How many parts of the vocabulary a pass over ``rows`` rows has, and their columns."""
-    processors = native.processors(inputs.hidden.device)
-    return _cuda.forward_splits(rows, inputs.shape[1], processors)
+    """How many parts of the vocabulary a pass over ``rows`` rows has, and columns of each."""
+    return _cuda.forward_splits(rows, inputs.shape[1], processors(inputs.hidden.device))

@@ -57,10 +57,3 @@ def address(x: Tensor | None, *, writable: bool) -> int:
 def stream() -> int:
     """The current stream."""
     return torch.cuda.current_stream().cuda_stream if DEVICE == "cuda" else 0
-
-
-def processors(device: torch.device) -> int:
-    """The number of multiprocessors of a device; 4 for a CPU that emulates one."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bft_kernels.backends.common.tensors import processors
 from bft_kernels.problem import Problem
 
 
@@ -192,14 +193,7 @@ def triton_dtype(dtype: torch.dtype) -> triton.language.dtype:
     return getattr(triton.language, str(dtype).removeprefix("torch."))
 
 
-def processors(x: Tensor) -> int:
-    """The number of multiprocessors of the device of ``x``; 4 in the interpreter."""
-    if x.device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)
-
-
 def splits_for(row_blocks: int, tiles: int, x: Tensor) -> int:
-    """The number of parts of the vocabulary: enough for four waves, at most one a tile."""
-    wanted = -(-4 * processors(x) // max(1, row_blocks))
+    """The number of parts of the vocabulary: enough for four waves, and at most one a tile."""
+    wanted = -(-4 * processors(x.device) // max(1, row_blocks))
     return max(1, min(wanted, tiles))

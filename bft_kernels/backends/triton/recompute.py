@@ -114,8 +114,7 @@ def _hidden_gradient_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    FIRST: tl.constexpr,  # constants, since run-time numbers cost 46 registers on sm_90
-    LAST: tl.constexpr,
+    LAST: tl.constexpr,  # a run-time number would make it spill on sm_120
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -146,8 +145,7 @@ def _hidden_gradient_kernel(
         sums = dot(dy, w, sums, OPERAND, PRECISION)
     if scale_ptr is not None:
         sums /= tl.load(scale_ptr)
-    if not FIRST:
-        sums += tl.load(sums_ptr + place, mask=mask, other=0.0)
+    sums += tl.load(sums_ptr + place, mask=mask & (first_column > 0), other=0.0)
     if LAST:
         tl.store(grad_hidden_ptr + place, sums, mask=mask)
     else:
@@ -249,7 +247,6 @@ def recompute(
                 sums_ptr=work.sums,
                 grad_hidden_ptr=into.hidden,
                 scale_ptr=scale,
-                FIRST=first == 0,
                 LAST=first + columns >= vocabulary,
                 **block,
                 **tile_arguments(inputs, for_hidden),

@@ -96,7 +96,7 @@ def _spmm_hidden_kernel(
         tl.store(grad_hidden_ptr + row * D + offs_d, tl.sum(sums, axis=0), mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["few"])
+@triton.jit(do_not_specialize=["few", "adds"])
 def _spmm_weight_kernel(
     hidden_ptr,  # [N, D]
     starts_ptr,  # [V + 1] int64, first entry of each column among the sorted
@@ -108,21 +108,21 @@ def _spmm_weight_kernel(
     stride_hn,
     stride_gv,
     few,
+    adds,  # 0 or 1
     D: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OPERAND: tl.constexpr,
-    ADDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """A program takes a column: it sums a row of ``dW`` and an element of ``db`` in row order.
 
-    With ADDS the row is added to; otherwise it is written, even if it has no entries.
+    With ``adds`` the row is added to; otherwise it is written, even if it has no entries.
     """
     column = tl.program_id(0).to(tl.int64)
     begin = tl.load(starts_ptr + column)
     end = tl.load(starts_ptr + column + 1)
-    if (ADDS or grad_weight_ptr is None) and begin == end:
+    if (begin == end) & ((adds != 0) | (grad_weight_ptr is None)):
         return
     if grad_bias_ptr is not None and tl.program_id(1) == 0:
         total = tl.zeros((BLOCK_K,), tl.float32)
@@ -150,8 +150,7 @@ def _spmm_weight_kernel(
             sums += h.to(OPERAND).to(tl.float32) * value[:, None]
         total_d = tl.sum(sums, axis=0)
         place = grad_weight_ptr + column * stride_gv + offs_d
-        if ADDS:
-            total_d += tl.load(place, mask=mask_d, other=0.0).to(tl.float32)
+        total_d += tl.load(place, mask=mask_d & (adds != 0), other=0.0).to(tl.float32)
         tl.store(place, total_d, mask=mask_d)
 
 
@@ -274,7 +273,7 @@ def _spmm_weight(inputs: Inputs, listed: Listed, into: Gradients, adds: bool) ->
         few=few,
         D=width,
         OPERAND=triton_dtype(inputs.call.operand),
-        ADDS=adds,
+        adds=int(adds),
         **_tile(block_d, inputs.hidden),
     )
 
