@@ -119,7 +119,8 @@ class _Scores:
 def write_scores(path: Path, examples: Sequence[Example], found: Sequence[Scores]) -> None:
     """Writes what :func:`token_scores` found, as the suffix of ``path`` says."""
     if path.suffix == ".safetensors":
-        offsets = torch.tensor([0, *(len(one["ids"]) for one in found)]).cumsum(0)
+        lengths = [0, *(len(one["ids"]) for one in found)]
+        offsets = torch.tensor(lengths, dtype=torch.int64, device="cpu").cumsum(0)
         together = {name: torch.cat([one[name] for one in found]) for name in found[0]}
         save_file({"offsets": offsets, **together}, path)
         return
