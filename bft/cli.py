@@ -1,4 +1,4 @@
-"""The ``bft`` command: ``train``, ``eval``, ``check``, ``data``, ``demo`` and ``info``."""
+"""The ``bft`` command: ``train``, ``eval``, ``score``, ``check``, ``data``, ``demo``, ``info``."""
 
 import dis
 import json
@@ -12,7 +12,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from bft.config import CheckConfig, DataConfig, DemoConfig, EvalConfig, InfoConfig, TrainConfig
+from bft.config import (
+    CheckConfig,
+    DataConfig,
+    DemoConfig,
+    EvalConfig,
+    InfoConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from bft.usage import in_flags, parse
 
 
@@ -149,6 +157,12 @@ def _evaluate(config: EvalConfig) -> None:
         raise NonFinite(f"nll is {result['nll']}: {config.model} is broken")
 
 
+def _score(config: ScoreConfig) -> None:
+    from bft.score import score
+
+    score(config)
+
+
 def _info(config: InfoConfig) -> None:
     from bft_kernels import info
 
@@ -170,6 +184,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, _demo),
     "train": (TrainConfig, _train),
     "eval": (EvalConfig, _evaluate),
+    "score": (ScoreConfig, _score),
     "check": (CheckConfig, _check),
     "data": (DataConfig, _data),
     "info": (InfoConfig, _info),

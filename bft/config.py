@@ -210,6 +210,31 @@ class EvalConfig(_Checked):
 
 
 @dataclass(frozen=True)
+class ScoreConfig(_Checked):
+    """Write what a model makes of each labelled token: for a filter, or a teacher's cache."""
+
+    model: str
+    """A built-in name, a checkpoint folder or a hub id."""
+    file: Path
+    """JSONL; only answers are scored."""
+    output: Path
+    """Gets positions, ids, log-probabilities and entropies: a name.jsonl or name.safetensors."""
+    top_k: int = 0
+    """Also the ids and log-probabilities of this many most probable tokens."""
+    limit: int | None = None
+    """Score this many records."""
+    max_length: int | None = 1024
+    """Documents are cut to this many tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.output.suffix not in (".jsonl", ".safetensors"):
+            raise SettingError(
+                f"output: got {self.output}, expected a name ending in .jsonl or .safetensors"
+            )
+
+
+@dataclass(frozen=True)
 class CheckConfig(_Checked):
     """Compare the fused loss with a model's own, on your model and records."""
 
@@ -247,7 +272,7 @@ class InfoConfig:
 
 
 # Whole numbers are 1 or more, others 0 or more, except these.
-_LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0}
+_LOWEST = {"max_length": 2, "seed": 0, "lora_rank": 0, "top_k": 0}
 _HIGHEST = {"warmup_ratio": 1, "seed": 2**32 - 1}  # numpy's generator takes no more
 _ABOVE_0 = ("epochs", "lora_alpha")
 # Settings that do nothing without another one, or beside some of its values.

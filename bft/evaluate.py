@@ -12,9 +12,9 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
@@ -27,6 +27,8 @@ from bft.limits import check_fits
 from bft.loss import IGNORE, Head, aligned
 from bft.patch import use_loss
 from bft_kernels import linear_nll
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _score(
     measure = _Measure()
     bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
     with bar, evaluation_mode(model), use_loss(model, measure), torch.no_grad():
-        for measure.items in _batches(items, batch_tokens):
+        for measure.items in batches(items, _length, batch_tokens):
             batch = collate([item.example for item in measure.items])
             model(**aligned(send_to_device(batch, device)))
             bar.update(len(measure.items))
@@ -273,10 +275,16 @@ def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
     return int(logits.argmax())
 
 
-def _batches(items: Sequence[_Item], batch_tokens: int) -> Iterator[list[_Item]]:
+def _length(item: _Item) -> int:
+    return len(item.example.input_ids)
+
+
+def batches(
+    items: Sequence[Item], length: Callable[[Item], int], batch_tokens: int
+) -> Iterator[list[Item]]:
     """Items of like length, the longest first, so that there is little padding."""
-    order = sorted(items, key=lambda item: -len(item.example.input_ids))
+    order = sorted(items, key=lambda item: -length(item))
     while order:
-        size = max(1, batch_tokens // len(order[0].example.input_ids))
+        size = max(1, batch_tokens // length(order[0]))
         yield order[:size]
         order = order[size:]

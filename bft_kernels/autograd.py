@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bft_kernels import ops
 from bft_kernels.dispatch import offered
-from bft_kernels.problem import traits_of
+from bft_kernels.problem import Problem, traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 
 # Where a problem's arguments begin in each op's, and how many of them are tensors.
@@ -44,21 +44,26 @@ def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
     tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
     result, problem = Forward(*output), ops.as_problem(tensors, rest)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*result[1:])
-    ctx.rest, ctx.saved = rest, problem.saved
+    attached = ("loss", *problem.settings.differentiable)
+    ctx.mark_non_differentiable(
+        *[x for name, x in zip(Forward._fields, output, strict=False) if name not in attached]
+    )
+    ctx.rest, ctx.saved, ctx.attached = rest, problem.saved, len(attached) > 1
     if ctx.saved == "unit":
         ctx.save_for_backward(problem.target, result.unit)
     else:
         saved = [getattr(result, name) for name in Saved._fields]
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*tensors, *saved, *([result.entropy] if ctx.attached else []))
     ctx.hidden_dtype = problem.hidden.dtype
     ctx.ignore_index = problem.settings.ignore_index
 
 
-def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     wanted = _needed(ctx, _OF_NLL)
-    if grad is None:
+    given: Any = Forward(*grads)
+    grad = given.loss
+    if grad is None and given.lse is None and given.entropy is None:
         return _gradients(ctx, _OF_NLL, None, None, None)
     if ctx.saved == "none" or (ctx.saved == "unit" and (wanted.weight or wanted.bias)):
         raise RuntimeError(
@@ -70,7 +75,12 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
         return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
     kept = ctx.saved_tensors  # may be read only once
-    tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:])
+    tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:][: len(Saved._fields)])
+    of_target = given.lse if ctx.saved == "entries" else None  # lse = nll + z_target
+    if of_target is not None:
+        grad = of_target if grad is None else grad + of_target
+    elif ctx.attached and ctx.saved == "recompute":
+        grad = _with_statistics((grad, given.lse, given.entropy), kept[-1], saved.lse)
     weight, bias = tensors[1], tensors[3]
     rest = (*ctx.rest[:-3], *wanted)
     into = _gradient_to_add_to(weight) if wanted.weight else None
@@ -83,12 +93,45 @@ def _linear_nll_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         dh, dw, db = added.hidden, None, added.bias
     else:
         dh, dw, db = ops.linear_nll_backward_op(grad, *saved, *tensors, *rest)
+    if of_target is not None:
+        targets = _targets_listed(saved, ops.as_problem(tensors, rest))
+        more = ops.linear_nll_backward_op(of_target, *targets, *tensors, *rest)
+        dh, dw, db = [b if a is None else a + b for a, b in zip((dh, dw, db), more, strict=True)]
     return _gradients(
         ctx,
         _OF_NLL,
         dh if wanted.hidden else None,
         dw if wanted.weight else None,
         None if db is None or not wanted.bias else db.to(bias.dtype),
+    )
+
+
+def _with_statistics(
+    grads: tuple[Tensor | None, ...],  # upstream of the loss, of lse and of the entropy
+    entropy: Tensor,  # [N], or [0] if it has no gradient
+    lse: Tensor,  # [N]
+) -> Tensor:  # [3, N]
+    """What :func:`bft_kernels.ops.linear_nll_backward` takes where statistics have a gradient.
+
+    ``d lse / dz_v = p_v``, and ``dH / dz_v = -p_v (z_v - lse + H)`` for the entropy ``H``.
+    """
+    of_loss, of_p, of_entropy = [torch.zeros_like(lse) if x is None else x for x in grads]
+    if entropy.numel():
+        of_p = of_p - of_entropy * entropy
+    return torch.stack([of_loss, of_p, -of_entropy])
+
+
+def _targets_listed(saved: Saved, problem: Problem) -> Saved:
+    """The lists of a sample that is the gradient of each token's ``z_target``: one entry a row."""
+    (count, vocabulary, _), settings = problem.shape, problem.settings
+    slope = torch.full_like(saved.lse, 1 / settings.temperature)
+    if settings.softcap is not None:
+        tanh = (saved.lse - saved.nll) * (settings.temperature / settings.softcap)
+        slope = (1 - tanh.square()) / settings.temperature
+    return saved._replace(
+        csr_offsets=torch.arange(count + 1, dtype=torch.int64, device=slope.device),
+        csr_columns=problem.target.clamp(0, vocabulary - 1).to(torch.int32),
+        csr_values=slope,
     )
 
 
@@ -186,9 +229,10 @@ def _keeps_graph() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
-torch.library.register_autograd(
-    "bft_kernels::linear_nll", _linear_nll_backward, setup_context=_setup_linear_nll
-)
+for _op in ("linear_nll", "linear_nll_top_k"):
+    torch.library.register_autograd(
+        f"bft_kernels::{_op}", _linear_nll_backward, setup_context=_setup_linear_nll
+    )
 torch.library.register_autograd(
     "bft_kernels::weighted_loss", _weighted_loss_backward, setup_context=_setup_weighted_loss
 )

@@ -10,16 +10,19 @@ Autocast makes them narrow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bft_kernels import autograd as _autograd  # noqa: F401  registers the gradients
 from bft_kernels import ops
-from bft_kernels.checks import FLOAT_DTYPES, check_boundaries, check_finite, check_tensor
+from bft_kernels.checks import check_boundaries
 from bft_kernels.documents import Layout, boundaries_beside, labelled_layout, token_scales
-from bft_kernels.problem import Problem, check_derivatives, make_problem
+from bft_kernels.factors import class_weights, or_one, token_factor, with_class_weights
+from bft_kernels.problem import Problem, make_problem
 from bft_kernels.results import BalancedLoss, Forward, WeightedLoss
 from bft_kernels.settings import CALLABLE, LOCAL_SCHEMES, SchemeFunction, Settings
 from bft_kernels.token_stats import BalancedTokenStats, TokenStats, balanced_stats, token_stats
@@ -46,6 +49,9 @@ def linear_nll(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
+    out_dtype: torch.dtype | None = Settings.out_dtype,
+    differentiable: Sequence[str] = Settings.differentiable,
+    top_k: int = Settings.top_k,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
@@ -78,9 +84,19 @@ def linear_nll(
             checked wherever that takes no waiting.
         return_stats: also return :class:`TokenStats`.
         hidden_variance: with ``sampled``, also fill the statistic of that name.
+        out_dtype: a float type for the loss, such as that of ``hidden``. It is rounded at the end;
+            statistics and gradients are those of the unrounded loss.
+        differentiable: ``"lse"``, ``"entropy"`` or both: these statistics are returned (it implies
+            ``return_stats``) and have gradients. With ``exact``, plain PyTorch computes the
+            backward of such a call in blocks, whatever the backend: 4G with a trained head, 3G with
+            a frozen one, and nothing of ``[N, V]``. With ``sampled`` lse has the gradient of the
+            sampled ``nll`` plus that of ``z_target``, so it is unbiased; the entropy is refused.
+        top_k: also return ids and log-probabilities of that many most probable tokens (it implies
+            ``return_stats``), from the same pass over chunks of whole rows. The ``cpu`` backend,
+            whose blocks hold no whole rows, leaves the forward of such a call to plain PyTorch.
 
     Returns:
-        ``[...]`` float32 (float64 for float64 inputs), or ``(nll, stats)``.
+        ``[...]`` float32 (float64 for float64 inputs) or ``out_dtype``, or ``(nll, stats)``.
 
     Raises:
         TypeError, ValueError: an argument is out of its domain; the message names it.
@@ -98,14 +114,19 @@ def linear_nll(
         backend=backend,
         max_buffer_bytes=max_buffer_bytes,
         check=check,
-        return_stats=return_stats,
+        return_stats=return_stats or bool(differentiable) or top_k != 0,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
+        differentiable=differentiable,
+        top_k=top_k,
     )
     _check_shift(shift, cu_seqlens)
     problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
+    if top_k > weight.shape[0]:
+        raise ValueError(f"top_k: got {top_k}, expected at most V = {weight.shape[0]}")
     result = ops.linear_nll(problem)
-    loss = result.loss.view(target.shape)
-    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
+    loss = _rounded(result.loss.view(target.shape), settings)
+    return (loss, token_stats(problem, result, target.shape)) if settings.return_stats else loss
 
 
 def linear_cross_entropy(
@@ -122,6 +143,7 @@ def linear_cross_entropy(
     label_smoothing: float = Settings.label_smoothing,
     z_loss: float = Settings.z_loss,
     token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     softcap: float | None = Settings.softcap,
     temperature: float = Settings.temperature,
     gradient: str = Settings.gradient,
@@ -132,7 +154,9 @@ def linear_cross_entropy(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
-) -> Tensor | tuple[Tensor, TokenStats]:
+    out_dtype: torch.dtype | None = Settings.out_dtype,
+    return_z_loss: bool = Settings.return_z_loss,
+) -> Tensor | tuple[Any, ...]:
     """Cross-entropy of a linear layer's logits, a drop-in for ``linear`` + ``cross_entropy``.
 
     The token loss is ``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2``, with
@@ -152,12 +176,20 @@ def linear_cross_entropy(
             float32 or float64, whatever the inputs are, and on their device. ``shift`` moves it
             along with the labels. It is a constant: if you need a gradient in the weights, use
             ``reduction="none"`` and multiply.
+        class_weight: ``[V]``, torch's ``weight``, of the types of ``token_weight`` and as constant.
+            The token loss is ``(1 - a) w_target nll + a mean_v w_v (lse - z_v) + z_loss * lse**2``,
+            and the mean divides by the labelled tokens' sum of ``w_target`` (by 1 if that is 0).
+            Smoothing or a z-loss makes the call one of 4G, and smoothing copies ``weight`` in the
+            type of sums. Smoothing with a softcap is refused.
+        return_z_loss: also return the part of the loss that ``z_loss`` makes, reduced as the loss
+            is. It is detached (as in Liger): the loss contains it, and has its gradient.
 
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
     Returns:
-        A scalar, or target's shape for ``"none"``; float32 (float64 for float64 inputs). With
-        ``return_stats=True``: ``(loss, TokenStats)``.
+        A scalar, or target's shape for ``"none"``; float32 (float64 for float64 inputs) or
+        ``out_dtype``. With ``return_z_loss=True`` or ``return_stats=True`` a tuple: the loss, the
+        part of the z-loss in the same type, :class:`TokenStats`, as far as they are asked for.
     """
     settings = Settings(
         ignore_index=ignore_index,
@@ -171,6 +203,8 @@ def linear_cross_entropy(
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
+        return_z_loss=return_z_loss,
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
@@ -181,7 +215,8 @@ def linear_cross_entropy(
     if token_weight is None:
         scale = labelled.to(problem.acc_dtype)
     else:
-        scale = _token_weight(token_weight, problem, target.shape)
+        scale = token_factor(token_weight, problem, target.shape)
+    classes = None if class_weight is None else class_weights(class_weight, problem)
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(
@@ -190,16 +225,37 @@ def linear_cross_entropy(
             )
         scale = torch.where(labelled, scale / _items_of(num_items, problem), 0.0)
     elif reduction == "mean":
-        scale = scale / labelled.sum().clamp_min(1)
+        scale = scale / (labelled.sum().clamp_min(1) if classes is None else or_one(classes[1]))
+    composed = classes is not None and (label_smoothing > 0 or z_loss > 0)
+    if classes is not None and not composed:
+        scale = scale * classes[1]
     result: Forward | WeightedLoss
-    if reduction != "none" and gradient == "exact" and problem.trains_head:
+    if classes is not None and composed:
+        result, losses = with_class_weights(problem, *classes)
+        loss = _reduced(weighted_losses(losses, scale), settings, target.shape)
+    elif reduction != "none" and gradient == "exact" and problem.trains_head:
         result = ops.weighted_loss(problem, scale)
         loss = result.loss
-        return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
-    result = ops.linear_nll(problem)
-    loss = weighted_losses(result.loss, scale)
-    loss = loss.view(target.shape) if reduction == "none" else loss.sum()
-    return (loss, token_stats(problem, result, target.shape)) if return_stats else loss
+    else:
+        result = ops.linear_nll(problem)
+        loss = _reduced(weighted_losses(result.loss, scale), settings, target.shape)
+    found: list[Any] = [loss]
+    if return_z_loss:
+        part = z_loss * result.lse.detach().square()
+        found.append(_reduced(weighted_losses(part, scale), settings, target.shape))
+    found = [_rounded(value, settings) for value in found]
+    if return_stats:
+        found.append(token_stats(problem, result, target.shape))
+    return tuple(found) if len(found) > 1 else found[0]
+
+
+def _reduced(losses: Tensor, settings: Settings, shape: torch.Size) -> Tensor:
+    """The sum of weighted losses ``[N]``, or all of them in target's ``shape``."""
+    return losses.view(shape) if settings.reduction == "none" else losses.sum()
+
+
+def _rounded(loss: Tensor, settings: Settings) -> Tensor:
+    return loss if settings.out_dtype is None else loss.to(settings.out_dtype)
 
 
 def balanced_linear_cross_entropy(
@@ -227,6 +283,7 @@ def balanced_linear_cross_entropy(
     check: bool | None = Settings.check,
     return_stats: bool = Settings.return_stats,
     hidden_variance: bool = Settings.hidden_variance,
+    out_dtype: torch.dtype | None = Settings.out_dtype,
 ) -> Tensor | tuple[Tensor, BalancedTokenStats]:
     """The Balanced Fine-Tuning loss (arXiv 2511.21075), with constant weights.
 
@@ -260,7 +317,7 @@ def balanced_linear_cross_entropy(
     The other arguments, the statistics and the errors are those of :func:`linear_nll`.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs). With ``return_stats=True``:
+        A scalar, float32 (float64 for float64 inputs) or ``out_dtype``. With ``return_stats=True``:
         ``(loss, BalancedTokenStats)``.
     """
     settings = Settings(
@@ -275,6 +332,7 @@ def balanced_linear_cross_entropy(
         check=check,
         return_stats=return_stats,
         hidden_variance=hidden_variance,
+        out_dtype=out_dtype,
         scheme=scheme,
         window=window,
         gamma=gamma,
@@ -285,7 +343,7 @@ def balanced_linear_cross_entropy(
         problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)
     items = None if num_items is None else _items_of(num_items, problem)
-    factor = None if token_weight is None else _token_weight(token_weight, problem, target.shape)
+    factor = None if token_weight is None else token_factor(token_weight, problem, target.shape)
     in_forward = gradient == "exact" and problem.trains_head
     local, labelled, layout = scheme in LOCAL_SCHEMES, problem.labelled, None
     if local and not return_stats:
@@ -296,10 +354,10 @@ def balanced_linear_cross_entropy(
         if factor is not None:
             scale = scale * factor
         if in_forward:
-            return ops.weighted_loss(problem, scale).loss
+            return _rounded(ops.weighted_loss(problem, scale).loss, settings)
         nll = ops.linear_nll(problem).loss
         scale = scale * local_weighting(nll.detach(), labelled, scheme)
-        return weighted_losses(nll, scale).sum()
+        return _rounded(weighted_losses(nll, scale).sum(), settings)
     documents = _documents_of(boundaries, problem, target.shape)
     on_host = boundaries is None or boundaries.device.type == "cpu"
     result: Forward | WeightedLoss
@@ -324,6 +382,7 @@ def balanced_linear_cross_entropy(
         loss = weighting.loss
         if factor is not None:
             loss = weighted_losses(result.loss, weighting.coefficient * factor).sum()
+    loss = _rounded(loss, settings)
     if not return_stats:
         return loss
     return loss, balanced_stats(token_stats(problem, result, target.shape), weighting, target.shape)
@@ -399,26 +458,3 @@ def _check_shift(shift: object, cu_seqlens: object) -> None:
             "cu_seqlens: got boundaries with shift=False, expected None: only a shift "
             "of the labels needs them here"
         )
-
-
-def _token_weight(token_weight: Tensor, problem: Problem, shape: torch.Size) -> Tensor:
-    """The weight of each token ``[N]``, a constant; 0 where ignored.
-
-    Raises:
-        TypeError: it is not a tensor of floats.
-        ValueError: it has another shape or device, requires a gradient, or is not finite.
-        RuntimeError: it has a tangent.
-    """
-    check_tensor("token_weight", token_weight, shape, FLOAT_DTYPES, problem.hidden.device)
-    if token_weight.requires_grad:
-        raise ValueError(
-            "token_weight: got a tensor that requires a gradient, expected a constant: detach it, "
-            "or use reduction='none' and multiply"
-        )
-    check_derivatives(token_weight=token_weight)
-    factor, labelled = token_weight, problem.labelled
-    if problem.settings.shift:  # a weight belongs to its label
-        factor = torch.nn.functional.pad(token_weight[..., 1:], (0, 1))
-    if problem.settings.check and not torch.compiler.is_compiling():
-        check_finite("token_weight", factor.reshape(-1, 1), rows=labelled)
-    return torch.where(labelled, factor.reshape(-1), 0).to(problem.acc_dtype)

@@ -14,7 +14,7 @@ from bft_kernels.functional import (
     linear_cross_entropy,
 )
 from bft_kernels.settings import SchemeFunction, Settings, check_settings
-from bft_kernels.token_stats import BalancedTokenStats, TokenStats
+from bft_kernels.token_stats import BalancedTokenStats
 
 
 class _Loss(torch.nn.Module):
@@ -79,8 +79,9 @@ class LinearCrossEntropyLoss(_Loss):
         cu_seqlens: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
         token_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
         seed: int | Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, TokenStats]:
+    ) -> Tensor | tuple[Any, ...]:
         """Calls the function: ``hidden [..., D]``, ``weight [V, D]``, ``target [...]``.
 
         Returns:
@@ -97,6 +98,7 @@ class LinearCrossEntropyLoss(_Loss):
             cu_seqlens=cu_seqlens,
             num_items=num_items,
             token_weight=token_weight,
+            class_weight=class_weight,
             seed=seed,
             **self.settings,
         )

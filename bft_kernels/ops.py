@@ -32,7 +32,7 @@ from bft_kernels.checks import (
     check_items,
     check_waiting,
 )
-from bft_kernels.dispatch import Engine, captures, offered, select
+from bft_kernels.dispatch import Engine, captures, engine, offered, select
 from bft_kernels.documents import boundaries_beside
 from bft_kernels.precision import own_settings
 from bft_kernels.problem import Problem, check_values, storage, traits_of
@@ -50,8 +50,12 @@ from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
 
 
-def _fields(record: type) -> str:
-    return ", ".join([f"Tensor {name}" for name in record._fields])  # type: ignore[attr-defined]
+_TOP = len(Forward._fields) - 2  # where the results of top_k begin
+
+
+def _fields(record: type, stop: int | None = None) -> str:
+    names = record._fields[:stop]  # type: ignore[attr-defined]
+    return ", ".join([f"Tensor {name}" for name in names])
 
 
 def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
@@ -122,25 +126,49 @@ def _(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
 @torch.library.custom_op(
     "bft_kernels::linear_nll",
     mutates_args=(),
-    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward)})",
+    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward, _TOP)})",
 )
-def linear_nll_op(*arguments: Any) -> tuple[Tensor, ...]:
+def linear_nll_op(*arguments: Any) -> tuple[Any, ...]:
     """See :class:`bft_kernels.results.Forward`."""
     problem = as_problem(arguments[:5], arguments[5:])
     _check(problem)
     backend = _engine(problem)
+    with own_settings(problem.hidden):
+        return backend.linear_nll(problem)[:_TOP]
+
+
+@torch.library.custom_op(
+    "bft_kernels::linear_nll_top_k",
+    mutates_args=(),
+    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward)})",
+)
+def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
+    """The same with the most probable tokens; plain PyTorch where a backend holds no whole rows."""
+    problem = as_problem(arguments[:5], arguments[5:])
+    _check(problem)
+    backend = _engine(problem)
+    backend = backend if getattr(backend, "HOLDS_ROWS", True) else engine("torch")
     with own_settings(problem.hidden):
         return tuple(backend.linear_nll(problem))
 
 
 def linear_nll(problem: Problem) -> Forward:
     """The loss of each token, and what its backward needs, if there is one."""
-    p = problem
-    return Forward(*linear_nll_op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments()))
+    p, op = problem, linear_nll_top_k_op if problem.settings.top_k else linear_nll_op
+    return Forward(*op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments()))
 
 
 @linear_nll_op.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Any, ...]:
+    return _fake_forward(arguments)[:_TOP]
+
+
+@linear_nll_top_k_op.register_fake
+def _(*arguments: Any) -> tuple[Any, ...]:
+    return tuple(_fake_forward(arguments))
+
+
+def _fake_forward(arguments: tuple[Any, ...]) -> Forward:
     problem = as_problem(arguments[:5], arguments[5:])
     hidden, acc_dtype, saved = problem.hidden, problem.acc_dtype, problem.saved
     count, width = hidden.shape
@@ -164,6 +192,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         csr_offsets=hidden.new_empty(count + 1 if sampled else 0, dtype=torch.int64),
         csr_columns=hidden.new_empty(entries, dtype=torch.int32),
         csr_values=hidden.new_empty(values, dtype=acc_dtype),
+        top_ids=hidden.new_empty(count, problem.settings.top_k, dtype=torch.int64),
+        top_log_probs=hidden.new_empty(count, problem.settings.top_k, dtype=acc_dtype),
     )
 
 
@@ -186,8 +216,13 @@ def linear_nll_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
 def linear_nll_backward(
     problem: Problem, grad: Tensor, saved: Saved, grad_weight: Tensor | None = None
 ) -> Gradients:
-    """The backward on real tensors; adds to ``grad_weight`` in place if it is given."""
-    backend = _engine(problem)
+    """The backward on real tensors; adds to ``grad_weight`` in place if it is given.
+
+    ``grad`` is ``[N]``. For an exact gradient with differentiable statistics it is ``[3, N]``, the
+    factors of ``nll``'s gradient, of ``p_v`` and of ``p_v (z_v - lse)``: plain PyTorch computes
+    that in blocks for every backend.
+    """
+    backend = engine("torch") if grad.dim() > 1 else _engine(problem)
     with own_settings(problem.hidden):
         return backend.linear_nll_backward(problem, grad, saved, grad_weight)
 

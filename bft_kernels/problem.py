@@ -65,14 +65,15 @@ class Problem:
 
         ``none``: it keeps nothing, since no gradient is wanted. ``recompute``: it keeps lse to
         twice the precision, and the logits are computed again (exact, 4G). ``unit``: it keeps
-        ``dH`` for unit upstream gradient (exact with a frozen head, 2G). ``entries``: it keeps the
-        sparse sample of ``dy`` (sampled, 1G).
+        ``dH`` for unit upstream gradient (exact with a frozen head, 2G; of the loss alone).
+        ``entries``: it keeps the sparse sample of ``dy`` (sampled, 1G).
         """
         if not any(self.wanted):
             return "none"
         if self.settings.gradient == "sampled":
             return "entries"
-        return "recompute" if self.wanted.weight or self.wanted.bias else "unit"
+        trains_head = self.wanted.weight or self.wanted.bias
+        return "recompute" if trains_head or self.settings.differentiable else "unit"
 
     @property
     def statistics(self) -> bool:

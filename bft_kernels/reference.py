@@ -52,18 +52,21 @@ def linear_nll(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    class_weight: Tensor | None = None,  # [V]
 ) -> Tensor:  # [N], 0 where ignored
     """``(1 - a) nll + a (lse - mean_v z_v) + z_loss * lse**2`` with ``a = label_smoothing``.
 
+    With class weights ``w`` it is ``(1 - a) w_target nll + a mean_v w_v (lse - z_v) + ...``.
     Autograd differentiates it, and ``gradient="exact"`` must return that derivative.
     """
     labelled = target != ignore_index
     z = logits(hidden[labelled], weight, bias, softcap, temperature)
     lse = torch.logsumexp(z, dim=-1)
     nll = lse - z.gather(1, target[labelled, None]).squeeze(1)
-    loss = (1 - label_smoothing) * nll + z_loss * lse**2
+    w = z.new_ones(z.shape[1]) if class_weight is None else class_weight.to(z)
+    loss = (1 - label_smoothing) * w[target[labelled]] * nll + z_loss * lse**2
     if label_smoothing:  # else a logit of -inf, a masked column, would make 0 * inf
-        loss = loss + label_smoothing * (lse - z.mean(dim=-1))
+        loss = loss + label_smoothing * (w * (lse[:, None] - z)).mean(dim=-1)
     return hidden.new_zeros(target.shape, dtype=loss.dtype).masked_scatter(labelled, loss)
 
 
@@ -88,6 +91,21 @@ def token_stats(
         "entropy": torch.special.entr(log_p.exp()).sum(dim=-1),
         "correct": first_maximum == target,
     }
+
+
+def top_k(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # [N, k] each
+    """Ids and log-probabilities of the most probable tokens. Ties go to the lowest index."""
+    z = logits(hidden, weight, bias, softcap, temperature)
+    ids = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return ids, torch.log_softmax(z, dim=-1).gather(1, ids)
 
 
 # --- the weights ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 class Forward(NamedTuple):
     """Results of ``linear_nll``."""
 
-    loss: Tensor  # [N] acc, the only differentiable one
+    loss: Tensor  # [N] acc, differentiable; lse and entropy are where that is asked for
     nll: Tensor  # [N] acc
     lse: Tensor  # [N] acc
     lse_low: Tensor  # [N] acc, the part of lse that rounding cut off; for a recomputing backward
@@ -28,6 +28,9 @@ class Forward(NamedTuple):
     # backward.
     csr_columns: Tensor  # [E] int32
     csr_values: Tensor  # [E] acc, dy for unit upstream gradient; or [0]
+    # With top_k, which is the work of an op of its own:
+    top_ids: Tensor | None = None  # [N, k] int64
+    top_log_probs: Tensor | None = None  # [N, k] acc
 
 
 class Saved(NamedTuple):

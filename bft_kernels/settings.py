@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,9 @@ from bft_kernels.values import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 else:
-    Tensor = Any
+    Tensor = dtype = Any
 
 SchemeFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 SCHEMES = ("sft", "dft", "bft", "bft-v1", "bft-v1-code")
@@ -39,6 +39,21 @@ def check_scheme(name: str, value: object) -> None:
         check_choice(name, value, SCHEMES)
     elif not callable(value):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
+
+
+def check_float_type(name: str, value: object) -> None:
+    """Raises unless ``value`` is one of the dtypes that ``hidden`` may have."""
+    from bft_kernels.checks import FLOAT_DTYPES  # and torch, see above
+
+    check_choice(name, value, FLOAT_DTYPES)
+
+
+def check_names(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is a tuple or a list of some of ``choices``."""
+    check_type(name, value, (tuple, list), "a tuple of names")
+    assert isinstance(value, (tuple, list))
+    for one in value:
+        check_choice(name, one, choices)
 
 
 def _option(default: Any, check: Callable[..., None], text: str, **limits: Any) -> Any:
@@ -110,6 +125,14 @@ class Settings(TrainingSettings):
     hidden_variance: bool = _option(
         False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
     )
+    out_dtype: dtype | None = _option(  # noqa: RUF009  as the others
+        None, check_float_type, "type of the loss; by default that of the sums"
+    )
+    return_z_loss: bool = _option(False, check_bool, "also return the z-loss's part of the loss")
+    differentiable: Sequence[str] = _option(
+        (), check_names, "statistics with a gradient: `lse`, `entropy`", choices=("lse", "entropy")
+    )
+    top_k: int = _option(0, check_int, "how many of the most probable tokens to return", low=0)
 
 
 NAMES = tuple(option.name for option in fields(Settings))
@@ -124,6 +147,8 @@ _SCHEMA_TYPES = {
     "bool | None": "bool?",
     "str": "str",
     "str | SchemeFunction": "str",
+    "dtype | None": "ScalarType?",
+    "Sequence[str]": "str[]",
 }
 # The part of the ops' schemas that carries the settings.
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings))
@@ -147,6 +172,11 @@ def check_settings(settings: Settings) -> None:
                     "the sample and its certificate are those of p - onehot(target). Use "
                     "gradient='exact'"
                 )
+        if "entropy" in settings.differentiable:
+            raise ValueError(
+                "differentiable: got 'entropy' with gradient='sampled', expected 'lse' or nothing: "
+                "the sample is no estimate of the entropy's gradient. Use gradient='exact'"
+            )
     elif settings.hidden_variance:
         raise ValueError("hidden_variance: got True with gradient='exact', expected 'sampled'")
 

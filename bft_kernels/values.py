@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 
 
-def check_type(name: str, value: object, kind: type, what: str) -> None:
+def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
     """Raises unless ``value`` is a ``kind``. The message calls that kind ``what``."""
     if not isinstance(value, kind):
         raise TypeError(f"{name}: got {type(value).__name__}, expected {what}")
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

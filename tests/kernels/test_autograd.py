@@ -15,6 +15,10 @@ from tests.support.problems import assert_close, draw_problem
 LOSSES = {
     "nll": lambda p: (nll(p) ** 2).sum(),
     "sampled": lambda p: (nll(p, gradient="sampled", eps=2**-5, seed=7) ** 2).sum(),
+    "entropy": lambda p: (nll(p, differentiable=("entropy",))[1].entropy ** 2).sum(),
+    "lse, sampled": lambda p: nll(
+        p, differentiable=("lse",), gradient="sampled", eps=2**-5, seed=7
+    )[1].lse.sum(),
     "mean": cross_entropy,
     "balanced": lambda p: balanced(p, window=4),
 }

@@ -32,12 +32,25 @@ def device(request, monkeypatch):
     return put_under(request.param, request, monkeypatch)
 
 
+def attached(**how):
+    nll, stats = linear_nll(**how, differentiable=("lse", "entropy"))
+    return nll + stats.lse + stats.entropy
+
+
+def class_weighted(weight, **how):
+    how |= {"class_weight": weight.detach()[:, 0], "label_smoothing": 0.1}
+    return linear_cross_entropy(weight=weight, **how)
+
+
 LOSSES = {
     "nll": linear_nll,
+    "nll, attached": attached,
+    "nll, top k": functools.partial(linear_nll, top_k=3),
     "nll, statistics": functools.partial(linear_nll, return_stats=True),
     "sum": functools.partial(linear_cross_entropy, reduction="sum"),
     "mean": linear_cross_entropy,
     "mean, smoothed": functools.partial(linear_cross_entropy, label_smoothing=0.1, z_loss=1e-4),
+    "mean, smoothed, class weights": class_weighted,
     "none": functools.partial(linear_cross_entropy, reduction="none"),
     "sft": functools.partial(balanced_linear_cross_entropy, scheme="sft"),
     "dft, tokens": functools.partial(
@@ -50,6 +63,7 @@ LOSSES = {
     ),
 }
 BALANCED = [name for name in LOSSES if name.startswith(("sft", "dft", "bft"))]
+EXACT = ("nll, attached", "mean, smoothed", "mean, smoothed, class weights")
 FROZEN = {"trained head": (), "frozen head": ("weight", "bias")}
 BUDGETS = {"a chunk": None, "chunks": 6 * VOCABULARY * 4}
 SAMPLED = {"gradient": "sampled", "eps": 2**-5}
@@ -72,7 +86,7 @@ def test_exact_losses_keep_to_the_device(device, name, budget, frozen):
 
 
 @pytest.mark.parametrize(("budget", "seed"), [("a chunk", None), ("chunks", 7)])
-@pytest.mark.parametrize("name", [name for name in LOSSES if "smoothed" not in name])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in EXACT])
 @pytest.mark.parametrize("device", ["triton", "cuda"], indirect=True)  # torch waits: see below
 def test_sampled_losses_keep_to_the_device(device, name, budget, seed, frozen):
     p = device.problem((ROWS, LENGTH), frozen)

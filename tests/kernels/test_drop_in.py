@@ -1,4 +1,6 @@
-"""Arguments for callers of other losses: a step's number of items, unshifted labels, weights."""
+"""Arguments for callers of other losses: a step's number of items, unshifted labels, weights, types
+of the loss, and the z-loss by itself.
+"""
 
 import pytest
 import torch
@@ -178,3 +180,41 @@ def test_weights_of_the_data(scheme, normalize, return_stats, gradient, frozen, 
         call(p)
         for one, other in zip(*stats, strict=True):
             assert torch.equal(one, other) if one is not None else other is None
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_the_z_loss_by_itself(reduction, frozen):
+    p = draw_problem(23, 6, 31, bias=True, frozen=frozen)
+    factor, number = torch.randn(23, dtype=torch.float64), 7 if reduction == "mean" else None
+    how = {"reduction": reduction, "num_items": number, "token_weight": factor, "bias": p.bias}
+    loss, part, stats = linear_cross_entropy(
+        *p.args, z_loss=1e-2, return_z_loss=True, return_stats=True, **how
+    )
+    token = factor * reference.linear_nll(*p.args, bias=p.bias, z_loss=1e-2)
+    expected = token - factor * reference.linear_nll(*p.args, bias=p.bias)
+    expected = expected if reduction == "none" else expected.sum() / (number or 1)
+    assert not part.requires_grad
+    assert stats.lse.shape == (23,)
+    assert_close(part, expected)
+    assert torch.equal(linear_cross_entropy(*p.args, z_loss=1e-2, **how), loss)
+    plain, nothing = linear_cross_entropy(*p.args, return_z_loss=True, **how)
+    assert not bool(nothing.any())
+    assert_close(plain + part, loss)
+
+
+@pytest.mark.parametrize("name", ["nll", "mean", "balanced"])
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+@pytest.mark.parametrize("return_stats", [False, True])
+def test_the_loss_in_another_type(name, gradient, return_stats):
+    p, function = draw_problem(24, 6, 31, dtype=torch.bfloat16), FUNCTIONS[name]
+    how = {"gradient": gradient, "seed": 3, "return_stats": return_stats}
+    wide, narrow = function(*p.args, **how), function(*p.args, out_dtype=torch.bfloat16, **how)
+    if return_stats:
+        assert wide[1].nll.dtype == narrow[1].nll.dtype == torch.float32
+        wide, narrow = wide[0], narrow[0]
+    assert wide.dtype == torch.float32
+    assert narrow.dtype == torch.bfloat16
+    assert torch.equal(wide.bfloat16(), narrow)
+    for one, other in zip(*[p.gradients(x.sum()).values() for x in (wide, narrow)], strict=True):
+        assert torch.equal(one, other)

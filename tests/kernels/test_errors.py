@@ -106,10 +106,19 @@ CORE = [
     wrong_type("check", "yes", "bool"),
     wrong_type("return_stats", 1, "bool"),
     wrong("hidden_variance", True, "sampled"),
+    wrong("out_dtype", torch.int64, "int64", "torch.float16"),
     # Values that equal the default, of another type.
     wrong_type("temperature", True, "number"),
     wrong_type("ignore_index", -100.0, "int"),
     wrong_type("check", 0, "bool"),
+]
+UNREDUCED = [
+    wrong("top_k", -1, "at least 0"),
+    wrong("top_k", V + 1, f"at most V = {V}"),
+    wrong_type("top_k", 2.0, "int"),
+    wrong_type("differentiable", "lse", "str", "tuple"),
+    wrong("differentiable", ("lse", "nll"), "'nll'", "'lse', 'entropy'"),
+    wrong("differentiable", ("entropy",), "'entropy'", "gradient='exact'", gradient="sampled"),
 ]
 REDUCED = [
     wrong("reduction", "median", "'none', 'mean', 'sum'"),
@@ -122,6 +131,18 @@ REDUCED = [
     wrong_type("token_weight", torch.ones(N).long(), "int64", "float32"),
     wrong("token_weight", torch.full((N,), NAN), "nan in row 0", "finite", check=True),
     wrong("token_weight", torch.ones(N, requires_grad=True), "requires a gradient", "constant"),
+    wrong("class_weight", torch.ones(N), f"({N},)", f"({V})"),
+    wrong_type("class_weight", [1.0] * V, "list", "Tensor"),
+    wrong("class_weight", torch.full((V,), NAN), "nan in position 0", "finite", check=True),
+    wrong("class_weight", torch.ones(V, requires_grad=True), "requires a gradient", "constant"),
+    wrong(
+        "class_weight",
+        torch.ones(V),
+        "label_smoothing=0.1",
+        "softcap=2.0",
+        label_smoothing=0.1,
+        softcap=2.0,
+    ),
 ]
 BALANCED = [
     wrong("scheme", "best", "'bft'"),
@@ -184,6 +205,7 @@ LOSSES = (linear_nll, linear_cross_entropy, balanced_linear_cross_entropy)
 LABELS = torch.zeros(1, 3, dtype=torch.int64)
 WRONG = [
     *((function, good(), case) for function in LOSSES for case in CORE),
+    *((linear_nll, good(), case) for case in UNREDUCED),
     *((linear_cross_entropy, good(), case) for case in REDUCED),
     *((balanced_linear_cross_entropy, good(), case) for case in BALANCED),
     *(

@@ -239,7 +239,7 @@ def test_statistics(fused, shape, transform, dtype, poison):
     nll, stats = stats_of(p.copy(device=fused.device), **fused.how)
     want, expected = stats_of(p.copy(torch.float64), backend="torch")
     assert_close(nll.cpu(), want, 1e-5)
-    for field in expected._fields:
+    for field in expected._fields[:-2]:  # the most probable tokens are not asked for
         assert_close(getattr(stats, field).cpu(), getattr(expected, field), 1e-5, field)
 
 

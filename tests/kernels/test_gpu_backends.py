@@ -12,12 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_kernels import balanced_linear_cross_entropy, linear_cross_entropy, linear_nll
+from bft_kernels import (
+    balanced_linear_cross_entropy,
+    linear_cross_entropy,
+    linear_nll,
+    reference,
+)
 from bft_kernels.backends.common import logit_rows, on_device
 from bft_kernels.backends.common.csr import capacity_for
 from bft_kernels.backends.common.rows import DeviceRows
 from bft_kernels.backends.torch.engine import linear_nll as torch_linear_nll
 from bft_kernels.dispatch import _candidates
+from tests.support.losses import nll as nll_of
 from tests.support.problems import DTYPES, assert_close, call_of, draw_problem, weighted_gradients
 from tests.support.samples import clear_seed, sampled_options
 from tests.support.soak import soaked
@@ -188,6 +194,55 @@ def test_logits_that_are_not_finite_or_large(engine, how):
                 assert not bool(value.isfinite()), (row, name)
         right = bool(logits.argmax() == target[row].cpu()) and bool(want["lse"].isfinite())
         assert bool(stats.correct[0]) == right, row
+
+
+@pytest.mark.parametrize(
+    ("engine", "frozen"),
+    spared([(), ("weight", "bias")], plain=lambda frozen: False),
+    indirect=["engine"],
+    ids=str,
+)
+def test_a_sampled_lse_has_a_gradient(engine, frozen):
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    how, found = sampled_options(p), []
+    for own, backend in ((p.copy(device=engine.device), engine.backend), (p, "torch")):
+        _, stats = nll_of(own, differentiable=("lse",), backend=backend, **how)
+        found.append({k: g.cpu() for k, g in own.gradients(stats.lse.square().sum()).items()})
+    assert_close(*found, 2e-5)
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias")], ids=["trained head", "frozen head"])
+def test_statistics_have_gradients(engine, frozen):
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    found = []
+    for own, how in ((p.copy(device=engine.device), engine.how), (p, {"backend": "torch"})):
+        names = ("lse", "entropy")
+        nll, stats = linear_nll(*own.args, bias=own.bias, differentiable=names, **how)
+        loss = nll.sum() + stats.lse.square().sum() - (stats.entropy * nll.detach()).sum()
+        found.append({k: g.cpu() for k, g in own.gradients(loss).items()} | {"": loss.cpu()})
+    assert_close(*found, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "how", "frozen"),
+    spared([{}, SAMPLED], [(), ("weight", "bias")], plain=lambda how, frozen: not how),
+    indirect=["engine"],
+    ids=str,
+)
+def test_the_most_probable_tokens(engine, how, frozen):
+    """From the engine's own pass, which is one in chunks; the backward does not notice."""
+    p = draw_problem(21, 12, 180, bias=True, dtype=torch.float32, scale=2.0, frozen=frozen)
+    how, own = {"softcap": 9.0, **engine.how, **how}, p.copy(device=engine.device)
+    nll, stats = linear_nll(*own.args, bias=own.bias, top_k=5, **how)
+    wide = p.of_labelled()
+    log_p = reference.logits(wide.hidden, wide.weight, wide.bias, 9.0).log_softmax(1)
+    found = stats.top_ids.cpu()[p.labelled], stats.top_log_probs.cpu()[p.labelled]
+    assert_close(found[1], log_p.topk(5).values, 1e-5)
+    assert_close(found[1], log_p.gather(1, found[0]), 1e-5)
+    assert not bool(((stats.top_ids < 0) == (own.target != -100)[:, None]).any())
+    same = p.copy(device=engine.device)
+    want = same.gradients(linear_nll(*same.args, bias=same.bias, **how).sum())
+    assert_close(own.gradients(nll.sum()), want, 1e-5)
 
 
 def spread_out(x, pad):

@@ -26,6 +26,11 @@ def packed(p, **how):
 PATHS = {
     "recompute": ((), lambda p, **how: linear_nll(*p.args, **how).sum()),
     "recompute, softcap": ((), lambda p, **how: linear_nll(*p.args, softcap=9.0, **how).sum()),
+    "statistics": (
+        (),
+        lambda p, **how: linear_nll(*p.args, differentiable=("entropy",), **how)[1].entropy.sum(),
+    ),
+    "top k": ((), lambda p, **how: linear_nll(*p.args, top_k=3, **how)[0].sum()),
     "unit": (("weight",), lambda p, **how: linear_nll(*p.args, **how).sum()),
     "weighted": ((), lambda p, **how: linear_cross_entropy(*p.args, z_loss=1e-4, **how)),
     "balanced": ((), packed),

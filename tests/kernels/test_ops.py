@@ -29,6 +29,8 @@ CASES = {  # options, gradients
         {"softcap": 4.0, "temperature": 0.8, "z_loss": 0.1, "label_smoothing": 0.1},
         TRAINED,
     ),
+    "statistics": ({"differentiable": ("lse", "entropy")}, TRAINED),
+    "top k": ({"top_k": 3}, TRAINED),
     "unit": ({}, (True, False, False)),
     "entries": ({"gradient": "sampled", "hidden_variance": True}, TRAINED),
 }
@@ -49,7 +51,9 @@ def drawn_call(name, rows, bias, dtype=torch.float64):
 @pytest.mark.parametrize("rows", [0, 13])
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_linear_nll(name, rows, bias, dtype):
-    torch.library.opcheck(ops.linear_nll_op, op_arguments(drawn_call(name, rows, bias, dtype)))
+    call = drawn_call(name, rows, bias, dtype)
+    op = ops.linear_nll_top_k_op if call.settings.top_k else ops.linear_nll_op
+    torch.library.opcheck(op, op_arguments(call))
 
 
 @pytest.mark.parametrize("name", ["recompute", "transformed", "entries"])
@@ -93,6 +97,24 @@ def per_token(hidden, weight, target, **how):
     return (nll.sin() * stats.confidence).sum() + statistic.sum()
 
 
+def with_statistics(hidden, weight, target):
+    how = {"differentiable": ("lse", "entropy"), "softcap": 9.0, "top_k": 2}
+    nll, stats = linear_nll(hidden, weight, target, **how)
+    top = stats.top_log_probs.sum() + stats.top_ids.sum()
+    return (nll + stats.lse.square() - 0.1 * stats.entropy).sum() + top
+
+
+def sampled_lse(hidden, weight, target):
+    _, stats = linear_nll(hidden, weight, target, differentiable=("lse",), softcap=9.0, **SAMPLED)
+    return stats.lse.square().sum()
+
+
+def class_weighted(hidden, weight, target):
+    w = torch.linspace(0.5, 2, weight.shape[0], dtype=weight.dtype)
+    how = {"label_smoothing": 0.1, "z_loss": 0.01, "return_z_loss": True, "out_dtype": weight.dtype}
+    return linear_cross_entropy(hidden, weight, target, class_weight=w, **how)[0]
+
+
 def balanced(hidden, weight, target):
     loss, stats = balanced_linear_cross_entropy(hidden, weight, target, window=4, return_stats=True)
     return loss + stats.sequence_weight.sum()
@@ -107,7 +129,10 @@ def balanced_callable(hidden, weight, target):
 
 COMPILED = {
     "mean": partial(linear_cross_entropy, label_smoothing=0.1, z_loss=0.01),
+    "mean, class weights": class_weighted,
     "per token": partial(per_token, softcap=9.0),
+    "per token, with statistics": with_statistics,
+    "lse, sampled": sampled_lse,
     "per token, sampled": partial(per_token, **SAMPLED),
     "balanced": balanced,
     "balanced, sampled": partial(balanced_linear_cross_entropy, window=4, **SAMPLED),

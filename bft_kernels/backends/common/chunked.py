@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bft_kernels.backends.common.gemm import Gemm, converts, gemm_dtype, scale_for
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
+from bft_kernels.backends.common.top_k import SHARE, TopLogits
 from bft_kernels.backends.common.weighted import WeightedSums, WeightingFunction, pieces
 from bft_kernels.problem import Problem, storage
 from bft_kernels.results import Documents, Forward, WeightedLoss
@@ -68,17 +69,21 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
     unit = None
     if problem.saved == "unit":
         unit = hidden.new_empty(rows.size, hidden.shape[1], dtype=storage(hidden.dtype))
+    top = TopLogits(problem, rows) if problem.settings.top_k else None
     for first in range(0, rows.size, max(1, chunk)):
         stop = min(first + chunk, rows.size)
         operand = gemm.rows(rows.take(hidden, first, stop))
         logits = gemm.logits(operand, buffer[: stop - first])
+        if top is not None:
+            top.take(logits, first)
         kernels.forward(logits, first, gradient=unit is not None)
         if unit is not None:
             scale = _scale(problem, None, kernels.results["lse"][first:stop])
             upstream = None if scale is None else scale.expand(stop - first)
             product = gemm.hidden_gradient(kernels.gradient(logits, first, upstream))
             unit[first:stop] = product if scale is None else product.div_(scale)
-    return kernels.packed(unit)
+    result = kernels.packed(unit)
+    return result if top is None else top.added_to(result)
 
 
 def weighted_loss(
@@ -163,6 +168,8 @@ def chunk_plan(
     (_, vocabulary, width), acc = problem.shape, problem.acc_dtype
     widen = converts(problem.weight, problem.operand, acc)
     budget = budget or problem.buffer_bytes
+    if problem.settings.top_k:
+        budget -= budget // SHARE
     sizes = rows, vocabulary, width, acc.itemsize, budget
     return plan_rows(*sizes, widen=widen, reserve=reserve)
 

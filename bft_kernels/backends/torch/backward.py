@@ -16,14 +16,16 @@ from bft_kernels.problem import Problem
 from bft_kernels.results import Gradients, Saved
 from bft_kernels.settings import Settings
 
+_LEAST_LOG_P = -1e4  # exp of it is 0 in every type
+
 
 def linear_nll_backward(
     problem: Problem,
-    grad: Tensor,  # [N]
+    grad: Tensor,  # [N]; [3, N] with differentiable statistics, see ops.linear_nll_backward
     saved: Saved,
     grad_weight: Tensor | None = None,  # [V, D], added to in place; a new one if None
 ) -> Gradients:
-    """The wanted gradients of ``sum(grad * loss)``."""
+    """The wanted gradients of ``sum(grad * loss)``, and of statistics."""
     rows = LabelledRows(problem.target, problem.settings.ignore_index)
     grad = torch.where(rows.labelled, grad, 0).to(problem.acc_dtype)
     if not problem.wanted.weight:
@@ -52,13 +54,14 @@ def _recompute(
         acc.itemsize,
         problem.buffer_bytes,
         copies=rows.copies or converts(hidden, problem.operand, acc),
-        scratch=2 * (problem.settings.softcap is not None),
+        scratch=2 * (problem.settings.softcap is not None) + (grad.dim() > 1),
     )
     gemm = Gemm(weight, problem.operand, acc, plan.columns)
     buffer = hidden.new_empty(max(1, min(plan.rows, rows.size)) * plan.columns, dtype=acc)
     grad_hidden = hidden.new_zeros(rows.size, width, dtype=acc) if wanted.hidden else None
     grad_bias = weight.new_zeros(vocabulary, dtype=acc) if wanted.bias else None
     bias = None if problem.bias is None else problem.bias.to(acc)
+    grads = grad.unbind() if grad.dim() > 1 else (grad,)
     for first in range(0, vocabulary, plan.columns):
         stop = min(first + plan.columns, vocabulary)
         columns = gemm.columns(first, stop)
@@ -71,7 +74,7 @@ def _recompute(
             operand = gemm.rows(rows.take(hidden, a, b))
             dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
             multiply(operand, columns.T, acc, out=dy)
-            values = (grad, problem.target, saved.lse, saved.lse_low, saved.nll)
+            values = (problem.target, saved.lse, saved.lse_low, saved.nll, *grads)
             part = [rows.take(x, a, b) for x in values]
             block_bias = None if bias is None else bias[first:stop]
             _logit_gradient(dy, part, first, vocabulary, block_bias, problem.settings)
@@ -91,20 +94,32 @@ def _recompute(
 
 def _logit_gradient(
     y: Tensor,  # [n, columns], raw logits, overwritten by grad * dy
-    row_values: list[Tensor],  # grad, target, lse, lse_low, nll, each [n]
+    row_values: list[Tensor],  # target, lse, lse_low, nll, grad and its two others, each [n]
     first: int,
     vocabulary: int,
     bias: Tensor | None,
     settings: Settings,
 ) -> None:
-    grad, target, lse, lse_low, nll = row_values
+    target, lse, lse_low, nll, grad, *of_statistics = row_values
     slope = None if settings.softcap is None else torch.empty_like(y)
     transform_logits(y, bias, settings, slope)
     probability, at_target, uniform = gradient_factors(lse, nll, vocabulary, settings)
     # The rest of lse is one factor of the row, so the last product includes it.
     rest = torch.exp(-lse_low)
+    y.sub_(lse[:, None])
+    if of_statistics:
+        of_p, of_pz = of_statistics
+        of_p = of_p - of_pz * lse_low
+        # Below this p is 0, and 0 * -inf is not.
+        own = of_p - of_pz * nll.clamp(max=-_LEAST_LOG_P)
+        at_target = grad * at_target + torch.exp(-nll) * own
+        y.clamp_(min=_LEAST_LOG_P)
+        factor = torch.addcmul((grad + of_p)[:, None], y, of_pz[:, None])
+        y.exp_().mul_(factor)
+        grad = torch.ones_like(grad)
+    else:
+        y.exp_()
     at_target = at_target / rest
-    y.sub_(lse[:, None]).exp_()
     if settings.z_loss:
         y.mul_(probability[:, None])
     if uniform:
