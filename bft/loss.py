@@ -83,16 +83,13 @@ class HeadLoss(TrainingSettings):
         seed = draw_seed(self.seed) if self.gradient == "sampled" else None
         value, stats = balanced_linear_cross_entropy(
             hidden,
-            head.weight,
-            target,
-            bias=head.bias,
-            softcap=head.softcap,
-            temperature=head.temperature,
+            target=target,
             ignore_index=IGNORE,
             cu_seqlens=cu_seqlens,
             num_items=num_items,
             token_weight=token_weight,
             return_stats=True,
+            **vars(head),
             **{**vars(self), "scheme": load_scheme(self.scheme), "seed": seed},
         )
         return value, stats

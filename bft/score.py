@@ -95,14 +95,11 @@ class _Scores:
     ) -> tuple[Tensor, None]:
         nll, stats = linear_nll(
             hidden,
-            head.weight,
-            target,
-            bias=head.bias,
-            softcap=head.softcap,
-            temperature=head.temperature,
+            target=target,
             ignore_index=IGNORE,
             return_stats=True,
             top_k=self.top_k,
+            **vars(head),
         )
         made = {"ids": target, "log_probs": -nll, "entropy": stats.entropy}
         if self.top_k:

@@ -9,6 +9,7 @@ from types import MethodType
 import peft
 import pytest
 import torch
+import transformers as hf
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from torch.distributed import HashStore, destroy_process_group, init_process_group
@@ -16,14 +17,18 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear, pad
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
-from trl.trainer.utils import add_fused_lm_head
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_pt_utils import LabelSmoother
+from trl.trainer.utils import add_fused_lm_head, selective_log_softmax
 
 from bft.guard import Bypassed
 from bft.head import LogitTransform, UnsupportedModel
+from bft.integrations.transformers import BFTTrainer
 from bft.loss import HeadLoss
 from bft.patch import fused_loss, patch_model
 from tests.support.batches import rows
 from tests.support.models import tiny
+from tests.support.runs import one_step
 
 BATCH = rows()
 IDS, LABELS = BATCH["input_ids"], BATCH["labels"]
@@ -94,6 +99,11 @@ def compiled_in_place(model):
     return model
 
 
+def by_trainer(model, kind=hf.Trainer, more=(), **settings):
+    arguments = hf.TrainingArguments(**one_step("unused"), **settings)
+    return kind(model, arguments, **dict(more)).compute_loss(model, dict(BATCH))
+
+
 def called_before(prepare):
     """A way that calls what ``prepare`` makes of a model before the patch, too."""
 
@@ -120,6 +130,12 @@ def in_one_process(way):
 
 
 OURS = {
+    "fused_loss": lambda m: fused_loss(patch(m), BATCH, DFT)[0],
+    "DataParallel": lambda m: torch.nn.DataParallel(patch(m))(**BATCH).loss,
+    "Trainer": lambda m: by_trainer(patch(m)),
+    "BFTTrainer": lambda m: by_trainer(
+        patch(m), BFTTrainer, {"scheme": "dft", "normalize": "token"}
+    ),
     "call": lambda m: patch(m)(**BATCH).loss,
     "tuple": lambda m: patch(m)(IDS, labels=LABELS, return_dict=False)[0],
     "shift_labels": lambda m: patch(m)(IDS, shift_labels=pad(LABELS[:, 1:], (0, 1), value=-100))[0],
@@ -150,6 +166,13 @@ OURS = {
     "compile in place, call, patch": called_before(compiled_in_place),
 }
 ERRORS = {
+    "ForCausalLMLoss": lambda m: ForCausalLMLoss(patch(m)(IDS).logits, LABELS, 61),
+    "LabelSmoother": lambda m: LabelSmoother(0.1)({"logits": patch(m)(IDS).logits}, LABELS, True),
+    "log-probabilities": lambda m: selective_log_softmax(patch(m)(IDS).logits, LABELS),
+    "label_smoothing_factor": lambda m: by_trainer(patch(m), label_smoothing_factor=0.1),
+    "compute_loss_func": lambda m: by_trainer(
+        patch(m), more={"compute_loss_func": lambda o, *_, **__: o.logits.sum()}
+    ),
     "logits": lambda m: theirs(patch(m)(IDS).logits),
     "logits of a cache": lambda m: theirs(patch(m)(IDS, use_cache=True).logits),
     "logits in a tuple": lambda m: theirs(patch(m)(IDS, return_dict=False)[0]),
