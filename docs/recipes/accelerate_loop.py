@@ -32,7 +32,7 @@ def train(
         step.append(batch)
         if len(step) < accumulation:
             continue
-        counts = [loss.count_items(*batch_targets(batch)) for batch in step]
+        counts = [loss.count_items(*batch_targets(batch)[:2]) for batch in step]
         items = accelerator.reduce(torch.stack(counts).sum())
         parts = []
         for batch in step:

@@ -11,7 +11,7 @@ from bft_kernels import linear_nll
 
 
 def errors(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, tuple[float, float]]:
-    """Mean and maximum of ``|log p - exact|`` for bfloat16 states ``[N, D]`` and head ``[V, D]``."""
+    """Mean and maximum of ``|log p - exact|``, all ``[N, D]`` and ``[V, D]`` in bfloat16."""
 
     def log_probs(logits: Tensor) -> Tensor:
         return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
