@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from bft import HeadLoss, patch_model
-from bft.loss import batch_targets
 
 
 def small_model(vocab_size: int = 512) -> PreTrainedModel:
@@ -32,7 +31,7 @@ def train(
         step.append(batch)
         if len(step) < accumulation:
             continue
-        counts = [loss.count_items(*batch_targets(batch)[:2]) for batch in step]
+        counts = [loss.count_items(batch["labels"][:, 1:]) for batch in step]
         items = accelerator.reduce(torch.stack(counts).sum())
         parts = []
         for batch in step:

@@ -5,8 +5,8 @@ import sys
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bft.load import load_pretrained
 from bft_kernels import linear_nll
 
 
@@ -29,8 +29,8 @@ def errors(hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, tuple[fl
 @torch.no_grad()
 def of_model(name: str, text: str) -> dict[str, tuple[float, float]]:
     """The errors of a model in bfloat16, for the tokens of a text."""
-    model, tokenizer = load_pretrained(name, torch.bfloat16)
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+    ids = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt").input_ids
     hidden = model.base_model(input_ids=ids).last_hidden_state
     return errors(hidden[0, :-1], model.get_output_embeddings().weight, ids[0, 1:])
 
