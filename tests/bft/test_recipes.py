@@ -1,5 +1,6 @@
 """docs/recipes: each recipe's numbers beside those of plain torch or of the library itself."""
 
+import contextlib
 import importlib
 import math
 from pathlib import Path
@@ -73,6 +74,31 @@ def test_lightning_takes_the_steps_of_a_loop(recipe):
     model.load_state_dict(state)
     balanced = bft_kernels.BalancedLinearCrossEntropyLoss(window=4, shift=True)
     assert got == pytest.approx(by_hand(model, data, balanced), rel=1e-5)
+
+
+def test_torchtune_has_its_own_loss_step(recipe, monkeypatch):
+    torchtune = pytest.importorskip("torchtune")
+    from torchtune.models.llama2 import llama2
+    from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+    monkeypatch.syspath_prepend(str(Path(torchtune.__file__).parents[1] / "recipes"))
+    fused = recipe("torchtune_recipe").FusedRecipe
+    sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
+    model, results = llama2(vocab_size=512, max_seq_len=32, **sizes), []
+    for kind in (fused, fused.__base__):
+        step = object.__new__(kind)
+        step._model, step._loss_fn = model, CEWithChunkedOutputLoss()
+        step.ignore_labels_cache = torch.full((4, 1), -100)
+        step.activations_handling_ctx = contextlib.nullcontext()
+        batch = recipe("pytorch_loop").batches(1)[0]
+        model.zero_grad()
+        if kind is not fused:
+            model.set_num_output_chunks(8)
+        loss = step._loss_step({"tokens": batch["input_ids"], "labels": batch["labels"]})
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(*results)
+    assert list(model.state_dict()) == list(llama2(512, max_seq_len=32, **sizes).state_dict())
 
 
 RL = {
