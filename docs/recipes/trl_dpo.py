@@ -1,5 +1,6 @@
 """TRL's DPO with log-probabilities, of policy and reference, from ``linear_nll``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate_loop import small_model
@@ -17,27 +18,22 @@ class FusedDPOTrainer(DPOTrainer):
             super().__init__(*args, **kwargs)
 
 
-def build(kind: type[DPOTrainer], folder: str, **settings: Any) -> DPOTrainer:
-    """A trainer on a few preferences."""
+def build(kind: Any, folder: str, settings: Mapping[str, Any], **options: Any) -> DPOTrainer:
+    """A trainer on a few preferences, for two steps."""
+    small_model(384).save_pretrained(folder)  # the reference is read from where the policy is
+    plain = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
     rows = [
         {"prompt": f"Is {n} even? ", "chosen": "yes" if n % 2 == 0 else "no", "rejected": "perhaps"}
         for n in range(8)
     ]
-    plain = {
-        "max_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
-    small_model(384).save_pretrained(folder)  # the reference is read from where the policy is
     return kind(
         folder,
-        args=DPOConfig(folder, **plain | {"save_strategy": "no", "learning_rate": 1e-3} | settings),
+        args=DPOConfig(folder, **plain | {"use_cpu": True, "bf16": False} | settings),
         train_dataset=Dataset.from_list(rows),
         processing_class=ByT5Tokenizer(),
+        **options,
     )
 
 
 if __name__ == "__main__":
-    build(FusedDPOTrainer, "runs/dpo").train()
+    build(FusedDPOTrainer, "runs/dpo", {}).train()

@@ -1,5 +1,6 @@
 """TRL's GRPO with log-probabilities and entropies from ``linear_nll``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate_loop import small_model
@@ -10,13 +11,18 @@ from trl_head import fused_by_bft
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """``GRPOTrainer`` with our head."""
+    """``GRPOTrainer`` with our head and options of ``linear_nll``.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with fused_by_bft("grpo_trainer"):
+    An entropy bonus (``entropy_coef``) needs ``options={"differentiable": ("entropy",)}``.
+    """
+
+    def __init__(self, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        options = dict(options or {})
+        with fused_by_bft("grpo_trainer", **options):
             super().__init__(*args, **kwargs)
-        if self.entropy_coef != 0 or self.use_adaptive_entropy:
-            raise ValueError("entropy_coef: expected 0, since these entropies have no gradient")
+        bonus = self.entropy_coef != 0 or self.use_adaptive_entropy
+        if bonus and "entropy" not in options.get("differentiable", ()):
+            raise ValueError("options: expected differentiable=('entropy',) with an entropy bonus")
 
 
 def vowels(completions: list[str], **_: Any) -> list[float]:
@@ -24,25 +30,20 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
     return [float(sum(text.count(vowel) for vowel in "aeiou")) for text in completions]
 
 
-def build(kind: type[GRPOTrainer], folder: str, **settings: Any) -> GRPOTrainer:
-    """A trainer on a few prompts."""
-    plain = {
-        "max_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-    }
-    plain |= {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+def build(kind: Any, folder: str, settings: Mapping[str, Any], **options: Any) -> GRPOTrainer:
+    """A trainer on a few prompts, for two steps."""
     small_model(384).save_pretrained(folder)  # the reference is read from where the policy is
+    plain = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    plain |= {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
     return kind(
         folder,
         reward_funcs=vowels,
-        args=GRPOConfig(folder, **plain | {"save_strategy": "no", "beta": 0.1} | settings),
+        args=GRPOConfig(folder, **plain | {"use_cpu": True, "bf16": False, "beta": 0.1} | settings),
         train_dataset=Dataset.from_list([{"prompt": f"Say {n}: "} for n in range(8)]),
         processing_class=ByT5Tokenizer(),
+        **options,
     )
 
 
 if __name__ == "__main__":
-    build(FusedGRPOTrainer, "runs/grpo").train()
+    build(FusedGRPOTrainer, "runs/grpo", {}).train()
