@@ -18,13 +18,22 @@ def small_model(vocab_size: int = 512) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_attention_heads=4, **sizes))
 
 
+def rows(count: int) -> list[dict[str, Tensor]]:
+    """Documents ``[T]``, and their labels."""
+    return [{name: value[0] for name, value in batch.items()} for batch in batches(count, rows=1)]
+
+
 def train(
-    model: PreTrainedModel, data: list[dict[str, Tensor]], loss: HeadLoss, accumulation: int = 2
+    model: PreTrainedModel,
+    data: list[dict[str, Tensor]],
+    loss: HeadLoss,
+    batch_size: int = 4,
+    accumulation: int = 2,
 ) -> list[float]:
-    """The balanced loss of each step. Run it with ``accelerate launch`` for several ranks."""
+    """The balanced loss of each step. Run it with ``torchrun`` for several ranks."""
     accelerator = Accelerator()  # its gradient_accumulation_steps stays 1: num_items divides
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    loader = torch.utils.data.DataLoader(data, batch_size)
     model, optimizer, loader = accelerator.prepare(patch_model(model, loss), optimizer, loader)
     losses, step = [], []
     for batch in loader:
@@ -48,4 +57,4 @@ def train(
 
 
 if __name__ == "__main__":
-    print(train(small_model(), batches(8), HeadLoss(window=4)))
+    print(train(small_model(), rows(32), HeadLoss(window=4)))

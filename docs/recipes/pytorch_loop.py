@@ -20,9 +20,9 @@ class Model(nn.Module):
 
 
 def batches(count: int, rows: int = 4, length: int = 16) -> list[dict[str, Tensor]]:
-    """Random ids, and labels without prompts of different lengths, ``[B, T]`` both."""
+    """Random ids and labels, ``[B, T]``: prompts of all lengths are ignored, or the whole row."""
     ids = torch.randint(512, (count, rows, length), generator=torch.Generator().manual_seed(0))
-    prompts = torch.arange(count * rows).view(count, rows, 1) % length
+    prompts = torch.arange(count * rows).view(count, rows, 1) % (length + 1)
     labels = ids.masked_fill(torch.arange(length) < prompts, -100)
     return [{"input_ids": i, "labels": j} for i, j in zip(ids, labels, strict=True)]
 

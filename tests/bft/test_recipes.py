@@ -59,10 +59,10 @@ def test_plain_pytorch_divides_by_the_steps_tokens(recipe):
 
 
 def test_accelerate_divides_by_the_steps_documents(recipe):
-    loop, data = recipe("accelerate_loop"), recipe("pytorch_loop").batches(8)
-    loss = HeadLoss(window=4)
+    loop, loss = recipe("accelerate_loop"), HeadLoss(window=4)
+    data = loop.rows(32)
     got = loop.train(loop.small_model(), data, loss)
-    want = loop.train(loop.small_model(), merged(data), loss, accumulation=1)
+    want = loop.train(loop.small_model(), data, loss, batch_size=8, accumulation=1)
     assert len(got) == 4
     assert got == pytest.approx(want, rel=1e-4)
 
