@@ -80,16 +80,15 @@ def test_lightning_takes_the_steps_of_a_loop(recipe):
 
 def test_torchtune_has_its_own_loss_step(recipe, monkeypatch):
     torchtune = pytest.importorskip("torchtune")
-    from torchtune.models.llama2 import llama2
-    from torchtune.modules.loss import CEWithChunkedOutputLoss
-
+    llama2 = recipe("torchtune.models.llama2").llama2
+    chunked = recipe("torchtune.modules.loss").CEWithChunkedOutputLoss()
     monkeypatch.syspath_prepend(str(Path(torchtune.__file__).parents[1] / "recipes"))
     fused = recipe("torchtune_recipe").FusedRecipe
     sizes = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
     model, results = llama2(vocab_size=512, max_seq_len=32, **sizes), []
     for kind in (fused, fused.__base__):
         step = object.__new__(kind)
-        step._model, step._loss_fn = model, CEWithChunkedOutputLoss()
+        step._model, step._loss_fn = model, chunked
         step.ignore_labels_cache = torch.full((4, 1), -100)
         step.activations_handling_ctx = contextlib.nullcontext()
         batch = recipe("pytorch_loop").batches(1)[0]
