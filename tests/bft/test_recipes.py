@@ -58,6 +58,26 @@ def test_plain_pytorch_divides_by_the_steps_tokens(recipe):
     assert got[0] == pytest.approx(math.log(512), rel=0.1)
 
 
+@pytest.mark.parametrize("cuts", [None, [5, 7, 2, 14]], ids=["rows", "documents"])
+def test_depths_of_multi_token_prediction_add_up(recipe, cuts):
+    hidden = torch.randn(3, 2, 14, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=True)
+    labels, factors = torch.randint(40, (2, 14)), [1.0, 0.3, -0.1]
+    labels[0, :3] = -100
+    bounds = None if cuts is None else torch.tensor([0, *cuts]).cumsum(0)
+    got = recipe("multi_token").multi_token_loss(hidden, weight, labels, factors, bounds)
+    documents = [14, 14] if cuts is None else cuts
+    want = 0.0
+    for depth, factor in enumerate(factors, 1):
+        rows, targets = hidden[depth - 1].flatten(0, 1).split(documents), labels.flatten()
+        pairs = zip(rows, targets.split(documents), strict=True)
+        rows, targets = zip(*[(h[:-depth], t[depth:]) for h, t in pairs], strict=True)
+        want += factor * cross_entropy(linear(torch.cat(rows), weight), torch.cat(targets))
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (got, want)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_accelerate_divides_by_the_steps_documents(recipe):
     loop, loss = recipe("accelerate_loop"), HeadLoss(window=4)
     data = loop.rows(32)
