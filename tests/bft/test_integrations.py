@@ -86,9 +86,9 @@ SAME = ("loss", "gradient", "accumulation", "evaluation")
 @pytest.mark.cell("BFTTrainer", *SAME)
 @pytest.mark.parametrize(("kind", "wrap"), [("bft", ""), ("bft", "lora"), ("patched", "")])
 def test_plain_fine_tuning_is_that_of_the_unpatched_trainer(tmp_path, kind, wrap):
-    """The second step has one micro-batch of two, and an evaluated one has no labels."""
+    """The second step has one micro-batch of two, and one that BFTTrainer evaluates no labels."""
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 0.05}
-    settings |= {"per_device_eval_batch_size": 1}
+    settings |= {"per_device_eval_batch_size": 1 if kind == "bft" else B}
     model = tiny("LlamaForCausalLM")
     model = (lora(model) if wrap else model).double()
     own = make(tmp_path, hf.Trainer, copy.deepcopy(model), **settings)
