@@ -27,6 +27,7 @@ TEXT = [{"text": answer} for answer in ANSWERS]
 CHAT = [chat("yes or no?", "no.", "what?", answer) for answer in ANSWERS]
 PAIRS = [{"prompt": "answer: ", "completion": answer} for answer in ANSWERS]
 LORA = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+PROMPT = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 SFT_TRAINER = "BFTSFTTrainer"
 KINDS = {
     "text": (TEXT, {}),
@@ -39,6 +40,7 @@ KINDS = {
     "padding free": (PAIRS, {"padding_free": True, "max_length": None}),
     "wrapped": (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
     "lora": (PAIRS, {"peft_config": LORA}),
+    "virtual tokens": (PAIRS, {"peft_config": PROMPT}),
 }
 
 
