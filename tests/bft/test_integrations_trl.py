@@ -73,6 +73,13 @@ def weights(trainer):
     return {k: p.detach().clone() for k, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def assert_same_logs(ours, own, rel=1e-4):
+    for mine, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
+        for name, value in theirs.items():
+            if not name.endswith(("runtime", "per_second", "preparation_time")):
+                assert mine[name] == pytest.approx(value, rel=rel), name
+
+
 def assert_same_run(ours, own):
     before = weights(ours)
     for trainer in (ours, own):
@@ -81,10 +88,7 @@ def assert_same_run(ours, own):
     got, want = weights(ours), weights(own)
     way = max(float((want[name] - before[name]).abs().max()) for name in want)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * way)
-    for mine, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
-        for name, value in theirs.items():
-            if not name.endswith(("runtime", "per_second", "preparation_time")):
-                assert mine[name] == pytest.approx(value, rel=1e-4), name
+    assert_same_logs(ours, own)
 
 
 FAST = [("dft", "assistant"), ("dft", "packed"), ("dft", "lora"), ("sft", "packed chat")]

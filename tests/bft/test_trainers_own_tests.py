@@ -6,6 +6,7 @@ They assert what theirs do: what trains has changed, the rest has not. docs/inte
 
 import itertools
 import math
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import datasets
@@ -19,7 +20,7 @@ from bft.integrations.transformers import BFTTrainer
 from bft.integrations.trl import BFTSFTTrainer
 from bft.loss import IGNORE
 from tests.bft.test_integrations import TOKEN
-from tests.bft.test_integrations_trl import CHAT, PAIRS, TEMPLATE, TEXT
+from tests.bft.test_integrations_trl import CHAT, PAIRS, TEMPLATE, TEXT, assert_same_logs
 from tests.support.batches import assert_gradients, gradients_of, rows
 from tests.support.models import tiny
 from tests.support.runs import one_step
@@ -127,6 +128,12 @@ CASES = {
 }
 
 
+def own(*args, scheme, normalize, **rest):
+    """TRL's trainer, with the loss that these fields are."""
+    args[1].loss_type = {"sft": "nll"}.get(scheme, scheme)
+    return trl.SFTTrainer(*args, **rest)
+
+
 @pytest.fixture
 def make(tokenizer, tmp_path):
     """A trainer of TRL with our loss, that of TRL's by default."""
@@ -139,13 +146,14 @@ def make(tokenizer, tmp_path):
         stream=False,
         parts=(),
         wrap=None,
+        kind=BFTSFTTrainer,
         dtype=torch.float32,
         **settings,
     ):
         model = tiny(model, vocab_size=len(tokenizer), dtype=dtype, **SIZES)
         found = datasets.Dataset.from_list(data)
         args = trl.SFTConfig(**one_step(tmp_path) | {"max_steps": 2, "logging_steps": 1} | settings)
-        return BFTSFTTrainer(
+        return kind(
             peft.get_peft_model(model, wrap) if wrap else model,
             args,
             train_dataset=found.to_iterable_dataset() if stream else found,
@@ -173,6 +181,19 @@ def test_of_trl(make, name):
     assert {"entropy", "mean_token_accuracy", "nll", "confidence"} <= logged
     want = {"metrics": {"eval_v"}, "multiple": {"eval_data1_loss", "eval_data2_loss"}}
     assert all(keys <= logged for part, keys in want.items() if part in name)
+
+
+# Two steps of rate 0.1 in float16 part ways.
+@pytest.mark.soak
+@pytest.mark.parametrize("name", [name for name in CASES if "dtype" not in name])
+def test_logs_are_those_of_trl(make, name):
+    trainers = []
+    for kind in (BFTSFTTrainer, own):
+        torch.manual_seed(0)
+        trainers.append(make(kind=kind, **{"bf16": False} | CASES[name]))
+        torch.manual_seed(0)
+        trainers[-1].train()
+    assert_same_logs(*trainers, rel=2e-4)  # in float32
 
 
 @pytest.mark.parametrize("eval_packing", [None, False], ids=["eval", "only_train"])
@@ -223,7 +244,12 @@ def test_peft_init_is_seeded(make):
 
 @pytest.mark.parametrize(
     ("model", "coefficient"),
-    [("Qwen3MoeForCausalLM", 0.001), ("Qwen3MoeForCausalLM", 0.5), ("Qwen2ForCausalLM", 0.0)],
+    [
+        ("Qwen3MoeForCausalLM", 0.001),
+        ("Qwen3MoeForCausalLM", 0.5),
+        ("DeepseekV3ForCausalLM", 0.0),
+        ("Qwen2ForCausalLM", 0.0),
+    ],
 )
 def test_router_aux_loss_coef(make, model, coefficient):
     given = {"router_aux_loss_coef": 0.5} if coefficient == 0.5 else {}
@@ -285,7 +311,9 @@ class Batched:
 )
 @pytest.mark.parametrize("coefficient", [0.01, 0.0, 0.07, "dense"])
 def test_model_loss_matches_full_batch(tmp_path, coefficient, forward):
-    """Of two ranks, and so for ``test_uses_model_auxiliary_coefficient``, ``test_dense_model``."""
+    """Of two ranks; ``test_uses_model_auxiliary_coefficient``, ``test_dense_model`` and
+    ``test_tensor_parallel_ranks_do_not_increase_loss_scale``, too.
+    """
     kind = "LlamaForCausalLM" if coefficient == "dense" else "Qwen3MoeForCausalLM"
     own = {"num_experts": 4, "num_experts_per_tok": 1, "output_router_logits": True}
     model = tiny(kind, **({} if coefficient == "dense" else own))
@@ -293,13 +321,16 @@ def test_model_loss_matches_full_batch(tmp_path, coefficient, forward):
     trainer = of_transformers(tmp_path, model)
     ids = rows(4, 9)["input_ids"].repeat_interleave(2, dim=0)
     found = []
-    for ranks in (1, 2):
+    for ranks, tensor_parallel in ((1, 1), (2, 1), (2, 2)):
         batch = {"input_ids": ids[::ranks], "labels": ids[::ranks]}
-        with patch.object(trainer.accelerator.state, "num_processes", ranks):
+        known = {"num_processes": ranks * tensor_parallel}
+        known["parallelism_config"] = SimpleNamespace(tp_size=tensor_parallel, sp_backend=None)
+        with patch.multiple(trainer.accelerator.state, **known):
             loss = trainer.compute_loss(model, batch | forward, num_items_in_batch=64)
         found.append((loss.detach(), gradients_of(model, loss)))
-    torch.testing.assert_close(found[1][0], found[0][0])
-    assert_gradients(found[1][1], found[0][1], 1e-5)
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        assert_gradients(gradients, found[0][1], 1e-5)
 
 
 @pytest.mark.parametrize("average", [True, False], ids=["no_token_count", "averaging_disabled"])
