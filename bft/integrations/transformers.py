@@ -21,6 +21,17 @@ from bft.patch import patch_model, state_of, use_loss
 logger = logging.getLogger(__name__)
 
 
+def labelled(inputs: Mapping[str, Any], stats: Any) -> Tensor:
+    """Which positions of ``stats`` predict a label.
+
+    PEFT puts its virtual tokens first in a row, and so the row's first label is predicted, too.
+    """
+    target = batch_targets(inputs).target
+    if (virtual := stats.nll.shape[1] - target.shape[1]) > 0:
+        target = nn.functional.pad(inputs["labels"], (virtual - 1, 1), value=IGNORE)
+    return target != IGNORE
+
+
 class BFTTrainer(Trainer):
     """``transformers.Trainer`` for a causal LM, trained with a :class:`bft.HeadLoss`.
 
@@ -116,10 +127,9 @@ class BFTTrainer(Trainer):
 
     def _add(self, inputs: dict[str, Any], stats: Any) -> None:
         """A call's sums over labelled tokens and documents, added to those of its kind."""
-        targets = batch_targets(inputs)
-        documents = self._by_document.count_items(*targets[:2])
+        documents = self._by_document.count_items(*batch_targets(inputs)[:2])
         weights = (stats.token_weight, stats.sequence_weight)
-        parts = (targets.target != IGNORE, documents, stats.nll, stats.confidence, *weights)
+        parts = (labelled(inputs, stats), documents, stats.nll, stats.confidence, *weights)
         sums = torch.stack([part.sum().to(stats.nll) for part in parts])
         training = self.model.training
         before = self._sums.get(training, torch.zeros_like(sums))

@@ -6,8 +6,7 @@ from typing import Any
 from trl.trainer.sft_trainer import SFTTrainer
 
 from bft.head import causal_lm
-from bft.integrations.transformers import BFTTrainer
-from bft.loss import IGNORE, batch_targets
+from bft.integrations.transformers import BFTTrainer, labelled
 from bft.patch import last_stats
 
 
@@ -52,7 +51,7 @@ class BFTSFTTrainer(BFTTrainer, SFTTrainer):
                 log_probs=-stats.nll,
                 entropy=stats.entropy,
                 is_top1=stats.correct,
-                label_mask=batch_targets(inputs).target != IGNORE,
+                label_mask=labelled(inputs, stats),
                 aux_loss=getattr(outputs, "aux_loss", None),
             )
 

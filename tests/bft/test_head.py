@@ -113,6 +113,7 @@ def test_wrappers_are_seen_through():
         causal_lm(nn.Linear(2, 2))
 
 
+@pytest.mark.cell("T5ForConditionalGeneration", "refused")
 def test_models_without_a_head_are_refused():
     body = llama().model
     for found in (None, body.embed_tokens):

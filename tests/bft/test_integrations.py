@@ -49,6 +49,19 @@ def make(folder, kind=BFTTrainer, model=None, options=None, **settings):
     )
 
 
+def of_kind(folder, kind, model=None, loss=TOKEN, options=None, **settings):
+    """A Trainer of a model as it is ("trainer") or patched, or a BFTTrainer ("bft")."""
+    model = tiny("LlamaForCausalLM") if model is None else model
+    if kind == "patched":
+        patch_model(model, HeadLoss(**loss))
+    elif kind == "bft":
+        return make(folder, BFTTrainer, model, loss | (options or {}), **settings)
+    return make(folder, hf.Trainer, model, options, **settings)
+
+
+BOTH = pytest.mark.parametrize("kind", ["patched", "bft"])
+
+
 def weights(trainer):
     return {k: p.detach().clone() for k, p in trainer.model.named_parameters() if p.requires_grad}
 
@@ -66,24 +79,51 @@ def lora(model):
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("wrap", [lambda model: model, lora], ids=["full", "lora"])
-def test_plain_fine_tuning_is_that_of_the_unpatched_trainer(tmp_path, wrap):
-    """The second step has one micro-batch of two, and an evaluated one has no labels."""
+SAME = ("loss", "gradient", "accumulation", "evaluation")
+
+
+@pytest.mark.cell("Trainer", *SAME)
+@pytest.mark.cell("BFTTrainer", *SAME)
+@pytest.mark.parametrize(("kind", "wrap"), [("bft", ""), ("bft", "lora"), ("patched", "")])
+def test_plain_fine_tuning_is_that_of_the_unpatched_trainer(tmp_path, kind, wrap):
+    """The second step has one micro-batch of two, and one that BFTTrainer evaluates no labels."""
     settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 0.05}
-    settings |= {"per_device_eval_batch_size": 1}
-    model = wrap(tiny("LlamaForCausalLM")).double()
+    settings |= {"per_device_eval_batch_size": 1 if kind == "bft" else B}
+    model = tiny("LlamaForCausalLM")
+    model = (lora(model) if wrap else model).double()
     own = make(tmp_path, hf.Trainer, copy.deepcopy(model), **settings)
-    ours = make(tmp_path, BFTTrainer, model, TOKEN, **settings)
+    ours = of_kind(tmp_path, kind, model, **settings)
     own.train()
     ours.train()
     assert_close(weights(ours), weights(own))
     for got, want in zip(ours.state.log_history[:3], own.state.log_history[:3], strict=True):
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-4)
         assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
-        assert got["loss"] == pytest.approx(got["nll"], rel=1e-4)
+        assert got["loss"] == pytest.approx(got.get("nll", got["loss"]), rel=1e-4)
     assert ours.evaluate()["eval_loss"] == pytest.approx(own.evaluate()["eval_loss"], rel=1e-4)
 
 
+@BOTH
+@pytest.mark.cell("Trainer", "packing")
+@pytest.mark.cell("BFTTrainer", "packing")
+def test_a_row_of_all_documents_is_a_batch_of_them(tmp_path, kind):
+    found = []
+    loss = {"window": 4} if kind == "bft" else TOKEN
+    for size, collator in ((6, hf.DataCollatorWithFlattening()), (1, None)):
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 6 // size}
+        trainer = of_kind(tmp_path, kind, None, loss, {"data_collator": collator}, **cut)
+        rows = enumerate(trainer.train_dataset)
+        trainer.train_dataset = [
+            {k: v[: 7 + n].tolist() for k, v in row.items()} for n, row in rows
+        ]
+        trainer.train()
+        found.append((weights(trainer), trainer.state.log_history[0]["loss"]))
+    (packed, loss), (alone, other) = found
+    assert loss == pytest.approx(other, rel=1e-4)
+    assert_close(packed, alone)
+
+
+@pytest.mark.cell("BFTTrainer", "loss", "gradient", "accumulation")
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize(("size", "accumulation"), [(6, 1), (1, 6), (2, 3)])
 def test_a_step_is_that_of_all_its_documents_however_it_is_cut(
@@ -110,14 +150,19 @@ def test_a_step_is_that_of_all_its_documents_however_it_is_cut(
         assert logged[name] == pytest.approx(float(values.sum()) / count, rel=1e-4)
 
 
-def test_the_best_model_is_loaded_and_a_sampled_run_is_resumed(tmp_path):
-    options = {"window": 4, "gradient": "sampled"}
+@BOTH
+@pytest.mark.cell("Trainer", "save", "resume")
+@pytest.mark.cell("BFTTrainer", "save", "resume")
+def test_the_best_model_is_loaded_and_a_sampled_run_is_resumed(tmp_path, kind):
+    loss, metric = {"window": 4, "gradient": "sampled"}, "eval_nll"
+    if kind == "patched":
+        loss, metric = loss | {"normalize": "token"}, "eval_loss"
     keep = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     keep |= {"max_steps": 4, "load_best_model_at_end": True, "greater_is_better": False}
-    keep |= {"learning_rate": 2.0, "metric_for_best_model": "eval_nll"}
-    trainer = make(tmp_path, options=options, **keep)
+    keep |= {"learning_rate": 2.0, "metric_for_best_model": metric}
+    trainer = of_kind(tmp_path, kind, None, loss, **keep)
     trainer.train()
-    nll = {row["step"]: row["eval_nll"] for row in trainer.state.log_history if "eval_nll" in row}
+    nll = {row["step"]: row[metric] for row in trainer.state.log_history if metric in row}
     best = min(nll, key=nll.get)
     assert trainer.state.best_metric == nll[best] < nll[4]
     folder = tmp_path / f"checkpoint-{best}"
@@ -128,7 +173,8 @@ def test_the_best_model_is_loaded_and_a_sampled_run_is_resumed(tmp_path):
         assert_close(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
     last = load_file(tmp_path / "checkpoint-4/model.safetensors")
-    resumed = make(tmp_path, options=options, **keep | {"load_best_model_at_end": False})
+    keep["load_best_model_at_end"] = False
+    resumed = of_kind(tmp_path, kind, None, loss, **keep)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert_close(weights(resumed), last, rtol=0, atol=0)
 
@@ -190,18 +236,11 @@ def test_each_trainer_of_a_model_has_its_own_loss(tmp_path):
 
 # --- evaluation ----------------------------------------------------------------------------------
 
-KINDS = {
-    "trainer": (lambda model: hf.Trainer, {}),
-    "patched": (lambda model: patch_model(model, SFT) and hf.Trainer, {}),
-    "bft": (lambda model: BFTTrainer, TOKEN),
-}
-
 
 def evaluated(folder, kind, model="LlamaForCausalLM", settings=None, **options):
     """A trainer, its model of a larger vocabulary."""
     model = tiny(model, vocab_size=V)
-    choose, own = KINDS[kind]
-    return make(folder, choose(model), model, own | options, **settings or {})
+    return of_kind(folder, kind, model, options=options, **settings or {})
 
 
 def metrics(prediction):
@@ -209,7 +248,9 @@ def metrics(prediction):
 
 
 @pytest.mark.parametrize("model", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
-@pytest.mark.parametrize("kind", ["patched", "bft"])
+@pytest.mark.cell("Trainer", "evaluation")
+@pytest.mark.cell("BFTTrainer", "evaluation")
+@BOTH
 def test_metrics_and_predictions_get_the_logits_of_the_unpatched_model(tmp_path, kind, model):
     own, ours = (evaluated(tmp_path, k, model, compute_metrics=metrics) for k in ("trainer", kind))
     want, got = own.predict(data()), ours.predict(data())
@@ -220,7 +261,7 @@ def test_metrics_and_predictions_get_the_logits_of_the_unpatched_model(tmp_path,
     assert_close(got.metrics["test_loss"], want.metrics["test_loss"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["trainer", "patched", "bft"])
 def test_logits_are_handed_over_batch_by_batch_and_do_not_stay(tmp_path, kind, caplog):
     shapes = []
 
@@ -248,7 +289,7 @@ def test_logits_that_are_kept_are_told_of_by_their_bytes(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("kind", ["patched", "bft"])
+@BOTH
 def test_without_metrics_no_logits_are_computed(tmp_path, monkeypatch, kind, bf16):
     trainer = evaluated(tmp_path, kind, settings={"bf16": bf16})
     trainer.evaluate()
@@ -264,6 +305,7 @@ def test_without_metrics_no_logits_are_computed(tmp_path, monkeypatch, kind, bf1
     assert trainer.predict(data()).predictions.dtype == np.float32
 
 
+@pytest.mark.cell("patch_model", "evaluation")
 def test_deferred_logits_are_a_tensor_to_whoever_reads_them():
     model, batch = patch_model(tiny("LlamaForCausalLM"), SFT).eval(), rows()
     assert model(**batch).logits is None  # with gradients

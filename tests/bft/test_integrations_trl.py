@@ -27,6 +27,8 @@ TEXT = [{"text": answer} for answer in ANSWERS]
 CHAT = [chat("yes or no?", "no.", "what?", answer) for answer in ANSWERS]
 PAIRS = [{"prompt": "answer: ", "completion": answer} for answer in ANSWERS]
 LORA = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+PROMPT = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+SFT_TRAINER = "BFTSFTTrainer"
 KINDS = {
     "text": (TEXT, {}),
     "chat": (CHAT, {}),
@@ -38,6 +40,7 @@ KINDS = {
     "padding free": (PAIRS, {"padding_free": True, "max_length": None}),
     "wrapped": (TEXT, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}),
     "lora": (PAIRS, {"peft_config": LORA}),
+    "virtual tokens": (PAIRS, {"peft_config": PROMPT}),
 }
 
 
@@ -70,6 +73,13 @@ def weights(trainer):
     return {k: p.detach().clone() for k, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def assert_same_logs(ours, own, rel=1e-4):
+    for mine, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
+        for name, value in theirs.items():
+            if not name.endswith(("runtime", "per_second", "preparation_time")):
+                assert mine[name] == pytest.approx(value, rel=rel), name
+
+
 def assert_same_run(ours, own):
     before = weights(ours)
     for trainer in (ours, own):
@@ -78,10 +88,7 @@ def assert_same_run(ours, own):
     got, want = weights(ours), weights(own)
     way = max(float((want[name] - before[name]).abs().max()) for name in want)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-3 * way)
-    for mine, theirs in zip(ours.state.log_history, own.state.log_history, strict=True):
-        for name, value in theirs.items():
-            if not name.endswith(("runtime", "per_second", "preparation_time")):
-                assert mine[name] == pytest.approx(value, rel=1e-4), name
+    assert_same_logs(ours, own)
 
 
 FAST = [("dft", "assistant"), ("dft", "packed"), ("dft", "lora"), ("sft", "packed chat")]
@@ -89,6 +96,7 @@ ALL = [(scheme, kind) for scheme in ("sft", "dft") for kind in KINDS]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST]
 
 
+@pytest.mark.cell(SFT_TRAINER, "loss", "gradient", "accumulation", "packing", "evaluation")
 @pytest.mark.parametrize(("scheme", "kind"), FAST + SLOW)
 def test_sft_and_dft_are_those_of_trl(make, scheme, kind):
     data, settings = KINDS[kind]
@@ -114,6 +122,7 @@ def test_a_mixture_of_experts_has_trls_coefficient(make):
     assert_same_run(ours, own)
 
 
+@pytest.mark.cell(SFT_TRAINER, "accumulation", "packing")
 @pytest.mark.parametrize(
     "kind", ["packed", *(pytest.param(k, marks=pytest.mark.slow) for k in ("chat", "lora"))]
 )
@@ -136,6 +145,23 @@ def test_the_balanced_loss_is_the_same_however_the_step_is_cut(make, kind):
     assert 0 < logged["sequence_weight"] < 1
 
 
+@pytest.mark.cell(SFT_TRAINER, "save", "resume")
+def test_a_packed_run_is_resumed_and_its_adapter_loads(make, tmp_path):
+    data, settings = KINDS["packed"]
+    keep = {**settings, "peft_config": LORA, "save_strategy": "steps", "save_steps": 1}
+    whole, resumed = (make(BFTSFTTrainer, data, {"window": 4}, **keep) for _ in range(2))
+    whole.train()
+    want = weights(whole)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    torch.testing.assert_close(weights(resumed), want, rtol=0, atol=0)
+    base = unpatch_model(make(BFTSFTTrainer, data).model)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-2").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    got, own = (model(ids).logits for model in (loaded, whole.model.eval()))
+    torch.testing.assert_close(got, own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.cell(SFT_TRAINER, "evaluation")
 def test_an_evaluation_gets_the_logits_and_computes_none_for_nobody(make, monkeypatch):
     metrics = {"compute_metrics": lambda found: {"mean": float(found.predictions.mean())}}
     ours, own = (make(kind, options=metrics) for kind in (BFTSFTTrainer, trl.SFTTrainer))

@@ -82,7 +82,17 @@ def assert_same_as_unpatched(model, batch):
     assert_gradients(gradients_of(model, output.loss), expected, 1e-4)
 
 
-@pytest.mark.parametrize("kind", [gemma3, llava, qwen2_vl])
+NAMES = {
+    gemma3: "Gemma3ForConditionalGeneration",
+    llava: "LlavaForConditionalGeneration",
+    qwen2_vl: "Qwen2VLForConditionalGeneration",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.cell(n, "loss", "gradient")) for k, n in NAMES.items()],
+)
 def test_images_beside_text(kind):
     torch.manual_seed(0)
     model, batch = kind()
@@ -100,6 +110,7 @@ def test_positions_of_time_height_and_width():
     )
 
 
+@pytest.mark.cell("Qwen2VLForConditionalGeneration", "packing")
 def test_text_positions_before_them_keep_packed_documents_apart():
     torch.manual_seed(0)
     model, _ = qwen2_vl()

@@ -74,6 +74,12 @@ def build(name):
     return model
 
 
+def cells(cases, *properties):
+    """Cases, each with a model's name first, of a test that shows this of each model."""
+    names = [(case, MODELS[case[0]][0]) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.cell(kind, *properties)) for case, kind in names]
+
+
 def rows(count=3, seed=0):
     """Right-padded rows of different lengths, the first tokens of each without a label."""
     draw = torch.Generator().manual_seed(seed)
@@ -127,7 +133,8 @@ def assert_fused(model, batch, loss=BFT, patch=None):
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.cell("patch_model", "loss", "gradient")
+@pytest.mark.parametrize("name", cells([[name] for name in MODELS], "loss", "gradient"))
 def test_loss_and_gradients_are_those_of_the_models_logits(name, scheme):
     model, batch = build(name), rows()
     loss = HeadLoss(scheme=scheme, window=4, normalize="token" if scheme == "sft" else "sequence")
@@ -140,8 +147,14 @@ def test_loss_and_gradients_are_those_of_the_models_logits(name, scheme):
         close(want.float(), unpatch_model(model)(**batch).loss)
 
 
-@pytest.mark.parametrize("normalize", ["sequence", "token"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.cell("patch_model", "accumulation", "packing")
+@pytest.mark.parametrize(
+    ("name", "normalize"),
+    [
+        *cells([(name, "sequence") for name in MODELS if name != "opt"], "packing"),
+        *((name, "token") for name in ("llama", "qwen2", "gemma3", "gpt2")),
+    ],
+)
 def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     loss = HeadLoss(window=4, normalize=normalize)
     model, right = patch_model(build(name), loss), rows()
@@ -162,6 +175,8 @@ def test_packed_padded_and_one_by_one_are_the_same(name, normalize):
     assert int(items) == (3 if normalize == "sequence" else sum(n - 2 for n in lengths))
     whole = model(**right).loss
     expected = gradients_of(model, whole)
+    if name == "gemma2":  # whose eager attention makes NaN of rows that are padded on the left
+        left = right
     for batches in ([packed], [left], documents, [left, right]):
         times = len(batches) if batches == [left, right] else 1
         parts = [model(**b, num_items=items * times).loss for b in batches]
@@ -486,6 +501,7 @@ def test_gradients_are_scaled_and_unscaled(scale):
     assert torch.equal(model.lm_head.weight, before) == (scale == float("inf"))
 
 
+@pytest.mark.cell("patch_model", "save")
 def test_a_patched_model_saves_what_it_would_unpatched(tmp_path):
     model, batch = patch_model(build("llama"), BFT), rows()
     want = model(**batch).loss
@@ -495,6 +511,31 @@ def test_a_patched_model_saves_what_it_would_unpatched(tmp_path):
     own = twin(**batch)
     assert own.logits is not None
     close(patch_model(twin, BFT)(**batch).loss, want)
+
+
+@pytest.mark.cell("patch_model", "resume")
+def test_a_loop_of_ones_own_goes_on_from_what_it_saved(tmp_path):
+    """To the last bit, with a gradient that is drawn: torch holds the random state."""
+
+    def run(steps, saved=None, save=None):
+        model = patch_model(build("llama"), HeadLoss(window=4, gradient="sampled", eps=0.5))
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        if saved:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
+        for step in range(steps):
+            if step == save:
+                parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save(parts | {"random": torch.get_rng_state()}, tmp_path / "saved")
+            optimizer.zero_grad()
+            model(**rows()).loss.backward()
+            optimizer.step()
+        return dict(model.named_parameters())
+
+    whole = run(4, save=2)
+    resumed = run(2, torch.load(tmp_path / "saved"))
+    torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
 def test_wrong_calls_are_refused():

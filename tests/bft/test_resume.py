@@ -27,6 +27,7 @@ def numbers(result):
 # --- the same run --------------------------------------------------------------------------------
 
 
+@pytest.mark.cell("bft train", "resume")
 @pytest.mark.parametrize("draws", ["sampled", "dropout"])
 def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_of, tmp_path):
     """To the last bit; evaluations at other steps, and none, draw nothing."""

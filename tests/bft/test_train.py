@@ -55,6 +55,7 @@ def test_learns_and_saves_a_model_that_loads(config, precision):
 WEIGHTS = [0.3, None, -2.0, 0.0, 1.5]  # of one record after the other
 
 
+@pytest.mark.cell("bft train", "loss", "gradient", "accumulation", "packing")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("normalize", "weights"), [("sequence", [None]), ("token", [None]), ("sequence", WEIGHTS)]
@@ -167,6 +168,7 @@ def nll(model, config):
     return evaluate(model, tokenizer, records, progress=False).nll
 
 
+@pytest.mark.cell("bft train", "evaluation", "save")
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
