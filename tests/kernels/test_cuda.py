@@ -216,8 +216,8 @@ def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
 def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch):
     p = draw_problem(21, 12, 180, dtype=torch.float32, scale=2.0)
     how, grads = sampled_options(p), []
-    for widest in (native.kernels().MAX_GATHERED, 11):
-        monkeypatch.setattr(emulated_device.module, "MAX_GATHERED", widest)
+    for widest in (native.kernels().SPMM_MAX_WIDTH, 11):
+        monkeypatch.setattr(emulated_device.module, "SPMM_MAX_WIDTH", widest)
         emulated_device.launches.clear()
         copy = p.copy()
         linear_nll(*copy.args, backend="cuda", **how).sum().backward()
