@@ -4,6 +4,8 @@ expected.
 
 import math
 import re
+from collections import Counter
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +20,7 @@ from bft_kernels import (
     linear_nll,
     token_weights,
 )
+from bft_kernels.problem import _fit, check_core
 from bft_kernels.weighting import (
     cu_seqlens_from_attention_mask,
     cu_seqlens_from_position_ids,
@@ -232,3 +235,28 @@ def test_check_false_looks_at_no_boundaries():
 @pytest.mark.parametrize("how", [{}, {"check": False}], ids=str)
 def test_nan_is_reported_only_when_asked(how):
     assert linear_nll(**good(hidden=with_nan((N, D)), **how)).isnan().sum() == 1
+
+
+def variants(*shapes):
+    """Tensors of these shapes; the first also of other types and places; and what is no tensor."""
+    kinds = torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8, "meta"
+    first = torch.zeros(shapes[0])
+    return [*map(torch.zeros, shapes), *map(first.to, kinds), first.to_sparse(), None, 1.0]
+
+
+def test_the_quick_check_and_the_full_one_agree():
+    """Only where `_fit` is false, `check_core` is asked what is wrong; it takes narrow targets."""
+    weights = variants((V, D), (D, V), (V,), (0, D), (V, 0), (1, V, D))
+    weights.append(torch.zeros(1, D).expand(2**31, D))
+    targets, biases = variants((N,), (N, 1), (D,), ()), variants((V,), (N,), (V, 1), ())
+    outcomes = Counter()
+    for hidden in variants((N, D), (N, 1, D), (D,), (N, V), (N, 0), ()):
+        for given in product([hidden], weights, targets, biases):
+            try:
+                check_core(*given)
+                passes = given[2].dtype == torch.int64
+            except (TypeError, ValueError):
+                passes = False
+            assert _fit(*given) == passes, given
+            outcomes[passes] += 1
+    assert min(outcomes[True], outcomes[False]) > 5
