@@ -27,7 +27,7 @@ def imported(text, package):
 
 
 def test_relative_imports_and_imports_by_name_are_found():
-    text = "from ..cpu import plan\nfind('bft_kernels.backends.cuda')\nfind('..torch.rows', package)"
+    text = "from ..cpu import plan\nfind('bft_kernels.backends.cuda')\nfind('..torch.rows', it)"
     found = {*imported(text, "bft_kernels.backends.triton")}
     assert found >= {f"bft_kernels.backends.{name}" for name in ("cpu.plan", "cuda", "torch.rows")}
 
