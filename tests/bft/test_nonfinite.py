@@ -137,6 +137,8 @@ def test_no_checkpoint_is_made_of_a_broken_model(config, before_call):
         torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.inf)
 
     before_call(torch.optim.AdamW, "step", 1, breaks)
-    with pytest.raises(NonFinite, match=r"embed_tokens.weight is not finite any more; the model is not"):
+    with pytest.raises(
+        NonFinite, match=r"embed_tokens.weight is not finite any more; the model is not"
+    ):
         train(replace(config, save_every=1))
     assert checkpoints(config.output_dir) == []

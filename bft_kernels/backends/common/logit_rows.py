@@ -1,7 +1,5 @@
 """The chunked engine's passes over rows of logits, by kernels on a device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -5,8 +5,6 @@ Without a bound, the splits of 8192 tokens let through 16 times as many entries 
 (Qwen2.5, ``eps`` 2^-12). With it they let through twice as many.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
