@@ -18,6 +18,8 @@ class Problem:
         temperature: float = 1.0,
     ) -> None: ...
 
+ROUNDING: float
+EXP_MARGIN: float
 FORWARD_SUMS: int
 
 def forward_splits(rows: int, V: int, processors: int) -> tuple[int, int]: ...
@@ -142,7 +144,7 @@ def balanced_weighting(
     stream: int,
 ) -> None: ...
 
-MAX_GATHERED: int
+SPMM_MAX_WIDTH: int
 
 def count_entries(
     *,

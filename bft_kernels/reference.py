@@ -134,7 +134,7 @@ def sequence_weights(
     scheme: str,
     window: int = 256,
     gamma: float = 1.0,
-    floor: float = 1e-8,
+    delta: float = 1e-8,
 ) -> tuple[Tensor, float]:
     """Token weights ``w [T]`` and the sequence weight ``s`` of one sequence.
 
@@ -148,7 +148,7 @@ def sequence_weights(
         return confidence, 1.0
     if scheme == "bft":
         local = window_means(c, window, "bft")
-        ratio = [a / (b + floor) for a, b in zip(c, local, strict=True)]
+        ratio = [a / (b + delta) for a, b in zip(c, local, strict=True)]
         return confidence.new_tensor([min(max(r, 0.0), 1.0) for r in ratio]), 1.0 - min(local)
     if scheme == "bft-v1":
         return confidence, 1.0 - min(window_means(c, window, "bft-v1"))
@@ -166,7 +166,7 @@ def token_coefficients(
     scheme: Scheme = "bft",
     window: int = 256,
     gamma: float = 1.0,
-    floor: float = 1e-8,
+    delta: float = 1e-8,
     normalize: str = "sequence",
     num_items: float | None = None,
 ) -> Tensor:  # [n]
@@ -184,9 +184,9 @@ def token_coefficients(
             w, sequence_weight = own[0][part], float(own[1][s])
         else:
             assert isinstance(scheme, str)
-            w, sequence_weight = sequence_weights(confidence[part], scheme, window, gamma, floor)
-        share = length if normalize == "sequence" else 1
-        coefficient[part] = sequence_weight * w / share
+            w, sequence_weight = sequence_weights(confidence[part], scheme, window, gamma, delta)
+        token_scale = length if normalize == "sequence" else 1
+        coefficient[part] = sequence_weight * w / token_scale
     count = sequences if normalize == "sequence" else len(confidence)
     return coefficient / (num_items if num_items is not None else max(count, 1))
 

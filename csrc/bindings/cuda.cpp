@@ -182,6 +182,8 @@ void define_forward(py::module_& module) {
                        temperature_of(given)};
     });
 
+    module.attr("ROUNDING") = kRounding;
+    module.attr("EXP_MARGIN") = kExpMargin;
     module.attr("FORWARD_SUMS") = kSums;
     module.def(
         "forward_splits",
@@ -293,9 +295,9 @@ void define_lists(py::module_& module) {
                      given.longs("starts_ptr", v + 1));
     });
 
-    module.attr("MAX_GATHERED") = kMaxGathered;
+    module.attr("SPMM_MAX_WIDTH") = kSpmmMaxWidth;
     launches_of<Problem>(module, "spmm_hidden", [](Given& given, const Problem& problem) {
-        check_range("D", problem.depth, 1, kMaxGathered);
+        check_range("D", problem.depth, 1, kSpmmMaxWidth);
         const Lists lists = lists_of(given, problem.rows);
         const KeptEntries kept{given.array<int32_t>("keys_ptr"),
                                given.array<uint64_t>("packed_ptr")};
@@ -307,7 +309,7 @@ void define_lists(py::module_& module) {
                      gradient(given, "grad_hidden_ptr", 0, problem.type));
     });
     launches_of<Problem>(module, "spmm_weight", [](Given& given, const Problem& problem) {
-        check_range("D", problem.depth, 1, kMaxGathered);
+        check_range("D", problem.depth, 1, kSpmmMaxWidth);
         const Output weight = gradient(given, "grad_weight_ptr", 0, problem.type);
         const auto stride = given.get<int64_t>("stride_gv", 0);
         if (weight.at) check_range("stride_gv", stride, problem.depth, kMaxStride);

@@ -2,7 +2,7 @@
 // accessors, asynchronous copies, ldmatrix and mma. Needs sm_80.
 //
 // Kernels reach memory through Global<T> and Shared<T> only. For nvcc these are a pointer and an
-// offset. For the host's compiler tests/cuda/emulation implements the same names and checks every
+// offset. With BFT_EMULATION tests/cuda/emulation implements the same names and checks every
 // access.
 #pragma once
 
@@ -33,7 +33,7 @@ enum class Cache {
 
 }  // namespace bft::cuda
 
-#ifndef __CUDACC__
+#ifdef BFT_EMULATION
 #include "tests/cuda/emulation/device.h"
 #else
 

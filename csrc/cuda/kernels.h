@@ -11,6 +11,9 @@ namespace bft::cuda {
 // Rows and columns of a tile of logits.
 constexpr int kTileN = 128, kTileV = 128;
 
+// The margins of bounds, those of bft_kernels/backends/common/lse_bound.py.
+constexpr float kRounding = 1e-5f, kExpMargin = 1e-3f;
+
 enum class Type { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A problem in bft_kernels.reference's notation, and which of its rows take part.
@@ -178,7 +181,7 @@ void column_starts(const int32_t* sorted_keys, int64_t entries, int64_t vocabula
 // spmm.cu: the sampled gradient from its lists.
 
 // The widest rows that SpMM takes: a thread keeps its part of their sums in registers.
-constexpr int kMaxGathered = 16384;
+constexpr int kSpmmMaxWidth = 16384;
 
 // The sample, which decides what entries are kept.
 struct Sample {

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#ifndef __CUDACC__
+#ifdef BFT_EMULATION
 #include <tuple>
 
 #include "tests/cuda/emulation/launch.h"
@@ -32,11 +32,11 @@ struct Launch {
 };
 
 // kernel<<<...>>>(arguments...) with a check for errors; arguments must convert to the kernel's
-// parameters. The host's compiler makes it run the kernel in the emulation until that has ended.
+// parameters. With BFT_EMULATION it runs the kernel in the emulation until that has ended.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
     if (how.grid.x == 0) return;
-#ifdef __CUDACC__
+#ifndef BFT_EMULATION
     if (how.shared_bytes > 48 << 10) {
         // If this fails, the launch fails, too.
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

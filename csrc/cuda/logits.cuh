@@ -2,14 +2,12 @@
 #pragma once
 
 #include "csrc/cuda/device.h"
+#include "csrc/cuda/kernels.h"
 #include "csrc/sampling.h"
 
 namespace bft::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
-// The largest rounding error: of a dot product, relative to the sum of its terms' sizes; of a bound
-// of lse, relative to the bound.
-constexpr float kRounding = 1e-5f;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7F800000); }
@@ -73,7 +71,7 @@ __device__ __forceinline__ float sampled_dz(float p, float draw, float eps) {
 // The factor of exp(z - reference) that gives an upper bound of p, for lse >= bound. A margin for
 // rounding is included.
 __device__ __forceinline__ float overrated(float reference, float bound) {
-    return normal_exp(reference - bound + 1e-3f + kRounding * fabsf(bound));
+    return normal_exp(reference - bound + kExpMargin + kRounding * fabsf(bound));
 }
 
 // A word of the mask, for the 32 columns from `first` on: sets the target's bit, and clears the

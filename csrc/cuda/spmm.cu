@@ -394,7 +394,7 @@ static Team team_for(int64_t depth) {
 template <typename T, int Pieces = kFewPieces, typename Run>
 static void with_pieces(int64_t depth, Run run) {
     constexpr int kWidest = Pieces * kSize<T> * kThreads;
-    if constexpr (kWidest < kMaxGathered) {
+    if constexpr (kWidest < kSpmmMaxWidth) {
         if (depth > kWidest) return with_pieces<T, 2 * Pieces>(depth, run);
     }
     run(std::integral_constant<int, Pieces>());

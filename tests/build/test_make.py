@@ -59,6 +59,7 @@ def test_without_names_all_tracked_files_are_checked(tmp_path):
         ("csrc/cuda/a.cu", "const float* floor;", "'floor', expected lse_bound or delta"),
         ("csrc/cuda/a.cu", "x = floor(y);", None),
         ("bft_kernels/weighting.py", "floor: float = DELTA,", None),
+        ("bft_kernels/weighting.py", "floor = 1", "'floor', expected lse_bound or delta"),
         ("bft_kernels/a.py", "share = 1 / count", "'share =', expected token_scale or normalizer"),
         ("bft_kernels/a.py", "# rows that backends share", None),
         ("tests/a.py", "wide = x.double()", None),

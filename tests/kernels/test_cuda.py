@@ -1,13 +1,14 @@
 """The CUDA backend's own paths, its device code run by the emulation."""
 
+import functools
 import math
 
 import pytest
 import torch
 
-from bft_kernels import linear_cross_entropy, linear_nll
+from bft_kernels import linear_cross_entropy, linear_nll, reference
 from bft_kernels.backends import cuda
-from bft_kernels.backends.common import logit_rows, on_device
+from bft_kernels.backends.common import logit_rows, lse_bound, on_device
 from bft_kernels.backends.common.logit_rows import LogitRows
 from bft_kernels.backends.common.rows import KnownRows, row_results
 from bft_kernels.backends.cuda import forward, kernels, native
@@ -160,27 +161,61 @@ def test_gradients_take_the_place_of_logits(emulated_device, dtype, vocabulary, 
     assert error_of(dy, want) <= torch.finfo(dtype).eps / 2 + 5e-6
 
 
-def test_a_bound_of_lse_keeps_candidates_few(emulated_device, engine):
-    vocabulary, eps = 1100, 2**-5
-    logits = 3 * torch.randn(4, vocabulary)
-    logits[:, ::3] += 6.0
-    p = Problem(logits, torch.eye(vocabulary), torch.randint(vocabulary, (4,)))
-    kept, found = specified_sample(p, 5, eps).kept, []
-    call = call_of(p, 5, gradient="sampled", eps=eps)
+@pytest.mark.parametrize("transform", [{}, {"softcap": 5.0, "temperature": 1.3}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bound_of_lse_keeps_candidates_few(emulated_device, engine, dtype, transform, seed):
+    """Beside the kept: what the margins let through, and draws whose bits below 2^-16 would not."""
+    rows, vocabulary, eps = 20, 600, 2**-6
+    p = draw_problem(rows, 24, vocabulary, ignored=0.0, bias=bool(transform), dtype=dtype, scale=3)
+    own, call = p.of_labelled(), call_of(p, seed, gradient="sampled", eps=eps, **transform)
+    z = reference.logits(own.hidden, own.weight, own.bias, **transform)
+    lse = z.logsumexp(1, keepdim=True)
+    # A margin where a bound is made, one where it is used, and one for what float32 rounds off.
+    margin = lse_bound.EXP_MARGIN + 3 * lse_bound.ROUNDING * (1 + lse.abs())
+    draws = reference.uniforms(seed, range(rows), torch.arange(vocabulary))
+    may_pass = (draws - 2**-16) * eps <= (z - lse + margin).exp()
+    may_pass[range(rows), p.target] = True
+    kept = specified_sample(p, seed, eps, **transform).kept
+    results, bias = row_results(call, rows), None if p.bias is None else p.bias.float()
+    mask = torch.empty(rows, -(-vocabulary // 32), dtype=torch.int32)
     for bounded in (False, True):
-        mask = torch.empty(4, -(-vocabulary // 32), dtype=torch.int32)
-        results = row_results(call, 4)
         if engine == "tiles":
-            bounds = logits.logsumexp(1) if bounded else torch.full((4,), -math.inf)
-            forward._forward(kernels.make_inputs(call), results, 0, 4, bounds, mask)
+            bounds = lse[:, 0].float() if bounded else torch.full((rows,), -math.inf)
+            forward._forward(kernels.make_inputs(call), results, 0, rows, bounds, mask)
         else:
-            rows = LogitRows(logits, p.target, None, call.settings, 0)
-            how = {"popular": torch.arange(0, vocabulary, 3) if bounded else None, "mask": mask}
-            kernels.softmax_rows(rows, results, seed=call.seed, **how)
+            logits = LogitRows((own.hidden @ own.weight.T).float(), p.target, bias, call.settings)
+            popular = torch.arange(vocabulary) if bounded else None
+            kernels.softmax_rows(logits, results, seed=call.seed, popular=popular, mask=mask)
         bits = ((mask[..., None] >> torch.arange(32)) & 1).flatten(1)[:, :vocabulary].bool()
         assert not bool((kept & ~bits).any())
-        found.append(int(bits.sum()))
-    assert found[1] <= min(found[0], 1.05 * int(kept.sum()) + vocabulary * 4 / 65536 + 8)
+    assert not bool((bits & ~may_pass).any())
+
+
+def test_margins_are_those_of_the_other_backends(emulated):
+    for name in ("ROUNDING", "EXP_MARGIN"):
+        assert getattr(emulated, name) == torch.tensor(getattr(lse_bound, name)).item(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_the_rows_change_no_row(emulated_device, dtype, monkeypatch):
+    """Of the tiled passes: 16 rows at a time make the same statistics and certificate as all."""
+    monkeypatch.setattr(on_device, "takes_chunks", lambda *_: False)
+    p = draw_problem(40, 72, 300, dtype=dtype, bias=True)
+    how = SAMPLED | {"bias": p.bias, "return_stats": True, "hidden_variance": True}
+    whole = linear_cross_entropy(*p.args, backend="cuda", **how)
+    certificate = emulated_device.module.certificate
+
+    @functools.wraps(certificate)
+    def in_parts(*, rows, **given):
+        for first in range(0, rows, 16):
+            certificate(rows=min(16, rows - first), **given | {"first_row": first})
+
+    monkeypatch.setattr(emulated_device.module, "certificate", in_parts)
+    monkeypatch.setattr(forward, "TILE", 16)
+    parts = linear_cross_entropy(*p.args, backend="cuda", max_buffer_bytes=1, **how)
+    assert emulated_device.launches.count("linear_nll_forward") == 1 + 3
+    for one, other in zip((parts[0], *parts[1]), (whole[0], *whole[1]), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
@@ -216,8 +251,8 @@ def test_a_frozen_head_has_no_work_for_dw(emulated_device, frozen):
 def test_rows_too_wide_to_gather_are_computed_again(emulated_device, monkeypatch):
     p = draw_problem(21, 12, 180, dtype=torch.float32, scale=2.0)
     how, grads = sampled_options(p), []
-    for widest in (native.kernels().MAX_GATHERED, 11):
-        monkeypatch.setattr(emulated_device.module, "MAX_GATHERED", widest)
+    for widest in (native.kernels().SPMM_MAX_WIDTH, 11):
+        monkeypatch.setattr(emulated_device.module, "SPMM_MAX_WIDTH", widest)
         emulated_device.launches.clear()
         copy = p.copy()
         linear_nll(*copy.args, backend="cuda", **how).sum().backward()

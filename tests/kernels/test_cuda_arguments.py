@@ -112,6 +112,6 @@ def test_wrong_arguments_are_named(emulated, function):
 
 
 def test_rows_wider_than_a_thread_keeps_are_refused(emulated):
-    wide = OPERANDS | dict.fromkeys(("D", "stride_hn", "stride_wv"), emulated.MAX_GATHERED + 1)
+    wide = OPERANDS | dict.fromkeys(("D", "stride_hn", "stride_wv"), emulated.SPMM_MAX_WIDTH + 1)
     with pytest.raises(ValueError, match="D: got"):
         emulated.spmm_weight(problem=emulated.Problem(**wide), **at("starts", "packed"), stream=0)

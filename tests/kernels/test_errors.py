@@ -4,6 +4,7 @@ expected.
 
 import math
 import re
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +19,7 @@ from bft_kernels import (
     linear_nll,
     token_weights,
 )
+from bft_kernels.problem import _fit, check_core
 from bft_kernels.weighting import (
     cu_seqlens_from_attention_mask,
     cu_seqlens_from_position_ids,
@@ -254,3 +256,27 @@ def test_check_false_looks_at_no_boundaries():
 @pytest.mark.parametrize("how", [{}, {"check": False}], ids=str)
 def test_nan_is_reported_only_when_asked(how):
     assert linear_nll(**good(hidden=with_nan((N, D)), **how)).isnan().sum() == 1
+
+
+def test_the_quick_check_and_the_full_one_agree():
+    """Only where `_fit` is false, `check_core` is asked what is wrong; it takes narrow targets."""
+    types = torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.uint8
+
+    def given(*shapes):
+        first = torch.zeros(shapes[0])
+        changed = [*map(first.to, types), first.to("meta"), first.to_sparse()]
+        return [*map(torch.zeros, shapes), *changed, None, 1.0]
+
+    hiddens = given((N, D), (N, 1, D), (D,), (N, V), (N, 0), ())
+    weights = given((V, D), (D, V), (V,), (0, D), (V, 0), (1, V, D))
+    weights.append(torch.zeros(1, D).expand(2**31, D))
+    passed, others = 0, (given((N,), (N, 1), (D,), ()), given((V,), (N,), (V, 1), ()))
+    for hidden, weight, target, bias in product(hiddens, weights, *others):
+        try:
+            check_core(hidden, weight, target, bias)
+            passes = target.dtype == torch.int64
+        except (TypeError, ValueError):
+            passes = False
+        assert _fit(hidden, weight, target, bias) == passes
+        passed += passes
+    assert passed > 5

@@ -1,6 +1,8 @@
 """Who imports whom: backends stand side by side on ``common``, and nothing leans on a backend."""
 
 import ast
+import re
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -9,24 +11,34 @@ import bft_kernels
 from bft_kernels.dispatch import BACKENDS
 
 PACKAGE = Path(bft_kernels.__file__).parent
+DOTTED = r"'\.*\w+(\.\w+)+'"  # a string of names alone
 
 
-def imported(path):
-    """Names of the package's modules that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bft_kernels"):
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def imported(text, package):
+    """Names of modules that a file imports, anywhere, or that are strings, as for ``importlib``."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (module, *(f"{module}.{alias.name}" for alias in node.names))
         elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("bft_kernels"))
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Constant) and re.fullmatch(DOTTED, f"{node.value!r}"):
+            yield resolve_name(node.value, package)
+
+
+def test_relative_imports_and_imports_by_name_are_found():
+    text = "from ..cpu import plan\nfind('bft_kernels.backends.cuda')\nfind('..torch.rows', it)"
+    found = {*imported(text, "bft_kernels.backends.triton")}
+    assert found >= {f"bft_kernels.backends.{name}" for name in ("cpu.plan", "cuda", "torch.rows")}
 
 
 def edges(folder):
     """Of the files of a folder: each, and the backends that it imports."""
     for path in (PACKAGE / folder).rglob("*.py"):
-        for name in imported(path):
+        package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
+        for name in imported(path.read_text(), package):
             parts = name.split(".")
-            if parts[1:2] == ["backends"] and len(parts) > 2:
+            if parts[:2] == ["bft_kernels", "backends"] and len(parts) > 2:
                 yield path.relative_to(PACKAGE), parts[2]
 
 

@@ -118,7 +118,7 @@ def test_balanced_loss_in_plain_numbers():
     hidden = torch.tensor([[math.log(x), math.log(1 - x)] for x in c], dtype=torch.float64)
     weight, target = torch.eye(2, dtype=torch.float64), torch.zeros(4, dtype=torch.int64)
     cu = torch.tensor([0, 3, 3, 4])
-    how = {"window": 2, "floor": 0.0}
+    how = {"window": 2, "delta": 0.0}
     loss = reference.balanced_linear_cross_entropy(hidden, weight, target, cu, **how)
     # Window 2 is {t-1, t}, clipped at the start: means 0.9, 0.5, 0.3 and, alone, 0.2.
     first = (1 - 0.3) * (1 * -math.log(0.9) + 0.1 / 0.5 * -math.log(0.1) + 1 * -math.log(0.5)) / 3

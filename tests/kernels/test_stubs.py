@@ -51,7 +51,7 @@ def compiled(module):
             functions |= {f"{name}.{x}": of_docstring(f) for x, f in own.items()}
         elif callable(value):
             functions[name] = of_docstring(value)
-        elif isinstance(value, int):
+        elif isinstance(value, int | float):
             numbers.add(name)
     return functions, numbers
 

@@ -47,7 +47,7 @@ def window_spans(first, stop, window, scheme):
     return [(max(first, t - before), min(stop, t + after)) for t in range(first, stop)]
 
 
-def independent_weights(c, scheme, g, gamma, floor):
+def independent_weights(c, scheme, g, gamma, delta):
     """``w``, window confidences, ``s`` and the lowest window of a document."""
     geometric = scheme == "bft-v1-code"
     terms = [math.log(x) for x in c] if geometric else c
@@ -56,7 +56,7 @@ def independent_weights(c, scheme, g, gamma, floor):
     low = min(local)
     w = {
         "sft": [1.0] * len(c),
-        "bft": [min(1.0, a / (b + floor)) for a, b in zip(c, local, strict=True)],
+        "bft": [min(1.0, a / (b + delta)) for a, b in zip(c, local, strict=True)],
     }.get(scheme, c)
     s = 1.0 if scheme in ("sft", "dft") else 1 - low ** (gamma if geometric else 1)
     return w, local, s, low
@@ -67,11 +67,13 @@ def independent_weights(c, scheme, g, gamma, floor):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_equals_an_independent_computation_and_the_specification(scheme, lengths, window):
     c, cu_seqlens = confidences(sum(lengths)).requires_grad_(), boundaries(lengths)
-    how = {"scheme": scheme, "window": window, "gamma": 1.7, "floor": 1e-6}
-    got = token_weights(c, cu_seqlens, **how)
+    how, delta = {"scheme": scheme, "window": window, "gamma": 1.7}, 1e-6
+    got = token_weights(c, cu_seqlens, floor=delta, **how)
     expected = weighting.TokenWeights([], [], [], [])
     for part in c.split(list(lengths)):
-        own = independent_weights(part.tolist(), *how.values()) if len(part) else ([], [], 0.0, 0.0)
+        own = [], [], 0.0, 0.0
+        if len(part):
+            own = independent_weights(part.tolist(), *how.values(), delta)
         expected.token_weight.extend(own[0])
         expected.window_confidence.extend(own[1])
         expected.sequence_weight.append(own[2])
@@ -80,7 +82,7 @@ def test_equals_an_independent_computation_and_the_specification(scheme, lengths
         assert_close(getattr(got, name), c.new_tensor(getattr(expected, name)), 1e-10, name)
         assert not getattr(got, name).requires_grad, name
     coefficient = reference.token_coefficients(
-        c.detach(), cu_seqlens, normalize="token", num_items=1, **how
+        c.detach(), cu_seqlens, normalize="token", num_items=1, delta=delta, **how
     )
     owner = torch.repeat_interleave(torch.arange(len(lengths)), cu_seqlens.diff())
     assert_close(got.token_weight * got.sequence_weight[owner], coefficient, 1e-12)

@@ -1,7 +1,5 @@
 """Room for the lists of the sampled gradient. The host knows its size beforehand."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

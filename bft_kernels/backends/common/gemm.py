@@ -4,8 +4,6 @@ On a CPU, half-precision GEMMs are slow and round their output, so half-precisio
 widened block by block. On an accelerator they stay narrow, and the GEMM's output is float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """The chunked engine's passes over rows of logits, by kernels on a device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,7 +91,7 @@ class RowFunctions(Protocol):
         The rows are taken as they come, from the first one on.
         """
 
-    def gathers(self, width: int) -> bool:
+    def spmm_takes(self, width: int) -> bool:
         """Whether the backward takes lists of entries for rows of this width."""
 
     def weigh(
@@ -209,7 +207,7 @@ def forward_results(
     """
     count, vocabulary, width = problem.shape
     sampled, room = problem.saved == "entries", 0
-    if sampled and kernels.gathers(width):
+    if sampled and kernels.spmm_takes(width):
         room = capacity_for(count, vocabulary, problem.settings.eps)
     new, zeros = problem.hidden.new_empty, problem.hidden.new_zeros
     return row_results(problem, count, filled=True) | {

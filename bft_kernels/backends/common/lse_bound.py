@@ -5,8 +5,6 @@ Without a bound, the splits of 8192 tokens let through 16 times as many entries 
 (Qwen2.5, ``eps`` 2^-12). With it they let through twice as many.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -17,6 +15,8 @@ from bft_kernels.backends.common.rows import DeviceRows
 # The largest rounding error of a product, relative to the sum of its terms' magnitudes, and of a
 # bound of lse, relative to the bound.
 ROUNDING = 1e-5
+# Exponents of bounds of p are raised by it: more than exp, log and sums of exp round off.
+EXP_MARGIN = 1e-3
 
 # How many of the batch's targets the bound sums over. 2048 would let through a tenth less.
 POPULAR = 1024

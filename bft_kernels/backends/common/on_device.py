@@ -5,8 +5,6 @@ If the byte budget has room for chunks of logits, the vendor's GEMM makes them i
 memory and are computed again for the gradient. The host never waits for the device.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from typing import Protocol

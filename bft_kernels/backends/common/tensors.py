@@ -1,7 +1,5 @@
 """What tensors and devices our own kernels take, on any backend."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

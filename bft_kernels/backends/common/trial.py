@@ -1,7 +1,5 @@
 """A small call that is made before the first real one on a GPU; see ``dispatch``."""
 
-from __future__ import annotations
-
 import torch
 
 from bft_kernels.backends.common.gemm import add_product, multiply

@@ -7,8 +7,6 @@ logits, under the byte budget and in the memory of ``dW`` (see ``weighted.py``).
 (see ``team.py``).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 

@@ -1,7 +1,5 @@
 """The functions that the backend offers."""
 
-from __future__ import annotations
-
 from bft_kernels.backends.cpu.backward import linear_nll_backward
 from bft_kernels.backends.cpu.forward import linear_nll
 from bft_kernels.backends.cpu.weighted import weighted_loss

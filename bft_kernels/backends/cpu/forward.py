@@ -1,7 +1,5 @@
 """The forward of the core op: one pass over blocks of the vocabulary."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The ``cpu`` backend's block sizes. They follow from the byte budget and the caches."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ that wait spin, and so use up the time that they are given. Here the threads mee
 takes the next free block, and computes its product and its loops alone.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

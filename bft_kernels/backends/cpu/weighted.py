@@ -5,8 +5,6 @@ gradients. In between, logits wait if there is room for them, which costs three 
 Otherwise they are computed again (4G).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from itertools import pairwise

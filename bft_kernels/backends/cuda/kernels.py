@@ -16,7 +16,6 @@ __all__ = [
     "ROW_BIAS",
     "TILES_GRADIENTS",
     "certificate_rows",
-    "gathers",
     "gradient_rows",
     "list_rows",
     "make_inputs",
@@ -24,6 +23,7 @@ __all__ = [
     "run_tiles",
     "softmax_rows",
     "spmm",
+    "spmm_takes",
     "weigh",
     "written",
 ]
@@ -37,6 +37,6 @@ def written(dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
     return operand if dtype == operand else torch.float32
 
 
-def gathers(width: int) -> bool:
+def spmm_takes(width: int) -> bool:
     """Whether a thread has registers for its part of a row's sums."""
-    return width <= _cuda.MAX_GATHERED
+    return width <= _cuda.SPMM_MAX_WIDTH

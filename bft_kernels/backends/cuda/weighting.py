@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +14,7 @@ from bft_kernels.weighting import DELTA
 
 def _run(given: WeightingInputs) -> dict[str, Tensor]:
     """See :class:`WeightingInputs`."""
-    made = given.vectors(_cuda.WEIGHT_TILE)
-    addresses: dict[str, Any] = {f"{name}_ptr": out(vector) for name, vector in made.items()}
+    made, flags = given.vectors(_cuda.WEIGHT_TILE), given.flags
     cu_seqlens = given.cu_seqlens.to(torch.int64)
     num_items = None if given.num_items is None else given.num_items.to(torch.float32)
     _cuda.balanced_weighting(
@@ -28,10 +26,26 @@ def _run(given: WeightingInputs) -> dict[str, Tensor]:
         window=given.settings.window,
         delta=DELTA,
         gamma=given.settings.gamma,
+        full_windows=flags.full_windows,
+        geometric=flags.geometric,
+        confidence=flags.confidence,
+        ratio=flags.ratio,
+        flat=flags.flat,
+        by_sequence=flags.by_sequence,
+        counts=flags.counts,
         num_items_ptr=ptr(num_items),
+        before_ptr=out(made["before"]),
+        sequence_ptr=out(made["sequence"]),
+        values_ptr=out(made["values"]),
+        lowest_ptr=out(made["lowest"]),
+        ended_ptr=out(made["ended"]),
+        coefficient_ptr=out(made["coefficient"]),
+        token_weight_ptr=out(made["token_weight"]),
+        window_confidence_ptr=out(made["window_confidence"]),
+        sequence_weight_ptr=out(made["sequence_weight"]),
+        sequence_confidence_ptr=out(made["sequence_confidence"]),
+        sums_ptr=out(made["sums"]),
         stream=stream(),
-        **given.flags._asdict(),
-        **addresses,
     )
     return made
 

@@ -4,8 +4,6 @@ On an accelerator ``gradient="sampled"`` reads counts back to the host: the numb
 once a tile, and the sizes of the parts that its backward sorts.
 """
 
-from __future__ import annotations
-
 import torch
 
 from bft_kernels.problem import Traits

@@ -1,7 +1,5 @@
 """The backward of the core op, from recomputed logits or from the sampled entries."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The backend's engine: the chunked engine with kernels in plain PyTorch."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from bft_kernels.backends.common import chunked

@@ -4,8 +4,6 @@
 with in-place passes over a tile.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

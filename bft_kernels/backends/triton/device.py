@@ -15,6 +15,7 @@ from bft_kernels.backends.triton.configs import interpreted
 INTERPRETED = tl.constexpr(interpreted())
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDING = tl.constexpr(lse_bound.ROUNDING)
+EXP_MARGIN = tl.constexpr(lse_bound.EXP_MARGIN)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from bft_kernels.backends.common.tiles import candidate_masks
 from bft_kernels.backends.triton.certificate import certify
 from bft_kernels.backends.triton.configs import has_whole_words, tile_for
 from bft_kernels.backends.triton.device import (
+    EXP_MARGIN,
     LOG2E,
     ROUNDING,
     finite_or,
@@ -141,7 +142,7 @@ def _linear_nll_forward_kernel(
             # The sum before this tile bounds the final lse from below, so that p is overrated. This
             # tile's own sum is left out, so that no entry has to wait for it.
             bound = tl.maximum(finite_or(m, 0.0) + tl.log(total), lse_bound)
-            overrated = tl.exp(reference - bound + 1e-3 + ROUNDING * tl.abs(bound)) * (
+            overrated = tl.exp(reference - bound + EXP_MARGIN + ROUNDING * tl.abs(bound)) * (
                 65536.0 / call.eps
             )
         power = tl.fma(z, LOG2E, -new_base[:, None])

@@ -16,7 +16,6 @@ __all__ = [
     "ROW_BIAS",
     "TILES_GRADIENTS",
     "certificate_rows",
-    "gathers",
     "gradient_rows",
     "list_rows",
     "make_inputs",
@@ -24,6 +23,7 @@ __all__ = [
     "run_tiles",
     "softmax_rows",
     "spmm",
+    "spmm_takes",
     "weigh",
     "written",
 ]
@@ -38,6 +38,6 @@ def written(dtype: torch.dtype, operand: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def gathers(width: int) -> bool:
-    """Rows of any width are gathered."""
+def spmm_takes(width: int) -> bool:
+    """Rows of any width."""
     return True

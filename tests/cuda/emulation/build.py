@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 CXX = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 # Kernels say `#pragma unroll`, which is nvcc's.
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += [f"-I{ROOT}/tests/cuda/emulation/include", f"-I{ROOT}"]
+FLAGS += ["-DBFT_EMULATION", f"-I{ROOT}/tests/cuda/emulation/include", f"-I{ROOT}"]
 
 
 def build(target, sources, *flags):
@@ -53,7 +53,7 @@ def build_module(folder):
     target = Path(folder, "_cuda" + sysconfig.get_config_var("EXT_SUFFIX"))
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     sources = [ROOT / "csrc/bindings/cuda.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu"))]
-    flags = ["-DBFT_EMULATION", "-shared", "-fPIC", "-fvisibility=hidden"]
+    flags = ["-shared", "-fPIC", "-fvisibility=hidden"]
     Path(folder).mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(Path(folder, "lock")):
         build(target, sources, *flags, *(f"-isystem{path}" for path in includes))
