@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -32,6 +33,14 @@ def labelled(inputs: Mapping[str, Any], stats: Any) -> Tensor:
     return target != IGNORE
 
 
+def columns_of(data: Any) -> set[str]:
+    """The names in a data set's rows, as far as they are known before it is read."""
+    names = getattr(data, "column_names", None)
+    if names is None and isinstance(data, Sequence) and len(data) and isinstance(data[0], Mapping):
+        names = data[0]
+    return set(names or ())
+
+
 class BFTTrainer(Trainer):
     """``transformers.Trainer`` for a causal LM, trained with a :class:`bft.HeadLoss`.
 
@@ -58,6 +67,19 @@ class BFTTrainer(Trainer):
         self._sums: dict[bool, Tensor] = {}  # of training, and of evaluation
         self._by_document = replace(self.head_loss, normalize="sequence")
         self._logits_told = False
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        columns = columns_of(given.get("train_dataset"))
+        if "weight" in columns:
+            raise ValueError(
+                "train_dataset: got a column weight, which bft train reads, expected none: give "
+                "batches token_weight [B, T], or remove the column"
+            )
+        if getattr(given.get("args"), "use_liger_kernel", False):
+            raise ValueError(
+                "use_liger_kernel: got True, expected False: Liger's forward would take the place "
+                "of the fused loss"
+            )
+        self._weighted = "token_weight" in columns
         super().__init__(*args, **kwargs)
         way_out = "expected none: the loss is that of scheme and the other fields of HeadLoss"
         for name, got, expected in (
@@ -93,6 +115,11 @@ class BFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if self._weighted and self.model.training and "token_weight" not in inputs:
+            raise ValueError(
+                "token_weight: train_dataset has this column, but the batch has not, expected a "
+                "data_collator that pads it as labels are padded (packing drops it)"
+            )
         with use_loss(model, self.head_loss):
             outputs = model(**inputs, num_items=num_items_in_batch)
             state = state_of(model)

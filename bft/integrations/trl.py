@@ -21,6 +21,7 @@ class BFTSFTTrainer(BFTTrainer, SFTTrainer):
     """
 
     args: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -32,6 +33,11 @@ class BFTSFTTrainer(BFTTrainer, SFTTrainer):
         model = causal_lm(self.model)
         if hasattr(model, "router_aux_loss_coef"):  # TRL's own setting is for its own forward
             model.router_aux_loss_coef = self.router_aux_loss_coef
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "token_weight" not in self._signature_columns:  # a collator may read it
+            self._signature_columns.append("token_weight")
 
     def compute_loss(
         self,

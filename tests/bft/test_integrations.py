@@ -43,9 +43,7 @@ def make(folder, kind=BFTTrainer, model=None, options=None, **settings):
     return kind(
         tiny("LlamaForCausalLM") if model is None else model,
         hf.TrainingArguments(**settings),
-        train_dataset=data(),
-        eval_dataset=data(),
-        **options or {},
+        **{"train_dataset": data(), "eval_dataset": data()} | (options or {}),
     )
 
 
@@ -214,6 +212,28 @@ def test_what_would_go_past_the_loss_is_refused(tmp_path, monkeypatch):
         make(tmp_path, options={"windows": 4})
     with pytest.raises(UnsupportedModel, match="BertForMaskedLM predicts labels"):
         make(tmp_path, model=tiny("BertForMaskedLM")).train()
+
+
+def test_weights_in_the_data_reach_the_loss_or_are_refused(tmp_path):
+    settings = {"remove_unused_columns": False}
+    plain = make(tmp_path, **settings).train().training_loss
+    weighted = [{**row, "token_weight": torch.full((LENGTH,), 0.5)} for row in data()]
+    got = make(tmp_path, options={"train_dataset": weighted}, **settings).train().training_loss
+    assert got == pytest.approx(plain / 2)
+
+    def drops(rows):
+        return hf.default_data_collator([{k: r[k] for k in ("input_ids", "labels")} for r in rows])
+
+    options = {"train_dataset": weighted, "data_collator": drops}
+    with pytest.raises(
+        ValueError, match="token_weight: train_dataset has this column, but the bat"
+    ):
+        make(tmp_path, options=options, **settings).train()
+    options = {"train_dataset": [{**row, "weight": 0.5} for row in data()]}
+    with pytest.raises(ValueError, match="train_dataset: got a column weight"):
+        make(tmp_path, options=options)
+    with pytest.raises(ValueError, match="use_liger_kernel: got True, expected False"):
+        make(tmp_path, use_liger_kernel=True)
 
 
 def test_each_trainer_of_a_model_has_its_own_loss(tmp_path):

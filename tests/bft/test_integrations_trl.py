@@ -108,6 +108,18 @@ def test_sft_and_dft_are_those_of_trl(make, scheme, kind):
     assert logged["confidence"] == pytest.approx(logged["token_weight"]) or scheme == "sft"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_weights_that_trl_drops_are_refused(make, packing):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
+    trainer = make(BFTSFTTrainer, [{**row, "token_weight": [0.5] * 4}] * 8, packing=packing)
+    with pytest.raises(
+        ValueError, match="token_weight: train_dataset has this column, but the bat"
+    ):
+        trainer.train()
+    with pytest.raises(ValueError, match="train_dataset: got a column weight"):
+        make(BFTSFTTrainer, [{**pair, "weight": 0.5} for pair in PAIRS])
+
+
 def test_a_mixture_of_experts_has_trls_coefficient(make):
     options = {"scheme": "dft", "normalize": "token"}
     experts = {"num_local_experts": 3, "experts_implementation": "eager", "vocab_size": 400}
