@@ -105,7 +105,9 @@ class StepMeter:
 
 def _documents(targets: Targets) -> Tensor:
     """The document of each position, ``[B * T]``."""
-    position = torch.arange(targets.target.numel(), device=targets.target.device)
+    position = torch.arange(
+        targets.target.numel(), dtype=torch.int64, device=targets.target.device
+    )
     if targets.cu_seqlens is None:
         return position // targets.target.shape[1]
     ends = targets.cu_seqlens[1:].to(position).contiguous()
@@ -114,7 +116,7 @@ def _documents(targets: Targets) -> Tensor:
 
 def _run_starts(low: Tensor, labelled: Tensor, document: Tensor) -> Tensor:
     """Where a run of low labels starts: the label before it is not low, or another document's."""
-    position = torch.arange(len(low), device=low.device)
+    position = torch.arange(len(low), dtype=torch.int64, device=low.device)
     before = torch.where(labelled, position, -1).cummax(0).values.roll(1)
     before[:1] = -1
     return low & ~((before >= 0) & low[before] & (document[before] == document))

@@ -133,7 +133,7 @@ class BFTTrainer(Trainer):
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
         if num_items_in_batch is not None:
             if not self.model.training:  # Trainer leaves out what is not finite, as its own 0 / 0
-                items = torch.as_tensor(num_items_in_batch, device=loss.device)
+                items = torch.as_tensor(num_items_in_batch, dtype=torch.int64, device=loss.device)
                 loss = loss.masked_fill(items == 0, torch.nan)
             if self.args.average_tokens_across_devices:
                 # It is this rank's part of a sum, and gradients are averaged over ranks.

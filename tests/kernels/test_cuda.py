@@ -215,7 +215,7 @@ def test_parts_of_the_rows_change_no_row(emulated_device, dtype, monkeypatch):
     parts = linear_cross_entropy(*p.args, backend="cuda", max_buffer_bytes=1, **how)
     assert emulated_device.launches.count("linear_nll_forward") == 1 + 3
     for one, other in zip((parts[0], *parts[1]), (whole[0], *whole[1]), strict=True):
-        assert torch.equal(one, other)
+        assert one is other is None or torch.equal(one, other)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
