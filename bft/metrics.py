@@ -105,9 +105,7 @@ class StepMeter:
 
 def _documents(targets: Targets) -> Tensor:
     """The document of each position, ``[B * T]``."""
-    position = torch.arange(
-        targets.target.numel(), dtype=torch.int64, device=targets.target.device
-    )
+    position = torch.arange(targets.target.numel(), dtype=torch.int64, device=targets.target.device)
     if targets.cu_seqlens is None:
         return position // targets.target.shape[1]
     ends = targets.cu_seqlens[1:].to(position).contiguous()
