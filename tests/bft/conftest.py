@@ -59,6 +59,7 @@ def data(tmp_path):
 @pytest.fixture
 def fresh_accelerator():
     """Accelerate keeps its settings for the life of a process; each test is a run of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -22,6 +22,8 @@ from tests.support.batches import SFT, rows
 from tests.support.models import tiny
 from tests.support.runs import one_step
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 LOSS = HeadLoss(window=4)
 TOKEN = {"scheme": "sft", "normalize": "token"}
 V, B, LENGTH = 997, 2, 12

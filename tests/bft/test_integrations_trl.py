@@ -14,6 +14,8 @@ from tests.support.batches import chat
 from tests.support.models import tiny
 from tests.support.runs import one_step
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 # As of the tokenizer, with the marks of what the assistant wrote.
 TEMPLATE = (
     "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
