@@ -239,12 +239,9 @@ class _Measure:
         labelled = target != IGNORE
         nll, stats = linear_nll(
             hidden[labelled],  # [N, D]
-            head.weight,
-            target[labelled],
-            bias=head.bias,
-            softcap=head.softcap,
-            temperature=head.temperature,
+            target=target[labelled],
             return_stats=True,
+            **vars(head),
         )
         sums: dict[str, Any] = {
             "nll": nll.double().sum().item(),

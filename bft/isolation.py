@@ -43,7 +43,7 @@ def check_documents_apart(
     kind = _kind_of(model, call, target, cu_seqlens, explicit)
     if kind in seen:
         return
-    earlier, judged, later = _split(call, target, cu_seqlens)
+    earlier, judged, later = _split(call, targets)
     changed = other_tokens(call, earlier)
     if not _most_of_ranks(model, float(changed is not None and bool(judged.any()))):
         return
@@ -64,16 +64,16 @@ def check_documents_apart(
     seen.add(kind)
 
 
-def _split(
-    call: Mapping[str, Any], target: Tensor, cu_seqlens: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _split(call: Mapping[str, Any], targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
     """What stands before each row's last labelled document, its first half, and the rest.
 
     Each is ``[B, T]``. Padding that a mask hides is in none of them.
     """
+    target, cu_seqlens, _ = targets
+    assert cu_seqlens is not None
     places = torch.arange(target.numel(), dtype=torch.int64, device=target.device)
     bounds = cu_seqlens.to(target.device, torch.int64)
-    document = torch.bucketize(places, bounds[1:], right=True).view(target.shape)
+    document = targets.documents().view(target.shape)
     last = document.masked_fill(target == IGNORE, -1).amax(1, keepdim=True)
     mask = call.get("attention_mask")
     shown = torch.ones_like(target, dtype=torch.bool)

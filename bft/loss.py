@@ -139,6 +139,13 @@ class Targets(NamedTuple):
     cu_seqlens: Tensor | None  # [S + 1] over the B * T positions; None: a row is a document
     token_weight: Tensor | None = None  # [B, T], aligned with target
 
+    def documents(self) -> Tensor:
+        """The document of each position, ``[B * T]`` int64."""
+        place = torch.arange(self.target.numel(), dtype=torch.int64, device=self.target.device)
+        if self.cu_seqlens is None:
+            return place // self.target.shape[1]
+        return torch.bucketize(place, self.cu_seqlens[1:].to(place).contiguous(), right=True)
+
 
 def is_labelled(batch: Mapping[str, Any]) -> bool:
     """Whether a batch says what is to be predicted."""

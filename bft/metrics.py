@@ -48,7 +48,7 @@ class StepMeter:
         self, loss: Tensor, targets: Targets, stats: BalancedTokenStats, normalize: str
     ) -> None:
         """One micro-batch: its part of the step's loss, and what that was made of."""
-        target, document = targets.target.flatten(), _documents(targets)
+        target, document = targets.target.flatten(), targets.documents()
         labelled, confidence = target != IGNORE, stats.confidence.flatten()
         labels = torch.zeros_like(stats.sequence_weight, dtype=torch.float64)  # [S]
         labels.index_add_(0, document, labelled.double())
@@ -101,15 +101,6 @@ class StepMeter:
         if self.sampled:
             values["sampled_error"] = math.sqrt(error / square) if square else 0.0
         return values
-
-
-def _documents(targets: Targets) -> Tensor:
-    """The document of each position, ``[B * T]``."""
-    position = torch.arange(targets.target.numel(), dtype=torch.int64, device=targets.target.device)
-    if targets.cu_seqlens is None:
-        return position // targets.target.shape[1]
-    ends = targets.cu_seqlens[1:].to(position).contiguous()
-    return torch.searchsorted(ends, position, right=True)
 
 
 def _run_starts(low: Tensor, labelled: Tensor, document: Tensor) -> Tensor:

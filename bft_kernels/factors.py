@@ -84,7 +84,7 @@ def _check_constant(name: str, value: Tensor, shape: Sequence[int], problem: Pro
 
     Raises:
         TypeError: it is not a tensor of floats.
-        ValueError: it has another shape or device, requires a gradient, or is not finite.
+        ValueError: it has another shape or device, or requires a gradient.
         RuntimeError: it has a tangent.
     """
     check_tensor(name, value, shape, FLOAT_DTYPES, problem.hidden.device)

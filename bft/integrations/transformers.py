@@ -159,13 +159,13 @@ class BFTTrainer(Trainer):
         parts = (labelled(inputs, stats), documents, stats.nll, stats.confidence, *weights)
         sums = torch.stack([part.sum().to(stats.nll) for part in parts])
         training = self.model.training
-        before = self._sums.get(training, torch.zeros_like(sums))
-        self._sums[training] = before + self.accelerator.reduce(sums, reduction="sum")
+        self._sums[training] = self._sums.get(training, torch.zeros_like(sums)) + sums
 
     def _means(self, training: bool) -> dict[str, float]:
-        """The means of what was added, which begin anew."""
+        """The means of what was added on all ranks, which begin anew."""
         if (sums := self._sums.pop(training, None)) is None:
             return {}
+        sums = self.accelerator.reduce(sums, reduction="sum")
         tokens, documents, nll, confidence, token_weight, sequence_weight = sums.tolist()
         of_tokens = {"nll": nll, "confidence": confidence, "token_weight": token_weight}
         means = {name: value / max(tokens, 1.0) for name, value in of_tokens.items()}

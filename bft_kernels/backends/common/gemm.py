@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from bft_kernels.settings import Settings
+
 
 def gemm_dtype(operand: torch.dtype, acc_dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The type the operands have when they enter the vendor's GEMM."""
@@ -170,3 +172,19 @@ def squared_norms(weight: Tensor, acc_dtype: torch.dtype, budget: int) -> Tensor
     for part, out in zip(weight.split(block), norms.split(block), strict=True):
         torch.sum(part.to(acc_dtype).square(), dim=1, out=out)
     return norms
+
+
+def transform_logits(
+    y: Tensor, bias: Tensor | None, settings: Settings, slope: Tensor | None
+) -> None:
+    """Turns ``y`` into ``z`` in place, and fills ``slope``, if given, with the softcap's slope."""
+    if bias is not None:
+        y += bias
+    scale = 1.0 / settings.temperature
+    if settings.softcap is not None:
+        y.div_(settings.softcap).tanh_()
+        if slope is not None:
+            torch.square(y, out=slope).neg_().add_(1)
+        scale *= settings.softcap
+    if scale != 1.0:
+        y.mul_(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.gemm import transform_logits
 from bft_kernels.backends.common.rows import DeviceRows, LabelledRows
 from bft_kernels.problem import Problem
 from bft_kernels.results import Forward
@@ -27,18 +28,11 @@ class TopLogits:
     def take(self, logits: Tensor, first: int) -> None:
         """Takes raw logits ``[n, V]`` of the rows from ``first`` on, and does not change them."""
         for a in range(0, logits.shape[0], self.tile_rows):
-            z = self._transformed(logits[a : a + self.tile_rows])
+            z = logits[a : a + self.tile_rows].clone()
+            transform_logits(z, self.problem.bias, self.problem.settings, None)
             ids = largest(z, self.problem.settings.top_k)
             part = slice(first + a, first + a + z.shape[0])
             self.ids[part], self.values[part] = ids, z.gather(1, ids)
-
-    def _transformed(self, y: Tensor) -> Tensor:
-        settings, bias = self.problem.settings, self.problem.bias
-        z, scale = y.clone() if bias is None else y + bias.to(y.dtype), 1 / settings.temperature
-        if settings.softcap is not None:
-            z.div_(settings.softcap).tanh_()
-            scale *= settings.softcap
-        return z.mul_(scale)
 
     def added_to(self, result: Forward) -> Forward:
         """The results of the call with ids and log-probabilities; -1 and 0 where ignored."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.common.gemm import Gemm, add_product, converts, multiply
+from bft_kernels.backends.common.gemm import Gemm, add_product, converts, multiply, transform_logits
 from bft_kernels.backends.common.rows import LabelledRows
-from bft_kernels.backends.torch.softmax import gradient_factors, transform_logits
+from bft_kernels.backends.torch.softmax import gradient_factors
 from bft_kernels.problem import Problem
 from bft_kernels.results import Gradients, Saved
 from bft_kernels.settings import Settings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bft_kernels.backends.common.gemm import transform_logits
 from bft_kernels.settings import Settings
 
 
@@ -91,22 +92,6 @@ class Softmax:
     def smooth(self) -> Tensor:
         """``lse - mean_v z_v``, the loss of a uniform label."""
         return self.log_total - self.shifted.mean(dim=1)
-
-
-def transform_logits(
-    y: Tensor, bias: Tensor | None, settings: Settings, slope: Tensor | None
-) -> None:
-    """Turns ``y`` into ``z`` in place, and fills ``slope``, if given, with the softcap's slope."""
-    if bias is not None:
-        y += bias
-    scale = 1.0 / settings.temperature
-    if settings.softcap is not None:
-        y.div_(settings.softcap).tanh_()
-        if slope is not None:
-            torch.square(y, out=slope).neg_().add_(1)
-        scale *= settings.softcap
-    if scale != 1.0:
-        y.mul_(scale)
 
 
 def softmax_tile(
