@@ -11,6 +11,7 @@ from bft_kernels import ops
 from bft_kernels.dispatch import offered
 from bft_kernels.problem import Problem, traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
+from bft_kernels.settings import TAKEN, WEIGHTED
 
 # Where a problem's arguments begin in each op's, and how many of them are tensors.
 _OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, 5
@@ -159,14 +160,14 @@ def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
 
 
 def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = inputs[_OF_WEIGHTED : _OF_WEIGHTED + _TENSORS]
+    tensors, rest = inputs[_OF_WEIGHTED:][:_TENSORS], inputs[_OF_WEIGHTED + _TENSORS :]
     result = WeightedLoss(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
     ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
-    problem = ops.as_problem(tensors, inputs[_OF_WEIGHTED + _TENSORS :])
-    ctx.dtypes = [None if x is None else x.dtype for x in (*tensors[:2], problem.bias)]
-    ctx.made, ctx.backend = problem.wanted, problem.settings.backend
+    hidden, weight, _, bias, _ = tensors
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+    ctx.made, ctx.backend = rest[-3:], rest[TAKEN[WEIGHTED].index("backend")]
 
 
 def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:

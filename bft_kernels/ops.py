@@ -44,7 +44,7 @@ from bft_kernels.results import (
     Saved,
     WeightedLoss,
 )
-from bft_kernels.settings import NAMES, Settings
+from bft_kernels.settings import BALANCED, NLL, TAKEN, WEIGHTED, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
@@ -58,10 +58,10 @@ def _fields(record: type, stop: int | None = None) -> str:
     return ", ".join([f"Tensor {name}" for name in names])
 
 
-def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...]) -> Problem:
+def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...], op: str = NLL) -> Problem:
     """A problem from an op's arguments: ``_TENSORS``, then those of ``Problem.arguments``."""
     hidden, weight, target, bias, seed = tensors
-    return Problem(hidden, weight, target, bias, seed, *problems.split(rest))
+    return Problem(hidden, weight, target, bias, seed, *problems.split(rest, op))
 
 
 def _engine(problem: Problem) -> Engine:
@@ -126,7 +126,7 @@ def _(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
 @torch.library.custom_op(
     "bft_kernels::linear_nll",
     mutates_args=(),
-    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward, _TOP)})",
+    schema=f"({_TENSORS}, {problems.SCHEMA[NLL]}) -> ({_fields(Forward, _TOP)})",
 )
 def linear_nll_op(*arguments: Any) -> tuple[Any, ...]:
     """See :class:`bft_kernels.results.Forward`."""
@@ -140,7 +140,7 @@ def linear_nll_op(*arguments: Any) -> tuple[Any, ...]:
 @torch.library.custom_op(
     "bft_kernels::linear_nll_top_k",
     mutates_args=(),
-    schema=f"({_TENSORS}, {problems.SCHEMA}) -> ({_fields(Forward)})",
+    schema=f"({_TENSORS}, {problems.SCHEMA[NLL]}) -> ({_fields(Forward)})",
 )
 def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
     """The same with the most probable tokens; plain PyTorch where a backend holds no whole rows."""
@@ -155,7 +155,7 @@ def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
 def linear_nll(problem: Problem) -> Forward:
     """The loss of each token, and what its backward needs, if there is one."""
     p, op = problem, linear_nll_top_k_op if problem.settings.top_k else linear_nll_op
-    return Forward(*op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments()))
+    return Forward(*op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments(NLL)))
 
 
 @linear_nll_op.register_fake
@@ -201,7 +201,8 @@ def _fake_forward(arguments: tuple[Any, ...]) -> Forward:
     "bft_kernels::linear_nll_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad, {_fields(Saved)}, {_TENSORS}, {problems.SCHEMA}) -> ({_fields(Gradients)})"
+        f"(Tensor grad, {_fields(Saved)}, {_TENSORS}, {problems.SCHEMA[NLL]}) "
+        f"-> ({_fields(Gradients)})"
     ),
 )
 def linear_nll_backward_op(*arguments: Any) -> tuple[Tensor, ...]:
@@ -254,7 +255,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "bft_kernels::weighted_loss",
     mutates_args=(),
     schema=(
-        f"(Tensor token_scale, Tensor? cu_seqlens, Tensor? bounds, {_TENSORS}, {problems.SCHEMA})"
+        f"(Tensor token_scale, Tensor? cu_seqlens, Tensor? bounds, {_TENSORS}, "
+        f"{problems.SCHEMA[WEIGHTED]})"
         f" -> ({_fields(WeightedLoss)})"
     ),
 )
@@ -262,7 +264,7 @@ def weighted_loss_op(
     token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     """See :func:`weighted_loss`."""
-    problem = as_problem(rest[:5], rest[5:])
+    problem = as_problem(rest[:5], rest[5:], WEIGHTED)
     documents = None
     if cu_seqlens is not None:
         documents = _documents_on_host(cu_seqlens, bounds, problem.hidden)
@@ -286,7 +288,7 @@ def weighted_loss(
     p = problem
     tensors = p.hidden, p.weight, p.target, p.bias, None
     return WeightedLoss(
-        *weighted_loss_op(token_scale, cu_seqlens, bounds, *tensors, *p.arguments())
+        *weighted_loss_op(token_scale, cu_seqlens, bounds, *tensors, *p.arguments(WEIGHTED))
     )
 
 
@@ -310,7 +312,7 @@ def _documents_on_host(cu_seqlens: Tensor, bounds: Tensor | None, hidden: Tensor
 def _(
     token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    problem = as_problem(rest[:5], rest[5:])
+    problem = as_problem(rest[:5], rest[5:], WEIGHTED)
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc_dtype, (count, vocabulary, width) = problem.acc_dtype, problem.shape
     statistics = count if problem.statistics else 0
@@ -345,14 +347,14 @@ def _(
     mutates_args=(),
     schema=(
         "(Tensor loss, Tensor labelled, Tensor cu_seqlens, Tensor? num_items, "
-        f"{SETTINGS_SCHEMA}) -> ({_fields(BalancedLoss)})"
+        f"{SETTINGS_SCHEMA[BALANCED]}) -> ({_fields(BalancedLoss)})"
     ),
 )
 def balanced_loss_op(
     loss: Tensor, labelled: Tensor, cu_seqlens: Tensor, num_items: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the fields of ``Settings``."""
-    settings = Settings(*rest)
+    """See :func:`bft_kernels.weighting.balanced_loss`. ``rest``: the options that it takes."""
+    settings = Settings(**dict(zip(TAKEN[BALANCED], rest, strict=True)))
     own = offered("balanced_loss", settings.backend, traits_of(loss))
     function = own or weighting.balanced_loss
     cu_seqlens = boundaries_beside(cu_seqlens, loss.device)
@@ -368,8 +370,8 @@ def balanced_loss(
     settings: Settings,
 ) -> BalancedLoss:
     """See :func:`bft_kernels.weighting.balanced_loss`."""
-    values = [getattr(settings, name) for name in NAMES]
-    return BalancedLoss(*balanced_loss_op(loss, labelled, cu_seqlens, num_items, *values))
+    options = [getattr(settings, name) for name in TAKEN[BALANCED]]
+    return BalancedLoss(*balanced_loss_op(loss, labelled, cu_seqlens, num_items, *options))
 
 
 @balanced_loss_op.register_fake

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from bft_kernels.checks import FLOAT_DTYPES, check_tensor, check_waiting
 from bft_kernels.documents import shift_labels
 from bft_kernels.results import Wanted
-from bft_kernels.settings import NAMES, Settings, check_settings, values_of
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
+from bft_kernels.settings import TAKEN, Settings, check_settings, options_of, values_of
 from bft_kernels.values import check_int
 
 CPU_BUFFER_BYTES = 64 * 2**20
@@ -101,22 +101,24 @@ class Problem:
         # A cached_property takes a lock in Python 3.11, which torch.compile cannot trace.
         return self.target != self.settings.ignore_index
 
-    def arguments(self) -> list[Any]:
-        """All arguments that are not tensors, in the order of :data:`SCHEMA`."""
+    def arguments(self, op: str) -> list[Any]:
+        """An op's arguments that are not tensors, in the order of :data:`SCHEMA`."""
         if torch.compiler.is_compiling():  # a getter of attributes cannot be traced
-            return [getattr(self.settings, x) for x in NAMES] + [self.operand, *self.wanted]
-        return [*values_of(self.settings), self.operand, *self.wanted]
+            return [getattr(self.settings, x) for x in TAKEN[op]] + [self.operand, *self.wanted]
+        return [*options_of[op](self.settings), self.operand, *self.wanted]
 
 
-# The part of the ops' schemas for arguments that are not tensors.
-SCHEMA = (
-    f"{SETTINGS_SCHEMA}, ScalarType operand, bool want_hidden, bool want_weight, bool want_bias"
-)
+# By op: the part of its schema for arguments that are not tensors.
+SCHEMA = {
+    op: f"{options}, ScalarType operand, bool want_hidden, bool want_weight, bool want_bias"
+    for op, options in SETTINGS_SCHEMA.items()
+}
 
 
-def split(arguments: tuple[Any, ...]) -> tuple[Settings, torch.dtype, Wanted]:
+def split(arguments: tuple[Any, ...], op: str) -> tuple[Settings, torch.dtype, Wanted]:
     """Takes apart what :meth:`Problem.arguments` put together."""
-    return Settings(*arguments[:-4]), arguments[-4], Wanted(*arguments[-3:])
+    options = dict(zip(TAKEN[op], arguments, strict=False))
+    return Settings(**options), arguments[-4], Wanted(*arguments[-3:])
 
 
 class Traits(NamedTuple):

@@ -56,10 +56,24 @@ def check_names(name: str, value: object, choices: Sequence[str]) -> None:
         check_choice(name, one, choices)
 
 
-def _option(default: Any, check: Callable[..., None], text: str, **limits: Any) -> Any:
-    """A field: its default, how a value is checked, and a line of documentation."""
-    metadata = {"check": functools.partial(check, **limits) if limits else check, "help": text}
-    return field(default=default, metadata={**metadata, "choices": limits.get("choices")})
+# The ops that take options: token losses, weighted sums of them, and weights from token losses. An
+# op's schema leaves out what it does not read: each argument costs host time in every call.
+NLL, WEIGHTED, BALANCED = OPS = ("nll", "weighted", "balanced")
+LOSSES, WEIGHTS = (NLL, WEIGHTED), (WEIGHTED, BALANCED)
+
+
+def _option(
+    default: Any,
+    check: Callable[..., None],
+    text: str,
+    *,
+    ops: tuple[str, ...] = LOSSES,
+    **limits: Any,
+) -> Any:
+    """A field: its default, how a value is checked, a line of documentation, and who reads it."""
+    checks = functools.partial(check, **limits) if limits else check
+    metadata = {"check": checks, "help": text, "ops": ops, "choices": limits.get("choices")}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -71,25 +85,27 @@ class TrainingSettings:
 
     scheme: str | SchemeFunction = _option(  # noqa: RUF009  as the others
         "bft", check_scheme, "the weighting scheme: `sft`, `dft`, `bft`, `bft-v1`, `bft-v1-code`, "
-        "or a function (in `bft` its import path, `module:name`)",
+        "or a function (in `bft` its import path, `module:name`)", ops=WEIGHTS,
     )  # fmt: skip
     window: int = _option(
-        256, check_int, "labelled tokens in a window; a quarter of an answer is a good size", low=1
-    )
-    gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`")
+        256, check_int, "labelled tokens in a window; a quarter of an answer is a good size", low=1,
+        ops=WEIGHTS,
+    )  # fmt: skip
+    gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`", ops=WEIGHTS)
     gradient: str = _option(
         "exact", check_choice, "`exact`, or `sampled`: an unbiased sparse estimate",
-        choices=("exact", "sampled"),
+        choices=("exact", "sampled"), ops=(NLL,),
     )  # fmt: skip
     eps: float = _option(
-        2**-12, check_positive, "`sampled` always keeps an entry with `p >= eps`", high=1.0
-    )
+        2**-12, check_positive, "`sampled` always keeps an entry with `p >= eps`", high=1.0,
+        ops=(NLL,),
+    )  # fmt: skip
     backend: str = _option(
-        "auto", check_type, "`auto` or a backend's name", kind=str, what="a name"
+        "auto", check_type, "`auto` or a backend's name", kind=str, what="a name", ops=OPS
     )
     normalize: str = _option(
         "sequence", check_choice, "divide by documents (`sequence`) or by labels (`token`)",
-        choices=("sequence", "token"),
+        choices=("sequence", "token"), ops=(BALANCED,),
     )  # fmt: skip
 
 
@@ -101,8 +117,9 @@ class Settings(TrainingSettings):
         -100, check_int, "tokens with this target have loss 0 and get no gradient", low=-(2**63)
     )
     shift: bool = _option(
-        False, check_bool, "labels are not shifted yet: position `t` predicts `target[..., t + 1]`"
-    )
+        False, check_bool, "labels are not shifted yet: position `t` predicts `target[..., t + 1]`",
+        ops=(),
+    )  # fmt: skip
     softcap: float | None = _option(
         None, check_positive, "`y -> softcap * tanh(y / softcap)`, before the temperature"
     )
@@ -113,7 +130,7 @@ class Settings(TrainingSettings):
     z_loss: float = _option(0.0, check_number, "factor of `lse**2`", low=0.0)
     reduction: str = _option(
         "mean", check_choice, "`mean` over labelled tokens, `sum` or `none`",
-        choices=("none", "mean", "sum"),
+        choices=("none", "mean", "sum"), ops=(),
     )  # fmt: skip
     max_buffer_bytes: int | None = _option(
         None, check_int, "budget of the blocks of logits; the default depends on the device", low=1
@@ -123,20 +140,26 @@ class Settings(TrainingSettings):
     )
     return_stats: bool = _option(False, check_bool, "also return statistics of each token")
     hidden_variance: bool = _option(
-        False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`"
-    )
+        False, check_bool, "with `sampled`, also the expected squared error of rows of `dH`",
+        ops=(NLL,),
+    )  # fmt: skip
     out_dtype: dtype | None = _option(  # noqa: RUF009  as the others
-        None, check_float_type, "type of the loss; by default that of the sums"
+        None, check_float_type, "type of the loss; by default that of the sums", ops=()
     )
-    return_z_loss: bool = _option(False, check_bool, "also return the z-loss's part of the loss")
+    return_z_loss: bool = _option(
+        False, check_bool, "also return the z-loss's part of the loss", ops=()
+    )
     differentiable: Sequence[str] = _option(
-        (), check_names, "statistics with a gradient: `lse`, `entropy`", choices=("lse", "entropy")
+        (), check_names, "statistics with a gradient: `lse`, `entropy`",
+        choices=("lse", "entropy"), ops=(NLL,),
+    )  # fmt: skip
+    top_k: int = _option(
+        0, check_int, "how many of the most probable tokens to return", low=0, ops=(NLL,)
     )
-    top_k: int = _option(0, check_int, "how many of the most probable tokens to return", low=0)
 
 
 NAMES = tuple(option.name for option in fields(Settings))
-values_of = operator.attrgetter(*NAMES)  # a tuple in the order of SCHEMA
+values_of = operator.attrgetter(*NAMES)
 _CHECKS = tuple((f.name, f.default, f.metadata["check"]) for f in fields(Settings))
 _SCHEMA_TYPES = {
     "int": "int",
@@ -150,8 +173,15 @@ _SCHEMA_TYPES = {
     "dtype | None": "ScalarType?",
     "Sequence[str]": "str[]",
 }
-# The part of the ops' schemas that carries the settings.
-SCHEMA = ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings))
+# By op: the names and values of the options that it takes, and the part of its schema for them.
+TAKEN = {op: tuple(f.name for f in fields(Settings) if op in f.metadata["ops"]) for op in OPS}
+options_of = {op: operator.attrgetter(*names) for op, names in TAKEN.items()}
+SCHEMA = {
+    op: ", ".join(
+        f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in fields(Settings) if f.name in of
+    )
+    for op, of in TAKEN.items()
+}
 
 
 def check_settings(settings: Settings) -> None:

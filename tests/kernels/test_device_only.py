@@ -183,7 +183,7 @@ def test_a_captured_op_refuses_boundaries_on_the_host(captured):
     call = captured_call(captured)
     tensors = share, cu_seqlens, BOUNDS, *captured.values(), None, None
     with pytest.raises(RuntimeError, match=r"^cu_seqlens: got a tensor on the CPU while .* Move"):
-        ops.weighted_loss_op._init_fn(*tensors, *call.arguments())
+        ops.weighted_loss_op._init_fn(*tensors, *call.arguments("weighted"))
 
 
 def test_a_capture_refuses_a_count_on_the_host(captured):

@@ -17,7 +17,7 @@ from bft_kernels.backends.cuda import native
 from bft_kernels.dispatch import offered
 from bft_kernels.problem import traits_of
 from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import SCHEMES, Settings, values_of
+from bft_kernels.settings import SCHEMES, Settings, options_of
 from tests.support.problems import assert_close, draw_problem
 from tests.support.samples import sampled_options
 from tests.support.soak import soaked
@@ -372,7 +372,7 @@ def test_the_loss_of_one_graph(triton, fresh_compiler):
 def test_opcheck(triton, rows, fresh_compiler):
     loss, labelled, bounds = draw((rows, 0), 0.7)
     inputs = (loss.requires_grad_(), labelled, bounds)
-    settings = values_of(how_of("bft", 4, normalize="token", backend="triton"))
+    settings = options_of["balanced"](how_of("bft", 4, normalize="token", backend="triton"))
     torch.library.opcheck(ops.balanced_loss_op, (*(x.to(DEVICE) for x in inputs), None, *settings))
 
 

@@ -15,7 +15,7 @@ from bft_kernels import (
     ops,
 )
 from bft_kernels.results import Saved, Wanted
-from bft_kernels.settings import Settings, values_of
+from bft_kernels.settings import Settings, options_of
 from tests.support.losses import assert_same_loss
 from tests.support.problems import OLD_COMPILER, call_of, draw_problem, op_arguments
 from tests.support.runs import run_python
@@ -75,7 +75,9 @@ def test_opcheck_weighted_loss(rows, scheme):
     scale = torch.rand(rows, dtype=torch.float64)
     documents = torch.tensor([0, rows // 3, rows // 3, rows])
     call = call_of(p, scheme=scheme, window=4, **OPTIONS)
-    torch.library.opcheck(ops.weighted_loss_op, (scale, documents, None, *op_arguments(call)))
+    torch.library.opcheck(
+        ops.weighted_loss_op, (scale, documents, None, *op_arguments(call, "weighted"))
+    )
 
 
 @pytest.mark.parametrize("scheme", ["sft", "bft", "bft-v1-code"])
@@ -84,8 +86,8 @@ def test_opcheck_balanced_loss(rows, scheme):
     loss = torch.rand(rows, dtype=torch.float64, requires_grad=True)
     labelled, documents = torch.rand(rows) < 0.7, torch.tensor([0, rows // 3, rows // 3, rows])
     for items in (None, torch.tensor(3)):
-        settings = values_of(Settings(scheme=scheme, window=4))
-        torch.library.opcheck(ops.balanced_loss_op, (loss, labelled, documents, items, *settings))
+        taken = options_of["balanced"](Settings(scheme=scheme, window=4))
+        torch.library.opcheck(ops.balanced_loss_op, (loss, labelled, documents, items, *taken))
 
 
 SAMPLED = {"gradient": "sampled", "eps": 0.05, "seed": 7}

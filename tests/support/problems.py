@@ -186,7 +186,7 @@ def call_of(p, seed=None, wanted=(True, True, True), **options):
     return Call(*p.args, p.bias, seed, Settings(**options), p.hidden.dtype, Wanted(*wanted))
 
 
-def op_arguments(call):
-    """What ``ops.linear_nll_op`` takes."""
+def op_arguments(call, op="nll"):
+    """What ``ops.linear_nll_op`` takes, or the part of ``weighted_loss_op`` that is a problem."""
     tensors = call.hidden, call.weight, call.target, call.bias, call.seed
-    return *tensors, *call.arguments()
+    return *tensors, *call.arguments(op)
