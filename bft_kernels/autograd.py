@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from bft_kernels import ops
 from bft_kernels.dispatch import offered
-from bft_kernels.problem import Problem, traits_of
+from bft_kernels.problem import WANTED, Problem, traits_of
 from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLoss
 from bft_kernels.settings import TAKEN, WEIGHTED
 
 # Where a problem's arguments begin in each op's, and how many of them are tensors.
-_OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, 5
+_OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, ops.TENSORS
 # Elements scaled at a time: a gradient of a narrow type is scaled in float32, block by block.
 _SCALE_BLOCK = 2**22
 
@@ -30,15 +31,20 @@ def _refuse_double_backward() -> None:
 def _needed(ctx: Any, first: int) -> Wanted:
     """Which gradients this backward needs; the problem's tensors begin at argument ``first``."""
     needs = ctx.needs_input_grad
-    return Wanted(needs[first], needs[first + 1], needs[first + 3])
+    return Wanted(needs[first], needs[first + 1], needs[first + 3], needs[first + 5])
 
 
 def _gradients(
-    ctx: Any, first: int, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ctx: Any,
+    first: int,
+    hidden: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    adapter: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """A gradient, or ``None``, for each argument of the op."""
-    rest = len(ctx.needs_input_grad) - first - 4
-    return (*[None] * first, hidden, weight, None, bias, *[None] * rest)
+    rest = len(ctx.needs_input_grad) - first - _TENSORS
+    return (*[None] * first, hidden, weight, None, bias, None, adapter, *[None] * rest)
 
 
 def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -65,8 +71,8 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     given: Any = Forward(*grads)
     grad = given.loss
     if grad is None and given.lse is None and given.entropy is None:
-        return _gradients(ctx, _OF_NLL, None, None, None)
-    if ctx.saved == "none" or (ctx.saved == "unit" and (wanted.weight or wanted.bias)):
+        return _gradients(ctx, _OF_NLL)
+    if ctx.saved == "none" or (ctx.saved == "unit" and any(wanted[1:])):
         raise RuntimeError(
             f"wanted: got {wanted} in a backward, expected no more than the forward was told of"
         )
@@ -74,7 +80,7 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         target, unit = ctx.saved_tensors
         upstream = torch.where(target != ctx.ignore_index, grad, 0)
         grad_hidden = (upstream[:, None] * unit).to(ctx.hidden_dtype)
-        return _gradients(ctx, _OF_NLL, grad_hidden, None, None)
+        return _gradients(ctx, _OF_NLL, grad_hidden)
     kept = ctx.saved_tensors  # may be read only once
     tensors, saved = kept[:_TENSORS], Saved(*kept[_TENSORS:][: len(Saved._fields)])
     of_target = given.lse if ctx.saved == "entries" else None  # lse = nll + z_target
@@ -83,28 +89,21 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     elif ctx.attached and ctx.saved == "recompute":
         grad = _with_statistics((grad, given.lse, given.entropy), kept[-1], saved.lse)
     weight, bias = tensors[1], tensors[3]
-    rest = (*ctx.rest[:-3], *wanted)
+    rest = (*ctx.rest[:-WANTED], *wanted)
     into = _gradient_to_add_to(weight) if wanted.weight else None
-    dh: Tensor | None
-    dw: Tensor | None
-    db: Tensor | None
+    made: Sequence[Tensor | None]
     if into is not None:
         problem = ops.as_problem(tensors, rest)
         added = ops.linear_nll_backward(problem, grad, saved, into)
-        dh, dw, db = added.hidden, None, added.bias
+        made = added._replace(weight=None)
     else:
-        dh, dw, db = ops.linear_nll_backward_op(grad, *saved, *tensors, *rest)
+        made = ops.linear_nll_backward_op(grad, *saved, *tensors, *rest)
     if of_target is not None:
         targets = _targets_listed(saved, ops.as_problem(tensors, rest))
         more = ops.linear_nll_backward_op(of_target, *targets, *tensors, *rest)
-        dh, dw, db = [b if a is None else a + b for a, b in zip((dh, dw, db), more, strict=True)]
-    return _gradients(
-        ctx,
-        _OF_NLL,
-        dh if wanted.hidden else None,
-        dw if wanted.weight else None,
-        None if db is None or not wanted.bias else db.to(bias.dtype),
-    )
+        made = [b if a is None else a + b for a, b in zip(made, more, strict=True)]
+    dh, dw, db, da = [x if want else None for x, want in zip(made, wanted, strict=True)]
+    return _gradients(ctx, _OF_NLL, dh, dw, None if db is None else db.to(bias.dtype), da)
 
 
 def _with_statistics(
@@ -164,16 +163,18 @@ def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor
     result = WeightedLoss(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*result[1:])
-    ctx.save_for_backward(result.grad_hidden, result.grad_weight, result.grad_bias)
-    hidden, weight, _, bias, _ = tensors
-    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-    ctx.made, ctx.backend = rest[-3:], rest[TAKEN[WEIGHTED].index("backend")]
+    ctx.save_for_backward(
+        result.grad_hidden, result.grad_weight, result.grad_bias, result.grad_adapter
+    )
+    hidden, weight, _, bias, _, adapter = tensors
+    ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, adapter)]
+    ctx.made, ctx.backend = rest[-WANTED:], rest[TAKEN[WEIGHTED].index("backend")]
 
 
 def _weighted_loss_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     if grad is None:
-        return _gradients(ctx, _OF_WEIGHTED, None, None, None)
+        return _gradients(ctx, _OF_WEIGHTED)
     scaled = [
         _scale(gradient, grad, dtype, ctx.backend) if made and needed else None
         for gradient, dtype, made, needed in zip(

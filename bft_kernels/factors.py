@@ -69,9 +69,13 @@ def with_class_weights(
     losses = (1 - settings.label_smoothing) * weighted_losses(result.loss, of_label)
     if settings.label_smoothing:
         hidden = problem.hidden.masked_fill(~problem.labelled[:, None], 0)  # it may hold NaN there
-        hidden, weight = [x.to(problem.operand).to(acc) for x in (hidden, problem.weight)]
+        matrices = (
+            [problem.weight] if problem.adapter is None else [problem.weight, problem.adapter]
+        )
+        hidden, *matrices = [x.to(problem.operand).to(acc) for x in (hidden, *matrices)]
         # No products: settings of the process and autocast could make them narrow.
-        logits = (hidden * (weight * w[:, None]).sum(0)).sum(1)
+        rows = torch.cat([(matrix * w[:, None]).sum(0) for matrix in matrices])
+        logits = (hidden * rows).sum(1)
         if problem.bias is not None:
             logits = logits + (problem.bias.to(acc) * w).sum()
         smooth = w.sum() * result.lse - logits / settings.temperature

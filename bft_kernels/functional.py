@@ -36,6 +36,7 @@ def linear_nll(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = Settings.ignore_index,
     shift: bool = Settings.shift,
     cu_seqlens: Tensor | None = None,
@@ -55,13 +56,20 @@ def linear_nll(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """``nll = logsumexp(z) - z[target]`` per token, ``z = softcap(hidden @ weight.T + bias) / T``.
 
-    It is differentiable in ``hidden``, ``weight`` and ``bias``, for any upstream gradient.
+    It is differentiable in ``hidden``, ``weight``, ``bias`` and ``adapter``, for any upstream
+    gradient.
 
     Args:
         hidden: ``[..., D]`` bfloat16, float16, float32 or float64.
         weight: ``[V, D]``, same device. Its dtype may differ, but float64 is not mixed with others.
         target: ``[...]`` int64, int32 or uint8, ``0 <= target < V`` or ``ignore_index``.
         bias: ``[V]``. Entries of ``-inf`` mask columns of the vocabulary.
+        adapter: a low-rank adapter of the head, ``(a, b)`` with ``a [..., r]`` and ``b [V, r]``,
+            which adds ``a @ b.T`` to the products. For LoRA's ``A [r, D]`` and ``B [V, r]`` it is
+            ``(scaling * dropout(hidden) @ A.T, B)``. No ``[V, D]`` is made: each block of logits
+            takes two products, and only ``a``, ``b`` and ``hidden`` get gradients if ``weight``
+            is frozen. ``a`` is rounded as ``hidden`` is. Plain PyTorch computes such a call for the
+            ``cpu`` backend, for ``sampled``, and the exact backward of token losses.
         ignore_index: tokens with this target have loss 0 and get no gradient.
         shift: ``target [..., T]`` holds the labels as the model reads them: position ``t`` predicts
             ``target[..., t + 1]``, and the last position of each row predicts nothing.
@@ -121,7 +129,7 @@ def linear_nll(
         top_k=top_k,
     )
     _check_shift(shift, cu_seqlens)
-    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens, adapter)
     if top_k > weight.shape[0]:
         raise ValueError(f"top_k: got {top_k}, expected at most V = {weight.shape[0]}")
     result = ops.linear_nll(problem)
@@ -135,6 +143,7 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = Settings.ignore_index,
     shift: bool = Settings.shift,
     cu_seqlens: Tensor | None = None,
@@ -210,7 +219,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
     )
     _check_shift(shift, cu_seqlens)
-    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens, adapter)
     labelled = problem.labelled
     if token_weight is None:
         scale = labelled.to(problem.acc_dtype)
@@ -264,6 +273,7 @@ def balanced_linear_cross_entropy(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     ignore_index: int = Settings.ignore_index,
     shift: bool = Settings.shift,
     scheme: str | SchemeFunction = Settings.scheme,
@@ -338,7 +348,7 @@ def balanced_linear_cross_entropy(
         gamma=gamma,
         normalize=normalize,
     )
-    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens)
+    problem = make_problem(hidden, weight, target, bias, seed, settings, cu_seqlens, adapter)
     if not isinstance(scheme, str):
         problem = replace(problem, settings=replace(settings, scheme=CALLABLE))
     boundaries = _boundaries_of(cu_seqlens, problem, target.shape)

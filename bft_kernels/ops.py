@@ -17,6 +17,7 @@ not tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,12 +43,16 @@ from bft_kernels.results import (
     Forward,
     Gradients,
     Saved,
+    Wanted,
     WeightedLoss,
 )
 from bft_kernels.settings import BALANCED, NLL, TAKEN, WEIGHTED, Settings
 from bft_kernels.settings import SCHEMA as SETTINGS_SCHEMA
 
-_TENSORS = "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed"
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? seed, Tensor? adapter"
+)
+TENSORS = 6  # how many these are
 
 
 _TOP = len(Forward._fields) - 2  # where the results of top_k begin
@@ -60,8 +65,9 @@ def _fields(record: type, stop: int | None = None) -> str:
 
 def as_problem(tensors: tuple[Any, ...], rest: tuple[Any, ...], op: str = NLL) -> Problem:
     """A problem from an op's arguments: ``_TENSORS``, then those of ``Problem.arguments``."""
-    hidden, weight, target, bias, seed = tensors
-    return Problem(hidden, weight, target, bias, seed, *problems.split(rest, op))
+    hidden, weight, target, bias, seed, adapter = tensors
+    options = problems.split(rest, op)
+    return Problem(hidden, weight, target, bias, seed, *options, adapter)
 
 
 def _engine(problem: Problem) -> Engine:
@@ -69,7 +75,20 @@ def _engine(problem: Problem) -> Engine:
     # The device's type is tested here too, so that a call on a CPU does not call `captures`.
     now = hidden.device.type == "cuda" and captures(hidden.device)
     choose = select.__wrapped__ if now else select
-    return choose(problem.settings.backend, hidden, weight, problem.operand)
+    backend = choose(problem.settings.backend, hidden, weight, problem.operand)
+    return backend if problem.adapter is None else _for_adapter(problem, backend)
+
+
+def _for_adapter(problem: Problem, backend: Engine) -> Engine:
+    """Plain PyTorch where a backend has no whole rows of logits, or may compute some again."""
+    whole = getattr(backend, "HOLDS_ROWS", True) and problem.saved != "entries"
+    return backend if whole else engine("torch")
+
+
+def tensors_of(problem: Problem) -> tuple[Tensor | None, ...]:
+    """The arguments of ``_TENSORS``."""
+    p = problem
+    return p.hidden, p.weight, p.target, p.bias, p.seed, p.adapter
 
 
 def _check(problem: Problem) -> None:
@@ -83,6 +102,8 @@ def _check(problem: Problem) -> None:
         check_finite("weight", problem.weight)
         if problem.bias is not None:
             check_bias(problem.bias)
+        if problem.adapter is not None:
+            check_finite("adapter: b", problem.adapter)
 
 
 @torch.library.custom_op("bft_kernels::documents", mutates_args=())
@@ -130,7 +151,7 @@ def _(items: Tensor, labelled: Tensor, wait: bool) -> Tensor:
 )
 def linear_nll_op(*arguments: Any) -> tuple[Any, ...]:
     """See :class:`bft_kernels.results.Forward`."""
-    problem = as_problem(arguments[:5], arguments[5:])
+    problem = as_problem(arguments[:TENSORS], arguments[TENSORS:])
     _check(problem)
     backend = _engine(problem)
     with own_settings(problem.hidden):
@@ -144,7 +165,7 @@ def linear_nll_op(*arguments: Any) -> tuple[Any, ...]:
 )
 def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
     """The same with the most probable tokens; plain PyTorch where a backend holds no whole rows."""
-    problem = as_problem(arguments[:5], arguments[5:])
+    problem = as_problem(arguments[:TENSORS], arguments[TENSORS:])
     _check(problem)
     backend = _engine(problem)
     backend = backend if getattr(backend, "HOLDS_ROWS", True) else engine("torch")
@@ -155,7 +176,7 @@ def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
 def linear_nll(problem: Problem) -> Forward:
     """The loss of each token, and what its backward needs, if there is one."""
     p, op = problem, linear_nll_top_k_op if problem.settings.top_k else linear_nll_op
-    return Forward(*op(p.hidden, p.weight, p.target, p.bias, p.seed, *p.arguments(NLL)))
+    return Forward(*op(*tensors_of(p), *p.arguments(NLL)))
 
 
 @linear_nll_op.register_fake
@@ -169,7 +190,7 @@ def _(*arguments: Any) -> tuple[Any, ...]:
 
 
 def _fake_forward(arguments: tuple[Any, ...]) -> Forward:
-    problem = as_problem(arguments[:5], arguments[5:])
+    problem = as_problem(arguments[:TENSORS], arguments[TENSORS:])
     hidden, acc_dtype, saved = problem.hidden, problem.acc_dtype, problem.saved
     count, width = hidden.shape
 
@@ -223,15 +244,37 @@ def linear_nll_backward(
     factors of ``nll``'s gradient, of ``p_v`` and of ``p_v (z_v - lse)``: plain PyTorch computes
     that in blocks for every backend.
     """
-    backend = engine("torch") if grad.dim() > 1 else _engine(problem)
+    exact = problem.settings.gradient == "exact"
+    if problem.adapter is not None and not exact:
+        return _sampled_with_adapter(problem, problem.adapter, grad, saved, grad_weight)
+    by_torch = grad.dim() > 1 or problem.adapter is not None
+    backend = engine("torch") if by_torch else _engine(problem)
     with own_settings(problem.hidden):
         return backend.linear_nll_backward(problem, grad, saved, grad_weight)
+
+
+def _sampled_with_adapter(
+    problem: Problem, b: Tensor, grad: Tensor, saved: Saved, grad_weight: Tensor | None
+) -> Gradients:
+    """The gradients of the sample by ``weight`` and by the adapter, which share its entries."""
+    width, wanted = problem.weight.shape[1], problem.wanted
+    hidden, a = problem.hidden[:, :width], problem.hidden[:, width:]
+    of_weight = wanted._replace(adapter=False)
+    of_adapter = Wanted(hidden=wanted.hidden, weight=wanted.adapter, bias=False)
+    main = replace(problem, hidden=hidden, adapter=None, wanted=of_weight)
+    low = replace(problem, hidden=a, weight=b, bias=None, adapter=None, wanted=of_adapter)
+    made = linear_nll_backward(main, grad, saved, grad_weight)
+    with own_settings(problem.hidden):
+        more = engine("torch").linear_nll_backward(low, grad, saved, None)
+    if made.hidden is not None and more.hidden is not None:
+        made = made._replace(hidden=torch.cat([made.hidden, more.hidden], dim=1))
+    return made._replace(adapter=more.weight)
 
 
 def _split_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, Saved, Problem]:
     grad, rest = arguments[0], arguments[1:]
     saved, rest = Saved(*rest[: len(Saved._fields)]), rest[len(Saved._fields) :]
-    return grad, saved, as_problem(rest[:5], rest[5:])
+    return grad, saved, as_problem(rest[:TENSORS], rest[TENSORS:])
 
 
 @linear_nll_backward_op.register_fake
@@ -244,6 +287,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         weight.new_empty(weight.shape) if wanted.weight else absent.clone(),
         hidden.new_empty(weight.shape[0], dtype=problem.acc_dtype)
         if wanted.bias
+        else absent.clone(),
+        problem.adapter.new_empty(problem.adapter.shape)
+        if problem.adapter is not None and wanted.adapter
         else absent.clone(),
     )
 
@@ -262,16 +308,19 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 )
 def weighted_loss_op(
     token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """See :func:`weighted_loss`."""
-    problem = as_problem(rest[:5], rest[5:], WEIGHTED)
+    problem = as_problem(rest[:TENSORS], rest[TENSORS:], WEIGHTED)
     documents = None
     if cu_seqlens is not None:
         documents = _documents_on_host(cu_seqlens, bounds, problem.hidden)
     _check(problem)
     backend = _engine(problem)
     with own_settings(problem.hidden):
-        return tuple(backend.weighted_loss(problem, token_scale, documents))
+        made = backend.weighted_loss(problem, token_scale, documents)
+    if made.grad_adapter is None:
+        made = made._replace(grad_adapter=token_scale.new_empty(0))
+    return tuple(made)
 
 
 def weighted_loss(
@@ -286,7 +335,7 @@ def weighted_loss(
     are on an accelerator and ``bounds`` is ``None``, all documents are equally long.
     """
     p = problem
-    tensors = p.hidden, p.weight, p.target, p.bias, None
+    tensors = p.hidden, p.weight, p.target, p.bias, None, p.adapter
     return WeightedLoss(
         *weighted_loss_op(token_scale, cu_seqlens, bounds, *tensors, *p.arguments(WEIGHTED))
     )
@@ -311,8 +360,8 @@ def _documents_on_host(cu_seqlens: Tensor, bounds: Tensor | None, hidden: Tensor
 @weighted_loss_op.register_fake
 def _(
     token_scale: Tensor, cu_seqlens: Tensor | None, bounds: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    problem = as_problem(rest[:5], rest[5:], WEIGHTED)
+) -> tuple[Any, ...]:
+    problem = as_problem(rest[:TENSORS], rest[TENSORS:], WEIGHTED)
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc_dtype, (count, vocabulary, width) = problem.acc_dtype, problem.shape
     statistics = count if problem.statistics else 0
@@ -328,7 +377,7 @@ def _(
             count if wanted.hidden else 0, width, dtype=storage(hidden.dtype)
         ),
         grad_weight=weight.new_empty(
-            vocabulary if wanted.weight else 0, width, dtype=storage(weight.dtype)
+            vocabulary if wanted.weight else 0, weight.shape[1], dtype=storage(weight.dtype)
         ),
         grad_bias=vector(vocabulary if wanted.bias else 0),
         nll=vector(count),
@@ -339,6 +388,13 @@ def _(
         window_confidence=vector(count if weighs else 0),
         sequence_weight=vector(sequences),
         sequence_confidence=vector(sequences),
+        grad_adapter=token_scale.new_empty(0)
+        if problem.adapter is None
+        else problem.adapter.new_empty(
+            vocabulary if wanted.adapter else 0,
+            problem.adapter.shape[1],
+            dtype=storage(problem.adapter.dtype),
+        ),
     )
 
 

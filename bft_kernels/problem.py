@@ -32,9 +32,13 @@ _DEFAULTS = values_of(Settings())
 
 @dataclass(frozen=True)
 class Problem:
-    """The flattened tensors of a call, its settings, and the gradients that it needs."""
+    """The flattened tensors of a call, its settings, and the gradients that it needs.
 
-    hidden: Tensor  # [N, D]
+    With a low-rank adapter ``(a, b)`` of the head, ``hidden`` is ``[hidden | a]``, and the matrix
+    that it is multiplied with is ``[weight | b]``, which is never put together.
+    """
+
+    hidden: Tensor  # [N, D], or [N, D + r]
     weight: Tensor  # [V, D]
     target: Tensor  # [N] int64
     bias: Tensor | None  # [V]
@@ -43,11 +47,13 @@ class Problem:
     # The type that operands of GEMMs are rounded to. Sums are in acc_dtype.
     operand: torch.dtype
     wanted: Wanted  # gradients to prepare in a forward, or to make in a backward
+    adapter: Tensor | None = None  # [V, r]
 
     @functools.cached_property
     def shape(self) -> tuple[int, int, int]:
-        """``N``, ``V``, ``D``."""
-        return self.hidden.shape[0], *self.weight.shape
+        """``N``, ``V``, ``D``; ``D + r`` with an adapter."""
+        count, width = self.hidden.shape
+        return count, self.weight.shape[0], width
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -56,8 +62,8 @@ class Problem:
 
     @property
     def trains_head(self) -> bool:
-        """Whether a gradient of ``weight`` or ``bias`` is wanted."""
-        return self.wanted.weight or self.wanted.bias
+        """Whether a gradient of ``weight``, ``bias`` or ``adapter`` is wanted."""
+        return any(self.wanted[1:])
 
     @functools.cached_property
     def saved(self) -> str:
@@ -72,7 +78,7 @@ class Problem:
             return "none"
         if self.settings.gradient == "sampled":
             return "entries"
-        trains_head = self.wanted.weight or self.wanted.bias
+        trains_head = any(self.wanted[1:])
         return "recompute" if trains_head or self.settings.differentiable else "unit"
 
     @property
@@ -110,15 +116,16 @@ class Problem:
 
 # By op: the part of its schema for arguments that are not tensors.
 SCHEMA = {
-    op: f"{options}, ScalarType operand, bool want_hidden, bool want_weight, bool want_bias"
+    op: f"{options}, ScalarType operand, {', '.join(f'bool want_{x}' for x in Wanted._fields)}"
     for op, options in SETTINGS_SCHEMA.items()
 }
+WANTED = len(Wanted._fields)
 
 
 def split(arguments: tuple[Any, ...], op: str) -> tuple[Settings, torch.dtype, Wanted]:
     """Takes apart what :meth:`Problem.arguments` put together."""
     options = dict(zip(TAKEN[op], arguments, strict=False))
-    return Settings(**options), arguments[-4], Wanted(*arguments[-3:])
+    return Settings(**options), arguments[-WANTED - 1], Wanted(*arguments[-WANTED:])
 
 
 class Traits(NamedTuple):
@@ -169,6 +176,7 @@ def make_problem(
     seed: int | Tensor | None,
     settings: Settings,
     cu_seqlens: Tensor | None = None,  # [S + 1], for the shift
+    adapter: tuple[Tensor, Tensor] | None = None,  # [..., r], [V, r]
 ) -> Problem:
     """Checks everything that can be checked without values, and flattens the tensors.
 
@@ -191,10 +199,14 @@ def make_problem(
         _check_seed(seed, hidden)
     if settings.shift:
         target = shift_labels(target, cu_seqlens, settings.ignore_index)
+    factor, operand = None, _operand(hidden, weight)
+    if adapter is not None:
+        hidden, factor = _with_adapter(hidden, weight, adapter)
     wanted = Wanted(False, False, False)
     if torch.is_grad_enabled():
         of_bias = bias is not None and bias.requires_grad
-        wanted = Wanted(hidden.requires_grad, weight.requires_grad, of_bias)
+        of_adapter = factor is not None and factor.requires_grad
+        wanted = Wanted(hidden.requires_grad, weight.requires_grad, of_bias, of_adapter)
     samples = settings.gradient == "sampled" and any(wanted)
     return Problem(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
@@ -203,9 +215,35 @@ def make_problem(
         bias=bias,
         seed=_seed_tensor(seed, hidden.device) if samples else None,
         settings=settings,
-        operand=_operand(hidden, weight),
+        operand=operand,
         wanted=wanted,
+        adapter=factor,
     )
+
+
+def _with_adapter(hidden: Tensor, weight: Tensor, adapter: object) -> tuple[Tensor, Tensor]:
+    """``[hidden | a]`` and ``b`` of an adapter ``(a [..., r], b [V, r])``, which is checked."""
+    if not isinstance(adapter, tuple) or len(adapter) != 2:
+        raise TypeError(
+            f"adapter: got {type(adapter).__name__}, expected a pair of tensors (a, b), which adds "
+            "a @ b.T to the products"
+        )
+    a, b = adapter
+    check_derivatives(a=a, b=b)
+    device = hidden.device
+    for name, x, shape in (("a", a, hidden.shape[:-1]), ("b", b, weight.shape[:1])):
+        check_tensor(f"adapter: {name}", x, (*shape, None), FLOAT_DTYPES, device)
+        if (x.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            raise TypeError(
+                f"adapter: {name}: got dtype {x.dtype} with hidden {hidden.dtype}, expected both "
+                "float64 or neither: float64 is not mixed with narrower types"
+            )
+    if a.shape[-1] != b.shape[1] or b.shape[1] == 0:
+        raise ValueError(
+            f"adapter: got a {tuple(a.shape)} and b {tuple(b.shape)}, expected the same rank in "
+            "their last dimension, at least 1"
+        )
+    return torch.cat([hidden, a.to(hidden.dtype)], dim=-1), b
 
 
 def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:

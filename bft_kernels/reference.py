@@ -7,6 +7,10 @@ in the package repeats these formulas, and nothing here imports the fast code.
 Notation: ``N`` tokens, ``D`` hidden size, ``V`` vocabulary size, ``y = hidden @ weight.T + bias``,
 ``z = softcap(y) / temperature``, ``p = softmax(z)``, ``nll = logsumexp(z) - z[target]``,
 confidence ``c = exp(-nll)``.
+
+A low-rank adapter ``(a [N, r], b [V, r])`` of the head adds ``a @ b.T`` to ``y``. All of this
+module holds for it with ``[hidden | a]`` in the place of ``hidden`` and ``[weight | b]`` in that of
+``weight``, and gradients split likewise. Only the certificate of ``dH`` stays that of ``weight``.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ class Wanted(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    adapter: bool = False
 
 
 class Gradients(NamedTuple):
@@ -58,6 +59,7 @@ class Gradients(NamedTuple):
     hidden: Tensor | None  # [N, D]
     weight: Tensor | None  # [V, D]
     bias: Tensor | None  # [V]
+    adapter: Tensor | None = None  # [V, r]
 
 
 class Documents(NamedTuple):
@@ -83,6 +85,8 @@ class WeightedLoss(NamedTuple):
     window_confidence: Tensor  # [N] acc
     sequence_weight: Tensor  # [S] acc
     sequence_confidence: Tensor  # [S] acc
+    # Only with an adapter:
+    grad_adapter: Tensor | None = None  # [V, r] storage type of adapter
 
 
 class BalancedLoss(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import linear_nll
+from bft_kernels.ops import tensors_of
 from bft_kernels.problem import Problem as Call
 from bft_kernels.results import Wanted
 from bft_kernels.settings import Settings
@@ -188,5 +189,4 @@ def call_of(p, seed=None, wanted=(True, True, True), **options):
 
 def op_arguments(call, op="nll"):
     """What ``ops.linear_nll_op`` takes, or the part of ``weighted_loss_op`` that is a problem."""
-    tensors = call.hidden, call.weight, call.target, call.bias, call.seed
-    return *tensors, *call.arguments(op)
+    return *tensors_of(call), *call.arguments(op)

@@ -63,7 +63,9 @@ def linear_nll(make: Callable[[Problem], RowKernels], problem: Problem) -> Forwa
     """Losses and statistics of every labelled row, and what ``problem.saved`` says is kept."""
     kernels = make(problem)
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
-    gemm = Gemm(problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows)
+    gemm = Gemm(
+        problem.weight, problem.operand, problem.acc_dtype, plan.weight_rows, problem.adapter
+    )
     chunk = min(plan.chunk_rows, rows.size)
     buffer = hidden.new_empty(chunk, problem.shape[1], dtype=problem.acc_dtype)
     unit = None
@@ -101,7 +103,7 @@ def weighted_loss(
     rows, plan, hidden = kernels.rows, kernels.plan, problem.hidden
     assert isinstance(rows, LabelledRows)
     acc = problem.acc_dtype
-    gemm = Gemm(problem.weight, problem.operand, acc, plan.weight_rows)
+    gemm = Gemm(problem.weight, problem.operand, acc, plan.weight_rows, problem.adapter)
     sums = WeightedSums(problem, rows, documents, kernels.results, kernels.weigh)
     token_scale = rows.take(token_scale.to(acc), 0, rows.size)
     together = list(pieces(rows, sums.documents, plan.chunk_rows))

@@ -95,15 +95,24 @@ class Gemm:
         operand: the type to which the operands of GEMMs are rounded.
         acc_dtype: float32 or float64.
         block: rows of ``weight`` that are converted at a time, if it has to be converted.
+        adapter: ``[V, r]`` or None. Rows of ``hidden`` are ``[h | a]`` then, and two products make
+            logits, ``h @ weight.T + a @ adapter.T``. It is converted as a whole.
     """
 
     def __init__(
-        self, weight: Tensor, operand: torch.dtype, acc_dtype: torch.dtype, block: int
+        self,
+        weight: Tensor,
+        operand: torch.dtype,
+        acc_dtype: torch.dtype,
+        block: int,
+        adapter: Tensor | None = None,
     ) -> None:
         self.weight, self.operand, self.acc_dtype = weight, operand, acc_dtype
         # Whether blocks of weight are copied to another type before a GEMM.
         self.converts = converts(weight, operand, acc_dtype)
         self.block = block if self.converts else weight.shape[0]
+        self.width = weight.shape[1]
+        self.adapter = None if adapter is None else as_operand(adapter, operand, acc_dtype)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Rows of ``hidden`` as an operand."""
@@ -119,24 +128,39 @@ class Gemm:
             yield first, min(first + step, vocabulary)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """``out [n, V] = hidden [n, D] @ weight.T``."""
-        if not self.converts:
+        """``out [n, V] = hidden [n, D] @ weight.T``, and the adapter's product."""
+        if not self.converts and self.adapter is None:
             return multiply(hidden, self.weight.T, self.acc_dtype, out=out)
         for first, stop in self._blocks(self.block):
-            multiply(hidden, self.columns(first, stop).T, self.acc_dtype, out=out[:, first:stop])
+            self.block_of_logits(hidden, self.columns(first, stop), first, out[:, first:stop])
         return out
 
+    def block_of_logits(self, hidden: Tensor, columns: Tensor, first: int, out: Tensor) -> None:
+        """The logits ``out`` of the vocabulary from ``first`` on; see :meth:`columns`."""
+        if self.adapter is None:
+            multiply(hidden, columns.T, self.acc_dtype, out=out)
+            return
+        multiply(hidden[:, : self.width], columns.T, self.acc_dtype, out=out)
+        part = self.adapter[first : first + columns.shape[0]]
+        add_product(out, hidden[:, self.width :], part.T)
+
     def hidden_gradient(self, dy: Tensor) -> Tensor:
-        """``dy [n, V] @ weight -> [n, D]`` in acc_dtype."""
-        total: Tensor | None = None
+        """``dy [n, V] @ weight -> [n, D]`` in acc_dtype; ``[n, D + r]`` with an adapter."""
+        total = low = None
         for first, stop in self._blocks_of(dy):
             weight = self.columns(first, stop)
             part = dy[:, first:stop].to(weight.dtype)
-            if total is None:
-                total = multiply(part, weight, self.acc_dtype)
-            else:
-                add_product(total, part, weight)
+            total = self._sum(total, part, weight)
+            if self.adapter is not None:
+                low = self._sum(low, part, self.adapter[first:stop])
         assert total is not None
+        return total if low is None else torch.cat([total, low], dim=1)
+
+    def _sum(self, total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        """``total + a @ b``, in the place of ``total``."""
+        if total is None:
+            return multiply(a, b, self.acc_dtype)
+        add_product(total, a, b)
         return total
 
     def weight_gradient(

@@ -184,7 +184,8 @@ def _sampled(
 
 def _in_chunks(kernels: Kernels, problem: Problem, *, gradients: bool) -> bool:
     """Whether logits lie in a buffer. ``gradients`` says that they become gradients there."""
-    if (gradients and not kernels.TILES_GRADIENTS) or problem.settings.top_k:
+    whole = problem.settings.top_k or problem.adapter is not None
+    if (gradients and not kernels.TILES_GRADIENTS) or whole:
         return True
     return takes_chunks(*problem.shape[:2], problem.buffer_bytes)
 

@@ -96,8 +96,13 @@ class WeightedSums:
         )
         # It has the type of sums, and is [0, D] if it is not wanted. It is not filled, because the
         # first product is stored, not added.
-        self.grad_weight = empty((vocabulary if wanted.weight else 0, width), dtype=acc)
-        self.added = False  # whether grad_weight holds gradients
+        columns = problem.weight.shape[1]
+        self.grad_weight = empty((vocabulary if wanted.weight else 0, columns), dtype=acc)
+        self.grad_adapter: Tensor | None = None
+        if problem.adapter is not None:
+            rank = width - columns
+            self.grad_adapter = empty((vocabulary if wanted.adapter else 0, rank), dtype=acc)
+        self.added = False  # whether these two hold gradients
         self.grad_bias = zeros(vocabulary if wanted.bias else 0, dtype=acc)
         self.keeps = problem.settings.return_stats and documents is not None
         tokens = sequences = 0
@@ -151,9 +156,14 @@ class WeightedSums:
         if wanted.hidden:
             product = gemm.hidden_gradient(dy)
             self.grad_hidden[first:stop] = product if factor is None else product.mul_(factor)
+        split = gemm.width  # where the adapter's part of a row begins
         if wanted.weight:
-            gemm.weight_gradient(dy, operand, self.grad_weight, factor, adds=self.added)
-            self.added = True
+            own = operand if self.grad_adapter is None else operand[:, :split]
+            gemm.weight_gradient(dy, own, self.grad_weight, factor, adds=self.added)
+        if wanted.adapter and self.grad_adapter is not None:
+            own = operand[:, split:]
+            gemm.weight_gradient(dy, own, self.grad_adapter, factor, adds=self.added)
+        self.added = True
         if wanted.bias:
             sums = dy.sum(dim=0, dtype=self.problem.acc_dtype)
             self.grad_bias += sums if factor is None else sums.mul_(factor)
@@ -162,7 +172,10 @@ class WeightedSums:
         """The results over all ``N`` rows."""
         if not self.added:  # there was no labelled row
             self.grad_weight.zero_()
-        spread, problem = self.rows.spread, self.problem
+        spread, problem, grad_adapter = self.rows.spread, self.problem, self.grad_adapter
+        if problem.adapter is not None and grad_adapter is not None:
+            grad_adapter = grad_adapter if self.added else grad_adapter.zero_()
+            grad_adapter = grad_adapter.to(storage(problem.adapter.dtype))
         token_weight, window_confidence, *of_sequences = self.weighting
         return WeightedLoss(
             loss=self.loss,
@@ -174,6 +187,7 @@ class WeightedSums:
             window_confidence=spread(window_confidence) if self.keeps else window_confidence,
             sequence_weight=of_sequences[0],
             sequence_confidence=of_sequences[1],
+            grad_adapter=grad_adapter,
         )
 
 

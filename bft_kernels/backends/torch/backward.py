@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bft_kernels.backends.common.gemm import Gemm, add_product, converts, multiply, transform_logits
+from bft_kernels.backends.common.gemm import Gemm, add_product, converts, transform_logits
 from bft_kernels.backends.common.rows import LabelledRows
 from bft_kernels.backends.torch.softmax import gradient_factors
 from bft_kernels.problem import Problem
@@ -54,10 +54,14 @@ def _recompute(
         copies=rows.copies or converts(hidden, problem.operand, acc),
         scratch=2 * (problem.settings.softcap is not None) + (grad.dim() > 1),
     )
-    gemm = Gemm(weight, problem.operand, acc, plan.columns)
+    gemm = Gemm(weight, problem.operand, acc, plan.columns, problem.adapter)
+    split = gemm.width  # where the adapter's part of a row of hidden begins
     buffer = hidden.new_empty(max(1, min(plan.rows, rows.size)) * plan.columns, dtype=acc)
     grad_hidden = hidden.new_zeros(rows.size, width, dtype=acc) if wanted.hidden else None
     grad_bias = weight.new_zeros(vocabulary, dtype=acc) if wanted.bias else None
+    grad_adapter = None
+    if problem.adapter is not None and wanted.adapter:
+        grad_adapter = problem.adapter.new_zeros(problem.adapter.shape, dtype=acc)
     bias = None if problem.bias is None else problem.bias.to(acc)
     grads = grad.unbind() if grad.dim() > 1 else (grad,)
     for first in range(0, vocabulary, plan.columns):
@@ -71,23 +75,29 @@ def _recompute(
             b = min(a + plan.rows, rows.size)
             operand = gemm.rows(rows.take(hidden, a, b))
             dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
-            multiply(operand, columns.T, acc, out=dy)
+            gemm.block_of_logits(operand, columns, first, dy)
             values = (problem.target, saved.lse, saved.lse_low, saved.nll, *grads)
             part = [rows.take(x, a, b) for x in values]
             block_bias = None if bias is None else bias[first:stop]
             _logit_gradient(dy, part, first, vocabulary, block_bias, problem.settings)
             narrow = dy.to(columns.dtype)
             if grad_hidden is not None:
-                add_product(grad_hidden[a:b], narrow, columns)
+                add_product(grad_hidden[a:b, :split], narrow, columns)
+                if gemm.adapter is not None:
+                    add_product(grad_hidden[a:b, split:], narrow, gemm.adapter[first:stop])
             if into is not None:
-                add_product(into, narrow.T, operand)
+                add_product(into, narrow.T, operand[:, :split])
+            if grad_adapter is not None:
+                add_product(grad_adapter[first:stop], narrow.T, operand[:, split:])
             if grad_bias is not None:
                 grad_bias[first:stop].add_(dy.sum(dim=0))
         if grad_weight is not None and into is not None and grad_weight.dtype != acc:
             grad_weight[first:stop].add_(into)
     if grad_hidden is not None:
         grad_hidden = rows.spread(grad_hidden, hidden.dtype)
-    return Gradients(grad_hidden, grad_weight, grad_bias)
+    if grad_adapter is not None and problem.adapter is not None:
+        grad_adapter = grad_adapter.to(problem.adapter.dtype)
+    return Gradients(grad_hidden, grad_weight, grad_bias, grad_adapter)
 
 
 def _logit_gradient(
