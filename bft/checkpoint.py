@@ -219,8 +219,8 @@ def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
 def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes the base of a PEFT model with its adapters added to its weights.
 
-    Where the adapted embedding is tied to the head, the two are written as two tensors: only the
-    embedding has learned.
+    Where an adapter is on one of a tied embedding and head, the two are written as two tensors:
+    only that one has learned.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -242,8 +242,9 @@ def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
     if tied:
         logger.warning(
-            "the adapted embedding is tied to the head, which learned nothing: they are written "
-            "as two, with tie_word_embeddings=false. Merge the adapter only into such a base"
+            "embedding and head are tied, and an adapter is on one of them, which alone learned: "
+            "they are written as two, with tie_word_embeddings=false. Merge the adapter only into "
+            "such a base"
         )
     try:
         for config in tied:

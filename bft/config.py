@@ -111,7 +111,7 @@ class TrainConfig(LossOptions, _Files):
     lora_alpha: float | None = None
     """LoRA's scale; twice the rank if not given."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Modules with adapters, by PEFT's rules; the output head never gets one."""
+    """Modules with adapters, by PEFT's rules; `all-linear` has all but the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

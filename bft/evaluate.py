@@ -237,11 +237,12 @@ class _Measure:
         token_weight: torch.Tensor | None = None,  # of training; here every label counts once
     ) -> tuple[torch.Tensor, None]:
         labelled = target != IGNORE
+        adapter = head.adapter and (head.adapter[0][labelled], head.adapter[1])
         nll, stats = linear_nll(
             hidden[labelled],  # [N, D]
             target=target[labelled],
             return_stats=True,
-            **vars(head),
+            **{**vars(head), "adapter": adapter},
         )
         sums: dict[str, Any] = {
             "nll": nll.double().sum().item(),
@@ -258,15 +259,18 @@ class _Measure:
 def right_answers(hidden: torch.Tensor, head: Head, rows: Sequence[Sequence[Branch]]) -> list[bool]:
     """For each row of hidden [B, T, D], whether the gold child wins at all of its branches."""
     return [
-        all(_winner(states[branch.position], head, branch) == branch.gold for branch in branches)
-        for states, branches in zip(hidden, rows, strict=True)
+        all(_winner(hidden, head, row, branch) == branch.gold for branch in branches)
+        for row, branches in enumerate(rows)
     ]
 
 
-def _winner(state: torch.Tensor, head: Head, branch: Branch) -> int:
+def _winner(hidden: torch.Tensor, head: Head, row: int, branch: Branch) -> int:
     """Which child has the largest logit; softcap and temperature keep their order."""
-    children = torch.tensor(branch.children, dtype=torch.int64, device=state.device)
-    logits = head.weight[children].float() @ state.float()
+    children = torch.tensor(branch.children, dtype=torch.int64, device=hidden.device)
+    logits = head.weight[children].float() @ hidden[row, branch.position].float()
+    if head.adapter is not None:
+        a, b = head.adapter
+        logits = logits + b[children].float() @ a[row, branch.position].float()
     if head.bias is not None:
         logits = logits + head.bias[children].float()
     return int(logits.argmax())

@@ -50,10 +50,11 @@ def causal_lm(model: nn.Module) -> Any:
 def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
     """The module that the model calls for its logits, and the linear layer in it.
 
-    They differ where PEFT's ``modules_to_save`` wraps the head and calls a trained copy of it.
+    They differ where PEFT wraps the head: ``modules_to_save`` calls a trained copy of it, and an
+    adapter adds to what it returns (:mod:`bft.adapter`).
 
     Raises:
-        UnsupportedModel: there is none, or it is more than a linear layer.
+        UnsupportedModel: there is none, or it is more than a linear layer and a low-rank adapter.
     """
     name, outer = type(model).__name__, model.get_output_embeddings()
     if getattr(model.config, "is_encoder_decoder", False):
@@ -68,10 +69,10 @@ def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
         adapters = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[adapters[0]] if adapters else head.original_module
     if hasattr(head, "base_layer"):
-        raise UnsupportedModel(
-            f"model: the head of {name} carries an adapter ({type(head).__name__}). Leave it "
-            "out of target_modules; to train it, put it in modules_to_save."
-        )
+        from bft.adapter import check_adapter  # and peft, which made the wrapper
+
+        check_adapter(head, name)
+        head = head.base_layer
     return outer, head
 
 

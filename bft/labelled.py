@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from bft.adapter import low_rank
 from bft.guard import watch
 from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
 from bft.isolation import check_documents_apart
@@ -66,13 +67,13 @@ def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dic
     outer, head = find_head(model)
     if outer is not state.guarded:  # the vocabulary was resized, say
         watch(model, state, outer)
-    loss = _call_head(state, head, hidden, targets, num_items)
+    loss = _call_head(state, outer, head, hidden, targets, num_items)
     auxiliary = _router_loss(model, output)
     if auxiliary is not None:
         loss = loss + _share(state.loss, targets, num_items) * auxiliary.to(loss.device)
     logits = None
     if not (model.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        logits = _deferred_logits(model, state, head, hidden, stand_in.vocabulary)
+        logits = _deferred_logits(model, state, (outer, head), hidden, stand_in.vocabulary)
     output = type(output)(**{**output, "loss": loss, "logits": logits})
     return output if as_dict else output.to_tuple()
 
@@ -97,7 +98,7 @@ def _read_measured(model: Any, state: "State", output: Any, stand_in: StandIn) -
 def _deferred_logits(
     model: Any,
     state: "State",
-    head: nn.Module,
+    head: tuple[nn.Module, nn.Module],  # of find_head
     hidden: Tensor,  # [B, T, D]
     vocabulary: int,
 ) -> Tensor | None:
@@ -117,7 +118,7 @@ def _deferred_logits(
             )
 
     assert state.transform is not None
-    return DeferredLogits(head, hidden, vocabulary, state.transform, tell)
+    return DeferredLogits(*head, hidden, vocabulary, state.transform, tell)
 
 
 def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
@@ -138,6 +139,7 @@ def _num_items(loss: LossFunction, call: dict[str, Any]) -> int | Tensor | None:
 
 def _call_head(
     state: "State",
+    outer: nn.Module,
     head: nn.Module,
     hidden: Tensor,  # [B, T, D]
     targets: Targets,
@@ -158,7 +160,8 @@ def _call_head(
             if len(rows):
                 verify_linear(own, rows, weight, bias)
                 state.verify = False
-        parts = Head(weight, bias, softcap, temperature)
+        adapter = low_rank(outer, hidden, weight) if hasattr(outer, "base_layer") else None
+        parts = Head(weight, bias, softcap, temperature, adapter)
         factors = () if targets.token_weight is None else (targets.token_weight.to(hidden.device),)
         loss, state.stats = state.loss(
             hidden, parts, labels, targets.cu_seqlens, num_items, *factors

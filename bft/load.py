@@ -148,11 +148,11 @@ def add_adapters(
 
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
-    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    modules = dict(model.named_modules())
     for target in targets:
         if not any(f".{path}".endswith(f".{target}") for path in modules if path):
             layers = (nn.Linear, nn.Embedding, Conv1D)
-            known = [p for p, m in modules.items() if isinstance(m, layers) and m is not head]
+            known = [p for p, m in modules.items() if isinstance(m, layers)]
             ends = sorted({path.rpartition(".")[2] for path in known})
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "

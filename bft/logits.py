@@ -31,13 +31,17 @@ class DeferredLogits(Tensor):
     @staticmethod
     def __new__(
         cls: Any,
+        outer: nn.Module,
         head: nn.Module,
         hidden: Tensor,  # [B, T, D]
         vocabulary: int,
         transform: LogitTransform,
         on_read: Callable[[Tensor], None],
     ) -> "DeferredLogits":
-        """The logits of a ``head`` as it is now; ``on_read`` is called with them, once."""
+        """The logits of ``outer``, whose weight is that of ``head``, as they are now.
+
+        ``on_read`` is called with them, once.
+        """
         device, weight = hidden.device, cast(Tensor, head.weight)
         autocast = torch.is_autocast_enabled(device.type)
         narrow = torch.get_autocast_dtype(device.type)
@@ -52,7 +56,7 @@ class DeferredLogits(Tensor):
                     "read an evaluation's logits before the next step"
                 )
             with torch.no_grad(), torch.autocast(device.type, narrow, enabled=autocast):
-                logits = transform(head(hidden)).to(dtype)
+                logits = transform(outer(hidden)).to(dtype)
             on_read(logits)
             return logits
 

@@ -32,6 +32,8 @@ class Head:
     bias: Tensor | None = None  # [V]
     softcap: float | None = None
     temperature: float = 1.0
+    # (a, b): adds a @ b.T to the product; a [..., r] lies as the hidden states do, b is [V, r].
+    adapter: tuple[Tensor, Tensor] | None = None
 
 
 # What a fused head calls, with positional arguments: hidden [B, T, D], head, target [B, T] int64

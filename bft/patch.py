@@ -132,8 +132,8 @@ def patch_model(
         ``model`` itself.
 
     Raises:
-        UnsupportedModel: an encoder-decoder, no output embedding, one with an adapter on it or
-            quantised; or, on the first labelled call, logits that the op cannot express, labels of
+        UnsupportedModel: an encoder-decoder, no output embedding, one that is quantised or has an
+            adapter of no low rank; or, on the first labelled call, logits that the op cannot express, labels of
             unknown alignment, packed documents that see each other.
         TypeError: ``loss`` cannot be called.
         RuntimeError: the model is patched already.

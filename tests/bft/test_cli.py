@@ -101,7 +101,10 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(data, model, told, damage, s
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--lora-targets", "c_attn", "q_porj"], "got 'q_porj'.*c_attn, c_fc, c_proj, wpe, wte"),
+        (
+            ["--lora-targets", "c_attn", "q_porj"],
+            "got 'q_porj'.*c_attn, c_fc, c_proj, lm_head, wpe, wte",
+        ),
         (["--lora-targets", "ln_1"], "got ln_1: Target module"),
         (["--mixed-precision", "fp16"], "got fp16 on a CPU"),
     ],

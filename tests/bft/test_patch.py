@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bft.head import LogitTransform, UnsupportedModel
+from bft.head import LogitTransform
 from bft.isolation import evaluation_mode
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model, use_loss
@@ -322,21 +322,6 @@ def test_lora_leaves_the_head_frozen(name):
     expected = assert_fused(model, batch, patch=spy)[1]
     assert all("lora" in parameter for parameter in expected)
     assert trainable == [(True, False)]
-
-
-def test_an_adapter_on_the_head_is_refused_and_a_trained_copy_is_not():
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(UnsupportedModel, match=r"carries an adapter.*modules_to_save"):
-        patch_model(peft.get_peft_model(build("llama"), config), BFT)
-
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    model = peft.get_peft_model(build("llama"), config, autocast_adapter_dtype=False)
-    copied = model.get_base_model().lm_head.modules_to_save["default"]
-    nn.init.normal_(copied.weight)
-    batch = rows()
-    assert any("modules_to_save" in name for name in assert_fused(model, batch)[1])
-    with model.disable_adapter():
-        close(model(**batch).loss, eager(model, batch, BFT))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

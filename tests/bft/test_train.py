@@ -174,7 +174,7 @@ def nll(model, config):
     [
         (name, targets)
         for name in ("tied", "untied", "tied-resized", "untied-resized")
-        for targets in ((), ("all-linear",), ("embed_tokens", "q_proj"))
+        for targets in ((), ("all-linear",), ("embed_tokens", "q_proj"), ("lm_head", "q_proj"))
     ]
     + [("gpt2", ()), ("gpt2", ("c_attn", "wte"))],
 )
@@ -195,7 +195,7 @@ def test_folder_and_adapter_give_the_last_evaluation(config, models, name, targe
 
 def test_only_what_learned_apart_is_untied(config, models, caplog):
     config = unevaluated(config, model=str(models["tied"]), lora_rank=4, steps=2)
-    for targets, tied in ((("q_proj",), True), (("embed_tokens",), False)):
+    for targets, tied in ((("q_proj",), True), (("embed_tokens",), False), (("lm_head",), False)):
         folder = config.output_dir / targets[0]
         with caplog.at_level(logging.WARNING):
             written = train(replace(config, lora_targets=targets, output_dir=folder)).model_dir
