@@ -64,7 +64,7 @@ class Example:
 def encode(record: Record, tokenizer: Any) -> Example:
     """Renders and tokenises one record, labels and weights on its answers. Raises DataError."""
     example = _encode(record, tokenizer)
-    weights = _weights(record, example.labels)
+    weights = weights_of_labels(record, example.labels)
     return example if weights is None else replace(example, weights=weights)
 
 
@@ -86,7 +86,7 @@ def _encode(record: Record, tokenizer: Any) -> Example:
     return Example(ids, labels, record.where)
 
 
-def _weights(record: Record, labels: Sequence[int]) -> list[float] | None:
+def weights_of_labels(record: Record, labels: Sequence[int]) -> list[float] | None:
     """The factor of each token's loss, 0 where no label is; None if the record names no weight."""
     of_turns = {
         f"messages[{index}].weight": message.get("weight")

@@ -133,8 +133,8 @@ def patch_model(
 
     Raises:
         UnsupportedModel: an encoder-decoder, no output embedding, one that is quantised or has an
-            adapter of no low rank; or, on the first labelled call, logits that the op cannot express, labels of
-            unknown alignment, packed documents that see each other.
+            adapter of no low rank; or, on the first labelled call, logits that the op cannot
+            express, labels of unknown alignment, packed documents that see each other.
         TypeError: ``loss`` cannot be called.
         RuntimeError: the model is patched already.
         ValueError: in a call, ``num_items_in_batch`` for a loss that divides by documents.

@@ -118,7 +118,7 @@ def make_record(row: Any, where: str = "record") -> Record:
     extra = {key: row[key] for key in row if key not in ("messages", "tools", "weight")}
     _check_characters(extra.get("answer"), where, "answer")
     messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
-    return Record(messages, where, None, extra, tools, _weight(row, where, "weight"))
+    return Record(messages, where, None, extra, tools, read_weight(row, where, "weight"))
 
 
 def _pair_record(row: dict[str, Any], where: str) -> Record:
@@ -140,7 +140,7 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
     pair = (row["prompt"], row["completion"])
     chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
     extra = {key: row[key] for key in row if key not in ("prompt", "completion", "weight")}
-    return Record(chat, where, pair, extra, weight=_weight(row, where, "weight"))
+    return Record(chat, where, pair, extra, weight=read_weight(row, where, "weight"))
 
 
 def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -181,14 +181,22 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
     if role == "assistant" and not calls and not str(content).strip():
         raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
     _check_characters(message, where, name)
-    if _weight(message, where, f"{name}.weight") is not None and role != "assistant":
-        only = "expected it in 'assistant' turns, which alone carry labels"
-        raise DataError(f"{where}: '{name}.weight': got one in a {role!r} turn; {only}")
+    turn_weight(message, where, name)
     # Tables of rows hold null for a key that other rows have; templates ask whether a key is there.
     return {k: v for k, v in message.items() if v is not None or k == "content"}
 
 
-def _weight(row: dict[str, Any], where: str, name: str) -> Weight | None:
+def turn_weight(message: Mapping[str, Any], where: str, name: str) -> Weight | None:
+    """A turn's own weight, if it has one. Raises DataError if the turn carries no labels."""
+    weight, role = read_weight(message, where, f"{name}.weight"), message.get("role")
+    if weight is not None and role != "assistant":
+        only = "expected it in 'assistant' turns, which alone carry labels"
+        raise DataError(f"{where}: '{name}.weight': got one in a {role!r} turn; {only}")
+    return weight
+
+
+def read_weight(row: Mapping[str, Any], where: str, name: str) -> Weight | None:
+    """The weight of a record or a turn, if it has one. Raises DataError unless it is numbers."""
     value: Weight | None = row.get("weight")
     for number in value if isinstance(value, list) else [] if value is None else [value]:
         known = isinstance(number, int | float) and not isinstance(number, bool)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,12 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import has_length
 
+from bft.data import Collator
+from bft.encode import Example, Record, weights_of_labels
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import patch_model, state_of, use_loss
+from bft.records import read_weight
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,45 @@ def columns_of(data: Any) -> set[str]:
     return set(names or ())
 
 
+_WEIGHTS = ("token_weight", "weight")  # columns of tokenised rows
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Right-padded batches of tokenised rows, with the weights of their labels.
+
+    A row has ``input_ids``, and it may have ``labels`` (else the ids are), an ``attention_mask``,
+    and ``token_weight``, one number a token, or ``weight``: one number, or one for each label.
+    """
+
+    pad: Collator
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Self:
+        """The tokenizer's pad token; the mask hides it, so that without a tokenizer it is 0."""
+        return cls(Collator(0) if tokenizer is None else Collator.of(tokenizer))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``labels`` and ``token_weight``, each ``[B, T]``."""
+        return self.pad([_example(row) for row in rows])
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    ids, labels, mask, given = (
+        None if (value := row.get(name)) is None else torch.as_tensor(value).tolist()
+        for name in ("input_ids", "labels", "attention_mask", "token_weight")
+    )
+    labels = labels or ids or []
+    if given is None and row.get("weight") is not None:
+        whole = Record((), weight=read_weight(row, "a row", "weight"))
+        given = weights_of_labels(whole, labels)
+    columns = [x for x in (ids, labels, given) if x is not None]
+    if mask is not None:
+        columns = [[x for x, kept in zip(column, mask, strict=True) if kept] for column in columns]
+    ids, labels, *weights = columns
+    return Example(ids, labels, weights=weights[0] if weights else None)
+
+
 class BFTTrainer(Trainer):
     """``transformers.Trainer`` for a causal LM, trained with a :class:`bft.HeadLoss`.
 
@@ -60,6 +102,7 @@ class BFTTrainer(Trainer):
 
     loss_is_scaled_for_ga: Any = True  # by num_items
     model: Any
+    _signature_columns: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         names = {field.name for field in fields(HeadLoss)} & kwargs.keys()
@@ -68,18 +111,14 @@ class BFTTrainer(Trainer):
         self._by_document = replace(self.head_loss, normalize="sequence")
         self._logits_told = False
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        columns = columns_of(given.get("train_dataset"))
-        if "weight" in columns:
-            raise ValueError(
-                "train_dataset: got a column weight, which bft train reads, expected none: give "
-                "batches token_weight [B, T], or remove the column"
-            )
+        self._weighted = False
+        if (collator := self._collator_of_weights(given)) is not None:
+            kwargs["data_collator"] = collator
         if getattr(given.get("args"), "use_liger_kernel", False):
             raise ValueError(
                 "use_liger_kernel: got True, expected False: Liger's forward would take the place "
                 "of the fused loss"
             )
-        self._weighted = "token_weight" in columns
         super().__init__(*args, **kwargs)
         way_out = "expected none: the loss is that of scheme and the other fields of HeadLoss"
         for name, got, expected in (
@@ -95,6 +134,26 @@ class BFTTrainer(Trainer):
             if got:
                 raise ValueError(f"{name}: got {got}, {expected}")
         self._patched(self.model)
+
+    def _collator_of_weights(self, given: Mapping[str, Any]) -> Any:
+        """A collator for training data with weights; ``None`` without, or if one is given."""
+        columns = columns_of(given.get("train_dataset"))
+        self._weighted = not columns.isdisjoint(_WEIGHTS)
+        if not self._weighted:
+            return None
+        if given.get("data_collator") is None:
+            return RowCollator.of(given.get("processing_class"))
+        if "weight" in columns:
+            raise ValueError(
+                "train_dataset: got a column weight with a data_collator, expected a column "
+                "token_weight, which the collator pads as labels, or no data_collator"
+            )
+        return None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        missing = [name for name in _WEIGHTS if name not in self._signature_columns]
+        self._signature_columns += missing  # a collator reads them
 
     def _patched(self, model: Any) -> Any:
         """The model, patched now or by another trainer before; this one's loss is asked for."""
@@ -117,8 +176,8 @@ class BFTTrainer(Trainer):
     ) -> Any:
         if self._weighted and self.model.training and "token_weight" not in inputs:
             raise ValueError(
-                "token_weight: train_dataset has this column, but the batch has not, expected a "
-                "data_collator that pads it as labels are padded (packing drops it)"
+                "token_weight: train_dataset has weights, but the batch has none, expected a "
+                "data_collator that pads it as labels are padded"
             )
         with use_loss(model, self.head_loss):
             outputs = model(**inputs, num_items=num_items_in_batch)

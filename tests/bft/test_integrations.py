@@ -227,13 +227,13 @@ def test_weights_in_the_data_reach_the_loss_or_are_refused(tmp_path):
         return hf.default_data_collator([{k: r[k] for k in ("input_ids", "labels")} for r in rows])
 
     options = {"train_dataset": weighted, "data_collator": drops}
-    with pytest.raises(
-        ValueError, match="token_weight: train_dataset has this column, but the bat"
-    ):
+    with pytest.raises(ValueError, match="token_weight: train_dataset has weights, but the batch"):
         make(tmp_path, options=options, **settings).train()
-    options = {"train_dataset": [{**row, "weight": 0.5} for row in data()]}
-    with pytest.raises(ValueError, match="train_dataset: got a column weight"):
-        make(tmp_path, options=options)
+    columns = [{**row, "weight": 0.5} for row in data()]
+    with pytest.raises(ValueError, match="got a column weight with a data_collator"):
+        make(tmp_path, options={"train_dataset": columns, "data_collator": drops})
+    got = make(tmp_path, options={"train_dataset": columns}).train().training_loss
+    assert got == pytest.approx(plain / 2)
     with pytest.raises(ValueError, match="use_liger_kernel: got True, expected False"):
         make(tmp_path, use_liger_kernel=True)
 

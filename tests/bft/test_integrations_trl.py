@@ -1,5 +1,7 @@
 """BFTSFTTrainer beside TRL's SFTTrainer."""
 
+import itertools
+
 import datasets
 import numpy as np
 import peft
@@ -110,16 +112,133 @@ def test_sft_and_dft_are_those_of_trl(make, scheme, kind):
     assert logged["confidence"] == pytest.approx(logged["token_weight"]) or scheme == "sft"
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_weights_that_trl_drops_are_refused(make, packing):
-    row = {"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}
-    trainer = make(BFTSFTTrainer, [{**row, "token_weight": [0.5] * 4}] * 8, packing=packing)
-    with pytest.raises(
-        ValueError, match="token_weight: train_dataset has this column, but the bat"
-    ):
-        trainer.train()
-    with pytest.raises(ValueError, match="train_dataset: got a column weight"):
-        make(BFTSFTTrainer, [{**pair, "weight": 0.5} for pair in PAIRS])
+WEIGHTS = [0.3, -0.5, 2.0, 0.0, 1.0, 0.7, 1.5, 1.0]
+TURNS = [
+    {
+        "messages": [
+            {**m, "weight": w if m["role"] == "assistant" else None} for m in row["messages"]
+        ]
+    }
+    for row, w in zip(CHAT, WEIGHTS, strict=True)
+]
+WEIGHTED = {
+    "completion": ([{**row, "weight": w} for row, w in zip(PAIRS, WEIGHTS, strict=True)], {}),
+    "text": ([{**row, "weight": w} for row, w in zip(TEXT, WEIGHTS, strict=True)], {}),
+    "turns": (TURNS, {"assistant_only_loss": True}),
+    "packed": (
+        WEIGHTED_PACKED := [{**TURNS[0], "weight": 0.5}, *TURNS[1:]],
+        {
+            "packing": True,
+            "max_length": 64,
+            "assistant_only_loss": True,
+        },
+    ),
+    "padding free": (
+        TURNS,
+        {
+            "padding_free": True,
+            "max_length": None,
+            "assistant_only_loss": True,
+        },
+    ),
+    "cut": (
+        [{**row, "weight": w} for row, w in zip(PAIRS, WEIGHTS, strict=True)],
+        {"max_length": 24, "truncation_mode": "keep_end"},
+    ),
+}
+
+
+@pytest.mark.cell(SFT_TRAINER, "loss", "packing")
+@pytest.mark.parametrize("kind", WEIGHTED)
+def test_weights_of_records_and_turns_reach_the_loss(make, kind):
+    """A token's weight is that of its row: rows differ in their texts, so ids tell them apart."""
+    data, settings = WEIGHTED[kind]
+    trainer = make(BFTSFTTrainer, data, {"scheme": "sft", "normalize": "token"}, **settings)
+    plain = [{k: v for k, v in row.items() if k != "weight"} for row in data]
+    plain = [
+        row
+        if "messages" not in row
+        else {"messages": [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]}
+        for row in plain
+    ]
+    other = make(trl.SFTTrainer, plain, **settings)
+    with_weights, without = (list(t.train_dataset) for t in (trainer, other))
+    assert len(with_weights) == len(without)
+    found = {}
+    for row, own in zip(with_weights, without, strict=True):
+        assert row["input_ids"] == own["input_ids"]
+        assert row["labels"] == own["labels"]
+        assert len(row["token_weight"]) == len(row["labels"])
+        lengths = row.get("seq_lengths") or [len(row["labels"])]
+        assert lengths == (own.get("seq_lengths") or lengths)
+        edges = np.cumsum([0, *lengths])
+        for a, b in itertools.pairwise(edges):
+            factors = {
+                w
+                for w, x in zip(row["token_weight"][a:b], row["labels"][a:b], strict=True)
+                if x != -100
+            }
+            rest = {
+                w
+                for w, x in zip(row["token_weight"][a:b], row["labels"][a:b], strict=True)
+                if x == -100
+            }
+            assert len(factors) == 1
+            assert rest <= {0.0}
+            found[tuple(row["input_ids"][a:b])] = factors.pop()
+    want = [
+        w * row.get("weight", 1.0) if kind == "packed" else w
+        for row, w in zip(data, WEIGHTS, strict=True)
+    ]
+    assert sorted(found.values()) == pytest.approx(sorted(want), rel=1e-6)
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["token_weight"].shape == batch["labels"].shape
+    model = trainer.model.train()
+    loss = trainer.compute_loss(model, dict(batch))
+    target = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    factor = torch.nn.functional.pad(batch["token_weight"][:, 1:], (0, 1))
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "token_weight")}
+    unpatch_model(model)
+    logits = model(**inputs).logits.flatten(0, 1)
+    nll = torch.nn.functional.cross_entropy(logits, target.flatten(), reduction="none")
+    expected = (nll * factor.flatten()).sum() / (target != -100).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_weights_of_tokenised_rows_and_of_streams(make, tokenizer, tmp_path):
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
+    rows = [{**row, "token_weight": [0.5, 1.0, 2.0, 3.0]}] * 4 + [
+        {**row, "token_weight": [1.0] * 4}
+    ]
+    trainer = make(BFTSFTTrainer, rows, packing=True, max_length=8)
+    assert trainer.train_dataset[0]["token_weight"][:4] == [0.5, 1.0, 2.0, 3.0]
+    assert trainer.train().training_loss != 0
+    later = [PAIRS[0], {**PAIRS[1], "weight": 0.25}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(later * 4))
+    trainer = make(BFTSFTTrainer, PAIRS)
+    prepared = trainer._prepare_dataset(stream, tokenizer, trainer.args, False, None, "train")
+    first, second = list(prepared)[:2]
+    assert set(first["token_weight"]) <= {0.0, 1.0}
+    assert set(second["token_weight"]) == {0.0, 0.25}
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "says"),
+    [
+        (TURNS, {}, r"row 0: 'messages\[1\].weight'.*assistant_only_loss=False, expected True"),
+        ([{**row, "weight": "much"} for row in PAIRS], {}, "row 0: 'weight': expected a number"),
+        ([{**row, "weight": [1.0, 2.0]} for row in PAIRS], {}, "row 0: 'weight': got 2 numbers"),
+        (
+            [{**row, "weight": 0.5, "input_ids": [5, 6], "labels": [5, 6]} for row in PAIRS],
+            {"dataset_kwargs": {"skip_prepare_dataset": True}},
+            "train_dataset: got a column weight in data that are not prepared",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_placed_are_refused(make, data, settings, says):
+    with pytest.raises(ValueError, match=says):
+        make(BFTSFTTrainer, data, **settings)
 
 
 def test_a_mixture_of_experts_has_trls_coefficient(make):
