@@ -4,6 +4,7 @@ python tests/bft/test_integrations_table.py    # writes the tables anew
 """
 
 import importlib
+import itertools
 from pathlib import Path
 
 import transformers as hf
@@ -14,8 +15,10 @@ START, END = (
     "<!-- cells: written by tests/bft/test_integrations_table.py -->\n",
     "<!-- /cells -->\n",
 )
+RUN = ("loss", "gradient", "accumulation", "packing", "evaluation", "save", "resume")
 PROPERTIES = {
-    "integration": ("loss", "gradient", "accumulation", "packing", "evaluation", "save", "resume"),
+    "integration": RUN,
+    "recipe": RUN,
     "model": ("loss", "gradient", "packing", "refused"),
 }
 ALONE = "an image's tokens and its pixels are one row's: not packed here"
@@ -25,6 +28,20 @@ WITHOUT = {
     ("Gemma3ForConditionalGeneration", "packing"): ALONE,
     ("LlavaForConditionalGeneration", "packing"): ALONE,
 }
+LOOP = "it is a loop over steps, to which the rest of a run is the reader's"
+OWN = "the trainer's own code, which the recipe does not touch"
+PADS = "TRL pads: its trainer has no packing"
+for _row, _properties, _why in (
+    ("pytorch_loop.py", RUN[3:], LOOP),
+    ("accelerate_loop.py", RUN[3:], LOOP + "; `patch_model` above has them"),
+    ("multi_token.py", ("accumulation", *RUN[4:]), "it is a function, called in a step"),
+    ("head_precision.py", RUN[1:], "it measures the forward"),
+    ("lightning_loop.py", RUN[2:], OWN),
+    ("torchtune_recipe.py", RUN[2:], OWN),
+    ("trl_dpo.py", ("packing",), PADS),
+    ("trl_grpo.py", ("packing",), PADS),
+):
+    WITHOUT |= dict.fromkeys([(_row, name) for name in _properties], _why)
 
 
 def marks_of(test):
@@ -55,6 +72,8 @@ def cells():
 
 
 def kind_of(row):
+    if row.endswith(".py"):
+        return "recipe"
     cls = getattr(hf, row, None)
     return (
         "model" if isinstance(cls, type) and issubclass(cls, hf.PreTrainedModel) else "integration"
@@ -76,8 +95,10 @@ def lines():
             ]
             yield f"| `{row}` | {' | '.join(number or '-' for number in numbers)} |"
         yield ""
-    for (row, prop), why in WITHOUT.items():
-        yield f"- `{row}`, {prop}: {why}."
+    for (row, why), group in itertools.groupby(
+        WITHOUT.items(), key=lambda item: (item[0][0], item[1])
+    ):
+        yield f"- `{row}`, {', '.join(prop for (_, prop), _ in group)}: {why}."
     yield ""
     yield from (f"{number}. `{test}`" for number, test in enumerate(tests, start=1))
 

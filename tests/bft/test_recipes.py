@@ -45,6 +45,7 @@ def by_hand(model, data, loss):
     return losses
 
 
+@pytest.mark.cell("pytorch_loop.py", "loss", "gradient", "accumulation")
 def test_plain_pytorch_divides_by_the_steps_tokens(recipe):
     def eager(hidden, weight, labels):
         return cross_entropy(linear(hidden, weight)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -58,6 +59,7 @@ def test_plain_pytorch_divides_by_the_steps_tokens(recipe):
     assert got[0] == pytest.approx(math.log(512), rel=0.1)
 
 
+@pytest.mark.cell("multi_token.py", "loss", "gradient", "packing")
 @pytest.mark.parametrize("cuts", [None, [5, 7, 2, 14]], ids=["rows", "documents"])
 def test_depths_of_multi_token_prediction_add_up(recipe, cuts):
     hidden = torch.randn(3, 2, 14, 8, dtype=torch.float64, requires_grad=True)
@@ -78,6 +80,7 @@ def test_depths_of_multi_token_prediction_add_up(recipe, cuts):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.cell("accelerate_loop.py", "loss", "gradient", "accumulation")
 def test_accelerate_divides_by_the_steps_documents(recipe):
     loop, loss = recipe("accelerate_loop"), HeadLoss(window=4)
     data = loop.rows(32)
@@ -87,6 +90,7 @@ def test_accelerate_divides_by_the_steps_documents(recipe):
     assert got == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.cell("lightning_loop.py", "loss", "gradient")
 def test_lightning_takes_the_steps_of_a_loop(recipe):
     pytest.importorskip("lightning")
     loop, lightning = recipe("pytorch_loop"), recipe("lightning_loop")
@@ -98,6 +102,7 @@ def test_lightning_takes_the_steps_of_a_loop(recipe):
     assert got == pytest.approx(by_hand(model, data, balanced), rel=1e-5)
 
 
+@pytest.mark.cell("torchtune_recipe.py", "loss", "gradient")
 def test_torchtune_has_its_own_loss_step(recipe, monkeypatch):
     torchtune = pytest.importorskip("torchtune")
     llama2 = recipe("torchtune.models.llama2").llama2
@@ -126,12 +131,21 @@ RL = {
     "dpo": ({}, {}),
     "dpo precomputed": ({"precompute_ref_log_probs": True}, {}),
     "dpo lora": ({}, {"peft_config": LORA}),
+    "dpo cut": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, {}),
     "grpo bonus": ({"entropy_coef": 0.1}, {"options": {"differentiable": ("entropy",)}}),
     "grpo": ({"temperature": 0.7, "top_entropy_quantile": 0.5}, {}),
+    "grpo cut": ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, {}),
 }
 
 
-@pytest.mark.parametrize("case", RL)
+def cells(cases, *properties):
+    """Cases whose first word names a trainer of TRL; those cut in micro-batches show that, too."""
+    for case in cases:
+        shown = (*properties, *(["accumulation"] if case.endswith("cut") else []))
+        yield pytest.param(case, marks=pytest.mark.cell(f"trl_{case.split()[0]}.py", *shown))
+
+
+@pytest.mark.parametrize("case", list(cells(RL, "loss", "gradient")))
 def test_trl_has_its_own_numbers(recipe, tmp_path, case):
     """Logs and weights of two steps. In DPO's first all rewards are 0, so accuracies are noise."""
     name = case.split()[0]
@@ -159,6 +173,45 @@ def test_trl_has_its_own_numbers(recipe, tmp_path, case):
                 assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.parametrize("name", list(cells(["dpo", "grpo"], "evaluation", "save", "resume")))
+def test_trl_evaluates_saves_and_resumes(recipe, tmp_path, name):
+    """The evaluation is TRL's own; a run that goes on from its first step ends where it ended."""
+    module, folder = recipe(f"trl_{name}"), str(tmp_path)
+    fused, own = (
+        getattr(module, f"Fused{name.upper()}Trainer"),
+        getattr(trl, f"{name.upper()}Trainer"),
+    )
+    settings = {"save_strategy": "steps", "save_steps": 1, "per_device_eval_batch_size": 4}
+    settings |= {"learning_rate": 1e-2, "seed": 3}
+
+    def build(kind):
+        made = module.build(kind, folder, settings)
+        made.eval_dataset = made.train_dataset
+        return made
+
+    def weights(trainer):
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    evaluations = []
+    for kind in (fused, own):
+        trainer = build(kind)
+        torch.manual_seed(0)
+        evaluations.append(trainer.evaluate())
+    ours, theirs = evaluations
+    for key, value in theirs.items():
+        if not key.endswith(("runtime", "per_second", "time", "accuracies")):
+            assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+    whole = build(fused)
+    whole.train()
+    want = weights(whole)
+    resumed = build(fused)
+    resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-1")
+    torch.testing.assert_close(weights(resumed), want, rtol=0, atol=0)
+    loaded = type(whole.model).from_pretrained(f"{folder}/checkpoint-2")
+    torch.testing.assert_close(dict(loaded.named_parameters()), want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
@@ -172,6 +225,7 @@ def test_what_the_head_lacks_is_refused(recipe, tmp_path, name, settings, said):
         module.build(getattr(module, f"Fused{name}Trainer"), str(tmp_path), settings)
 
 
+@pytest.mark.cell("head_precision.py", "loss")
 def test_bfloat16_operands_give_float32_log_probabilities(recipe):
     hidden, weight = torch.randn(300, 64), torch.randn(2000, 64) / 2
     target = torch.randint(2000, (300,))
