@@ -48,6 +48,13 @@ def _setting(name: str) -> Any:
     return field(default=option.default, metadata=option.metadata)
 
 
+def _check_loss(**options: Any) -> None:
+    """Raises what ``HeadLoss`` raises for these options."""
+    from bft.loss import HeadLoss  # and torch, without which --help is quick
+
+    HeadLoss(**options)
+
+
 @dataclass(frozen=True)
 class _Files(_Checked):
     """What a run reads, and where it writes."""
@@ -190,6 +197,10 @@ class DemoConfig(_Checked):
     overwrite: bool = False
     """Remove the older run that `output_dir` holds; in runs/demo that needs no asking."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_loss(scheme=self.scheme, gradient=self.gradient)
+
 
 @dataclass(frozen=True)
 class EvalConfig(_Checked):
@@ -253,6 +264,10 @@ class CheckConfig(_Checked):
     seed: int = 0
     output: Path | None = None
     """Write the table here as JSON, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_loss(scheme=self.scheme, window=self.window)
 
 
 @dataclass(frozen=True)

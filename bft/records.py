@@ -1,4 +1,5 @@
-"""Reads JSONL files: one record a line, in either form (other keys are kept and ignored).
+"""Reads JSONL files: one record a line, in either form. Other keys are kept and
+ignored, but a misspelt `weight` is an error, and another misspelt key is told of.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
@@ -10,14 +11,18 @@ see :class:`bft.encode.Record`. `NaN` and `Infinity`, which are no JSON but what
 read in keys that are ignored.
 """
 
+import difflib
 import errno
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bft.encode import DataError, Record, Weight
 from bft_kernels.values import check_int
+
+logger = logging.getLogger(__name__)
 
 _EXPECTED = "expected UTF-8 text with one JSON object a line"
 _LARGEST_WEIGHT = 1e18  # float32 holds the product of two
@@ -26,6 +31,8 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {"human": "user", "prompter": "user"} | dict.fromkeys(
     ("ai", "bot", "chatbot", "chatgpt", "gpt", "model"), "assistant"
 )
+
+_NOTED: set[str] = set()  # keys that were warned of, once in a process
 
 # How files begin that are no JSONL, and what turns them into it.
 _FOREIGN: dict[tuple[bytes, ...], str] = {
@@ -115,6 +122,7 @@ def make_record(row: Any, where: str = "record") -> Record:
     if "completion" in row:  # a prompt alone is one of the other keys
         either = "either 'messages' or 'prompt' and 'completion'"
         raise DataError(f"{where}: expected {either}, got both")
+    _check_keys(row, where)
     extra = {key: row[key] for key in row if key not in ("messages", "tools", "weight")}
     _check_characters(extra.get("answer"), where, "answer")
     messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
@@ -139,6 +147,7 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
         _check_characters(row.get(key), where, key)
     pair = (row["prompt"], row["completion"])
     chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
+    _check_keys(row, where)
     extra = {key: row[key] for key in row if key not in ("prompt", "completion", "weight")}
     return Record(chat, where, pair, extra, weight=read_weight(row, where, "weight"))
 
@@ -181,9 +190,29 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
     if role == "assistant" and not calls and not str(content).strip():
         raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
     _check_characters(message, where, name)
+    _check_keys(message, f"{where}: '{name}'", optional=("weight",))
     turn_weight(message, where, name)
     # Tables of rows hold null for a key that other rows have; templates ask whether a key is there.
     return {k: v for k, v in message.items() if v is not None or k == "content"}
+
+
+def _check_keys(
+    row: Mapping[str, Any], where: str, optional: tuple[str, ...] = ("weight", "answer", "tools")
+) -> None:
+    """Looks for optional keys of ours that are misspelt, and would be ignored.
+
+    Without its weight a record would be trained in another way: DataError. Others are warned of.
+    """
+    missing = [key for key in optional if key not in row]
+    for key in row:
+        near = [name for name in missing if name[0] == key[:1]]
+        found = difflib.get_close_matches(key, near, n=1, cutoff=0.82)
+        if not found or key in _NOTED:
+            continue
+        if found[0] == "weight":
+            raise DataError(f"{where}: got the key {key!r}, expected 'weight', or another name")
+        _NOTED.add(key)
+        logger.warning("%s: the key %r is not read; is it %r?", where, key, found[0])
 
 
 def turn_weight(message: Mapping[str, Any], where: str, name: str) -> Weight | None:

@@ -7,6 +7,7 @@ document, ``[S]``. ``HeadLoss`` and the commands find it by its import path:
 take the mean over labelled tokens, which is ``normalize="token"``.
 """
 
+import inspect
 import math
 import pkgutil
 from typing import Any
@@ -56,7 +57,7 @@ def load_scheme(scheme: Any) -> Any:
 
     Raises:
         ValueError: there is no such scheme, or it cannot be imported.
-        TypeError: what is there cannot be called.
+        TypeError: what is there cannot be called, or not with the two arguments of a scheme.
     """
     if not isinstance(scheme, str) or scheme in SCHEMES:
         return scheme
@@ -73,5 +74,20 @@ def load_scheme(scheme: Any) -> Any:
         raise ValueError(f"scheme: {scheme!r} cannot be imported ({reason})") from error
     if not callable(found):
         raise TypeError(f"scheme: {scheme!r} is of {type(found)}, expected a function")
+    _check_arguments(scheme, found)
     _LOADED[scheme] = found
     return found
+
+
+def _check_arguments(scheme: str, function: Any) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"scheme: {scheme!r} takes {signature}, expected (confidence, cu_seqlens), and a "
+            "return value (token_weight, sequence_weight)"
+        ) from error

@@ -16,19 +16,22 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def check_tensor(
     name: str,
     value: object,
-    shape: Sequence[int | None],
+    shape: Sequence[int | str],
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
 ) -> None:
-    """Raises unless ``value`` is a tensor of this shape (``None``: any size), dtype and device."""
+    """Raises unless ``value`` is a tensor of this shape, dtype and device.
+
+    A name in ``shape`` stands for any size.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
     matches = value.dim() == len(shape)
     if matches:
         for want, have in zip(shape, value.shape, strict=True):
-            matches = matches and (want is None or want == have)
+            matches = matches and (isinstance(want, str) or want == have)
     if not matches:
-        expected = ", ".join(["any" if size is None else str(size) for size in shape])
+        expected = ", ".join([str(size) for size in shape])
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
@@ -54,7 +57,7 @@ def check_boundaries(cu_seqlens: object, device: torch.device) -> None:
     The boundaries may lie on the CPU while the tokens are on an accelerator. Then the engines see
     where documents end without waiting for the device.
     """
-    check_tensor("cu_seqlens", cu_seqlens, (None,), (torch.int32, torch.int64))
+    check_tensor("cu_seqlens", cu_seqlens, ("S + 1",), (torch.int32, torch.int64))
     assert isinstance(cu_seqlens, Tensor)
     if cu_seqlens.device.type != "cpu" and cu_seqlens.device != device:
         raise ValueError(

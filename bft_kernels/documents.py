@@ -53,7 +53,7 @@ def shift_labels(
             ``cu_seqlens`` are checked on the CPU only.
         RuntimeError: ``cu_seqlens`` would have to be copied while a CUDA graph is captured.
     """
-    shape = labels.shape if isinstance(labels, Tensor) and labels.dim() else (None, None)
+    shape = labels.shape if isinstance(labels, Tensor) and labels.dim() else ("B", "T")
     check_tensor("labels", labels, shape, (torch.int64,))
     target = torch.full_like(labels, ignore_index)
     target[..., :-1] = labels[..., 1:]
@@ -83,7 +83,7 @@ def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: the argument has another type, shape or dtype.
     """
-    check_tensor("position_ids", position_ids, (None, None), (torch.int32, torch.int64))
+    check_tensor("position_ids", position_ids, ("B", "T"), (torch.int32, torch.int64))
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     return _cu_seqlens_from_starts(starts)
@@ -104,7 +104,7 @@ def cu_seqlens_from_attention_mask(attention_mask: Tensor) -> Tensor:
         TypeError, ValueError: the argument has another type, shape or dtype.
     """
     check_tensor(
-        "attention_mask", attention_mask, (None, None), (torch.bool, torch.int32, torch.int64)
+        "attention_mask", attention_mask, ("B", "T"), (torch.bool, torch.int32, torch.int64)
     )
     starts = torch.ones_like(attention_mask, dtype=torch.bool)
     starts[:, 1:] = attention_mask[:, 1:] != attention_mask[:, :-1]

@@ -232,7 +232,7 @@ def _with_adapter(hidden: Tensor, weight: Tensor, adapter: object) -> tuple[Tens
     check_derivatives(a=a, b=b)
     device = hidden.device
     for name, x, shape in (("a", a, hidden.shape[:-1]), ("b", b, weight.shape[:1])):
-        check_tensor(f"adapter: {name}", x, (*shape, None), FLOAT_DTYPES, device)
+        check_tensor(f"adapter: {name}", x, (*shape, "r"), FLOAT_DTYPES, device)
         if (x.dtype == torch.float64) != (hidden.dtype == torch.float64):
             raise TypeError(
                 f"adapter: {name}: got dtype {x.dtype} with hidden {hidden.dtype}, expected both "
@@ -279,7 +279,7 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
     if hidden.dim() < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
     check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
-    check_tensor("weight", weight, (None, hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
+    check_tensor("weight", weight, ("V", hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
     assert isinstance(weight, Tensor)
     vocabulary, width = weight.shape
     if vocabulary == 0 or width == 0:

@@ -95,7 +95,7 @@ def token_weights(
     Window sums keep a relative accuracy of 1e-6 in float32, also for tiny confidences (see
     :func:`window_sums`).
     """
-    check_tensor("confidence", confidence, (None,), (torch.float32, torch.float64))
+    check_tensor("confidence", confidence, ("n",), (torch.float32, torch.float64))
     check_cu_seqlens(cu_seqlens, confidence.numel(), confidence.device)
     check_scheme("scheme", scheme)
     check_int("window", window, 1)

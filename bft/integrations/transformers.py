@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,16 @@ class BFTTrainer(Trainer):
         self._sums: dict[bool, Tensor] = {}  # of training, and of evaluation
         self._by_document = replace(self.head_loss, normalize="sequence")
         self._logits_told = False
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        signature = inspect.signature(super().__init__)
+        for name in kwargs.keys() - signature.parameters.keys():
+            known = [*signature.parameters, *(field.name for field in fields(HeadLoss))]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f", such as {near[0]}" if near else ""
+            raise TypeError(
+                f"{name}: unexpected argument of {type(self).__name__}, expected one of the "
+                f"trainer or a field of HeadLoss{hint}"
+            )
+        given = signature.bind_partial(*args, **kwargs).arguments
         self._weighted = False
         if (collator := self._collator_of_weights(given)) is not None:
             kwargs["data_collator"] = collator

@@ -98,6 +98,14 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(data, model, told, damage, s
     assert str(model) in line
 
 
+@pytest.mark.parametrize("command", ["check --model m --file f", "demo"])
+def test_a_scheme_that_is_none_is_named_before_the_model_loads(told, command):
+    name, *flags = command.split()
+    status, line = told(name, *flags, "--scheme", "nope")
+    assert status == 2
+    assert "--scheme: got 'nope', expected one of 'sft', 'dft', 'bft'" in line
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

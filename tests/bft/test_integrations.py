@@ -210,7 +210,9 @@ def test_what_would_go_past_the_loss_is_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=refused):
             make(tmp_path)
         monkeypatch.undo()
-    with pytest.raises(TypeError, match="windows"):
+    with pytest.raises(
+        TypeError, match=r"^windows: unexpected argument of BFTTrainer.*such as window"
+    ):
         make(tmp_path, options={"windows": 4})
     with pytest.raises(UnsupportedModel, match="BertForMaskedLM predicts labels"):
         make(tmp_path, model=tiny("BertForMaskedLM")).train()

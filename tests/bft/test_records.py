@@ -158,6 +158,26 @@ def test_a_bad_line_is_named(path, line, says):
     assert says in text
 
 
+@pytest.mark.parametrize("key", ["wieght", "weights", "weighted"])
+def test_a_misspelt_weight_is_refused_and_other_words_are_not(key):
+    with pytest.raises(DataError, match=f"^record: got the key '{key}', expected 'weight'"):
+        make_record(json.loads(ROW) | {key: 0.5})
+    turns = chat("a", "b")
+    turns["messages"][1][key] = 0.5
+    with pytest.raises(DataError, match=rf"'messages\[1\]': got the key '{key}'"):
+        make_record(turns)
+    for other in ("height", "weight_kg", "width"):
+        assert make_record(json.loads(ROW) | {other: 0.5}).weight is None
+
+
+def test_another_misspelt_key_is_told_of_once(caplog, monkeypatch):
+    monkeypatch.setattr("bft.records._NOTED", set())
+    for _ in range(3):
+        assert make_record(json.loads(ROW) | {"anwser": "b"}).extra == {"anwser": "b"}
+        make_record(json.loads(ROW) | {"answer": "b", "answers": ["b"]})
+    assert caplog.messages == ["record: the key 'anwser' is not read; is it 'answer'?"]
+
+
 def test_a_file_without_records_and_a_folder_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n")
     assert "no records" in refused(tmp_path / "empty.jsonl")

@@ -125,6 +125,7 @@ def test_a_run_takes_a_function_of_the_current_folder_and_resumes(
         ("my_weights.tokens:", "'my_weights.tokens:' is of <class 'module'>, expected a function"),
         ("my_weights.broken:f", "No module named 'bft.nothing_here'"),
         ("my_weights.tokens:name", "is of <class 'str'>, expected a function"),
+        ("math:sqrt", r"'math:sqrt' takes \(x, /\), expected \(confidence, cu_seqlens\)"),
         ("my weights:f", "'my weights:f' cannot be imported .ValueError: invalid format"),
     ],
 )

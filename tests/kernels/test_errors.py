@@ -67,8 +67,8 @@ CORE = [
     wrong("hidden", tensor(1.0), "()", "D"),
     wrong_type("hidden", torch.ones(N, D, dtype=torch.int64), "int64", "float32"),
     wrong_type("weight", None, "Tensor"),
-    wrong("weight", randn(V, D + 1), f"({V}, {D + 1})", f"(any, {D})"),
-    wrong("weight", randn(V), f"({V},)", f"(any, {D})"),
+    wrong("weight", randn(V, D + 1), f"({V}, {D + 1})", f"(V, {D})"),
+    wrong("weight", randn(V), f"({V},)", f"(V, {D})"),
     wrong("weight", randn(0, D), f"(0, {D})", "at least 1"),
     wrong("weight", randn(V, 0), f"({V}, 0)", "at least 1", hidden=randn(N, 0)),
     wrong_type("weight", randn(V, D).double(), "float64", "both float64"),
@@ -168,7 +168,7 @@ BALANCED = [
     wrong("num_items", torch.ones(2), "(2,)", "[]"),
     wrong_type("cu_seqlens", [0, N], "Tensor"),
     wrong_type("cu_seqlens", tensor([0.0, N]), "float32", "int32"),
-    wrong("cu_seqlens", tensor([[0, N]]), "(1, 2)", "(any)"),
+    wrong("cu_seqlens", tensor([[0, N]]), "(1, 2)", "(S + 1)"),
     wrong("cu_seqlens", tensor([], dtype=torch.int64), "(0,)", "S"),
     wrong("cu_seqlens", tensor([1, N]), "starts at 1", "0"),
     wrong("cu_seqlens", tensor([0, N - 1]), f"{N - 1}", f"{N}"),
@@ -186,7 +186,7 @@ BALANCED = [
 ]
 WEIGHTS = [
     wrong_type("confidence", [0.5], "Tensor"),
-    wrong("confidence", torch.ones(2, 2), "(2, 2)", "(any)"),
+    wrong("confidence", torch.ones(2, 2), "(2, 2)", "(n)"),
     wrong_type("confidence", torch.ones(4).half(), "float16", "float32"),
     wrong("cu_seqlens", tensor([0, 3]), "3", "4"),
     wrong("scheme", "best", "'bft'"),
@@ -214,10 +214,10 @@ WRONG = [
         (token_weights, {"confidence": torch.rand(4), "cu_seqlens": tensor([0, 4])}, case)
         for case in WEIGHTS
     ),
-    (shift_labels, {}, wrong("labels", tensor(3), "()", "(any, any)")),
+    (shift_labels, {}, wrong("labels", tensor(3), "()", "(B, T)")),
     (shift_labels, {"labels": LABELS}, wrong("cu_seqlens", tensor([0, 2]), "2", "3")),
     *(
-        (function, {}, wrong(name, torch.ones(3, dtype=torch.int64), "(3,)", "(any, any)"))
+        (function, {}, wrong(name, torch.ones(3, dtype=torch.int64), "(3,)", "(B, T)"))
         for function, name in (
             (cu_seqlens_from_position_ids, "position_ids"),
             (cu_seqlens_from_attention_mask, "attention_mask"),
