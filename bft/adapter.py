@@ -16,7 +16,9 @@ def check_adapter(outer: Any, name: str) -> None:
     from peft.tuners.lora.layer import Linear
     from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-    kind, why = type(outer), ""
+    # FSDP2 puts a class of its own in front.
+    kind = next((k for k in type(outer).__mro__ if k.__module__.startswith("peft.")), type(outer))
+    why = ""
     variants = getattr(outer, "lora_variant", {})
     if kind is not Linear and kind is not TrainableTokensLayer:
         why = f"{kind.__module__}.{kind.__name__} is no product of two thin matrices"

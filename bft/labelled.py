@@ -1,7 +1,8 @@
 """One labelled call of a patched model: its body, its head, the loss; see :mod:`bft.patch`."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,14 +146,15 @@ def _call_head(
     targets: Targets,
     num_items: int | Tensor | None,
 ) -> Tensor:
-    """The loss, as the value of a call of ``head``: with its hooks, and its weight gathered."""
-    # accelerate's hooks live in a forward of their own, which calls _old_forward inside.
-    name = "_old_forward" if "_hf_hook" in head.__dict__ else "forward"
-    own = getattr(head, name)
+    """The loss, as the value of a call of ``head``: with its hooks, and its weight gathered.
+
+    Where an adapter is on the head, the call goes through its layer, and that one's hooks.
+    """
     assert state.transform is not None
     softcap, temperature = state.transform
+    adapted = hasattr(outer, "base_layer")
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor, own: Callable[..., Any]) -> Tensor:
         weight, bias = check_weight(head)
         labels = targets.target.to(hidden.device)
         if state.verify:  # on labelled positions: padding may hold anything
@@ -160,7 +162,7 @@ def _call_head(
             if len(rows):
                 verify_linear(own, rows, weight, bias)
                 state.verify = False
-        adapter = low_rank(outer, hidden, weight) if hasattr(outer, "base_layer") else None
+        adapter = low_rank(outer, hidden, weight) if adapted else None
         parts = Head(weight, bias, softcap, temperature, adapter)
         factors = () if targets.token_weight is None else (targets.token_weight.to(hidden.device),)
         loss, state.stats = state.loss(
@@ -168,16 +170,28 @@ def _call_head(
         )
         return loss
 
-    shadowed = name in head.__dict__
-    head.__dict__[name] = forward
-    try:
+    with _shadowed(head, forward):
         # What the call returns, not what forward made: a sharded head's post-forward hooks return
         # the tensor whose gradient gathers the weight again.
-        return head(hidden)
+        if not adapted:
+            return head(hidden)
+        with _shadowed(outer, lambda hidden, own: head(hidden)):
+            return outer(hidden)
+
+
+@contextmanager
+def _shadowed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it a call of ``module`` runs ``forward``, which also gets the module's own."""
+    # accelerate's hooks live in a forward of their own, which calls _old_forward inside.
+    name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
+    own, shadowed = getattr(module, name), name in module.__dict__
+    module.__dict__[name] = lambda hidden: forward(hidden, own)
+    try:
+        yield
     finally:
-        del head.__dict__[name]
+        del module.__dict__[name]
         if shadowed:
-            head.__dict__[name] = own
+            module.__dict__[name] = own
 
 
 def _router_loss(model: Any, output: Any) -> Tensor | None:

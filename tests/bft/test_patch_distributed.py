@@ -3,12 +3,13 @@
 import os
 from datetime import timedelta
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from bft.head import UnsupportedModel
+from bft.head import UnsupportedModel, causal_lm
 from bft.loss import HeadLoss, batch_targets, undo_rank_mean
 from bft.patch import patch_model
 from tests.support.batches import assert_gradients, gradients_of
@@ -17,10 +18,17 @@ from tests.support.models import tiny
 LOSS = HeadLoss(window=4)
 RANKS = 2
 KINDS = ("ddp", "patch-fsdp", "fsdp-patch")
+LORA_KINDS = ("ddp-lora", "fsdp-lora")  # with an adapter on the head
 
 
-def build():
-    return tiny("LlamaForCausalLM", num_attention_heads=2).double()
+def build(lora=False):
+    model = tiny("LlamaForCausalLM", num_attention_heads=2).double()
+    if not lora:
+        return model
+    torch.manual_seed(2)
+    targets = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    config = peft.LoraConfig(r=2, **targets)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def batch():
@@ -49,15 +57,17 @@ def shard(model, reshard):
     """FSDP2 with the head in a group of its own: its weight is only there inside its hooks."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cpu", (RANKS,))
-    for module in (*model.model.layers, model.lm_head, model):
+    mesh, inner = dist.init_device_mesh("cpu", (RANKS,)), causal_lm(model)
+    for module in (*inner.model.layers, inner.lm_head, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     return model
 
 
 def prepare(kind):
-    if kind == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(patch_model(build(), LOSS))
+    if kind.startswith("ddp"):
+        return torch.nn.parallel.DistributedDataParallel(patch_model(build("lora" in kind), LOSS))
+    if kind == "fsdp-lora":
+        return shard(patch_model(build(lora=True), LOSS), reshard=True)
     if kind == "patch-fsdp":
         return shard(patch_model(build(), LOSS), reshard=True)
     return patch_model(shard(build(), reshard=False), LOSS)
@@ -90,17 +100,18 @@ def worker(rank, folder):
     store = f"file://{folder}/store"
     ranks = {"rank": rank, "world_size": RANKS, "timeout": timedelta(minutes=3)}
     dist.init_process_group("gloo", init_method=store, **ranks)
-    for kind in KINDS:
+    for kind in (*KINDS, *LORA_KINDS):
         model = prepare(kind)
         total = torch.tensor(step(model, {k: v[rank::RANKS] for k, v in batch().items()}, 2))
         dist.all_reduce(total)
         grads = {
             name.removeprefix("module."): p.grad.full_tensor() if "fsdp" in kind else p.grad
             for name, p in model.named_parameters()
+            if p.requires_grad
         }
         if rank == 0:
             torch.save((float(total), grads), folder / kind)
-        if "fsdp" in kind:
+        if kind in KINDS and "fsdp" in kind:
             results = packed_calls(prepare(kind), rank)
             (folder / f"{kind}-packed-{rank}").write_text(" ".join(results))
     dist.destroy_process_group()
@@ -118,10 +129,10 @@ def results(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + LORA_KINDS)
 def test_two_processes_are_one(kind, results):
     total, grads = torch.load(results / kind)
-    model = patch_model(build(), LOSS)
+    model = patch_model(build("lora" in kind), LOSS)
     assert total == pytest.approx(step(model, batch(), 1), rel=1e-6)
     assert_gradients(grads, gradients_of(model))
 
