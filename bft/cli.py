@@ -87,7 +87,8 @@ def _train(config: TrainConfig) -> None:
         if len(result.evaluations) > 1:
             before, after = (result.evaluations[place]["nll"] for place in (0, -1))
             print(f"nll     {before:.3f} before, {after:.3f} after {result.steps} steps (held out)")
-        print(f"model   {result.model_dir}")
+        if result.model_dir is not None:
+            print(f"model   {result.model_dir}")
 
 
 def _check(config: CheckConfig) -> int:

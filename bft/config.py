@@ -62,7 +62,8 @@ class _Files(_Checked):
     train_file: Path
     """JSONL with `messages`, or `prompt` and `completion`."""
     eval_file: Path | None = None
-    """JSONL to evaluate on; an `answer` key adds constrained exact match."""
+    """JSONL to evaluate on; an `answer`, with which the completion starts, adds constrained exact
+    match."""
     output_dir: Path = Path("runs/bft")
     """Gets the model, checkpoints, metrics.jsonl, trackers' files and this configuration."""
     model: str = "smollm2-135m"
@@ -101,7 +102,7 @@ class TrainConfig(LossOptions, _Files):
     learning_rate: float = 2e-5
     """Peak of the schedule: linear warm-up, then cosine to zero."""
     warmup_ratio: float = 0.1
-    """Fraction of the steps that warm up."""
+    """Fraction of the steps that warm up; the first step has a rate above 0."""
     weight_decay: float = 0.0
     """AdamW's, on matrices only."""
     max_grad_norm: float = 1.0
@@ -127,13 +128,17 @@ class TrainConfig(LossOptions, _Files):
     """Type of the parameters."""
 
     eval_every: int | None = None
-    """Steps between evaluations; always before the first and after the last one too."""
+    """Steps between evaluations; always after the last one too."""
+    eval_first: bool = True
+    """Evaluate before the first step, too."""
     eval_limit: int | None = None
     """Evaluate on this many records of the file."""
     save_every: int | None = None
     """Steps between resumable checkpoints; then there is one after the last step, too."""
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
+    save_model: bool = True
+    """Write the trained model; without it a run leaves its numbers, and checkpoints if any."""
     resume: bool = False
     """Go on from the newest checkpoint in `output_dir`, with the settings of its run."""
     overwrite: bool = False
@@ -209,7 +214,7 @@ class EvalConfig(_Checked):
     model: str
     """A built-in name, a checkpoint folder or a hub id."""
     file: Path
-    """JSONL; an `answer` key adds constrained exact match."""
+    """JSONL; an `answer`, with which the completion starts, adds constrained exact match."""
     train_file: Path | None = None
     """Whose most frequent answer is the baseline, and whose answers are possible too."""
     limit: int | None = None
@@ -295,6 +300,7 @@ _NEEDS = {
     "lora_alpha": "lora_rank",
     "lora_targets": "lora_rank",
     "eval_every": "eval_file",
+    "eval_first": "eval_file",
     "eval_limit": "eval_file",
 }
 ONLY_WITH = {

@@ -38,7 +38,9 @@ class AnswerDataset:
             check_int("max_length", max_length, 2)
         self.examples: list[Example] = []
         self.truncated = self.dropped = self.answers_lost = 0
-        for record in tqdm(records, desc="tokenise", unit="record", disable=not progress):
+        for record in tqdm(
+            records, desc="tokenise", unit="record", disable=None if progress else True
+        ):
             whole = encode(record, tokenizer)
             example = whole if max_length is None else whole.cut(max_length)
             if example.labelled:

@@ -91,7 +91,9 @@ def evaluate(
     started = time.perf_counter()
     known = _answers(records if train is None else train)
     choices = sorted({*known, *_answers(records)})
-    bar = tqdm(records, desc="tokenise", unit="record", disable=not progress, leave=False)
+    bar = tqdm(
+        records, desc="tokenise", unit="record", disable=None if progress else True, leave=False
+    )
     found = [_item(record, tokenizer, choices, max_length) for record in bar]
     items = [item for item in found if item is not None]
     if not items:
@@ -209,7 +211,7 @@ def _score(
     """Sums over all labelled tokens, and how often each answer was arrived at."""
     device = next(model.parameters()).device
     measure = _Measure()
-    bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=not progress)
+    bar = tqdm(total=len(items), desc="evaluate", unit="record", disable=None if progress else True)
     with bar, evaluation_mode(model), use_loss(model, measure), torch.no_grad():
         for measure.items in batches(items, _length, batch_tokens):
             batch = collate([item.example for item in measure.items])

@@ -20,6 +20,7 @@ from bft_kernels import BalancedTokenStats
 
 logger = logging.getLogger(__name__)
 
+CONFIDENT = 0.9  # above this a label tells the model nothing new
 LOW_CONFIDENCE = 0.5  # a window's, under which its token is part of a low-confidence run
 HISTOGRAM_BINS = 20  # of equal width over [0, 1]
 
@@ -67,6 +68,9 @@ class StepMeter:
             _run_starts(low, labelled, document).sum(),
             (labels > 0).sum(),
             stats.sequence_weight.sum(),
+            stats.token_weight.sum(),
+            share.abs().sum(),
+            share.abs()[confidence > CONFIDENT].sum(),
             0.0 if stats.variance is None else (share.square() * stats.variance.flatten()).sum(),
             (share * (1 - confidence)).square().sum(),
         )
@@ -78,7 +82,8 @@ class StepMeter:
         """The step's weighted loss, counts, means (nll in nats) and histograms, of all ranks."""
         sums = accelerator.reduce(self.sums, reduction="sum").tolist()
         loss, tokens, labelled, nll, confidence, correct, low, low_runs, *rest = sums
-        documents, document_weight, error, square, *counts = rest
+        documents, document_weight, token_weight, weight, on_confident, *rest = rest
+        error, square, *counts = rest
         seconds = time.perf_counter() - self.started
         labels = max(labelled, 1.0)
         values = {
@@ -92,6 +97,8 @@ class StepMeter:
             "low_confidence": low / labels,
             "low_run_tokens": low / max(low_runs, 1.0),
             "document_weight": document_weight / max(documents, 1.0),
+            "token_weight": token_weight / labels,
+            "confident_weight": on_confident / weight if weight else 0.0,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "peak_gib": peak_memory_bytes(self.device) / 2**30,

@@ -1,11 +1,11 @@
 """AdamW, its learning rate's schedule, and the clipping of gradients."""
 
+import math
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
 from bft.config import TrainConfig
 
@@ -16,7 +16,14 @@ def make_optimizer(config: TrainConfig, model: nn.Module, steps: int) -> tuple[A
         decay_groups(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.95)
     )
     warmup = round(config.warmup_ratio * steps)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+
+    def factor(step: int) -> float:
+        """From ``1 / (warmup + 1)`` up to 1, then along a cosine towards 0 after the last step."""
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

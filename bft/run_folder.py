@@ -88,12 +88,12 @@ def start_log(accelerator: Any, config: TrainConfig, first: int) -> MetricLog:
     return log
 
 
-def check_log(accelerator: Any, log: MetricLog, model_dir: Path) -> None:
+def check_log(accelerator: Any, log: MetricLog, model_dir: Path | None) -> None:
     """Raises WriteError if the disk has not taken all lines."""
     if missing := largest(accelerator, len(log.waiting)):
         raise WriteError(
-            f"{log.path} lacks its last {missing} lines, which the disk did not take; "
-            f"{model_dir} is whole"
+            f"{log.path} lacks its last {missing} lines, which the disk did not take"
+            + (f"; {model_dir} is whole" if model_dir else "")
         )
 
 
@@ -162,7 +162,7 @@ def _allocate(path: Path, size: int) -> None:
 
 
 def _sizes(run: "Run") -> tuple[int, int]:
-    """Bytes of the written model with its tokenizer, and of a resumable checkpoint.
+    """Bytes of the model with its tokenizer, if it is written, and of a resumable checkpoint.
 
     That has AdamW's two moments of what is trained. With LoRA both have the base and the adapter.
     """
@@ -172,7 +172,8 @@ def _sizes(run: "Run") -> tuple[int, int]:
         moments += 2 * parameter.nbytes * parameter.requires_grad
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)  # slow ones are small
     text = len(tokenizer.to_str()) if tokenizer is not None else 0
-    return weights + text + _SMALL_FILES, weights + moments
+    model = weights + text if run.config.save_model else 0
+    return model + _SMALL_FILES, weights + moments
 
 
 def give_room(folder: Path) -> None:

@@ -18,11 +18,12 @@ from bft.head import causal_lm
 
 # Where a run reads and writes, what it reports and how it computes: none of it changes a number.
 _WHERE = ("output_dir", "resume", "overwrite", "tensorboard", "trackers", "histogram_every")
-_REPORTS = ("eval_file", "eval_every", "eval_limit", "save_every", "keep_checkpoints")
+_REPORTS = ("eval_file", "eval_every", "eval_first", "eval_limit")
+_WRITES = ("save_every", "keep_checkpoints", "save_model")
 _HOW = ("backend", "max_buffer_mib", "gradient_checkpointing", "on_nonfinite")
 # These are compared as what they are, not as how they were given: examples, contents, steps.
 _KNOWN_OTHERWISE = ("train_file", "model", "epochs", "steps")
-MAY_CHANGE = frozenset((*_WHERE, *_REPORTS, *_HOW, *_KNOWN_OTHERWISE))
+MAY_CHANGE = frozenset((*_WHERE, *_REPORTS, *_WRITES, *_HOW, *_KNOWN_OTHERWISE))
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 

@@ -67,7 +67,7 @@ def token_scores(
         raise DataError(f"no record of {len(examples)} keeps a label")
     found: list[Scores] = [{} for _ in examples]
     device = next(model.parameters()).device
-    bar = tqdm(total=len(labelled), desc="score", unit="record", disable=not progress)
+    bar = tqdm(total=len(labelled), desc="score", unit="record", disable=None if progress else True)
     with bar, evaluation_mode(model), use_loss(model, scores), torch.no_grad():
         for places in batches(labelled, lambda i: len(examples[i].input_ids), batch_tokens):
             batch = collate([examples[place] for place in places])

@@ -1,6 +1,7 @@
 """The training loop, top to bottom: records, model, data, optimizer, steps, the written model."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bft.checkpoint import load_progress
+from bft.collapse import SPAN, collapse, warn_of_window
 from bft.config import TrainConfig
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.encode import Record
@@ -34,19 +36,21 @@ from bft.signals import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
 
+LINES = 20  # of a run's progress, where no terminal shows a bar
+
 
 @dataclass(frozen=True)
 class TrainResult:
     """Where the model is, and what was measured."""
 
-    model_dir: Path
+    model_dir: Path | None  # None without save_model
     steps: int
     history: list[dict[str, Any]]  # one row a step, see StepMeter.read
     evaluations: list[dict[str, Any]]  # rows of Evaluation.to_dict and "step"
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Fine-tunes as ``config`` says. The model is written before it is evaluated.
+    """Fine-tunes as ``config`` says. The model is written, if it is to be, before it is evaluated.
 
     Raises:
         FolderInUse, SettingError: the output folder belongs to another run, or has no room.
@@ -70,13 +74,14 @@ def train(config: TrainConfig) -> TrainResult:
         evaluator = Evaluator(run, held_out, records, log)
         del records  # only their answers are needed from here on
         try:
-            if first == 0 or due(first, config.eval_every):
+            if config.eval_first if first == 0 else due(first, config.eval_every):
                 evaluator.run(first)
             with StopRequest() as stop:
                 take_steps(run, first, log, evaluator, stop)
-                model_dir = write_model(run)
+                model_dir = write_model(run) if config.save_model else None
                 if number := stop.agreed(accelerator):
-                    raise Stopped(number, f"after the last step: {model_dir} is not evaluated")
+                    what = model_dir or "the model"
+                    raise Stopped(number, f"after the last step: {what} is not evaluated")
             evaluator.run(run.steps)
             check_log(accelerator, log, model_dir)
         except (NonFinite, Stopped):  # on every rank
@@ -114,6 +119,9 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
         records, tokenizer, max_length=config.max_length, progress=accelerator.is_main_process
     )
     check_fits(dataset.examples, model, tokenizer)
+    if accelerator.is_main_process:
+        labels = [example.labelled for example in dataset.examples]
+        warn_of_window(config.scheme, config.window, labels)
     batches = StepBatches(
         len(dataset),
         batch_size=config.batch_size,
@@ -155,13 +163,15 @@ def take_steps(
     config, accelerator = run.config, run.accelerator
     batches = micro_batches(run, first)
     run.model.train()
+    main, shown = accelerator.is_main_process, sys.stderr.isatty()
+    warned = not main
     progress = tqdm(
         range(first, run.steps),
         initial=first,
         total=run.steps,
         desc=f"train {config.scheme}",
         unit="step",
-        disable=not accelerator.is_main_process,
+        disable=not (main and shown),
     )
     with progress:
         for step in progress:
@@ -172,10 +182,16 @@ def take_steps(
             if not due(step + 1, config.histogram_every):
                 values = {k: value for k, value in values.items() if not isinstance(value, list)}
             log.write("train", step + 1, values)
-            progress.set_postfix_str(
+            now = (
                 f"loss {values['loss']:.4f}, nll {values['nll']:.3f}, "
                 f"{values['tokens_per_second']:.0f} tok/s, peak {values['peak_gib']:.2f} GiB"
             )
+            progress.set_postfix_str(now)
+            if main and not shown and due(step + 1, max(1, run.steps // LINES), last=run.steps):
+                logger.info("step %d of %d: %s", step + 1, run.steps, now)
+            if not warned and due(step + 1, SPAN) and (told := collapse(log.of("train"))):
+                logger.warning("step %d: %s", step + 1, told)
+                warned = True
             number = stop.agreed(accelerator)
             if not number and due(step + 1, config.eval_every) and step + 1 < run.steps:
                 evaluator.run(step + 1)

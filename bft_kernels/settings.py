@@ -88,8 +88,8 @@ class TrainingSettings:
         "or a function (in `bft` its import path, `module:name`)", ops=WEIGHTS,
     )  # fmt: skip
     window: int = _option(
-        256, check_int, "labelled tokens in a window; a quarter of an answer is a good size", low=1,
-        ops=WEIGHTS,
+        256, check_int, "labelled tokens in a window; with twice an answer's length or more, each "
+        "window is the whole answer", low=1, ops=WEIGHTS,
     )  # fmt: skip
     gamma: float = _option(1.0, check_positive, "exponent of `bft-v1-code`", ops=WEIGHTS)
     gradient: str = _option(

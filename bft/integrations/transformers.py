@@ -70,7 +70,7 @@ class RowCollator:
 
 def _example(row: Mapping[str, Any]) -> Example:
     ids, labels, mask, given = (
-        None if (value := row.get(name)) is None else torch.as_tensor(value).tolist()
+        None if (value := row.get(name)) is None else list(map(_number, value))
         for name in ("input_ids", "labels", "attention_mask", "token_weight")
     )
     labels = labels or ids or []
@@ -82,6 +82,11 @@ def _example(row: Mapping[str, Any]) -> Example:
         columns = [[x for x, kept in zip(column, mask, strict=True) if kept] for column in columns]
     ids, labels, *weights = columns
     return Example(ids, labels, weights=weights[0] if weights else None)
+
+
+def _number(value: Any) -> Any:
+    """A number as Python's own, whatever array it came from."""
+    return value.item() if hasattr(value, "item") else value
 
 
 class BFTTrainer(Trainer):

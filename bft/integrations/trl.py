@@ -27,7 +27,10 @@ class WeightedCollator(DataCollatorForLanguageModeling):
         """TRL's batch, with ``token_weight [B, T]`` if the rows have it; padding has 0."""
         batch: dict[str, Any] = super().torch_call(examples)
         if "token_weight" in examples[0]:
-            lists = [torch.as_tensor(row["token_weight"], dtype=torch.float32) for row in examples]
+            lists = [
+                torch.as_tensor(row["token_weight"], dtype=torch.float32, device="cpu")
+                for row in examples
+            ]
             lists = [torch.cat(lists)] if self.padding_free else lists
             weights = torch.zeros(batch["labels"].shape, dtype=torch.float32, device="cpu")
             for into, values in zip(weights, lists, strict=True):
