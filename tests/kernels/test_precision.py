@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from bft_kernels import reference
 from bft_kernels.backends.common import chunked, gemm, logit_rows
-from bft_kernels.backends.torch import backward
 from tests.support.losses import balanced, cross_entropy, nll, specified_nll
 from tests.support.problems import Problem, draw_problem, error_of
 
@@ -124,7 +123,7 @@ def products(request, monkeypatch):
 
         for module in (gemm, chunked, logit_rows):
             monkeypatch.setattr(module, "gemm_dtype", lambda operand, *_: operand)
-        for module in (gemm, backward, *([spmm] if spmm else [])):
+        for module in (gemm, *([spmm] if spmm else [])):
             monkeypatch.setattr(module, "multiply", wide_product)
         monkeypatch.setattr(gemm, "_ADDS_WIDE", False)
         monkeypatch.setattr(gemm, "_PRODUCT_ELEMENTS", 100)

@@ -179,7 +179,8 @@ def test_a_choice_made_while_a_graph_is_captured_is_not_remembered(made, monkeyp
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     probe = Traits(torch.device("cuda", 0), torch.bfloat16)
     monkeypatch.setattr(ops, "traits_of", lambda tensor: probe)
-    problem = SimpleNamespace(hidden=None, weight=None, operand=probe.dtype, settings=Settings())
+    how = {"operand": probe.dtype, "settings": Settings(), "adapter": None}
+    problem = SimpleNamespace(hidden=None, weight=None, **how)
     for capturing, name in ((True, "cpu"), (False, "torch"), (True, "torch")):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
         expected = dispatch.engine(name)
