@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -104,9 +105,14 @@ def _demo(config: DemoConfig) -> None:
 
 
 def _data(config: DataConfig) -> None:
-    from bft.tasks import hpo
+    from bft.tasks import hpo, task
 
-    hpo.main(config.output_dir, seed=config.seed)
+    name = config.task.rpartition(":")[2] or "hpo"
+    folder = config.output_dir or Path("data") / name
+    if config.task:
+        task.main(config.task, folder, seed=config.seed)
+    else:
+        hpo.main(folder, seed=config.seed)
 
 
 def _usage(arguments: Sequence[str]) -> int:

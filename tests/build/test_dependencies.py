@@ -28,6 +28,7 @@ FILES = {
     "demo": ["bft/demo"],
     "trl": ["bft/integrations/trl.py"],
     "trackers": ["bft/trackers.py"],
+    "study": ["bft/tasks"],
     "train": ["bft"],
     "build": ["setup.py", "csrc/ninja_build.py"],
     "dev": ["benchmarks", "csrc", "tests"],
