@@ -6,7 +6,7 @@ Settings are checked where they are made.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,10 +42,11 @@ class _Checked:
                 raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
-def _setting(name: str) -> Any:
-    """The loss's option of this name, with its default, its choices and its help."""
+def _setting(name: str, more: str = "") -> Any:
+    """The loss's option of this name, with its default, its choices and its help, and ``more``."""
     (option,) = (option for option in fields(TrainingSettings) if option.name == name)
-    return field(default=option.default, metadata=option.metadata)
+    metadata = {**option.metadata, "help": option.metadata["help"] + more}
+    return field(default=option.default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,13 @@ class LossOptions(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class TrainConfig(LossOptions, _Files):
-    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
+class _Training(_Checked):
+    """How a step is taken, whatever its loss and its rate are."""
 
-    steps: int | None = None
-    """Optimizer steps, instead of `epochs`."""
-    epochs: float | None = None
-    """Passes over the training file; one if neither this nor `steps` is given."""
     batch_size: int = 8
     """Documents in a micro-batch, per process."""
     accumulation: int = 1
     """Micro-batches in an optimizer step."""
-    learning_rate: float = 2e-5
-    """Peak of the schedule: linear warm-up, then cosine to zero."""
     warmup_ratio: float = 0.1
     """Fraction of the steps that warm up."""
     weight_decay: float = 0.0
@@ -103,9 +98,6 @@ class TrainConfig(LossOptions, _Files):
     """Documents are cut to this many tokens."""
     packing: bool = False
     """Put a micro-batch's documents in one row instead of padding them."""
-    seed: int = 0
-    """Seeds the order of records, new parameters and draws; from 0 below 2**32."""
-
     lora_rank: int = 0
     """Train LoRA adapters of this rank instead of all parameters; 0 is full fine-tuning."""
     lora_alpha: float | None = None
@@ -118,13 +110,43 @@ class TrainConfig(LossOptions, _Files):
     """Autocast type; parameters stay in `dtype`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters."""
+    save_every: int | None = None
+    """Steps between resumable checkpoints; then there is one after the last step, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lora_targets:
+            raise SettingError("lora_targets: got no name, expected some, or all-linear")
+        for name, needed in _NEEDS.items():
+            value = getattr(self, name, None)
+            if value != getattr(type(self), name, None) and not getattr(self, needed):
+                got = f"got {' '.join(value) if isinstance(value, tuple) else value}"
+                raise SettingError(
+                    f"{name}: {got}, which does nothing without {needed}; expected both or none"
+                )
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Training, LossOptions, _Files):
+    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
+
+    # What a caller hands to the loss is a number: `auto` becomes one when the records are known.
+    window: int | Literal["auto"] = _setting(  # type: ignore[assignment]
+        "window", "; `auto`: an eighth of the training file's median answer"
+    )
+    steps: int | None = None
+    """Optimizer steps, instead of `epochs`."""
+    epochs: float | None = None
+    """Passes over the training file; one if neither this nor `steps` is given."""
+    learning_rate: float = 2e-5
+    """Peak of the schedule: linear warm-up, then cosine to zero."""
+    seed: int = 0
+    """Seeds the order of records, new parameters and draws; from 0 below 2**32."""
 
     eval_every: int | None = None
     """Steps between evaluations; always before the first and after the last one too."""
     eval_limit: int | None = None
     """Evaluate on this many records of the file."""
-    save_every: int | None = None
-    """Steps between resumable checkpoints; then there is one after the last step, too."""
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     resume: bool = False
@@ -146,19 +168,13 @@ class TrainConfig(LossOptions, _Files):
         super().__post_init__()
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
-        self.loss()  # checks its own options
-        if not self.lora_targets:
-            raise SettingError("lora_targets: got no name, expected some, or all-linear")
+        if self.window == "auto":
+            replace(self, window=1)  # checks the others
+        else:
+            self.loss()  # checks its own options
         if self.steps is not None and self.epochs is not None:
             both = f"got {self.steps} with epochs={self.epochs}"
             raise SettingError(f"steps: {both}, expected one of them")
-        for name, needed in _NEEDS.items():
-            value = getattr(self, name)
-            if value != getattr(TrainConfig, name) and not getattr(self, needed):
-                got = f"got {' '.join(value) if isinstance(value, tuple) else value}"
-                raise SettingError(
-                    f"{name}: {got}, which does nothing without {needed}; expected both or none"
-                )
 
     def check_device(self, device_type: str) -> None:
         """Raises SettingError if these settings cannot run on a device of this type."""

@@ -37,13 +37,24 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
     for name, (other, allowed) in ONLY_WITH.items():  # a file may hold them, for other runs
-        if f"--{name}" in typed and getattr(config, other) not in allowed:
+        if f"--{name}" not in typed or not hasattr(config, other):
+            continue
+        value = getattr(config, other)
+        if value not in allowed and not (name == "window" and _reads_window(value)):
             raise SettingError(
                 f"{name}: got {getattr(config, name)}, which {other}={getattr(config, other)} "
                 f"ignores; expected it with {other}={' or '.join(allowed)}"
             )
     _check_paths(config)
     return config
+
+
+def _reads_window(scheme: str) -> bool:
+    if ":" not in scheme:
+        return False
+    from bft.schemes import load_scheme, takes_window  # and torch, which the run has loaded
+
+    return bool(takes_window(load_scheme(scheme)))
 
 
 def flags_of(config_type: type[Any]) -> type[Any]:
