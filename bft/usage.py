@@ -160,11 +160,17 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
     return [flag if value else f"--no-{flag[2:]}"]
 
 
+_READ = ("train_file", "eval_file", "file", "forgetting_file")
+
+
 def _check_paths(config: Any) -> None:
     """Raises SettingError for a file or folder that a run could not read or write at its end."""
     for name, path in vars(config).items():
-        if isinstance(path, Path) and name in ("train_file", "eval_file", "file"):
+        if isinstance(path, Path) and name in _READ:
             _check_read(name, path)
+        elif isinstance(path, Path) and name == "data":
+            for file in ("train", "test", config.tune_on):
+                _check_read(name, config.file(file))
         elif isinstance(path, Path):
             _check_written(name, path, folder=name == "output_dir")
 

@@ -1,0 +1,1 @@
+"""Controlled studies of training schemes: which arms, how they are trained, what the numbers say."""
