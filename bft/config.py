@@ -254,6 +254,8 @@ class CompareConfig(StepOptions, _Compared):
                 f"schemes: got {' '.join(self.schemes)}, expected sft among them: the others are "
                 "held against it"
             )
+        if len(self.schemes) == 1 and not self.control:
+            raise SettingError("schemes, control: got sft alone, expected more to compare")
         for window in self.windows:
             if window != "auto":
                 check_int("windows", window, 1)

@@ -200,7 +200,11 @@ def bytes_of_old_run(folder: Path) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within it the folder is there, and no other process has it. Raises FolderInUse, SettingError."""
+    """Within it the folder is there, and no other process has it.
+
+    Raises:
+        FolderInUse, SettingError: as :func:`claimed`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+b", buffering=0)  # what is not written is known at once

@@ -102,7 +102,7 @@ def load_scheme(scheme: Any, window: int | None = None) -> Any:
     return functools.partial(scheme, window=window)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def takes_window(scheme: Any) -> bool:
     """Whether a scheme is a function with a parameter ``window`` that has no default."""
     if isinstance(scheme, str):

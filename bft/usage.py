@@ -101,7 +101,13 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     found, rest = parser.parse_known_args(arguments)
     if found.config == "":
         raise SettingError("--config: got nothing, expected a YAML file")
-    return found.config and Path(found.config), rest
+    return found.config and _file_of(found.config), rest
+
+
+def _file_of(name: str) -> Path:
+    """A YAML file, or the one of this name that comes with the package."""
+    packaged = Path(__file__).parent / "study" / "configs" / f"{name}.yaml"
+    return packaged if packaged.is_file() and not Path(name).exists() else Path(name)
 
 
 def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Controlled studies of training schemes: which arms, how they are trained, what the numbers say."""
+"""Studies of training schemes: which arms, how they are trained, what the numbers say."""

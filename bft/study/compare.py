@@ -139,6 +139,9 @@ def start(config: CompareConfig) -> Study:
             else f"output_dir: {config.output_dir} holds a comparison; --resume goes on with it, "
             "or give another folder"
         )
+    pretrained(config.model)  # raises for a name that is none
+    if config.start is not None and not config.start.isdigit():
+        pretrained(config.start)
     train_records = read_jsonl(config.file("train"))
     tune_records = read_jsonl(config.file(config.tune_on), limit=config.tune_limit)
     known_by = identity(config)
@@ -410,8 +413,10 @@ def read_test(study: Study) -> dict[str, Any]:
             )
             scored = {"of": known_by, "rows": rows, "forgetting": None}
             if other is not None:
-                shown = {"train": (), "max_length": config.max_length, "desc": "forgetting"}
-                scored["forgetting"] = mean_nll(evaluate_items(model, other, **shown))
+                rows = evaluate_items(
+                    model, other, train=[], max_length=config.max_length, desc="forgetting"
+                )
+                scored["forgetting"] = mean_nll(rows)
             write_whole(file, scored)
         found[key] = scored
     return {"digest": known_by[0], "models": found}

@@ -254,7 +254,7 @@ def draw_curves(study: Study, path: Path) -> None:
 def draw_forgetting(result: dict[str, Any], metrics: Sequence[str], path: Path) -> None:
     """What was learned against what was forgotten: a point an arm."""
     metric = next(name for name in TESTED if name in metrics)
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     points = {
         name: (_average(arm["forgetting"]), arm["test"][metric]["mean"])
         for name, arm in result["arms"].items()
@@ -262,9 +262,10 @@ def draw_forgetting(result: dict[str, Any], metrics: Sequence[str], path: Path) 
     for name in ("untrained", "start"):
         if name in result["floors"]:
             points[name] = (result["forgetting"][name], result["floors"][name][metric]["mean"])
-    for name, (lost, learned) in points.items():
-        axes.plot([lost], [learned], "o" if name in result["arms"] else "k^")
-        axes.annotate(name, (lost, learned), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    for place, (name, (lost, learned)) in enumerate(points.items()):
+        marker = "ovs<D>p*"[place // 10 % 8]  # ten colours each
+        axes.plot([lost or math.nan], [learned], marker, label=name)
+    figure.legend(loc="outside right upper", fontsize=8)
     axes.set_xlabel("nll of a label of other text (nats)")
     axes.set_ylabel(f"test {metric}")
     _save(figure, path)
