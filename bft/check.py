@@ -147,7 +147,10 @@ class _Trial:
         nll = -log_p.gather(1, target[labelled].unsqueeze(1)).squeeze(1)
         bounds = nn.functional.pad(labelled.sum(1).cumsum(0), (1, 0))
         coefficients = reference.token_coefficients(
-            torch.exp(-nll.detach()), bounds, scheme=load_scheme(loss.scheme), window=loss.window
+            torch.exp(-nll.detach()),
+            bounds,
+            scheme=load_scheme(loss.scheme, loss.window),
+            window=loss.window,
         )
         if token_weight is not None:
             coefficients = coefficients * token_weight[labelled]

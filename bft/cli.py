@@ -1,4 +1,4 @@
-"""The ``bft`` command: ``train``, ``eval``, ``score``, ``check``, ``data``, ``demo``, ``info``."""
+"""The ``bft`` command: each of its commands, exit statuses, and errors on one line."""
 
 import dis
 import json
@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from bft.config import (
     CheckConfig,
+    CompareConfig,
     DataConfig,
     DemoConfig,
     EvalConfig,
@@ -90,6 +91,12 @@ def _train(config: TrainConfig) -> None:
             print(f"nll     {before:.3f} before, {after:.3f} after {result.steps} steps (held out)")
         if result.model_dir is not None:
             print(f"model   {result.model_dir}")
+
+
+def _compare(config: CompareConfig) -> None:
+    from bft.study.compare import compare
+
+    compare(config)
 
 
 def _check(config: CheckConfig) -> int:
@@ -190,6 +197,7 @@ def _info(config: InfoConfig) -> None:
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "demo": (DemoConfig, _demo),
     "train": (TrainConfig, _train),
+    "compare": (CompareConfig, _compare),
     "eval": (EvalConfig, _evaluate),
     "score": (ScoreConfig, _score),
     "check": (CheckConfig, _check),

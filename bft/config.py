@@ -6,7 +6,8 @@ Settings are checked where they are made.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+import re
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,10 +44,11 @@ class _Checked:
                 raise ValueError(f"{name}: got {value}, expected a number above 0")
 
 
-def _setting(name: str) -> Any:
-    """The loss's option of this name, with its default, its choices and its help."""
+def _setting(name: str, more: str = "") -> Any:
+    """The loss's option of this name, with its default, its choices and its help, and ``more``."""
     (option,) = (option for option in fields(TrainingSettings) if option.name == name)
-    return field(default=option.default, metadata=option.metadata)
+    metadata = {**option.metadata, "help": option.metadata["help"] + more}
+    return field(default=option.default, metadata=metadata)
 
 
 def _check_loss(**options: Any) -> None:
@@ -89,19 +91,13 @@ class LossOptions(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class TrainConfig(LossOptions, _Files):
-    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
+class StepOptions(_Checked):
+    """How a step is taken, whatever its loss and its rate are."""
 
-    steps: int | None = None
-    """Optimizer steps, instead of `epochs`."""
-    epochs: float | None = None
-    """Passes over the training file; one if neither this nor `steps` is given."""
     batch_size: int = 8
     """Documents in a micro-batch, per process."""
     accumulation: int = 1
     """Micro-batches in an optimizer step."""
-    learning_rate: float = 2e-5
-    """Peak of the schedule: linear warm-up, then cosine to zero."""
     warmup_ratio: float = 0.1
     """Fraction of the steps that warm up; the first step has a rate above 0."""
     weight_decay: float = 0.0
@@ -112,9 +108,6 @@ class TrainConfig(LossOptions, _Files):
     """Documents are cut to this many tokens."""
     packing: bool = False
     """Put a micro-batch's documents in one row instead of padding them."""
-    seed: int = 0
-    """Seeds the order of records, new parameters and draws; from 0 below 2**32."""
-
     lora_rank: int = 0
     """Train LoRA adapters of this rank instead of all parameters; 0 is full fine-tuning."""
     lora_alpha: float | None = None
@@ -127,6 +120,38 @@ class TrainConfig(LossOptions, _Files):
     """Autocast type; parameters stay in `dtype`."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the parameters."""
+    save_every: int | None = None
+    """Steps between resumable checkpoints; then there is one after the last step, too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lora_targets:
+            raise SettingError("lora_targets: got no name, expected some, or all-linear")
+        for name, needed in _NEEDS.items():
+            value = getattr(self, name, None)
+            if value != getattr(type(self), name, None) and not getattr(self, needed):
+                got = f"got {' '.join(value) if isinstance(value, tuple) else value}"
+                raise SettingError(
+                    f"{name}: {got}, which does nothing without {needed}; expected both or none"
+                )
+
+
+@dataclass(frozen=True)
+class TrainConfig(StepOptions, LossOptions, _Files):
+    """Fine-tune a Hugging Face causal LM with BFT, DFT or SFT."""
+
+    # What a caller hands to the loss is a number: `auto` becomes one when the records are known.
+    window: int | Literal["auto"] = _setting(  # type: ignore[assignment]
+        "window", "; `auto`: an eighth of the training file's median answer"
+    )
+    steps: int | None = None
+    """Optimizer steps, instead of `epochs`."""
+    epochs: float | None = None
+    """Passes over the training file; one if neither this nor `steps` is given."""
+    learning_rate: float = 2e-5
+    """Peak of the schedule: linear warm-up, then cosine to zero."""
+    seed: int = 0
+    """Seeds the order of records, new parameters and draws; from 0 below 2**32."""
 
     eval_every: int | None = None
     """Steps between evaluations; always after the last one too."""
@@ -134,8 +159,6 @@ class TrainConfig(LossOptions, _Files):
     """Evaluate before the first step, too."""
     eval_limit: int | None = None
     """Evaluate on this many records of the file."""
-    save_every: int | None = None
-    """Steps between resumable checkpoints; then there is one after the last step, too."""
     keep_checkpoints: int = 2
     """Resumable checkpoints that are kept."""
     save_model: bool = True
@@ -159,19 +182,13 @@ class TrainConfig(LossOptions, _Files):
         super().__post_init__()
         if self.resume and self.overwrite:
             raise SettingError("resume, overwrite: got both, expected one of them")
-        self.loss()  # checks its own options
-        if not self.lora_targets:
-            raise SettingError("lora_targets: got no name, expected some, or all-linear")
+        if self.window == "auto":
+            replace(self, window=1)  # checks the others
+        else:
+            self.loss()  # checks its own options
         if self.steps is not None and self.epochs is not None:
             both = f"got {self.steps} with epochs={self.epochs}"
             raise SettingError(f"steps: {both}, expected one of them")
-        for name, needed in _NEEDS.items():
-            value = getattr(self, name)
-            if value != getattr(TrainConfig, name) and not getattr(self, needed):
-                got = f"got {' '.join(value) if isinstance(value, tuple) else value}"
-                raise SettingError(
-                    f"{name}: {got}, which does nothing without {needed}; expected both or none"
-                )
 
     def check_device(self, device_type: str) -> None:
         """Raises SettingError if these settings cannot run on a device of this type."""
@@ -184,6 +201,114 @@ class TrainConfig(LossOptions, _Files):
     def to_yaml(self) -> str:
         """The settings as :func:`bft.usage.yaml_flags` reads them back."""
         return yaml.safe_dump(plain(self), sort_keys=False)
+
+
+@dataclass(frozen=True)
+class _Compared(_Checked):
+    """What a comparison reads, and where it writes."""
+
+    data: Path
+    """Folder with train.jsonl, test.jsonl and the file to tune on, as `bft data` writes it."""
+    output_dir: Path = Path("runs/compare")
+    """Gets plan.json, a folder for each run, compare.json, items.parquet, table.md and figures."""
+    model: str = "smollm2-135m"
+    """A built-in name, a checkpoint folder or a hub id."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(StepOptions, _Compared):
+    """Train with several schemes, same data and budget, and say which of them differ."""
+
+    schemes: tuple[str, ...] = ("sft", "dft", "bft")
+    """Schemes to compare, or functions' import paths; sft, which the others are held against, is
+    one."""
+    control: tuple[Literal["shuffled", "token-only", "document-only"], ...] = ()
+    """Controls of bft: its token weights shuffled in each document, or one of its two weights."""
+    windows: tuple[int | Literal["auto"], ...] = ("auto",)
+    """Windows of each scheme that has one, in labelled tokens; auto is an eighth of the median
+    answer."""
+    start: str | None = None
+    """Every scheme from one SFT checkpoint, too: its number of steps, or its folder."""
+    tune_on: str = "validation"
+    """Name of the file in `data`, without .jsonl, on which each arm's learning rate is chosen."""
+    tune_limit: int = 64
+    """Tune on this many of its records."""
+    learning_rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+    """Peak rates to try, ascending, with half the steps, until the validation NLL rises."""
+    seeds: int = 3
+    """Runs of each arm; run k of every arm reads the records in the same order."""
+    steps: int | None = None
+    """Optimizer steps of each run, instead of `budget`."""
+    budget: str | None = None
+    """Time for all of it, as 2h or 1h30m; measured first, it becomes a number of steps."""
+    test_limit: int | None = None
+    """Test on this many records."""
+    forgetting_file: Path | None = None
+    """JSONL of another field: its NLL shows what a run has forgotten."""
+    launcher: str | None = None
+    """Starts each training run as a process: accelerate launch or torchrun, with flags."""
+    bootstrap: int = 10_000
+    """Draws of the bootstrap."""
+    gradient: str = _setting("gradient")
+    eps: float = _setting("eps")
+    normalize: str = _setting("normalize")
+    backend: str = _setting("backend")
+    resume: bool = False
+    """Go on with the comparison in `output_dir`, with the same settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("schemes", "windows", "learning_rates"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise SettingError(f"{name}: got {list(values)}, expected some, each once")
+        if "sft" not in self.schemes:
+            raise SettingError(
+                f"schemes: got {' '.join(self.schemes)}, expected sft among them: the others are "
+                "held against it"
+            )
+        if len(self.schemes) == 1 and not self.control:
+            raise SettingError("schemes, control: got sft alone, expected more to compare")
+        for window in self.windows:
+            if window != "auto":
+                check_int("windows", window, 1)
+        for rate in self.learning_rates:
+            check_number("learning_rates", rate, 0.0, math.inf)
+        if 0 in self.learning_rates or list(self.learning_rates) != sorted(self.learning_rates):
+            rates = list(self.learning_rates)
+            raise SettingError(f"learning_rates: got {rates}, expected them above 0 and ascending")
+        if (self.steps is None) == (self.budget is None):
+            got = "neither" if self.steps is None else "both"
+            raise SettingError(f"steps, budget: got {got}, expected one of them")
+        if self.budget is not None:
+            seconds_of(self.budget)
+        if self.tune_on in ("train", "test"):
+            raise SettingError(
+                f"tune_on: got {self.tune_on}, which is for {self.tune_on}ing alone; expected "
+                "another file of data, as validation"
+            )
+        for scheme in self.schemes:
+            LossOptions(
+                scheme=scheme,
+                gradient=self.gradient,
+                eps=self.eps,
+                normalize=self.normalize,
+                backend=self.backend,
+            ).loss()  # checks its options
+
+    def file(self, name: str) -> Path:
+        """The file of ``data`` with this name."""
+        return self.data / f"{name}.jsonl"
+
+
+def seconds_of(duration: str) -> float:
+    """The seconds of a duration as 2h, 1h30m or 45s. Raises SettingError."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    total = 3600 * hours + 60 * minutes + seconds
+    if not total:
+        raise SettingError(f"budget: got {duration!r}, expected a duration as 2h, 1h30m or 45s")
+    return total
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import random
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -17,6 +18,9 @@ from bft.loss import IGNORE
 from bft_kernels.values import check_int
 
 logger = logging.getLogger(__name__)
+
+# The window `auto`, as a share of the median answer. A guess: no measurement has chosen it yet.
+AUTO_WINDOW = 1 / 8
 
 
 class AnswerDataset:
@@ -68,6 +72,11 @@ class AnswerDataset:
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    def auto_window(self) -> int:
+        """The window ``auto``: a share of the median number of labels of an example, 1 or more."""
+        median = statistics.median(example.labelled for example in self.examples)
+        return max(1, math.floor(AUTO_WINDOW * median + 0.5))
 
 
 class StepBatches:

@@ -31,6 +31,10 @@ from bft_kernels import linear_nll
 Item = TypeVar("Item")
 
 
+class NothingLeft(DataError):
+    """No record keeps a label, or its whole `answer`, after `max_length`."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Means over labelled tokens, in nats. Fields about answers are None where there are none."""
@@ -85,6 +89,7 @@ def evaluate(
     most frequent one of `train`, or of `records` where that is None.
 
     Raises:
+        NothingLeft: no record keeps a label.
         DataError: an `answer` does not start its completion, in text or in tokens; it starts
             another answer; or the model cannot take a record.
     """
@@ -97,7 +102,7 @@ def evaluate(
     found = [_item(record, tokenizer, choices, max_length) for record in bar]
     items = [item for item in found if item is not None]
     if not items:
-        raise DataError(f"no record of {len(records)} keeps a label (max_length={max_length})")
+        raise NothingLeft(f"no record of {len(records)} keeps a label (max_length={max_length})")
     check_fits([item.example for item in items], model, tokenizer)
     total, hits = _score(model, Collator.of(tokenizer), items, batch_tokens, progress)
     nll = total["nll"] / total["tokens"]

@@ -61,7 +61,7 @@ class HeadLoss(TrainingSettings):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        options = {**vars(self), "scheme": load_scheme(self.scheme)}
+        options = {**vars(self), "scheme": load_scheme(self.scheme, self.window)}
         if options.pop("seed") is not None:
             check_int("seed", self.seed, -(2**63))
         BalancedLinearCrossEntropyLoss(**options)  # checks them
@@ -92,7 +92,7 @@ class HeadLoss(TrainingSettings):
             token_weight=token_weight,
             return_stats=True,
             **vars(head),
-            **{**vars(self), "scheme": load_scheme(self.scheme), "seed": seed},
+            **{**vars(self), "scheme": load_scheme(self.scheme, self.window), "seed": seed},
         )
         return value, stats
 

@@ -55,7 +55,7 @@ def claimed(accelerator: Any, config: TrainConfig) -> Iterator[None]:
     with ExitStack() as stack:
 
         def claim() -> None:
-            stack.enter_context(_lock(config.output_dir))
+            stack.enter_context(locked(config.output_dir))
             give_room(config.output_dir)  # left by a run that was killed
             if config.resume:
                 _check_resumable(config.output_dir)
@@ -200,7 +200,12 @@ def bytes_of_old_run(folder: Path) -> int:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Within it the folder is there, and no other process has it.
+
+    Raises:
+        FolderInUse, SettingError: as :func:`claimed`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+b", buffering=0)  # what is not written is known at once

@@ -4,9 +4,14 @@ A scheme is a function of ``confidence [n]``, the labels' probabilities, and ``c
 the boundaries of documents in it. It returns the weight of each token, ``[n]``, and of each
 document, ``[S]``. ``HeadLoss`` and the commands find it by its import path:
 ``scheme="bft.schemes:focal"``. Weights are constants: no gradient goes through them. The papers
-take the mean over labelled tokens, which is ``normalize="token"``.
+take the mean over labelled tokens, which is ``normalize="token"``. A function with a parameter
+``window`` that has no default gets the setting of that name.
+
+``shuffled``, ``token_only`` and ``document_only`` are controls: each takes one thing away from
+``bft``.
 """
 
+import functools
 import inspect
 import math
 import pkgutil
@@ -15,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bft_kernels import token_weights
 from bft_kernels.settings import SCHEMES
 
 
@@ -44,6 +50,34 @@ def focal(confidence: Tensor, cu_seqlens: Tensor, gamma: float = 2.0) -> tuple[T
     return (1 - confidence) ** gamma, every_document(cu_seqlens, confidence)
 
 
+def shuffled(confidence: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """``bft``, its token weights in another order inside each document: drawn anew in each call.
+
+    The control for *which* tokens are held back. The draws are from torch's CPU generator, which a
+    checkpoint resumes.
+    """
+    weights = token_weights(confidence, cu_seqlens, scheme="bft", window=window)
+    count = confidence.numel()
+    draw = torch.rand(count, dtype=torch.float64, device="cpu").to(confidence.device)
+    place = torch.arange(count, dtype=torch.int64, device=confidence.device)
+    document = torch.searchsorted(cu_seqlens[1:].to(place), place, right=True)
+    order = draw.argsort()
+    order = order[document[order].argsort(stable=True)]  # drawn places, document by document
+    return weights.token_weight[order], weights.sequence_weight
+
+
+def token_only(confidence: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """``bft``'s token weights, and the weight 1 for each document."""
+    weights = token_weights(confidence, cu_seqlens, scheme="bft", window=window)
+    return weights.token_weight, every_document(cu_seqlens, confidence)
+
+
+def document_only(confidence: Tensor, cu_seqlens: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """``bft``'s document weights, and the weight 1 for each token."""
+    weights = token_weights(confidence, cu_seqlens, scheme="bft", window=window)
+    return torch.ones_like(confidence), weights.sequence_weight
+
+
 def every_document(cu_seqlens: Tensor, like: Tensor) -> Tensor:
     """The same weight for each document, 1."""
     return like.new_ones(cu_seqlens.numel() - 1)
@@ -52,15 +86,36 @@ def every_document(cu_seqlens: Tensor, like: Tensor) -> Tensor:
 _LOADED: dict[str, Any] = {}  # for compiled code, which imports nothing
 
 
-def load_scheme(scheme: Any) -> Any:
+def load_scheme(scheme: Any, window: int | None = None) -> Any:
     """The function at an import path ``package.module:name``; names and functions as they are.
+
+    One that asks for the ``window`` gets it, if it is given.
 
     Raises:
         ValueError: there is no such scheme, or it cannot be imported.
         TypeError: what is there cannot be called, or not with the two arguments of a scheme.
     """
-    if not isinstance(scheme, str) or scheme in SCHEMES:
+    if isinstance(scheme, str) and scheme not in SCHEMES:
+        scheme = _found(scheme)
+    if window is None or not takes_window(scheme):
         return scheme
+    return functools.partial(scheme, window=window)
+
+
+@torch.compiler.assume_constant_result
+def takes_window(scheme: Any) -> bool:
+    """Whether a scheme is a function with a parameter ``window`` that has no default."""
+    if isinstance(scheme, str):
+        return False
+    try:
+        option = inspect.signature(scheme).parameters.get("window")
+    except ValueError:  # of a function in C
+        return False
+    return option is not None and option.default is option.empty
+
+
+def _found(scheme: str) -> Any:
+    """The function at an import path. Raises as :func:`load_scheme`."""
     if torch.compiler.is_compiling() and scheme in _LOADED:
         return _LOADED[scheme]
     if ":" not in scheme:
@@ -85,9 +140,9 @@ def _check_arguments(scheme: str, function: Any) -> None:
     except ValueError:  # of a builtin
         return
     try:
-        signature.bind(None, None)
+        signature.bind(None, None, **({"window": 1} if takes_window(function) else {}))
     except TypeError as error:
         raise TypeError(
-            f"scheme: {scheme!r} takes {signature}, expected (confidence, cu_seqlens), and a "
-            "return value (token_weight, sequence_weight)"
+            f"scheme: {scheme!r} takes {signature}, expected (confidence, cu_seqlens), with "
+            "window if it asks for that, and a return value (token_weight, sequence_weight)"
         ) from error

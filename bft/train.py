@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> TrainResult:
         records = read(accelerator, "train_file", config.train_file)
         held_out = read(accelerator, "eval_file", config.eval_file, config.eval_limit)
         run = prepare(accelerator, config, records)
+        config = run.config  # with the window as a number
         first = 0
         if config.resume:
             first = load_progress(accelerator, config.output_dir, run.identity)
@@ -112,15 +113,20 @@ def prepare(accelerator: Accelerator, config: TrainConfig, records: list[Record]
     """Model, data, optimizer and schedule before the first step."""
     set_seed(config.seed)
     model, tokenizer = load_model(config)
-    loss = config.loss()
-    patch_model(model, loss)
-
     dataset = AnswerDataset(
         records, tokenizer, max_length=config.max_length, progress=accelerator.is_main_process
     )
+    if config.window == "auto":
+        config = replace(config, window=dataset.auto_window())
+        if accelerator.is_main_process:
+            logger.info("window auto: %s labelled tokens", config.window)
+    loss = config.loss()
+    patch_model(model, loss)
+
     check_fits(dataset.examples, model, tokenizer)
     if accelerator.is_main_process:
         labels = [example.labelled for example in dataset.examples]
+        assert config.window != "auto"
         warn_of_window(config.scheme, config.window, labels)
     batches = StepBatches(
         len(dataset),

@@ -37,13 +37,24 @@ def parse(config_type: type[Any], arguments: Sequence[str], prog: str) -> Any:
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
     for name, (other, allowed) in ONLY_WITH.items():  # a file may hold them, for other runs
-        if f"--{name}" in typed and getattr(config, other) not in allowed:
+        if f"--{name}" not in typed or not hasattr(config, other):
+            continue
+        value = getattr(config, other)
+        if value not in allowed and not (name == "window" and _reads_window(value)):
             raise SettingError(
                 f"{name}: got {getattr(config, name)}, which {other}={getattr(config, other)} "
                 f"ignores; expected it with {other}={' or '.join(allowed)}"
             )
     _check_paths(config)
     return config
+
+
+def _reads_window(scheme: str) -> bool:
+    if ":" not in scheme:
+        return False
+    from bft.schemes import load_scheme, takes_window  # and torch, which the run has loaded
+
+    return bool(takes_window(load_scheme(scheme)))
 
 
 def flags_of(config_type: type[Any]) -> type[Any]:
@@ -90,7 +101,13 @@ def _split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     found, rest = parser.parse_known_args(arguments)
     if found.config == "":
         raise SettingError("--config: got nothing, expected a YAML file")
-    return found.config and Path(found.config), rest
+    return found.config and _file_of(found.config), rest
+
+
+def _file_of(name: str) -> Path:
+    """A YAML file, or the one of this name that comes with the package."""
+    packaged = Path(__file__).parent / "study" / "configs" / f"{name}.yaml"
+    return packaged if packaged.is_file() and not Path(name).exists() else Path(name)
 
 
 def yaml_flags(path: Path, config_type: type[Any]) -> list[str]:
@@ -149,11 +166,17 @@ def _flag(name: str, node: yaml.Node, switch: bool, loader: Any, where: str) -> 
     return [flag if value else f"--no-{flag[2:]}"]
 
 
+_READ = ("train_file", "eval_file", "file", "forgetting_file")
+
+
 def _check_paths(config: Any) -> None:
     """Raises SettingError for a file or folder that a run could not read or write at its end."""
     for name, path in vars(config).items():
-        if isinstance(path, Path) and name in ("train_file", "eval_file", "file"):
+        if isinstance(path, Path) and name in _READ:
             _check_read(name, path)
+        elif isinstance(path, Path) and name == "data":
+            for file in ("train", "test", config.tune_on):
+                _check_read(name, config.file(file))
         elif isinstance(path, Path):
             _check_written(name, path, folder=name == "output_dir")
 

@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from bft import schemes
 from bft.cli import main
 from bft.loss import IGNORE, Head, HeadLoss
+from bft.train import train
 from bft_kernels import reference
 from tests.support.runs import metrics, unevaluated
 
@@ -68,6 +70,90 @@ def test_a_loss_by_import_path_is_the_references_with_the_function(name):
     if name == "dft":
         named, _ = HeadLoss(scheme="dft", normalize="token")(hidden, Head(weight), target)
         torch.testing.assert_close(got, named, rtol=1e-12, atol=0)
+
+
+# Two documents, the first of two tokens; a window of 2 is the token before and the token.
+CONFIDENCE, BOUNDS = [0.2, 0.6, 0.9, 0.1, 0.5], [0, 2, 5]
+TOKEN, DOCUMENT = [1, 1, 1, 0.1 / 0.5, 1], [1 - 0.2, 1 - 0.3]  # windows .2 .4 | .9 .5 .3
+
+
+def weights_of(scheme):
+    confidence = torch.tensor(CONFIDENCE, dtype=torch.float64)
+    return scheme(confidence, torch.tensor(BOUNDS), window=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "document"),
+    [("token_only", TOKEN, [1, 1]), ("document_only", [1] * 5, DOCUMENT)],
+)
+def test_an_ablation_keeps_one_of_the_two_weights(name, token, document):
+    got = weights_of(getattr(schemes, name))
+    assert got[0].tolist() == pytest.approx(token, abs=1e-6)
+    assert got[1].tolist() == pytest.approx(document)
+
+
+def test_shuffled_weights_stay_in_their_document_and_each_call_has_another_order():
+    torch.manual_seed(0)
+    drawn = [weights_of(schemes.shuffled) for _ in range(40)]
+    for token, document in drawn:
+        assert sorted(token[:2].tolist()) == pytest.approx(sorted(TOKEN[:2]), abs=1e-6)
+        assert sorted(token[2:].tolist()) == pytest.approx(sorted(TOKEN[2:]), abs=1e-6)
+        assert document.tolist() == pytest.approx(DOCUMENT)
+    places = [token[2:].argmin().item() for token, _ in drawn]
+    assert all(places.count(place) > 4 for place in range(3))
+    torch.manual_seed(0)
+    torch.testing.assert_close(weights_of(schemes.shuffled), drawn[0], rtol=0, atol=0)
+
+
+def test_shuffled_draws_are_uniform_over_a_ragged_batch():
+    """Each token of a document is as likely at each of its places; an empty document is none."""
+    torch.manual_seed(1)
+    confidence = torch.rand(9, dtype=torch.float64)
+    bounds = torch.tensor([0, 1, 1, 5, 9])
+    weight = schemes.token_only(confidence, bounds, window=3)[0]
+    counts = torch.zeros(9, 9)
+    for _ in range(2000):
+        token, _ = schemes.shuffled(confidence, bounds, window=3)
+        counts += (token[:, None] == weight) / (weight[:, None] == weight).sum(0)
+    inside = torch.block_diag(*(torch.full((n, n), 1 / n) for n in (1, 4, 4)))
+    same = (weight[:, None] == weight).double()  # equal weights cannot be told apart
+    want = inside.double() @ same / same.sum(0)
+    torch.testing.assert_close(counts.double() / 2000, want, rtol=0, atol=0.06)
+
+
+def windowed(confidence, cu_seqlens, window):
+    return confidence.new_full(confidence.shape, window), schemes.every_document(
+        cu_seqlens, confidence
+    )
+
+
+@pytest.mark.parametrize("scheme", [windowed, f"{__name__}:windowed"], ids=["function", "path"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_function_that_asks_for_the_window_gets_the_setting(scheme, compiled):
+    hidden, weight = torch.randn(1, 4, 3), torch.randn(5, 3)
+    loss = HeadLoss(scheme=scheme, window=7)
+
+    def total(hidden):
+        return loss(hidden, Head(weight), torch.ones(1, 4, dtype=torch.int64))[0]
+
+    call = torch.compile(total, backend="eager", fullgraph=True) if compiled else total
+    plain = HeadLoss(scheme="sft")(hidden, Head(weight), torch.ones(1, 4, dtype=torch.int64))[0]
+    torch.testing.assert_close(call(hidden), 7 * plain)
+
+
+def test_window_goes_with_a_function_that_asks_for_it(data, capsys):
+    flags = ["train", "--train-file", str(data), "--model", "no such", "--window", "3"]
+    assert main([*flags, "--scheme", "bft.schemes:shuffled"]) == 2
+    assert "--model: expected one of" in capsys.readouterr().err
+    assert main([*flags, "--scheme", "bft.schemes:focal"]) == 2
+    assert "--window: got 3, which --scheme=bft.schemes:focal ignores" in capsys.readouterr().err
+
+
+def test_shuffled_weights_resume_with_their_own_draws(config, capsys):
+    config = unevaluated(config, steps=4, save_every=2, scheme="bft.schemes:shuffled")
+    whole = [row["loss"] for row in train(config).history]
+    shutil.rmtree(config.output_dir / "checkpoints" / "step-0000004")
+    assert [row["loss"] for row in train(replace(config, resume=True)).history] == whole
 
 
 OWN = """

@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -21,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bft import held_out as held_out_module
 from bft import loss as loss_module
 from bft import train as train_module
+from bft.checkpoint import CheckpointError
 from bft.data import AnswerDataset, Collator, StepBatches, collate_packed
 from bft.evaluate import evaluate
 from bft.loss import HeadLoss
@@ -82,6 +85,27 @@ def test_splits_of_a_step_give_one_gradient(
         assert loss == pytest.approx(results[0][0], rel=1e-9)
         assert labelled == results[0][1]
         assert_gradients(gradients, results[0][2])
+
+
+def test_window_auto_is_an_eighth_of_the_median_answer(config, flags, caplog):
+    """It is a number in what the run leaves, and both resume it."""
+    config = unevaluated(config, steps=2, save_every=1, window="auto")
+    with caplog.at_level(logging.INFO):
+        before = train(config).history
+    lengths = AnswerDataset(
+        read_jsonl(config.train_file), AutoTokenizer.from_pretrained(config.model)
+    )
+    number = round(statistics.median(example.labelled for example in lengths.examples) / 8)
+    assert number == lengths.auto_window() > 1
+    assert f"window auto: {number} labelled tokens" in caplog.text
+    saved = yaml.safe_load((config.output_dir / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["window"] == number
+    for window in ("auto", number):
+        shutil.rmtree(config.output_dir / "checkpoints" / "step-0000002")
+        again = train(replace(config, window=window, resume=True)).history
+        assert [row["loss"] for row in again] == [row["loss"] for row in before]
+    with pytest.raises(CheckpointError, match=f"window: saved {number}, given {number + 1}"):
+        train(replace(config, window=number + 1, resume=True))
 
 
 def test_targets_are_made_once(fresh_accelerator, model_dir, data_file, monkeypatch):
