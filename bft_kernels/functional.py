@@ -68,8 +68,8 @@ def linear_nll(
             which adds ``a @ b.T`` to the products. For LoRA's ``A [r, D]`` and ``B [V, r]`` it is
             ``(scaling * dropout(hidden) @ A.T, B)``. No ``[V, D]`` is made: each block of logits
             takes two products, and only ``a``, ``b`` and ``hidden`` get gradients if ``weight``
-            is frozen. ``a`` is rounded as ``hidden`` is. Plain PyTorch computes such a call for the
-            ``cpu`` backend, for ``sampled``, and the exact backward of token losses.
+            is frozen. ``a`` is rounded as ``hidden`` is in a product. Plain PyTorch computes such a
+            call for the ``cpu`` backend, for ``sampled``, and the exact backward of token losses.
         ignore_index: tokens with this target have loss 0 and get no gradient.
         shift: ``target [..., T]`` holds the labels as the model reads them: position ``t`` predicts
             ``target[..., t + 1]``, and the last position of each row predicts nothing.

@@ -201,7 +201,7 @@ def make_problem(
         target = shift_labels(target, cu_seqlens, settings.ignore_index)
     factor, operand = None, _operand(hidden, weight)
     if adapter is not None:
-        hidden, factor = _with_adapter(hidden, weight, adapter)
+        hidden, factor = _with_adapter(hidden, weight, adapter, operand)
     wanted = Wanted(False, False, False)
     if torch.is_grad_enabled():
         of_bias = bias is not None and bias.requires_grad
@@ -221,8 +221,13 @@ def make_problem(
     )
 
 
-def _with_adapter(hidden: Tensor, weight: Tensor, adapter: object) -> tuple[Tensor, Tensor]:
-    """``[hidden | a]`` and ``b`` of an adapter ``(a [..., r], b [V, r])``, which is checked."""
+def _with_adapter(
+    hidden: Tensor, weight: Tensor, adapter: object, operand: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``[hidden | a]`` and ``b`` of an adapter ``(a [..., r], b [V, r])``, which is checked.
+
+    They are joined in the type of ``hidden``, or in that of operands if it is wider.
+    """
     if not isinstance(adapter, tuple) or len(adapter) != 2:
         raise TypeError(
             f"adapter: got {type(adapter).__name__}, expected a pair of tensors (a, b), which adds "
@@ -243,7 +248,8 @@ def _with_adapter(hidden: Tensor, weight: Tensor, adapter: object) -> tuple[Tens
             f"adapter: got a {tuple(a.shape)} and b {tuple(b.shape)}, expected the same rank in "
             "their last dimension, at least 1"
         )
-    return torch.cat([hidden, a.to(hidden.dtype)], dim=-1), b
+    dtype = operand if operand.itemsize > hidden.dtype.itemsize else hidden.dtype
+    return torch.cat([hidden.to(dtype), a.to(dtype)], dim=-1), b
 
 
 def _fit(hidden: object, weight: object, target: object, bias: object) -> bool:

@@ -185,6 +185,59 @@ def test_an_adapter_of_another_type():
         assert error_of(got, expected.double()) < 0.01
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_wide_head_beside_narrow_hidden_states(backend):
+    """Nothing is rounded to bfloat16 but what came so."""
+    p = draw_problem(19, 27, 150, dtype=torch.float32)
+    (hidden, weight, target), named = parts(p, 3)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    how = {"adapter": named["adapter"], "backend": backend}
+    loss = linear_cross_entropy(hidden, weight, target, **how)
+    joined = torch.cat([hidden.detach().double(), p.hidden.detach()[:, 24:].double()], 1)
+    q = replace(p.copy(torch.float64), hidden=joined.requires_grad_())
+    want = specified_nll(q).sum() / q.labelled.sum()
+    assert_close(loss, want, 1e-6)
+    expected = q.gradients(want)
+    loss.backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    assert error_of(hidden.grad, expected["hidden"][:, :24]) < 4e-3
+    assert error_of(p.hidden.grad[:, 24:], expected["hidden"][:, 24:]) < 1e-5
+    assert error_of(p.weight.grad, expected["weight"]) < 1e-5
+
+
+def test_exported():
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, target, a, b):
+            return linear_cross_entropy(hidden, weight, target, adapter=(a, b))
+
+    p = draw_problem(19, 27, 150)
+    args, named = parts(p, 3)
+    args = tuple(x.detach() for x in (*args, *named["adapter"]))
+    program = torch.export.export(Loss(), args)
+    assert torch.equal(program.module()(*args), Loss()(*args))
+
+
+def test_nothing_that_is_ignored_is_looked_at():
+    p = draw_problem(19, 27, 150)
+    with torch.no_grad():
+        p.hidden[~p.labelled] = torch.nan
+    gradients = p.gradients(ours(linear_cross_entropy, p, 3))
+    assert torch.isfinite(gradients["weight"]).all()
+    assert not gradients["hidden"][~p.labelled].any()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [linear_nll, linear_cross_entropy, partial(linear_nll, **SAMPLED)],
+    ids=["token", "mean", "sampled"],
+)
+def test_no_tokens(function):
+    p = draw_problem(0, 8, 11)
+    gradients = p.gradients(ours(function, p, 3).sum())
+    assert not gradients["weight"].any()
+    assert gradients["hidden"].shape == (0, 8)
+
+
 def test_autocast():
     p = draw_problem(19, 27, 150, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
