@@ -15,6 +15,7 @@ OPTIONS = [
     {"z_loss": 1e-2, "softcap": 3.0},
     {"label_smoothing": 0.2, "temperature": 0.7},
     {"label_smoothing": 1.0, "z_loss": 1e-2},
+    {"label_smoothing": 0.2, "softcap": 3.0, "temperature": 0.7, "z_loss": 1e-2},
 ]
 FROZEN = [(), ("weight", "bias"), ("hidden",)]
 
@@ -84,7 +85,7 @@ def test_a_shift_and_a_module(gradient):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2], OPTIONS[3]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], *OPTIONS[2:4], OPTIONS[5]], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_errors_are_those_of_plain_torch(backend, options, dtype):
     p = draw_problem(200, 24, 300, bias=True, dtype=dtype, scale=2.0)
