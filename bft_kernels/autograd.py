@@ -15,7 +15,7 @@ from bft_kernels.results import BalancedLoss, Forward, Saved, Wanted, WeightedLo
 from bft_kernels.settings import TAKEN, WEIGHTED
 
 # Where a problem's arguments begin in each op's, and how many of them are tensors.
-_OF_NLL, _OF_WEIGHTED, _TENSORS = 0, 3, ops.TENSORS
+_OF_NLL, _OF_SPREAD, _OF_WEIGHTED, _TENSORS = 0, 2, 3, ops.TENSORS
 # Elements scaled at a time: a gradient of a narrow type is scaled in float32, block by block.
 _SCALE_BLOCK = 2**22
 
@@ -158,6 +158,27 @@ def _gradient_to_add_to(weight: Tensor) -> Tensor | None:
     return weight.grad if executes else None
 
 
+def _setup_spread_loss(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    class_weight, _, *tensors = inputs[: _OF_SPREAD + _TENSORS]
+    ctx.save_for_backward(class_weight, *tensors)
+    ctx.rest = inputs[_OF_SPREAD + _TENSORS :]
+
+
+def _spread_loss_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    _refuse_double_backward()
+    class_weight, *tensors = ctx.saved_tensors
+    wanted = _needed(ctx, _OF_SPREAD)
+    gradients: tuple[Tensor | None, ...] = (None,) * WANTED
+    if any(wanted):
+        rest = (*ctx.rest[:-WANTED], *wanted)
+        made = ops.spread_loss_backward_op(grad, class_weight, *tensors, *rest)
+        gradients = tuple([x if want else None for x, want in zip(made, wanted, strict=True)])
+    dh, dw, db, da = gradients
+    db = None if db is None else db.to(tensors[3].dtype)
+    _, _, *of_tensors = _gradients(ctx, _OF_SPREAD, dh, dw, db, da)
+    return None, grad * class_weight.sum(), *of_tensors
+
+
 def _setup_weighted_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, rest = inputs[_OF_WEIGHTED:][:_TENSORS], inputs[_OF_WEIGHTED + _TENSORS :]
     result = WeightedLoss(*output)
@@ -235,6 +256,9 @@ for _op in ("linear_nll", "linear_nll_top_k"):
     torch.library.register_autograd(
         f"bft_kernels::{_op}", _linear_nll_backward, setup_context=_setup_linear_nll
     )
+torch.library.register_autograd(
+    "bft_kernels::spread_loss", _spread_loss_backward, setup_context=_setup_spread_loss
+)
 torch.library.register_autograd(
     "bft_kernels::weighted_loss", _weighted_loss_backward, setup_context=_setup_weighted_loss
 )

@@ -29,17 +29,10 @@ def token_factor(token_weight: Tensor, problem: Problem, shape: torch.Size) -> T
 def class_weights(class_weight: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """The class weights ``[V]``, and those of the labels ``[N]``: constants; 0 where ignored.
 
-    Raises:
-        ValueError: smoothing together with a softcap; otherwise as a constant does.
+    Raises as a constant does.
     """
     vocabulary, settings = problem.weight.shape[0], problem.settings
     _check_constant("class_weight", class_weight, (vocabulary,), problem)
-    if settings.softcap is not None and settings.label_smoothing:
-        raise ValueError(
-            f"class_weight: got a tensor with label_smoothing={settings.label_smoothing} and "
-            f"softcap={settings.softcap}, expected at most two of the three: a weighted sum of "
-            "capped logits is no product with a sum of rows"
-        )
     if settings.check and not torch.compiler.is_compiling():
         check_finite("class_weight", class_weight)
     # A target out of range is the op's to report.
@@ -63,24 +56,31 @@ def with_class_weights(
 
     ``sum_v w_v z_v`` without a softcap is ``(h . W^T w + b . w) / temperature``.
     """
-    settings, acc = problem.settings, problem.acc_dtype
+    settings = problem.settings
     plain = replace(settings, label_smoothing=0.0, z_loss=0.0, differentiable=("lse",))
-    result = ops.linear_nll(replace(problem, settings=plain))
+    plainly = replace(problem, settings=plain)
+    result = ops.linear_nll(plainly)
     losses = (1 - settings.label_smoothing) * weighted_losses(result.loss, of_label)
     if settings.label_smoothing:
-        hidden = problem.hidden.masked_fill(~problem.labelled[:, None], 0)  # it may hold NaN there
-        matrices = (
-            [problem.weight] if problem.adapter is None else [problem.weight, problem.adapter]
-        )
-        hidden, *matrices = [x.to(problem.operand).to(acc) for x in (hidden, *matrices)]
-        # No products: settings of the process and autocast could make them narrow.
-        rows = torch.cat([(matrix * w[:, None]).sum(0) for matrix in matrices])
-        logits = (hidden * rows).sum(1)
-        if problem.bias is not None:
-            logits = logits + (problem.bias.to(acc) * w).sum()
-        smooth = w.sum() * result.lse - logits / settings.temperature
+        if settings.softcap is None:
+            smooth = w.sum() * result.lse - _weighted_logits(problem, w)
+        else:
+            smooth = ops.spread_loss(plainly, w, result.lse)
         losses = losses + settings.label_smoothing / w.numel() * smooth
     return result, losses + settings.z_loss * result.lse.square()
+
+
+def _weighted_logits(problem: Problem, w: Tensor) -> Tensor:
+    """``sum_v w_v z_v`` of each token, ``[N]``, without a softcap."""
+    hidden = problem.hidden.masked_fill(~problem.labelled[:, None], 0)  # it may hold NaN there
+    matrices = [problem.weight] if problem.adapter is None else [problem.weight, problem.adapter]
+    hidden, *matrices = [x.to(problem.operand).to(problem.acc_dtype) for x in (hidden, *matrices)]
+    # No products: settings of the process and autocast could make them narrow.
+    rows = torch.cat([(matrix * w[:, None]).sum(0) for matrix in matrices])
+    logits = (hidden * rows).sum(1)
+    if problem.bias is not None:
+        logits = logits + (problem.bias.to(problem.acc_dtype) * w).sum()
+    return logits / problem.settings.temperature
 
 
 def _check_constant(name: str, value: Tensor, shape: Sequence[int], problem: Problem) -> None:

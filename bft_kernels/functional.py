@@ -189,7 +189,7 @@ def linear_cross_entropy(
             The token loss is ``(1 - a) w_target nll + a mean_v w_v (lse - z_v) + z_loss * lse**2``,
             and the mean divides by the labelled tokens' sum of ``w_target`` (by 1 if that is 0).
             Smoothing or a z-loss makes the call one of 4G, and smoothing copies ``weight`` in the
-            type of sums. Smoothing with a softcap is refused.
+            type of sums. Smoothing with a softcap makes it one of 8G, without that copy.
         return_z_loss: also return the part of the loss that ``z_loss`` makes, reduced as the loss
             is. It is detached (as in Liger): the loss contains it, and has its gradient.
 

@@ -279,7 +279,10 @@ def _split_backward(arguments: tuple[Any, ...]) -> tuple[Tensor, Saved, Problem]
 
 @linear_nll_backward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _split_backward(arguments)[2]
+    return _fake_gradients(_split_backward(arguments)[2])
+
+
+def _fake_gradients(problem: Problem) -> tuple[Tensor, ...]:
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     absent = hidden.new_empty(0)
     return (
@@ -292,6 +295,61 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         if problem.adapter is not None and wanted.adapter
         else absent.clone(),
     )
+
+
+@torch.library.custom_op(
+    "bft_kernels::spread_loss",
+    mutates_args=(),
+    schema=f"(Tensor class_weight, Tensor lse, {_TENSORS}, {problems.SCHEMA[NLL]}) -> Tensor",
+)
+def spread_loss_op(class_weight: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    """See :func:`spread_loss`."""
+    problem = as_problem(rest[:TENSORS], rest[TENSORS:])
+    with own_settings(problem.hidden):
+        loss: Tensor = engine("torch").spread_loss(problem, class_weight, lse)
+    return loss
+
+
+def spread_loss(
+    problem: Problem,
+    class_weight: Tensor,  # [V] acc, a constant
+    lse: Tensor,  # [N] acc
+) -> Tensor:  # [N] acc, 0 where ignored
+    """``sum_v w_v (lse - z_v)``, the loss of a label that is spread over the classes.
+
+    It is for logits with a softcap, and computed by plain PyTorch in blocks for every backend.
+    """
+    p = problem
+    tensors = p.hidden, p.weight, p.target, p.bias, None, p.adapter
+    loss: Tensor = spread_loss_op(class_weight, lse, *tensors, *p.arguments(NLL))
+    return loss
+
+
+@spread_loss_op.register_fake
+def _(class_weight: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(lse)
+
+
+@torch.library.custom_op(
+    "bft_kernels::spread_loss_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad, Tensor class_weight, {_TENSORS}, {problems.SCHEMA[NLL]}) "
+        f"-> ({_fields(Gradients)})"
+    ),
+)
+def spread_loss_backward_op(grad: Tensor, class_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """See :class:`bft_kernels.results.Gradients`; empty tensors stand for ``None``."""
+    problem = as_problem(rest[:TENSORS], rest[TENSORS:])
+    with own_settings(problem.hidden):
+        gradients = engine("torch").spread_loss_backward(problem, grad, class_weight)
+    absent = problem.hidden.new_empty(0)
+    return tuple([absent.clone() if x is None else x for x in gradients])
+
+
+@spread_loss_backward_op.register_fake
+def _(grad: Tensor, class_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(as_problem(rest[:TENSORS], rest[TENSORS:]))
 
 
 # --- weighted sums of token losses ---------------------------------------------------------------

@@ -70,6 +70,14 @@ CALLS = {
         linear_cross_entropy,
         {"class_weight": torch.rand(70, dtype=torch.float64), "label_smoothing": 0.1},
     ),
+    "class weights, capped": (
+        linear_cross_entropy,
+        {
+            "class_weight": torch.rand(70, dtype=torch.float64),
+            "label_smoothing": 0.1,
+            "softcap": 4.0,
+        },
+    ),
     "token weights": (linear_cross_entropy, {"token_weight": torch.rand(3, 7), "num_items": 5}),
     "shift": (linear_cross_entropy, {"shift": True, "softcap": 3.0}),
     "bft": (balanced_linear_cross_entropy, {"window": 4}),

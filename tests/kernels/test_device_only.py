@@ -51,6 +51,7 @@ LOSSES = {
     "mean": linear_cross_entropy,
     "mean, smoothed": functools.partial(linear_cross_entropy, label_smoothing=0.1, z_loss=1e-4),
     "mean, smoothed, class weights": class_weighted,
+    "mean, smoothed, class weights, softcap": functools.partial(class_weighted, softcap=9.0),
     "none": functools.partial(linear_cross_entropy, reduction="none"),
     "sft": functools.partial(balanced_linear_cross_entropy, scheme="sft"),
     "dft, tokens": functools.partial(
@@ -63,7 +64,7 @@ LOSSES = {
     ),
 }
 BALANCED = [name for name in LOSSES if name.startswith(("sft", "dft", "bft"))]
-EXACT = ("nll, attached", "mean, smoothed", "mean, smoothed, class weights")
+EXACT = ("nll, attached", *[name for name in LOSSES if "smoothed" in name])
 FROZEN = {"trained head": (), "frozen head": ("weight", "bias")}
 BUDGETS = {"a chunk": None, "chunks": 6 * VOCABULARY * 4}
 SAMPLED = {"gradient": "sampled", "eps": 2**-5}

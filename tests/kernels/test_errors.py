@@ -137,14 +137,6 @@ REDUCED = [
     wrong_type("class_weight", [1.0] * V, "list", "Tensor"),
     wrong("class_weight", torch.full((V,), NAN), "nan in position 0", "finite", check=True),
     wrong("class_weight", torch.ones(V, requires_grad=True), "requires a gradient", "constant"),
-    wrong(
-        "class_weight",
-        torch.ones(V),
-        "label_smoothing=0.1",
-        "softcap=2.0",
-        label_smoothing=0.1,
-        softcap=2.0,
-    ),
 ]
 BALANCED = [
     wrong("scheme", "best", "'bft'"),

@@ -68,6 +68,19 @@ def test_opcheck_backward(name):
         torch.library.opcheck(ops.linear_nll_backward_op, arguments)
 
 
+@pytest.mark.parametrize("rows", [0, 13])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_opcheck_spread_loss(rows, dtype):
+    call = drawn_call("transformed", rows, True, dtype)
+    w, lse = torch.rand(2, max(rows, 11), dtype=call.acc_dtype).unbind()
+    w, lse = w[:11], lse[:rows].requires_grad_()
+    torch.library.opcheck(ops.spread_loss_op, (w, lse, *op_arguments(call)))
+    frozen = replace(call, wanted=Wanted(True, False, False))
+    for each in (call, frozen):
+        tensors = [x.detach() if torch.is_tensor(x) else x for x in op_arguments(each)]
+        torch.library.opcheck(ops.spread_loss_backward_op, (lse.detach(), w, *tensors))
+
+
 @pytest.mark.parametrize("scheme", ["sft", "bft"])
 @pytest.mark.parametrize("rows", [0, 13])
 def test_opcheck_weighted_loss(rows, scheme):
@@ -111,10 +124,11 @@ def sampled_lse(hidden, weight, target):
     return stats.lse.square().sum()
 
 
-def class_weighted(hidden, weight, target):
+def class_weighted(hidden, weight, target, softcap=None):
     w = torch.linspace(0.5, 2, weight.shape[0], dtype=weight.dtype)
     how = {"label_smoothing": 0.1, "z_loss": 0.01, "return_z_loss": True, "out_dtype": weight.dtype}
-    return linear_cross_entropy(hidden, weight, target, class_weight=w, **how)[0]
+    how |= {"class_weight": w, "softcap": softcap}
+    return linear_cross_entropy(hidden, weight, target, **how)[0]
 
 
 def balanced(hidden, weight, target):
@@ -132,6 +146,7 @@ def balanced_callable(hidden, weight, target):
 COMPILED = {
     "mean": partial(linear_cross_entropy, label_smoothing=0.1, z_loss=0.01),
     "mean, class weights": class_weighted,
+    "mean, class weights, softcap": partial(class_weighted, softcap=9.0),
     "per token": partial(per_token, softcap=9.0),
     "per token, with statistics": with_statistics,
     "lse, sampled": sampled_lse,

@@ -1,8 +1,9 @@
 """The backward of the core op, from recomputed logits or from the sampled entries."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,10 +39,53 @@ def linear_nll_backward(
 def _recompute(
     problem: Problem, grad: Tensor, saved: Saved, rows: LabelledRows, grad_weight: Tensor | None
 ) -> Gradients:
-    """Gradients from recomputed logits, one block of the vocabulary after the other.
+    """Gradients from recomputed logits."""
+    settings, vocabulary = problem.settings, problem.shape[1]
+    grads = grad.unbind() if grad.dim() > 1 else (grad,)
+
+    def write(y: Tensor, part: list[Tensor], at: Place) -> None:
+        _logit_gradient(y, part, at.first_column, vocabulary, at.bias, settings)
+
+    return by_columns(
+        problem,
+        rows,
+        (problem.target, saved.lse, saved.lse_low, saved.nll, *grads),
+        write,
+        grad_weight,
+        scratch=2 * (settings.softcap is not None) + (grad.dim() > 1),
+    )
+
+
+class Place(NamedTuple):
+    """Where a block of logits lies."""
+
+    first_row: int
+    first_column: int
+    bias: Tensor | None  # of its columns
+
+
+def by_columns(
+    problem: Problem,
+    rows: LabelledRows,
+    values: Sequence[Tensor],  # [N] each
+    write: Callable[[Tensor, list[Tensor], Place], None],
+    grad_weight: Tensor | None = None,  # [V, D], added to
+    *,
+    scratch: int,
+) -> Gradients:
+    """The wanted gradients, from recomputed logits, one block of the vocabulary after the other.
 
     So ``dW`` is written once, block by block. Only ``dH`` is accumulated over blocks, in a float32
     ``N x D``. A row-wise order would need a float32 ``V x D``.
+
+    Args:
+        problem: the call, and the gradients that are wanted.
+        rows: the rows that are computed.
+        values: what ``write`` needs to know of each row.
+        write: gets raw logits ``[n, columns]``, which it overwrites with their gradient, the values
+            ``[n]`` of their rows, and their place.
+        grad_weight: where ``dW`` is added, if it is wanted.
+        scratch: how many blocks of logits ``write`` allocates.
     """
     hidden, weight, wanted = problem.hidden, problem.weight, problem.wanted
     acc, (_, vocabulary, width) = problem.acc_dtype, problem.shape
@@ -52,7 +96,7 @@ def _recompute(
         acc.itemsize,
         problem.buffer_bytes,
         copies=rows.copies or converts(hidden, problem.operand, acc),
-        scratch=2 * (problem.settings.softcap is not None) + (grad.dim() > 1),
+        scratch=scratch,
     )
     gemm = Gemm(weight, problem.operand, acc, plan.columns, problem.adapter)
     split = gemm.width  # where the adapter's part of a row of hidden begins
@@ -63,7 +107,6 @@ def _recompute(
     if problem.adapter is not None and wanted.adapter:
         grad_adapter = problem.adapter.new_zeros(problem.adapter.shape, dtype=acc)
     bias = None if problem.bias is None else problem.bias.to(acc)
-    grads = grad.unbind() if grad.dim() > 1 else (grad,)
     for first in range(0, vocabulary, plan.columns):
         stop = min(first + plan.columns, vocabulary)
         columns = gemm.columns(first, stop)
@@ -76,10 +119,8 @@ def _recompute(
             operand = gemm.rows(rows.take(hidden, a, b))
             dy = buffer[: (b - a) * (stop - first)].view(b - a, stop - first)
             gemm.block_of_logits(operand, columns, first, dy)
-            values = (problem.target, saved.lse, saved.lse_low, saved.nll, *grads)
             part = [rows.take(x, a, b) for x in values]
-            block_bias = None if bias is None else bias[first:stop]
-            _logit_gradient(dy, part, first, vocabulary, block_bias, problem.settings)
+            write(dy, part, Place(a, first, None if bias is None else bias[first:stop]))
             narrow = dy.to(columns.dtype)
             if grad_hidden is not None:
                 add_product(grad_hidden[a:b, :split], narrow, columns)

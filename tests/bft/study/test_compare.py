@@ -9,11 +9,11 @@ import sys
 import time
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
-from PIL import Image
 
 from bft import train as train_module
 from bft.cli import main
@@ -139,8 +139,7 @@ def test_everything_is_written(whole):
     assert "shuffled-w3-cold − sft-cold" in table
     assert "commonest answer" in table
     for name in ("forest.png", "curves.png"):
-        with Image.open(out / name) as image:
-            assert min(image.size) > 200
+        assert min(plt.imread(out / name).shape[:2]) > 200
     assert not list(out.rglob("checkpoints"))
     assert not list((out / "runs" / "tune").rglob("model"))
 
