@@ -29,7 +29,7 @@ from bft.usage import in_flags, parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status (see `_usage`)."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    for name in ("accelerate", "datasets", "httpx", "matplotlib"):
+    for name in ("absl", "accelerate", "datasets", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:

@@ -10,10 +10,12 @@ import os
 import pkgutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -24,7 +26,12 @@ from bft.metrics import naming, to_json
 
 Row = dict[str, Any]  # a record of the JSONL: `prompt` and `completion`, `id`, `group`, and its own
 SPLITS = ("train", "validation", "test")
-NAMES = {"hpo": "bft.tasks.hpo", "hpo-path": "bft.tasks.hpo_path"}
+NAMES = {
+    "hpo": "bft.tasks.hpo",
+    "hpo-path": "bft.tasks.hpo_path",
+    "mondo": "bft.tasks.mondo",
+    "pubmed-conclusion": "bft.tasks.pubmed_conclusion",
+}
 
 
 class Built(NamedTuple):
@@ -82,6 +89,18 @@ def find(name: str) -> Task:
     return found
 
 
+@contextmanager
+def needs_study(package: str) -> Iterator[None]:
+    """Around an import of the extra ``study``. Raises SettingError where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"task: it needs {package}, which is not installed; run: "
+            "pip install 'bft-kernels[study]'"
+        ) from error
+
+
 def check(built: Built) -> None:
     """Raises ValueError for splits that are missing, empty, or share a group or an id."""
     if set(built.splits) != set(SPLITS) or not all(built.splits.values()):
@@ -137,7 +156,9 @@ def leak(task: Task, train: Sequence[Row], test: Sequence[Row]) -> dict[str, Any
     copied = [train[place]["completion"] for place in nearest(train, test)]
     same = task.constant(train)
     found = {
-        f"always {same!r}": mean(task.score(same, row) for row in test),
+        f"always {shorten(same, 60, placeholder=' ...')!r}": mean(
+            task.score(same, row) for row in test
+        ),
         "the nearest training prompt's completion": mean(
             task.score(text, row) for text, row in zip(copied, test, strict=True)
         ),
@@ -156,13 +177,8 @@ def mean(scores: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def nearest(train: Sequence[Row], test: Sequence[Row]) -> list[int]:
     """For each test row the training row whose prompt is nearest, by words (tf-idf, cosine)."""
-    try:
+    with needs_study("scikit-learn"):
         from sklearn.feature_extraction.text import TfidfVectorizer
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            "the leak report needs scikit-learn, which is not installed; run: "
-            "pip install 'bft-kernels[study]'"
-        ) from error
     vectors = TfidfVectorizer(token_pattern=r"\w+")
     known = vectors.fit_transform([row["prompt"] for row in train])
     asked = vectors.transform([row["prompt"] for row in test])
