@@ -224,13 +224,16 @@ def floors(train: Sequence[Row], test: Sequence[Row]) -> dict[str, dict[str, flo
     """Copies of parts of the prompt, and the choice whose words are most in it (tf-idf)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words = TfidfVectorizer(token_pattern=r"\w+")
-    words.fit([text for row in train for text in (row["prompt"], row["completion"])])
+    # It needs no labels, so that it may see the test's texts.
+    words = TfidfVectorizer(token_pattern=r"\w+", sublinear_tf=True)
+    words.fit(
+        [text for row in (*train, *test) for text in (row["prompt"], *row.get("choices", ()))]
+    )
     right = Counter[str]()
     for row in test:
-        alike = words.transform(row["choices"]) @ words.transform([row["prompt"]]).T
+        alike = (words.transform(row["choices"]) @ words.transform([row["prompt"]]).T).toarray()
         lengths = [len(text) for text in row["choices"]]
-        right["nearest"] += int(alike.toarray().argmax()) == row["answer_index"]
+        right["nearest"] += int(alike.argmax()) == row["answer_index"]
         right["longest"] += lengths.index(max(lengths)) == row["answer_index"]
     titles = [row["prompt"].partition("\n\n")[0].removeprefix("Title: ") for row in test]
     return {

@@ -82,7 +82,7 @@ def find(name: str) -> Task:
             reason = f"{type(error).__name__}: {error}"
             raise SettingError(f"task: {name!r} cannot be imported ({reason})") from error
     else:
-        known = ", ".join(NAMES)
+        known = ", ".join([*NAMES, "hub"])
         raise SettingError(f"task: got {name!r}, expected one of {known}, or 'module:name'")
     if not isinstance(found, Task):
         raise SettingError(f"task: {name!r} is of {type(found)}, expected a bft.tasks.task.Task")
@@ -185,9 +185,9 @@ def nearest(train: Sequence[Row], test: Sequence[Row]) -> list[int]:
     return [int((known @ row.T).toarray().argmax()) for row in asked]
 
 
-def main(name: str, folder: Path, *, seed: int = 0, console: Console | None = None) -> None:
+def main(task: Task, folder: Path, *, seed: int = 0, console: Console | None = None) -> None:
     """`bft data NAME`: builds the task, prints its sizes and the floors."""
-    console, task = console or Console(), find(name)
+    console = console or Console()
     report = write(task, folder, seed)
     metrics = sorted(set().union(*report["floors"].values()))
     columns = [Column(metric, justify="right") for metric in metrics]
