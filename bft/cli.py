@@ -29,7 +29,7 @@ from bft.usage import in_flags, parse
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status (see `_usage`)."""
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    for name in ("accelerate", "datasets", "httpx", "matplotlib"):
+    for name in ("absl", "accelerate", "datasets", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
@@ -112,14 +112,16 @@ def _demo(config: DemoConfig) -> None:
 
 
 def _data(config: DataConfig) -> None:
-    from bft.tasks import hpo, task
+    from bft.tasks import hpo, hub, task
 
-    name = config.task.rpartition(":")[2] or "hpo"
-    folder = config.output_dir or Path("data") / name
-    if config.task:
-        task.main(config.task, folder, seed=config.seed)
+    if not config.task:
+        hpo.main(config.output_dir or Path("data/hpo"), seed=config.seed)
+        return
+    if config.task == "hub":
+        found, name = hub.task(config.name, config.source), config.name
     else:
-        hpo.main(folder, seed=config.seed)
+        found, name = task.find(config.task), config.task.rpartition(":")[2]
+    task.main(found, config.output_dir or Path("data") / name, seed=config.seed)
 
 
 def _usage(arguments: Sequence[str]) -> int:

@@ -406,12 +406,24 @@ class DataConfig(_Checked):
     """Build a task's records from public data; without a name the demo's questions."""
 
     task: Annotated[str, tyro.conf.Positional] = ""
-    """hpo, hpo-path, or the import path of a task of yours; gets a report of its floors, too."""
+    """hpo, hpo-path, mondo, pubmed-conclusion, hub, or the import path of a task of yours; gets a
+    report of its floors, too."""
+    name: Annotated[str, tyro.conf.Positional] = ""
+    """After hub: medqa, medmcqa or pubmedqa."""
     output_dir: Path | None = None
     """Gets train.jsonl, validation.jsonl, test.jsonl, NOTICE and, with a name, leak.json; `data/`
     and the task's name if not given."""
+    source: str | None = None
+    """With hub: a folder with the set's files, or another hub id of the same layout."""
     seed: int = 0
     """Seeds the splits."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("name", "source"):
+            if getattr(self, name) and self.task != "hub":
+                got = f"got {getattr(self, name)} with task={self.task or None}"
+                raise SettingError(f"{name}: {got}, expected it after hub")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -169,7 +170,7 @@ def questions(terms: Mapping[str, Term], most: int = _MAX_WORDS) -> list[Questio
         below = systems[term.id]
         if short and ROOT not in term.parents and len(below) == 1 and below <= SYSTEMS.keys():
             kept[term.id] = short
-    group = _groups(terms, kept)
+    group = groups_of(terms, kept)
     rows: list[Question] = []
     for term_id, definition in kept.items():
         (system,) = systems[term_id]
@@ -184,7 +185,7 @@ def questions(terms: Mapping[str, Term], most: int = _MAX_WORDS) -> list[Questio
     return rows
 
 
-def _groups(terms: Mapping[str, Term], kept: Mapping[str, str]) -> dict[str, str]:
+def groups_of(terms: Mapping[str, Term], kept: Mapping[str, str]) -> dict[str, str]:
     """Connected components over shared parents, names and definitions, named by a member."""
     root: dict[str, str] = {}
 
@@ -218,7 +219,7 @@ def split(
         members[row["group"]].append(row)
     total = sum(map(len, members.values()))
     parts: dict[str, list[Question]] = {name: [] for name in SPLITS}
-    for group in sorted(members, key=lambda g: _draw(seed, g)):
+    for group in sorted(members, key=lambda g: draw(seed, g)):
         small = len(members[group]) <= _MAX_HELD_OUT_GROUP
         open_ = [name for name, share in shares.items() if len(parts[name]) < share * total]
         parts[open_[0] if small and open_ else "train"] += members[group]
@@ -231,11 +232,34 @@ def split(
             if row["id"] not in near and held_out.isdisjoint(terms[row["id"]].parents)
         ]
     for part in parts.values():
-        part.sort(key=lambda row: _draw(seed, row["id"]))
+        part.sort(key=lambda row: draw(seed, row["id"]))
     return parts
 
 
-def _draw(seed: int, key: str) -> str:
+def ancestors_of(terms: Mapping[str, Term]) -> Any:
+    """A function of a term: all that it lies below."""
+
+    @functools.cache
+    def above(term: str) -> frozenset[str]:
+        parents = terms[term].parents if term in terms else ()
+        return frozenset(parents).union(*map(above, parents))
+
+    return above
+
+
+def without_descendants(
+    parts: dict[str, list[dict[str, Any]]], terms: Mapping[str, Term]
+) -> dict[str, list[dict[str, Any]]]:
+    """The splits, training without terms below held-out ones, validation below the test's."""
+    above, kept = ancestors_of(terms), dict(parts)
+    for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
+        held_out = {row["id"] for other in others for row in kept[other]}
+        kept[name] = [row for row in kept[name] if held_out.isdisjoint(above(row["id"]))]
+    return kept
+
+
+def draw(seed: int, key: str) -> str:
+    """What an order by chance is sorted by: it depends on the seed and the key alone."""
     return hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
 
 

@@ -14,11 +14,9 @@ are long beside what the format alone tells, ` > `, `. Answer: ` and the ends, w
 tenth of the labels. Training loses every term below a held-out one, whose chain it would tell.
 """
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from bft.tasks import hpo
 from bft.tasks.task import Built, Row, Task
@@ -39,7 +37,7 @@ def build(seed: int) -> Built:
 
 def questions(terms: Mapping[str, hpo.Term]) -> list[Row]:
     """All rows, sorted by id."""
-    above = ancestors_of(terms)
+    above = hpo.ancestors_of(terms)
     rows = []
     for row in hpo.questions(terms, MOST_WORDS):
         term = row["id"]
@@ -69,17 +67,6 @@ def questions(terms: Mapping[str, hpo.Term]) -> list[Row]:
     return rows
 
 
-def ancestors_of(terms: Mapping[str, hpo.Term]) -> Any:
-    """A function of a term: all that it lies below."""
-
-    @functools.cache
-    def above(term: str) -> frozenset[str]:
-        parents = terms[term].parents if term in terms else ()
-        return frozenset(parents).union(*map(above, parents))
-
-    return above
-
-
 def way(term: str, terms: Mapping[str, hpo.Term]) -> tuple[str, ...]:
     """The terms between ``term`` and its body system, on a shortest way up, the nearest first."""
     ways: list[tuple[str, ...]] = [(term,)]  # of one length, the smallest ids first
@@ -101,11 +88,7 @@ def split(rows: Sequence[Row], terms: Mapping[str, hpo.Term], seed: int) -> dict
     """The splits of :mod:`bft.tasks.hpo`, without training terms below held-out ones."""
     parts: dict[str, list[Row]] = hpo.split(rows, terms, seed, HELD_OUT)
     parts["test"] = parts["test"][:TEST]
-    above = ancestors_of(terms)
-    for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
-        held_out = {row["id"] for other in others for row in parts[other]}
-        parts[name] = [row for row in parts[name] if held_out.isdisjoint(above(row["id"]))]
-    return parts
+    return hpo.without_descendants(parts, terms)
 
 
 def score(prediction: str, row: Row) -> dict[str, float]:

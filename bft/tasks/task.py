@@ -10,10 +10,12 @@ import os
 import pkgutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -24,7 +26,12 @@ from bft.metrics import naming, to_json
 
 Row = dict[str, Any]  # a record of the JSONL: `prompt` and `completion`, `id`, `group`, and its own
 SPLITS = ("train", "validation", "test")
-NAMES = {"hpo": "bft.tasks.hpo", "hpo-path": "bft.tasks.hpo_path"}
+NAMES = {
+    "hpo": "bft.tasks.hpo",
+    "hpo-path": "bft.tasks.hpo_path",
+    "mondo": "bft.tasks.mondo",
+    "pubmed-conclusion": "bft.tasks.pubmed_conclusion",
+}
 
 
 class Built(NamedTuple):
@@ -75,11 +82,23 @@ def find(name: str) -> Task:
             reason = f"{type(error).__name__}: {error}"
             raise SettingError(f"task: {name!r} cannot be imported ({reason})") from error
     else:
-        known = ", ".join(NAMES)
+        known = ", ".join([*NAMES, "hub"])
         raise SettingError(f"task: got {name!r}, expected one of {known}, or 'module:name'")
     if not isinstance(found, Task):
         raise SettingError(f"task: {name!r} is of {type(found)}, expected a bft.tasks.task.Task")
     return found
+
+
+@contextmanager
+def needs_study(package: str) -> Iterator[None]:
+    """Around an import of the extra ``study``. Raises SettingError where it is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            f"task: it needs {package}, which is not installed; run: "
+            "pip install 'bft-kernels[study]'"
+        ) from error
 
 
 def check(built: Built) -> None:
@@ -137,7 +156,9 @@ def leak(task: Task, train: Sequence[Row], test: Sequence[Row]) -> dict[str, Any
     copied = [train[place]["completion"] for place in nearest(train, test)]
     same = task.constant(train)
     found = {
-        f"always {same!r}": mean(task.score(same, row) for row in test),
+        f"always {shorten(same, 60, placeholder=' ...')!r}": mean(
+            task.score(same, row) for row in test
+        ),
         "the nearest training prompt's completion": mean(
             task.score(text, row) for text, row in zip(copied, test, strict=True)
         ),
@@ -156,22 +177,17 @@ def mean(scores: Iterable[dict[str, float]]) -> dict[str, float]:
 
 def nearest(train: Sequence[Row], test: Sequence[Row]) -> list[int]:
     """For each test row the training row whose prompt is nearest, by words (tf-idf, cosine)."""
-    try:
+    with needs_study("scikit-learn"):
         from sklearn.feature_extraction.text import TfidfVectorizer
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            "the leak report needs scikit-learn, which is not installed; run: "
-            "pip install 'bft-kernels[study]'"
-        ) from error
     vectors = TfidfVectorizer(token_pattern=r"\w+")
     known = vectors.fit_transform([row["prompt"] for row in train])
     asked = vectors.transform([row["prompt"] for row in test])
     return [int((known @ row.T).toarray().argmax()) for row in asked]
 
 
-def main(name: str, folder: Path, *, seed: int = 0, console: Console | None = None) -> None:
+def main(task: Task, folder: Path, *, seed: int = 0, console: Console | None = None) -> None:
     """`bft data NAME`: builds the task, prints its sizes and the floors."""
-    console, task = console or Console(), find(name)
+    console = console or Console()
     report = write(task, folder, seed)
     metrics = sorted(set().union(*report["floors"].values()))
     columns = [Column(metric, justify="right") for metric in metrics]

@@ -28,7 +28,7 @@ def test_the_way_is_a_shortest_one_with_the_smallest_ids():
     assert hpo_path.way("y", terms) == ("long", "a")
     assert hpo_path.way("z", terms) == ()
     assert hpo_path.way("lost", terms) == ()
-    assert hpo_path.ancestors_of(terms)("x") == {"long", "b", "a", SYSTEM, hpo.ROOT}
+    assert hpo.ancestors_of(terms)("x") == {"long", "b", "a", SYSTEM, hpo.ROOT}
 
 
 ROW = {
@@ -97,7 +97,7 @@ def test_the_format_tells_at_most_a_tenth(folder, splits):
 
 def test_records_say_what_the_ontology_says(splits, terms):
     names = {term.name: one for one, term in terms.items()}
-    above = hpo_path.ancestors_of(terms)
+    above = hpo.ancestors_of(terms)
     for row in [row for rows in splits.values() for row in rows]:
         gold, text = row["gold"], row["completion"]
         parts = {name: text[a:b] for name, (a, b) in gold["parts"].items()}
@@ -117,7 +117,7 @@ def test_records_say_what_the_ontology_says(splits, terms):
 
 
 def test_no_split_tells_of_another(splits, terms):
-    above = hpo_path.ancestors_of(terms)
+    above = hpo.ancestors_of(terms)
     for name, others in (("train", ("validation", "test")), ("validation", ("test",))):
         held_out = {row["id"] for other in others for row in splits[other]}
         parents = {p for other in others for r in splits[other] for p in terms[r["id"]].parents}

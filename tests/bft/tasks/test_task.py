@@ -92,7 +92,10 @@ def test_splits_that_leak_or_lack_are_refused(found, says, tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("nope", "got 'nope', expected one of hpo, hpo-path, or 'module:name'"),
+        (
+            "nope",
+            "got 'nope', expected one of hpo, hpo-path, mondo, pubmed-conclusion, hub, or 'mod",
+        ),
         ("nowhere:TASK", "'nowhere:TASK' cannot be imported .ModuleNotFoundError"),
         ("math:pi", "'math:pi' is of <class 'float'>, expected a bft.tasks.task.Task"),
     ],
