@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bft.head import UnsupportedModel
+from bft.head import UnsupportedModel, called_layer, check_weight, is_sharded
 
 
 def check_adapter(outer: Any, name: str) -> None:
@@ -21,6 +21,8 @@ def check_adapter(outer: Any, name: str) -> None:
     why = ""
     variants = getattr(outer, "lora_variant", {})
     if kind is not Linear and kind is not TrainableTokensLayer:
+        if not is_sharded(outer.base_layer):
+            check_weight(outer.base_layer)  # PEFT has kinds of its own for quantised layers
         why = f"{kind.__module__}.{kind.__name__} is no product of two thin matrices"
     elif hasattr(outer.base_layer, "base_layer"):
         why = f"{type(outer.base_layer).__name__} lies below {kind.__name__}"
@@ -28,6 +30,8 @@ def check_adapter(outer: Any, name: str) -> None:
         why = f"{', '.join(found)} is more than a product (DoRA scales rows of the merged weight)"
     elif any(getattr(outer, "lora_bias", {}).values()):
         why = "lora_bias trains a bias, too"
+    elif kind is TrainableTokensLayer and outer.base_layer.bias is not None:
+        why = "PEFT's trained tokens leave out the bias of the head"
     if why:
         raise UnsupportedModel(
             f"model: the head of {name} carries an adapter that the fused op cannot express: "
@@ -45,6 +49,9 @@ def low_rank(
 
     ``None`` without any: PEFT's way of switching adapters off, or of merging them, is followed.
     """
+    outer = called_layer(outer)
+    if not hasattr(outer, "base_layer"):
+        return None
     if outer.disable_adapters:
         if outer.merged:
             outer.unmerge()

@@ -25,7 +25,7 @@ from bft.encode import Example
 from bft.head import UnsupportedModel, causal_lm
 from bft.isolation import evaluation_mode, other_tokens
 from bft.limits import check_fits
-from bft.load import add_adapters, load_pretrained
+from bft.load import EVERYWHERE, add_adapters, load_pretrained
 from bft.loss import IGNORE, HeadLoss, aligned, batch_targets
 from bft.metrics import write_json
 from bft.patch import fused_loss, patch_model, unpatch_model
@@ -124,7 +124,7 @@ class _Trial:
             yield Finding(name, seen, "a loss", "not compared")
         else:
             yield from self._same("", "beside the model's own", got, want)
-        yield from self._weighted()
+        yield from self.weighted()
         yield from self._looks_ahead()
         yield from self._rows_alone()
         with torch.no_grad():
@@ -136,7 +136,7 @@ class _Trial:
         """The fused loss's nll ``[N]`` of each labelled token of the batch."""
         return self._nll(self.batch)
 
-    def _weighted(self) -> Iterable[Finding]:
+    def weighted(self, what: str = "") -> Iterable[Finding]:
         """The weighted loss, beside the reference formula on the model's own logits."""
         loss = HeadLoss(scheme=self.config.scheme, window=self.config.window)
         batch = aligned({**self.batch, "token_weight": self.token_weight})
@@ -155,7 +155,9 @@ class _Trial:
         if token_weight is not None:
             coefficients = coefficients * token_weight[labelled]
         want = self._with_gradients((coefficients * nll).sum())
-        yield from self._same(f"{loss.scheme} ", "beside the formula on its logits", got, want)
+        yield from self._same(
+            f"{what}{loss.scheme} ", "beside the formula on its logits", got, want
+        )
 
     def _looks_ahead(self) -> Iterable[Finding]:
         """Whether a hidden state knows the tokens that it is to predict."""
@@ -240,13 +242,30 @@ class _Trial:
 
 
 def _saved(trial: _Trial) -> Iterable[Finding]:
-    """The model as a run writes it, loaded again: with all parameters trained, and with LoRA."""
+    """The model as a run writes it, loaded again: with all parameters trained, and with LoRA.
+
+    Also the loss with LoRA on the head, which then goes to the op as two thin matrices.
+    """
     yield _reloaded(trial, "saved and loaded again")
-    trial.model = add_adapters(trial.model, rank=4).eval()
+    base = trial.model
+    _adapt(trial, EVERYWHERE)
+    yield _reloaded(trial, "LoRA merged, saved and loaded again")
+    trial.model.unload()
+    trial.model, outer = base, causal_lm(base).get_output_embeddings()
+    if not isinstance(outer, nn.Linear):
+        got = f"the head is a {type(outer).__name__}"
+        yield Finding("LoRA on the head", got, "a Linear, which PEFT adapts", "not compared")
+        return
+    _adapt(trial, tuple(name for name, module in base.named_modules() if module is outer))
+    yield from trial.weighted("LoRA on the head, ")
+    yield _reloaded(trial, "LoRA on the head merged, saved and loaded again")
+
+
+def _adapt(trial: _Trial, targets: tuple[str, ...]) -> None:
+    trial.model = add_adapters(trial.model, rank=4, targets=targets).eval()
     for name, parameter in trial.model.named_parameters():
         if "lora_B" in name:  # zero until it is trained
             nn.init.normal_(parameter, std=0.02)
-    yield _reloaded(trial, "LoRA merged, saved and loaded again")
 
 
 def _reloaded(trial: _Trial, what: str) -> Finding:

@@ -219,8 +219,8 @@ def save_adapter(accelerator: Any, model: nn.Module, folder: Path) -> None:
 def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Writes the base of a PEFT model with its adapters added to its weights.
 
-    Where an adapter is on one of a tied embedding and head, the two are written as two tensors:
-    only that one has learned.
+    Where an adapter is on one of a tied embedding and head, or each has its own, the two are
+    written as two tensors: they have not learned the same.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -236,16 +236,20 @@ def _save_merged(model: Any, state: dict[str, Tensor], folder: Path) -> None:
         for adapter in layer.active_adapters:
             weight = (weight + layer.get_delta_weight(adapter).to(weight.device)).to(weight.dtype)
         merged[f"{name}.weight"] = weight.cpu()
-    head = getattr(base.get_output_embeddings(), "weight", None)
+    outer = base.get_output_embeddings()
+    head = getattr(outer, "weight", None)
     split = any(layer.get_base_layer().weight is head for _, layer in layers)
     configs = [base.config, base.config.get_text_config()]
     tied = [c for c in configs if split and getattr(c, "tie_word_embeddings", False)]
     if tied:
         logger.warning(
-            "embedding and head are tied, and an adapter is on one of them, which alone learned: "
-            "they are written as two, with tie_word_embeddings=false. Merge the adapter only into "
-            "such a base"
+            "embedding and head are tied, and what adapters changed in one of them is not in the "
+            "other: they are written as two, with tie_word_embeddings=false. Merge the adapter "
+            "only into such a base"
         )
+        for bias in (f"{name}.bias" for name, module in base.named_modules() if module is outer):
+            if bias in merged:  # BERT ties it, too, and safetensors would hold it once
+                merged[bias] = merged[bias].clone()
     try:
         for config in tied:
             config.tie_word_embeddings = False

@@ -113,7 +113,7 @@ class StepOptions(_Checked):
     lora_alpha: float | None = None
     """LoRA's scale; twice the rank if not given."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Modules with adapters, by PEFT's rules; `all-linear` has all but the head."""
+    """Modules with adapters, by PEFT's rules; `all-linear` has all but the head (add its name)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

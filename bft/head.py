@@ -64,16 +64,33 @@ def find_head(model: Any) -> tuple[nn.Module, nn.Module]:
             f"model: {name} has no output embedding of its own, a module that it calls on hidden "
             f"states: got {type(outer).__name__}"
         )
-    head: Any = outer
-    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
-        adapters = [] if head.disable_adapters else head.active_adapters
-        head = head.modules_to_save[adapters[0]] if adapters else head.original_module
+    head = called_layer(outer)
     if hasattr(head, "base_layer"):
         from bft.adapter import check_adapter  # and peft, which made the wrapper
 
         check_adapter(head, name)
         head = head.base_layer
     return outer, head
+
+
+def called_layer(outer: Any) -> Any:
+    """The layer that a head calls now: it, or what PEFT's wrapper of it calls in its place.
+
+    That is a trained copy (``modules_to_save``), or a layer that replaces rows of the weight
+    (``trainable_token_indices``).
+    """
+    if hasattr(outer, "modules_to_save") and hasattr(outer, "original_module"):
+        adapters = [] if outer.disable_adapters else outer.active_adapters
+        return outer.modules_to_save[adapters[0]] if adapters else outer.original_module
+    return getattr(outer, "token_adapter", outer)
+
+
+def vocabulary_of(head: Any) -> int:
+    """``V`` of a linear layer."""
+    # By the weight first: PEFT calls a copy of a tied head a layer from V to D. ZeRO-3 and FSDP1
+    # leave an empty or flat weight outside of the head's hooks.
+    shape: Any = getattr(getattr(head, "weight", None), "shape", ())
+    return int(shape[0] if len(shape) == 2 and shape[0] else head.out_features)
 
 
 def is_sharded(head: nn.Module) -> bool:
@@ -91,7 +108,10 @@ def check_weight(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     kind = type(head).__name__
     if not isinstance(weight, Tensor):
-        raise UnsupportedModel(f"head: {kind} has no weight tensor. {EXPRESSIBLE}")
+        raise UnsupportedModel(
+            f"head: {kind} has no weight tensor (GPTQ and AWQ pack theirs). {EXPRESSIBLE} Keep the "
+            "head out of quantisation."
+        )
     for name, value, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if value is None:
             continue

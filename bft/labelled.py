@@ -146,11 +146,20 @@ def _call_head(
 ) -> Tensor:
     """The loss, as the value of a call of ``head``: with its hooks, and its weight gathered.
 
-    Where an adapter is on the head, the call goes through its layer, and that one's hooks.
+    Where PEFT has wrapped the head, the call goes through the wrapper, and that one's hooks.
     """
     assert state.transform is not None
     softcap, temperature = state.transform
-    adapted = hasattr(outer, "base_layer")
+
+    def wrapped(hidden: Tensor, own: Callable[..., Any], adapter_names: Any = None) -> Tensor:
+        if adapter_names is not None:
+            raise UnsupportedModel(
+                f"adapter_names: got {adapter_names} with labels, expected None: PEFT has changed "
+                "the head, and a labelled call has one head for all rows. Call set_adapter and "
+                "pass the rows of one adapter at a time"
+            )
+        output: Tensor = head(hidden)
+        return output
 
     def forward(hidden: Tensor, own: Callable[..., Any]) -> Tensor:
         weight, bias = check_weight(head)
@@ -160,7 +169,7 @@ def _call_head(
             if len(rows):
                 verify_linear(own, rows, weight, bias)
                 state.verify = False
-        adapter = low_rank(outer, hidden, weight) if adapted else None
+        adapter = None if outer is head else low_rank(outer, hidden, weight)
         parts = Head(weight, bias, softcap, temperature, adapter)
         factors = () if targets.token_weight is None else (targets.token_weight.to(hidden.device),)
         loss, state.stats = state.loss(
@@ -171,19 +180,19 @@ def _call_head(
     with _shadowed(head, forward):
         # What the call returns, not what forward made: a sharded head's post-forward hooks return
         # the tensor whose gradient gathers the weight again.
-        if not adapted:
+        if outer is head:
             return head(hidden)
-        with _shadowed(outer, lambda hidden, own: head(hidden)):
+        with _shadowed(outer, wrapped):
             return outer(hidden)
 
 
 @contextmanager
 def _shadowed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it a call of ``module`` runs ``forward``, which also gets the module's own."""
+    """Within it a call of ``module`` runs ``forward``, which gets the module's own as well."""
     # accelerate's hooks live in a forward of their own, which calls _old_forward inside.
     name = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"
     own, shadowed = getattr(module, name), name in module.__dict__
-    module.__dict__[name] = lambda hidden: forward(hidden, own)
+    module.__dict__[name] = lambda hidden, **call: forward(hidden, own, **call)
     try:
         yield
     finally:

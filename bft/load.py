@@ -131,7 +131,10 @@ def add_adapters(
     from peft import LoraConfig, get_peft_model
 
     if targets != EVERYWHERE:
-        _check_targets(model, targets)
+        others = tuple(target for target in targets if target not in EVERYWHERE)
+        _check_targets(model, others)
+        if others != targets:  # PEFT takes the word alone
+            targets = (*_linear_layers(model), *others)
     scale: Any = 2 * rank if alpha is None else alpha
     lora = LoraConfig(
         r=rank,
@@ -146,6 +149,13 @@ def add_adapters(
         raise SettingError(f"lora_targets: got {' '.join(targets)}: {error}") from error
 
 
+def _linear_layers(model: Any) -> list[str]:
+    """Paths of what PEFT calls all-linear: linear layers, but not the head."""
+    head = model.get_output_embeddings()
+    kinds = (nn.Linear, Conv1D)
+    return [p for p, m in model.named_modules() if isinstance(m, kinds) and m is not head]
+
+
 def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
     """PEFT takes a list as soon as one of its names is a module's, or the end of its path."""
     modules = dict(model.named_modules())
@@ -156,5 +166,5 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
             ends = sorted({path.rpartition(".")[2] for path in known})
             raise SettingError(
                 f"lora_targets: got {target!r}, which is no module of {type(model).__name__}; "
-                f"expected all-linear alone, or some of {', '.join(ends)}"
+                f"expected some of all-linear, {', '.join(ends)}"
             )

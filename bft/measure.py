@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bft.guard import describe
-from bft.head import EXPRESSIBLE, LogitTransform, UnsupportedModel, find_head, in_place_of
+from bft.head import (
+    EXPRESSIBLE,
+    LogitTransform,
+    UnsupportedModel,
+    find_head,
+    in_place_of,
+    vocabulary_of,
+)
 
 _SAY_SHIFT = (
     "Say which labels it takes: patch_model(..., shift=True) if it predicts labels[t + 1] at t, "
@@ -85,8 +92,7 @@ class StandIn(nn.Module):
     def __init__(self, outer: nn.Module, head: Any, measure: bool) -> None:
         super().__init__()
         self.__dict__["head"] = outer  # not as a submodule
-        # ZeRO-3 leaves an empty weight outside of the head's hooks.
-        self.vocabulary: int = getattr(head, "out_features", None) or head.weight.shape[0]
+        self.vocabulary = vocabulary_of(head)
         self.measure = measure
         self.received: list[Tensor] = []
 

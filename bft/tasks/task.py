@@ -90,7 +90,7 @@ def check(built: Built) -> None:
     for key in ("id", "group"):
         seen: dict[Any, str] = {}
         for name, rows in built.splits.items():
-            for value in {row[key] for row in rows}:
+            for value in dict.fromkeys(row[key] for row in rows):
                 if seen.setdefault(value, name) != name:
                     both = f"{seen[value]} and {name}"
                     raise ValueError(f"{key}: got {value!r} in {both}, expected it in one split")

@@ -41,11 +41,15 @@ def token_scores(
     """Each token's loss, its statistics, and perhaps the mean of its logits before a softcap."""
     scale = head.temperature * temperature
     how = {"softcap": head.softcap, "temperature": scale, "return_stats": True, **options}
-    nll, stats = linear_nll(hidden, head.weight, target, bias=head.bias, **how)
+    how |= {"bias": head.bias, "adapter": head.adapter}  # LoRA's, of the head itself
+    nll, stats = linear_nll(hidden, head.weight, target, **how)
     mean = None
     if mean_logits:
         with torch.no_grad():
             mean = hidden.float() @ head.weight.mean(0, dtype=torch.float32)
+            if head.adapter is not None:
+                a, b = head.adapter
+                mean = mean + a.float() @ b.mean(0, dtype=torch.float32)
             mean = (mean if head.bias is None else mean + head.bias.float().mean()) / scale
             mean = mean.masked_fill(target == -100, 0.0)[:, :-1]
     return nll, (stats, mean)

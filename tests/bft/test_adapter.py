@@ -10,7 +10,7 @@ from torch import nn
 
 from bft.adapter import low_rank
 from bft.head import UnsupportedModel, find_head
-from bft.loss import HeadLoss
+from bft.loss import HeadLoss, batch_targets
 from bft.patch import fused_loss, last_stats, patch_model, unpatch_model
 from tests.bft.test_patch import BFT, V, assert_fused, build, close, eager, rows
 from tests.support.allocations import measure_allocations
@@ -29,8 +29,15 @@ CONFIGS = {
     "head alone": {"target_modules": ["lm_head"]},
     "with others": {"target_modules": ["q_proj", "lm_head"]},
     "rslora": {"target_modules": ["lm_head"], "use_rslora": True, "r": 4, "lora_alpha": 3},
+    "everywhere": {"target_modules": r".*(_proj|lm_head)", "rank_pattern": {"lm_head": 3}},
     "dora elsewhere": {"target_modules": ["q_proj"], "use_dora": True},
     "trained copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "trained copy of an embedding and its head, tied": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["lm_head"],
+        "ensure_weight_tying": True,
+    },
+    "both ends, tied": {"target_modules": ["embed_tokens", "lm_head"]},
     "trained tokens": {
         "target_modules": ["q_proj"],
         "trainable_token_indices": {"embed_tokens": [1, 7, V - 1], "lm_head": [2, 7]},
@@ -188,10 +195,17 @@ def test_a_saved_adapter_gives_the_same_loss(tmp_path):
     close(fused_loss(loaded, batch, BFT)[0], want)
 
 
-def test_no_merged_matrix_is_made():
+ON_THE_HEAD = {
+    "lora": {"target_modules": ["lm_head"]},
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7]}},
+}
+
+
+@pytest.mark.parametrize("kind", ON_THE_HEAD)
+def test_no_merged_matrix_is_made(kind):
     wide = 4000
     model = tiny("LlamaForCausalLM", vocab_size=wide, hidden_size=64)
-    config = peft.LoraConfig(r=2, target_modules=["lm_head"], **DRY)
+    config = peft.LoraConfig(r=2, **DRY, **ON_THE_HEAD[kind])
     model = patch_model(peft.get_peft_model(model, config), HeadLoss(max_buffer_bytes=2**17))
     batch = rows()
     model(**batch).loss.backward()  # measures, and makes room for gradients
@@ -199,9 +213,40 @@ def test_no_merged_matrix_is_made():
     assert measured.largest < 4 * wide * 64 / 2
 
 
+COPY = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+
+
+@pytest.mark.parametrize("kind", [*ON_THE_HEAD, "trained copy"])
+def test_one_adapter_a_row_is_refused_where_it_changes_the_head(kind):
+    config = {**ON_THE_HEAD, "trained copy": COPY}[kind]
+    model, batch = moved(adapted(**config)).eval(), rows()
+    names = {"adapter_names": ["default", "__base__", "default"]}
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    want = model(**inputs, **names).logits
+    patch_model(model, BFT)
+    model(**batch)
+    with pytest.raises(UnsupportedModel, match=r"adapter_names: got \['default', .*set_adapter"):
+        model(**batch, **names)
+    torch.testing.assert_close(model(**inputs, **names).logits, want)
+
+
+def test_one_adapter_a_row_is_right_away_from_the_head():
+    model, batch = moved(adapted(target_modules=["q_proj"])).eval(), rows()
+    names = {"adapter_names": ["default", "__base__", "default"]}
+    logits = model(**batch, **names).logits
+    got = patch_model(model, HeadLoss(scheme="sft", normalize="token"))(**batch, **names).loss
+    target = batch_targets(batch)[0]
+    close(got, nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()))
+
+
 REFUSED = {
     "dora": (peft.LoraConfig(use_dora=True, target_modules=["lm_head"]), "DoraLinearVariant"),
     "bias": (peft.LoraConfig(lora_bias=True, target_modules=["lm_head"]), "lora_bias"),
+    "parameter": (
+        peft.LoraConfig(target_modules=["q_proj"], target_parameters=["lm_head.weight"]),
+        "ParamWrapper",
+    ),
+    "vera": (peft.VeraConfig(target_modules=["lm_head"], r=2), "vera.layer"),
     "ia3": (peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]), "ia3.layer"),
     "loha": (peft.LoHaConfig(target_modules=["lm_head"]), "loha.layer"),
     "oft": (peft.OFTConfig(target_modules=["lm_head"], oft_block_size=4, r=0), "oft.layer"),
@@ -222,6 +267,15 @@ def test_an_adapter_that_comes_later_is_looked_at_too():
     model = peft.get_peft_model(model, peft.LoraConfig(use_dora=True, target_modules=["lm_head"]))
     with pytest.raises(UnsupportedModel, match="DoraLinearVariant"):
         model(**batch)
+
+
+def test_trained_tokens_beside_a_bias_are_refused():
+    """PEFT computes the logits of such a head without its bias."""
+    model = build("llama")
+    model.lm_head = nn.Linear(16, V, dtype=torch.float64)
+    config = peft.LoraConfig(**ON_THE_HEAD["trained tokens"])
+    with pytest.raises(UnsupportedModel, match="leave out the bias"):
+        patch_model(peft.get_peft_model(model, config), BFT)
 
 
 class Packed(nn.Parameter):
@@ -250,6 +304,27 @@ def test_a_quantised_head_is_refused_and_a_quantised_body_is_not(adapter):
         assert find_head(model.get_base_model())[0] is model.get_base_model().lm_head
     with pytest.raises(UnsupportedModel, match=r"is a Packed of torch\.float64.*quantis"):
         patch_model(model, BFT)
+
+
+def test_a_head_without_a_weight_is_refused():
+    """As GPTQ's and AWQ's layers, which hold ``qweight``, ``qzeros`` and ``scales``."""
+
+    class Packing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features, self.bias = 16, V, None
+            self.register_buffer("qweight", torch.zeros(2, V, dtype=torch.int32))
+
+        def forward(self, x):
+            return x @ torch.ones(16, V, dtype=x.dtype)
+
+    model, batch = build("llama"), rows()
+    patch_model(model, BFT)(**batch)
+    model.lm_head = Packing()
+    with pytest.raises(UnsupportedModel, match=r"Packing has no weight.*GPTQ.*out of quantisation"):
+        model(**batch)
+    with pytest.raises(UnsupportedModel, match=r"Packing has no weight.*GPTQ.*out of quantisation"):
+        patch_model(unpatch_model(model), BFT)
 
 
 def eight_bit(bnb, linear):
@@ -300,5 +375,9 @@ def test_a_base_quantised_by_a_library_with_lora_everywhere(kind):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
     model = quantise(tiny("LlamaForCausalLM", hidden_size=64), kind)
+    with pytest.raises(UnsupportedModel, match="Keep the head out of quantisation"):
+        patch_model(model, sft)
+    model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "8 bit", kind == "4 bit"
+    model = peft.get_peft_model(model, config)  # its layer is of a kind of PEFT's own
     with pytest.raises(UnsupportedModel, match="Keep the head out of quantisation"):
         patch_model(model, sft)

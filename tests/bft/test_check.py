@@ -64,6 +64,8 @@ LOSS = "loss, beside the model's own"
 GRADIENTS = "gradients, beside the model's own"
 WEIGHTED = "bft loss, beside the formula on its logits"
 WEIGHTED_GRADIENTS = "bft gradients, beside the formula on its logits"
+ADAPTED, ADAPTED_GRADIENTS = (f"LoRA on the head, {row}" for row in (WEIGHTED, WEIGHTED_GRADIENTS))
+ADAPTED_SAVED = "LoRA on the head merged, saved and loaded again"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_all_is_well(checked, dtype, weights, data_file, tmp_path, capsys):
     assert status == 0
     assert set(verdicts.values()) == {"ok"}
     rows = {PACKED, SAVED, LORA, LOSS, GRADIENTS, WEIGHTED, WEIGHTED_GRADIENTS}
+    rows |= {ADAPTED, ADAPTED_GRADIENTS, ADAPTED_SAVED}
     assert rows < verdicts.keys()
     printed = capsys.readouterr().out
     assert "records" in printed
@@ -151,16 +154,16 @@ def with_other_weights(accelerator, model, tokenizer, folder):
 
 
 CALL, SAVE = HeadLoss.__call__, module.save_model
-CALLED, BOTH_GRADIENTS = (HeadLoss, "__call__"), {GRADIENTS, WEIGHTED_GRADIENTS}
+CALLED, ALL_GRADIENTS = (HeadLoss, "__call__"), {GRADIENTS, WEIGHTED_GRADIENTS, ADAPTED_GRADIENTS}
 
 
 @pytest.mark.parametrize(
     ("where", "fault", "wrong"),
     [
-        (CALLED, faulty(lambda value, _: value * 1.01), {LOSS, WEIGHTED} | BOTH_GRADIENTS),
-        (CALLED, faulty(lambda value, _: (value + value.detach()) / 2), BOTH_GRADIENTS),
-        (CALLED, faulty(of_moving_weights), {WEIGHTED_GRADIENTS}),
-        ((module, "save_model"), with_other_weights, {SAVED, LORA}),
+        (CALLED, faulty(lambda value, _: value * 1.01), {LOSS, WEIGHTED, ADAPTED} | ALL_GRADIENTS),
+        (CALLED, faulty(lambda value, _: (value + value.detach()) / 2), ALL_GRADIENTS),
+        (CALLED, faulty(of_moving_weights), {WEIGHTED_GRADIENTS, ADAPTED_GRADIENTS}),
+        ((module, "save_model"), with_other_weights, {SAVED, LORA, ADAPTED_SAVED}),
     ],
     ids=["loss", "gradient", "weighted gradient", "saved model"],
 )

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import bft_kernels
 from bft import HeadLoss
+from tests.support.models import tiny
 
 LORA = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "recipes"
@@ -171,6 +172,18 @@ def test_trl_has_its_own_numbers(recipe, tmp_path, case):
         for key, value in want.items():
             if not key.endswith(("runtime", "per_second", "time", "accuracies")):
                 assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_an_adapter_on_the_head_reaches_trls_log_probabilities(recipe):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny("LlamaForCausalLM"), config).double()
+    ids = torch.randint(61, (2, 9))
+    logits = model(input_ids=ids).logits[:, :-1]
+    recipe("trl_head").add_fused_lm_head(model.get_base_model(), outputs=("mean_logits",))
+    got = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    want = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(got.log_probs, want)
+    torch.testing.assert_close(got.mean_logits.double(), logits.mean(-1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(cells(["dpo", "grpo"], "evaluation", "save", "resume")))

@@ -28,11 +28,13 @@ def numbers(result):
 
 
 @pytest.mark.cell("bft train", "resume")
-@pytest.mark.parametrize("draws", ["sampled", "dropout"])
+@pytest.mark.parametrize("draws", ["sampled", "sampled, lora on the head", "dropout"])
 def test_a_step_that_draws_goes_on_with_its_own_draws(draws, config, checkpoint_of, tmp_path):
     """To the last bit; evaluations at other steps, and none, draw nothing."""
-    if draws == "sampled":
+    if draws.startswith("sampled"):
         config = replace(config, gradient="sampled", eps=0.1)
+        if draws != "sampled":
+            config = replace(config, lora_rank=2, lora_targets=("q_proj", "lm_head"))
     else:
         model = checkpoint_of(tmp_path / "gpt2", "GPT2LMHeadModel", resid_pdrop=0.1)
         config = replace(config, model=str(model))

@@ -200,6 +200,7 @@ def nll(model, config):
         for name in ("tied", "untied", "tied-resized", "untied-resized")
         for targets in ((), ("all-linear",), ("embed_tokens", "q_proj"), ("lm_head", "q_proj"))
     ]
+    + [("tied", ("embed_tokens", "lm_head")), ("untied", ("all-linear", "lm_head"))]
     + [("gpt2", ()), ("gpt2", ("c_attn", "wte"))],
 )
 def test_folder_and_adapter_give_the_last_evaluation(config, models, name, targets):

@@ -95,7 +95,7 @@ def test_errors_are_those_of_plain_torch(backend, options, dtype):
     p.hidden.data[~p.labelled] = torch.nan  # ignored rows may hold anything
     loss = linear_cross_entropy(*p.args, bias=p.bias, class_weight=w, backend=backend, **options)
     # With all three the gradient is a sum of two, each of them rounded.
-    factor = 3.0 if {"label_smoothing", "softcap"} <= options.keys() else 1.5
+    factor = 4.0 if {"label_smoothing", "softcap"} <= options.keys() else 2.5
     for name, gradient in p.gradients(loss).items():
         bound = max(torch.finfo(dtype).eps, factor * error_of(eager[name], want[name]))
         assert error_of(gradient, want[name]) < bound, name
