@@ -85,7 +85,7 @@ def _tell_of_misspelt(path: Path, records: list[Record]) -> None:
         names = absent if not record.tools else [key for key in absent if key != "tools"]
         found.update((key, near) for key in record.extra if (near := _near(key, names)))
     for (key, near), count in found.items():
-        where = f"{path}: the key {key!r} of {count} records"
+        where = f"{path}: the key {key!r}, in {count} of {len(records)} records,"
         logger.warning("%s is not read; is it %r?", where, near)
 
 

@@ -178,7 +178,7 @@ def test_another_misspelt_key_is_told_of_once_a_file(path, caplog):
     assert read_jsonl(path)[0].extra == {"anwser": "b"}
     found = [("anwser", 2, "answer"), ("Anwser", 1, "answer"), ("tool", 1, "tools")]
     assert caplog.messages == [
-        f"{path}: the key {key!r} of {count} records is not read; is it {near!r}?"
+        f"{path}: the key {key!r}, in {count} of 6 records, is not read; is it {near!r}?"
         for key, count, near in found
     ]
 
