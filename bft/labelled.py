@@ -13,7 +13,7 @@ from bft.guard import watch
 from bft.head import UnsupportedModel, check_weight, find_head, verify_linear
 from bft.isolation import check_documents_apart
 from bft.logits import DeferredLogits
-from bft.loss import IGNORE, Head, HeadLoss, LossFunction, Targets, batch_targets
+from bft.loss import IGNORE, MISNAMED, Head, HeadLoss, LossFunction, Targets, batch_targets
 from bft.measure import StandIn, read_shift, read_transform, run_body
 
 if TYPE_CHECKING:
@@ -24,14 +24,12 @@ logger = logging.getLogger(__name__)
 # The arguments that say where labels and documents lie.
 _LABELS = ("labels", "shift_labels", "targets", "token_weight")
 _PLACEMENT = (*_LABELS, "cu_seqlens", "cu_seq_lens_q", "position_ids")
-# What trainers of others call token weights. A model's forward would take them and do nothing.
-_MISNAMED = ("token_weights", "loss_weight", "loss_weights", "loss_scale")
 
 
 def labelled_call(model: Any, state: "State", own: Callable[..., Any], call: dict[str, Any]) -> Any:
     """The output of a call, its logits not computed; ``own`` is the model's forward."""
     given = {name: call.get(name) for name in _PLACEMENT}
-    for name in _MISNAMED:
+    for name in ("weight", *MISNAMED):
         if call.get(name) is not None and name not in state.parameters:
             raise TypeError(f"{name}: the fused loss knows no such argument, expected token_weight")
     targets = batch_targets(given, shift=state.shift is not False)

@@ -22,6 +22,8 @@ from bft_kernels.values import check_int
 from bft_kernels.weighting import cu_seqlens_from_position_ids, shift_labels
 
 IGNORE = -100
+# What others call weights of tokens. A model's forward would take them and do nothing.
+MISNAMED = ("weights", "token_weights", "loss_weight", "loss_weights", "loss_scale")
 
 
 @dataclass(frozen=True)

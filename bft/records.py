@@ -1,5 +1,5 @@
-"""Reads JSONL files: one record a line, in either form. Other keys are kept and
-ignored, but a misspelt `weight` is an error, and another misspelt key is told of.
+"""Reads JSONL files: one record a line, in either form. Other keys are kept and ignored, but one
+that seems to mean `weight` is an error, and another misspelt key is told of, once a file.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}
@@ -15,11 +15,13 @@ import difflib
 import errno
 import json
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bft.encode import DataError, Record, Weight
+from bft.loss import MISNAMED
 from bft_kernels.values import check_int
 
 logger = logging.getLogger(__name__)
@@ -31,8 +33,6 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ALIASES = {"human": "user", "prompter": "user"} | dict.fromkeys(
     ("ai", "bot", "chatbot", "chatgpt", "gpt", "model"), "assistant"
 )
-
-_NOTED: set[str] = set()  # keys that were warned of, once in a process
 
 # How files begin that are no JSONL, and what turns them into it.
 _FOREIGN: dict[tuple[bytes, ...], str] = {
@@ -73,7 +73,20 @@ def read_jsonl(path: str | Path, *, limit: int | None = None) -> list[Record]:
                 raise DataError(f"{where}: {deep}; {_EXPECTED}") from error
     if not records:
         raise DataError(f"{path}: no records; expected one JSON object a line")
+    _tell_of_misspelt(path, records)
     return records
+
+
+def _tell_of_misspelt(path: Path, records: list[Record]) -> None:
+    """Warns of keys that seem to mean an optional one, which their records have not."""
+    found: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        absent = [key for key in ("answer", "tools") if key not in record.extra]
+        names = absent if not record.tools else [key for key in absent if key != "tools"]
+        found.update((key, near) for key in record.extra if (near := _near(key, names)))
+    for (key, near), count in found.items():
+        where = f"{path}: the key {key!r}, in {count} of {len(records)} records,"
+        logger.warning("%s is not read; is it %r?", where, near)
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -122,7 +135,7 @@ def make_record(row: Any, where: str = "record") -> Record:
     if "completion" in row:  # a prompt alone is one of the other keys
         either = "either 'messages' or 'prompt' and 'completion'"
         raise DataError(f"{where}: expected {either}, got both")
-    _check_keys(row, where)
+    check_weight_name(row, where)
     extra = {key: row[key] for key in row if key not in ("messages", "tools", "weight")}
     _check_characters(extra.get("answer"), where, "answer")
     messages, tools = _messages(row["messages"], where), _tools(row.get("tools"), where)
@@ -132,9 +145,11 @@ def make_record(row: Any, where: str = "record") -> Record:
 def _pair_record(row: dict[str, Any], where: str) -> Record:
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing:
+        meant = ((key, _near(key, ("messages", *missing))) for key in sorted(row))
+        hint = "".join(f"; is {key!r} meant as {near!r}?" for key, near in meant if near)
         raise DataError(
             f"{where}: expected 'messages', or 'prompt' and 'completion'; "
-            f"{missing[0]!r} is missing among the keys {sorted(row)}"
+            f"{missing[0]!r} is missing among the keys {sorted(row)}{hint}"
         )
     for key in ("prompt", "completion"):
         if not isinstance(row[key], str):
@@ -147,7 +162,7 @@ def _pair_record(row: dict[str, Any], where: str) -> Record:
         _check_characters(row.get(key), where, key)
     pair = (row["prompt"], row["completion"])
     chat = ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
-    _check_keys(row, where)
+    check_weight_name(row, where)
     extra = {key: row[key] for key in row if key not in ("prompt", "completion", "weight")}
     return Record(chat, where, pair, extra, weight=read_weight(row, where, "weight"))
 
@@ -190,29 +205,34 @@ def _message(message: Any, where: str, name: str) -> Mapping[str, Any]:
     if role == "assistant" and not calls and not str(content).strip():
         raise DataError(f"{where}: '{name}.content': expected text to learn, got an empty string")
     _check_characters(message, where, name)
-    _check_keys(message, f"{where}: '{name}'", optional=("weight",))
+    check_weight_name(message, f"{where}: '{name}'")
     turn_weight(message, where, name)
     # Tables of rows hold null for a key that other rows have; templates ask whether a key is there.
     return {k: v for k, v in message.items() if v is not None or k == "content"}
 
 
-def _check_keys(
-    row: Mapping[str, Any], where: str, optional: tuple[str, ...] = ("weight", "answer", "tools")
-) -> None:
-    """Looks for optional keys of ours that are misspelt, and would be ignored.
+def _near(key: str, names: Iterable[str]) -> str | None:
+    """Which of the names a key seems to mean."""
+    key = key.strip().lower()
+    names = [name for name in names if name[0] == key[:1]]
+    return next(iter(difflib.get_close_matches(key, names, n=1, cutoff=0.82)), None)
 
-    Without its weight a record would be trained in another way: DataError. Others are warned of.
+
+def meant_as_weight(keys: Iterable[str], known: tuple[str, ...] = ("weight",)) -> str | None:
+    """The first key that seems to mean a weight, where none is one of the ``known`` names."""
+    keys, names = list(keys), ("token_weight", *MISNAMED)
+    if any(key in known for key in keys):
+        return None
+    return next((key for key in keys if key in names or _near(key, ["weight"])), None)
+
+
+def check_weight_name(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for a key of a record or a turn that seems to mean its weight.
+
+    Without the weight it would be trained in another way.
     """
-    missing = [key for key in optional if key not in row]
-    for key in row:
-        near = [name for name in missing if name[0] == key[:1]]
-        found = difflib.get_close_matches(key, near, n=1, cutoff=0.82)
-        if not found or key in _NOTED:
-            continue
-        if found[0] == "weight":
-            raise DataError(f"{where}: got the key {key!r}, expected 'weight', or another name")
-        _NOTED.add(key)
-        logger.warning("%s: the key %r is not read; is it %r?", where, key, found[0])
+    if (key := meant_as_weight(row)) is not None:
+        raise DataError(f"{where}: got the key {key!r}, expected 'weight', or another name")
 
 
 def turn_weight(message: Mapping[str, Any], where: str, name: str) -> Weight | None:

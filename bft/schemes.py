@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bft_kernels import token_weights
-from bft_kernels.settings import SCHEMES
+from bft_kernels.settings import SCHEMES, check_scheme_call
 
 
 def dft(confidence: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ def load_scheme(scheme: Any, window: int | None = None) -> Any:
 @torch.compiler.assume_constant_result
 def takes_window(scheme: Any) -> bool:
     """Whether a scheme is a function with a parameter ``window`` that has no default."""
-    if isinstance(scheme, str):
+    if not callable(scheme):
         return False
     try:
         option = inspect.signature(scheme).parameters.get("window")
@@ -129,20 +129,6 @@ def _found(scheme: str) -> Any:
         raise ValueError(f"scheme: {scheme!r} cannot be imported ({reason})") from error
     if not callable(found):
         raise TypeError(f"scheme: {scheme!r} is of {type(found)}, expected a function")
-    _check_arguments(scheme, found)
+    check_scheme_call(found, repr(scheme), **({"window": 1} if takes_window(found) else {}))
     _LOADED[scheme] = found
     return found
-
-
-def _check_arguments(scheme: str, function: Any) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # of a builtin
-        return
-    try:
-        signature.bind(None, None, **({"window": 1} if takes_window(function) else {}))
-    except TypeError as error:
-        raise TypeError(
-            f"scheme: {scheme!r} takes {signature}, expected (confidence, cu_seqlens), with "
-            "window if it asks for that, and a return value (token_weight, sequence_weight)"
-        ) from error

@@ -19,10 +19,12 @@ def check_tensor(
     shape: Sequence[int | str],
     dtypes: Sequence[torch.dtype],
     device: torch.device | None = None,
+    *,
+    since: str = "",
 ) -> None:
     """Raises unless ``value`` is a tensor of this shape, dtype and device.
 
-    A name in ``shape`` stands for any size.
+    A name in ``shape`` stands for any size. ``since`` says where the expected sizes come from.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
@@ -32,7 +34,8 @@ def check_tensor(
             matches = matches and (isinstance(want, str) or want == have)
     if not matches:
         expected = ", ".join([str(size) for size in shape])
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected})")
+        reason = since and f", since {since}"
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({expected}){reason}")
     if value.dtype not in dtypes:
         expected = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {expected}")

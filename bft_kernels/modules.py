@@ -13,7 +13,7 @@ from bft_kernels.functional import (
     balanced_linear_cross_entropy,
     linear_cross_entropy,
 )
-from bft_kernels.settings import SchemeFunction, Settings, check_settings
+from bft_kernels.settings import SchemeFunction, Settings, check_scheme_call, check_settings
 from bft_kernels.token_stats import BalancedTokenStats
 
 
@@ -138,6 +138,8 @@ class BalancedLinearCrossEntropyLoss(_Loss):
             normalize=normalize,
             **options,
         )
+        if not isinstance(scheme, str):
+            check_scheme_call(scheme)
 
     def forward(
         self,

@@ -285,7 +285,9 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
     if hidden.dim() < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected (..., D)")
     check_tensor("hidden", hidden, hidden.shape, FLOAT_DTYPES)
-    check_tensor("weight", weight, ("V", hidden.shape[-1]), FLOAT_DTYPES, hidden.device)
+    since = f"hidden has {hidden.shape[-1]} features"
+    shape = ("V", hidden.shape[-1])
+    check_tensor("weight", weight, shape, FLOAT_DTYPES, hidden.device, since=since)
     assert isinstance(weight, Tensor)
     vocabulary, width = weight.shape
     if vocabulary == 0 or width == 0:
@@ -295,9 +297,11 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
     if vocabulary >= 2**31:
         raise ValueError(f"weight: got V = {vocabulary}, expected less than 2**31")
     integers = (torch.int64, *NARROW_TARGETS)
-    check_tensor("target", target, hidden.shape[:-1], integers, hidden.device)
+    since = f"hidden has shape {tuple(hidden.shape)}"
+    check_tensor("target", target, hidden.shape[:-1], integers, hidden.device, since=since)
     if bias is not None:
-        check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device)
+        since = f"weight has {vocabulary} rows"
+        check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device, since=since)
     for name, value in (("weight", weight), ("bias", bias)):
         if isinstance(value, Tensor) and (
             (value.dtype == torch.float64) != (hidden.dtype == torch.float64)

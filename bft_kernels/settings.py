@@ -8,6 +8,7 @@ of :class:`Settings`. This file imports no torch, so that ``bft --help`` is quic
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -39,6 +40,23 @@ def check_scheme(name: str, value: object) -> None:
         check_choice(name, value, SCHEMES)
     elif not callable(value):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a name or a callable")
+
+
+def check_scheme_call(scheme: Callable[..., Any], name: str | None = None, **more: object) -> None:
+    """Raises TypeError unless a callable takes the arguments of a scheme, and ``more`` by name."""
+    try:
+        signature = inspect.signature(scheme)
+    except ValueError:  # of a function in C
+        return
+    try:
+        signature.bind(None, None, **more)
+    except TypeError as error:
+        name = name or getattr(scheme, "__qualname__", type(scheme).__qualname__)
+        arguments = ", ".join(("confidence", "cu_seqlens", *more))
+        raise TypeError(
+            f"scheme: {name} takes {signature}, expected ({arguments}), and a return value "
+            "(token_weight, sequence_weight)"
+        ) from error
 
 
 def check_float_type(name: str, value: object) -> None:

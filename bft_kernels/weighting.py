@@ -12,7 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bft_kernels.checks import check_capture, check_confidence, check_cu_seqlens, check_tensor
+from bft_kernels.checks import (
+    check_capture,
+    check_confidence,
+    check_cu_seqlens,
+    check_finite,
+    check_tensor,
+)
 from bft_kernels.documents import (
     Layout,
     boundaries_beside,
@@ -23,7 +29,7 @@ from bft_kernels.documents import (
     token_scales,
 )
 from bft_kernels.results import BalancedLoss
-from bft_kernels.settings import SchemeFunction, Settings, check_scheme
+from bft_kernels.settings import SchemeFunction, Settings, check_scheme, check_scheme_call
 from bft_kernels.values import check_int, check_positive
 
 __all__ = [
@@ -183,6 +189,9 @@ def _call_scheme(
     check_capture(
         confidence.device, "scheme: got a callable", "a name: the host counts a callable's tokens"
     )
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        check_scheme_call(scheme)
     padded = confidence.shape[0]
     count = int(cu_seqlens[-1])
     torch._check(count >= 0)  # for a count that tracing does not know
@@ -194,8 +203,14 @@ def _call_scheme(
             f"scheme: returned {type(result).__name__}, expected (token_weight, sequence_weight)"
         )
     token = _from_callable("token_weight", result[0], seen)
+    sequence = _from_callable("sequence_weight", result[1], like)
+    # On a device the host would wait; of a confidence that is NaN the loss itself tells.
+    if confidence.device.type == "cpu" and not compiling and bool(seen.isfinite().all()):
+        filled = (cu_seqlens[1:] > cu_seqlens[:-1]).to(like.device)
+        check_finite("scheme: its token_weight", token)
+        check_finite("scheme: its sequence_weight", torch.where(filled, sequence, 0))
     token = torch.cat([token, token.new_zeros(padded - count)])
-    return token, _from_callable("sequence_weight", result[1], like)
+    return token, sequence
 
 
 def _from_callable(name: str, value: Tensor, like: Tensor) -> Tensor:

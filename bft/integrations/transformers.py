@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from bft.encode import Example, Record, weights_of_labels
 from bft.head import UnsupportedModel
 from bft.loss import IGNORE, HeadLoss, batch_targets
 from bft.patch import patch_model, state_of, use_loss
-from bft.records import read_weight
+from bft.records import meant_as_weight, read_weight
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,23 @@ def columns_of(data: Any) -> set[str]:
 
 
 _WEIGHTS = ("token_weight", "weight")  # columns of tokenised rows
+
+
+def _datasets(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A trainer's data sets, by how an error calls them."""
+    for name in ("train_dataset", "eval_dataset"):
+        if isinstance(data := given.get(name), dict):
+            yield from ((f"{name}[{key!r}]", one) for key, one in data.items())
+        else:
+            yield name, data
+
+
+def check_names(name: str, columns: Iterable[str]) -> None:
+    """Raises ValueError for a column that seems to mean weights, and would be dropped."""
+    if (column := meant_as_weight(columns, _WEIGHTS)) is not None:
+        raise ValueError(
+            f"{name}: got a column {column!r}, expected 'weight' or 'token_weight', or another name"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +134,7 @@ class BFTTrainer(Trainer):
         self._by_document = replace(self.head_loss, normalize="sequence")
         self._logits_told = False
         signature = inspect.signature(super().__init__)
-        for name in kwargs.keys() - signature.parameters.keys():
+        for name in [name for name in kwargs if name not in signature.parameters]:
             known = [*signature.parameters, *(field.name for field in fields(HeadLoss))]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f", such as {near[0]}" if near else ""
@@ -126,6 +143,8 @@ class BFTTrainer(Trainer):
                 f"trainer or a field of HeadLoss{hint}"
             )
         given = signature.bind_partial(*args, **kwargs).arguments
+        for name, data in _datasets(given):
+            check_names(name, sorted(columns_of(data)))
         self._weighted = False
         if (collator := self._collator_of_weights(given)) is not None:
             kwargs["data_collator"] = collator
@@ -152,17 +171,19 @@ class BFTTrainer(Trainer):
 
     def _collator_of_weights(self, given: Mapping[str, Any]) -> Any:
         """A collator for training data with weights; ``None`` without, or if one is given."""
-        columns = columns_of(given.get("train_dataset"))
-        self._weighted = not columns.isdisjoint(_WEIGHTS)
-        if not self._weighted:
+        columns = {name: columns_of(data) for name, data in _datasets(given)}
+        weighted = [name for name in columns if not columns[name].isdisjoint(_WEIGHTS)]
+        self._weighted = "train_dataset" in weighted
+        if not weighted:
             return None
         if given.get("data_collator") is None:
             return RowCollator.of(given.get("processing_class"))
-        if "weight" in columns:
-            raise ValueError(
-                "train_dataset: got a column weight with a data_collator, expected a column "
-                "token_weight, which the collator pads as labels, or no data_collator"
-            )
+        for name in weighted:
+            if "weight" in columns[name]:
+                raise ValueError(
+                    f"{name}: got a column weight with a data_collator, expected a column "
+                    "token_weight, which the collator pads as labels, or no data_collator"
+                )
         return None
 
     def _set_signature_columns_if_needed(self) -> None:

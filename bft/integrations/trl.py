@@ -13,10 +13,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from bft.encode import Record, weights_of_labels
 from bft.head import causal_lm
-from bft.integrations.transformers import BFTTrainer, columns_of, labelled
+from bft.integrations.transformers import BFTTrainer, check_names, columns_of, labelled
 from bft.loss import IGNORE
 from bft.patch import last_stats
-from bft.records import read_weight, turn_weight
+from bft.records import check_weight_name, read_weight, turn_weight
 
 
 @dataclass
@@ -88,7 +88,7 @@ class BFTSFTTrainer(BFTTrainer, SFTTrainer):
     ) -> Any:
         """TRL's tokens and labels, cut or packed together with the weights of the labels."""
         rest = (processing_class, args, packing, formatting_func, dataset_name)
-        if not _has_weights(dataset):
+        if not _has_weights(dataset, dataset_name):
             return super()._prepare_dataset(dataset, *rest)
         whole = copy.copy(args)  # nothing is cut before the weights are there
         whole.max_length, whole.shuffle_dataset = None, False
@@ -138,23 +138,29 @@ class BFTSFTTrainer(BFTTrainer, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def _turns(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+_TURNS = ("messages", "conversations", "completion")  # TRL calls the second as the first
+
+
+def _turns(row: Mapping[str, Any], names: tuple[str, ...] = _TURNS) -> dict[str, Mapping[str, Any]]:
     """The turns of a row that may be labelled, by where they stand."""
-    name = next((name for name in ("messages", "completion") if name in row), "")
+    name = next((name for name in names if name in row), "")
     turns = row.get(name)
     if not isinstance(turns, list):  # text
         return {}
     return {f"{name}[{place}]": turn for place, turn in enumerate(turns)}
 
 
-def _has_weights(dataset: Any) -> bool:
+def _has_weights(dataset: Any, name: str) -> bool:
     """Whether rows have weights; of a stream, whether a later row may have one."""
     if not isinstance(dataset, Dataset):
         return True
     columns = get_dataset_column_names(dataset)
     if "weight" in columns or "token_weight" in columns:
         return True
-    return any("weight" in turn for turn in _turns(next(iter(dataset))).values())
+    turns = _turns(next(iter(dataset)))
+    for place, turn in turns.items():  # in a table all turns have the same keys
+        check_weight_name(turn, f"{name} dataset: '{place}'")
+    return any("weight" in turn for turn in turns.values())
 
 
 def _weighted(row: dict[str, Any], index: int, *, name: str, apart: bool) -> dict[str, Any]:
@@ -165,9 +171,17 @@ def _weighted(row: dict[str, Any], index: int, *, name: str, apart: bool) -> dic
     """
     where, labels = f"{name} dataset, row {index}", row["labels"]
     weights = row.get("token_weight")
+    check_names(where, row)
     if weights is None:
         turns = _turns(row)
+        for place, turn in _turns(row, ("prompt",)).items():
+            if turn.get("weight") is not None:
+                raise ValueError(
+                    f"{where}: '{place}.weight': got {turn['weight']}, expected none: a prompt has "
+                    "no labels"
+                )
         for place, turn in turns.items():
+            check_weight_name(turn, f"{where}: '{place}'")
             own = turn_weight(turn, where, place)
             if own is not None and not (apart or place.startswith("completion")):
                 raise ValueError(

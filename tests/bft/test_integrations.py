@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from bft.head import UnsupportedModel
-from bft.integrations.transformers import BFTTrainer
+from bft.integrations.transformers import BFTTrainer, RowCollator
 from bft.logits import DeferredLogits
 from bft.loss import HeadLoss
 from bft.patch import fused_loss, patch_model, unpatch_model
@@ -238,6 +238,78 @@ def test_weights_in_the_data_reach_the_loss_or_are_refused(tmp_path):
     assert got == pytest.approx(plain / 2)
     with pytest.raises(ValueError, match="use_liger_kernel: got True, expected False"):
         make(tmp_path, use_liger_kernel=True)
+
+
+@pytest.mark.parametrize("column", ["token_weight", "weight"])
+def test_weights_multiply_each_labels_loss_after_the_scheme(tmp_path, column):
+    factors = torch.randn(6, LENGTH)
+    factors[2] = 0
+    rows = data()
+    for row, factor in zip(rows, factors, strict=True):
+        row[column] = factor if column == "token_weight" else factor[row["labels"] != -100].tolist()
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    trainer = make(tmp_path, options={"window": 4, "train_dataset": rows}, **cut)
+    model = copy.deepcopy(unpatch_model(copy.deepcopy(trainer.model)))
+    whole = {name: torch.stack([row[name] for row in data()]) for name in data()[0]}
+    stats = fused_loss(model, whole, LOSS)[1]
+    logits = model(**{k: v for k, v in whole.items() if k != "labels"}).logits[:, :-1]
+    labels = whole["labels"][:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    of_documents = (nll * stats.token_weight[:, :-1] * factors[:, 1:]).sum(1)
+    of_documents = of_documents * stats.sequence_weight / (labels != -100).sum(1).clamp_min(1)
+    loss = of_documents.sum() / 5
+    loss.backward()
+    trainer.train()
+    assert_close(weights(trainer), {k: p - 0.5 * p.grad for k, p in model.named_parameters()})
+    logged, labelled = trainer.state.log_history[0], int((labels != -100).sum())
+    assert logged["loss"] == pytest.approx(float(loss), rel=1e-4)
+    for name in ("confidence", "token_weight"):
+        assert logged[name] == pytest.approx(float(getattr(stats, name).sum()) / labelled, rel=1e-4)
+
+
+def test_rows_with_weights_are_padded_and_lose_the_padding_that_they_bring():
+    rows = [
+        {"input_ids": [4, 5, 6], "weight": -0.5},
+        {"input_ids": [7, 8, 9, 3], "labels": [-100, 8, 9, -100], "weight": [0.5, 2.0]},
+        {"input_ids": np.array([1, 1, 5]), "attention_mask": np.array([0, 0, 1])},
+        {"input_ids": [2, 6], "labels": [-100, 6], "token_weight": torch.tensor([9.0, 0.0])},
+    ]
+    batch = RowCollator.of(None)(rows)
+    assert batch["input_ids"].tolist() == [[4, 5, 6, 0], [7, 8, 9, 3], [5, 0, 0, 0], [2, 6, 0, 0]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 4, 1, 2]
+    assert batch["labels"].tolist() == [
+        [4, 5, 6, -100],
+        [-100, 8, 9, -100],
+        [5, -100, -100, -100],
+        [-100, 6, -100, -100],
+    ]
+    assert batch["token_weight"].tolist() == [
+        [-0.5, -0.5, -0.5, 0],
+        [0, 0.5, 2.0, 0],
+        [1, 0, 0, 0],
+        [9, 0, 0, 0],
+    ]
+    assert "token_weight" not in RowCollator.of(None)(rows[2:3])
+
+
+@pytest.mark.parametrize("name", ["wieght", "Weight", "weights", "token_weights", "loss_scale"])
+def test_a_column_that_means_weights_is_not_dropped(tmp_path, name):
+    rows = [{**row, name: 0.5, "height": 2} for row in data()]
+    for where, given in (
+        ("train_dataset", {"train_dataset": rows}),
+        (r"eval_dataset\['b'\]", {"eval_dataset": {"a": data(), "b": rows}}),
+    ):
+        with pytest.raises(ValueError, match=f"^{where}: got a column '{name}', expected 'weight'"):
+            make(tmp_path, options=given)
+
+
+def test_an_evaluation_has_its_own_weights(tmp_path):
+    rows = [{**row, "weight": 0.5} for row in data()]
+    plain = make(tmp_path)
+    loss = plain.evaluate()["eval_loss"]
+    assert make(tmp_path, options={"eval_dataset": rows}).evaluate()["eval_loss"] == loss / 2
+    with pytest.raises(TypeError, match=r"^weight: the fused loss knows no such argument"):
+        plain.predict(rows)
 
 
 def test_each_trainer_of_a_model_has_its_own_loss(tmp_path):

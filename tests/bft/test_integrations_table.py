@@ -108,6 +108,12 @@ def test_the_tables_are_those_of_the_markers():
     assert text.partition(START)[2].partition(END)[0] == "\n".join([*lines(), ""])
 
 
+def test_each_recipe_has_a_row():
+    """All but the head that two of them share."""
+    files = {path.name for path in (ROOT / "docs" / "recipes").glob("*.py")} - {"trl_head.py"}
+    assert files == {row for row in cells() if kind_of(row) == "recipe"}
+
+
 def test_a_cell_without_a_test_has_a_reason():
     expected = {
         (row, prop)

@@ -148,7 +148,7 @@ WEIGHTED = {
 }
 
 
-@pytest.mark.cell(SFT_TRAINER, "loss", "packing")
+@pytest.mark.cell(SFT_TRAINER, "loss", "gradient", "packing")
 @pytest.mark.parametrize("kind", WEIGHTED)
 def test_weights_of_records_and_turns_reach_the_loss(make, kind):
     """A token's weight is that of its row: rows differ in their texts, so ids tell them apart."""
@@ -204,6 +204,19 @@ def test_weights_of_records_and_turns_reach_the_loss(make, kind):
     nll = torch.nn.functional.cross_entropy(logits, target.flatten(), reduction="none")
     expected = (nll * factor.flatten()).sum() / (target != -100).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
+    grads = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+SHAREGPT = [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b", "weight": 0.5}]
+
+
+def named(key):
+    """Chats whose answers have one key more."""
+    return [
+        {"messages": [{**m, **({key: 0.5} if m["role"] == "assistant" else {})} for m in messages]}
+        for messages in (row["messages"] for row in CHAT)
+    ]
 
 
 def test_weights_of_tokenised_rows_and_of_streams(make, tokenizer, tmp_path):
@@ -221,12 +234,27 @@ def test_weights_of_tokenised_rows_and_of_streams(make, tokenizer, tmp_path):
     first, second = list(prepared)[:2]
     assert set(first["token_weight"]) <= {0.0, 1.0}
     assert set(second["token_weight"]) == {0.0, 0.25}
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{**PAIRS[0], "weights": 0.5}]))
+    prepared = trainer._prepare_dataset(stream, tokenizer, trainer.args, False, None, "train")
+    with pytest.raises(ValueError, match="row 0: got a column 'weights', expected 'weight'"):
+        list(prepared)
 
 
 @pytest.mark.parametrize(
     ("data", "settings", "says"),
     [
         (TURNS, {}, r"row 0: 'messages\[1\].weight'.*assistant_only_loss=False, expected True"),
+        (named("wieght"), {}, r"train dataset: 'messages\[0\]': got the key 'wieght'"),
+        (
+            [{"prompt": TURNS[1]["messages"][:2], "completion": TURNS[1]["messages"][2:]}] * 4,
+            {},
+            r"row 0: 'prompt\[1\].weight': got -0.5, expected none: a prompt has no labels",
+        ),
+        (
+            [{"conversations": SHAREGPT}] * 4,
+            {},
+            r"messages\[1\].weight'.*assistant_only_loss=False",
+        ),
         ([{**row, "weight": "much"} for row in PAIRS], {}, "row 0: 'weight': expected a number"),
         ([{**row, "weight": [1.0, 2.0]} for row in PAIRS], {}, "row 0: 'weight': got 2 numbers"),
         (

@@ -158,7 +158,7 @@ def test_a_bad_line_is_named(path, line, says):
     assert says in text
 
 
-@pytest.mark.parametrize("key", ["wieght", "weights", "weighted"])
+@pytest.mark.parametrize("key", ["wieght", "weights", "Weight", "token_weight", "loss_scale"])
 def test_a_misspelt_weight_is_refused_and_other_words_are_not(key):
     with pytest.raises(DataError, match=f"^record: got the key '{key}', expected 'weight'"):
         make_record(json.loads(ROW) | {key: 0.5})
@@ -170,12 +170,31 @@ def test_a_misspelt_weight_is_refused_and_other_words_are_not(key):
         assert make_record(json.loads(ROW) | {other: 0.5}).weight is None
 
 
-def test_another_misspelt_key_is_told_of_once(caplog, monkeypatch):
-    monkeypatch.setattr("bft.records._NOTED", set())
-    for _ in range(3):
-        assert make_record(json.loads(ROW) | {"anwser": "b"}).extra == {"anwser": "b"}
-        make_record(json.loads(ROW) | {"answer": "b", "answers": ["b"]})
-    assert caplog.messages == ["record: the key 'anwser' is not read; is it 'answer'?"]
+def test_another_misspelt_key_is_told_of_once_a_file(path, caplog):
+    row, turns = json.loads(ROW), chat("a", "b")
+    lines = [row | {"anwser": "b"}, row | {"answer": "b", "answers": ["b"]}, row | {"Anwser": "b"}]
+    lines += [turns | {"tool": []}, turns | {"tool": [], "tools": [{"name": "beat"}]}, lines[0]]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert read_jsonl(path)[0].extra == {"anwser": "b"}
+    found = [("anwser", 2, "answer"), ("Anwser", 1, "answer"), ("tool", 1, "tools")]
+    assert caplog.messages == [
+        f"{path}: the key {key!r}, in {count} of 6 records, is not read; is it {near!r}?"
+        for key, count, near in found
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"Messages": []}, "the keys ['Messages']; is 'Messages' meant as 'messages'?"),
+        ({"Prompt": "a", "completion": "b"}, "is 'Prompt' meant as 'prompt'?"),
+        ({"prompt": "a", "completions": "b"}, "is 'completions' meant as 'completion'?"),
+    ],
+)
+def test_a_misspelt_key_that_has_to_be_there_is_named(row, says):
+    with pytest.raises(DataError) as caught:
+        make_record(row)
+    assert str(caught.value).endswith(says)
 
 
 def test_a_file_without_records_and_a_folder_are_refused(tmp_path):

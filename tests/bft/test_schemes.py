@@ -1,5 +1,6 @@
 """Schemes by import path: the examples are their formulas, and a wrong path is named."""
 
+import functools
 import math
 import pickle
 import re
@@ -196,6 +197,23 @@ def test_a_run_takes_a_function_of_the_current_folder_and_resumes(
     assert said in capsys.readouterr().err
     assert main(again) == 0
     assert [row["loss"] for row in metrics(config.output_dir, "train")] == before
+
+
+def test_a_function_of_other_arguments_is_refused_where_it_is_given():
+    fixed = functools.partial(schemes.focal, cu_seqlens=None)
+    for scheme, says in (
+        (lambda confidence: confidence, r"<lambda> takes \(confidence\), expected \(confid"),
+        (lambda confidence, window: confidence, r"takes \(confidence, \*, window=7\), expected"),
+        (fixed, r"partial takes .*expected \(confidence, cu_seqlens\)"),
+        (3, "got int, expected a name or a callable"),
+    ):
+        with pytest.raises(TypeError, match=f"^scheme: .*{says}"):
+            HeadLoss(scheme=scheme, window=7)
+
+
+def test_a_confidence_that_is_nan_makes_the_loss_nan_and_blames_no_scheme():
+    hidden, target = torch.full((1, 4, 3), math.nan), torch.ones(1, 4, dtype=torch.int64)
+    assert HeadLoss(scheme="bft.schemes:focal")(hidden, Head(torch.randn(5, 3)), target)[0].isnan()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ CORE = [
     wrong("hidden", tensor(1.0), "()", "D"),
     wrong_type("hidden", torch.ones(N, D, dtype=torch.int64), "int64", "float32"),
     wrong_type("weight", None, "Tensor"),
-    wrong("weight", randn(V, D + 1), f"({V}, {D + 1})", f"(V, {D})"),
+    wrong("weight", randn(V, D + 1), f"({V}, {D + 1})", f"(V, {D}), since hidden has {D} features"),
     wrong("weight", randn(V), f"({V},)", f"(V, {D})"),
     wrong("weight", randn(0, D), f"(0, {D})", "at least 1"),
     wrong("weight", randn(V, 0), f"({V}, 0)", "at least 1", hidden=randn(N, 0)),
@@ -175,6 +175,10 @@ BALANCED = [
     wrong("scheme", lambda c, cu: (c, 1.0), "sequence_weight has shape float", "(1,)"),
     wrong("scheme", lambda c, cu: None, "NoneType", "sequence_weight"),
     wrong("scheme", lambda c, cu: (c, c, c), "tuple", "sequence_weight"),
+    wrong("scheme", lambda c, cu: (c / 0, c[:1]), "token_weight: got inf", "finite"),
+    wrong("scheme", lambda c, cu: (c, c[:1] * NAN), "sequence_weight: got nan", "finite"),
+    wrong_type("scheme", lambda c: c, "<lambda> takes (c)", "(confidence, cu_seqlens)"),
+    wrong_type("scheme", Case, "Case takes (", "(confidence, cu_seqlens)"),
 ]
 WEIGHTS = [
     wrong_type("confidence", [0.5], "Tensor"),
@@ -218,7 +222,10 @@ WRONG = [
     *((LinearCrossEntropyLoss, {}, case) for case in MADE),
     *(
         (BalancedLinearCrossEntropyLoss, {}, case)
-        for case in [*MADE, wrong("scheme", "foo", "'bft'"), wrong("window", 0, "at least 1")]
+        for case in [
+            *(*MADE, wrong("scheme", "foo", "'bft'"), wrong("window", 0, "at least 1")),
+            wrong_type("scheme", lambda c: c, "<lambda> takes (c)", "(confidence, cu_seqlens)"),
+        ]
     ),
 ]
 
