@@ -115,7 +115,7 @@ def test_the_command_writes_it(tmp_path, capsys):
     pytest.importorskip("rouge_score", reason="needs the extra study")
     out = tmp_path / "out"
     assert main(["data", "pubmed-conclusion", "--output-dir", str(out)]) == 0
-    assert "10 train, 5 test" in capsys.readouterr().out.replace("\n", " ")
+    assert "10 train, 5 test" in " ".join(capsys.readouterr().out.split())
     splits = {
         name: [json.loads(line) for line in (out / f"{name}.jsonl").open("rb")]
         for name in task.SPLITS
