@@ -47,6 +47,15 @@ def _gradients(
     return (*[None] * first, hidden, weight, None, bias, None, adapter, *[None] * rest)
 
 
+def _of_op(
+    ctx: Any, first: int, made: Sequence[Tensor | None], wanted: Wanted, bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What a backward returns, from the gradients that a backward op made, wanted or not."""
+    dh, dw, db, da = [x if want else None for x, want in zip(made, wanted, strict=True)]
+    db = None if db is None or bias is None else db.to(bias.dtype)
+    return _gradients(ctx, first, dh, dw, db, da)
+
+
 def _setup_linear_nll(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
     result, problem = Forward(*output), ops.as_problem(tensors, rest)
@@ -102,8 +111,7 @@ def _linear_nll_backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         targets = _targets_listed(saved, ops.as_problem(tensors, rest))
         more = ops.linear_nll_backward_op(of_target, *targets, *tensors, *rest)
         made = [b if a is None else a + b for a, b in zip(made, more, strict=True)]
-    dh, dw, db, da = [x if want else None for x, want in zip(made, wanted, strict=True)]
-    return _gradients(ctx, _OF_NLL, dh, dw, None if db is None else db.to(bias.dtype), da)
+    return _of_op(ctx, _OF_NLL, made, wanted, bias)
 
 
 def _with_statistics(
@@ -168,14 +176,11 @@ def _spread_loss_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     _refuse_double_backward()
     class_weight, *tensors = ctx.saved_tensors
     wanted = _needed(ctx, _OF_SPREAD)
-    gradients: tuple[Tensor | None, ...] = (None,) * WANTED
+    made: Sequence[Tensor | None] = (None,) * WANTED
     if any(wanted):
         rest = (*ctx.rest[:-WANTED], *wanted)
         made = ops.spread_loss_backward_op(grad, class_weight, *tensors, *rest)
-        gradients = tuple([x if want else None for x, want in zip(made, wanted, strict=True)])
-    dh, dw, db, da = gradients
-    db = None if db is None else db.to(tensors[3].dtype)
-    _, _, *of_tensors = _gradients(ctx, _OF_SPREAD, dh, dw, db, da)
+    _, _, *of_tensors = _of_op(ctx, _OF_SPREAD, made, wanted, tensors[3])
     return None, grad * class_weight.sum(), *of_tensors
 
 

@@ -81,8 +81,12 @@ def _engine(problem: Problem) -> Engine:
 
 def _for_adapter(problem: Problem, backend: Engine) -> Engine:
     """Plain PyTorch where a backend has no whole rows of logits, or may compute some again."""
-    whole = getattr(backend, "HOLDS_ROWS", True) and problem.saved != "entries"
-    return backend if whole else engine("torch")
+    return engine("torch") if problem.saved == "entries" else _of_whole_rows(backend)
+
+
+def _of_whole_rows(backend: Engine) -> Engine:
+    """The backend, or plain PyTorch where its blocks hold no whole rows of logits."""
+    return backend if getattr(backend, "HOLDS_ROWS", True) else engine("torch")
 
 
 def tensors_of(problem: Problem) -> tuple[Tensor | None, ...]:
@@ -167,8 +171,7 @@ def linear_nll_top_k_op(*arguments: Any) -> tuple[Any, ...]:
     """The same with the most probable tokens; plain PyTorch where a backend holds no whole rows."""
     problem = as_problem(arguments[:TENSORS], arguments[TENSORS:])
     _check(problem)
-    backend = _engine(problem)
-    backend = backend if getattr(backend, "HOLDS_ROWS", True) else engine("torch")
+    backend = _of_whole_rows(_engine(problem))
     with own_settings(problem.hidden):
         return tuple(backend.linear_nll(problem))
 
@@ -319,9 +322,8 @@ def spread_loss(
 
     It is for logits with a softcap, and computed by plain PyTorch in blocks for every backend.
     """
-    p = problem
-    tensors = p.hidden, p.weight, p.target, p.bias, None, p.adapter
-    loss: Tensor = spread_loss_op(class_weight, lse, *tensors, *p.arguments(NLL))
+    given = *tensors_of(problem), *problem.arguments(NLL)
+    loss: Tensor = spread_loss_op(class_weight, lse, *given)
     return loss
 
 

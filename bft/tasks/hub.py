@@ -23,7 +23,7 @@ from bft.config import SettingError
 from bft.metrics import first_line
 from bft.packaged import PretrainedError
 from bft.tasks.hpo import draw
-from bft.tasks.task import Built, Row, Task, needs_study
+from bft.tasks.task import Built, Row, Task, counts_of, needs_study
 
 NOTICE = """\
 This folder was made from {repo}, {url}.
@@ -174,7 +174,7 @@ def build(source: Source, place: str, seed: int) -> Built:
         licence=source.licence,
         cite=source.cite,
         seed=seed,
-        counts=", ".join(f"{name} {len(rows)}" for name, rows in parts.items()),
+        counts=counts_of(parts),
         dropped=len(rest) + len(test) - left,
     )
     return Built(parts, notice)

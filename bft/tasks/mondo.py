@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bft.packaged import packaged_file
 from bft.tasks import hpo
-from bft.tasks.task import Built, Row, Task, needs_study
+from bft.tasks.task import Built, Row, Task, counts_of, needs_study
 
 HUMAN = "MONDO:0700096"  # human disease
 MOST_WORDS, MOST_BELOW, TEST, VALIDATION = 60, 5, 500, 250
@@ -78,9 +78,8 @@ def build(seed: int) -> Built:
     file = path()
     terms = read(file)
     parts = split(questions(terms), terms, seed)
-    counts = ", ".join(f"{name} {len(rows)}" for name, rows in parts.items())
     version = file.name.removeprefix("MONDO-ontology-").removesuffix(".json.zst")
-    return Built(parts, NOTICE.format(version=version, seed=seed, counts=counts))
+    return Built(parts, NOTICE.format(version=version, seed=seed, counts=counts_of(parts)))
 
 
 def questions(terms: Mapping[str, hpo.Term]) -> list[Row]:

@@ -31,7 +31,7 @@ from typing import Any
 
 from bft.packaged import packaged_file
 from bft.tasks.hpo import draw
-from bft.tasks.task import Built, Row, Task, mean, needs_study
+from bft.tasks.task import Built, Row, Task, counts_of, mean, needs_study
 
 RESULTS_WORDS, CONCLUSION_WORDS = (30, 300), (10, 100)
 HELD_OUT = {"test": 500, "validation": 250, "distractors": 1500}  # articles
@@ -121,7 +121,7 @@ def build(seed: int) -> Built:
     notice = NOTICE.format(
         file=file.name,
         seed=seed,
-        counts=", ".join(f"{name} {len(rows)}" for name, rows in splits.items()),
+        counts=counts_of(splits),
         articles=len(articles),
         mesh=sum(article.mesh for article in articles.values()),
         keywords=sum(bool(a.subjects) and not a.mesh for a in articles.values()),

@@ -10,7 +10,7 @@ import os
 import pkgutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,11 @@ def lines_of(splits: dict[str, list[Row]]) -> dict[str, str]:
     }
 
 
+def counts_of(splits: Mapping[str, Sequence[Any]]) -> str:
+    """The splits' names and sizes, as a NOTICE says them."""
+    return ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+
+
 def write_files(folder: Path, files: dict[str, str]) -> None:
     """Writes texts by their names."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +202,11 @@ def main(task: Task, folder: Path, *, seed: int = 0, console: Console | None = N
         cells = (format(values[metric], ".3f") if metric in values else "" for metric in metrics)
         table.add_row(floor, *cells)
     console.print(table)
+    show_first(folder, console)
+
+
+def show_first(folder: Path, console: Console) -> None:
+    """Prints the first test row's prompt and completion."""
     with (folder / "test.jsonl").open(encoding="utf-8") as lines:
         sample: Row = json.loads(next(lines))
     for key in ("prompt", "completion"):
